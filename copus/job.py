@@ -1,0 +1,220 @@
+"""The job file: one YAML, one model, every field documented where it stands.
+
+`load_job` is the only door: whatever is wrong with a job file is raised here, before any process starts.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from planner.config import PlannerConfig
+from profiles.cluster import Cluster
+from profiles.config import ProfileConfig
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.model_shape import ModelShape
+from profiles.record import Record
+
+
+class JobError(Exception):
+    """What the user has to mend, in one line. The command prints it and exits with 2."""
+
+
+class DataConfig(Record):
+    """Text, and how it becomes tokens. `copus data` prepares it; `copus submit` does so too when it has not been."""
+
+    source: str | list[Path] = "shakespeare"
+    """`shakespeare` (fetched once, hash-checked), or text files, JSONL files (one `text` a line) and folders of them."""
+    held_out: list[str] = Field(default_factory=list)
+    """Works kept for validation, by name (`hamlet`) or shell pattern. Whole works, never offsets."""
+    tokenizer: Path | None = None
+    """A `tokenizer.json`; None trains a byte-level BPE of `model.vocab` tokens on the training part."""
+    cache: Path = Path("~/.cache/copus")
+    """Where fetched text and prepared data are kept, by a digest of all that they depend on."""
+
+
+class TrainingConfig(Record):
+    """The training run. Batches in sequences, schedules in tokens, so that a change of batch changes no schedule."""
+
+    backend: Literal["megatron"] = "megatron"
+    """Framework that trains."""
+    layout: Layout = Layout()
+    """Layout to start with."""
+    micro_batch: PositiveInt = 1
+    """Micro-batch to start with, in sequences."""
+    global_batch: PositiveInt
+    """Global batch to start with, in sequences; also the batch that `lr` and `betas` are for."""
+    tokens: PositiveInt
+    """Length of the run."""
+    max_minutes: PositiveFloat | None = None
+    """Stop cleanly, with a checkpoint, after this long."""
+    seed: NonNegativeInt = 1234
+    """Seed of weights, sample order and dropout."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the model; bf16 keeps fp32 master weights and gradients."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate at `reference_batch`."""
+    min_lr: NonNegativeFloat = 1e-4
+    """Learning rate at the end of the decay, at `reference_batch`."""
+    warmup_tokens: NonNegativeInt = 0
+    """Linear warm-up."""
+    decay: Literal["constant", "cosine", "linear"] = "cosine"
+    """Shape of the decay from the end of the warm-up to the end of the run."""
+    reference_batch: PositiveInt | None = None
+    """B_ref in κ = B / B_ref; None means `global_batch`."""
+    lr_batch_exponent: float = Field(default=0.5, ge=0, le=1)
+    """a in lr × κ^a: 0.5 for Adam (Malladi et al. 2022), 1 for SGD, 0 for none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's β1 and β2 at `reference_batch`. β2 keeps its half-life in tokens: β2(B) = β2^κ (2507.07101)."""
+    beta2_follows_batch: bool = True
+    """Whether β2 changes with the batch as said above."""
+    epsilon: PositiveFloat = 1e-8
+    """Adam's ε."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of attention and of the residual branches."""
+    evaluate_every_tokens: PositiveInt = 250_000
+    """Tokens between evaluations."""
+    evaluate_sequences: PositiveInt = 64
+    """Held-out sequences in an evaluation: always the same ones."""
+    checkpoint_every_tokens: PositiveInt | None = None
+    """Tokens between durable checkpoints; None: only at the end, on an interrupt and where a move needs one."""
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints kept; older ones are removed."""
+
+    @property
+    def configuration(self) -> Configuration:
+        """What the run starts with."""
+        return Configuration(layout=self.layout, micro_batch=self.micro_batch, global_batch=self.global_batch)
+
+
+class LaunchConfig(Record):
+    """How processes are started."""
+
+    engine: Literal["local"] = "local"
+    """Where to run: local = this machine, through torch's elastic agent."""
+    runs: Path = Path("runs")
+    """Folder that run directories are made in."""
+    threads_per_rank: PositiveInt = 1
+    """OMP_NUM_THREADS of each rank."""
+    max_restarts: NonNegativeInt = 0
+    """Times that the elastic agent may restart the workers after a failure; each restart resumes from the newest checkpoint."""
+    timeout_seconds: PositiveFloat = 600.0
+    """A collective that takes longer than this is taken for a hang."""
+
+
+class JobConfig(Record):
+    """A training job, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the job: letters, digits, `.`, `_`, `-`. Run directories are named after it."""
+    model: ModelShape
+    """The transformer."""
+    data: DataConfig = DataConfig()
+    """Text and tokenizer."""
+    cluster: Cluster
+    """The machine."""
+    training: TrainingConfig
+    """The run, and the configuration that it starts with."""
+    planner: PlannerConfig = PlannerConfig()
+    """What may be chosen, and when the job moves."""
+    profile: ProfileConfig = ProfileConfig()
+    """How throughput is learned."""
+    launch: LaunchConfig = LaunchConfig()
+    """How processes are started."""
+
+    @model_validator(mode="after")
+    def _check_arithmetic(self) -> "JobConfig":
+        _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
+        _located("training", lambda: self.training.configuration)
+        for index, layout in enumerate(self.planner.layouts or []):
+            _located(f"planner.layouts.{index}", lambda layout=layout: layout.check(self.model, self.cluster))
+        if self.training.tokens < self.model.seq_len:
+            raise ValueError(f"training.tokens({self.training.tokens}) is less than one sequence ({self.model.seq_len} tokens)")
+        return self
+
+    @property
+    def total_samples(self) -> int:
+        """Length of the run in sequences."""
+        return self.training.tokens // self.model.seq_len
+
+    @property
+    def reference_batch(self) -> int:
+        """B_ref in κ = B / B_ref."""
+        return self.training.reference_batch or self.training.global_batch
+
+
+def _located(where: str, check: Any) -> None:
+    """Run a check and put the place in the job file before what it says."""
+    try:
+        check()
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_first_message(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _first_message(error: ValidationError) -> str:
+    """`field: what is wrong (got value)` for the first thing wrong."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key"
+    elif first["type"] not in ("value_error", "missing"):
+        message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
+    return f"{place}: {message}" if place else message
+
+
+def parse_job(values: Any, where: str = "job") -> JobConfig:
+    """Validate plain values (what YAML gives). Raises JobError with one line that names field, value and arithmetic."""
+    if not isinstance(values, dict):
+        raise JobError(f"{where}: a job file is a mapping of sections, got {type(values).__name__}")
+    try:
+        return JobConfig.model_validate(values)
+    except ValidationError as error:
+        raise JobError(f"{where}: {_first_message(error)}") from None
+
+
+def load_job(path: Path, overrides: list[str] | None = None) -> JobConfig:
+    """Read a job file; `overrides` are `section.field=value` with the value in YAML.
+
+    Raises JobError, one line, for everything that a user can get wrong: no file, no YAML, unknown keys, wrong types,
+    impossible arithmetic.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise JobError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_job(values, str(path))
+
+
+def _apply_override(values: Any, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise JobError(f"--set {override}: expected section.field=value")
+    *sections, field = key.split(".")
+    for section in sections:
+        if not isinstance(values, dict):
+            raise JobError(f"--set {override}: {section} is not a section")
+        values = values.setdefault(section, {})
+    if not isinstance(values, dict):
+        raise JobError(f"--set {override}: {'.'.join(sections)} is not a section")
+    try:
+        values[field] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(f"--set {override}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def dump_job(job: JobConfig) -> str:
+    """The resolved job as YAML: what `job.yaml` in a run directory holds."""
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

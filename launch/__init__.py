@@ -1,0 +1,1 @@
+"""What a person touches: the `copus` command. Starts processes and reads run directories; never imports torch."""

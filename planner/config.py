@@ -1,0 +1,47 @@
+"""The `planner` section of a job file."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from profiles.layout import Layout
+from profiles.record import Record
+
+
+class PlannerConfig(Record):
+    """What may be chosen, how it is scored, and when the job moves."""
+
+    policy: Literal["copus", "static"] = "copus"
+    """copus: move when Goodput improves by `min_gain`. static: keep the configuration of the job file."""
+    objective: Literal["plain", "lr-aware"] = "plain"
+    """plain: throughput × efficiency. lr-aware: × √B too (COPUS with Adam and a √B learning rate)."""
+    every_samples: PositiveInt = 256
+    """Sequences between two decisions."""
+    min_gain: float = Field(default=0.10, ge=0)
+    """Goodput has to improve by this share before the job moves (COPUS's rule: 0.10)."""
+    critical_batch_factor: PositiveFloat = 2.0
+    """c in φ = c · B_simple: how far the critical batch lies from the simple noise scale (COPUS: 2.0, set by hand)."""
+    noise_source: Literal["auto", "microbatch", "replica"] = "auto"
+    """Parts that the noise is measured from: micro-batches, data parallel replicas, or (auto) replicas where dp > 1, else micro-batches."""
+    noise_half_life_tokens: PositiveInt = 100_000
+    """Half-life, in tokens, of the averages of |G|² and tr Σ."""
+    min_noise_samples: PositiveInt = 20
+    """Optimizer steps to see before the first decision."""
+    min_global_batch: PositiveInt = 1
+    """Smallest global batch that may be chosen, in sequences."""
+    max_global_batch: PositiveInt = 1024
+    """Largest global batch that may be chosen, in sequences. Batches are powers of two times `batch_multiple`."""
+    batch_multiple: PositiveInt = 1
+    """Every global batch is a multiple of this."""
+    max_micro_batch: PositiveInt = 16
+    """Largest micro-batch that may be chosen; micro-batches are powers of two."""
+    layouts: list[Layout] | None = None
+    """Layouts that may be chosen; None means every split of the cluster into tp, pp and dp that the model allows."""
+
+    @model_validator(mode="after")
+    def _check_range(self) -> "PlannerConfig":
+        if self.min_global_batch > self.max_global_batch:
+            raise ValueError(
+                f"min_global_batch({self.min_global_batch}) is larger than max_global_batch({self.max_global_batch})"
+            )
+        return self

@@ -1,0 +1,66 @@
+"""What the planner chose, and why: the record that `copus explain` prints."""
+
+from typing import Literal
+
+from pydantic import NonNegativeInt
+
+from profiles.configuration import Configuration
+from profiles.noise_scale import NoiseScale
+from profiles.record import Record
+
+
+class CandidateScore(Record):
+    """One configuration as the planner saw it."""
+
+    configuration: Configuration
+    """The candidate."""
+    step_seconds: float | None
+    """Predicted duration of a step; None where nothing is known."""
+    step_seconds_spread: float | None
+    """Half-width of the prediction's interval."""
+    source: str
+    """Where the prediction comes from: measured, interpolated, …"""
+    samples_per_second: float | None
+    """Predicted throughput, sequences a second."""
+    efficiency: float | None
+    """Statistical efficiency 1 / (1 + B/φ) between 0 and 1; None while the noise is unknown."""
+    goodput: float | None
+    """The score: useful sequences a second."""
+    gain: float | None
+    """Goodput relative to the current configuration, minus 1."""
+    verdict: str
+    """The reason in words: `CHOSEN`, `current`, `gain 1.2 % is below 10 %`, `not measured`, …"""
+
+
+class Decision(Record):
+    """One run of the planner."""
+
+    number: NonNegativeInt
+    """Counts the decisions of a run, from 0."""
+    samples_consumed: NonNegativeInt
+    """When it was taken."""
+    policy: str
+    """Which policy decided."""
+    objective: Literal["plain", "lr-aware"]
+    """Which form of Goodput was used: T·SE, or T·SE·√B (DESIGN: both are offered, every explanation says which)."""
+    noise: NoiseScale
+    """The noise that it was based on."""
+    critical_batch_factor: float
+    """c in φ = c · B_simple."""
+    critical_batch: float | None
+    """φ in sequences; None while the noise is unknown."""
+    current: Configuration
+    """What was running."""
+    chosen: Configuration
+    """What runs from now on; equal to `current` where nothing changes."""
+    candidates: list[CandidateScore]
+    """Every candidate, best first."""
+    predicted_gain: float | None
+    """Goodput of `chosen` over `current`, minus 1."""
+    reason: str
+    """One sentence for people."""
+
+    @property
+    def switch(self) -> bool:
+        """Whether the job has to move."""
+        return self.chosen != self.current

@@ -1,0 +1,74 @@
+"""Where the model lies: the degrees of each kind of parallelism."""
+
+from typing import Literal
+
+from pydantic import PositiveInt, model_validator
+
+from profiles.cluster import Cluster
+from profiles.model_shape import ModelShape
+from profiles.record import Record
+
+
+class Layout(Record):
+    """Degrees of parallelism, in the usual order: tensor, context, data, pipeline (tensor innermost)."""
+
+    tp: PositiveInt = 1
+    """Tensor parallel degree."""
+    pp: PositiveInt = 1
+    """Pipeline parallel degree."""
+    vp: PositiveInt = 1
+    """Virtual pipeline: model chunks per pipeline stage (1 = plain 1F1B)."""
+    cp: PositiveInt = 1
+    """Context parallel degree."""
+    ep: PositiveInt = 1
+    """Expert parallel degree."""
+    dp: PositiveInt = 1
+    """Data parallel degree."""
+    sequence_parallel: bool = False
+    """Split the activations outside of matrix products over the tensor parallel ranks (needs tp > 1)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: none, attention only, or every layer."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What data parallel ranks share out: 0 nothing, 1 optimizer state (Megatron's distributed optimizer), 2 gradients, 3 weights."""
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "Layout":
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel(true) needs tp > 1, but tp = 1")
+        if self.vp > 1 and self.pp == 1:
+            raise ValueError(f"vp({self.vp}) needs pp > 1, but pp = 1")
+        return self
+
+    @property
+    def accelerators(self) -> int:
+        """Ranks that the layout takes."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def label(self) -> str:
+        """Short name for people: `TP2·PP1·DP4`, with the less usual degrees only where they are not 1."""
+        degrees = [("TP", self.tp), ("PP", self.pp), ("DP", self.dp)]
+        degrees += [(name, value) for name, value in (("VP", self.vp), ("CP", self.cp), ("EP", self.ep)) if value > 1]
+        extras = ["SP"] * self.sequence_parallel + [f"Z{self.zero}"] * (self.zero > 0)
+        extras += [f"recompute:{self.recompute}"] * (self.recompute != "none")
+        return "·".join([f"{name}{value}" for name, value in degrees] + extras)
+
+    def check(self, model: ModelShape, cluster: Cluster) -> None:
+        """Raise ValueError, with the arithmetic, where this layout cannot hold the model on the cluster."""
+        if self.accelerators != cluster.accelerators:
+            raise ValueError(
+                f"tp({self.tp}) × pp({self.pp}) × cp({self.cp}) × dp({self.dp}) = {self.accelerators} "
+                f"≠ {cluster.accelerators} accelerators"
+            )
+        divisions = [
+            ("model.heads", model.heads, "tp", self.tp),
+            ("model.kv_heads", model.kv_heads, "tp", self.tp),
+            ("model.ffn_hidden", model.ffn_hidden, "tp", self.tp),
+            ("padded vocabulary", model.padded_vocab, "tp", self.tp),
+            ("model.layers", model.layers, "pp·vp", self.pp * self.vp),
+        ]
+        if self.sequence_parallel:
+            divisions.append(("model.seq_len", model.seq_len, "tp", self.tp))
+        for what, amount, by, degree in divisions:
+            if amount % degree:
+                raise ValueError(f"{what}({amount}) ÷ {by}({degree}) is not whole: {amount / degree:g}")

@@ -1,0 +1,71 @@
+"""The transformer, as far as throughput and memory depend on it."""
+
+import hashlib
+
+from pydantic import Field, PositiveInt, model_validator
+
+from profiles.record import Record
+
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this, whatever the layout, so that embeddings keep their shape in a move."""
+
+
+class ModelShape(Record):
+    """A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention."""
+
+    layers: PositiveInt
+    """Number of transformer layers."""
+    hidden: PositiveInt
+    """Width of the residual stream."""
+    ffn_hidden: PositiveInt
+    """Width inside the MLP (of each of gate and up, when gated)."""
+    heads: PositiveInt
+    """Attention heads; the head width is hidden ÷ heads."""
+    kv_heads: PositiveInt
+    """Key/value heads (grouped-query attention); equal to `heads` for multi-head attention."""
+    seq_len: PositiveInt
+    """Tokens in a sequence."""
+    vocab: PositiveInt
+    """Tokens in the vocabulary, before padding."""
+    gated_mlp: bool = True
+    """SwiGLU (True) or GELU (False)."""
+    tied_embeddings: bool = False
+    """Whether the output layer shares the input embedding."""
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    """Epsilon of RMSNorm."""
+    rope_base: float = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies."""
+
+    @model_validator(mode="after")
+    def _check_arithmetic(self) -> "ModelShape":
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden({self.hidden}) ÷ heads({self.heads}) is not whole: {self.hidden / self.heads:g}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads({self.heads}) ÷ kv_heads({self.kv_heads}) is not whole: {self.heads / self.kv_heads:g}"
+            )
+        if (self.hidden // self.heads) % 2:
+            raise ValueError(
+                f"hidden({self.hidden}) ÷ heads({self.heads}) = {self.hidden // self.heads}, "
+                "but rotary positions need an even head width"
+            )
+        return self
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: `vocab` rounded up to a multiple of 128."""
+        return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, padded vocabulary included."""
+        head_width = self.hidden // self.heads
+        attention = self.hidden * head_width * (2 * self.heads + 2 * self.kv_heads)
+        mlp = self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2)
+        embeddings = self.padded_vocab * self.hidden * (1 if self.tied_embeddings else 2)
+        return self.layers * (attention + mlp + 2 * self.hidden) + self.hidden + embeddings
+
+    @property
+    def digest(self) -> str:
+        """A short name that two equal shapes share: the key of a model in throughput tables."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]

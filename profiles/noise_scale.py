@@ -1,0 +1,26 @@
+"""How noisy the gradients are."""
+
+from pydantic import NonNegativeInt
+
+from profiles.record import Record
+
+
+class NoiseScale(Record):
+    """The simple gradient noise scale tr Σ / |G|² (McCandlish et al. 2018, eq. 2.9), with what it was made from.
+
+    `value`, `low` and `high` are None while too little has been seen, or while |G|² cannot be told from zero: then nobody may
+    decide anything from it.
+    """
+
+    grad_sq: float
+    """Smoothed estimate of |G|², the squared norm of the true gradient."""
+    noise_trace: float
+    """Smoothed estimate of tr Σ, the summed variance of the gradient of one sequence."""
+    value: float | None
+    """tr Σ / |G|², in sequences."""
+    low: float | None
+    """Lower end of the 90 % interval of `value`."""
+    high: float | None
+    """Upper end of the 90 % interval of `value`; None also when it is unbounded."""
+    samples: NonNegativeInt
+    """Optimizer steps that the estimate has seen since the start of the job."""
