@@ -1,0 +1,98 @@
+"""What a training framework has to offer. The loop, the profiler and the planner know this and nothing more."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from profiles.configuration import Configuration
+from profiles.measurement import Fingerprint
+
+Batches = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+"""(first sample, how many) → tokens and labels, int64 of shape (how many, seq_len)."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts that a step's gradient is the mean of, as the noise estimate needs them."""
+
+    squared_norms: np.ndarray
+    """|g_j|² of each part's mean gradient, float64 of shape (J,)."""
+    part_size: int
+    """n, sequences in each part."""
+
+
+@dataclass(frozen=True)
+class StepRules:
+    """What holds for one optimizer step; all of it changes with the batch."""
+
+    lr: float
+    """Learning rate."""
+    betas: tuple[float, float]
+    """Adam's β1 and β2."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step showed; equal on every rank."""
+
+    loss: float
+    """Mean training loss over the global batch, nats a token."""
+    grad_sq: float
+    """|g|², squared norm of the mean gradient before clipping."""
+    parts: Parts | None
+    """The parts, where they were asked for and there are at least two."""
+    skipped: bool
+    """True where the gradient was not finite: the optimizer did nothing."""
+    stop: bool
+    """True where any rank asked to stop."""
+
+
+@dataclass
+class TrainerState:
+    """What goes into a checkpoint beside weights and optimizer state."""
+
+    samples_consumed: int = 0
+    step: int = 0
+    optimizer_steps: int = 0
+    """Optimizer steps that were not skipped: Adam's own count."""
+    noise: dict[str, float] = field(default_factory=dict)
+    """State of the noise estimate."""
+    decisions: int = 0
+    """Decisions taken so far."""
+
+
+class Backend(Protocol):
+    """A model in training. `build` comes first; every method is collective over all ranks."""
+
+    device: torch.device
+
+    @property
+    def configuration(self) -> Configuration:
+        """What is built."""
+
+    def fingerprint(self) -> Fingerprint:
+        """What measurements made here are about."""
+
+    def build(self, configuration: Configuration) -> None:
+        """Make groups, model and optimizer from nothing: initial weights, a function of the seed alone."""
+
+    def train_step(
+        self, batches: Batches, first_sample: int, rules: StepRules, noise_source: str | None, stop: bool
+    ) -> StepResult:
+        """One optimizer step on the global batch that begins at `first_sample`."""
+
+    def evaluate(self, batches: Batches, sequences: int) -> float:
+        """Mean loss over the first `sequences` held-out sequences, nats a token."""
+
+    def move(self, configuration: Configuration, scratch: Path) -> int:
+        """Go on in another configuration with the same weights and optimizer state. Returns the bytes written and read, or sent."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state, in a format that every layout can read."""
+
+    def load(self, folder: Path, optimizer_steps: int) -> None:
+        """Read them into what is built."""

@@ -1,0 +1,215 @@
+"""Megatron-core behind `copus.backends.base.Backend`."""
+
+import gc
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from copus.backends.base import Batches, StepResult, StepRules
+from copus.backends.megatron import checkpoint, cpu, groups, step, upstream
+from copus.hardware import hardware_name, software_name
+from copus.job import JobConfig
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.measurement import Fingerprint
+
+cpu.before_import()
+from megatron.core import tensor_parallel  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+
+from copus.backends.megatron.model import build_model, transformer_config  # noqa: E402
+from copus.backends.megatron.part_norms import PartNorms  # noqa: E402
+
+cpu.adapt()
+upstream.patch_optimizer_loading()
+
+
+class MegatronBackend:
+    """One rank of a Megatron-core job."""
+
+    def __init__(self, job: JobConfig, device: torch.device) -> None:
+        """`torch.distributed` must be initialised on all the ranks of the job's cluster."""
+        self.device = device
+        self._job = job
+        self._configuration: Configuration | None = None
+        self._chunks: list[Any] = []
+        self._optimizer: Any = None
+        self._part_norms: PartNorms | None = None
+        self._optimizer_steps = 0
+
+    @property
+    def configuration(self) -> Configuration:
+        """What is built."""
+        assert self._configuration is not None, "build() comes first"
+        return self._configuration
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that were not skipped."""
+        return self._optimizer_steps
+
+    def fingerprint(self) -> Fingerprint:
+        """What measurements made here are about."""
+        return Fingerprint(
+            model=self._job.model.digest,
+            precision=self._job.training.precision,
+            backend=f"megatron-core {version('megatron-core')}",
+            hardware=hardware_name(self._job.cluster),
+            software=software_name(),
+        )
+
+    def build(self, configuration: Configuration) -> None:
+        """Make groups, model and optimizer from nothing; what was built before is torn down. Raises ValueError for a layout
+        that this backend cannot run."""
+        layout = configuration.layout
+        check_layout(layout)
+        layout.check(self._job.model, self._job.cluster)
+        self._tear_down()
+        groups.make_groups(layout, self._job.launch.timeout_seconds)
+        training = self._job.training
+        tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
+        config = transformer_config(self._job.model, layout, training.precision, training.dropout)
+        self._chunks = build_model(self._job.model, layout, config, training.seed)
+        self._optimizer = self._make_optimizer(layout)
+        self._part_norms = PartNorms(self._chunks, layout, self._job.model.tied_embeddings)
+        self._optimizer_steps = 0
+        self._configuration = configuration
+
+    def _make_optimizer(self, layout: Layout) -> Any:
+        training = self._job.training
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=training.lr,
+                weight_decay=training.weight_decay,
+                adam_beta1=training.betas[0],
+                adam_beta2=training.betas[1],
+                adam_eps=training.epsilon,
+                clip_grad=0.0,  # the step clips, by the norm that it has anyway
+                bf16=training.precision == "bf16",
+                params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+                use_distributed_optimizer=layout.zero > 0,
+            ),
+            self._chunks,
+            use_gloo_process_groups=False,
+        )
+        for inner in upstream.inner_optimizers(optimizer):
+            for group in inner.param_groups:
+                group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
+                if isinstance(inner, torch.optim.AdamW):  # one pass over the memory instead of ten
+                    group["fused"], group["foreach"] = True, False
+        return optimizer
+
+    def _tear_down(self) -> None:
+        """Let go of everything that belongs to a layout, so that a job can move for days without growing.
+
+        Megatron's wrappers refer to each other in circles and hang their buffers on the parameters.
+        """
+        if self._configuration is None:
+            return
+        for inner in upstream.inner_optimizers(self._optimizer):
+            inner.state.clear()
+            for group in inner.param_groups:
+                group["params"] = []
+        for chunk in self._chunks:
+            for param in chunk.parameters():
+                for name in ("main_grad", "main_param", "grad"):
+                    if getattr(param, name, None) is not None:
+                        setattr(param, name, None)
+            chunk.grad_accs = []
+            chunk.bucket_groups, chunk.buffers = [], []
+        self._chunks, self._optimizer, self._part_norms, self._configuration = [], None, None, None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        groups.destroy_groups()
+
+    def train_step(
+        self, batches: Batches, first_sample: int, rules: StepRules, noise_source: str | None, stop: bool
+    ) -> StepResult:
+        """One optimizer step on the global batch that begins at `first_sample`.
+
+        Where the configuration has one part only, and noise is asked for, the step is run as two micro-batches of half the size: the
+        same gradient, and parts to measure. A single sequence cannot be halved: then `parts` is None.
+        """
+        assert self._part_norms is not None, "build() comes first"
+        configuration = self.configuration
+        if noise_source == "microbatch" and configuration.layout.dp * configuration.num_microbatches == 1:
+            configuration = halved(configuration)
+        self._seed_dropout(first_sample)
+        result = step.train_step(
+            self._chunks,
+            self._optimizer,
+            self._part_norms,
+            configuration,
+            batches,
+            first_sample,
+            rules,
+            self._job.training.clip_grad,
+            noise_source,  # type: ignore[arg-type]
+            stop,
+            self.device,
+        )
+        self._optimizer_steps += not result.skipped
+        return result
+
+    def _seed_dropout(self, first_sample: int) -> None:
+        """Dropout is a function of seed, samples and rank, so that a resumed run needs no random state to be saved."""
+        if self._job.training.dropout:
+            tensor_parallel.model_parallel_cuda_manual_seed((self._job.training.seed + 7919 * first_sample) % 2**31)
+
+    def evaluate(self, batches: Batches, sequences: int) -> float:
+        """Mean loss over the first `sequences` held-out sequences, nats a token."""
+        return step.evaluate(self._chunks, self.configuration, batches, sequences, self.device)
+
+    def move(self, configuration: Configuration, scratch: Path) -> int:
+        """Go on in another configuration. A new batch or micro-batch costs nothing; a new layout goes through `scratch`, inside the
+        same processes. Returns the bytes written and read."""
+        if configuration.layout == self.configuration.layout:
+            self._configuration = configuration
+            return 0
+        if (configuration.layout.zero > 0) != (self.configuration.layout.zero > 0):
+            raise ValueError(
+                f"cannot move from zero({self.configuration.layout.zero}) to zero({configuration.layout.zero}): "
+                "checkpoints with and without distributed optimizer do not interchange"
+            )
+        steps = self._optimizer_steps
+        if dist.get_rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        dist.barrier()
+        self.save(scratch)
+        written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+        self.build(configuration)
+        self.load(scratch, steps)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(scratch)
+        return 2 * written
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state into an existing, empty folder, in a format that every layout can read."""
+        checkpoint.save(folder, self._chunks, self._optimizer)
+
+    def load(self, folder: Path, optimizer_steps: int) -> None:
+        """Read them into what is built."""
+        checkpoint.load(folder, self._chunks, self._optimizer, optimizer_steps)
+        self._optimizer_steps = optimizer_steps
+
+
+def halved(configuration: Configuration) -> Configuration:
+    """The same step as twice as many micro-batches of half the size, where the micro-batch is even; else unchanged."""
+    if configuration.micro_batch % 2:
+        return configuration
+    return configuration.model_copy(update={"micro_batch": configuration.micro_batch // 2})
+
+
+def check_layout(layout: Layout) -> None:
+    """Raise ValueError for what this backend does not do."""
+    for name, value, limit in (("cp", layout.cp, 1), ("ep", layout.ep, 1), ("zero", layout.zero, 1)):
+        if value > limit:
+            raise ValueError(f"{name}({value}) is not supported by the megatron backend: at most {limit}")

@@ -1,0 +1,143 @@
+"""What unmodified megatron-core 0.16.1 needs to train on CPU and gloo. Does nothing where CUDA is present.
+
+Call `before_import()` before anything else of megatron is imported, and `adapt()` afterwards. The real `torch` is left alone, but for
+`Tensor.cuda`: megatron's modules see a facade of it in their global `torch`. Line numbers are those of megatron-core 0.16.1.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_DEVICE_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "ones_like", "empty_like")
+_MODULES = (  # every module whose global `torch` has to be the facade must have been imported when it is put in
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.async_utils",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.strategies.torch",
+    "distributed",
+    "models.gpt",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.optimizer",
+    "pipeline_parallel.p2p_communication",
+    "pipeline_parallel.schedules",
+    "tensor_parallel",
+)
+_adapted = False
+
+
+def before_import() -> None:
+    """Turn the jit fuser off: torch.compile of pointwise functions at import (jit.py:9) takes a C++ compiler on CPU."""
+    if torch.cuda.is_available():
+        return
+    from megatron.core.jit import disable_jit_fuser
+
+    disable_jit_fuser()
+
+
+def adapt() -> None:
+    """Put the facade in, once."""
+    global _adapted
+    if _adapted or torch.cuda.is_available():
+        return
+    _adapted = True
+    facade = _TorchFacade()
+    for name in _MODULES:
+        importlib.import_module(f"megatron.core.{name}")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = facade  # type: ignore[attr-defined]
+    # `.cuda()` raises on a CPU build; megatron calls it on activations, e.g. schedules.py:596, optimizer.py:473
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+
+    # random.py:79 and :51 read and set the state of CUDA generators; here the default CPU generator stands for them
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    # optimizer.py:671-690 and distrib_optimizer.py:361-420 compare `param.type()` with 'torch.cuda.FloatTensor' and the like
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    half = optimizer.Float16OptimizerWithFloat16Params
+    half.__init__ = _with_cuda_type_names(half.__init__)
+    distributed = distrib_optimizer.DistributedOptimizer
+    distributed._build_model_and_main_param_groups = classmethod(
+        _with_cuda_type_names(distributed._build_model_and_main_param_groups.__func__)
+    )
+
+
+class _CudaFacade(types.ModuleType):
+    """`torch.cuda` as megatron sees it: the few functions that it calls without asking whether there is a device."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+        self.current_device = lambda: _CPU  # e.g. mappings.py:91, p2p_communication.py:313
+        self.synchronize = lambda *args, **kwargs: None  # e.g. p2p_communication.py:588
+        self.empty_cache = lambda: None  # parallel_state, dist_checkpointing
+        self.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # random.py:235
+        self.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # random.py:80
+        self.manual_seed = torch.manual_seed  # random.py:237
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+class _TorchFacade(types.ModuleType):
+    """`torch` as megatron's modules see it: factories asked for a tensor on "cuda" make it on the CPU (e.g. schedules.py:983)."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaFacade()
+        for name in _DEVICE_FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        self.__dict__[name] = value  # the next look-up is a plain one
+        return value
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        if device is not None and torch.device(device).type == "cuda":
+            device = _CPU
+        kwargs.pop("pin_memory", None)  # pinning needs CUDA
+        return factory(*args, device=device, **kwargs)
+
+    return make
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    original = torch.Tensor.type
+
+    def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(self, dtype, *args, **kwargs)
+        return str(original(self)).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = cuda_type  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_type_names():
+            return function(*args, **kwargs)
+
+    return call

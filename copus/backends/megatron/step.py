@@ -1,0 +1,201 @@
+"""One optimizer step, and one evaluation, of a built Megatron model."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from copus.backends.base import Batches, Parts, StepResult, StepRules
+from copus.backends.megatron import cpu
+from copus.backends.megatron.part_norms import PartNorms, PartSource, squared_norm
+from copus.backends.megatron.upstream import inner_optimizers
+from profiles.configuration import Configuration
+
+cpu.before_import()
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+
+def train_step(
+    chunks: list[Any],
+    optimizer: Any,
+    part_norms: PartNorms,
+    configuration: Configuration,
+    batches: Batches,
+    first_sample: int,
+    rules: StepRules,
+    clip_grad: float,
+    noise_source: PartSource | None,
+    stop: bool,
+    device: torch.device,
+) -> StepResult:
+    """Forward, backward, reduction, one collective for every figure of the step, clipping, Adam."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    parts = _parts_of_replica(configuration, noise_source)
+    part_norms.start(noise_source if parts else None)
+    losses = _run_microbatches(chunks, configuration, batches, first_sample, forward_only=False, device=device)
+    parts_sq = part_norms.collect(parts, device) if parts else None
+
+    optimizer.prepare_grads()
+    local_sq = _local_grad_sq(optimizer, configuration, device)
+    loss, grad_sq, stop_votes, all_parts_sq = _share(configuration, losses, local_sq, stop, parts_sq, device)
+
+    finite = bool(np.isfinite(grad_sq))
+    if finite:
+        _clip(optimizer, clip_grad, grad_sq)
+        _set_rules(optimizer, rules)
+        optimizer.step_with_ready_grads()
+    return StepResult(
+        loss=loss,
+        grad_sq=grad_sq,
+        parts=_as_parts(configuration, noise_source, all_parts_sq),
+        skipped=not finite,
+        stop=stop_votes > 0,
+    )
+
+
+def evaluate(
+    chunks: list[Any], configuration: Configuration, batches: Batches, sequences: int, device: torch.device
+) -> float:
+    """Mean loss over the first `sequences` sequences of `batches`, equal on every rank."""
+    micro_batch = np.gcd(sequences // configuration.layout.dp, configuration.micro_batch)
+    whole = configuration.model_copy(update={"global_batch": sequences, "micro_batch": int(micro_batch)})
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        losses = _run_microbatches(chunks, whole, batches, 0, forward_only=True, device=device)
+    for chunk in chunks:
+        chunk.train()
+    loss, *_ = _share(whole, losses, torch.zeros((), dtype=torch.float64, device=device), False, None, device)
+    return loss
+
+
+def _run_microbatches(
+    chunks: list[Any],
+    configuration: Configuration,
+    batches: Batches,
+    first_sample: int,
+    forward_only: bool,
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Run this replica's micro-batches; the loss of each, on the last pipeline stage only."""
+    per_replica = configuration.global_batch // configuration.layout.dp
+    first = first_sample + parallel_state.get_data_parallel_rank() * per_replica
+    micro_batch = configuration.micro_batch
+
+    def microbatches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for index in range(configuration.num_microbatches):
+            tokens, labels = batches(first + index * micro_batch, micro_batch)
+            yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    run = get_forward_backward_func()
+    outputs = run(
+        forward_step_func=_forward_step,
+        data_iterator=[microbatches() for _ in chunks] if len(chunks) > 1 else microbatches(),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=configuration.num_microbatches,
+        seq_length=_seq_len(chunks),
+        micro_batch_size=micro_batch,
+        forward_only=forward_only,
+    )
+    return [output["loss"] for output in outputs]
+
+
+def _seq_len(chunks: list[Any]) -> int:
+    module = chunks[0]
+    while hasattr(module, "module"):
+        module = module.module
+    return int(module.max_sequence_length)
+
+
+def _forward_step(microbatches: Iterator[tuple[torch.Tensor, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
+    """What megatron's schedules call for every micro-batch: the output, and the function that makes the loss of it."""
+    tokens, labels = next(microbatches)
+    # Rotary positions and a causal mask need neither positions nor a mask tensor.
+    output = model(tokens, None, None, labels=labels)
+    return output, functools.partial(_mean_loss)
+
+
+def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = token_losses.float().mean()
+    return loss, {"loss": loss.detach().clone()}  # megatron divides `loss` in place by the number of micro-batches
+
+
+def _local_grad_sq(optimizer: Any, configuration: Configuration, device: torch.device) -> torch.Tensor:
+    """This rank's share of |g|²: each gradient counted once over all ranks.
+
+    With the distributed optimizer every rank has its own shard; without it the data parallel ranks have the same gradients, and
+    those of rank 0 count.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if configuration.layout.zero == 0 and parallel_state.get_data_parallel_rank() > 0:
+        return total
+    for wrapper in optimizer.chained_optimizers:
+        for gradient in wrapper.get_main_grads_for_grad_norm():
+            total += squared_norm(gradient)
+    return total
+
+
+def _parts_of_replica(configuration: Configuration, source: PartSource | None) -> int:
+    """Parts that each replica contributes; 0 where the step as a whole has fewer than two."""
+    if source == "replica":
+        return 1 if configuration.layout.dp > 1 else 0
+    if source == "microbatch":
+        return configuration.num_microbatches if configuration.layout.dp * configuration.num_microbatches > 1 else 0
+    return 0
+
+
+def _share(
+    configuration: Configuration,
+    losses: list[torch.Tensor],
+    local_grad_sq: torch.Tensor,
+    stop: bool,
+    parts_sq: torch.Tensor | None,
+    device: torch.device,
+) -> tuple[float, float, float, np.ndarray | None]:
+    """Add up everything that ranks have to tell each other in a step, in one collective: loss, |g|², stop votes, parts."""
+    replicas = configuration.layout.dp
+    parts = 0 if parts_sq is None else len(parts_sq)
+    message = torch.zeros(3 + replicas * parts, dtype=torch.float64, device=device)
+    if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
+        message[0] = torch.stack(losses).double().sum() / (len(losses) * replicas)
+    message[1] = local_grad_sq
+    message[2] = float(stop)
+    if parts_sq is not None:
+        start = 3 + parallel_state.get_data_parallel_rank() * parts
+        message[start : start + parts] = parts_sq
+    dist.all_reduce(message)
+    loss, grad_sq, stop_votes, *all_parts = message.tolist()
+    return loss, grad_sq, stop_votes, np.array(all_parts) if parts else None
+
+
+def _as_parts(configuration: Configuration, source: str | None, squared_norms: np.ndarray | None) -> Parts | None:
+    if squared_norms is None:
+        return None
+    if source == "replica":
+        return Parts(squared_norms, configuration.global_batch // configuration.layout.dp)
+    # megatron divides every micro-batch's loss by their number (schedules.py:243)
+    return Parts(squared_norms * configuration.num_microbatches**2, configuration.micro_batch)
+
+
+def _clip(optimizer: Any, clip_grad: float, grad_sq: float) -> None:
+    """Scale the gradients so that their norm is at most `clip_grad`. The norm is ours, in float64, so megatron's is not computed again."""
+    norm = grad_sq**0.5
+    if clip_grad <= 0 or norm <= clip_grad:
+        return
+    for inner in inner_optimizers(optimizer):
+        gradients = [param.grad for group in inner.param_groups for param in group["params"] if param.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, clip_grad / (norm + 1e-6))
+
+
+def _set_rules(optimizer: Any, rules: StepRules) -> None:
+    for inner in inner_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["lr"] = rules.lr
+            group["betas"] = rules.betas

@@ -1,0 +1,78 @@
+"""Defects of megatron-core 0.16.1 that are gone around, on CPU and on GPU alike. Each names its upstream line and its effect."""
+
+import multiprocessing
+from typing import Any
+
+import torch
+
+
+def seed_checkpoint_queue() -> None:
+    """Give the checkpoint writer its queue from a forked manager. Call it before process groups and CUDA exist.
+
+    filesystem_async.py:_get_write_results_queue spawns a manager that imports `__main__` anew: some 23 s in every rank at the first
+    save, and a hang where `__main__` has no guard.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+
+
+def patch_optimizer_loading() -> None:
+    """Let the distributed optimizer load into torch's AdamW, whose state has a `step` of its own.
+
+    distrib_optimizer.py:937-940 looks `step` up among the loaded tensors: KeyError wherever neither Transformer Engine nor Apex is
+    installed.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(original, "patched_by_copus", False):
+        return
+
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Any:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state and "step" not in tensors:
+            tensors = {**tensors, "step": state["step"]}
+        return original(self, model_param, tensors)
+
+    set_states.patched_by_copus = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def prime_adam(optimizer: Any) -> None:
+    """Give every parameter an (empty) Adam state, so that a checkpoint can be loaded into it.
+
+    distrib_optimizer.py:641 asserts that every state has a `step`; a fresh torch AdamW has no state at all.
+    """
+    for inner in inner_optimizers(optimizer):
+        for group in inner.param_groups:
+            for param in group["params"]:
+                state = inner.state[param]
+                if len(state) == 0:
+                    device = param.device if group.get("fused") else torch.device("cpu")
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                    state["exp_avg"] = torch.zeros_like(param.data)
+                    state["exp_avg_sq"] = torch.zeros_like(param.data)
+
+
+def set_adam_step(optimizer: Any, step: int) -> None:
+    """Give every parameter its own `step` tensor.
+
+    distrib_optimizer.py:826 puts one shared tensor into every state on load; torch's AdamW then counts it once for each parameter, and
+    every later bias correction is silently wrong.
+    """
+    for inner in inner_optimizers(optimizer):
+        for group in inner.param_groups:
+            for param in group["params"]:
+                state = inner.state[param]
+                if "step" in state:
+                    device = param.device if group.get("fused") else torch.device("cpu")
+                    state["step"] = torch.full((), float(step), dtype=torch.float32, device=device)
+
+
+def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers inside megatron's chain of wrappers."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [wrapper.optimizer for wrapper in chained if wrapper.optimizer is not None]

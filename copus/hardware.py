@@ -1,0 +1,50 @@
+"""Names of what the ranks run on, for fingerprints of measurements, and the memory that they use."""
+
+import contextlib
+import platform
+from pathlib import Path
+
+import torch
+
+from profiles.cluster import Cluster
+
+
+def hardware_name(cluster: Cluster) -> str:
+    """`2 × Intel(R) Xeon(R) …` or `8 × NVIDIA H100 80GB HBM3`: accelerators as this rank sees them."""
+    if torch.cuda.is_available():
+        return f"{cluster.accelerators} × {torch.cuda.get_device_name()}"
+    return f"{cluster.accelerators} × {_processor()} core"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def software_name() -> str:
+    """Versions that matter for speed."""
+    runtime = f"CUDA {torch.version.cuda}" if torch.cuda.is_available() else "gloo"
+    return f"torch {torch.__version__}, {runtime}"
+
+
+def reset_peak_memory() -> None:
+    """Start `peak_memory_bytes` anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):  # Linux: 5 resets the high-water mark of this process (man 5 proc)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest memory since the last reset: allocated on the GPU, or resident on a CPU; None where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,49 @@
+"""A tiny job and tiny data for tests that train: real megatron-core, random tokens."""
+
+from typing import Any
+
+import torch
+
+from copus.backends.base import StepRules
+from copus.backends.megatron.backend import MegatronBackend
+from copus.job import JobConfig, parse_job
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+
+SHAPE = {"layers": 4, "hidden": 32, "ffn_hidden": 48, "heads": 4, "kv_heads": 4, "seq_len": 16, "vocab": 250}
+RULES = StepRules(lr=1e-2, betas=(0.9, 0.95))
+
+
+def tiny_job(accelerators: int, layout: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **training: Any) -> JobConfig:
+    """A job on `accelerators` CPU ranks; data parallel unless told otherwise."""
+    settings = {"layout": layout or {"dp": accelerators}, "global_batch": 8, "tokens": 100_000, "weight_decay": 0.01}
+    return parse_job(
+        {
+            "name": "tiny",
+            "model": {**SHAPE, **(model or {})},
+            "cluster": {"accelerators_per_node": accelerators},
+            "training": {**settings, "evaluate_sequences": 8, **training},
+        }
+    )
+
+
+def random_batches(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences that are a function of their index alone, with something to learn: every token repeats a few times."""
+    rows = []
+    for index in range(first, first + count):
+        generator = torch.Generator().manual_seed(10_000 + index)
+        rows.append(torch.randint(0, 250, (9,), generator=generator).repeat_interleave(2)[:17])
+    tokens = torch.stack(rows)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def backend_of(job: JobConfig) -> MegatronBackend:
+    """The job's backend, built in the configuration that the job starts with."""
+    backend = MegatronBackend(job, torch.device("cpu"))
+    backend.build(job.training.configuration)
+    return backend
+
+
+def configuration(global_batch: int, micro_batch: int, **layout: Any) -> Configuration:
+    """Short for a Configuration."""
+    return Configuration(layout=Layout(**layout), micro_batch=micro_batch, global_batch=global_batch)

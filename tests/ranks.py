@@ -1,0 +1,78 @@
+"""Runs a function on several gloo ranks and returns what each returned.
+
+Importing torch and megatron takes 8 s; a fork server imports them once for the whole test session, and every rank is a fork of it.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["copus.backends.megatron.backend"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 240) -> list[Any]:
+    """Call `function(*arguments)` on every rank of a fresh gloo world; the results by rank. Raises where any rank raised."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the fork server starts; ranks inherit it
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receiver, sender = _context.Pipe(duplex=False)
+            process = _context.Process(target=_rank, args=(rank, world_size, folder, sender, function, arguments), daemon=True)
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            return _gather(pipes, timeout_seconds)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.join(timeout=5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _gather(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout=timeout_seconds)
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(set(range(len(pipes))) - set(results))} did not answer in {timeout_seconds} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died") from None
+            if not ok:
+                raise RuntimeError(f"rank {rank}:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(rank: int, world_size: int, folder: str, pipe: Connection, function: Callable[..., Any], arguments: tuple) -> None:
+    try:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        store = dist.FileStore(f"{folder}/store", world_size)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+        )
+        result = function(*arguments)
+        dist.barrier()
+        pipe.send((True, result))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+        os._exit(0)  # no tear-down of groups that a failed peer may have left behind
