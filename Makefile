@@ -1,0 +1,79 @@
+# What a person runs in a clone. `make` alone lists it. Needs Python 3.11 or newer, nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned versions; empty (`make install CONSTRAINTS=`) takes the newest that pyproject.toml allows, CUDA builds included.
+CONSTRAINTS ?= constraints.txt
+# Passed to `python -m venv`; --system-site-packages keeps a torch that is installed already.
+VENV_FLAGS ?=
+PIP_FLAGS ?=
+# gpu-check: folder for the results, and a folder of wheels (`make gpu-wheels`) for a machine without network.
+OUT ?= benchmarks/results
+WHEELS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+GPU_SITE := build/gpu-site
+GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-inspection typing-extensions \
+	tyro docstring-parser typeguard
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format gpu-check gpu-wheels clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv with the pinned dependencies and copus itself, editable
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit("copus needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.11" \
+	% sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@echo "installing into $(VENV) (about a minute where pip has the wheels cached)"
+	$(BIN)/python -m pip install --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS)) $(PIP_FLAGS) --editable '.[dev]'
+	@touch $@
+
+demo: install  ## train the main job on Shakespeare: 2 ranks, about 10 minutes
+	$(BIN)/copus submit examples/shakespeare.yaml
+
+test: install  ## the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: install  ## what the default suite leaves out for its length
+	$(BIN)/python -m pytest -m slow
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: install  ## let ruff mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Two steps, each with its own limit, so that the whole stays under 8 minutes. The benchmark also runs when a test has
+# failed: its numbers help to see why. On a machine without CUDA both say so and succeed.
+define GPU_CHECK
+@mkdir -p $(OUT)
+@tests=0; timeout 240 $(1) -m pytest -m gpu --junitxml=$(OUT)/gpu_tests.xml || tests=$$?; \
+timeout 220 $(1) -m benchmarks.gpu_check --json --out $(OUT) && exit $$tests
+endef
+
+ifeq ($(WHEELS),)
+gpu-check: install  ## tests and a short benchmark on this machine's GPU, results in OUT (WHEELS=.wheels: without network)
+	$(call GPU_CHECK,$(BIN)/python)
+else
+gpu-check:
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(GPU_SITE) $(WHEELS)/*.whl
+	$(call GPU_CHECK,env PYTHONPATH=$(abspath $(GPU_SITE)):$(CURDIR) $(PYTHON))
+endif
+
+gpu-wheels: install  ## collect in .wheels what a machine with torch, but without network, lacks (Python 3.12, Linux x86-64)
+	rm -rf .wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --constraint constraints.txt --dest .wheels \
+		--implementation cp --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 $(GPU_PACKAGES)
+	@du -sh .wheels
+
+clean:  ## remove the environment and everything built; runs and downloaded data stay
+	rm -rf $(VENV) .wheels build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

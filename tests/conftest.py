@@ -1,0 +1,24 @@
+"""What every test has: one thread a process, properties without a clock, and GPU tests only where there is a GPU."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks share the machine's cores
+
+import pytest
+from hypothesis import settings
+
+# A shared machine makes single examples slow, which is no failure. In CI the examples are the same every time.
+settings.register_profile("copus", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("copus")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where torch sees no CUDA device. Torch is imported only when there is such a test."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
