@@ -12,6 +12,12 @@ settings.register_profile("copus", deadline=None, derandomize=bool(os.environ.ge
 settings.load_profile("copus")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from every suite but `-m gpu`: without them the code under test runs on CPU and gloo, as in CI."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where torch sees no CUDA device. Torch is imported only when there is such a test."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -1,0 +1,279 @@
+"""A short check of one accelerator: step time, cost of measuring noise, peak memory, and what a change of batch costs.
+
+    python -m benchmarks.gpu_check [--quick] [--json] [--out DIR]
+
+One rank trains on random tokens, with the real backend. Variants are interleaved, so that a slow moment of the machine
+hits all of them. Without a CUDA device it says so and succeeds; `--quick` runs a tiny model on whatever there is, also
+on a CPU.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from copus.backends.base import Backend, StepResult, StepRules
+from copus.hardware import hardware_name, peak_memory_bytes, reset_peak_memory, software_name
+from copus.job import JobConfig, parse_job
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+
+FULL_MODEL = {
+    "layers": 12, "hidden": 1024, "ffn_hidden": 2816, "heads": 16, "kv_heads": 8, "seq_len": 1024, "vocab": 32000,
+}  # fmt: skip
+QUICK_MODEL = {"layers": 2, "hidden": 64, "ffn_hidden": 128, "heads": 4, "kv_heads": 2, "seq_len": 32, "vocab": 256}
+RULES = StepRules(lr=1e-4, betas=(0.9, 0.95))
+POOL = 64
+"""Different random sequences; later samples repeat them."""
+
+
+class Rank:
+    """A backend in training, and the clock around its steps."""
+
+    def __init__(self, job: JobConfig, backend: Backend) -> None:
+        self.backend = backend
+        self._sample = 0
+        generator = torch.Generator().manual_seed(0)
+        model = job.model
+        self._pool = torch.randint(0, model.vocab, (POOL, model.seq_len + 1), generator=generator)
+
+    def batches(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and labels of `count` sequences from `first` on, int64 of shape (count, seq_len)."""
+        rows = self._pool[torch.arange(first, first + count) % POOL]
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def change(self, after: Configuration) -> None:
+        """Go on in another configuration of the same layout: such a move writes nothing, so its folder is not used."""
+        assert after.layout == self.backend.configuration.layout
+        self.backend.move(after, Path("unused"))
+
+    def seconds(self, action: Callable[[], Any]) -> float:
+        """Duration of an action, the work that it left on the device included."""
+        self._wait()
+        begin = time.perf_counter()
+        action()
+        self._wait()
+        return time.perf_counter() - begin
+
+    def step(self, noise_source: str | None = None) -> StepResult:
+        """One optimizer step."""
+        first, self._sample = self._sample, self._sample + self.backend.configuration.global_batch
+        result = self.backend.train_step(self.batches, first, RULES, noise_source, False)
+        if result.skipped:
+            raise RuntimeError(f"{self.backend.configuration.label}: the gradient is not finite")
+        return result
+
+    def _wait(self) -> None:
+        if self.backend.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def make_job(quick: bool, precision: str) -> JobConfig:
+    """The job that is measured: one rank."""
+    return parse_job(
+        {
+            "name": "gpu-check",
+            "model": QUICK_MODEL if quick else FULL_MODEL,
+            "cluster": {"accelerators_per_node": 1},
+            "training": {"global_batch": 8, "micro_batch": 2, "tokens": 10**9, "precision": precision},
+        },
+        "gpu_check",
+    )
+
+
+def configuration(global_batch: int, micro_batch: int) -> Configuration:
+    """A configuration of the one layout that one rank has."""
+    return Configuration(layout=Layout(), micro_batch=micro_batch, global_batch=global_batch)
+
+
+def middle(values: list[float]) -> dict[str, float]:
+    """Median, and 10th and 90th percentile."""
+    low, median, high = np.percentile(values, (10, 50, 90))
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def measure_steps(rank: Rank, job: JobConfig, rounds: int, deadline: float) -> list[dict[str, Any]]:
+    """Step time and peak memory of a few micro-batches, in rounds, so that none has a moment of its own."""
+    candidates = [configuration(8, micro_batch) for micro_batch in (1, 2, 4, 8)]
+    times: dict[Configuration, list[float]] = {candidate: [] for candidate in candidates}
+    peaks: dict[Configuration, int | None] = {}
+    for done in range(rounds):
+        if done and time.monotonic() > deadline:
+            break
+        for candidate in list(times):
+            rank.change(candidate)
+            try:
+                rank.step()
+                reset_peak_memory()
+                times[candidate] += [rank.seconds(rank.step) for _ in range(3)]
+                peaks[candidate] = peak_memory_bytes()
+            except torch.OutOfMemoryError:  # of this device, with one rank: the other micro-batches are not concerned
+                del times[candidate]
+                torch.cuda.empty_cache()
+    rows: list[dict[str, Any]] = []
+    for candidate in candidates:
+        row: dict[str, Any] = {"configuration": candidate.label}
+        if candidate not in times:
+            rows.append({**row, "failure": "out of memory"})
+            continue
+        step = middle(times[candidate])
+        samples_per_second = candidate.global_batch / step["median"]
+        row |= {"step_seconds": step, "count": len(times[candidate]), "samples_per_second": samples_per_second}
+        row |= {"tokens_per_second": samples_per_second * job.model.seq_len, "peak_bytes": peaks[candidate]}
+        rows.append(row)
+    return rows
+
+
+def measure_noise(rank: Rank, pairs: int, deadline: float) -> dict[str, Any]:
+    """What measuring every micro-batch adds to a step: pairs of a step with and without it, in alternating order."""
+    rank.change(configuration(8, 2))
+    sources = (None, "microbatch")
+    for source in sources:
+        rank.step(source)
+    seconds: dict[str | None, list[float]] = {source: [] for source in sources}
+    for pair in range(pairs):
+        if pair >= 4 and time.monotonic() > deadline:
+            break
+        for source in sources if pair % 2 else sources[::-1]:
+            seconds[source].append(rank.seconds(lambda source=source: rank.step(source)))  # type: ignore[misc]
+    off, on = np.array(seconds[None]), np.array(seconds["microbatch"])
+    return {
+        "source": "microbatch",
+        "configuration": rank.backend.configuration.label,
+        "pairs": len(off),
+        "off_seconds": middle(seconds[None]),
+        "on_seconds": middle(seconds["microbatch"]),
+        "overhead_pct": middle(list(100 * (on / off - 1))),
+    }
+
+
+def measure_moves(rank: Rank) -> list[dict[str, Any]]:
+    """Change the global batch and the micro-batch, there and back: the move, the first step after it, a later one."""
+    moves = []
+    path = [configuration(8, 2), configuration(16, 2), configuration(16, 4), configuration(8, 2)]
+    rank.change(path[0])
+    for before, after in itertools.pairwise(path):
+        rank.step()
+        seconds = rank.seconds(functools.partial(rank.change, after))
+        first = rank.seconds(rank.step)
+        moves.append(
+            {
+                "before": before.label,
+                "after": after.label,
+                "move_seconds": seconds,
+                "first_step_seconds": first,
+                "later_step_seconds": middle([rank.seconds(rank.step) for _ in range(3)])["median"],
+            }
+        )
+    return moves
+
+
+def run(quick: bool, limit_seconds: float) -> dict[str, Any]:
+    """Everything, on the device that is there."""
+    begin = time.monotonic()
+    cuda = torch.cuda.is_available()
+    job = make_job(quick, "bf16" if cuda else "fp32")
+    from copus.backends.megatron.backend import MegatronBackend  # some seconds: not for --help
+
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1
+        )
+        backend = MegatronBackend(job, device)
+        backend.build(job.training.configuration)
+        rank = Rank(job, backend)
+        result = {
+            "benchmark": "gpu_check",
+            "quick": quick,
+            "device": hardware_name(job.cluster),
+            "software": software_name(),
+            "backend": backend.fingerprint().backend,
+            "precision": job.training.precision,
+            "model": job.model.model_dump(),
+            "parameters": job.model.parameters,
+            "steps": measure_steps(rank, job, 2 if quick else 5, begin + 0.6 * limit_seconds),
+            "noise": measure_noise(rank, 6 if quick else 20, begin + 0.9 * limit_seconds),
+            "moves": measure_moves(rank),
+        }
+        dist.destroy_process_group()
+    result["seconds"] = time.monotonic() - begin
+    return result
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The result for people."""
+    console.print(f"{result['device']} · {result['software']} · {result['parameters'] / 1e6:.0f} M parameters")
+    table = Table("configuration", "step ms", "10–90 %", "tokens/s", "peak MiB")
+    for row in result["steps"]:
+        if "failure" in row:
+            table.add_row(row["configuration"], row["failure"])
+            continue
+        step = row["step_seconds"]
+        table.add_row(
+            row["configuration"],
+            f"{1e3 * step['median']:.1f}",
+            f"{1e3 * step['low']:.1f}–{1e3 * step['high']:.1f}",
+            f"{row['tokens_per_second']:.0f}",
+            "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+        )
+    console.print(table)
+    overhead = result["noise"]["overhead_pct"]
+    console.print(
+        f"noise of every micro-batch: {overhead['median']:+.1f} % a step "
+        f"({overhead['low']:+.1f} to {overhead['high']:+.1f} %, {result['noise']['pairs']} pairs)"
+    )
+    for move in result["moves"]:
+        console.print(
+            f"{move['before']} → {move['after']}: {1e3 * move['move_seconds']:.2f} ms; first step "
+            f"{1e3 * move['first_step_seconds']:.1f} ms, later {1e3 * move['later_step_seconds']:.1f} ms",
+            soft_wrap=True,
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model, on a CPU too: whether it runs, not how fast"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--out", type=Path, help="also write gpu_check.json into this folder")
+    parser.add_argument(
+        "--limit-seconds", type=float, default=180.0, help="measure fewer rounds rather than take longer"
+    )
+    options = parser.parse_args(arguments)
+    console = Console(stderr=options.json, highlight=False)
+    if torch.cuda.is_available() or options.quick:
+        result = run(options.quick, options.limit_seconds)
+        show(result, console)
+    else:
+        result = {"benchmark": "gpu_check", "device": None, "message": "no CUDA device"}
+        console.print("no CUDA device: nothing was measured (--quick runs a tiny model on the CPU)")
+    text = json.dumps(result, indent=2)
+    if options.json:
+        print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        partial = options.out / ".gpu_check.json.partial"
+        partial.write_text(text + "\n")
+        partial.replace(options.out / "gpu_check.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

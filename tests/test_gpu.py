@@ -1,0 +1,118 @@
+"""What has to hold on an accelerator too, with one rank: the same checks on a CPU (default) and on CUDA (`-m gpu`).
+
+On CUDA they run in this process, on NCCL: a fork of a process that has asked for GPUs cannot use them.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from copus.backends.base import StepRules
+from copus.backends.megatron import groups
+from copus.backends.megatron.backend import MegatronBackend
+from copus.job import JobConfig
+from tests.megatron_jobs import configuration, random_batches, tiny_job
+from tests.ranks import run_ranks
+
+RULES = StepRules(lr=1e-3, betas=(0.9, 0.95))
+STILL = StepRules(lr=0.0, betas=(0.9, 0.95))
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def nccl() -> Iterator[None]:
+    """A world of one rank on NCCL, in this process."""
+    torch.cuda.set_device(0)
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+        yield
+        dist.destroy_process_group()
+
+
+@pytest.fixture(params=DEVICES)
+def on_device(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Calls a function with a device and more arguments on one rank, with `torch.distributed` set up."""
+    device = torch.device(request.param)
+    if device.type == "cpu":
+        return lambda function, *arguments: run_ranks(1, function, device, *arguments)[0]
+    request.getfixturevalue("nccl")
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(device, *arguments)
+        finally:
+            groups.destroy_groups()  # they are global to the process: the next model starts without
+
+    return call
+
+
+def built(device: torch.device, job: JobConfig) -> MegatronBackend:
+    """The job's backend on a device."""
+    backend = MegatronBackend(job, device)
+    backend.build(job.training.configuration)
+    return backend
+
+
+def train(backend: MegatronBackend, steps: int, first_sample: int = 0) -> list[float]:
+    """Losses of some steps of 8 sequences."""
+    return [
+        backend.train_step(random_batches, first_sample + 8 * step, RULES, None, False).loss for step in range(steps)
+    ]
+
+
+def losses_of_training(device: torch.device, precision: str) -> list[float]:
+    return train(built(device, tiny_job(1, micro_batch=2, precision=precision)), 40)
+
+
+def test_trains_and_bf16_follows_fp32(on_device) -> None:
+    losses = on_device(losses_of_training, "fp32")
+    assert losses[0] == pytest.approx(math.log(256), rel=0.05)  # nothing learned yet: the padded vocabulary at random
+    assert sum(losses[-5:]) / 5 < 0.97 * losses[0]
+    assert on_device(losses_of_training, "bf16") == pytest.approx(losses, rel=2e-3)
+
+
+def losses_with_moves(device: torch.device, precision: str, zero: int, moves: bool) -> list[float]:
+    """12 steps; with moves, to full recomputation and back, with another micro-batch, after 4 and 8 of them."""
+    backend = built(device, tiny_job(1, {"zero": zero}, micro_batch=2, precision=precision))
+    losses = train(backend, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        if moves:
+            assert backend.move(configuration(8, 2, zero=zero, recompute="full"), Path(folder) / "scratch") > 0
+        losses += train(backend, 4, 8 * 4)
+        if moves:
+            assert backend.move(configuration(8, 4, zero=zero), Path(folder) / "scratch") > 0
+        losses += train(backend, 4, 8 * 8)
+    return losses
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_moving_to_another_layout_changes_no_loss(on_device, precision: str, zero: int) -> None:
+    still = on_device(losses_with_moves, precision, zero, False)
+    moved = on_device(losses_with_moves, precision, zero, True)
+    assert moved == pytest.approx(still, rel=1e-4 if precision == "fp32" else 2e-3)
+    assert len(set(still)) == 12
+
+
+def step_with_parts(device: torch.device) -> tuple[float, list[float], list[float]]:
+    """|g|² of a step of 8 sequences, its parts' norms, and the norms of the same parts as steps of their own."""
+    backend = built(device, tiny_job(1, micro_batch=2))
+    whole = backend.train_step(random_batches, 0, STILL, "microbatch", False)
+    assert whole.parts is not None
+    assert whole.parts.part_size == 2
+    backend.move(configuration(2, 2), Path("unused"))
+    alone = [backend.train_step(random_batches, 2 * part, STILL, None, False).grad_sq for part in range(4)]
+    return whole.grad_sq, list(whole.parts.squared_norms), alone
+
+
+def test_part_norms_are_those_of_the_parts_alone(on_device) -> None:
+    grad_sq, parts, alone = on_device(step_with_parts)
+    assert parts == pytest.approx(alone, rel=1e-4)
+    assert grad_sq < sum(parts) / len(parts)  # the norm of a mean is below the mean of the norms
