@@ -5,6 +5,7 @@ small bad tree, so that a check which finds nothing is known to be able to find 
 """
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -115,24 +116,39 @@ def vague_files(root: Path) -> list[str]:
 
 
 def undocumented(root: Path) -> list[str]:
-    """Public modules, classes, functions and methods without a docstring."""
+    """Public modules, classes, functions and methods without a docstring.
+
+    A method needs none where another class of its file documents the method of that name (a protocol and what implements
+    it), nor does torch's `forward`.
+    """
     found = []
     for name, path in modules(root).items():
         tree = ast.parse(path.read_text())
         if not ast.get_docstring(tree):
             found.append(name)
-        scopes: list[tuple[str, ast.Module | ast.ClassDef]] = [(name, tree)]
-        while scopes:
-            scope, body = scopes.pop()
-            for node in body.body:
-                if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith(
-                    "_"
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        known = {"forward"} | {node.name for body in classes for node in functions(body) if ast.get_docstring(node)}
+        for node in (*functions(tree), *(node for node in tree.body if isinstance(node, ast.ClassDef))):
+            if not node.name.startswith("_") and not ast.get_docstring(node):
+                found.append(f"{name}.{node.name}")
+        for body in classes:
+            for node in functions(body):
+                if (
+                    not (body.name + node.name).startswith("_")
+                    and not ast.get_docstring(node)
+                    and node.name not in known
                 ):
-                    if not ast.get_docstring(node):
-                        found.append(f"{scope}.{node.name}")
-                    if isinstance(node, ast.ClassDef):
-                        scopes.append((f"{scope}.{node.name}", node))
+                    found.append(f"{name}.{body.name}.{node.name}")
     return found
+
+
+def functions(body: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Public functions that stand directly in a module or a class."""
+    return [
+        node
+        for node in body.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+    ]
 
 
 def left_out(root: Path) -> list[str]:
@@ -142,7 +158,18 @@ def left_out(root: Path) -> list[str]:
     return [name for name, path in modules(root).items() if ".".join(path.relative_to(root).parent.parts) not in packed]
 
 
-CHECKS = (upward_imports, misplaced_imports, ways_to_torch, vague_files, undocumented, left_out)
+def dead_paths(root: Path) -> list[str]:
+    """Files and folders that the documents name in backticks, and that are not there."""
+    named = re.compile(rf"`((?:{'|'.join(PACKAGES)}|tests|docs|examples|benchmarks)/[\w./-]*)`")
+    return [
+        f"{document.relative_to(root)}: {path}"
+        for document in sorted({*root.glob("*.md"), *root.glob("docs/*.md")})
+        for path in named.findall(document.read_text())
+        if not (root / path).exists() and not path.startswith("benchmarks/results")
+    ]
+
+
+CHECKS = (upward_imports, misplaced_imports, ways_to_torch, vague_files, undocumented, left_out, dead_paths)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -220,7 +247,10 @@ BAD_TREE = {
     "profiles/utils.py": '"""."""\nfrom planner import choose\n',
     "profiles/lazy.py": '"""."""\ndef _f():\n    import importlib\n    importlib.import_module("copus.loop")\n',
     "planner/__init__.py": "",
-    "planner/choose.py": '"""."""\nclass Choice:\n    def score(self): ...\n    def _private(self): ...\n',
+    "planner/choose.py": '"""."""\nclass Choice:\n    def score(self): ...\n    def _private(self): ...\n'
+    "class _Other:\n    def free(self): ...\ndef choose(): ...\n",
+    "planner/known.py": '"""."""\nclass A:\n    """."""\n    def run(self):\n        """."""\n'
+    'class B:\n    """."""\n    def run(self): ...\n    def forward(self): ...\n',
     "planner/deep/relative.py": '"""."""\nfrom ..up import rank\nfrom .. import choose\n',
     "planner/up.py": '"""."""\ntry:\n    from torch import nn\nexcept ImportError:\n    nn = None\n',
     "copus/__init__.py": '"""."""\n',
@@ -229,6 +259,7 @@ BAD_TREE = {
     "copus/backends/__init__.py": '"""."""\n',
     "copus/backends/megatron/__init__.py": '"""."""\nimport megatron.core\nimport deepspeed\n',
     "launch/__init__.py": '"""."""\nfrom copus import events\n',
+    "docs/rooms.md": "The loop is `copus/loop.py`, the view `launch/watch.py`, the rest `planner/`.",
 }
 
 
@@ -258,5 +289,11 @@ def test_checks_find_what_is_wrong(bad_tree: Path) -> None:
         "profiles.lazy → copus.loop → megatron",
     } <= set(ways_to_torch(bad_tree))
     assert vague_files(bad_tree) == ["profiles/utils.py"]
-    assert undocumented(bad_tree) == ["planner", "planner.choose.Choice", "planner.choose.Choice.score"]
+    assert undocumented(bad_tree) == [
+        "planner",
+        "planner.choose.choose",
+        "planner.choose.Choice",
+        "planner.choose.Choice.score",
+    ]
     assert left_out(bad_tree) == ["planner.deep.relative", "launch"]
+    assert dead_paths(bad_tree) == ["docs/rooms.md: launch/watch.py"]
