@@ -118,8 +118,8 @@ def vague_files(root: Path) -> list[str]:
 def undocumented(root: Path) -> list[str]:
     """Public modules, classes, functions and methods without a docstring.
 
-    A method needs none where another class of its file documents the method of that name (a protocol and what implements
-    it), nor does torch's `forward`.
+    A method needs none where another class of its file documents the method of that name (a protocol and what
+    implements it), nor does torch's `forward`.
     """
     found = []
     for name, path in modules(root).items():
