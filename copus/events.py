@@ -1,6 +1,7 @@
 """The event log of a run: `events.jsonl`, append-only, one JSON object a line.
 
-Every event says when it happened in time, steps and samples. docs/events.md is the schema for people; the classes here are the schema.
+Every event says when it happened in time, steps and samples. docs/events.md is the schema for people; the classes here
+are the schema.
 Readers skip types and fields that they do not know, so that a newer run can be looked at with an older command.
 """
 
@@ -75,8 +76,8 @@ class Step(Event):
     """One optimizer step."""
 
     type: Literal["step"] = "step"
-    loss: float
-    """Mean training loss of the step, nats a token."""
+    loss: float | None
+    """Mean training loss of the step, nats a token; None where it was not finite."""
     grad_norm: float | None
     """Norm of the gradient before clipping; None where it was not finite."""
     lr: float
@@ -141,8 +142,8 @@ class Evaluate(Event):
     """Held-out loss."""
 
     type: Literal["evaluate"] = "evaluate"
-    loss: float
-    """Mean loss, nats a token."""
+    loss: float | None
+    """Mean loss, nats a token; None where it was not finite."""
     sequences: int
     """Held-out sequences."""
     seconds: float
@@ -191,12 +192,15 @@ class EventLog:
     """Appends events to a run's `events.jsonl`. One writer: rank 0."""
 
     def __init__(self, run: Path) -> None:
-        self._file = open(run / "events.jsonl", "ab", buffering=0)  # noqa: SIM115 (lives as long as the run)
+        self._file = open(run / "events.jsonl", "a+b", buffering=0)  # noqa: SIM115 (lives as long as the run)
+        if self._file.tell() and os.pread(self._file.fileno(), 1, self._file.tell() - 1) != b"\n":
+            self._file.write(b"\n")  # the writer before died in the middle of a line: do not lose this one with it
 
-    def write(self, event: Event) -> None:
-        """Append one line in one write, so that a reader never sees half an event of a live writer."""
+    def write(self, event: Event) -> Event:
+        """Stamp the event with the time and append it, in one write, so that a reader never sees half of it. The stamped event."""
         stamped = event.model_copy(update={"time": clock.time()})
         self._file.write(stamped.model_dump_json().encode() + b"\n")
+        return stamped
 
     def close(self) -> None:
         """Flush to disk and close."""
@@ -217,10 +221,9 @@ def read_events(run: Path) -> Iterator[Event]:
 
 
 def parse_event(line: bytes) -> Event | None:
-    """One line of `events.jsonl`; None for a torn line or a type this version does not know."""
+    """One line of `events.jsonl`; None for a torn line, or for a type or a value that this version does not know."""
     try:
         values: dict[str, Any] = json.loads(line)
-        kind = KINDS[values["type"]]
-    except (ValueError, KeyError, TypeError):
+        return KINDS[values["type"]].model_validate(values)
+    except (ValueError, KeyError, TypeError):  # pydantic's ValidationError is a ValueError
         return None
-    return kind.model_validate(values)

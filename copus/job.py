@@ -3,11 +3,21 @@
 `load_job` is the only door: whatever is wrong with a job file is raised here, before any process starts.
 """
 
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from planner.config import PlannerConfig
 from profiles.cluster import Cluster
@@ -22,11 +32,15 @@ class JobError(Exception):
     """What the user has to mend, in one line. The command prints it and exits with 2."""
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""A decay rate of a moving average."""
+
+
 class DataConfig(Record):
     """Text, and how it becomes tokens. `copus data` prepares it; `copus submit` does so too when it has not been."""
 
     source: str | list[Path] = "shakespeare"
-    """`shakespeare` (fetched once, hash-checked), or text files, JSONL files (one `text` a line) and folders of them."""
+    """`shakespeare` (fetched once, hash-checked), or text files, JSONL files (a `text` a line) and folders of them."""
     held_out: list[str] = Field(default_factory=list)
     """Works kept for validation, by name (`hamlet`) or shell pattern. Whole works, never offsets."""
     tokenizer: Path | None = None
@@ -66,7 +80,7 @@ class TrainingConfig(Record):
     """B_ref in κ = B / B_ref; None means `global_batch`."""
     lr_batch_exponent: float = Field(default=0.5, ge=0, le=1)
     """a in lr × κ^a: 0.5 for Adam (Malladi et al. 2022), 1 for SGD, 0 for none."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Adam's β1 and β2 at `reference_batch`. β2 keeps its half-life in tokens: β2(B) = β2^κ (2507.07101)."""
     beta2_follows_batch: bool = True
     """Whether β2 changes with the batch as said above."""
@@ -103,7 +117,7 @@ class LaunchConfig(Record):
     threads_per_rank: PositiveInt = 1
     """OMP_NUM_THREADS of each rank."""
     max_restarts: NonNegativeInt = 0
-    """Times that the elastic agent may restart the workers after a failure; each restart resumes from the newest checkpoint."""
+    """Times that the elastic agent may restart the workers after a failure, each time from the newest checkpoint."""
     timeout_seconds: PositiveFloat = 600.0
     """A collective that takes longer than this is taken for a hang."""
 
@@ -134,8 +148,17 @@ class JobConfig(Record):
         _located("training", lambda: self.training.configuration)
         for index, layout in enumerate(self.planner.layouts or []):
             _located(f"planner.layouts.{index}", lambda layout=layout: layout.check(self.model, self.cluster))
-        if self.training.tokens < self.model.seq_len:
-            raise ValueError(f"training.tokens({self.training.tokens}) is less than one sequence ({self.model.seq_len} tokens)")
+        training = self.training
+        if training.tokens < self.model.seq_len:
+            raise ValueError(
+                f"training.tokens({training.tokens}) is less than one sequence, model.seq_len({self.model.seq_len})"
+            )
+        if training.warmup_tokens > training.tokens:
+            raise ValueError(
+                f"training.warmup_tokens({training.warmup_tokens}) is more than training.tokens({training.tokens})"
+            )
+        if training.min_lr > training.lr:
+            raise ValueError(f"training.min_lr({training.min_lr:g}) is larger than training.lr({training.lr:g})")
         return self
 
     @property
@@ -167,8 +190,14 @@ def _first_message(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         message = "unknown key"
     elif first["type"] not in ("value_error", "missing"):
-        message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
-    return f"{place}: {message}" if place else message
+        message = f"{message[0].lower()}{message[1:]}, got {_shortened(first['input'])}"
+    return f"{_shortened(place, 200, str)}: {message}" if place else message
+
+
+def _shortened(value: Any, longest: int = 80, spell: Callable[[Any], str] = repr) -> str:
+    """A value of the user's for a message: on one line, without control codes, not too long."""
+    text = "".join(letter if letter.isprintable() else "�" for letter in spell(value))
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def parse_job(values: Any, where: str = "job") -> JobConfig:
@@ -176,9 +205,26 @@ def parse_job(values: Any, where: str = "job") -> JobConfig:
     if not isinstance(values, dict):
         raise JobError(f"{where}: a job file is a mapping of sections, got {type(values).__name__}")
     try:
-        return JobConfig.model_validate(values)
+        job = JobConfig.model_validate(values)
     except ValidationError as error:
         raise JobError(f"{where}: {_first_message(error)}") from None
+    for complaint in _misread(values, job, ""):
+        raise JobError(f"{where}: {complaint}")
+    return job
+
+
+def _misread(written: Any, read: Any, place: str) -> Iterator[str]:
+    """What pydantic takes and a person would not: `true` as the number 1, 1 as `true`, and infinity as a length."""
+    if isinstance(written, dict):
+        for name, value in written.items():
+            yield from _misread(value, getattr(read, name), f"{place}.{name}" if place else name)
+    elif isinstance(written, list):
+        for index, (value, item) in enumerate(zip(written, read, strict=True)):
+            yield from _misread(value, item, f"{place}.{index}")
+    elif isinstance(written, bool) != isinstance(read, bool):
+        yield f"{place}: input should be {'true or false' if isinstance(read, bool) else 'a number'}, got {written!r}"
+    elif isinstance(read, float) and not math.isfinite(read):
+        yield f"{place}: input should be a finite number, got {written!r}"
 
 
 def load_job(path: Path, overrides: list[str] | None = None) -> JobConfig:
@@ -188,31 +234,49 @@ def load_job(path: Path, overrides: list[str] | None = None) -> JobConfig:
     impossible arithmetic.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise JobError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path}: not YAML: {error}") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise JobError(f"{path}: a job file is a mapping of sections, got {type(values).__name__}")
     for override in overrides or []:
         _apply_override(values, override)
     return parse_job(values, str(path))
 
 
-def _apply_override(values: Any, override: str) -> None:
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two `training` sections, PyYAML drops the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that there is not
+        raise JobError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise JobError(f"--set {override}: expected section.field=value")
     *sections, field = key.split(".")
-    for section in sections:
-        if not isinstance(values, dict):
-            raise JobError(f"--set {override}: {section} is not a section")
-        values = values.setdefault(section, {})
-    if not isinstance(values, dict):
-        raise JobError(f"--set {override}: {'.'.join(sections)} is not a section")
-    try:
-        values[field] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise JobError(f"--set {override}: not YAML: {' '.join(str(error).split())}") from None
+    for depth, section in enumerate(sections, start=1):
+        inner = values.get(section) or {}
+        if not isinstance(inner, dict):
+            raise JobError(f"--set {override}: {'.'.join(sections[:depth])} is not a section")
+        values[section] = dict(inner)  # a copy: a YAML anchor may share it with another section
+        values = values[section]
+    values[field] = _parse_yaml(text, f"--set {override}")
 
 
 def dump_job(job: JobConfig) -> str:

@@ -1,0 +1,110 @@
+"""Standing by the workers of a run until they are gone: progress, interrupts, and what to say at the end."""
+
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from copus.job import JobConfig
+from launch.engines import Engine, Workers
+from launch.follow import Follower
+from launch.interrupts import Interrupts
+from launch.progress import Progress
+from launch.run_directory import clear_stop, request_stop, shown
+from launch.status import RunStatus
+
+POLL_SECONDS = 0.2
+"""Time between two looks at the workers and their events."""
+LAST_LINES = 15
+"""Lines of a failing rank's stderr that are shown."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it ended."""
+
+    exit_code: int
+    """0, 1 where workers failed, 128 + signal where they were stopped."""
+    reason: str
+    """finished, max_minutes, interrupted, killed, failed."""
+    status: RunStatus
+    """The run's last state."""
+    seconds: float
+    """How long it took."""
+
+
+def attend(
+    engine: Engine,
+    run: Path,
+    job: JobConfig,
+    lock: int,
+    interrupts: Interrupts,
+    console: Console,
+    *,
+    profile_only: bool = False,
+) -> Outcome:
+    """Start the workers and stay until they are gone. One interrupt stops them with a checkpoint, a second kills."""
+    follower, status = Follower(run), RunStatus()
+    status.update(follower.read())
+    status.forget_ending()
+    clear_stop(run)
+    workers = engine.start(run, job, lock, profile_only=profile_only)
+    heard = 0
+    try:
+        with Progress(console, run, status) as progress:
+            while (code := workers.poll()) is None:
+                if interrupts.count > heard:
+                    heard = _interrupt(interrupts, heard, run, workers, progress)
+                _show_new(follower, status, progress)
+                time.sleep(POLL_SECONDS)
+            _show_new(follower, status, progress)
+            seconds = progress.elapsed_seconds
+    finally:
+        if workers.poll() is None:  # this command itself failed: do not leave them behind
+            workers.terminate()
+    if heard > 1:
+        return Outcome(128 + (interrupts.signal or 0), "killed", status, seconds)
+    ended = status.end is not None or profile_only or heard > 0
+    if code or not ended:
+        _explain_failure(code, workers, status)
+        return Outcome(1, "failed", status, seconds)
+    reason = status.end.reason if status.end else "interrupted" if heard else "finished"
+    if reason == "interrupted":  # without a signal to this command: somebody else asked the workers to stop
+        return Outcome(128 + (interrupts.signal or signal.SIGTERM), reason, status, seconds)
+    return Outcome(0, reason, status, seconds)
+
+
+def _show_new(follower: Follower, status: RunStatus, progress: Progress) -> None:
+    events = follower.read()
+    status.update(events)
+    progress.show(events)
+
+
+def _interrupt(interrupts: Interrupts, heard: int, run: Path, workers: Workers, progress: Progress) -> int:
+    """Pass an interrupt on. Returns the number of interrupts dealt with."""
+    if heard == 0:
+        request_stop(run)
+        progress.say("stopping at the next step, checkpointing (once more: end at once)")
+        return 1
+    progress.say("ending the workers at once: a resume will go on from the newest checkpoint")
+    workers.kill()
+    return max(2, interrupts.count)
+
+
+def _explain_failure(code: int, workers: Workers, status: RunStatus) -> None:
+    """One line that says what went wrong, then where to read more, on stderr."""
+    rank = status.failure.rank if status.failure else workers.failed_rank()
+    if status.failure:
+        what = f"rank {rank} failed: {status.failure.message}"
+    else:
+        who = "the workers" if rank is None else f"rank {rank}"
+        what = f"{who} ended without saying why (exit code {code})"
+    lines = [f"copus: {what}", f"  logs: {shown(workers.logs)}"]
+    log = workers.error_log(rank) if rank is not None else None
+    if log is not None:
+        last = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        lines += [f"  last lines of {shown(log)}:", *(f"    {line}" for line in last)]
+    print("\n".join(lines), file=sys.stderr)

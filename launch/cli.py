@@ -1,0 +1,175 @@
+"""The `copus` command: what can be typed, and its help. What each command does is in the file of its name.
+
+Nothing heavy is imported here: `copus --help` is for people, and answers at once.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg, subcommand
+
+JobFile = Annotated[Path, arg(metavar="JOB.yaml")]
+OptionalJobFile = Annotated[Path | None, arg(metavar="[JOB.yaml]", help_behavior_hint="")]
+Run = Annotated[str, arg(metavar="RUN", name="run")]
+Overrides = Annotated[list[str], UseAppendAction, arg(name="set", metavar="SECTION.FIELD=VALUE")]
+
+
+class Command(Protocol):
+    """A subcommand with its arguments."""
+
+    def run(self) -> int:
+        """Do it. Returns the exit code."""
+
+
+@dataclass
+class Submit:
+    """Train a job; it moves to a better batch and layout while it runs. Ctrl-C stops it with a checkpoint.
+
+    Examples: copus submit examples/shakespeare.yaml --set training.seed=7 · copus submit --resume shakespeare
+    """
+
+    job: Positional[OptionalJobFile] = None
+    """Job file. With --resume: settings to go on with, instead of the run's own."""
+    overrides: Overrides = field(default_factory=list)
+    """Override a field of the job file."""
+    resume: Annotated[str | None, arg(metavar="RUN")] = None
+    """Go on with this run (a path, or a name below ./runs), exactly where it was."""
+    json: bool = False
+    """Print the result as one JSON object on stdout, and the progress on stderr."""
+
+    def run(self) -> int:
+        from launch.submit import submit
+
+        return submit(self.job, self.overrides, self.resume, as_json=self.json)
+
+
+@dataclass
+class Explain:
+    """Show a decision of the planner: every candidate, the choice, the reason, and predicted against seen.
+
+    Example: copus explain shakespeare --decision 3
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs."""
+    decision: Annotated[int | None, arg(metavar="N")] = None
+    """Number of the decision; without it the newest that moved the job, else the newest."""
+    all: bool = False
+    """Show every candidate, not only the best."""
+    json: bool = False
+    """Print one JSON object, always with every candidate."""
+
+    def run(self) -> int:
+        from launch.explain import explain
+
+        return explain(self.run_name, self.decision, as_json=self.json, all_candidates=self.all)
+
+
+@dataclass
+class Plot:
+    """Draw loss, noise, batch, layout and throughput of a run over tokens.
+
+    Example: copus plot shakespeare --output shakespeare.svg
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs."""
+    output: Annotated[Path | None, arg(metavar="FILE.png|.svg")] = None
+    """File to write; RUN/plot.png if it is not given."""
+    json: bool = False
+    """Print the file's path as a JSON object."""
+
+    def run(self) -> int:
+        from launch.plot import plot
+
+        return plot(self.run_name, self.output, as_json=self.json)
+
+
+@dataclass
+class Data:
+    """Fetch and tokenize the text of a job, unless that is done already, and print where it lies.
+
+    Example: copus data examples/shakespeare.yaml
+    """
+
+    job: Positional[JobFile]
+    """Job file."""
+    overrides: Overrides = field(default_factory=list)
+    """Override a field of the job file."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> int:
+        from launch.data import data
+
+        return data(self.job, self.overrides, as_json=self.json)
+
+
+@dataclass
+class Profile:
+    """Measure the step time of a job's configurations on this machine and keep it in the throughput table.
+
+    Example: copus profile examples/shakespeare.yaml --set profile.budget_seconds=600
+    """
+
+    job: Positional[JobFile]
+    """Job file."""
+    overrides: Overrides = field(default_factory=list)
+    """Override a field of the job file."""
+    json: bool = False
+    """Print one JSON object on stdout, and the progress on stderr."""
+
+    def run(self) -> int:
+        from launch.profile import profile
+
+        return profile(self.job, self.overrides, as_json=self.json)
+
+
+Commands = (
+    Annotated[Submit, subcommand("submit")]
+    | Annotated[Data, subcommand("data")]
+    | Annotated[Profile, subcommand("profile")]
+    | Annotated[Explain, subcommand("explain")]
+    | Annotated[Plot, subcommand("plot")]
+)
+
+DESCRIPTION = (
+    "Trains language models, and chooses batch and layout together while they train. `copus COMMAND --help` says more."
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns the exit code: 0, 1 where workers failed, 2 for what the user has to mend, 128 + signal where stopped.
+    """
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that lacks a sign gets a "?"
+    command: Command = tyro.cli(
+        Commands,
+        prog="copus",
+        description=DESCRIPTION,
+        args=arguments,
+        config=(FlagCreatePairsOff, OmitArgPrefixes),
+    )
+    from copus.job import JobError  # after the parsing: --help needs none of it
+
+    try:
+        code = command.run()
+        sys.stdout.flush()
+        return code
+    except JobError as error:
+        print(f"copus: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader (`head`, a pager) has seen enough; keep the interpreter's own flush quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""`copus data`, and the data step of every command that trains: text to tokens, in a process of its own."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from copus.job import JobConfig, load_job
+from launch.interrupts import Interrupts
+from launch.process import python_module, run_module
+from launch.run_directory import portable, write_job
+
+
+def check(job: JobConfig) -> None:
+    """Raise JobError where the text or the tokenizer of a job is wrong. Writes nothing."""
+    from copus.data.prepared import check_data
+
+    check_data(job)
+
+
+def prepare(job: JobConfig, job_file: Path, interrupts: Interrupts) -> int:
+    """Prepare the job's data unless it is there, with `job_file` as what the process reads. Returns its exit code."""
+    from copus.data.prepared import is_prepared
+
+    return 0 if is_prepared(job) else run_module(python_module("copus.data", job_file), interrupts)
+
+
+def data(job_file: Path, overrides: list[str], *, as_json: bool = False) -> int:
+    """Prepare the data of a job file and print where it lies."""
+    from copus.data.prepared import prepared_path
+
+    job = portable(load_job(job_file, overrides))
+    check(job)
+    with tempfile.TemporaryDirectory() as folder, Interrupts() as interrupts:
+        write_job(Path(folder), job)
+        code = prepare(job, Path(folder) / "job.yaml", interrupts)
+    if code == 0:
+        path = str(prepared_path(job))
+        print(json.dumps({"prepared": path}) if as_json else path)
+    return code

@@ -1,0 +1,219 @@
+"""`copus explain`: what the planner saw, what it chose and why, and whether it was right about it."""
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from copus.events import DecisionMade, Event, Reconfigure, Start, Step, parse_event
+from copus.job import JobError, load_job
+from launch.follow import event_lines
+from launch.run_directory import find_run, shown
+from launch.status import count, noise_interval
+from profiles.decision import CandidateScore, Decision
+
+BEST = 20
+"""Candidates shown, unless all are asked for. The chosen and the current one are always there."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A decision and what came after it."""
+
+    event: DecisionMade
+    """The decision, and when it was taken."""
+    why: str
+    """Why this decision and no other is explained."""
+    first: int
+    """Number of the run's first decision."""
+    last: int
+    """Number of its last decision."""
+    predicted_step_seconds: float | None
+    """What the planner expected of the chosen configuration."""
+    seen_step_seconds: float | None
+    """Median of the steps that ran in it afterwards, up to the next move; None where there were none."""
+    seen_steps: int
+    """How many these were."""
+
+    @property
+    def decision(self) -> Decision:
+        """The decision."""
+        return self.event.decision
+
+
+def explain(run_text: str, number: int | None, *, as_json: bool = False, all_candidates: bool = False) -> int:
+    """Print a decision of a run. Raises JobError where there is no such run or decision."""
+    run = find_run(run_text)
+    explanation = explanation_of(run, number)
+    if as_json:
+        print(json.dumps(as_values(run, explanation)))
+    else:
+        _print(run, explanation, all_candidates)
+    return 0
+
+
+def explanation_of(run: Path, number: int | None) -> Explanation:
+    """Find a decision: `number`, else the newest that moved the job, else the newest. Raises JobError without one."""
+    decisions: dict[int, tuple[int, bytes]] = {}  # place in the history, and the line: only one is parsed
+    history: list[bytes] = []
+    moving = None
+    for line in event_lines(run, "start", "step", "reconfigure", "decision"):
+        if line.kind == "decision":
+            if (found := line.decision_number()) is not None:
+                decisions[found] = (len(history), line.text)
+            continue
+        history.append(line.text)
+        if line.kind == "reconfigure" and isinstance(event := parse_event(line.text), Reconfigure):
+            moving = event.decision
+    if not decisions:
+        raise JobError(f"{shown(run)}: the planner has decided nothing yet")
+    first, last = min(decisions), max(decisions)
+    if number is not None and number not in decisions:
+        raise JobError(f"--decision {number}: {shown(run)} has decisions {first} to {last}")
+    if number is not None:
+        chosen, why = number, ""
+    elif moving in decisions and moving is not None:
+        chosen, why = moving, "the newest that moved the job"
+    else:
+        chosen, why = last, "the newest; none has moved the job"
+    position, text = decisions[chosen]
+    made = parse_event(text)
+    if not isinstance(made, DecisionMade):
+        raise JobError(f"{shown(run)}: decision {chosen} was written by another version of copus")
+    steps = _steps_after(made.decision, map(parse_event, history[position:]))
+    predicted = next(
+        (c.step_seconds for c in made.decision.candidates if c.configuration == made.decision.chosen), None
+    )
+    seen = statistics.median(steps) if steps else None
+    return Explanation(made, why, first, last, predicted, seen, len(steps))
+
+
+def _steps_after(decision: Decision, later: Iterable[Event | None]) -> list[float]:
+    """Durations of the steps that ran in the chosen configuration after the decision, up to the next move."""
+    seconds: list[float] = []
+    running = not decision.switch
+    for event in later:
+        if isinstance(event, Reconfigure):
+            if event.decision != decision.number:
+                break
+            running = True
+        elif isinstance(event, Start):
+            running = event.configuration == decision.chosen
+        elif isinstance(event, Step) and running:
+            seconds.append(event.seconds)
+    return seconds
+
+
+def as_values(run: Path, explanation: Explanation) -> dict[str, object]:
+    """The explanation as plain values, for `--json`."""
+    event = explanation.event
+    return {
+        "run": str(run),
+        "decisions": {"first": explanation.first, "last": explanation.last},
+        "time": event.time,
+        "step": event.step,
+        "samples_consumed": event.samples_consumed,
+        "seconds": event.seconds,
+        "decision": explanation.decision.model_dump(mode="json") | {"switch": explanation.decision.switch},
+        "predicted_step_seconds": explanation.predicted_step_seconds,
+        "seen_step_seconds": explanation.seen_step_seconds,
+        "seen_steps": explanation.seen_steps,
+    }
+
+
+def shown_candidates(decision: Decision, all_candidates: bool) -> list[CandidateScore]:
+    """The best ones, and always the chosen and the current one."""
+    kept = {decision.chosen, decision.current}
+    return [
+        candidate
+        for place, candidate in enumerate(decision.candidates)
+        if all_candidates or place < BEST or candidate.configuration in kept
+    ]
+
+
+def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    decision = explanation.decision
+    rows = shown_candidates(decision, all_candidates)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layout")
+    for name in ("micro-batch", "global batch", "samples/s", "±"):
+        table.add_column(name, justify="right")
+    table.add_column("source")
+    for name in ("efficiency", "goodput", "vs current", "memory"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for candidate in rows:
+        configuration = candidate.configuration
+        spread = None
+        if candidate.samples_per_second and candidate.step_seconds and candidate.step_seconds_spread is not None:
+            spread = candidate.samples_per_second * candidate.step_seconds_spread / candidate.step_seconds
+        chosen, current = configuration == decision.chosen, configuration == decision.current
+        table.add_row(
+            configuration.layout.label,
+            str(configuration.micro_batch),
+            str(configuration.global_batch),
+            _number(candidate.samples_per_second, ".1f"),
+            _number(spread, ".1f"),
+            Text(candidate.source),
+            _number(candidate.efficiency, ".3f"),
+            _number(candidate.goodput, ".2f"),
+            _number(candidate.gain, "+.1%"),
+            "–" if candidate.peak_bytes is None else f"{candidate.peak_bytes / 2**30:.2f} GiB",
+            Text(candidate.verdict),
+            style="bold green" if chosen else "cyan" if current else "",
+        )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no width to fit into
+    console.print(Text("\n".join(_heading(run, explanation))), soft_wrap=True)
+    console.print(table)
+    if len(rows) < len(decision.candidates):
+        console.print(
+            Text(f"{len(rows)} of {len(decision.candidates)} candidates; --all shows the others", style="dim")
+        )
+
+
+def _heading(run: Path, explanation: Explanation) -> list[str]:
+    decision, event = explanation.decision, explanation.event
+    try:
+        when = f"{count(event.samples_consumed * load_job(run / 'job.yaml').model.seq_len)} tokens"
+    except JobError:  # the run is from another version; what it decided can still be read
+        when = f"{event.samples_consumed} sequences"
+    why = f" ({explanation.why})" if explanation.why else ""
+    noise, factor = decision.noise, decision.critical_batch_factor
+    interval = noise_interval(noise.value, noise.low, noise.high)
+    critical = "unknown" if decision.critical_batch is None else f"{decision.critical_batch:.3g} sequences"
+    formula = {"plain": "throughput × efficiency", "lr-aware": "throughput × efficiency × √batch"}[decision.objective]
+    outcome = f"stay at {decision.current.label}"
+    if decision.switch:
+        gain = "" if decision.predicted_gain is None else f", predicted goodput {decision.predicted_gain:+.1%}"
+        outcome = f"{decision.current.label} → {decision.chosen.label}{gain}"
+    lines = [
+        f"{shown(run)}: decision {decision.number} of {explanation.first}–{explanation.last}{why}",
+        f"  when       step {event.step}, {when}",
+        f"  noise      B_simple = {interval} sequences, from {noise.samples} steps",
+        f"  critical   φ = {factor:g} · B_simple = {critical}",
+        f"  objective  {decision.objective}: goodput = {formula}, efficiency = 1 / (1 + batch/φ)",
+        f"  policy     {decision.policy}, thought for {event.seconds * 1000:.0f} ms",
+        f"  outcome    {outcome}",
+        f"  reason     {decision.reason}",
+    ]
+    predicted, seen = explanation.predicted_step_seconds, explanation.seen_step_seconds
+    if seen is None:
+        seen_text = "no step has run in it since"
+    else:
+        seen_text = f"seen {seen * 1000:.0f} ms a step (median of {explanation.seen_steps})"
+        if predicted:
+            seen_text += f", {seen / predicted - 1:+.1%}"
+    predicted_text = "no prediction" if predicted is None else f"predicted {predicted * 1000:.0f} ms"
+    return [*lines, f"  chosen     {predicted_text}, {seen_text}"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

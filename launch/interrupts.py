@@ -1,0 +1,31 @@
+"""Ctrl-C and SIGTERM as something to look at, instead of an exception in the middle of anything."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupts:
+    """While it is entered, SIGINT and SIGTERM are counted and do nothing else."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Signals seen."""
+        self.signal: int | None = None
+        """The first one: the exit code is 128 + this."""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.signal = self.signal or number

@@ -1,0 +1,65 @@
+"""Starting Python modules of this distribution as processes."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launch.interrupts import Interrupts
+
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
+
+
+def python_module(module: str, *arguments: str | Path) -> list[str]:
+    """Command line that runs a module with this interpreter."""
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def python_environment() -> dict[str, str]:
+    """Environment in which modules are found where this command's own are, whatever folder it was typed in.
+
+    `python -m` looks in the current folder first; a folder `profiles` or `launch` of the user's would hide ours.
+    """
+    root = str(Path(__file__).resolve().parent.parent)
+    inherited = os.environ.get("PYTHONPATH")
+    return os.environ | {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root]),
+    }
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """For `Popen(preexec_fn=…)`: the child gets SIGTERM when its parent dies, however it dies. None without prctl."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl  # loaded before the fork: nothing but the call itself happens between fork and exec
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died in between
+            os._exit(1)
+
+    return ask
+
+
+def run_module(command: list[str], interrupts: Interrupts) -> int:
+    """Run a command in the foreground; SIGINT and SIGTERM end it too. Returns its exit code (128 + signal).
+
+    All that it prints goes to stderr: it is progress, and stdout is for this command's own result.
+    """
+    child = subprocess.Popen(command, env=python_environment(), stdout=2, preexec_fn=die_with_parent())
+    passed_on = 0
+    while child.poll() is None:
+        if interrupts.count > passed_on:
+            passed_on = interrupts.count
+            child.terminate() if passed_on == 1 else child.kill()
+        time.sleep(0.05)
+    if interrupts.signal:
+        return 128 + interrupts.signal
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode

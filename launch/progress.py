@@ -1,0 +1,124 @@
+"""Live progress of a run: a panel on a terminal, plain lines elsewhere."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from copus.events import Evaluate, Event, Profile, Reconfigure
+from launch.run_directory import shown
+from launch.status import RunStatus, count, duration, measured, moved, noise_interval
+
+LINE_SECONDS = 10.0
+"""Time between plain lines."""
+
+
+class Progress:
+    """Shows a `RunStatus` while it is entered. Without a terminal it writes whole lines and no control codes."""
+
+    def __init__(self, console: Console, run: Path, status: RunStatus) -> None:
+        self._console = console
+        self._run = run
+        self._status = status
+        self._began = time.monotonic()
+        self._next_line = self._began
+        self._live = (
+            Live(console=console, auto_refresh=False, get_renderable=self._panel) if console.is_terminal else None
+        )
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since this command started."""
+        return time.monotonic() - self._began
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        self._console.print(Text(line), soft_wrap=True)
+
+    def show(self, events: list[Event]) -> None:
+        """Show the status as it is after these new events."""
+        for event in events:
+            if isinstance(event, Reconfigure):
+                self.say(moved(event))
+            elif isinstance(event, Profile) and not self._live:
+                self.say(measured(event))
+            elif isinstance(event, Evaluate) and not self._live:
+                self.say(f"validation loss {loss(event.loss)} at {self._tokens(event.samples_consumed)} tokens")
+        if self._live:
+            self._live.refresh()
+        else:
+            self._plain()
+
+    def _plain(self) -> None:
+        if time.monotonic() < self._next_line or self._status.profile:  # measurements have lines of their own
+            return
+        self._next_line = time.monotonic() + LINE_SECONDS
+        self.say(" · ".join(f"{name} {value}".strip() for name, value in self._facts()))
+
+    def _tokens(self, samples: int) -> str:
+        return count(samples * self._status.start.seq_len) if self._status.start else f"{samples} sequences"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """Name and value of everything that is known, in the order that people look for it."""
+        status = self._status
+        if status.profile:
+            return [("", measured(status.profile))]
+        if status.start is None:
+            return [("", "starting the workers")]
+        step, noise, evaluation = status.step, status.noise, status.evaluation
+        facts = [
+            ("", f"{status.fraction:.1%}"),
+            ("tokens", f"{self._tokens(status.samples_consumed)} of {self._tokens(status.start.total_samples)}"),
+            ("loss", loss(step.loss) if step else "…"),
+            ("validation", loss(evaluation.loss) if evaluation else "…"),
+            ("noise", noise_interval(noise.value, noise.low, noise.high) if noise else "unknown yet"),
+        ]
+        if status.configuration:
+            configuration = status.configuration
+            facts += [
+                ("batch", str(configuration.global_batch)),
+                ("layout", configuration.layout.label),
+                ("micro-batch", str(configuration.micro_batch)),
+            ]
+        if status.samples_per_second is not None:
+            facts.append(("samples/s", f"{status.samples_per_second:.3g}"))
+        facts.append(("elapsed", duration(self.elapsed_seconds)))
+        if status.remaining_seconds is not None and status.end is None:
+            facts.append(("left", duration(status.remaining_seconds)))
+        return facts
+
+    def _panel(self) -> RenderableType:
+        status = self._status
+        facts = self._facts()
+        heading = Text.assemble((shown(self._run), "bold"), f"   {duration(self.elapsed_seconds)}")
+        if len(facts) == 1:  # not training yet
+            return Group(heading, Text(facts[0][1]))
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(total=1.0, completed=status.fraction, width=40), facts[0][1])
+        grid = Table.grid(padding=(0, 2))
+        cells = [cell for name, value in facts[1:] for cell in (Text(name, style="dim"), Text(value))]
+        for first in range(0, len(cells), 6):
+            grid.add_row(*cells[first : first + 6])
+        last = Text(status.last_change or "no decision yet", style="dim", overflow="ellipsis", no_wrap=True)
+        return Group(heading, bar, grid, last)
+
+
+def loss(value: float | None) -> str:
+    """Nats a token."""
+    return "not finite" if value is None else f"{value:.3f}"

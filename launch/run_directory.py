@@ -1,0 +1,121 @@
+"""The run directory: making one, finding one, locking one, and asking its workers to stop."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from copus.job import JobConfig, JobError, dump_job
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def portable(job: JobConfig) -> JobConfig:
+    """The job with absolute paths, so that the run can be resumed from any folder."""
+
+    def absolute(path: Path) -> Path:
+        return path.expanduser().absolute()
+
+    source = job.data.source
+    data = job.data.model_copy(
+        update={
+            "source": source if isinstance(source, str) else [absolute(path) for path in source],
+            "tokenizer": job.data.tokenizer and absolute(job.data.tokenizer),
+            "cache": absolute(job.data.cache),
+        }
+    )
+    profile = job.profile.model_copy(update={"table": absolute(job.profile.table)})
+    launch = job.launch.model_copy(update={"runs": absolute(job.launch.runs)})
+    return job.model_copy(update={"data": data, "profile": profile, "launch": launch})
+
+
+def create_run(job: JobConfig, suffix: str = "") -> Path:
+    """Make `launch.runs/NAME`, or NAME-2, NAME-3 … where that is taken, with the resolved job in it. Absolute path."""
+    runs = job.launch.runs.expanduser().absolute()
+    base = job.name + suffix
+    number = 1
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        while True:
+            run = runs / (base if number == 1 else f"{base}-{number}")
+            try:
+                run.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        write_job(run, job)
+    except OSError as error:
+        raise JobError(f"launch.runs({job.launch.runs}): {error.strerror}: {error.filename}") from None
+    return run
+
+
+def write_job(run: Path, job: JobConfig) -> None:
+    """Write the resolved job into the run directory."""
+    write_atomically(run / "job.yaml", dump_job(job))
+
+
+def discard_run(run: Path) -> None:
+    """Remove a run directory in which nothing has run yet."""
+    shutil.rmtree(run)
+
+
+def find_run(text: str) -> Path:
+    """A run directory from what a person typed: a path, or a name below ./runs. Raises JobError where there is none."""
+    for path in (Path(text).expanduser(), Path("runs") / text):
+        if (path / "job.yaml").is_file():
+            return path.absolute()
+    raise JobError(f"no run {text}: neither {text} nor {Path('runs') / text} is a folder with a job.yaml")
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be typed from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+@contextmanager
+def lock_run(run: Path) -> Iterator[int]:
+    """Hold the run: nobody else can start workers in it. Gives the lock's descriptor; raises JobError where it is held.
+
+    The lock lasts as long as any process has the descriptor open, so a launcher that dies leaves it with the workers'
+    agent.
+    """
+    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip()
+            raise JobError(f"{shown(run)}: its workers are still running (launched by process {holder})") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def request_stop(run: Path) -> None:
+    """Ask the workers to stop at the next step, with a checkpoint."""
+    (run / "stop").touch()
+
+
+def clear_stop(run: Path) -> None:
+    """Take the request back."""
+    (run / "stop").unlink(missing_ok=True)

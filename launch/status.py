@@ -1,0 +1,138 @@
+"""What a run is doing, from its events: the state that every live view shows."""
+
+from collections import deque
+from collections.abc import Iterable
+
+from copus.events import (
+    Checkpoint,
+    DecisionMade,
+    End,
+    Evaluate,
+    Event,
+    Failure,
+    Noise,
+    Profile,
+    Reconfigure,
+    Start,
+    Step,
+)
+from profiles.configuration import Configuration
+
+RECENT_STEPS = 20
+"""Steps that the shown throughput is the mean of; forgotten at a move, which is no step time."""
+
+
+class RunStatus:
+    """The newest of everything. Feed it events in order."""
+
+    def __init__(self) -> None:
+        self.start: Start | None = None
+        self.profile: Profile | None = None
+        """The last measurement, while nothing else has run since."""
+        self.configuration: Configuration | None = None
+        self.step: Step | None = None
+        self.noise: Noise | None = None
+        self.evaluation: Evaluate | None = None
+        self.first_evaluation: Evaluate | None = None
+        self.checkpoint: Checkpoint | None = None
+        self.last_change: str | None = None
+        self.failure: Failure | None = None
+        self.end: End | None = None
+        self.samples_consumed = 0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)
+
+    def forget_ending(self) -> None:
+        """Workers are about to be started (again): how they ended the last time says nothing any more."""
+        self.failure = self.end = self.profile = None
+        self._recent.clear()
+
+    def update(self, events: Iterable[Event]) -> None:
+        """Take in events."""
+        for event in events:
+            self._take(event)
+
+    def _take(self, event: Event) -> None:
+        if not isinstance(event, Failure):  # it may come from a rank that does not count samples
+            self.samples_consumed = event.samples_consumed
+        match event:
+            case Start():
+                self.forget_ending()  # an attempt that the agent restarted
+                self.start = event
+                self.configuration = event.configuration
+            case Profile():
+                self.profile = event
+            case Step():
+                self.step = event
+                self.profile = None
+                self._recent.append((event.global_batch, event.seconds))
+            case Noise():
+                self.noise = event
+            case Evaluate():
+                self.evaluation = event
+                self.first_evaluation = self.first_evaluation or event
+            case DecisionMade():
+                self.last_change = f"decision {event.decision.number}: {event.decision.reason}"
+            case Reconfigure():
+                self.configuration = event.after
+                self.last_change = moved(event)
+                self._recent.clear()
+            case Checkpoint():
+                self.checkpoint = event
+            case Failure():
+                self.failure = self.failure or event  # the others only tell of the first
+            case End():
+                self.end = event
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run's samples that are done, 0 to 1."""
+        return min(1.0, self.samples_consumed / self.start.total_samples) if self.start else 0.0
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Mean throughput of the newest steps of the current configuration."""
+        seconds = sum(seconds for _, seconds in self._recent)
+        return sum(samples for samples, _ in self._recent) / seconds if seconds > 0 else None
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """Time to the end of the run at the current throughput."""
+        if self.start is None or self.samples_per_second is None:
+            return None
+        return max(0, self.start.total_samples - self.samples_consumed) / self.samples_per_second
+
+
+def moved(event: Reconfigure) -> str:
+    """A move in words."""
+    return f"moved {event.before.label} → {event.after.label} in {duration(event.seconds)} (decision {event.decision})"
+
+
+def measured(event: Profile) -> str:
+    """Progress of the profiler in words."""
+    result = event.failure or "no time" if event.step_seconds is None else f"{event.step_seconds * 1000:.0f} ms"
+    return f"measuring {event.done}/{event.total} {event.configuration.label}: {result}"
+
+
+def duration(seconds: float) -> str:
+    """`0.42 s`, `03:12` or `1:03:12`."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def count(number: float) -> str:
+    """`950`, `12.3 k`, `1.20 M`: tokens for people."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def noise_interval(value: float | None, low: float | None, high: float | None) -> str:
+    """`14.2 [10.1–19.8]`, in sequences; an open interval ends in ∞."""
+    if value is None:
+        return "unknown yet"
+    ends = f" [{low:.3g}–{'∞' if high is None else f'{high:.3g}'}]" if low is not None else ""
+    return f"{value:.3g}{ends}"

@@ -1,0 +1,124 @@
+"""`copus submit`: from a job file, or from an interrupted run, to a trained model."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from copus.job import JobConfig, JobError, load_job
+from launch.attend import Outcome, attend
+from launch.data import check, prepare
+from launch.engines import engine_of
+from launch.follow import Follower
+from launch.interrupts import Interrupts
+from launch.run_directory import create_run, discard_run, find_run, lock_run, portable, shown, write_job
+from launch.status import RunStatus, count, duration
+
+
+def submit(job_file: Path | None, overrides: list[str], resume: str | None, *, as_json: bool = False) -> int:
+    """Train, or go on training. Returns the exit code; raises JobError, and leaves nothing, where the user errs."""
+    console = Console(stderr=as_json, highlight=False)
+    if resume is not None:
+        return _resume(find_run(resume), job_file, overrides, console, as_json)
+    if job_file is None:
+        raise JobError("nothing to train: give a job file, or --resume RUN")
+    job = portable(load_job(job_file, overrides))
+    engine = engine_of(job)
+    check(job)
+    with Interrupts() as interrupts:
+        run = create_run(job)
+        with lock_run(run) as lock:
+            code = prepare(job, run / "job.yaml", interrupts)
+            if code:  # it has said why
+                discard_run(run)
+                return code
+            outcome = attend(engine, run, job, lock, interrupts, console)
+    return _conclude(outcome, run, console, as_json)
+
+
+def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Console, as_json: bool) -> int:
+    before = load_job(run / "job.yaml")
+    job = portable(load_job(job_file or run / "job.yaml", overrides)).model_copy(update={"name": before.name})
+    _check_same_training(run, before, job)
+    status = RunStatus()
+    status.update(Follower(run).read())
+    finished = status.end is not None and status.end.reason == "finished"
+    if finished and status.start is not None and job.total_samples <= status.start.total_samples:
+        return _conclude(Outcome(0, "finished", status, 0.0), run, console, as_json, already=True)
+    engine = engine_of(job)
+    check(job)
+    with Interrupts() as interrupts, lock_run(run) as lock:
+        if job != before:
+            write_job(run, job)
+        code = prepare(job, run / "job.yaml", interrupts)
+        if code:
+            return code
+        outcome = attend(engine, run, job, lock, interrupts, console)
+    return _conclude(outcome, run, console, as_json)
+
+
+def _check_same_training(run: Path, before: JobConfig, after: JobConfig) -> None:
+    """A checkpoint belongs to one model, one text and one order of samples: refuse to go on with others."""
+
+    def kept(job: JobConfig) -> dict[str, Any]:
+        return {
+            **{f"model.{name}": value for name, value in job.model},
+            **{f"data.{name}": value for name, value in job.data if name != "cache"},
+            "training.seed": job.training.seed,
+        }
+
+    for name, value in kept(before).items():
+        if kept(after)[name] != value:
+            raise JobError(f"{shown(run)}: {name} is {value} in this run and cannot become {kept(after)[name]}")
+
+
+def _conclude(outcome: Outcome, run: Path, console: Console, as_json: bool, *, already: bool = False) -> int:
+    """Say how it ended, where the run lies, and what looks at it."""
+    status, place = outcome.status, shown(run)
+    resume = f"copus submit --resume {place}"
+    tokens = status.samples_consumed * status.start.seq_len if status.start else 0
+    if as_json:
+        result = {
+            "run": str(run),
+            "reason": outcome.reason,
+            "exit_code": outcome.exit_code,
+            "samples_consumed": status.samples_consumed,
+            "tokens": tokens,
+            "loss": status.step.loss if status.step else None,
+            "validation_loss": status.evaluation.loss if status.evaluation else None,
+            "seconds": outcome.seconds,
+        }
+        json.dump(result, sys.stdout)
+        print()
+        return outcome.exit_code
+    headline = {
+        "finished": f"{place} finished already" if already else f"finished in {duration(outcome.seconds)}",
+        "max_minutes": "stopped after training.max_minutes",
+        "interrupted": "stopped",
+        "killed": "ended at once",
+        "failed": "the run failed",
+    }[outcome.reason]
+    lines = [f"{headline}: {count(tokens)} tokens{_losses(status)}"]
+    if outcome.reason != "finished":
+        newest = f"from {status.checkpoint.path}" if status.checkpoint else "from the start: there is no checkpoint"
+        lines.append(f"  go on       {resume}   ({newest})")
+    lines += [
+        f"  run         {place}",
+        f"  decisions   copus explain {place}",
+        f"  curves      tensorboard --logdir {place}/tensorboard",
+        f"  picture     copus plot {place}",
+    ]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    return outcome.exit_code
+
+
+def _losses(status: RunStatus) -> str:
+    text = f", loss {status.step.loss:.3f}" if status.step and status.step.loss is not None else ""
+    first, last = status.first_evaluation, status.evaluation
+    if last and last.loss is not None:
+        text += f", validation loss {last.loss:.3f}"
+        if first and first is not last and first.loss:
+            text += f" ({last.loss / first.loss:.0%} of the first one, {first.loss:.3f})"
+    return text

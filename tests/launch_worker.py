@@ -1,0 +1,102 @@
+"""A worker with the contract of `copus.worker` and without torch: it counts samples and writes the events of a run.
+
+Runs below the elastic agent or alone. What it shall do comes before the run directory: `--steps N` samples in all,
+`--step-seconds S`, `--fail-at STEP` (a failure event, then exit 1), `--crash-at STEP` (no event), `--ignore-stop`.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from copus.events import Checkpoint, End, Evaluate, EventLog, Failure, Noise, Profile, Start, Step
+from copus.job import load_job
+from profiles.noise_scale import NoiseScale
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--steps", type=int, default=5)
+parser.add_argument("--step-seconds", type=float, default=0.01)
+parser.add_argument("--fail-at", type=int)
+parser.add_argument("--crash-at", type=int)
+parser.add_argument("--ignore-stop", action="store_true")
+parser.add_argument("run", type=Path)
+parser.add_argument("--profile-only", action="store_true")
+options = parser.parse_args()
+
+run, rank = options.run, int(os.environ.get("RANK", 0))
+terminated = False
+
+
+def on_sigterm(number: int, frame: object) -> None:
+    global terminated
+    terminated = True
+
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN if options.ignore_stop else on_sigterm)
+(run / f"worker-{rank}.pid").write_text(str(os.getpid()))
+
+
+def stop_asked() -> bool:
+    return terminated or (not options.ignore_stop and (run / "stop").exists())
+
+
+if rank > 0:  # only the first rank writes events; the others run along
+    for step in range(options.steps):
+        if step + 1 == options.crash_at:
+            print("RuntimeError: rank 1 is out of luck", file=sys.stderr)
+            sys.exit(3)
+        if stop_asked():
+            break
+        time.sleep(options.step_seconds)
+    sys.exit(0)
+
+job = load_job(run / "job.yaml")
+configuration = job.training.configuration
+checkpoint = run / "checkpoints" / "done"
+done = int(checkpoint.read_text()) if checkpoint.exists() else 0
+batch = configuration.global_batch
+log = EventLog(run)
+if options.profile_only:
+    for number in range(1, 4):
+        position = {"step": 0, "samples_consumed": 0}
+        log.write(Profile(**position, configuration=configuration, done=number, total=3, step_seconds=0.1 * number))
+    log.write(End(step=0, samples_consumed=0, reason="finished", seconds=0.1))
+    sys.exit(0)
+log.write(
+    Start(
+        step=done,
+        samples_consumed=done * batch,
+        configuration=configuration,
+        total_samples=job.total_samples,
+        seq_len=job.model.seq_len,
+        resumed_from="checkpoints/done" if done else None,
+        hardware="none",
+        software="none",
+    )
+)
+reason = "finished"
+while done < options.steps:
+    if stop_asked():
+        reason = "interrupted"
+        break
+    time.sleep(options.step_seconds)
+    done += 1
+    position = {"step": done, "samples_consumed": done * batch}
+    if done == options.fail_at:
+        log.write(Failure(**position, rank=0, message="the loss is [not] finite"))
+        print("Traceback: what the rank said last", file=sys.stderr)
+        sys.exit(1)
+    if done == options.crash_at:
+        sys.exit(0)  # this rank is told by the agent that another one died
+    loss = 6.0 / (1 + done)
+    log.write(Step(**position, loss=loss, grad_norm=1.0, lr=1e-3, beta2=0.95, seconds=0.01, global_batch=batch))
+    noise = NoiseScale(grad_sq=1.0, noise_trace=8.0, value=8.0, low=6.0, high=None, samples=done)
+    log.write(Noise(**position, value=8.0, low=6.0, high=None, noise=noise, parts=2, part_size=1))
+    log.write(Evaluate(**position, loss=loss + 0.5, sequences=4, seconds=0.01))
+checkpoint.parent.mkdir(exist_ok=True)
+checkpoint.write_text(str(done))
+position = {"step": done, "samples_consumed": done * batch}
+log.write(Checkpoint(**position, path="checkpoints/done", seconds=0.0, bytes=1))
+log.write(End(step=done, samples_consumed=done * batch, reason=reason, seconds=1.0))
