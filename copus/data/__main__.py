@@ -1,0 +1,45 @@
+"""`python -m copus.data JOB.yaml`: prepare the data of a job; progress on stderr, the folder on stdout."""
+
+import signal
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from copus.data.prepare import prepare
+from copus.data.prepared import check_data
+from copus.job import JobError, load_job
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0 done, 2 for what the user has to mend, 130 and 143 when interrupted."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m copus.data JOB.yaml", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half made is left
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        job = load_job(Path(arguments[0]))
+        check_data(job)  # before the first bar, so that one line is all that a mistake prints
+        with Progress(*columns, console=console) as bars:
+            stages = {}
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in stages:
+                    stages[stage] = bars.add_task(stage, total=total)
+                bars.update(stages[stage], completed=done, total=total)
+
+            folder = prepare(job, show)
+    except JobError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""Finds training documents whose text is held out: the same text, or much of it.
+
+Documents are compared by their word 8-grams (shingles; Broder 1997, "On the resemblance and containment of
+documents"), case and punctuation aside. Texts that have nothing to do with each other share under 0.5 % of them; a
+fifth is never chance. What this cannot see is the same work in another spelling or translation: there only a table of
+works helps.
+"""
+
+import re
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from copus.data.sources import Document
+
+SHINGLE_WORDS = 8
+"""Words in a shingle."""
+NEAR_DUPLICATE = 0.2
+"""Share of a document's shingles from which on it counts as contained in another one."""
+MIN_SHINGLES = 50
+"""Held-out documents shorter than this are too short to be found inside a longer one: they may be a common phrase."""
+
+_WORD = re.compile(r"\w+")
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+def word_codes(text: str) -> NDArray[np.uint64]:
+    """The words of a text, case and punctuation aside, as one number each."""
+    words = _WORD.findall(text.casefold())
+    return np.fromiter((zlib.crc32(word.encode()) for word in words), dtype=np.uint64, count=len(words))
+
+
+def shingles(codes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hashes of the distinct word 8-grams, sorted; empty for a text of fewer than 8 words."""
+    count = codes.size - SHINGLE_WORDS + 1
+    if count <= 0:
+        return np.empty(0, dtype=np.uint64)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset in range(SHINGLE_WORDS):
+        hashes = hashes * _MULTIPLIER + codes[offset : offset + count]  # modulo 2⁶⁴
+    return np.unique(hashes)
+
+
+class HeldOutText:
+    """The held-out documents, indexed by shingle."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        codes = [word_codes(document.text) for document in documents]
+        parts = [shingles(code) for code in codes]
+        hashes = np.concatenate([np.empty(0, dtype=np.uint64), *parts])
+        owners = np.repeat(np.arange(len(parts)), [part.size for part in parts])
+        order = np.argsort(hashes, kind="stable")
+        self._names = [document.name for document in documents]
+        self._exact = {code.tobytes(): document.name for code, document in zip(codes, documents, strict=True)}
+        self._sizes = np.array([part.size for part in parts])
+        self._hashes, self._owners = hashes[order], owners[order]
+
+    def reason_to_drop(self, document: Document) -> str | None:
+        """Why a training document may not be trained on; None when it shares too little with what is held out."""
+        codes = word_codes(document.text)
+        if codes.size and (name := self._exact.get(codes.tobytes())):
+            return f"same text as held-out {name}"
+        own = shingles(codes)
+        first = np.searchsorted(self._hashes, own, side="left")
+        counts = np.searchsorted(self._hashes, own, side="right") - first
+        if not counts.any():
+            return None
+        # every (shingle, held-out document) pair that matches: `counts` consecutive places from `first` on
+        places = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        shared = np.bincount(self._owners[places], minlength=len(self._names))
+        contained = np.count_nonzero(counts) / own.size
+        if contained >= NEAR_DUPLICATE:
+            nearest = self._names[int(shared.argmax())]
+            return f"{contained:.0%} of its {SHINGLE_WORDS}-grams are in held-out text, most in {nearest}"
+        share = np.where(self._sizes >= MIN_SHINGLES, shared / np.maximum(self._sizes, 1), 0.0)
+        most = int(share.argmax())
+        if share[most] >= NEAR_DUPLICATE:
+            return f"contains {share[most]:.0%} of the {SHINGLE_WORDS}-grams of held-out {self._names[most]}"
+        return None

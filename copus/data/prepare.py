@@ -1,0 +1,195 @@
+"""Makes the prepared data of a job: reads, splits by work, drops what leaks, trains the tokenizer, encodes, writes."""
+
+import os
+import shutil
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from copus.data import shakespeare
+from copus.data.overlap import HeldOutText
+from copus.data.prepared import (
+    FORMAT_VERSION,
+    Dropped,
+    Manifest,
+    Side,
+    Work,
+    check_length,
+    check_vocabulary,
+    held_out_works,
+    is_complete,
+    prepared_path,
+    read_manifest,
+    sources,
+)
+from copus.data.sources import Document, file_sha256, read_documents, source_files
+from copus.data.tokenizer import check_tokenizer, encode, load_tokenizer, train_tokenizer
+from copus.job import JobConfig, JobError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
+
+
+def prepare(job: JobConfig, progress: Progress = lambda stage, done, total: None) -> Path:
+    """The folder of a job's prepared data, made unless it is there.
+
+    It is made beside its place and put there in one rename, so that it is never seen half made, and two processes that
+    prepare the same data at once are only wasteful. Raises JobError.
+    """
+    folder = prepared_path(job)
+    if is_complete(folder):
+        check_length(job, read_manifest(folder))
+        return folder
+    check_vocabulary(job)
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir(parents=True)
+        manifest = _build(job, temporary, progress)
+        check_length(job, manifest)
+        _write(temporary / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+        _sync(temporary)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not is_complete(folder):  # else another process was faster, and what it made is the same
+                raise JobError(f"data.cache: {folder} is there but is not prepared data; remove it") from None
+    except OSError as error:
+        raise JobError(f"data.cache: cannot write {error.filename or temporary}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(folder.parent)
+    return folder
+
+
+def _build(job: JobConfig, folder: Path, progress: Progress) -> Manifest:
+    documents = _read(job, progress)
+    held_out = held_out_works(documents, job.data)
+    shared_text = shakespeare.SHARED_TEXT if job.data.source == "shakespeare" else ()
+    kept, dropped = drop_leaks(documents, held_out, shared_text, progress)
+    train = [document for document in kept if document.work not in held_out]
+    valid = [document for document in kept if document.work in held_out]
+    if not train:
+        first = f"{dropped[0].document}: {dropped[0].reason}"
+        raise JobError(f"data: all {len(dropped)} training documents repeat held-out text; {first}")
+
+    tokenizer, eod = _tokenizer(job, train, progress)
+    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron warns at import of every optional package that is missing
+        from copus.backends.megatron.indexed import write_indexed
+
+    tokens: Counter[str] = Counter()
+    done = 0
+
+    def encoded(side: list[Document]) -> Iterator[NDArray[np.int64]]:
+        nonlocal done
+        for document in side:
+            ids = encode(tokenizer, document.text, eod)
+            tokens[document.work] += len(ids)
+            done += 1
+            progress("encoding", done, len(kept))
+            yield ids
+
+    write_indexed(folder / "train", encoded(train), job.model.vocab)
+    write_indexed(folder / "valid", encoded(valid), job.model.vocab)
+    works = _works(documents, kept, held_out, tokens)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        sources=sources(job.data),
+        vocab=job.model.vocab,
+        eod=eod,
+        tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
+        train_tokens=sum(work.tokens for work in works if work.side == "train"),
+        valid_tokens=sum(work.tokens for work in works if work.side == "valid"),
+        works=works,
+        dropped=dropped,
+    )
+
+
+def _read(job: JobConfig, progress: Progress) -> list[Document]:
+    progress("reading", 0, 1)
+    if job.data.source == "shakespeare":
+        documents = shakespeare.read_documents(shakespeare.fetch(job.data.cache.expanduser()))
+    else:
+        documents = read_documents(source_files(job.data.source))
+    progress("reading", 1, 1)
+    return documents
+
+
+def drop_leaks(
+    documents: list[Document], held_out: set[str], shared_text: tuple[tuple[str, str], ...], progress: Progress
+) -> tuple[list[Document], list[Dropped]]:
+    """The documents without those of the training side whose text is held out, and what was left out.
+
+    `shared_text`: pairs of works that are known to share text; they are not split over the two sides.
+    """
+    held_out_text = HeldOutText([document for document in documents if document.work in held_out])
+    kept, dropped = [], []
+    for number, document in enumerate(documents, start=1):
+        reason = None
+        if document.work not in held_out:
+            reason = _shared_with(document.work, held_out, shared_text) or held_out_text.reason_to_drop(document)
+        if reason:
+            dropped.append(Dropped(document=document.name, work=document.work, reason=reason))
+        else:
+            kept.append(document)
+        progress("comparing with held-out text", number, len(documents))
+    return kept, dropped
+
+
+def _shared_with(work: str, held_out: set[str], shared_text: tuple[tuple[str, str], ...]) -> str | None:
+    for pair in shared_text:
+        if work in pair and (others := held_out.intersection(pair)):
+            return f"shares text with held-out {', '.join(others)}"
+    return None
+
+
+def _tokenizer(job: JobConfig, train: list[Document], progress: Progress) -> tuple["Tokenizer", int]:
+    """The tokenizer and the id of its end-of-document token."""
+    if job.data.tokenizer:
+        tokenizer = load_tokenizer(job.data.tokenizer)
+        return tokenizer, check_tokenizer(tokenizer, job.data.tokenizer, job.model.vocab)
+    progress("training the tokenizer", 0, 1)
+    tokenizer = train_tokenizer((document.text for document in train), job.model.vocab)
+    progress("training the tokenizer", 1, 1)
+    return tokenizer, 0
+
+
+def _works(documents: list[Document], kept: list[Document], held_out: set[str], tokens: Counter[str]) -> list[Work]:
+    count = Counter(document.work for document in kept)
+    size: Counter[str] = Counter()
+    for document in kept:
+        size[document.work] += document.bytes
+    sides: dict[str, Side] = {
+        document.work: "valid" if document.work in held_out else "train" for document in documents
+    }
+    return [
+        Work(name=work, side=side, documents=count[work], tokens=tokens[work], bytes=size[work])
+        for work, side in sides.items()
+    ]
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

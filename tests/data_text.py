@@ -1,0 +1,45 @@
+"""Synthetic text and jobs for the data tests."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from copus.job import JobConfig, parse_job
+
+_SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+
+
+def prose(seed: int, words: int = 400) -> str:
+    """Made-up sentences; two seeds share no run of eight words."""
+    generator = random.Random(seed)
+    text = ["".join(generator.choices(_SYLLABLES, k=generator.randint(1, 4))) for _ in range(words)]
+    return "\n".join(" ".join(text[start : start + 9]).capitalize() + "." for start in range(0, words, 9)) + "\n"
+
+
+def write_works(folder: Path, **works: str) -> Path:
+    """A folder with one text file a work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in works.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def make_job(cache: Path, data: dict[str, Any], vocab: int = 300, seq_len: int = 32, **training: Any) -> JobConfig:
+    """A job that differs from others in its data only, unless told."""
+    return parse_job(
+        {
+            "name": "data",
+            "model": {
+                "layers": 1,
+                "hidden": 32,
+                "ffn_hidden": 64,
+                "heads": 2,
+                "kv_heads": 2,
+                "seq_len": seq_len,
+                "vocab": vocab,
+            },
+            "data": {"cache": str(cache), **data},
+            "cluster": {"nodes": 1, "accelerators_per_node": 1},
+            "training": {"global_batch": 4, "tokens": 10_000, **training},
+        }
+    )

@@ -1,0 +1,231 @@
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_text import make_job, prose, write_works
+from tokenizers import Tokenizer
+
+import copus.data.prepare as prepare_module
+from copus.data.prepare import prepare
+from copus.data.prepared import FILES, check_data, is_prepared, prepared_path, read_manifest
+from copus.data.tokenizer import train_tokenizer
+from copus.job import JobConfig, JobError, dump_job
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    return write_works(tmp_path / "text", **{f"work{seed}": prose(seed) for seed in range(8)})
+
+
+@pytest.fixture
+def job(tmp_path, corpus) -> JobConfig:
+    return make_job(tmp_path / "cache", {"source": [str(corpus)], "held_out": ["work3", "work[56]"]})
+
+
+def _text(folder: Path, side: str) -> list[str]:
+    """The documents of a side, read back from the bytes of the data file."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = np.fromfile(folder / f"{side}.bin", dtype=np.uint16)
+    ends = np.flatnonzero(ids == read_manifest(folder).eod)
+    assert ends[-1] == len(ids) - 1
+    return [tokenizer.decode(document[:-1].tolist()) for document in np.split(ids, ends[:-1] + 1)]
+
+
+def test_every_work_is_whole_and_on_its_side(job):
+    stages = []
+    folder = prepare(job, lambda stage, done, total: stages.append((stage, done, total)))
+    assert folder == prepared_path(job)
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+    assert _text(folder, "train") == [prose(seed) for seed in (0, 1, 2, 4, 7)]
+    assert _text(folder, "valid") == [prose(seed) for seed in (3, 5, 6)]
+    assert stages[-1] == ("encoding", 8, 8)
+
+    manifest = read_manifest(folder)
+    assert {work.name: work.side for work in manifest.works if work.side == "valid"}.keys() == {
+        "work3",
+        "work5",
+        "work6",
+    }
+    assert all(work.bytes == len(prose(int(work.name[4:]))) and work.documents == 1 for work in manifest.works)
+    for side in ("train", "valid"):
+        assert manifest.tokens(side) * 2 == (folder / f"{side}.bin").stat().st_size
+        assert manifest.tokens(side) == sum(work.tokens for work in manifest.works if work.side == side)
+    assert manifest.sources[0].sha256 == hashlib.sha256(prose(0).encode()).hexdigest()
+    assert manifest.dropped == []
+
+
+def test_tokenizer_sees_the_training_side_only(job, corpus):
+    (corpus / "work3.txt").write_text("żółć ğüş " * 500 + prose(3))
+    folder = prepare(job)
+    expected = train_tokenizer([prose(seed) for seed in (0, 1, 2, 4, 7)], job.model.vocab)
+    assert (folder / "tokenizer.json").read_text() == expected.to_str()
+
+
+def test_same_job_gives_the_same_bytes_and_the_second_time_nothing_is_done(job, tmp_path, monkeypatch):
+    first = prepare(job)
+    elsewhere = make_job(tmp_path / "other", {"source": [str(tmp_path / "text")], "held_out": ["work[56]", "work3"]})
+    second = prepare(elsewhere)
+    assert first.name == second.name
+    assert [(first / name).read_bytes() for name in FILES] == [(second / name).read_bytes() for name in FILES]
+
+    monkeypatch.setattr(prepare_module, "_build", None)
+    assert prepare(job) == first
+
+
+def test_digest_is_of_what_the_data_depends_on(job, tmp_path, corpus):
+    data = {"source": [str(corpus)], "held_out": ["work3", "work[56]"]}
+    same = make_job(tmp_path / "cache", data, seq_len=64, seed=7, global_batch=16)
+    assert prepared_path(same) == prepared_path(job)
+
+    tokenizer = tmp_path / "tokenizer.json"
+    train_tokenizer([prose(1)], 300).save(str(tokenizer))
+    others = [
+        make_job(tmp_path / "cache", {**data, "held_out": ["work3"]}),
+        make_job(tmp_path / "cache", data, vocab=301),
+        make_job(tmp_path / "cache", {**data, "tokenizer": str(tokenizer)}),
+        make_job(tmp_path / "cache", {**data, "source": [str(corpus / f"work{seed}.txt") for seed in range(7)]}),
+        make_job(tmp_path / "cache", {"source": "shakespeare"}),
+    ]
+    before = prepared_path(job)
+    (corpus / "work0.txt").write_text(prose(0) + "more\n")
+    digests = {before, prepared_path(job), *map(prepared_path, others)}
+    assert len(digests) == len(others) + 2
+
+
+def test_leaks_are_dropped_from_training_and_recorded(job, corpus):
+    lines = prose(3).splitlines()
+    (corpus / "copy.txt").write_text(prose(3).upper())
+    (corpus / "half.txt").write_text("\n".join(lines[: len(lines) // 2]) + "\n" + prose(50))
+    (corpus / "collected.txt").write_text("".join(prose(seed) for seed in range(60, 80)) + prose(5))
+    (corpus / "quotes.txt").write_text(lines[0] + "\n" + prose(51))
+    folder = prepare(job)
+    dropped = {record.document: record.reason for record in read_manifest(folder).dropped}
+    assert dropped.keys() == {"copy.txt", "half.txt", "collected.txt"}
+    assert dropped["copy.txt"] == "same text as held-out work3.txt"
+    assert "held-out work5.txt" in dropped["collected.txt"]
+    assert prose(51) in _text(folder, "train")[0]
+    assert len(_text(folder, "train")) == 6
+    assert {work.name: work.tokens for work in read_manifest(folder).works}["copy"] == 0
+
+
+def test_all_of_training_held_out(job, corpus):
+    for seed in (0, 1, 2, 4, 7):
+        (corpus / f"work{seed}.txt").write_text(prose(3))
+    with pytest.raises(JobError, match=r"data: all 5 training documents repeat held-out text; work0\.txt: same text"):
+        prepare(job)
+    assert not prepared_path(job).exists()
+
+
+def test_jsonl_works_stay_together(tmp_path):
+    file = tmp_path / "corpus.jsonl"
+    lines = [{"text": prose(seed), "work": f"w{seed % 3}"} for seed in range(9)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = prepare(make_job(tmp_path / "cache", {"source": [str(file)], "held_out": ["w1"]}))
+    assert _text(folder, "valid") == [prose(seed) for seed in (1, 4, 7)]
+    assert _text(folder, "train") == [prose(seed) for seed in (0, 2, 3, 5, 6, 8)]
+
+
+def test_users_tokenizer_is_used(job, tmp_path, corpus):
+    path = tmp_path / "mine.json"
+    train_tokenizer([prose(99)], 290).save(str(path))
+    with_tokenizer = make_job(tmp_path / "cache", {"source": [str(corpus)], "tokenizer": str(path)})
+    folder = prepare(with_tokenizer)
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab() == Tokenizer.from_file(str(path)).get_vocab()
+    assert sorted(_text(folder, "train") + _text(folder, "valid")) == sorted(prose(seed) for seed in range(8))
+
+
+def test_failure_leaves_nothing(job, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device", "/somewhere")
+
+    monkeypatch.setattr(prepare_module, "encode", fail)
+    with pytest.raises(JobError, match=r"data\.cache: cannot write /somewhere: No space left on device"):
+        prepare(job)
+    assert list(prepared_path(job).parent.iterdir()) == []
+    assert not is_prepared(job)
+
+
+def test_two_at_once(job):
+    """While one process encodes, another one prepares the same data from beginning to end."""
+    other: list[Path] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "encoding" and not other:
+            other.append(Path())
+            other[0] = prepare(job)
+
+    folder = prepare(job, progress)
+    assert other == [folder]
+    assert list(folder.parent.iterdir()) == [folder]
+    assert len(_text(folder, "train")) == 5
+
+
+def test_a_damaged_folder_is_not_taken_for_prepared(job):
+    folder = prepare(job)
+    (folder / "train.bin").unlink()
+    assert not is_prepared(job)
+    with pytest.raises(JobError, match=r"data\.cache: .* is there but is not prepared data; remove it"):
+        prepare(job)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(JobError, match=r"manifest\.json was not written by this version; remove the folder"):
+        read_manifest(folder)
+
+
+def test_check_data_finds_it_before_anything_is_made(tmp_path, corpus):
+    def check(data: dict, **more: int) -> None:
+        check_data(make_job(tmp_path / "cache", data, **more))
+
+    source = {"source": [str(corpus)]}
+    check(source)
+    check({"source": "shakespeare", "held_out": ["king_*", "sonnets"]})
+    with pytest.raises(JobError, match=r"data\.source: no such file or folder: .*missing"):
+        check({"source": str(tmp_path / "missing")})
+    with pytest.raises(
+        JobError, match=r"data\.held_out: 'hamlt' matches none of the 42 works; did you mean 'hamlet'\?"
+    ):
+        check({"source": "shakespeare", "held_out": ["hamlt"]})
+    with pytest.raises(JobError, match=r"data\.held_out: \['\*'\] takes all 8 works"):
+        check({**source, "held_out": ["*"]})
+    with pytest.raises(JobError, match=r"data\.held_out: the source is one work \(work1\)"):
+        check({"source": str(corpus / "work1.txt")})
+    with pytest.raises(JobError, match=r"model\.vocab\(256\) is less than 256 bytes \+ 1 end-of-document token = 257"):
+        check(source, vocab=256)
+    with pytest.raises(JobError, match=r"data: .*gone\.json: No such file"):
+        check({**source, "tokenizer": str(tmp_path / "gone.json")})
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_side_shorter_than_a_sequence(job, tmp_path, corpus):
+    long = make_job(tmp_path / "cache", {"source": [str(corpus)], "held_out": ["work3"]}, seq_len=4096)
+    with pytest.raises(JobError, match=r"data: the valid side has \d+ tokens < model\.seq_len\(4096\) \+ 1 = 4097"):
+        prepare(long)
+    assert not is_prepared(long)
+    prepare(make_job(tmp_path / "cache", {"source": [str(corpus)], "held_out": ["work3"]}))
+    with pytest.raises(JobError, match="data: the valid side has"):
+        check_data(long)
+
+
+def test_command(job, tmp_path):
+    def run(text: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "job.yaml").write_text(text)
+        command = [sys.executable, "-m", "copus.data", str(tmp_path / "job.yaml")]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    prepare(job)
+    done = run(dump_job(job))
+    assert (done.returncode, done.stdout) == (0, f"{prepared_path(job)}\n")
+    failed = run(dump_job(job).replace("work3", "work33"))
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith("data.held_out: 'work33' matches none of the 8 works")
+    assert failed.stderr.count("\n") == 1
+
+
+def test_looking_at_prepared_data_imports_nothing_heavy():
+    heavy = {"torch", "megatron", "numpy", "tokenizers"}
+    code = f"import sys, copus.data.prepared; print(*{heavy}.intersection(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

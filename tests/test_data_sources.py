@@ -1,0 +1,96 @@
+import json
+
+import pytest
+from data_text import write_works
+from hypothesis import given
+from hypothesis import strategies as st
+
+from copus.data.held_out import choose_held_out
+from copus.data.sources import read_documents, source_files
+from copus.job import JobError
+
+
+def test_folder_is_read_sorted_and_no_file_twice(tmp_path):
+    folder = write_works(tmp_path / "plays", beta="b", alpha="a")
+    (folder / ".hidden.txt").write_text("no")
+    (folder / "notes.pdf").write_text("no")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "gamma.md").write_text("c")
+    documents = read_documents(source_files([folder / "beta.txt", folder]))
+    assert [document.name for document in documents] == ["beta.txt", "alpha.txt", "gamma.md"]
+    assert [document.work for document in documents] == ["beta", "alpha", "gamma"]
+
+
+def test_jsonl_work_is_the_key_or_the_line(tmp_path):
+    file = tmp_path / "corpus.jsonl"
+    lines = [{"text": "one", "work": "w"}, {"text": "two"}, {"text": "  "}, {"text": "thrée", "work": "w"}]
+    file.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
+    documents = read_documents([file])
+    assert [(document.work, document.text) for document in documents] == [
+        ("w", "one"),
+        ("corpus:3", "two"),
+        ("w", "thrée"),
+    ]
+    assert documents[2].bytes == 6
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', "corpus.jsonl:2: not JSON"),
+        ("[1]", 'corpus.jsonl:2: expected an object with a string "text"'),
+        ('{"body": "a"}', 'corpus.jsonl:2: expected an object with a string "text"'),
+        ('{"text": 3}', 'corpus.jsonl:2: expected an object with a string "text"'),
+        ('{"text": "a", "work": 3}', 'corpus.jsonl:2: "work" is not a string, got 3'),
+    ],
+)
+def test_bad_jsonl_names_the_line(tmp_path, line, message):
+    file = tmp_path / "corpus.jsonl"
+    file.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(JobError, match=r"data\.source: ") as error:
+        read_documents([file])
+    assert message in str(error.value)
+
+
+def test_what_is_missing_empty_or_not_text_is_refused(tmp_path):
+    with pytest.raises(JobError, match=r"data\.source: no such file or folder: .*nowhere"):
+        source_files([tmp_path / "nowhere"])
+    with pytest.raises(JobError, match=r"data\.source: no \.txt.* file in the folder"):
+        source_files(str(tmp_path))
+    with pytest.raises(JobError, match=r"data\.source: an empty list"):
+        source_files([])
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(JobError, match=r"data\.source: no text in .*blank\.txt"):
+        read_documents([tmp_path / "blank.txt"])
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(JobError, match=r"latin\.txt: not UTF-8 text: .* at byte 3"):
+        read_documents([tmp_path / "latin.txt"])
+
+
+def test_held_out_names_and_patterns():
+    works = dict.fromkeys(["hamlet", "henry_v", "henry_viii", "macbeth"], 100)
+    assert choose_held_out(works, ["hamlet", "henry_*"]) == {"hamlet", "henry_v", "henry_viii"}
+    with pytest.raises(JobError, match=r"data\.held_out: 'hamlt' matches none of the 4 works; did you mean 'hamlet'\?"):
+        choose_held_out(works, ["macbeth", "hamlt"])
+    with pytest.raises(JobError, match=r"data\.held_out: .* takes all 4 works"):
+        choose_held_out(works, ["h*", "macbeth"])
+
+
+@given(st.lists(st.integers(1, 10_000), min_size=2, max_size=60))
+def test_default_held_out_is_never_empty_all_or_much_more_than_asked(sizes):
+    works = {str(number): size for number, size in enumerate(sizes)}
+    held_out = choose_held_out(works, [])
+    assert 0 < len(held_out) < len(works)
+    size, total = sum(works[work] for work in held_out), sum(works.values())
+    assert size <= 0.1 * total or held_out == {min(works, key=lambda name: (works[name], name))}
+
+
+def test_default_held_out_covers_five_percent_of_many_works():
+    works = {f"work{number}": 100 + number % 7 for number in range(500)}
+    size, total = sum(works[work] for work in choose_held_out(works, [])), sum(works.values())
+    assert 0.05 * total <= size <= 0.055 * total
+
+
+def test_one_work_cannot_be_held_out():
+    with pytest.raises(JobError, match=r"data\.held_out: the source is one work \(poem\)"):
+        choose_held_out({"poem": 5}, [])
