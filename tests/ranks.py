@@ -23,7 +23,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
-            process = _context.Process(target=_rank, args=(rank, world_size, folder, sender, function, arguments), daemon=True)
+            process = _context.Process(target=_rank, args=(rank, world_size, folder, sender, function, arguments))
             process.start()
             sender.close()
             pipes.append(receiver)

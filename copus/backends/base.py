@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class TrainerState:
     step: int = 0
     optimizer_steps: int = 0
     """Optimizer steps that were not skipped: Adam's own count."""
-    noise: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, Any] = field(default_factory=dict)
     """State of the noise estimate."""
     decisions: int = 0
     """Decisions taken so far."""
@@ -71,8 +71,19 @@ class Backend(Protocol):
     device: torch.device
 
     @property
+    def is_built(self) -> bool:
+        """Whether there is a model."""
+
+    @property
     def configuration(self) -> Configuration:
         """What is built."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that were not skipped."""
+
+    def open_data(self, prepared: Path) -> tuple[Batches, Batches]:
+        """Training and held-out sequences of a prepared folder. Their order depends on the job's seed alone."""
 
     def fingerprint(self) -> Fingerprint:
         """What measurements made here are about."""

@@ -23,9 +23,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 
 from copus.backends.megatron.model import build_model, transformer_config  # noqa: E402
 from copus.backends.megatron.part_norms import PartNorms  # noqa: E402
+from copus.backends.megatron.samples import SampleReader  # noqa: E402
 
 cpu.adapt()
 upstream.patch_optimizer_loading()
+upstream.use_local_results_queue()
 
 
 class MegatronBackend:
@@ -42,6 +44,11 @@ class MegatronBackend:
         self._optimizer_steps = 0
 
     @property
+    def is_built(self) -> bool:
+        """Whether there is a model."""
+        return self._configuration is not None
+
+    @property
     def configuration(self) -> Configuration:
         """What is built."""
         assert self._configuration is not None, "build() comes first"
@@ -51,6 +58,16 @@ class MegatronBackend:
     def optimizer_steps(self) -> int:
         """Optimizer steps that were not skipped."""
         return self._optimizer_steps
+
+    def open_data(self, prepared: Path) -> tuple[Batches, Batches]:
+        """Training and held-out sequences of a prepared folder, in an order that depends on the job's seed alone.
+
+        The held-out ones are the same in every job.
+        """
+        seq_len = self._job.model.seq_len
+        train = SampleReader(prepared, "train", seq_len, self._job.total_samples, self._job.training.seed)
+        valid = SampleReader(prepared, "valid", seq_len, self._job.training.evaluate_sequences, seed=0)
+        return train.batch, valid.batch
 
     def fingerprint(self) -> Fingerprint:
         """What measurements made here are about."""

@@ -57,7 +57,7 @@ def adapt() -> None:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = facade  # type: ignore[attr-defined]
     # `.cuda()` raises on a CPU build; megatron calls it on activations, e.g. schedules.py:596, optimizer.py:473
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     # random.py:79 and :51 read and set the state of CUDA generators; here the default CPU generator stands for them
     from megatron.core.tensor_parallel import random as megatron_random

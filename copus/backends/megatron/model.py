@@ -85,14 +85,14 @@ def build_model(
         vp_stage = stage if layout.vp > 1 else None
         chunk: Any = GPTModel(
             config,
-            block_spec(config, vp_stage),  # type: ignore[arg-type]
+            block_spec(config, vp_stage),
             shape.padded_vocab,
             shape.seq_len,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=shape.rope_base,  # type: ignore[arg-type]
+            rotary_base=shape.rope_base,
             vp_stage=vp_stage,
         )
         if torch.cuda.is_available():

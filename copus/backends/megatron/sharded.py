@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from copus.backends.megatron import cpu
 
 cpu.before_import()
@@ -25,7 +23,7 @@ def metadata() -> dict[str, Any]:
     }
 
 
-def unwrap(chunk: Any) -> torch.nn.Module:
+def unwrap(chunk: Any) -> Any:
     """The GPTModel inside data parallelism and bf16 wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module

@@ -1,21 +1,20 @@
 """Defects of megatron-core 0.16.1 that are gone around, on CPU and on GPU alike. Each names its upstream line and its effect."""
 
-import multiprocessing
+import queue
 from typing import Any
 
 import torch
 
 
-def seed_checkpoint_queue() -> None:
-    """Give the checkpoint writer its queue from a forked manager. Call it before process groups and CUDA exist.
+def use_local_results_queue() -> None:
+    """Give the checkpoint writer a plain queue for its results; enough, since we save synchronously, in this process.
 
-    filesystem_async.py:_get_write_results_queue spawns a manager that imports `__main__` anew: some 23 s in every rank at the first
-    save, and a hang where `__main__` has no guard.
+    filesystem_async.py:51 spawns a manager process that imports `__main__` anew: some 23 s in every rank at the first save, and a
+    hang where `__main__` has no guard.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+    filesystem_async._results_queue = queue.Queue()
 
 
 def patch_optimizer_loading() -> None:

@@ -1,0 +1,219 @@
+"""The training loop: steps, noise, decisions and what follows from them, in samples and tokens from end to end."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+
+from copus.backends.base import Backend, Batches, StepResult, TrainerState
+from copus.checkpoints import write_checkpoint
+from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Noise, Reconfigure, Step
+from copus.job import JobConfig
+from copus.noise.estimator import NoiseEstimator
+from copus.noise.step_estimate import estimate_step
+from copus.schedule import rules_at
+from planner.planner import Planner
+from profiles.configuration import Configuration
+from profiles.decision import Decision
+
+EndReason = Literal["finished", "interrupted", "max_minutes"]
+
+
+class Trainer:
+    """One rank of a training run. All ranks do the same; rank 0 decides, and reports."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        run: Path,
+        backend: Backend,
+        train: Batches,
+        valid: Batches,
+        planner: Planner | None,
+        state: TrainerState,
+        report: Callable[[Event], None],
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        """`planner` is there on rank 0 only. `report` takes events on rank 0, and does nothing elsewhere."""
+        self._job = job
+        self._run = run
+        self._backend = backend
+        self._train = train
+        self._valid = valid
+        self._planner = planner
+        self._report = report
+        self._stop_requested = stop_requested
+        self.state = state
+        self._noise = NoiseEstimator(job.planner.noise_half_life_tokens)
+        self._noise.restore(state.noise)
+        self._steps_since_change = 0
+
+    def train(self) -> EndReason:
+        """Run to the end of the job, or until somebody asks to stop. Leaves a checkpoint either way."""
+        started = time.monotonic()
+        job, state = self._job, self.state
+        if state.step == 0:
+            self._evaluate()
+        reason: EndReason = "finished"
+        while (batch := self._next_batch()) is not None:
+            before = state.samples_consumed
+            overtime = job.training.max_minutes is not None and time.monotonic() - started > job.training.max_minutes * 60
+            stopped = self._step(batch, stop=self._stop_requested() or overtime)
+            if self._passed(before, job.training.evaluate_every_tokens):
+                self._evaluate()
+            if stopped:
+                reason = self._agree("max_minutes" if overtime else "interrupted")
+                break
+            if self._passed(before, job.training.checkpoint_every_tokens):
+                self._checkpoint()
+            if self._passed(before, job.planner.every_samples * job.model.seq_len):
+                self._decide()
+        if reason != "interrupted":
+            self._evaluate()
+        self._checkpoint()
+        return reason
+
+    def _next_batch(self) -> int | None:
+        """Sequences of the next step: the global batch, or what is left of the run in whole micro-batches; None at the end."""
+        configuration = self._backend.configuration
+        left = self._job.total_samples - self.state.samples_consumed
+        per_pass = configuration.layout.dp * configuration.micro_batch
+        batch = min(configuration.global_batch, left // per_pass * per_pass)
+        return batch or None
+
+    def _step(self, batch: int, stop: bool) -> bool:
+        """One optimizer step, its events and its share of the noise estimate. True where any rank asked to stop."""
+        job, state, backend = self._job, self.state, self._backend
+        if batch != backend.configuration.global_batch:  # the last step of the run
+            backend.move(backend.configuration.model_copy(update={"global_batch": batch}), Path())
+        source = self._noise_source()
+        rules = rules_at(job, state.samples_consumed, batch)
+        started = time.perf_counter()
+        result = backend.train_step(self._train, state.samples_consumed, rules, source, stop)
+        seconds = time.perf_counter() - started
+        state.samples_consumed += batch
+        state.step += 1
+        state.optimizer_steps = backend.optimizer_steps
+        self._steps_since_change += 1
+        self._report(
+            Step(
+                **self._now(),
+                loss=result.loss,
+                grad_norm=None if result.skipped else result.grad_sq**0.5,
+                lr=rules.lr,
+                beta2=rules.betas[1],
+                seconds=seconds,
+                global_batch=batch,
+                skipped=result.skipped,
+            )
+        )
+        self._measure_noise(result, batch)
+        if self._planner is not None and source != "microbatch" and self._steps_since_change > 2:
+            self._planner.throughput.observe(backend.configuration, seconds)  # ordinary, warm steps only
+        return result.stop
+
+    def _noise_source(self) -> str | None:
+        """What the next step measures noise from: see `planner.noise_source` in the job file."""
+        settings, layout = self._job.planner, self._backend.configuration.layout
+        if settings.noise_source != "auto":
+            return settings.noise_source
+        if self.state.step % settings.noise_every_steps == 0:
+            return "microbatch"
+        return "replica" if layout.dp > 1 else None
+
+    def _measure_noise(self, result: StepResult, batch: int) -> None:
+        if result.parts is None:
+            return
+        seq_len = self._job.model.seq_len
+        parts = result.parts
+        step = estimate_step(result.grad_sq, parts.squared_norms, parts.part_size)
+        self._noise.update(step, self.state.samples_consumed * seq_len, batch * seq_len)
+        noise = self._noise.estimate()
+        self._report(
+            Noise(
+                **self._now(),
+                value=noise.value,
+                low=noise.low,
+                high=noise.high,
+                noise=noise,
+                parts=len(parts.squared_norms),
+                part_size=parts.part_size,
+            )
+        )
+
+    def _decide(self) -> None:
+        """Let rank 0 decide, tell everybody, and move where the decision says so."""
+        state = self.state
+        box: list[Decision | None] = [None]
+        if self._planner is not None:
+            started = time.perf_counter()
+            decision = self._planner.decide(self._noise.estimate(), self._backend.configuration, state.samples_consumed)
+            seconds = time.perf_counter() - started
+            self._report(DecisionMade(**self._now(), decision=decision, seconds=seconds))
+            box = [decision]
+        dist.broadcast_object_list(box)
+        shared = box[0]
+        assert shared is not None, "rank 0 has the planner"
+        state.decisions = shared.number + 1
+        if shared.switch:
+            self._move(shared.chosen, shared.number)
+
+    def _move(self, after: Configuration, decision: int) -> None:
+        before = self._backend.configuration
+        started = time.perf_counter()
+        bytes_moved = self._backend.move(after, self._run / "checkpoints" / ".move")
+        dist.barrier()
+        self._steps_since_change = 0
+        self._report(
+            Reconfigure(
+                **self._now(),
+                before=before,
+                after=after,
+                rung=_rung(before, after),
+                seconds=time.perf_counter() - started,
+                bytes_moved=bytes_moved,
+                decision=decision,
+            )
+        )
+
+    def _evaluate(self) -> None:
+        started = time.perf_counter()
+        sequences = self._job.training.evaluate_sequences
+        loss = self._backend.evaluate(self._valid, sequences)
+        self._report(
+            Evaluate(**self._now(), loss=loss, sequences=sequences, seconds=time.perf_counter() - started)
+        )
+
+    def _checkpoint(self) -> None:
+        started = time.perf_counter()
+        self.state.noise = self._noise.state()
+        folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
+        seconds = time.perf_counter() - started
+        self._report(
+            Checkpoint(**self._now(), path=str(folder.relative_to(self._run)), seconds=seconds, bytes=size)
+        )
+
+    def _passed(self, samples_before: int, every_tokens: int | None) -> bool:
+        """Whether the last step crossed a multiple of `every_tokens`."""
+        if every_tokens is None:
+            return False
+        seq_len = self._job.model.seq_len
+        return samples_before * seq_len // every_tokens < self.state.samples_consumed * seq_len // every_tokens
+
+    def _agree(self, reason: EndReason) -> EndReason:
+        """Rank 0's reason, on every rank."""
+        box = [reason]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def _now(self) -> dict[str, int]:
+        return {"step": self.state.step, "samples_consumed": self.state.samples_consumed}
+
+
+def _rung(before: Configuration, after: Configuration) -> Literal["batch", "micro-batch", "layout"]:
+    """The dearest thing that changes."""
+    if before.layout != after.layout:
+        return "layout"
+    return "micro-batch" if before.micro_batch != after.micro_batch else "batch"

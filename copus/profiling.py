@@ -1,0 +1,112 @@
+"""Fills the throughput table before training: runs the configurations that it lacks, in this very job, and times their steps."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from copus.backends.base import Backend, Batches, StepRules
+from copus.events import Profile
+from copus.hardware import peak_memory_bytes, reset_peak_memory
+from copus.job import JobConfig
+from planner.profiling import to_measure
+from planner.space import candidates
+from profiles.configuration import Configuration
+from profiles.measurement import Fingerprint, Measurement
+from profiles.table import ThroughputTable
+from profiles.throughput import Throughput
+
+
+def profile_missing(
+    job: JobConfig, backend: Backend, batches: Batches, report: Callable[[Profile], None]
+) -> None:
+    """Measure what the planner will ask for and the table does not have.
+
+    Collective. Every round goes through all of it, so that a slow moment of the machine hits one round and not one layout; every
+    measurement is in the table as soon as it is made, so that an interrupted profile goes on where it was. Stops after
+    `profile.budget_seconds`. Leaves the backend in an arbitrary configuration with arbitrary weights.
+    """
+    rank = dist.get_rank()
+    table = ThroughputTable(job.profile.table)
+    fingerprint = backend.fingerprint()
+    plan = _broadcast(_plan(job, table, fingerprint) if rank == 0 else None)
+    deadline = time.monotonic() + job.profile.budget_seconds
+    done, total = 0, len(plan) * job.profile.rounds
+    for _ in range(job.profile.rounds):
+        for configuration in plan:
+            if _broadcast(time.monotonic() > deadline if rank == 0 else None):
+                return
+            measurement = _measure(job, backend, configuration, batches, fingerprint)
+            done += 1
+            if rank == 0:
+                table.add(measurement)
+                report(
+                    Profile(
+                        step=0,
+                        samples_consumed=0,
+                        configuration=configuration,
+                        done=done,
+                        total=total,
+                        step_seconds=measurement.step_seconds,
+                        failure=measurement.failure,
+                    )
+                )
+
+
+def _plan(job: JobConfig, table: ThroughputTable, fingerprint: Fingerprint) -> list[Configuration]:
+    if job.profile.when == "never":
+        return []
+    known = Throughput() if job.profile.when == "always" else Throughput(table.rows(fingerprint))
+    start = job.training.configuration
+    space = [start] if job.planner.policy == "static" else candidates(job.planner, job.model, job.cluster, start)
+    return to_measure(space, known, start)
+
+
+def _measure(
+    job: JobConfig, backend: Backend, configuration: Configuration, batches: Batches, fingerprint: Fingerprint
+) -> Measurement:
+    """Median and spread of a few steps, or the failure that came instead."""
+    seconds: list[float] = []
+    failure = None
+    reset_peak_memory()
+    try:
+        _configure(backend, configuration)
+        for index in range(job.profile.warmup_steps + job.profile.steps):
+            dist.barrier()
+            started = time.perf_counter()
+            backend.train_step(batches, 0, StepRules(lr=0.0, betas=job.training.betas), None, False)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index >= job.profile.warmup_steps:
+                seconds.append(time.perf_counter() - started)
+    except torch.OutOfMemoryError:
+        failure = "out of memory"
+    return Measurement(
+        fingerprint=fingerprint,
+        model=job.model,
+        configuration=configuration,
+        step_seconds=None if failure else statistics.median(seconds),
+        spread_seconds=None if failure else (max(seconds) - min(seconds)) / 2,
+        count=0 if failure else len(seconds),
+        peak_bytes=peak_memory_bytes(),
+        failure=failure,
+        time=time.time(),
+    )
+
+
+def _configure(backend: Backend, configuration: Configuration) -> None:
+    """Weights do not matter here: within a layout the batch changes alone, and another layout is built afresh."""
+    if backend.is_built and backend.configuration.layout == configuration.layout:
+        backend.move(configuration, Path())
+    else:
+        backend.build(configuration)
+
+
+def _broadcast(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

@@ -1,0 +1,174 @@
+"""One rank of a job: `python -m copus.worker RUN`, started by an engine under torch's elastic agent.
+
+Reads `RUN/job.yaml`, goes on from the newest checkpoint if there is one, and writes `RUN/events.jsonl` from rank 0. Stops at the
+next step, with a checkpoint, when the file `RUN/stop` appears or on SIGTERM or SIGINT; exits 0 then, and after a finished run.
+"""
+
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from copus.backends.base import Backend, TrainerState
+from copus.checkpoints import newest_checkpoint, read_state
+from copus.data.prepared import prepared_path
+from copus.events import End, Event, EventLog, Failure, Start
+from copus.job import JobConfig, JobError, load_job
+from copus.loop import Trainer
+from copus.profiling import profile_missing
+from copus.tracking import TensorBoardTracker
+from planner.planner import Planner
+from profiles.measurement import Fingerprint
+from profiles.table import ThroughputTable
+from profiles.throughput import Throughput
+
+
+def main(arguments: list[str]) -> int:
+    """Run one rank; the exit status of the process."""
+    run = Path(arguments[0])
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    stop = _StopRequest(run)
+    job = load_job(run / "job.yaml")
+    device = _start_process_group(job)
+    try:
+        _work(job, run, device, stop, profile_only="--profile-only" in arguments)
+    except Exception as error:
+        EventLog(run).write(Failure(step=0, samples_consumed=0, rank=dist.get_rank(), message=_one_line(error)))
+        if isinstance(error, JobError):
+            print(error, file=sys.stderr)
+            return 2
+        raise
+    dist.destroy_process_group()
+    return 0
+
+
+def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest", profile_only: bool) -> None:
+    from copus.backends.megatron.backend import MegatronBackend  # takes seconds, and changes torch on CPU
+
+    backend: Backend = MegatronBackend(job, device)
+    train, valid = backend.open_data(prepared_path(job))
+    rank = dist.get_rank()
+    with _Reporter(run if rank == 0 else None, job) as report:
+        newest = newest_checkpoint(run)
+        if newest is None or profile_only:
+            profile_missing(job, backend, train, report)
+        if profile_only:
+            return
+        state = _build_or_resume(job, newest, backend)
+        fingerprint = backend.fingerprint()
+        report(
+            Start(
+                step=state.step,
+                samples_consumed=state.samples_consumed,
+                configuration=backend.configuration,
+                total_samples=job.total_samples,
+                seq_len=job.model.seq_len,
+                resumed_from=None if newest is None else str(newest.relative_to(run)),
+                hardware=fingerprint.hardware,
+                software=fingerprint.software,
+            )
+        )
+        started = time.monotonic()
+        planner = _planner(job, fingerprint, state) if rank == 0 else None
+        trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
+        reason = trainer.train()
+        report(
+            End(
+                step=state.step,
+                samples_consumed=state.samples_consumed,
+                reason=reason,
+                seconds=time.monotonic() - started,
+            )
+        )
+
+
+def _planner(job: JobConfig, fingerprint: Fingerprint, state: TrainerState) -> Planner:
+    known = Throughput(ThroughputTable(job.profile.table).rows(fingerprint))
+    return Planner(job.planner, job.model, job.cluster, job.training.configuration, known, number=state.decisions)
+
+
+def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend) -> TrainerState:
+    if newest is None:
+        backend.build(job.training.configuration)
+        return TrainerState()
+    state, configuration = read_state(newest)
+    backend.build(configuration)
+    backend.load(newest, state.optimizer_steps)
+    return state
+
+
+def _start_process_group(job: JobConfig) -> torch.device:
+    """Join the other ranks: NCCL where there are GPUs, gloo elsewhere. Raises JobError where the numbers do not fit."""
+    torch.set_num_threads(job.launch.threads_per_rank)
+    timeout = timedelta(seconds=job.launch.timeout_seconds)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo", timeout=timeout)
+    if dist.get_world_size() != job.cluster.accelerators:
+        raise JobError(
+            f"cluster: nodes({job.cluster.nodes}) × accelerators_per_node({job.cluster.accelerators_per_node}) = "
+            f"{job.cluster.accelerators} ≠ {dist.get_world_size()} ranks"
+        )
+    return device
+
+
+@dataclass
+class _Reporter:
+    """Where events go on rank 0: the log and TensorBoard. Elsewhere (no run) nowhere."""
+
+    run: Path | None
+    job: JobConfig
+
+    def __enter__(self) -> Callable[[Event], None]:
+        if self.run is None:
+            return lambda event: None
+        self._log = EventLog(self.run)
+        self._tracker = TensorBoardTracker(self.run, self.job.model.seq_len)
+        return self._write
+
+    def _write(self, event: Event) -> None:
+        stamped = self._log.write(event)
+        self._tracker.write(stamped)
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.run is not None:
+            self._tracker.close()
+            self._log.close()
+
+
+class _StopRequest:
+    """Whether somebody asked this run to stop: a signal to this process, or the file `RUN/stop`."""
+
+    def __init__(self, run: Path) -> None:
+        self._file = run / "stop"
+        self._signalled = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signalled = True
+
+    def __call__(self) -> bool:
+        return self._signalled or self._file.exists()
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, JobError) else f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,185 @@
+"""The training loop: decisions carried out, interrupts and resumes, checkpoints, what the events say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from copus.backends.base import TrainerState
+from copus.backends.megatron.backend import MegatronBackend
+from copus.checkpoints import newest_checkpoint, read_state
+from copus.events import DecisionMade, Evaluate, Event, Noise, Reconfigure, Step
+from copus.job import JobConfig
+from copus.loop import Trainer
+from copus.tracking import TensorBoardTracker
+from planner.planner import Planner
+from profiles.configuration import Configuration
+from profiles.measurement import Measurement
+from profiles.throughput import Throughput
+from tests.megatron_jobs import configuration, random_batches, tiny_job
+from tests.ranks import run_ranks
+
+PLANNER = {
+    "every_samples": 64,
+    "min_noise_samples": 6,
+    "noise_half_life_tokens": 2000,
+    "max_global_batch": 32,
+    "max_micro_batch": 4,
+    "noise_every_steps": 1,
+}
+
+
+def _job(**training: Any) -> JobConfig:
+    settings = {"micro_batch": 1, "global_batch": 4, "tokens": 16 * 640, "evaluate_every_tokens": 16 * 160, **training}
+    job = tiny_job(2, {"tp": 2}, **settings)
+    return job.model_copy(update={"planner": job.planner.model_copy(update=PLANNER)})
+
+
+def _rows(backend: MegatronBackend, job: JobConfig) -> list[Measurement]:
+    """A table in which tensor parallelism is fast at small batches and data parallelism at large ones."""
+    rows = []
+    for layout, fixed, each in (({"tp": 2}, 0.01, 0.010), ({"dp": 2}, 0.05, 0.002)):
+        for micro_batch in (1, 2, 4):
+            for count in (1, 4):
+                seen = configuration(count * micro_batch * layout.get("dp", 1), micro_batch, **layout)
+                rows.append(
+                    Measurement(
+                        fingerprint=backend.fingerprint(),
+                        model=job.model,
+                        configuration=seen,
+                        step_seconds=fixed + each * seen.global_batch,
+                        spread_seconds=0.001,
+                        count=5,
+                        time=0.0,
+                    )
+                )
+    return rows
+
+
+def _train(run: Path, job: JobConfig, policy: str = "static", stop_after: int | None = None) -> list[Event]:
+    """Train, from the newest checkpoint of `run` if there is one; the events of rank 0."""
+    backend = MegatronBackend(job, torch.device("cpu"))
+    state, start = TrainerState(), job.training.configuration
+    newest = newest_checkpoint(run)
+    if newest is not None:
+        state, start = read_state(newest)
+    backend.build(start)
+    if newest is not None:
+        backend.load(newest, state.optimizer_steps)
+    planner = None
+    if dist.get_rank() == 0:
+        settings = job.planner.model_copy(update={"policy": policy})
+        known = Throughput(_rows(backend, job))
+        planner = Planner(settings, job.model, job.cluster, job.training.configuration, known, number=state.decisions)
+    events: list[Event] = []
+    steps = 0
+
+    def stop() -> bool:
+        nonlocal steps
+        steps += 1
+        return stop_after is not None and steps >= stop_after
+
+    reason = Trainer(job, run, backend, random_batches, random_batches, planner, state, events.append, stop).train()
+    assert reason == ("finished" if stop_after is None else "interrupted")
+    return events
+
+
+def _losses(events: list[Event]) -> list[float]:
+    return [event.loss for event in events if isinstance(event, Step)]
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> list[Event]:
+    """A run whose planner may move."""
+    return run_ranks(2, _train, tmp_path_factory.mktemp("moved"), _job(), "copus")[0]
+
+
+@pytest.mark.dist
+def test_the_planner_changes_batch_and_layout(moved: list[Event]) -> None:
+    moves = [event for event in moved if isinstance(event, Reconfigure)]
+    decisions = {event.decision.number: event.decision for event in moved if isinstance(event, DecisionMade)}
+    assert any(move.before.global_batch != move.after.global_batch for move in moves)
+    assert any(move.rung == "layout" and move.bytes_moved > 0 for move in moves)
+    for move in moves:
+        assert decisions[move.decision].chosen == move.after
+        assert decisions[move.decision].predicted_gain >= 0.10
+    assert [decision.number for decision in decisions.values()] == list(range(len(decisions)))
+
+
+@pytest.mark.dist
+def test_every_sample_is_trained_on_once_and_in_order(moved: list[Event]) -> None:
+    consumed = 0
+    for event in moved:
+        if isinstance(event, Step):
+            assert event.samples_consumed == consumed + event.global_batch
+            consumed = event.samples_consumed
+    assert consumed == 640
+
+
+@pytest.mark.dist
+def test_the_rules_follow_the_batch(moved: list[Event]) -> None:
+    for event in moved:
+        if isinstance(event, Step):
+            assert event.beta2 == pytest.approx(0.95 ** (event.global_batch / 4))
+    sizes = {event.global_batch for event in moved if isinstance(event, Step)}
+    assert len(sizes) > 1
+
+
+@pytest.mark.dist
+def test_noise_and_evaluations_are_reported(moved: list[Event]) -> None:
+    noise = [event for event in moved if isinstance(event, Noise)]
+    assert len(noise) == len(_losses(moved)), "every step measures here"
+    assert noise[-1].value is not None
+    evaluations = [event for event in moved if isinstance(event, Evaluate)]
+    assert evaluations[0].samples_consumed == 0
+    assert evaluations[-1].samples_consumed == 640
+    assert evaluations[-1].loss < 0.9 * evaluations[0].loss
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("policy", ["static", "copus"])
+def test_an_interrupted_run_goes_on_where_it_was(policy: str, tmp_path: Path) -> None:
+    """Same losses, decisions and moves as the run that nobody stopped. Learning rates are not constant, so samples must agree too."""
+    job = _job()
+    whole = run_ranks(2, _train, tmp_path / "whole", job, policy)[0]
+    first = run_ranks(2, _train, tmp_path / "parts", job, policy, 21)[0]
+    state, stopped_in = read_state(newest_checkpoint(tmp_path / "parts"))
+    assert state.samples_consumed == first[-1].samples_consumed
+    assert isinstance(stopped_in, Configuration)
+    second = run_ranks(2, _train, tmp_path / "parts", job, policy)[0]
+    np.testing.assert_allclose(_losses(first) + _losses(second), _losses(whole), rtol=1e-5)
+
+    def chosen(events: list[Event]) -> list[tuple[int, str]]:
+        return [(e.decision.number, e.decision.chosen.label) for e in events if isinstance(e, DecisionMade)]
+
+    if policy == "copus":  # decisions rest on measured seconds too, which no two runs share: the first part must agree
+        assert chosen(first) == chosen(whole)[: len(chosen(first))]
+        assert [number for number, _ in chosen(first) + chosen(second)] == list(range(len(chosen(first) + chosen(second))))
+
+
+@pytest.mark.dist
+def test_checkpoints_are_kept_and_pruned(tmp_path: Path) -> None:
+    job = _job(checkpoint_every_tokens=16 * 160, keep_checkpoints=2)
+    run_ranks(2, _train, tmp_path, job)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["samples-000000000480", "samples-000000000640"]
+    assert json.loads((tmp_path / "checkpoints" / names[-1] / "trainer.json").read_text())["state"]["step"] == 160
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker(tmp_path, seq_len=16)
+    step = Step(step=3, samples_consumed=12, loss=2.5, grad_norm=0.5, lr=1e-3, beta2=0.95, seconds=0.25, global_batch=4, time=1.0)
+    tracker.write(step)
+    tracker.write(Evaluate(step=3, samples_consumed=12, loss=2.25, sequences=8, seconds=0.1, time=1.0))
+    tracker.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    for tag, value in (("loss/train", 2.5), ("loss/validation", 2.25), ("speed/samples_per_second", 16.0), ("optimizer/beta2", 0.95)):
+        (scalar,) = read.Scalars(tag)
+        assert scalar.step == 192
+        assert scalar.value == pytest.approx(value)
