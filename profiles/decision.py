@@ -19,7 +19,7 @@ class CandidateScore(Record):
     step_seconds_spread: float | None
     """Half-width of the prediction's interval."""
     source: str
-    """Where the prediction comes from: measured, interpolated, …"""
+    """Where the prediction comes from: measured, interpolated, extrapolated, seen (live steps), none."""
     samples_per_second: float | None
     """Predicted throughput, sequences a second."""
     efficiency: float | None
@@ -30,6 +30,8 @@ class CandidateScore(Record):
     """Goodput relative to the current configuration, minus 1."""
     verdict: str
     """The reason in words: `CHOSEN`, `current`, `gain 1.2 % is below 10 %`, `not measured`, …"""
+    peak_bytes: int | None = None
+    """Largest memory in use on any rank; None where it is not known."""
 
 
 class Decision(Record):

@@ -1,0 +1,147 @@
+"""The planner: from the noise scale and the throughput to a decision that explains itself."""
+
+import math
+
+from planner.config import PlannerConfig
+from planner.efficiency import statistical_efficiency
+from planner.goodput import goodput
+from planner.policy import Situation, make_policy
+from planner.space import candidates
+from planner.wording import noise_in_words, percent
+from profiles.cluster import Cluster
+from profiles.configuration import Configuration
+from profiles.decision import CandidateScore, Decision
+from profiles.model_shape import ModelShape
+from profiles.noise_scale import NoiseScale
+from profiles.throughput import Prediction, Throughput
+
+
+class Planner:
+    """Decides what a job runs next. Deterministic; its only state is `number` and what `throughput` observes."""
+
+    def __init__(
+        self,
+        config: PlannerConfig,
+        model: ModelShape,
+        cluster: Cluster,
+        start: Configuration,
+        throughput: Throughput,
+        number: int = 0,
+    ) -> None:
+        self.config = config
+        self.throughput = throughput
+        self.candidates = candidates(config, model, cluster, start)
+        """Configurations that may be chosen."""
+        self.policy = make_policy(config)
+        self.number = number
+        """Number of the next decision; a resumed job sets it."""
+
+    def decide(self, noise: NoiseScale, current: Configuration, samples_consumed: int) -> Decision:
+        """Score every candidate and let the policy choose. `current` is what runs, candidate or not."""
+        critical_batch = self._critical_batch(noise)
+        mine = self._score(current, critical_batch, None)
+        others = [self._score(c, critical_batch, mine.goodput) for c in self.candidates if c != current]
+        # The gain of the current one is 0 by definition, not by division.
+        mine = mine.model_copy(update={"verdict": "current", "gain": None if mine.goodput is None else 0.0})
+        eligible = sorted([mine, *(score for score in others if not score.verdict)], key=_rank)
+        refused = sorted((score for score in others if score.verdict), key=_rank)
+        if critical_batch is None:
+            chosen, reason = mine, f"{self._why_unknown(noise, current)}; nothing changes"
+        elif mine.goodput is None:
+            why = f"the throughput of the current configuration, {current.label}, is not known"
+            chosen, reason = mine, f"{noise_in_words(noise)}: {why}; nothing changes"
+        else:
+            situation = Situation(samples_consumed, noise, critical_batch, mine, eligible)
+            chosen, why = self.policy.choose(situation)
+            reason = f"{noise_in_words(noise)}: {why}"
+        judged = [
+            score.model_copy(update={"verdict": score.verdict or self._verdict(score, mine, chosen)})
+            for score in eligible
+        ]
+        decision = Decision(
+            number=self.number,
+            samples_consumed=samples_consumed,
+            policy=self.policy.name,
+            objective=self.config.objective,
+            noise=noise,
+            critical_batch_factor=self.config.critical_batch_factor,
+            critical_batch=critical_batch,
+            current=current,
+            chosen=chosen.configuration,
+            candidates=judged + refused,
+            predicted_gain=chosen.gain,
+            reason=reason,
+        )
+        self.number += 1
+        return decision
+
+    def _critical_batch(self, noise: NoiseScale) -> float | None:
+        """φ = c · B_simple, sequences; None while the noise scale is unknown or has seen too little."""
+        value = noise.value
+        if value is None or not 0 < value < math.inf or noise.samples < self.config.min_noise_samples:
+            return None
+        return self.config.critical_batch_factor * value
+
+    def _why_unknown(self, noise: NoiseScale, current: Configuration) -> str:
+        """Why there is no critical batch."""
+        if not self._noise_measurable(current):
+            return f"the noise scale is unknown, and cannot be measured with {current.label}: one part a step"
+        if noise.samples < self.config.min_noise_samples:
+            return f"the noise scale has seen {noise.samples} steps, {self.config.min_noise_samples} are needed"
+        return f"the noise scale cannot be told yet after {noise.samples} steps"
+
+    def _noise_measurable(self, configuration: Configuration) -> bool:
+        """Whether a step has two parts to compare; a lone micro-batch is run as two halves where it is even."""
+        replicas = configuration.layout.dp
+        if self.config.noise_source == "replica":
+            return replicas > 1
+        return replicas * configuration.num_microbatches > 1 or configuration.micro_batch % 2 == 0
+
+    def _score(
+        self, configuration: Configuration, critical_batch: float | None, current_goodput: float | None
+    ) -> CandidateScore:
+        """Everything about one candidate; the verdict is filled in only where it may not be chosen."""
+        prediction = self.throughput.predict(configuration)
+        seconds = prediction.step_seconds if prediction else None
+        batch = configuration.global_batch
+        samples_per_second = None if seconds is None else batch / seconds
+        score = None
+        if samples_per_second is not None and critical_batch is not None:
+            score = goodput(samples_per_second, batch, critical_batch, self.config.objective)
+        return CandidateScore(
+            configuration=configuration,
+            step_seconds=seconds,
+            step_seconds_spread=prediction.spread_seconds if prediction else None,
+            source=prediction.source if prediction else "none",
+            samples_per_second=samples_per_second,
+            efficiency=None if critical_batch is None else statistical_efficiency(batch, critical_batch),
+            goodput=score,
+            gain=None if score is None or current_goodput is None else score / current_goodput - 1,
+            verdict=self._refusal(configuration, prediction),
+            peak_bytes=prediction.peak_bytes if prediction else None,
+        )
+
+    def _refusal(self, configuration: Configuration, prediction: Prediction | None) -> str:
+        """Why a candidate may not be chosen whatever the noise; empty where it may."""
+        if prediction is None:
+            return "not measured"
+        if prediction.failure:
+            return prediction.failure
+        return "" if self._noise_measurable(configuration) else "noise cannot be measured: one part a step"
+
+    def _verdict(self, score: CandidateScore, current: CandidateScore, chosen: CandidateScore) -> str:
+        """What became of a candidate that could be chosen."""
+        if score.gain is None:
+            return "no decision yet"
+        if score is chosen:
+            return "CHOSEN"
+        if score.gain >= 0:
+            return self.policy.verdict(score)
+        slower = (score.samples_per_second or 0.0) < (current.samples_per_second or 0.0)
+        return f"{'slower' if slower else 'lower goodput'}: {percent(score.gain)}"
+
+
+def _rank(score: CandidateScore) -> tuple[float, int]:
+    """Best first: by goodput, by throughput while that is unknown; of equals the smaller batch (2507.07101)."""
+    value = score.samples_per_second if score.goodput is None else score.goodput
+    return -(value or 0.0), score.configuration.global_batch

@@ -1,0 +1,73 @@
+"""The configurations that may be chosen."""
+
+from collections.abc import Iterator
+
+from planner.config import PlannerConfig
+from profiles.cluster import Cluster
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.model_shape import ModelShape
+
+
+def candidates(config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Configuration) -> list[Configuration]:
+    """Every layout × global batch × micro-batch that the job file allows, `start` always among them, in a fixed order.
+
+    Layouts are `config.layouts`, or every tp × pp × dp that holds the model on the cluster, with the sequence
+    parallelism (where tp > 1), recomputation and ZeRO stage of the starting layout. Global batches are
+    `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the limits of
+    `config`.
+    """
+    found = [
+        Configuration(layout=layout, micro_batch=micro_batch, global_batch=global_batch)
+        for layout in dict.fromkeys(config.layouts or layouts(model, cluster, start.layout))
+        for global_batch in _doubling(config.batch_multiple, config.min_global_batch, config.max_global_batch)
+        for micro_batch in _doubling(1, 1, config.max_micro_batch)
+        if _fits(layout, micro_batch, global_batch)
+    ]
+    return found if start in found else [start, *found]
+
+
+def layouts(model: ModelShape, cluster: Cluster, start: Layout) -> list[Layout]:
+    """Every split of the cluster into tp × pp × dp that passes `Layout.check`, else like `start`, and `start`."""
+    found = [layout for layout in _splits(cluster.accelerators, start) if _holds(layout, model, cluster)]
+    return found if start in found else [start, *found]
+
+
+def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
+    for tp in _divisors(accelerators):
+        for pp in _divisors(accelerators // tp):
+            yield Layout(
+                tp=tp,
+                pp=pp,
+                dp=accelerators // (tp * pp),
+                sequence_parallel=start.sequence_parallel and tp > 1,
+                recompute=start.recompute,
+                zero=start.zero,
+            )
+
+
+def _holds(layout: Layout, model: ModelShape, cluster: Cluster) -> bool:
+    try:
+        layout.check(model, cluster)
+    except ValueError:
+        return False
+    return True
+
+
+def _fits(layout: Layout, micro_batch: int, global_batch: int) -> bool:
+    """Whether a step is whole micro-batches; an interleaved pipeline needs a multiple of pp (2104.04473, §2.2.2)."""
+    num_microbatches, rest = divmod(global_batch, layout.dp * micro_batch)
+    return rest == 0 and num_microbatches > 0 and (layout.vp == 1 or num_microbatches % layout.pp == 0)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _doubling(first: int, low: int, high: int) -> Iterator[int]:
+    """first, 2·first, 4·first, … within [low, high]."""
+    value = first
+    while value <= high:
+        if value >= low:
+            yield value
+        value *= 2

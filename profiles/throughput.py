@@ -1,0 +1,166 @@
+"""How long a step of a configuration takes, from measured rows and from the steps of the job itself."""
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from profiles.affine import AffineFit, Point, fit_affine
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.measurement import Measurement
+from profiles.record import Record
+
+FAR = 4
+"""A count beyond this many times the largest measured one is called extrapolated."""
+SEEN_STEPS = 5
+"""Live steps after which they replace the table."""
+SEEN_MEMORY = 20
+"""Live steps that are looked back on; older ones are forgotten."""
+
+
+class Prediction(Record):
+    """What is known about a configuration: a time, or the failure to expect instead."""
+
+    step_seconds: PositiveFloat | None = None
+    """Duration of an optimizer step; None for a failure."""
+    spread_seconds: NonNegativeFloat | None = None
+    """Half-width of its interval (10th to 90th percentile); None for a failure."""
+    source: Literal["measured", "interpolated", "extrapolated", "seen"]
+    """measured: its own rows; interpolated, extrapolated: the line through the rows of its layout and micro-batch;
+    seen: the steps of this job."""
+    peak_bytes: NonNegativeInt | None = None
+    """Largest memory in use on any rank; None where it was not measured."""
+    failure: str | None = None
+    """Why it cannot run: `out of memory`, …"""
+
+
+class Throughput:
+    """Step times of configurations that share one fingerprint (model, software, hardware)."""
+
+    def __init__(self, rows: Iterable[Measurement] = ()) -> None:
+        by_configuration: defaultdict[Configuration, list[Measurement]] = defaultdict(list)
+        for row in rows:
+            by_configuration[row.configuration].append(row)
+        self._measured = {configuration: _combine(found) for configuration, found in by_configuration.items()}
+        by_group: defaultdict[tuple[Layout, int], dict[int, Prediction]] = defaultdict(dict)
+        for configuration, prediction in self._measured.items():
+            by_group[_key(configuration)][configuration.num_microbatches] = prediction
+        self._groups = {key: _Group.of(by_count) for key, by_count in by_group.items()}
+        self._seen: defaultdict[Configuration, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN_MEMORY))
+
+    def predict(self, configuration: Configuration) -> Prediction | None:
+        """The duration of a step, or None where nothing is known.
+
+        Its own rows first; else the line through the rows of the same layout and micro-batch (`profiles.affine`), never
+        below their smallest number of micro-batches. Steps of the running job replace both once there are 5 of them.
+        """
+        known = self._from_table(configuration)
+        seen = self._seen.get(configuration)
+        if seen and (len(seen) >= SEEN_STEPS or known is None or known.failure):
+            # The statistics of a `Measurement`, so that live and measured times can be compared.
+            deciles = quantiles(seen, n=10, method="inclusive") if len(seen) > 1 else [0.0]
+            return Prediction(
+                step_seconds=median(seen),
+                spread_seconds=(deciles[-1] - deciles[0]) / 2,
+                source="seen",
+                peak_bytes=known.peak_bytes if known else None,
+            )
+        return known
+
+    def observe(self, configuration: Configuration, step_seconds: float) -> None:
+        """Feed the duration of an ordinary step of the running job. Raises ValueError unless positive and finite."""
+        if not 0 < step_seconds < math.inf:
+            raise ValueError(f"step_seconds({step_seconds}) has to be positive and finite")
+        self._seen[configuration].append(step_seconds)
+
+    def counts(self, layout: Layout, micro_batch: int) -> list[int]:
+        """Numbers of micro-batches that were measured without failure, ascending."""
+        group = self._groups.get((layout, micro_batch))
+        return group.counts if group else []
+
+    def _from_table(self, configuration: Configuration) -> Prediction | None:
+        own = self._measured.get(configuration)
+        group = self._groups.get(_key(configuration))
+        if own or not group:
+            return own
+        n = configuration.num_microbatches
+        if group.failure and n >= group.fails_from:
+            return group.failure
+        if group.line is None or n < group.counts[0]:
+            return None
+        return Prediction(
+            step_seconds=group.line.step_seconds(n),
+            spread_seconds=group.line.spread_seconds(n),
+            source="interpolated" if n <= FAR * group.counts[-1] else "extrapolated",
+            peak_bytes=group.peak_bytes,
+        )
+
+
+@dataclass
+class _Group:
+    """Rows of one layout and micro-batch. They differ in the number of micro-batches alone."""
+
+    counts: list[int]
+    line: AffineFit | None
+    peak_bytes: int | None
+    fails_from: int
+    failure: Prediction | None
+
+    @classmethod
+    def of(cls, by_count: dict[int, Prediction]) -> "_Group":
+        points = [
+            Point(n, prediction.step_seconds, prediction.spread_seconds or 0.0)
+            for n, prediction in sorted(by_count.items())
+            if prediction.step_seconds is not None
+        ]
+        counts = [point.num_microbatches for point in points]
+        # More micro-batches never take less memory: a failure holds for every larger count, unless a larger one ran.
+        fails_from = min((n for n, p in by_count.items() if p.failure and n > max(counts, default=0)), default=0)
+        return cls(
+            counts=counts,
+            line=fit_affine(points) if len(points) > 1 else None,
+            peak_bytes=max((p.peak_bytes for p in by_count.values() if p.peak_bytes is not None), default=None),
+            fails_from=fails_from,
+            failure=by_count[fails_from] if fails_from else None,
+        )
+
+
+def _key(configuration: Configuration) -> tuple[Layout, int]:
+    return configuration.layout, configuration.micro_batch
+
+
+def _combine(rows: Sequence[Measurement]) -> Prediction:
+    """Rows of one configuration as one: the newest decides whether it runs, the median over all steps how fast."""
+    newest = max(rows, key=lambda row: row.time)
+    if newest.failure is not None:
+        return Prediction(source="measured", peak_bytes=newest.peak_bytes, failure=newest.failure)
+    timed = [(row.step_seconds, row.spread_seconds or 0.0, max(row.count, 1)) for row in rows if row.step_seconds]
+    step_seconds = _median([(seconds, count) for seconds, _, count in timed])
+    within = _median([(spread, count) for _, spread, count in timed])
+    between = _median([(abs(seconds - step_seconds), count) for seconds, _, count in timed])
+    peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None]
+    return Prediction(
+        step_seconds=step_seconds,
+        spread_seconds=math.hypot(within, between),
+        source="measured",
+        peak_bytes=max(peaks, default=None),
+    )
+
+
+def _median(weighted: list[tuple[float, int]]) -> float:
+    """Weighted median of (value, weight): as if every value stood there `weight` times."""
+    half = sum(weight for _, weight in weighted) / 2
+    ordered = sorted(weighted)
+    below = 0
+    for index, (value, weight) in enumerate(ordered):
+        below += weight
+        if below > half:
+            return value
+        if below == half:
+            return (value + ordered[index + 1][0]) / 2
+    raise AssertionError("a median of nothing")

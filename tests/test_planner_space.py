@@ -1,0 +1,199 @@
+"""The candidate space, and what has to be measured to know it."""
+
+from itertools import groupby
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.config import PlannerConfig
+from planner.profiling import to_measure
+from planner.space import candidates
+from profiles.cluster import Cluster
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.measurement import Fingerprint, Measurement
+from profiles.model_shape import ModelShape
+from profiles.throughput import Throughput
+
+MODEL = ModelShape(layers=4, hidden=64, ffn_hidden=192, heads=4, kv_heads=2, seq_len=32, vocab=512)
+HERE = Fingerprint(model=MODEL.digest, precision="fp32", backend="b", hardware="h", software="s")
+TWO = Cluster(accelerators_per_node=2)
+START = Configuration(layout=Layout(dp=2), micro_batch=1, global_batch=4)
+
+
+def power(low, high):
+    return st.integers(low, high).map(lambda exponent: 2**exponent)
+
+
+@st.composite
+def problems(draw):
+    """A planner section, a cluster and a starting configuration that fits it."""
+    cluster = Cluster(accelerators_per_node=draw(st.sampled_from([1, 2, 3, 4, 6, 8])))
+    low = draw(st.integers(1, 16))
+    config = PlannerConfig(
+        min_global_batch=low,
+        max_global_batch=low * draw(st.integers(1, 32)),
+        batch_multiple=draw(st.integers(1, 6)),
+        max_micro_batch=draw(power(0, 4)),
+    )
+    tp = draw(st.sampled_from([tp for tp in (1, 2) if cluster.accelerators % tp == 0]))
+    layout = Layout(
+        tp=tp,
+        dp=cluster.accelerators // tp,
+        zero=draw(st.sampled_from([0, 1])),
+        recompute=draw(st.sampled_from(["none", "full"])),
+        sequence_parallel=tp > 1 and draw(st.booleans()),
+    )
+    micro_batch = draw(power(0, 3))
+    batch = layout.dp * micro_batch * draw(st.integers(1, 5))
+    return config, cluster, Configuration(layout=layout, micro_batch=micro_batch, global_batch=batch)
+
+
+def measured(configuration, memory=None):
+    """A row as a machine gives it: affine in the micro-batches, and out of memory above `memory` sequences a pass."""
+    layout, n = configuration.layout, configuration.num_microbatches
+    fails = memory is not None and configuration.micro_batch > memory
+    step_seconds = 0.3 / layout.tp + (0.1 + 0.05 * configuration.micro_batch) * (n + layout.pp - 1)
+    return Measurement(
+        fingerprint=HERE,
+        model=MODEL,
+        configuration=configuration,
+        step_seconds=None if fails else step_seconds,
+        spread_seconds=None if fails else 0.01,
+        count=0 if fails else 3,
+        failure="out of memory" if fails else None,
+        time=0.0,
+    )
+
+
+@given(problems())
+def test_every_candidate_is_valid_and_within_the_limits(problem):
+    config, cluster, start = problem
+    found = candidates(config, MODEL, cluster, start)
+    assert start in found
+    assert len(set(found)) == len(found)
+    assert found == candidates(config, MODEL, cluster, start)
+    for candidate in found:
+        candidate.layout.check(MODEL, cluster)
+        if candidate == start:
+            continue
+        assert config.min_global_batch <= candidate.global_batch <= config.max_global_batch
+        doublings, rest = divmod(candidate.global_batch, config.batch_multiple)
+        assert rest == 0
+        assert doublings.bit_count() == 1
+        assert candidate.micro_batch.bit_count() == 1
+        assert candidate.micro_batch <= config.max_micro_batch
+        assert candidate.layout.recompute == start.layout.recompute
+        assert candidate.layout.zero == start.layout.zero
+        assert candidate.layout.sequence_parallel == (start.layout.sequence_parallel and candidate.layout.tp > 1)
+
+
+def test_the_space_by_hand():
+    config = PlannerConfig(min_global_batch=2, max_global_batch=4, max_micro_batch=2)
+    assert {candidate.label for candidate in candidates(config, MODEL, TWO, START)} == {
+        *("TP1·PP1·DP2 B2 m1", "TP1·PP1·DP2 B4 m1", "TP1·PP1·DP2 B4 m2"),
+        *("TP1·PP2·DP1 B2 m1", "TP1·PP2·DP1 B2 m2", "TP1·PP2·DP1 B4 m1", "TP1·PP2·DP1 B4 m2"),
+        *("TP2·PP1·DP1 B2 m1", "TP2·PP1·DP1 B2 m2", "TP2·PP1·DP1 B4 m1", "TP2·PP1·DP1 B4 m2"),
+    }
+
+
+def test_layouts_that_the_model_does_not_allow_are_left_out():
+    found = candidates(
+        PlannerConfig(max_global_batch=8),
+        MODEL,
+        Cluster(accelerators_per_node=8),
+        Configuration(layout=Layout(dp=8), micro_batch=1, global_batch=8),
+    )
+    degrees = {(c.layout.tp, c.layout.pp, c.layout.dp) for c in found}
+    assert degrees == {(1, 1, 8), (1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (2, 4, 1)}  # 2 key-value heads, 4 layers
+
+
+def test_listed_layouts_are_taken_as_they_are_and_once():
+    listed = [Layout(tp=2, sequence_parallel=True), Layout(tp=2, sequence_parallel=True)]
+    found = candidates(PlannerConfig(layouts=listed, max_global_batch=2, max_micro_batch=1), MODEL, TWO, START)
+    assert [c.label for c in found] == ["TP1·PP1·DP2 B4 m1", "TP2·PP1·DP1·SP B1 m1", "TP2·PP1·DP1·SP B2 m1"]
+
+
+def test_interleaved_pipelines_get_whole_rounds():
+    layout = Layout(pp=2, vp=2)
+    found = candidates(PlannerConfig(layouts=[layout], max_global_batch=8, max_micro_batch=4), MODEL, TWO, START)
+    assert {c.num_microbatches for c in found if c.layout == layout} == {2, 4, 8}
+
+
+# What to measure.
+
+
+@settings(max_examples=60)
+@given(problems(), st.randoms(use_true_random=False), st.floats(0, 1))
+def test_what_is_measured_makes_everything_predictable(problem, chance, known_share):
+    config, cluster, start = problem
+    wanted = candidates(config, MODEL, cluster, start)
+    rows = [measured(candidate) for candidate in wanted if chance.random() < known_share]
+    todo = to_measure(wanted, Throughput(rows), start)
+    assert not {row.configuration for row in rows} & set(todo)
+    throughput = Throughput(rows + [measured(configuration) for configuration in todo])
+    for candidate in wanted:
+        assert throughput.predict(candidate).step_seconds == pytest.approx(measured(candidate).step_seconds)
+    assert to_measure(wanted, throughput, start) == []
+
+
+@settings(max_examples=30)
+@given(problems(), power(0, 3))
+def test_failures_are_learned_and_end(problem, memory):
+    config, cluster, start = problem
+    wanted = candidates(config, MODEL, cluster, start)
+    rows = [measured(configuration, memory=memory) for configuration in to_measure(wanted, Throughput(), start)]
+    throughput = Throughput(rows)
+    assert to_measure(wanted, throughput, start) == []
+    assert all(bool(throughput.predict(c).failure) == (c.micro_batch > memory) for c in wanted)
+
+
+@settings(max_examples=40)
+@given(problems())
+def test_no_fewer_measurements_would_do(problem):
+    config, cluster, start = problem
+    wanted = candidates(config, MODEL, cluster, start)
+    todo = to_measure(wanted, Throughput(), start)
+    for left_out in range(len(todo)):
+        throughput = Throughput([measured(c) for i, c in enumerate(todo) if i != left_out])
+        assert any(throughput.predict(candidate) is None for candidate in wanted)
+
+
+@settings(max_examples=60)
+@given(problems())
+def test_layouts_come_in_two_passes_and_the_start_first(problem):
+    config, cluster, start = problem
+    wanted = candidates(config, MODEL, cluster, start)
+    todo = to_measure(wanted, Throughput(), start)
+    layouts = {c.layout for c in wanted}
+    assert todo[0].layout == start.layout
+    # No layout comes back before every layout has been seen.
+    order = [layout for layout, _ in groupby(c.layout for c in todo)]
+    assert len(order) <= 2 * len(layouts)
+    assert len(set(order[: len(layouts)])) == len(layouts)
+
+
+def test_the_measurements_by_hand():
+    config = PlannerConfig(
+        min_global_batch=1, max_global_batch=32, max_micro_batch=8, layouts=[Layout(dp=2), Layout(tp=2)]
+    )
+    todo = to_measure(candidates(config, MODEL, TWO, START), Throughput(), START, longest_batch=16)
+    assert [c.label for c in todo] == [
+        *("TP1·PP1·DP2 B2 m1", "TP1·PP1·DP2 B8 m1", "TP1·PP1·DP2 B4 m2", "TP1·PP1·DP2 B16 m2"),
+        *("TP1·PP1·DP2 B8 m4", "TP1·PP1·DP2 B16 m4"),
+        *("TP2·PP1·DP1 B1 m1", "TP2·PP1·DP1 B4 m1", "TP2·PP1·DP1 B2 m2", "TP2·PP1·DP1 B8 m2"),
+        *("TP2·PP1·DP1 B4 m4", "TP2·PP1·DP1 B16 m4"),
+        *("TP2·PP1·DP1 B8 m8", "TP2·PP1·DP1 B16 m8"),
+        *("TP1·PP1·DP2 B16 m8", "TP1·PP1·DP2 B32 m8"),  # only 16 fits longest_batch, but a line needs two
+    ]
+
+
+def test_one_known_count_needs_one_more():
+    config = PlannerConfig(min_global_batch=2, max_global_batch=64, max_micro_batch=1, layouts=[Layout(dp=2)])
+    wanted = candidates(config, MODEL, TWO, START)
+    todo = to_measure(wanted, Throughput([measured(START)]), START)
+    assert [c.label for c in todo] == ["TP1·PP1·DP2 B2 m1"]  # below the known 4; the two make a line
+    smallest = Configuration(layout=Layout(dp=2), micro_batch=1, global_batch=2)
+    todo = to_measure(wanted, Throughput([measured(smallest)]), START)
+    assert [c.label for c in todo] == ["TP1·PP1·DP2 B8 m1"]

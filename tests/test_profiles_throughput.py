@@ -1,0 +1,203 @@
+"""Predictions from measured rows, the affine fit, and live steps."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiles.affine import Point, fit_affine
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.measurement import Fingerprint, Measurement
+from profiles.model_shape import ModelShape
+from profiles.throughput import Throughput
+
+MODEL = ModelShape(layers=2, hidden=64, ffn_hidden=128, heads=4, kv_heads=2, seq_len=32, vocab=512)
+HERE = Fingerprint(model=MODEL.digest, precision="fp32", backend="b", hardware="h", software="s")
+DP2 = Layout(dp=2)
+TP2 = Layout(tp=2)
+
+seconds = st.floats(1e-3, 1e3)
+counts = st.lists(st.integers(1, 512), min_size=2, max_size=8, unique=True)
+
+
+def configuration(n, layout=DP2, micro_batch=1):
+    return Configuration(layout=layout, micro_batch=micro_batch, global_batch=n * layout.dp * micro_batch)
+
+
+def row(n, step_seconds=None, layout=DP2, micro_batch=1, spread=0.0, count=3, time=0.0, failure=None, peak=None):
+    return Measurement(
+        fingerprint=HERE,
+        model=MODEL,
+        configuration=configuration(n, layout, micro_batch),
+        step_seconds=step_seconds,
+        spread_seconds=spread if step_seconds else None,
+        count=count if step_seconds else 0,
+        peak_bytes=peak,
+        failure=failure,
+        time=time,
+    )
+
+
+# The affine fit.
+
+
+@given(seconds, seconds, counts)
+def test_noise_free_rows_give_back_the_line(fixed, microbatch, at):
+    fit = fit_affine([Point(n, fixed + microbatch * n, 0.0) for n in at])
+    largest = fixed + microbatch * max(at)
+    # The error of each coefficient is that of the times (1e-16 relative) over the lever arm that the counts give.
+    assert fit.fixed_seconds == pytest.approx(fixed, abs=1e-9 * largest)
+    assert fit.microbatch_seconds == pytest.approx(microbatch, rel=1e-9, abs=1e-9 * largest)
+    assert fit.spread_seconds(max(at)) <= 1e-7 * largest
+
+
+@given(st.floats(0.1, 10), st.floats(0.1, 10), st.integers(0, 2**32))
+def test_noisy_rows_give_the_line_within_tolerance(fixed, microbatch, seed):
+    noise = random.Random(seed)
+    at = [1, 2, 4, 8, 16, 32]
+    fit = fit_affine([Point(n, (fixed + microbatch * n) * noise.uniform(0.97, 1.03), 0.0) for n in at])
+    for n in [*at, 64]:
+        assert fit.step_seconds(n) == pytest.approx(fixed + microbatch * n, rel=0.1)
+
+
+@given(st.dictionaries(st.integers(1, 512), seconds, min_size=2, max_size=8))
+def test_the_fit_keeps_its_bounds_whatever_the_times(times):
+    fit = fit_affine([Point(n, t, 0.1 * t) for n, t in times.items()])
+    assert fit.fixed_seconds >= 0
+    assert fit.microbatch_seconds > 0
+    assert fit.spread_seconds(max(times)) >= 0
+
+
+@given(st.dictionaries(st.integers(1, 64), seconds, min_size=2, max_size=5), st.integers(-20, 20))
+def test_the_fit_does_not_depend_on_the_unit_of_time(times, exponent):
+    unit = 2.0**exponent  # a power of two scales floats without rounding
+    fit = fit_affine([Point(n, t, t / 8) for n, t in times.items()])
+    other = fit_affine([Point(n, t * unit, t / 8 * unit) for n, t in times.items()])
+    assert other.step_seconds(100) == unit * fit.step_seconds(100)
+    assert other.spread_seconds(100) == pytest.approx(unit * fit.spread_seconds(100))
+
+
+def test_the_fit_by_hand():
+    # Through (1, 3 ± 0.3) and (4, 6 ± 0.4): 2 + 1·n. At 7 it is 2·t(4) − t(1) = 9 ± √((2·0.4)² + 0.3²).
+    fit = fit_affine([Point(1, 3.0, 0.3), Point(4, 6.0, 0.4)])
+    assert (fit.fixed_seconds, fit.microbatch_seconds) == (pytest.approx(2), pytest.approx(1))
+    assert fit.step_seconds(7) == pytest.approx(9)
+    assert fit.spread_seconds(7) == pytest.approx((0.8**2 + 0.3**2) ** 0.5)
+    assert fit.spread_seconds(4) == pytest.approx(0.4)
+
+
+def test_times_that_fall_give_the_line_through_the_origin():
+    # Weights 1/t²: b = Σ(n/t) / Σ(n/t)² = (1/4 + 2/2) / (1/16 + 1) = 20/17.
+    fit = fit_affine([Point(1, 4.0, 0.0), Point(2, 2.0, 0.0)])
+    assert fit.fixed_seconds == 0
+    assert fit.microbatch_seconds == pytest.approx(20 / 17)
+    assert fit.spread_seconds(2) > 0.4 * fit.step_seconds(2)  # a line this wrong says so
+
+
+def test_one_count_is_no_line():
+    with pytest.raises(ValueError, match=r"two distinct numbers of micro-batches, got \[3\]"):
+        fit_affine([Point(3, 1.0, 0.0), Point(3, 1.1, 0.0)])
+
+
+# Rows.
+
+
+def test_rows_of_one_configuration_are_combined_by_the_median_of_their_steps():
+    rows = [
+        row(2, 1.0, spread=0.1, count=3, peak=10),
+        row(2, 2.0, spread=0.3, count=1, peak=30),
+        row(2, 9.0, spread=0.9, count=1),
+    ]
+    prediction = Throughput(rows).predict(configuration(2))
+    assert prediction.source == "measured"
+    assert prediction.step_seconds == 1.0
+    assert prediction.spread_seconds == pytest.approx(0.1)
+    assert prediction.peak_bytes == 30
+
+
+def test_rounds_that_disagree_widen_the_spread():
+    prediction = Throughput([row(2, 1.0, spread=0.3), row(2, 1.8, spread=0.3)]).predict(configuration(2))
+    assert prediction.step_seconds == pytest.approx(1.4)
+    assert prediction.spread_seconds == pytest.approx((0.3**2 + 0.4**2) ** 0.5)
+
+
+def test_between_and_beyond_the_measured_counts():
+    throughput = Throughput([row(2, 3.0, peak=7), row(4, 5.0, peak=9)])
+    between = throughput.predict(configuration(3))
+    assert (between.source, between.step_seconds, between.peak_bytes) == ("interpolated", pytest.approx(4.0), 9)
+    assert throughput.predict(configuration(16)).source == "interpolated"
+    far = throughput.predict(configuration(17))
+    assert (far.source, far.step_seconds) == ("extrapolated", pytest.approx(18.0))
+    assert throughput.predict(configuration(1)) is None
+
+
+def test_nothing_is_said_about_other_layouts_and_micro_batches():
+    throughput = Throughput([row(2, 3.0), row(4, 5.0)])
+    assert throughput.predict(configuration(2, layout=TP2)) is None
+    assert throughput.predict(configuration(2, micro_batch=2)) is None
+    assert Throughput([row(2, 3.0)]).predict(configuration(4)) is None
+    assert Throughput().predict(configuration(1)) is None
+
+
+def test_the_newest_row_decides_whether_a_configuration_runs():
+    failed = Throughput([row(2, 1.0, time=1), row(2, failure="out of memory", time=2)]).predict(configuration(2))
+    assert (failed.failure, failed.step_seconds) == ("out of memory", None)
+    mended = Throughput([row(2, failure="out of memory", time=1), row(2, 1.0, time=2)]).predict(configuration(2))
+    assert (mended.failure, mended.step_seconds) == (None, 1.0)
+
+
+def test_a_failure_holds_for_larger_counts_but_not_between_counts_that_ran():
+    throughput = Throughput([row(1, 1.0), row(2, 2.0), row(8, failure="out of memory")])
+    assert throughput.predict(configuration(4)).step_seconds == pytest.approx(4.0)
+    assert throughput.predict(configuration(8)).failure == "out of memory"
+    assert throughput.predict(configuration(9)).failure == "out of memory"
+    flaky = Throughput([row(1, 1.0), row(2, failure="timeout"), row(4, 4.0)])
+    assert flaky.predict(configuration(2)).failure == "timeout"
+    assert flaky.predict(configuration(3)).step_seconds == pytest.approx(3.0)
+    assert flaky.predict(configuration(8)).failure is None
+    assert Throughput([row(2, failure="out of memory")]).predict(configuration(1)) is None
+
+
+# Live steps.
+
+
+def test_live_steps_take_over_after_five():
+    throughput = Throughput([row(2, 1.0, peak=9)])
+    for _ in range(4):
+        throughput.observe(configuration(2), 2.0)
+    assert throughput.predict(configuration(2)).source == "measured"
+    throughput.observe(configuration(2), 2.0)
+    seen = throughput.predict(configuration(2))
+    assert (seen.source, seen.step_seconds, seen.spread_seconds, seen.peak_bytes) == ("seen", 2.0, 0.0, 9)
+
+
+@pytest.mark.parametrize("rows", [[], [row(2, failure="out of memory")]])
+def test_one_live_step_is_better_than_nothing_and_refutes_a_failure(rows):
+    throughput = Throughput(rows)
+    throughput.observe(configuration(2), 2.0)
+    prediction = throughput.predict(configuration(2))
+    assert (prediction.source, prediction.step_seconds, prediction.failure) == ("seen", 2.0, None)
+
+
+def test_live_steps_have_the_statistics_of_a_measurement():
+    throughput = Throughput()
+    for step in [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 90.0]:  # one step met a stalled machine
+        throughput.observe(configuration(1), step)
+    seen = throughput.predict(configuration(1))
+    assert seen.step_seconds == 1.5
+    assert seen.spread_seconds == pytest.approx((1.9 - 1.1) / 2)
+
+
+def test_old_steps_are_forgotten():
+    throughput = Throughput()
+    for step in [10.0] * 50 + [1.0] * 11:
+        throughput.observe(configuration(1), step)
+    assert throughput.predict(configuration(1)).step_seconds == 1.0
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_impossible_step_is_refused(step):
+    with pytest.raises(ValueError, match="step_seconds"):
+        Throughput().observe(configuration(1), step)
