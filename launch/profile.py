@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-from rich.console import Console
-
 from copus.job import load_job
 from launch.attend import attend
 from launch.data import check, prepare
 from launch.engines import engine_of
 from launch.interrupts import Interrupts
+from launch.progress import SteadyConsole
 from launch.run_directory import create_run, discard_run, lock_run, portable
 
 
@@ -28,7 +27,7 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
                 discard_run(run)
                 return code
             outcome = attend(
-                engine, run, job, lock, interrupts, Console(stderr=True, highlight=False), profile_only=True
+                engine, run, job, lock, interrupts, SteadyConsole(stderr=True, highlight=False), profile_only=True
             )
     last = outcome.status.profile
     measured = last.done if last else 0

@@ -1,5 +1,6 @@
 """Live progress of a run: a panel on a terminal, plain lines elsewhere."""
 
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,15 @@ from launch.status import RunStatus, count, duration, measured, moved, noise_int
 
 LINE_SECONDS = 10.0
 """Time between plain lines."""
+
+
+class SteadyConsole(Console):
+    """Goes quiet when its reader goes: a run ends as it should although `| tee`, on a Ctrl-C, was faster."""
+
+    def on_broken_pipe(self) -> None:
+        """What rich calls then; its own version ends the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Progress:

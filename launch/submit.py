@@ -13,13 +13,14 @@ from launch.data import check, prepare
 from launch.engines import engine_of
 from launch.follow import Follower
 from launch.interrupts import Interrupts
+from launch.progress import SteadyConsole
 from launch.run_directory import create_run, discard_run, find_run, lock_run, portable, shown, write_job
 from launch.status import RunStatus, count, duration
 
 
 def submit(job_file: Path | None, overrides: list[str], resume: str | None, *, as_json: bool = False) -> int:
     """Train, or go on training. Returns the exit code; raises JobError, and leaves nothing, where the user errs."""
-    console = Console(stderr=as_json, highlight=False)
+    console = SteadyConsole(stderr=as_json, highlight=False)
     if resume is not None:
         return _resume(find_run(resume), job_file, overrides, console, as_json)
     if job_file is None:

@@ -4,12 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
+import launch.cli
+import launch.profile
+import launch.submit
 from copus.data.prepared import FILES, FORMAT_VERSION, Manifest, prepared_path
-from copus.job import load_job
+from copus.job import JobConfig, load_job
+from launch.engines import LocalEngine
 
 DRIVER = Path(__file__).with_name("launch_driver.py")
+WORKER = Path(__file__).with_name("launch_worker.py")
 
 JOB = """
 name: small
@@ -52,16 +58,39 @@ def write_job(folder: Path, **sections: dict[str, object]) -> Path:
     return path
 
 
+class DirectEngine(LocalEngine):
+    """The local engine without its agent: one worker, and no torch."""
+
+    def __init__(self, worker: list[str]) -> None:
+        super().__init__(worker)
+        self.worker = worker
+
+    def command(self, run: Path, job: JobConfig, session: str, profile_only: bool) -> list[str]:
+        return [sys.executable, *self.worker, str(run), *(["--profile-only"] if profile_only else [])]
+
+
+def copus_here(*arguments: str, worker: list[str] | None = None, how: str = "direct") -> int:
+    """The `copus` command in this process. With `worker` (options of launch_worker.py) that one trains.
+
+    `how` it starts: `direct`, or below the elastic `agent`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if worker is not None:
+            command = [str(WORKER), *worker]
+            engine = LocalEngine(command) if how == "agent" else DirectEngine(command)
+            for module in (launch.submit, launch.profile):
+                patch.setattr(module, "engine_of", lambda job: engine)
+        return launch.cli.main(list(arguments))
+
+
 def copus_command(*arguments: str, worker: list[str] | None = None, how: str = "direct") -> list[str]:
-    """Command line of `copus`; with `worker` (options of launch_worker.py) that one trains instead of the real one."""
+    """Command line for the same as a process."""
     if worker is None:
         return [sys.executable, "-m", "launch.cli", *arguments]
     return [sys.executable, str(DRIVER), how, *worker, "--", *arguments]
 
 
-def copus(
-    *arguments: str, cwd: Path, worker: list[str] | None = None, how: str = "direct", timeout_seconds: float = 60
-) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
-    command = copus_command(*arguments, worker=worker, how=how)
+def copus_process(*arguments: str, cwd: Path, timeout_seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run the real command to its end in a process of its own."""
+    command = copus_command(*arguments)
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_seconds)

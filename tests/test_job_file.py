@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from launch_jobs import copus
+from launch_jobs import copus_here
 
 from copus.job import JobConfig, JobError, dump_job, load_job, parse_job
 
@@ -264,10 +264,17 @@ def test_whatever_stands_in_a_field_is_a_job_or_one_line(field: str, value: Any)
         (JOB.replace("small", "../../evil"), []),
     ],
 )
-def test_the_command_exits_2_with_one_line_and_leaves_nothing(tmp_path: Path, text: str, arguments: list[str]) -> None:
+def test_the_command_exits_2_with_one_line_and_leaves_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    text: str,
+    arguments: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "job.yaml").write_text(text)
-    result = copus("submit", "job.yaml", *arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert re.fullmatch(r"copus: job\.yaml: [^\n]+\n", result.stderr)
+    assert copus_here("submit", "job.yaml", *arguments) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert re.fullmatch(r"copus: job\.yaml: [^\n]+\n", errors)
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]

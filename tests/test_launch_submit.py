@@ -8,19 +8,45 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from launch_jobs import copus, copus_command, write_job
+from launch_jobs import copus_command, copus_here, write_job
 
 from copus.events import End, Start, Step, read_events
 
 LONG = ["--steps", "100000"]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+@dataclass(frozen=True)
+class Result:
+    """What the command did."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Copus = Callable[..., Result]
+
+
+@pytest.fixture
+def copus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Copus:
+    """The command, in this process and in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, worker: list[str] | None = None, how: str = "direct") -> Result:
+        capfd.readouterr()
+        code = copus_here(*arguments, worker=worker, how=how)
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
     """Poll until something is so."""
     end = time.monotonic() + seconds
     while not condition():
@@ -41,7 +67,7 @@ def submitted(folder: Path, *arguments: str, worker: list[str], how: str = "dire
         if process.poll() is None:
             family = psutil.Process(process.pid).children(recursive=True)
             process.kill()
-        process.communicate()
+        process.wait()
         for member in family:
             if member.is_running():
                 member.kill()
@@ -57,9 +83,9 @@ def steps_seen(run: Path) -> int:
     return sum(isinstance(event, Step) for event in read_events(run))
 
 
-def test_submit_trains_and_says_where_to_look(tmp_path: Path) -> None:
+def test_submit_trains_and_says_where_to_look(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
-    result = copus("submit", "job.yaml", "--set", "training.seed=7", cwd=tmp_path, worker=["--steps", "5"])
+    result = copus("submit", "job.yaml", "--set", "training.seed=7", worker=["--steps", "5"])
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "small"
     assert yaml.safe_load((run / "job.yaml").read_text())["training"]["seed"] == 7
@@ -69,10 +95,10 @@ def test_submit_trains_and_says_where_to_look(tmp_path: Path) -> None:
     assert "\x1b" not in result.stdout + result.stderr  # no terminal, no control codes
 
 
-def test_taken_names_are_numbered(tmp_path: Path) -> None:
+def test_taken_names_are_numbered(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
     for expected in ("small", "small-2", "small-3"):
-        result = copus("submit", "job.yaml", "--json", cwd=tmp_path, worker=["--steps", "1"])
+        result = copus("submit", "job.yaml", "--json", worker=["--steps", "1"])
         values = json.loads(result.stdout)
         assert Path(values["run"]).name == expected
     assert values["reason"] == "finished"
@@ -81,24 +107,41 @@ def test_taken_names_are_numbered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupt_checkpoints_and_resume_goes_on(tmp_path: Path, number: signal.Signals, exit_code: int) -> None:
+def test_interrupt_checkpoints_and_resume_goes_on(
+    tmp_path: Path, copus: Copus, number: signal.Signals, exit_code: int
+) -> None:
     write_job(tmp_path)
     run = tmp_path / "runs" / "small"
     with submitted(tmp_path, "job.yaml", worker=LONG) as process:
         wait_for(lambda: steps_seen(run) > 2)
         process.send_signal(number)
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=90)
     assert process.returncode == exit_code, errors
     assert "stopping at the next step, checkpointing" in output
     assert "copus submit --resume runs/small" in output
     done = int((run / "checkpoints" / "done").read_text())
     assert [event.reason for event in read_events(run) if isinstance(event, End)] == ["interrupted"]
 
-    result = copus("submit", "--resume", "small", cwd=tmp_path, worker=["--steps", str(done + 3)])
+    result = copus("submit", "--resume", "small", worker=["--steps", str(done + 3)])
     assert result.returncode == 0, result.stderr
     assert not (run / "stop").exists()
     assert [event.step for event in read_events(run) if isinstance(event, Step)] == list(range(1, done + 4))
     assert [event.resumed_from for event in read_events(run) if isinstance(event, Start)] == [None, "checkpoints/done"]
+
+
+def test_a_reader_that_leaves_does_not_spoil_the_end(tmp_path: Path) -> None:
+    """`copus submit … | tee log`: a Ctrl-C ends tee first, and then nobody reads."""
+    write_job(tmp_path)
+    run = tmp_path / "runs" / "small"
+    with submitted(tmp_path, "job.yaml", worker=LONG) as process:
+        wait_for(lambda: steps_seen(run) > 2)
+        assert process.stdout is not None
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=90) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert (run / "checkpoints" / "done").exists()
 
 
 def test_second_interrupt_kills(tmp_path: Path) -> None:
@@ -111,45 +154,43 @@ def test_second_interrupt_kills(tmp_path: Path) -> None:
         time.sleep(0.5)
         assert process.poll() is None  # it waits for a worker that does not listen
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=90)
     assert process.returncode == 130
     assert "newest checkpoint" in output
     assert worker_is_gone(run)
 
 
-def test_resume_of_a_finished_run_does_nothing(tmp_path: Path) -> None:
+def test_resume_of_a_finished_run_does_nothing(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
-    copus("submit", "job.yaml", cwd=tmp_path, worker=["--steps", "2"])
+    copus("submit", "job.yaml", worker=["--steps", "2"])
     before = (tmp_path / "runs" / "small" / "events.jsonl").read_bytes()
-    result = copus("submit", "--resume", "runs/small", cwd=tmp_path, worker=["--steps", "9"])
+    result = copus("submit", "--resume", "runs/small", worker=["--steps", "9"])
     assert result.returncode == 0
     assert "finished already" in result.stdout
     assert (tmp_path / "runs" / "small" / "events.jsonl").read_bytes() == before
 
 
-def test_resume_takes_a_longer_run_but_no_other_model(tmp_path: Path) -> None:
+def test_resume_takes_a_longer_run_but_no_other_model(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
-    copus("submit", "job.yaml", cwd=tmp_path, worker=["--steps", "2"])
+    copus("submit", "job.yaml", worker=["--steps", "2"])
     run = tmp_path / "runs" / "small"
     before = (run / "job.yaml").read_bytes()
-    result = copus("submit", "--resume", "small", "--set", "model.layers=6", cwd=tmp_path, worker=["--steps", "3"])
+    result = copus("submit", "--resume", "small", "--set", "model.layers=6", worker=["--steps", "3"])
     assert result.returncode == 2
     assert "model.layers is 4 in this run and cannot become 6" in result.stderr
     assert (run / "job.yaml").read_bytes() == before
 
-    result = copus(
-        "submit", "--resume", "small", "--set", "training.tokens=25600", cwd=tmp_path, worker=["--steps", "3"]
-    )
+    result = copus("submit", "--resume", "small", "--set", "training.tokens=25600", worker=["--steps", "3"])
     assert result.returncode == 0, result.stderr
     assert [event.step for event in read_events(run) if isinstance(event, Step)] == [1, 2, 3]
 
 
-def test_resume_refuses_a_run_whose_workers_live(tmp_path: Path) -> None:
+def test_resume_refuses_a_run_whose_workers_live(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
     run = tmp_path / "runs" / "small"
     with submitted(tmp_path, "job.yaml", worker=LONG) as process:
         wait_for(lambda: steps_seen(run) > 2)
-        result = copus("submit", "--resume", "small", cwd=tmp_path, worker=LONG)
+        result = copus("submit", "--resume", "small", worker=LONG)
         assert result.returncode == 2
         assert (
             result.stderr == f"copus: runs/small: its workers are still running (launched by process {process.pid})\n"
@@ -169,45 +210,47 @@ def test_resume_refuses_a_run_whose_workers_live(tmp_path: Path) -> None:
         (["job.yaml", "--set", "launch.runs=one.txt"], "launch.runs"),
     ],
 )
-def test_user_errors_are_one_line_and_leave_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_user_errors_are_one_line_and_leave_nothing(
+    tmp_path: Path, copus: Copus, arguments: list[str], message: str
+) -> None:
     write_job(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    result = copus("submit", *arguments, cwd=tmp_path)
+    result = copus("submit", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_failed_data_preparation_leaves_no_run(tmp_path: Path) -> None:
+def test_failed_data_preparation_leaves_no_run(tmp_path: Path, copus: Copus) -> None:
     job = write_job(tmp_path)
     (tmp_path / "two.txt").write_text("too short")  # other data than what is prepared, and not enough of it
-    result = copus("submit", str(job), cwd=tmp_path)
+    result = copus("submit", str(job))
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs" / "small").exists()
 
 
-def test_failure_is_told_in_one_line_with_the_log(tmp_path: Path) -> None:
+def test_failure_is_told_in_one_line_with_the_log(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
-    result = copus("submit", "job.yaml", cwd=tmp_path, worker=["--fail-at", "3"])
+    result = copus("submit", "job.yaml", worker=["--fail-at", "3"])
     assert result.returncode == 1
     assert result.stderr.startswith("copus: rank 0 failed: the loss is [not] finite\n  logs: runs/small/logs\n")
     assert "copus submit --resume runs/small" in result.stdout
 
 
-def test_profile_fills_the_table_and_prints_it(tmp_path: Path) -> None:
+def test_profile_fills_the_table_and_prints_it(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
-    result = copus("profile", "job.yaml", cwd=tmp_path, worker=[])
+    result = copus("profile", "job.yaml", worker=[])
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"3 measured in {tmp_path}/table.jsonl\n"
     assert "measuring 3/3 TP2·PP1·DP1 B4 m1: 300 ms" in result.stderr
     assert (tmp_path / "runs" / "small-profile" / "job.yaml").exists()
 
 
-def test_data_says_where_the_data_lies(tmp_path: Path) -> None:
+def test_data_says_where_the_data_lies(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
-    result = copus("data", "job.yaml", "--json", cwd=tmp_path)
+    result = copus("data", "job.yaml", "--json")
     assert result.returncode == 0, result.stderr
     assert (Path(json.loads(result.stdout)["prepared"]) / "manifest.json").exists()
 
@@ -215,19 +258,19 @@ def test_data_says_where_the_data_lies(tmp_path: Path) -> None:
 class TestAgent:
     """Through torch's elastic agent: slower, and so only what the agent has a part in."""
 
-    def test_two_ranks_train_with_their_environment(self, tmp_path: Path) -> None:
+    def test_two_ranks_train_with_their_environment(self, tmp_path: Path, copus: Copus) -> None:
         write_job(tmp_path, launch={"threads_per_rank": 3})
-        result = copus("submit", "job.yaml", cwd=tmp_path, worker=["--steps", "3"], how="agent")
+        result = copus("submit", "job.yaml", worker=["--steps", "3"], how="agent")
         assert result.returncode == 0, result.stderr
         assert {path.name for path in (tmp_path / "runs/small").glob("worker-*.pid")} == {
             "worker-0.pid",
             "worker-1.pid",
         }
 
-    def test_a_crash_names_the_rank_and_shows_its_last_words(self, tmp_path: Path) -> None:
+    def test_a_crash_names_the_rank_and_shows_its_last_words(self, tmp_path: Path, copus: Copus) -> None:
         write_job(tmp_path)
         worker = ["--crash-at", "3", "--step-seconds", "0.2"]
-        result = copus("submit", "job.yaml", cwd=tmp_path, worker=worker, how="agent")
+        result = copus("submit", "job.yaml", worker=worker, how="agent")
         assert result.returncode == 1
         assert result.stderr.startswith("copus: rank 1 ended without saying why (exit code 1)\n")
         assert re.search(r"last lines of runs/small/logs/\S+/attempt_0/1/stderr.log:\n.*is out of luck", result.stderr)
@@ -249,7 +292,7 @@ class TestAgent:
             process.send_signal(signal.SIGINT)
             wait_for((run / "stop").exists)
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=30)
+            process.communicate(timeout=90)
         assert process.returncode == 130
         assert worker_is_gone(run, 0)
         assert worker_is_gone(run, 1)

@@ -1,0 +1,101 @@
+"""The `copus` command itself: it answers at once, imports nothing heavy, and ends as the shell expects."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launch_events import DATA, TENSOR, decision, reconfigure, start, step, write_run
+from launch_jobs import copus_here, copus_process
+
+HEAVY = ("torch", "megatron", "numpy", "matplotlib", "tokenizers", "tensorboard")
+COMMANDS = ("submit", "data", "profile", "explain", "plot")
+
+
+def imported(folder: Path, *arguments: str) -> set[str]:
+    """Top-level modules in memory when the command has ended."""
+    script = (
+        "import sys\nfrom launch.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print({name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", script, *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=60)
+    return set(eval(result.stderr))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(
+        tmp_path / "runs" / "one", start(), decision(0, 4, TENSOR, DATA), reconfigure(0, 4, TENSOR, DATA), step(12)
+    )
+
+
+def test_help_and_explain_import_nothing_heavy(run: Path) -> None:
+    helped = imported(run.parent.parent, "--help")
+    explained = imported(run.parent.parent, "explain", "one", "--json")
+    assert "tyro" in helped
+    assert "planner" in explained
+    assert (helped | explained).isdisjoint(HEAVY)
+    assert "pydantic" not in helped
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["explain", "one", "--json"]])
+def test_answers_take_less_than_a_second(run: Path, arguments: list[str]) -> None:
+    def seconds() -> float:
+        began = time.monotonic()
+        assert copus_process(*arguments, cwd=run.parent.parent).returncode == 0
+        return time.monotonic() - began
+
+    assert min(seconds() for _ in range(5)) < 1.0  # the fastest: the machine may be busy
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        copus_here(command, "--help")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"copus {command} " in text.partition("Example")[2]
+    assert "{None}" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["submti"], ["submit", "--frobnicate"], ["explain"], ["explain", "a", "--decision", "x"]]
+)
+def test_what_cannot_be_parsed_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        copus_here(*arguments)
+    assert ended.value.code == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert "Traceback" not in errors
+
+
+def test_a_reader_that_leaves_is_no_error_message(run: Path) -> None:
+    others = [DATA.model_copy(update={"global_batch": 4 * place}) for place in range(3, 800)]
+    write_run(run, decision(1, 4, TENSOR, DATA, others))
+    command = f"({sys.executable} -m launch.cli explain one --all --decision 1; echo $? >&2) | head -1"
+    result = subprocess.run(command, shell=True, cwd=run.parent.parent, capture_output=True, text=True, timeout=60)
+    assert result.stdout.startswith("runs/one: decision 1")
+    assert result.stderr == "1\n"  # it did not get everything out, and says only that
+
+
+def test_modules_are_found_where_the_command_is_not_where_it_is_typed(tmp_path: Path) -> None:
+    """A user's folder may have a `profiles` of its own; what the command starts must not import that one."""
+    (tmp_path / "profiles.py").write_text("raise SystemExit('the wrong profiles')")
+    script = (
+        "from launch.process import *; from launch.interrupts import Interrupts; import sys\n"
+        "sys.exit(run_module(python_module('profiles.layout'), Interrupts()))"
+    )
+    command = [sys.executable, "-P", "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_json_is_one_object_on_stdout(run: Path) -> None:
+    result = copus_process("explain", "one", "--json", cwd=run.parent.parent)
+    assert json.loads(result.stdout)["decision"]["number"] == 0
+    assert result.stderr == ""

@@ -1,0 +1,167 @@
+"""`copus explain`: which decision, what stands in the table, and predicted against seen."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from launch_events import DATA, TENSOR, decision, reconfigure, start, step, write_run
+from launch_jobs import copus_here
+
+from launch.explain import BEST, explanation_of
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Stays, moves to DATA, is interrupted, resumes, stays, and (decision 3) stays again."""
+    steps = [step(10 + 8 * place, seconds, 8) for place, seconds in enumerate((0.9, 0.2, 0.3))]
+    return write_run(
+        tmp_path / "runs" / "one",
+        start(),
+        step(4, 0.5),
+        decision(0, 4, TENSOR, TENSOR),
+        step(8, 0.7),
+        decision(1, 8, TENSOR, DATA),
+        step(10, 5.0),  # before the move: not DATA's
+        reconfigure(1, 10, TENSOR, DATA),
+        *steps,
+        start(34, DATA, resumed_from="checkpoints/x"),
+        step(42, 0.4, 8),
+        decision(2, 42, DATA, DATA),
+        step(50, 0.6, 8),
+        decision(3, 50, DATA, DATA),
+    )
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert copus_here("explain", *arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_the_newest_decision_that_moved_the_job_is_explained(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = json.loads(printed(capsys, str(run), "--json"))
+    assert values["decision"]["number"] == 1
+    assert values["decision"]["switch"] is True
+    assert values["decisions"] == {"first": 0, "last": 3}
+    assert values["predicted_step_seconds"] == 0.1
+    assert values["seen_steps"] == 5
+    assert (
+        values["seen_step_seconds"] == 0.4
+    )  # the median of 0.9 0.2 0.3 0.4 0.6: the step before the move is not in it
+
+
+def test_without_a_move_the_newest_decision_is_explained(tmp_path: Path) -> None:
+    run = write_run(tmp_path, start(), *(decision(number, 4, TENSOR, TENSOR) for number in range(3)))
+    explanation = explanation_of(run, None)
+    assert explanation.decision.number == 2
+    assert explanation.why == "the newest; none has moved the job"
+    assert (explanation.seen_step_seconds, explanation.seen_steps) == (None, 0)
+
+
+@pytest.mark.parametrize(("number", "steps"), [(0, 2), (2, 1), (3, 0)])
+def test_steps_are_seen_until_the_next_move(run: Path, number: int, steps: int) -> None:
+    assert explanation_of(run, number).seen_steps == steps
+
+
+def test_the_table_says_what_was_known(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, str(run))
+    for part in (
+        "decision 1 of 0–3 (the newest that moved the job)",
+        "B_simple = 12 [9–20] sequences, from 40 steps",
+        "φ = 2 · B_simple = 24 sequences",
+        "plain: goodput = throughput × efficiency",
+        "TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2, predicted goodput +100.0%",
+        "because of [this]",
+        "predicted 100 ms, seen 400 ms a step (median of 5), +300.0%",
+    ):
+        assert part in text
+    row = next(line for line in text.splitlines() if "CHOSEN" in line)
+    assert row.split() == [
+        "TP1·PP1·DP2",
+        "2",
+        "8",
+        "80.0",
+        "8.0",
+        "measured",
+        "0.750",
+        "60.00",
+        "+100.0%",
+        "–",
+        "CHOSEN",
+    ]
+    assert "\x1b" not in text
+
+
+def test_the_best_are_shown_and_always_the_chosen_and_the_current(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = [Configuration(layout=Layout(dp=2), micro_batch=1, global_batch=2 * place) for place in range(50, 90)]
+    run = write_run(tmp_path, start(), decision(0, 4, TENSOR, DATA, others))
+    text = printed(capsys, str(run))
+    assert text.count("not measured") == BEST - 1
+    assert "CHOSEN" in text
+    assert "current" in text.splitlines()[-3]
+    assert "21 of 42 candidates; --all shows the others" in text
+    assert printed(capsys, str(run), "--all").count("not measured") == 40
+    assert len(json.loads(printed(capsys, str(run), "--json"))["decision"]["candidates"]) == 42
+
+
+def test_a_run_is_found_by_its_name(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    assert printed(capsys, "one").startswith("runs/one: decision 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one", "--decision", "4"], "--decision 4: runs/one has decisions 0 to 3"),
+        (["one", "--decision", "-1"], "--decision -1: runs/one has decisions 0 to 3"),
+        (["two"], "no run two: neither two nor runs/two is a folder with a job.yaml"),
+        (["empty"], "runs/empty: the planner has decided nothing yet"),
+    ],
+)
+def test_user_errors(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    write_run(Path("runs/empty"))
+    assert copus_here("explain", *arguments) == 2
+    assert capsys.readouterr() == ("", f"copus: {message}\n")
+
+
+def test_unknown_events_and_torn_lines_are_passed_over(run: Path) -> None:
+    with open(run / "events.jsonl", "ab") as events:
+        events.write(
+            b'{"type":"telepathy","step":1}\nnonsense\n[1]\n{"type":"decision","decision":{"number":9}}\n{"type":"dec'
+        )
+    explanation = explanation_of(run, 1)
+    assert (explanation.last, explanation.seen_steps) == (9, 5)
+
+
+def test_a_log_that_another_program_wrote_is_read_too(run: Path) -> None:
+    path = run / "events.jsonl"
+    lines = [
+        json.dumps(json.loads(line), sort_keys=True) for line in path.read_text().splitlines()
+    ]  # type is not first
+    path.write_text("\n".join(lines) + "\n")
+    assert explanation_of(run, None).seen_steps == 5
+
+
+def test_a_long_run_is_explained_in_a_moment(tmp_path: Path) -> None:
+    others = [Configuration(layout=Layout(dp=2), micro_batch=1, global_batch=2 * place) for place in range(50, 250)]
+    run = write_run(tmp_path, start(), decision(0, 4, TENSOR, DATA, others), step(8))
+    path = run / "events.jsonl"
+    first, made, stepped = path.read_bytes().splitlines(keepends=True)
+    decisions = [made.replace(b'"number":0', b'"number":%d' % number) for number in range(300)]
+    path.write_bytes(first + stepped * 20_000 + b"".join(decisions))
+    began = time.process_time()
+    assert explanation_of(run, None).decision.number == 299
+    assert time.process_time() - began < 0.5

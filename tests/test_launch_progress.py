@@ -1,0 +1,154 @@
+"""What is shown of a running run, and how its events are followed."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from launch_events import (
+    DATA,
+    TENSOR,
+    TOTAL_SAMPLES,
+    decision,
+    noise,
+    reconfigure,
+    start,
+    step,
+    write_run,
+)
+from rich.console import Console
+
+from copus.events import Evaluate, Event, EventLog, Failure, Profile
+from launch.follow import Follower, without_replays
+from launch.progress import Progress
+from launch.status import RunStatus, count, duration, noise_interval
+
+
+def evaluate(samples: int, loss: float | None) -> Evaluate:
+    return Evaluate(step=0, samples_consumed=samples, loss=loss, sequences=4, seconds=0.1)
+
+
+def status_of(*events: Event) -> RunStatus:
+    status = RunStatus()
+    status.update(events)
+    return status
+
+
+HISTORY = (
+    start(),
+    evaluate(0, 6.0),
+    step(40, 0.2),
+    noise(40),
+    decision(0, 40, TENSOR, DATA),
+    reconfigure(0, 40, TENSOR, DATA),
+    step(48, 0.1, 8),
+    step(56, 0.3, 8),
+    noise(56, high=None),
+    evaluate(56, 5.5),
+)
+
+
+def test_status_is_the_newest_of_everything() -> None:
+    status = status_of(*HISTORY)
+    assert status.configuration == DATA
+    assert status.fraction == 56 / TOTAL_SAMPLES
+    assert status.samples_per_second == pytest.approx(16 / 0.4)  # steps since the move alone
+    assert status.remaining_seconds == pytest.approx((TOTAL_SAMPLES - 56) / 40)
+    assert status.last_change == "moved TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2 in 2.5 s (decision 0)"
+    assert (status.first_evaluation, status.evaluation) == (HISTORY[1], HISTORY[-1])
+
+
+def test_the_first_failure_of_the_last_attempt_counts() -> None:
+    failures = [Failure(step=0, samples_consumed=0, rank=rank, message=str(rank)) for rank in (1, 0, 3, 2)]
+    status = status_of(start(), step(8), failures[0], failures[1], start(8), failures[2], failures[3])
+    assert status.failure == failures[2]
+    assert status.samples_consumed == 8  # a failing rank does not know them
+
+
+def shown_by(status: RunStatus, events: list[Event], terminal: bool) -> str:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=120, color_system=None)
+    with Progress(console, Path("runs/one").absolute(), status) as progress:
+        status.update(events)
+        progress.show(events)
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_what_a_person_looks_for(terminal: bool) -> None:
+    text = shown_by(RunStatus(), list(HISTORY), terminal)
+    expected = [
+        "14.0%",
+        "1.79 k of 12.8 k",
+        "3.000",
+        "5.500",
+        "12 [9–∞]",
+        "TP1·PP1·DP2",
+        "40",
+        "moved TP2·PP1·DP1 B4 m1",
+    ]
+    assert [part for part in expected if part not in text] == []
+    assert ("\x1b" in text) == terminal
+
+
+def test_progress_shows_the_measuring() -> None:
+    profile: dict[str, Any] = {"step": 0, "samples_consumed": 0, "configuration": DATA, "total": 24}
+    events: list[Event] = [
+        Profile(**profile, done=7, step_seconds=0.182),
+        Profile(**profile, done=8, step_seconds=None, failure="out of memory"),
+    ]
+    lines = shown_by(RunStatus(), events, terminal=False).splitlines()
+    assert lines == ["measuring 7/24 TP1·PP1·DP2 B8 m2: 182 ms", "measuring 8/24 TP1·PP1·DP2 B8 m2: out of memory"]
+    assert "measuring 8/24" in shown_by(RunStatus(), events, terminal=True)
+
+
+def test_a_loss_that_is_not_finite_can_be_shown() -> None:
+    text = shown_by(RunStatus(), [start(), step(4, loss=None), evaluate(4, None)], terminal=False)
+    assert text.count("not finite") == 3
+
+
+@given(cuts=st.lists(st.integers(0, 4000), max_size=12))
+def test_a_follower_sees_every_event_once_however_the_writes_are_torn(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("follow")
+    whole = (write_run(folder / "written", *HISTORY) / "events.jsonl").read_bytes()
+    follower, seen, before = Follower(folder), [], 0
+    assert follower.read() == []  # nothing is there yet
+    for cut in [*sorted(min(cut, len(whole)) for cut in cuts), len(whole)]:
+        with open(folder / "events.jsonl", "ab") as log:
+            log.write(whole[before:cut])
+        before = cut
+        seen += follower.read()
+    assert [event.model_copy(update={"time": 0.0}) for event in seen] == list(HISTORY)
+
+
+def test_a_torn_line_does_not_take_the_next_one_with_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path, start())
+    with open(run / "events.jsonl", "ab") as log:
+        log.write(b'{"type":"step","st')
+    write_run(tmp_path, start(4, resumed_from="x"))  # opens the log again
+    assert [event.samples_consumed for event in Follower(run).read()] == [0, 4]
+
+
+def test_a_value_that_is_not_finite_does_not_hide_its_event(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.write(step(4).model_copy(update={"loss": float("nan")}))
+    log.close()
+    (seen,) = Follower(tmp_path).read()
+    assert seen == step(4, loss=None).model_copy(update={"time": seen.time})
+
+
+def test_what_a_resume_did_again_is_left_out() -> None:
+    events = [start(), step(4), step(8), step(12), start(8, resumed_from="x"), step(12, 0.7), step(16)]
+    history = without_replays(events)
+    assert history == [events[0], events[1], events[2], *events[4:]]
+
+
+def test_words_for_numbers() -> None:
+    assert [count(number) for number in (0, 950, 12_340, 1_200_000, 3.2e9)] == ["0", "950", "12.3 k", "1.2 M", "3.2 G"]
+    assert [duration(seconds) for seconds in (0.421, 9.96, 192, 3_792)] == ["0.42 s", "10 s", "03:12", "1:03:12"]
+    assert noise_interval(None, None, None) == "unknown yet"
+    assert noise_interval(14.23, 10.1, 19.84) == "14.2 [10.1–19.8]"
