@@ -87,7 +87,7 @@ class Trainer:
         """One optimizer step, its events and its share of the noise estimate. True where any rank asked to stop."""
         job, state, backend = self._job, self.state, self._backend
         if batch != backend.configuration.global_batch:  # the last step of the run
-            backend.move(backend.configuration.model_copy(update={"global_batch": batch}), Path())
+            backend.move(backend.configuration.model_copy(update={"global_batch": batch}))
         source = self._noise_source()
         rules = rules_at(job, state.samples_consumed, batch)
         started = time.perf_counter()
@@ -163,7 +163,7 @@ class Trainer:
     def _move(self, after: Configuration, decision: int) -> None:
         before = self._backend.configuration
         started = time.perf_counter()
-        bytes_moved = self._backend.move(after, self._run / "checkpoints" / ".move")
+        bytes_moved = self._backend.move(after)
         dist.barrier()
         self._steps_since_change = 0
         self._report(

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ def _measure(
 def _configure(backend: Backend, configuration: Configuration) -> None:
     """Weights do not matter here: within a layout the batch changes alone, and another layout is built afresh."""
     if backend.is_built and backend.configuration.layout == configuration.layout:
-        backend.move(configuration, Path())
+        backend.move(configuration)
     else:
         backend.build(configuration)
 

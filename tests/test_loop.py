@@ -25,9 +25,9 @@ from tests.megatron_jobs import configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 
 PLANNER = {
-    "every_samples": 64,
+    "every_samples": 32,
     "min_noise_samples": 6,
-    "noise_half_life_tokens": 2000,
+    "noise_half_life_tokens": 1000,
     "max_global_batch": 32,
     "max_micro_batch": 4,
     "noise_every_steps": 1,
@@ -35,7 +35,7 @@ PLANNER = {
 
 
 def _job(**training: Any) -> JobConfig:
-    settings = {"micro_batch": 1, "global_batch": 4, "tokens": 16 * 640, "evaluate_every_tokens": 16 * 160, **training}
+    settings = {"micro_batch": 1, "global_batch": 4, "tokens": 16 * 320, "evaluate_every_tokens": 16 * 80, **training}
     job = tiny_job(2, {"tp": 2}, **settings)
     return job.model_copy(update={"planner": job.planner.model_copy(update=PLANNER)})
 
@@ -118,7 +118,7 @@ def test_every_sample_is_trained_on_once_and_in_order(moved: list[Event]) -> Non
         if isinstance(event, Step):
             assert event.samples_consumed == consumed + event.global_batch
             consumed = event.samples_consumed
-    assert consumed == 640
+    assert consumed == 320
 
 
 @pytest.mark.dist
@@ -137,7 +137,7 @@ def test_noise_and_evaluations_are_reported(moved: list[Event]) -> None:
     assert noise[-1].value is not None
     evaluations = [event for event in moved if isinstance(event, Evaluate)]
     assert evaluations[0].samples_consumed == 0
-    assert evaluations[-1].samples_consumed == 640
+    assert evaluations[-1].samples_consumed == 320
     assert evaluations[-1].loss < 0.9 * evaluations[0].loss
 
 
@@ -164,11 +164,11 @@ def test_an_interrupted_run_goes_on_where_it_was(policy: str, tmp_path: Path) ->
 
 @pytest.mark.dist
 def test_checkpoints_are_kept_and_pruned(tmp_path: Path) -> None:
-    job = _job(checkpoint_every_tokens=16 * 160, keep_checkpoints=2)
+    job = _job(checkpoint_every_tokens=16 * 80, keep_checkpoints=2)
     run_ranks(2, _train, tmp_path, job)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["samples-000000000480", "samples-000000000640"]
-    assert json.loads((tmp_path / "checkpoints" / names[-1] / "trainer.json").read_text())["state"]["step"] == 160
+    assert names == ["samples-000000000240", "samples-000000000320"]
+    assert json.loads((tmp_path / "checkpoints" / names[-1] / "trainer.json").read_text())["state"]["step"] == 80
 
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:

@@ -1,29 +1,28 @@
 """A job that changes batch and layout, and one that never does: the same losses."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
+from copus.backends.megatron.live_state import live_state
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 
 STEPS = 4
 
 
-def _train(layouts: list[dict[str, Any]], model: dict[str, Any], scratch: Path) -> list[float]:
+def _train(layouts: list[dict[str, Any]], model: dict[str, Any]) -> list[float]:
     """Losses of a job that goes through the layouts, a few steps in each."""
     backend = backend_of(tiny_job(dist.get_world_size(), layouts[0], model, micro_batch=2))
     losses, sample = [], 0
     for layout in layouts:
-        backend.move(configuration(8, 2, **layout), scratch)
+        backend.move(configuration(8, 2, **layout))
         for _ in range(STEPS):
             losses.append(backend.train_step(random_batches, sample, RULES, None, False).loss)
             sample += 8
     assert backend.optimizer_steps == len(losses)
-    assert not scratch.exists()
     return losses
 
 
@@ -38,11 +37,11 @@ def _train(layouts: list[dict[str, Any]], model: dict[str, Any], scratch: Path) 
     ],
     ids=str,
 )
-def test_losses_go_on_as_if_nothing_had_moved(layouts: list[dict[str, Any]], model: dict[str, Any], tmp_path: Path) -> None:
+def test_losses_go_on_as_if_nothing_had_moved(layouts: list[dict[str, Any]], model: dict[str, Any]) -> None:
     """Each move is followed by steps: a wrong Adam state (moments, or the shared step counter of upstream) shows there."""
-    stays = run_ranks(1, _train, [{}] * 3, model, tmp_path / "one")[0]
+    stays = run_ranks(1, _train, [{}] * 3, model)[0]
     ranks = np.prod([layouts[0].get(name, 1) for name in ("tp", "pp", "dp")])
-    moves = run_ranks(int(ranks), _train, layouts, model, tmp_path / "many")[0]
+    moves = run_ranks(int(ranks), _train, layouts, model)[0]
     np.testing.assert_allclose(moves, stays, rtol=1e-4)
 
 
@@ -50,7 +49,7 @@ def _change_batch() -> tuple[list[float], list[int]]:
     backend = backend_of(tiny_job(2, {"tp": 2}, micro_batch=2))
     losses, sizes = [], []
     for global_batch, micro_batch in ((8, 2), (16, 4), (4, 1)):
-        moved = backend.move(configuration(global_batch, micro_batch, tp=2), Path("unused"))
+        moved = backend.move(configuration(global_batch, micro_batch, tp=2))
         result = backend.train_step(random_batches, 0, RULES, "microbatch", False)
         assert result.parts is not None
         losses.append(result.loss)
@@ -66,13 +65,48 @@ def test_a_batch_change_moves_nothing() -> None:
     assert all(np.isfinite(losses))
 
 
-def _refused(layout: dict[str, Any]) -> str:
-    backend = backend_of(tiny_job(2))
+def _refused() -> tuple[str, float]:
+    """A layout that cannot run is refused before anything is touched: training goes on."""
+    backend = backend_of(tiny_job(2, micro_batch=2))
     with pytest.raises(ValueError) as caught:
-        backend.move(configuration(8, 2, **layout), Path("unused"))
-    return str(caught.value)
+        backend.move(configuration(8, 2, tp=2, zero=2))
+    return str(caught.value), backend.train_step(random_batches, 0, RULES, None, False).loss
 
 
 @pytest.mark.dist
 def test_impossible_moves_are_refused_with_the_reason() -> None:
-    assert "zero(0) to zero(1)" in run_ranks(2, _refused, {"dp": 2, "zero": 1})[0]
+    reason, loss = run_ranks(2, _refused)[0]
+    assert "zero(2)" in reason
+    assert np.isfinite(loss)
+
+
+def _there_and_back(layouts: list[dict[str, Any]], model: dict[str, Any]) -> tuple[float, list[int]]:
+    """Largest difference in weights and moments after a tour that ends where it began, and the bytes of each move."""
+    backend = backend_of(tiny_job(dist.get_world_size(), layouts[0], model, micro_batch=2))
+    for step in range(2):
+        backend.train_step(random_batches, 8 * step, RULES, None, False)
+    before = [(piece, tensor.clone()) for piece, tensor in live_state(backend._chunks, backend._optimizer)]
+    moved = [backend.move(configuration(8, 2, **layout)) for layout in [*layouts[1:], layouts[0]]]
+    after = live_state(backend._chunks, backend._optimizer)
+    assert [piece for piece, _ in before] == [piece for piece, _ in after]
+    assert {piece.key.split("/")[0] for piece, _ in after} == {"weight", "exp_avg", "exp_avg_sq"}
+    worst = max(float((a - b).abs().max()) for (_, a), (_, b) in zip(before, after, strict=True))
+    return worst, moved
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("model", [{}, {"tied_embeddings": True}], ids=["untied", "tied"])
+@pytest.mark.parametrize("zero", [0, 1])
+def test_moves_are_exact_to_the_bit(zero: int, model: dict[str, Any]) -> None:
+    layouts = [{"tp": 2, "dp": 2}, {"pp": 2, "dp": 2}, {"tp": 2, "pp": 2}, {"dp": 4}, {"pp": 2, "tp": 2, "sequence_parallel": True}]
+    layouts = [{**layout, "zero": zero} for layout in layouts]
+    for worst, moved in run_ranks(4, _there_and_back, layouts, model):
+        assert worst == 0.0
+        assert moved[0] > 0, "replicas of halves have to fetch the other half"
+        assert zero or moved[3] == 0, "from DP4 every rank has all that it needs"
+
+
+@pytest.mark.dist
+def test_the_distributed_optimizer_can_be_turned_on_and_off_by_a_move() -> None:
+    layouts = [{"dp": 2}, {"dp": 2, "zero": 1}, {"tp": 2}, {"dp": 2, "zero": 1}]
+    assert run_ranks(2, _there_and_back, layouts, {})[0][0] == 0.0

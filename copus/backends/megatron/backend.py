@@ -1,18 +1,17 @@
 """Megatron-core behind `copus.backends.base.Backend`."""
 
 import gc
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from copus.backends.base import Batches, StepResult, StepRules
 from copus.backends.megatron import checkpoint, cpu, groups, step, upstream
 from copus.hardware import hardware_name, software_name
 from copus.job import JobConfig
+from copus.reshard.execute import reshard
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint
@@ -21,6 +20,7 @@ cpu.before_import()
 from megatron.core import tensor_parallel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
+from copus.backends.megatron.live_state import live_state  # noqa: E402
 from copus.backends.megatron.model import build_model, transformer_config  # noqa: E402
 from copus.backends.megatron.part_norms import PartNorms  # noqa: E402
 from copus.backends.megatron.samples import SampleReader  # noqa: E402
@@ -82,15 +82,21 @@ class MegatronBackend:
     def build(self, configuration: Configuration) -> None:
         """Make groups, model and optimizer from nothing; what was built before is torn down. Raises ValueError for a layout
         that this backend cannot run."""
-        layout = configuration.layout
+        self._check(configuration.layout)
+        self._tear_down()
+        self._make(configuration, initial_weights=True)
+
+    def _check(self, layout: Layout) -> None:
         check_layout(layout)
         layout.check(self._job.model, self._job.cluster)
-        self._tear_down()
+
+    def _make(self, configuration: Configuration, initial_weights: bool) -> None:
+        layout, training = configuration.layout, self._job.training
         groups.make_groups(layout, self._job.launch.timeout_seconds)
-        training = self._job.training
         tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
         config = transformer_config(self._job.model, layout, training.precision, training.dropout)
-        self._chunks = build_model(self._job.model, layout, config, training.seed)
+        seed = training.seed if initial_weights else None
+        self._chunks = build_model(self._job.model, layout, config, seed)
         self._optimizer = self._make_optimizer(layout)
         self._part_norms = PartNorms(self._chunks, layout, self._job.model.tied_embeddings)
         self._optimizer_steps = 0
@@ -183,30 +189,26 @@ class MegatronBackend:
         """Mean loss over the first `sequences` held-out sequences, nats a token."""
         return step.evaluate(self._chunks, self.configuration, batches, sequences, self.device)
 
-    def move(self, configuration: Configuration, scratch: Path) -> int:
-        """Go on in another configuration. A new batch or micro-batch costs nothing; a new layout goes through `scratch`, inside the
-        same processes. Returns the bytes written and read."""
+    def move(self, configuration: Configuration) -> int:
+        """Go on in another configuration, with the same weights and optimizer state. Returns the bytes that changed rank.
+
+        A new batch or micro-batch costs nothing. For a new layout the state goes straight from the ranks that have it to the ranks that
+        need it, in these very processes. Raises ValueError for a layout that cannot run, and goes on in the old one.
+        """
         if configuration.layout == self.configuration.layout:
             self._configuration = configuration
             return 0
-        if (configuration.layout.zero > 0) != (self.configuration.layout.zero > 0):
-            raise ValueError(
-                f"cannot move from zero({self.configuration.layout.zero}) to zero({configuration.layout.zero}): "
-                "checkpoints with and without distributed optimizer do not interchange"
-            )
+        self._check(configuration.layout)
         steps = self._optimizer_steps
-        if dist.get_rank() == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-        dist.barrier()
-        self.save(scratch)
-        written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
-        self.build(configuration)
-        self.load(scratch, steps)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(scratch)
-        return 2 * written
+        upstream.prime_adam(self._optimizer)  # a job that moves before its first step has no moments yet
+        held = live_state(self._chunks, self._optimizer)
+        self._tear_down()
+        self._make(configuration, initial_weights=False)
+        upstream.prime_adam(self._optimizer)
+        moved = reshard(held, live_state(self._chunks, self._optimizer))
+        upstream.set_adam_step(self._optimizer, steps)
+        self._optimizer_steps = steps
+        return moved
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state into an existing, empty folder, in a format that every layout can read."""

@@ -74,11 +74,11 @@ def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropou
 
 
 def build_model(
-    shape: ModelShape, layout: Layout, config: TransformerConfig, seed: int
+    shape: ModelShape, layout: Layout, config: TransformerConfig, seed: int | None
 ) -> list[DistributedDataParallel]:
-    """The model chunks of this rank (one, or `vp`), initialised and wrapped in megatron's data parallelism.
+    """The model chunks of this rank (one, or `vp`), wrapped in megatron's data parallelism.
 
-    Process groups of the layout must exist.
+    Process groups of the layout must exist. Without a seed the weights are left as they come, for somebody else to fill.
     """
     chunks: list[Any] = []
     for stage in range(layout.vp):
@@ -97,7 +97,8 @@ def build_model(
         )
         if torch.cuda.is_available():
             chunk = chunk.cuda()
-        initialize(chunk, shape.layers, seed)
+        if seed is not None:
+            initialize(chunk, shape.layers, seed)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
 
     reduce = DistributedDataParallelConfig(

@@ -1,0 +1,86 @@
+"""Rectangular parts of tensors, and the little geometry that resharding needs. No torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Box:
+    """The part of a tensor from `offset` (inclusive) with `shape` elements along each axis."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many there are."""
+        return prod(self.shape)
+
+    def intersect(self, other: "Box") -> "Box | None":
+        """What both cover, or None."""
+        start = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
+        stop = tuple(min(a, b) for a, b in zip(self._stop(), other._stop(), strict=True))
+        if any(low >= high for low, high in zip(start, stop, strict=True)):
+            return None
+        return Box(start, tuple(high - low for low, high in zip(start, stop, strict=True)))
+
+    def subtract(self, cut: "Box") -> list["Box"]:
+        """What is left of this box without `cut`, as disjoint boxes."""
+        inner = self.intersect(cut)
+        if inner is None:
+            return [self]
+        left: list[Box] = []
+        offset, shape = list(self.offset), list(self.shape)
+        for axis in range(len(shape)):
+            below = inner.offset[axis] - offset[axis]
+            above = offset[axis] + shape[axis] - inner.offset[axis] - inner.shape[axis]
+            if below:
+                left.append(Box(tuple(offset), (*shape[:axis], below, *shape[axis + 1 :])))
+            if above:
+                top = (*offset[:axis], inner.offset[axis] + inner.shape[axis], *offset[axis + 1 :])
+                left.append(Box(top, (*shape[:axis], above, *shape[axis + 1 :])))
+            offset[axis], shape[axis] = inner.offset[axis], inner.shape[axis]
+        return left
+
+    def slices_in(self, outer: "Box") -> tuple[slice, ...]:
+        """Where this box lies inside a tensor that holds `outer`."""
+        starts = [a - b for a, b in zip(self.offset, outer.offset, strict=True)]
+        return tuple(slice(start, start + size) for start, size in zip(starts, self.shape, strict=True))
+
+    def shifted(self, by: Sequence[int]) -> "Box":
+        """The same box elsewhere."""
+        return Box(tuple(a + b for a, b in zip(self.offset, by, strict=True)), self.shape)
+
+    def _stop(self) -> tuple[int, ...]:
+        return tuple(a + b for a, b in zip(self.offset, self.shape, strict=True))
+
+
+def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """The elements start … stop − 1 of a flattened tensor of `shape`, as boxes in flat order.
+
+    A distributed optimizer cuts parameters wherever its buckets end; at most 2·ndim − 1 boxes describe such a cut.
+    """
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield Box((start,), (stop - start,))
+        return
+    row = prod(shape[1:])
+    first, last = start // row, (stop - 1) // row
+    if first == last:
+        yield from _within_row(shape, first, start - first * row, stop - first * row)
+        return
+    if start % row:
+        yield from _within_row(shape, first, start % row, row)
+        first += 1
+    whole_stop = stop // row
+    if whole_stop > first:
+        yield Box((first, *[0] * (len(shape) - 1)), (whole_stop - first, *shape[1:]))
+    if stop % row:
+        yield from _within_row(shape, whole_stop, 0, stop % row)
+
+
+def _within_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Box]:
+    for box in boxes_of_range(shape[1:], start, stop):
+        yield Box((row, *box.offset), (1, *box.shape))
