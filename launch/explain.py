@@ -188,7 +188,8 @@ def _heading(run: Path, explanation: Explanation) -> list[str]:
     why = f" ({explanation.why})" if explanation.why else ""
     noise, factor = decision.noise, decision.critical_batch_factor
     interval = noise_interval(noise.value, noise.low, noise.high)
-    critical = "unknown" if decision.critical_batch is None else f"{decision.critical_batch:.3g} sequences"
+    interval = f"= {interval} sequences" if noise.value is not None else "is unknown"
+    critical = "is unknown" if decision.critical_batch is None else f"= {decision.critical_batch:.3g} sequences"
     formula = {"plain": "throughput × efficiency", "lr-aware": "throughput × efficiency × √batch"}[decision.objective]
     outcome = f"stay at {decision.current.label}"
     if decision.switch:
@@ -197,8 +198,8 @@ def _heading(run: Path, explanation: Explanation) -> list[str]:
     lines = [
         f"{shown(run)}: decision {decision.number} of {explanation.first}–{explanation.last}{why}",
         f"  when       step {event.step}, {when}",
-        f"  noise      B_simple = {interval} sequences, from {noise.samples} steps",
-        f"  critical   φ = {factor:g} · B_simple = {critical}",
+        f"  noise      B_simple {interval} after {noise.samples} steps",
+        f"  critical   φ = {factor:g} · B_simple {critical}",
         f"  objective  {decision.objective}: goodput = {formula}, efficiency = 1 / (1 + batch/φ)",
         f"  policy     {decision.policy}, thought for {event.seconds * 1000:.0f} ms",
         f"  outcome    {outcome}",

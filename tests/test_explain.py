@@ -69,7 +69,7 @@ def test_the_table_says_what_was_known(run: Path, capsys: pytest.CaptureFixture[
     text = printed(capsys, str(run))
     for part in (
         "decision 1 of 0–3 (the newest that moved the job)",
-        "B_simple = 12 [9–20] sequences, from 40 steps",
+        "B_simple = 12 [9–20] sequences after 40 steps",
         "φ = 2 · B_simple = 24 sequences",
         "plain: goodput = throughput × efficiency",
         "TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2, predicted goodput +100.0%",
