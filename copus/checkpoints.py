@@ -1,7 +1,7 @@
 """The checkpoints of a run: complete or absent, the newest few kept.
 
-A checkpoint is a folder `checkpoints/samples-000000012345/` with the backend's files and `trainer.json`. It is written under another
-name and renamed when everything is on disk, so that a folder with this name is always whole.
+A checkpoint is a folder `checkpoints/samples-000000012345/` with the backend's files and `trainer.json`. It is written
+under another name and renamed when everything is on disk, so that a folder with this name is always whole.
 """
 
 import json

@@ -197,7 +197,8 @@ class EventLog:
             self._file.write(b"\n")  # the writer before died in the middle of a line: do not lose this one with it
 
     def write(self, event: Event) -> Event:
-        """Stamp the event with the time and append it, in one write, so that a reader never sees half of it. The stamped event."""
+        """Stamp the event with the time and append it, in one write, so that a reader never sees half of it. The
+        stamped event."""
         stamped = event.model_copy(update={"time": clock.time()})
         self._file.write(stamped.model_dump_json().encode() + b"\n")
         return stamped

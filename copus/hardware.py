@@ -40,7 +40,8 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int | None:
-    """Largest memory since the last reset: allocated on the GPU, or resident on a CPU; None where the system does not tell."""
+    """Largest memory since the last reset: allocated on the GPU, or resident on a CPU; None where the system does not
+    tell."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):

@@ -59,7 +59,9 @@ class Trainer:
         reason: EndReason = "finished"
         while (batch := self._next_batch()) is not None:
             before = state.samples_consumed
-            overtime = job.training.max_minutes is not None and time.monotonic() - started > job.training.max_minutes * 60
+            overtime = (
+                job.training.max_minutes is not None and time.monotonic() - started > job.training.max_minutes * 60
+            )
             stopped = self._step(batch, stop=self._stop_requested() or overtime)
             if self._passed(before, job.training.evaluate_every_tokens):
                 self._evaluate()
@@ -76,7 +78,8 @@ class Trainer:
         return reason
 
     def _next_batch(self) -> int | None:
-        """Sequences of the next step: the global batch, or what is left of the run in whole micro-batches; None at the end."""
+        """Sequences of the next step: the global batch, or what is left of the run in whole micro-batches; None at the
+        end."""
         configuration = self._backend.configuration
         left = self._job.total_samples - self.state.samples_consumed
         per_pass = configuration.layout.dp * configuration.micro_batch
@@ -86,13 +89,15 @@ class Trainer:
     def _step(self, batch: int, stop: bool) -> bool:
         """One optimizer step, its events and its share of the noise estimate. True where any rank asked to stop."""
         job, state, backend = self._job, self.state, self._backend
-        if batch != backend.configuration.global_batch:  # the last step of the run
-            backend.move(backend.configuration.model_copy(update={"global_batch": batch}))
+        configuration = backend.configuration
+        if batch != configuration.global_batch:  # the last step of the run
+            backend.move(configuration.model_copy(update={"global_batch": batch}))
         source = self._noise_source()
         rules = rules_at(job, state.samples_consumed, batch)
         started = time.perf_counter()
         result = backend.train_step(self._train, state.samples_consumed, rules, source, stop)
         seconds = time.perf_counter() - started
+        backend.move(configuration)  # free, and what a run that is made longer goes on with
         state.samples_consumed += batch
         state.step += 1
         state.optimizer_steps = backend.optimizer_steps
@@ -110,8 +115,9 @@ class Trainer:
             )
         )
         self._measure_noise(result, batch)
-        if self._planner is not None and source != "microbatch" and self._steps_since_change > 2:
-            self._planner.throughput.observe(backend.configuration, seconds)  # ordinary, warm steps only
+        ordinary = source != "microbatch" and self._steps_since_change > 2 and batch == configuration.global_batch
+        if self._planner is not None and ordinary:
+            self._planner.throughput.observe(configuration, seconds)
         return result.stop
 
     def _noise_source(self) -> str | None:
@@ -182,18 +188,14 @@ class Trainer:
         started = time.perf_counter()
         sequences = self._job.training.evaluate_sequences
         loss = self._backend.evaluate(self._valid, sequences)
-        self._report(
-            Evaluate(**self._now(), loss=loss, sequences=sequences, seconds=time.perf_counter() - started)
-        )
+        self._report(Evaluate(**self._now(), loss=loss, sequences=sequences, seconds=time.perf_counter() - started))
 
     def _checkpoint(self) -> None:
         started = time.perf_counter()
         self.state.noise = self._noise.state()
         folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
         seconds = time.perf_counter() - started
-        self._report(
-            Checkpoint(**self._now(), path=str(folder.relative_to(self._run)), seconds=seconds, bytes=size)
-        )
+        self._report(Checkpoint(**self._now(), path=str(folder.relative_to(self._run)), seconds=seconds, bytes=size))
 
     def _passed(self, samples_before: int, every_tokens: int | None) -> bool:
         """Whether the last step crossed a multiple of `every_tokens`."""

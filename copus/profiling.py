@@ -1,4 +1,5 @@
-"""Fills the throughput table before training: runs the configurations that it lacks, in this very job, and times their steps."""
+"""Fills the throughput table before training: runs the configurations that it lacks, in this very job, and times their
+steps."""
 
 import statistics
 import time
@@ -21,13 +22,18 @@ from profiles.throughput import Throughput
 
 
 def profile_missing(
-    job: JobConfig, backend: Backend, batches: Batches, report: Callable[[Profile], None]
+    job: JobConfig,
+    backend: Backend,
+    batches: Batches,
+    report: Callable[[Profile], None],
+    stop_requested: Callable[[], bool],
 ) -> None:
     """Measure what the planner will ask for and the table does not have.
 
-    Collective. Every round goes through all of it, so that a slow moment of the machine hits one round and not one layout; every
-    measurement is in the table as soon as it is made, so that an interrupted profile goes on where it was. Stops after
-    `profile.budget_seconds`. Leaves the backend in an arbitrary configuration with arbitrary weights.
+    Collective. Every round goes through all of it, so that a slow moment of the machine hits one round and not one
+    layout; every measurement is in the table as soon as it is made, so that an interrupted profile goes on where it
+    was. Stops after `profile.budget_seconds`, or when rank 0 is asked to. Leaves the backend in an arbitrary
+    configuration with arbitrary weights.
     """
     rank = dist.get_rank()
     table = ThroughputTable(job.profile.table)
@@ -37,7 +43,7 @@ def profile_missing(
     done, total = 0, len(plan) * job.profile.rounds
     for _ in range(job.profile.rounds):
         for configuration in plan:
-            if _broadcast(time.monotonic() > deadline if rank == 0 else None):
+            if _broadcast(time.monotonic() > deadline or stop_requested()):
                 return
             measurement = _measure(job, backend, configuration, batches, fingerprint)
             done += 1

@@ -9,8 +9,8 @@ from copus.job import JobConfig
 def rules_at(job: JobConfig, samples_consumed: int, global_batch: int) -> StepRules:
     """What holds for the step that begins after `samples_consumed` sequences and takes `global_batch` of them.
 
-    With κ = B / B_ref: lr(tokens) · κ^a (a = 0.5 for Adam: Malladi et al. 2022, 2205.10287), and β2^κ, which keeps β2's half-life in
-    tokens (2507.07101, eq. for β2*). β1 stays. Adam's moments are never rescaled.
+    With κ = B / B_ref: lr(tokens) · κ^a (a = 0.5 for Adam: Malladi et al. 2022, 2205.10287), and β2^κ, which keeps
+    β2's half-life in tokens (2507.07101, eq. for β2*). β1 stays. Adam's moments are never rescaled.
     """
     training = job.training
     kappa = global_batch / job.reference_batch

@@ -8,7 +8,8 @@ from copus.events import Evaluate, Event, Noise, Step
 
 
 class TensorBoardTracker:
-    """Writes the figures of events as scalars; the x-axis is tokens, so that runs of different batches can be laid over each other."""
+    """Writes the figures of events as scalars; the x-axis is tokens, so that runs of different batches can be laid over
+    each other."""
 
     def __init__(self, run: Path, seq_len: int) -> None:
         self._writer = SummaryWriter(str(run / "tensorboard"))

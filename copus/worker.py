@@ -1,7 +1,8 @@
 """One rank of a job: `python -m copus.worker RUN`, started by an engine under torch's elastic agent.
 
-Reads `RUN/job.yaml`, goes on from the newest checkpoint if there is one, and writes `RUN/events.jsonl` from rank 0. Stops at the
-next step, with a checkpoint, when the file `RUN/stop` appears or on SIGTERM or SIGINT; exits 0 then, and after a finished run.
+Reads `RUN/job.yaml`, goes on from the newest checkpoint if there is one, and writes `RUN/events.jsonl` from rank 0.
+Stops at the next step, with a checkpoint, when the file `RUN/stop` appears or on SIGTERM or SIGINT; exits 0 then, and
+after a finished run.
 """
 
 import os
@@ -60,7 +61,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest",
     with _Reporter(run if rank == 0 else None, job) as report:
         newest = newest_checkpoint(run)
         if newest is None or profile_only:
-            profile_missing(job, backend, train, report)
+            profile_missing(job, backend, train, report, stop)
         if profile_only:
             return
         state = _build_or_resume(job, newest, backend)
@@ -150,10 +151,12 @@ class _Reporter:
 
 
 class _StopRequest:
-    """Whether somebody asked this run to stop: a signal to this process, or the file `RUN/stop`."""
+    """Whether somebody asked this run to stop: a signal to this process, the file `RUN/stop`, or the death of the
+    agent."""
 
     def __init__(self, run: Path) -> None:
         self._file = run / "stop"
+        self._agent = os.getppid()
         self._signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -162,7 +165,7 @@ class _StopRequest:
         self._signalled = True
 
     def __call__(self) -> bool:
-        return self._signalled or self._file.exists()
+        return self._signalled or self._file.exists() or os.getppid() != self._agent
 
 
 def _one_line(error: Exception) -> str:

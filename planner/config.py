@@ -22,9 +22,9 @@ class PlannerConfig(Record):
     critical_batch_factor: PositiveFloat = 2.0
     """c in φ = c · B_simple: how far the critical batch lies from the simple noise scale (COPUS: 2.0, set by hand)."""
     noise_source: Literal["auto", "microbatch", "replica"] = "auto"
-    """Parts that the noise is measured from. microbatch: every micro-batch of every replica (exact on any layout, some 6-8 % of a step).
-    replica: what data parallel replicas hold before they reduce (cheapest; needs dp > 1). auto: micro-batches on every
-    `noise_every_steps`-th step, replicas on the others."""
+    """Parts that the noise is measured from. microbatch: every micro-batch of every replica (exact on any layout, some
+    6-8 % of a step). replica: what data parallel replicas hold before they reduce (cheapest; needs dp > 1). auto:
+    micro-batches on every `noise_every_steps`-th step, replicas on the others."""
     noise_every_steps: PositiveInt = 4
     """How often `auto` measures micro-batches. A step that has one part only is run as two halves on these steps."""
     noise_half_life_tokens: PositiveInt = 100_000

@@ -15,6 +15,10 @@ from profiles.model_shape import ModelShape
 from profiles.noise_scale import NoiseScale
 from profiles.throughput import Prediction, Throughput
 
+MAX_RELATIVE_SPREAD = 0.5
+"""A time whose interval is wider than this share of it is no reason to move: the best of many such guesses is a bad
+one."""
+
 
 class Planner:
     """Decides what a job runs next. Deterministic; its only state is `number` and what `throughput` observes."""
@@ -127,6 +131,9 @@ class Planner:
             return "not measured"
         if prediction.failure:
             return prediction.failure
+        step_seconds, spread_seconds = prediction.step_seconds, prediction.spread_seconds
+        if step_seconds and spread_seconds and spread_seconds > MAX_RELATIVE_SPREAD * step_seconds:
+            return f"throughput too uncertain: a step takes {step_seconds:.3g} ± {spread_seconds:.2g} s"
         return "" if self._noise_measurable(configuration) else "noise cannot be measured: one part a step"
 
     def _verdict(self, score: CandidateScore, current: CandidateScore, chosen: CandidateScore) -> str:

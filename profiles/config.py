@@ -22,4 +22,5 @@ class ProfileConfig(Record):
     steps: PositiveInt = Field(default=3, ge=2)
     """Steps timed for each measurement, in each round."""
     rounds: PositiveInt = 2
-    """Times that the whole set is gone through, so that a slow moment of the machine hits one round and not one layout."""
+    """Times that the whole set is gone through, so that a slow moment of the machine hits one round and not one
+    layout."""

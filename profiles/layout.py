@@ -29,7 +29,8 @@ class Layout(Record):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, attention only, or every layer."""
     zero: Literal[0, 1, 2, 3] = 0
-    """What data parallel ranks share out: 0 nothing, 1 optimizer state (Megatron's distributed optimizer), 2 gradients, 3 weights."""
+    """What data parallel ranks share out: 0 nothing, 1 optimizer state (Megatron's distributed optimizer), 2 gradients,
+    3 weights."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Layout":

@@ -7,7 +7,8 @@ from pydantic import Field, PositiveInt, model_validator
 from profiles.record import Record
 
 VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this, whatever the layout, so that embeddings keep their shape in a move."""
+"""The vocabulary is padded to a multiple of this, whatever the layout, so that embeddings keep their shape in a
+move."""
 
 
 class ModelShape(Record):

@@ -4,6 +4,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """An immutable, strictly validated value. Unknown fields are errors; attribute docstrings are field descriptions."""
+    """An immutable, strictly validated value. Unknown fields are errors; attribute docstrings are field
+    descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

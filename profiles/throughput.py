@@ -52,14 +52,16 @@ class Throughput:
             by_group[_key(configuration)][configuration.num_microbatches] = prediction
         self._groups = {key: _Group.of(by_count) for key, by_count in by_group.items()}
         self._seen: defaultdict[Configuration, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN_MEMORY))
+        self._drift: float | None = None
 
     def predict(self, configuration: Configuration) -> Prediction | None:
         """The duration of a step, or None where nothing is known.
 
         Its own rows first; else the line through the rows of the same layout and micro-batch (`profiles.affine`), never
-        below their smallest number of micro-batches. Steps of the running job replace both once there are 5 of them.
+        below their smallest number of micro-batches; both times `drift`. Steps of the running job replace them once
+        there are 5.
         """
-        known = self._from_table(configuration)
+        known = self._scaled(self._from_table(configuration))
         seen = self._seen.get(configuration)
         if seen and (len(seen) >= SEEN_STEPS or known is None or known.failure):
             # The statistics of a `Measurement`, so that live and measured times can be compared.
@@ -77,6 +79,31 @@ class Throughput:
         if not 0 < step_seconds < math.inf:
             raise ValueError(f"step_seconds({step_seconds}) has to be positive and finite")
         self._seen[configuration].append(step_seconds)
+        self._drift = None
+
+    @property
+    def drift(self) -> float:
+        """How much slower steps are now than the table says: the median of seen ÷ table over the configurations seen.
+
+        1 while nothing has been seen. Without it a machine that is busier than while it was profiled would make every
+        configuration look better than the one that runs.
+        """
+        if self._drift is None:
+            ratios = [
+                median(steps) / known.step_seconds
+                for configuration, steps in self._seen.items()
+                if len(steps) >= SEEN_STEPS
+                and (known := self._from_table(configuration)) is not None
+                and known.step_seconds is not None
+            ]
+            self._drift = median(ratios) if ratios else 1.0
+        return self._drift
+
+    def _scaled(self, known: Prediction | None) -> Prediction | None:
+        if known is None or known.step_seconds is None or known.spread_seconds is None or self.drift == 1:
+            return known
+        times = {"step_seconds": known.step_seconds * self.drift, "spread_seconds": known.spread_seconds * self.drift}
+        return known.model_copy(update=times)
 
     def counts(self, layout: Layout, micro_batch: int) -> list[int]:
         """Numbers of micro-batches that were measured without failure, ascending."""

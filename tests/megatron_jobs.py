@@ -14,7 +14,9 @@ SHAPE = {"layers": 4, "hidden": 32, "ffn_hidden": 48, "heads": 4, "kv_heads": 4,
 RULES = StepRules(lr=3e-3, betas=(0.9, 0.95))
 
 
-def tiny_job(accelerators: int, layout: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **training: Any) -> JobConfig:
+def tiny_job(
+    accelerators: int, layout: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **training: Any
+) -> JobConfig:
     """A job on `accelerators` CPU ranks; data parallel unless told otherwise."""
     settings = {"layout": layout or {"dp": accelerators}, "global_batch": 8, "tokens": 100_000, "weight_decay": 0.01}
     return parse_job(
@@ -28,7 +30,8 @@ def tiny_job(accelerators: int, layout: dict[str, Any] | None = None, model: dic
 
 
 def random_batches(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences that are a function of their index alone, with something to learn: small tokens are much more frequent."""
+    """Sequences that are a function of their index alone, with something to learn: small tokens are much more
+    frequent."""
     rows = []
     for index in range(first, first + count):
         generator = torch.Generator().manual_seed(10_000 + index)

@@ -1,6 +1,7 @@
 """Runs a function on several gloo ranks and returns what each returned.
 
-Importing torch and megatron takes 8 s; a fork server imports them once for the whole test session, and every rank is a fork of it.
+Importing torch and megatron takes 8 s; a fork server imports them once for the whole test session, and every rank is a
+fork of it.
 """
 
 import multiprocessing
@@ -16,8 +17,11 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["copus.backends.megatron.backend"])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 240) -> list[Any]:
-    """Call `function(*arguments)` on every rank of a fresh gloo world; the results by rank. Raises where any rank raised."""
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 240
+) -> list[Any]:
+    """Call `function(*arguments)` on every rank of a fresh gloo world; the results by rank. Raises where any rank
+    raised."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before the fork server starts; ranks inherit it
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
@@ -44,7 +48,9 @@ def _gather(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
     while len(results) < len(pipes):
         ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout=timeout_seconds)
         if not ready:
-            raise TimeoutError(f"ranks {sorted(set(range(len(pipes))) - set(results))} did not answer in {timeout_seconds} s")
+            raise TimeoutError(
+                f"ranks {sorted(set(range(len(pipes))) - set(results))} did not answer in {timeout_seconds} s"
+            )
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
@@ -57,7 +63,9 @@ def _gather(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(rank: int, world_size: int, folder: str, pipe: Connection, function: Callable[..., Any], arguments: tuple) -> None:
+def _rank(
+    rank: int, world_size: int, folder: str, pipe: Connection, function: Callable[..., Any], arguments: tuple
+) -> None:
     try:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
         import torch
@@ -65,9 +73,7 @@ def _rank(rank: int, world_size: int, folder: str, pipe: Connection, function: C
 
         torch.set_num_threads(1)
         store = dist.FileStore(f"{folder}/store", world_size)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
         result = function(*arguments)
         dist.barrier()
         pipe.send((True, result))

@@ -15,7 +15,9 @@ TIED = {"tied_embeddings": True}
 GQA = {"kv_heads": 2}
 
 
-def _train(accelerators: int, layout: dict[str, Any], model: dict[str, Any], steps: int) -> list[tuple[float, float, float]]:
+def _train(
+    accelerators: int, layout: dict[str, Any], model: dict[str, Any], steps: int
+) -> list[tuple[float, float, float]]:
     """Loss, |g|² and mean |g_j|² of the micro-batches, of each step."""
     backend = backend_of(tiny_job(accelerators, layout, model, micro_batch=2))
     seen = []

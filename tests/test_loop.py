@@ -144,7 +144,8 @@ def test_noise_and_evaluations_are_reported(moved: list[Event]) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("policy", ["static", "copus"])
 def test_an_interrupted_run_goes_on_where_it_was(policy: str, tmp_path: Path) -> None:
-    """Same losses, decisions and moves as the run that nobody stopped. Learning rates are not constant, so samples must agree too."""
+    """Same losses, decisions and moves as the run that nobody stopped. Learning rates are not constant, so samples must
+    agree too."""
     job = _job()
     whole = run_ranks(2, _train, tmp_path / "whole", job, policy)[0]
     first = run_ranks(2, _train, tmp_path / "parts", job, policy, 21)[0]
@@ -159,7 +160,9 @@ def test_an_interrupted_run_goes_on_where_it_was(policy: str, tmp_path: Path) ->
 
     if policy == "copus":  # decisions rest on measured seconds too, which no two runs share: the first part must agree
         assert chosen(first) == chosen(whole)[: len(chosen(first))]
-        assert [number for number, _ in chosen(first) + chosen(second)] == list(range(len(chosen(first) + chosen(second))))
+        assert [number for number, _ in chosen(first) + chosen(second)] == list(
+            range(len(chosen(first) + chosen(second)))
+        )
 
 
 @pytest.mark.dist
@@ -173,13 +176,28 @@ def test_checkpoints_are_kept_and_pruned(tmp_path: Path) -> None:
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     tracker = TensorBoardTracker(tmp_path, seq_len=16)
-    step = Step(step=3, samples_consumed=12, loss=2.5, grad_norm=0.5, lr=1e-3, beta2=0.95, seconds=0.25, global_batch=4, time=1.0)
+    step = Step(
+        step=3,
+        samples_consumed=12,
+        loss=2.5,
+        grad_norm=0.5,
+        lr=1e-3,
+        beta2=0.95,
+        seconds=0.25,
+        global_batch=4,
+        time=1.0,
+    )
     tracker.write(step)
     tracker.write(Evaluate(step=3, samples_consumed=12, loss=2.25, sequences=8, seconds=0.1, time=1.0))
     tracker.close()
     read = EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
-    for tag, value in (("loss/train", 2.5), ("loss/validation", 2.25), ("speed/samples_per_second", 16.0), ("optimizer/beta2", 0.95)):
+    for tag, value in (
+        ("loss/train", 2.5),
+        ("loss/validation", 2.25),
+        ("speed/samples_per_second", 16.0),
+        ("optimizer/beta2", 0.95),
+    ):
         (scalar,) = read.Scalars(tag)
         assert scalar.step == 192
         assert scalar.value == pytest.approx(value)

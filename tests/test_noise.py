@@ -13,7 +13,9 @@ from copus.noise.step_estimate import StepEstimate, estimate_step
 SEQ_LEN = 64
 
 
-def _synthetic_step(rng: np.random.Generator, gradient: np.ndarray, sigma: float, parts: int, size: int) -> StepEstimate:
+def _synthetic_step(
+    rng: np.random.Generator, gradient: np.ndarray, sigma: float, parts: int, size: int
+) -> StepEstimate:
     """A step on gradients G + noise of covariance σ²·I per sequence."""
     means = gradient + rng.normal(size=(parts, len(gradient))) * sigma / np.sqrt(size)
     return estimate_step(float((means.mean(axis=0) ** 2).sum()), (means**2).sum(axis=1), size)
@@ -43,9 +45,14 @@ def test_scaling_and_order_of_the_parts(scale: float, parts: int, size: int, see
     scaled = estimate_step(scale**2 * mean_sq, scale**2 * parts_sq, size)
     shuffled = estimate_step(mean_sq, rng.permutation(parts_sq), size)
     np.testing.assert_allclose(
-        [scaled.grad_sq, scaled.noise_trace], [scale**2 * plain.grad_sq, scale**2 * plain.noise_trace], rtol=1e-6, atol=1e-9 * scale**2
+        [scaled.grad_sq, scaled.noise_trace],
+        [scale**2 * plain.grad_sq, scale**2 * plain.noise_trace],
+        rtol=1e-6,
+        atol=1e-9 * scale**2,
     )
-    np.testing.assert_allclose([shuffled.grad_sq, shuffled.noise_trace], [plain.grad_sq, plain.noise_trace], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        [shuffled.grad_sq, shuffled.noise_trace], [plain.grad_sq, plain.noise_trace], rtol=1e-6, atol=1e-9
+    )
 
 
 def test_one_part_is_refused() -> None:

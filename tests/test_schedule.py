@@ -26,7 +26,8 @@ def test_a_batch_scales_lr_by_its_root_and_keeps_the_half_life_of_beta2(samples:
     rules, reference = rules_at(JOB, samples, batch), rules_at(JOB, samples, 8)
     assert rules.lr == pytest.approx(reference.lr * math.sqrt(kappa))
     half_life_tokens = [
-        batch_tokens * math.log(0.5) / math.log(beta2) for batch_tokens, beta2 in ((batch, rules.betas[1]), (8, reference.betas[1]))
+        batch_tokens * math.log(0.5) / math.log(beta2)
+        for batch_tokens, beta2 in ((batch, rules.betas[1]), (8, reference.betas[1]))
     ]
     assert half_life_tokens[0] == pytest.approx(half_life_tokens[1])
     assert rules.betas[0] == 0.9

@@ -100,7 +100,8 @@ class Backend(Protocol):
         """Mean loss over the first `sequences` held-out sequences, nats a token."""
 
     def move(self, configuration: Configuration) -> int:
-        """Go on in another configuration with the same weights and optimizer state. Returns the bytes that changed rank."""
+        """Go on in another configuration with the same weights and optimizer state. Returns the bytes that changed
+        rank."""
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state, in a format that every layout can read."""

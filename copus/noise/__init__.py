@@ -1,1 +1,2 @@
-"""Measuring the gradient noise scale. The gradients' norms come from a backend; everything here is arithmetic on them."""
+"""Measuring the gradient noise scale. The gradients' norms come from a backend; everything here is arithmetic on
+them."""

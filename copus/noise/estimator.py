@@ -20,15 +20,17 @@ CONFIDENCE = 0.90
 class NoiseEstimator:
     """Averages over the recent past, measured in tokens, so that a change of batch does not change the memory.
 
-    Steps are gathered into blocks of a sixteenth of the half-life. A block of age a tokens weighs 2^(−a / half-life); numerator
-    and denominator of tr Σ / |G|² are averaged separately (their ratio step by step is heavily biased), and the interval is a
-    delete-one-block jackknife of the logarithm of the ratio, for blocks of unequal weight (Busing, Meijer & van der Leeden 1999).
+    Steps are gathered into blocks of a sixteenth of the half-life. A block of age a tokens weighs 2^(−a / half-life);
+    numerator and denominator of tr Σ / |G|² are averaged separately (their ratio step by step is heavily biased), and
+    the interval is a delete-one-block jackknife of the logarithm of the ratio, for blocks of unequal weight (Busing,
+    Meijer & van der Leeden 1999).
     """
 
     def __init__(self, half_life_tokens: int) -> None:
         self._half_life = half_life_tokens
         self._block_tokens = half_life_tokens / BLOCKS_PER_HALF_LIFE
-        # Rows of: tokens at the end of the block, tokens observed in it, and the sums of |G|² and tr Σ weighted by tokens.
+        # Rows of: tokens at the end of the block, tokens observed in it, and the sums of |G|² and tr Σ weighted by
+        # tokens.
         self._blocks: list[list[float]] = []
         self._open = True
         self._samples = 0

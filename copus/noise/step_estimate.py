@@ -22,7 +22,8 @@ def estimate_step(mean_grad_sq: float, parts_sq: np.ndarray, part_size: int) -> 
 
         |G|² = (b·|g|² − n·mean_j|g_j|²) / (b − n)        tr Σ = (mean_j|g_j|² − |g|²) / (1/n − 1/b)
 
-    `mean_grad_sq` is |g|², `parts_sq` the J values |g_j|². Raises ValueError for fewer than two parts: nothing can be said.
+    `mean_grad_sq` is |g|², `parts_sq` the J values |g_j|². Raises ValueError for fewer than two parts: nothing can be
+    said.
     """
     if len(parts_sq) < 2:
         raise ValueError(f"noise needs at least two parts, got {len(parts_sq)}")

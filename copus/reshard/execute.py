@@ -18,9 +18,11 @@ Held = tuple[Piece, torch.Tensor]
 
 @torch.no_grad()
 def reshard(held: Sequence[Held], needed: Sequence[Held], staging_bytes: int = STAGING_BYTES) -> int:
-    """Fill the tensors in `needed` from what all ranks hold in `held`. Collective over the default group. Bytes moved, of all ranks.
+    """Fill the tensors in `needed` from what all ranks hold in `held`. Collective over the default group. Bytes moved,
+    of all ranks.
 
-    Bit-exact: elements are copied and never computed with. Raises ValueError on every rank where something is held by nobody.
+    Bit-exact: elements are copied and never computed with. Raises ValueError on every rank where something is held by
+    nobody.
     """
     everywhere: list[tuple[list[Piece], list[Piece]]] = [([], [])] * dist.get_world_size()
     dist.all_gather_object(everywhere, ([piece for piece, _ in held], [piece for piece, _ in needed]))
@@ -42,8 +44,8 @@ def _part(holder: Held, box: Box) -> torch.Tensor:
 def _rounds(plan: Plan, rank: int, staging_bytes: int) -> list[list[list[Transfer]]]:
     """Messages by round: in each, at most one message to and one from every peer, all of them within the staging bytes.
 
-    Both ends cut their common list of transfers the same way, since the size of a message depends on the plan alone. A single transfer
-    larger than a message goes alone.
+    Both ends cut their common list of transfers the same way, since the size of a message depends on the plan alone. A
+    single transfer larger than a message goes alone.
     """
     channels: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
     for transfer in plan.transfers:
@@ -94,7 +96,13 @@ def _split(transfer: Transfer, limit: int) -> list[Transfer]:
     parts = []
     for box in (first, second):
         part = Transfer(
-            transfer.key, box, transfer.sender, transfer.source, transfer.receiver, transfer.target, box.elements * element_bytes
+            transfer.key,
+            box,
+            transfer.sender,
+            transfer.source,
+            transfer.receiver,
+            transfer.target,
+            box.elements * element_bytes,
         )
         parts += _split(part, limit)
     return parts

@@ -1,4 +1,5 @@
-"""Who sends which part of which tensor to whom. Pure arithmetic: every rank computes the same plan, and no process is needed to test it."""
+"""Who sends which part of which tensor to whom. Pure arithmetic: every rank computes the same plan, and no process is
+needed to test it."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ class Plan:
 def make_plan(held: Sequence[Sequence[Piece]], needed: Sequence[Sequence[Piece]]) -> Plan:
     """Cover every needed piece of every rank from held pieces, by rank.
 
-    What a rank holds itself is copied, not sent; of several holders the one that has the least to send so far sends. Raises
-    ValueError where nobody holds a part that somebody needs.
+    What a rank holds itself is copied, not sent; of several holders the one that has the least to send so far sends.
+    Raises ValueError where nobody holds a part that somebody needs.
     """
     holders: dict[str, list[tuple[int, int, Piece]]] = defaultdict(list)
     for rank, pieces in enumerate(held):

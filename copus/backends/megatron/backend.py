@@ -80,8 +80,8 @@ class MegatronBackend:
         )
 
     def build(self, configuration: Configuration) -> None:
-        """Make groups, model and optimizer from nothing; what was built before is torn down. Raises ValueError for a layout
-        that this backend cannot run."""
+        """Make groups, model and optimizer from nothing; what was built before is torn down. Raises ValueError for a
+        layout that this backend cannot run."""
         self._check(configuration.layout)
         self._tear_down()
         self._make(configuration, initial_weights=True)
@@ -156,8 +156,8 @@ class MegatronBackend:
     ) -> StepResult:
         """One optimizer step on the global batch that begins at `first_sample`.
 
-        Where the configuration has one part only, and noise is asked for, the step is run as two micro-batches of half the size: the
-        same gradient, and parts to measure. A single sequence cannot be halved: then `parts` is None.
+        Where the configuration has one part only, and noise is asked for, the step is run as two micro-batches of half
+        the size: the same gradient, and parts to measure. A single sequence cannot be halved: then `parts` is None.
         """
         assert self._part_norms is not None, "build() comes first"
         configuration = self.configuration
@@ -190,10 +190,12 @@ class MegatronBackend:
         return step.evaluate(self._chunks, self.configuration, batches, sequences, self.device)
 
     def move(self, configuration: Configuration) -> int:
-        """Go on in another configuration, with the same weights and optimizer state. Returns the bytes that changed rank.
+        """Go on in another configuration, with the same weights and optimizer state. Returns the bytes that changed
+        rank.
 
-        A new batch or micro-batch costs nothing. For a new layout the state goes straight from the ranks that have it to the ranks that
-        need it, in these very processes. Raises ValueError for a layout that cannot run, and goes on in the old one.
+        A new batch or micro-batch costs nothing. For a new layout the state goes straight from the ranks that have it
+        to the ranks that need it, in these very processes. Raises ValueError for a layout that cannot run, and goes on
+        in the old one.
         """
         if configuration.layout == self.configuration.layout:
             self._configuration = configuration

@@ -20,7 +20,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa
 
 
 def save(folder: Path, chunks: list[Any], optimizer: Any) -> None:
-    """Write all that is needed to go on, on any layout. `folder` must exist and be empty; every data parallel rank writes a share."""
+    """Write all that is needed to go on, on any layout. `folder` must exist and be empty; every data parallel rank
+    writes a share."""
     state = state_dict(chunks, optimizer, is_loading=False)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), replicas, True)

@@ -1,7 +1,8 @@
 """What unmodified megatron-core 0.16.1 needs to train on CPU and gloo. Does nothing where CUDA is present.
 
-Call `before_import()` before anything else of megatron is imported, and `adapt()` afterwards. The real `torch` is left alone, but for
-`Tensor.cuda`: megatron's modules see a facade of it in their global `torch`. Line numbers are those of megatron-core 0.16.1.
+Call `before_import()` before anything else of megatron is imported, and `adapt()` afterwards. The real `torch` is left
+alone, but for `Tensor.cuda`: megatron's modules see a facade of it in their global `torch`. Line numbers are those of
+megatron-core 0.16.1.
 """
 
 import contextlib
@@ -65,7 +66,8 @@ def adapt() -> None:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
-    # optimizer.py:671-690 and distrib_optimizer.py:361-420 compare `param.type()` with 'torch.cuda.FloatTensor' and the like
+    # optimizer.py:671-690 and distrib_optimizer.py:361-420 compare `param.type()` with 'torch.cuda.FloatTensor' and the
+    # like
     from megatron.core.optimizer import distrib_optimizer, optimizer
 
     half = optimizer.Float16OptimizerWithFloat16Params
@@ -93,7 +95,8 @@ class _CudaFacade(types.ModuleType):
 
 
 class _TorchFacade(types.ModuleType):
-    """`torch` as megatron's modules see it: factories asked for a tensor on "cuda" make it on the CPU (e.g. schedules.py:983)."""
+    """`torch` as megatron's modules see it: factories asked for a tensor on "cuda" make it on the CPU (e.g.
+    schedules.py:983)."""
 
     def __init__(self) -> None:
         super().__init__("torch")

@@ -26,8 +26,8 @@ def make_groups(layout: Layout, timeout_seconds: float) -> None:
 def destroy_groups() -> None:
     """Destroy every group that `make_groups` made.
 
-    `parallel_state.destroy_model_parallel` only forgets them, and not all of them: their threads and sockets would pile up with every
-    move. The list is the same on every rank, and so is the order.
+    `parallel_state.destroy_model_parallel` only forgets them, and not all of them: their threads and sockets would pile
+    up with every move. The list is the same on every rank, and so is the order.
     """
     for group in list(parallel_state._global_process_group_list or [])[1:]:
         with contextlib.suppress(ValueError):  # a group that this rank is no member of

@@ -1,7 +1,7 @@
 """The state of a running job as pieces of global tensors: weights, fp32 masters, and both Adam moments.
 
-The geometry is megatron's own (`sharded_state_dict`); the tensors are the live ones, so nothing is copied to be described. Works
-with and without the distributed optimizer, whose shards are ranges of flattened parameters.
+The geometry is megatron's own (`sharded_state_dict`); the tensors are the live ones, so nothing is copied to be
+described. Works with and without the distributed optimizer, whose shards are ranges of flattened parameters.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Region = tuple[str, Box, tuple[int, ...]]
-"""Part of a parameter: name of the global tensor, box in the parameter, and what to add to get to the global tensor's offset.
+"""Part of a parameter: name of the global tensor, box in the parameter, and what to add to get to the global tensor's
+offset.
 
 The global tensor may have leading axes that the parameter lacks (the layer), of which the parameter is one slice."""
 
@@ -70,7 +71,8 @@ def _region(param: torch.nn.Parameter, part: ShardedTensor) -> Region:
 
 
 def _piece(kind: str, region: Region, box: Box, tensor: torch.Tensor) -> Held:
-    """`box` of a parameter, in global coordinates, with the tensor that holds it brought to the global number of axes."""
+    """`box` of a parameter, in global coordinates, with the tensor that holds it brought to the global number of
+    axes."""
     key, _, shift = region
     lead = len(shift) - len(box.shape)
     whole = Box((*[0] * lead, *box.offset), (*[1] * lead, *box.shape)).shifted(shift)
@@ -84,7 +86,9 @@ def _whole(kind: str, tensor: torch.Tensor, regions: list[Region]) -> Iterator[H
         yield _piece(kind, region, region[1], tensor[region[1].slices_in(everything)])
 
 
-def _range(kind: str, tensor: torch.Tensor, shape: tuple[int, ...], start: int, regions: list[Region]) -> Iterator[Held]:
+def _range(
+    kind: str, tensor: torch.Tensor, shape: tuple[int, ...], start: int, regions: list[Region]
+) -> Iterator[Held]:
     """Pieces of a flat tensor that holds the elements from `start` on of a flattened parameter of `shape`."""
     position = 0
     for box in boxes_of_range(shape, start, start + tensor.numel()):

@@ -56,7 +56,8 @@ def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropou
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
         use_cpu_initialization=on_cpu,
-        # `initialize` below fills the weights; perform_initialization itself must stay on, since it also marks what is tensor parallel
+        # `initialize` below fills the weights; perform_initialization itself must stay on, since it also marks what is
+        # tensor parallel
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -78,7 +79,8 @@ def build_model(
 ) -> list[DistributedDataParallel]:
     """The model chunks of this rank (one, or `vp`), wrapped in megatron's data parallelism.
 
-    Process groups of the layout must exist. Without a seed the weights are left as they come, for somebody else to fill.
+    Process groups of the layout must exist. Without a seed the weights are left as they come, for somebody else to
+    fill.
     """
     chunks: list[Any] = []
     for stage in range(layout.vp):
@@ -122,8 +124,8 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 def initialize(chunk: torch.nn.Module, layers: int, seed: int) -> None:
     """Fill the weights: a function of the seed and of each tensor's name, the same numbers on every layout.
 
-    Every layer's whole tensor is drawn, and the part that this rank holds is kept. Standard deviation 0.02; the projections that
-    write to the residual stream have 0.02 / √(2·layers) (GPT-2); norms start at 1.
+    Every layer's whole tensor is drawn, and the part that this rank holds is kept. Standard deviation 0.02; the
+    projections that write to the residual stream have 0.02 / √(2·layers) (GPT-2); norms start at 1.
     """
     for tensor in model_tensors(chunk):
         if "norm" in tensor.key:

@@ -35,7 +35,8 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, its weight marked for megatron's all-reduce of gradients over tensor parallel ranks.
 
-    Under sequence parallel every rank normalises a slice of the sequence, so the gradient of the weight is a partial sum on each.
+    Under sequence parallel every rank normalises a slice of the sequence, so the gradient of the weight is a partial
+    sum on each.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

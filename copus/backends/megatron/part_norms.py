@@ -1,10 +1,12 @@
-"""Squared norms of the gradients of the parts of a step, under every kind of parallelism, without touching megatron's source.
+"""Squared norms of the gradients of the parts of a step, under every kind of parallelism, without touching megatron's
+source.
 
-A part is a micro-batch of one replica (`microbatch`) or all that one replica does in the step (`replica`). Every parameter of the
-whole model is counted once:
+A part is a micro-batch of one replica (`microbatch`) or all that one replica does in the step (`replica`). Every
+parameter of the whole model is counted once:
 
 - a tensor parallel duplicate (norm weights) counts on tensor rank 0, a pipeline-shared embedding on the first stage;
-- where each rank holds a partial sum of one gradient (norm weights under sequence parallel; the two ends of a tied embedding under
+- where each rank holds a partial sum of one gradient (norm weights under sequence parallel; the two ends of a tied
+  embedding under
   pipelining), the partial gradients of a part are kept and added up over their group before they are squared.
 
 Squares are added up in float64: in fp32 a CPU norm is off by some 1e-5, by another amount on every layout.
@@ -34,7 +36,8 @@ def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class PartNorms:
-    """Collects the squared norms of the parts of each step. Made once for a built model; hooks live as long as the model.
+    """Collects the squared norms of the parts of each step. Made once for a built model; hooks live as long as the
+    model.
 
     Use: `start(source)` before the forward-backward pass, `collect()` after it.
     """
@@ -109,8 +112,9 @@ class PartNorms:
     def collect(self, parts: int, device: torch.device) -> torch.Tensor:
         """This rank's contribution to Σ|g_j|² for each of its `parts` parts: float64 of shape (parts,).
 
-        Sum it over the model parallel ranks to get the norms. The gradients are as megatron has them: already divided by the number of
-        micro-batches. Collective over tensor parallel ranks (sequence parallel) and over the first and last stage (tied embeddings).
+        Sum it over the model parallel ranks to get the norms. The gradients are as megatron has them: already divided
+        by the number of micro-batches. Collective over tensor parallel ranks (sequence parallel) and over the first and
+        last stage (tied embeddings).
         """
         sums = torch.zeros(parts, dtype=torch.float64, device=device)
         for part, square in self._sums.items():

@@ -1,4 +1,5 @@
-"""Megatron's own description of who holds which part of which tensor: the basis of initialisation, checkpoints and moves."""
+"""Megatron's own description of who holds which part of which tensor: the basis of initialisation, checkpoints and
+moves."""
 
 from typing import Any
 
@@ -48,7 +49,8 @@ def state_dict(chunks: list[Any], optimizer: Any, is_loading: bool) -> dict[str,
 
 
 def model_tensors(chunk: Any) -> list[ShardedTensor]:
-    """The weights of one model chunk; each `data` is the live weight or, for gate and up of a SwiGLU, a view of its half."""
+    """The weights of one model chunk; each `data` is the live weight or, for gate and up of a SwiGLU, a view of its
+    half."""
     state = unwrap(chunk).sharded_state_dict(metadata=metadata())
     apply_factories(state)
     return [value for value in nested_values(state) if isinstance(value, ShardedTensor)]

@@ -129,8 +129,8 @@ def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torc
 def _local_grad_sq(optimizer: Any, configuration: Configuration, device: torch.device) -> torch.Tensor:
     """This rank's share of |g|²: each gradient counted once over all ranks.
 
-    With the distributed optimizer every rank has its own shard; without it the data parallel ranks have the same gradients, and
-    those of rank 0 count.
+    With the distributed optimizer every rank has its own shard; without it the data parallel ranks have the same
+    gradients, and those of rank 0 count.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     if configuration.layout.zero == 0 and parallel_state.get_data_parallel_rank() > 0:
@@ -158,7 +158,8 @@ def _share(
     parts_sq: torch.Tensor | None,
     device: torch.device,
 ) -> tuple[float, float, float, np.ndarray | None]:
-    """Add up everything that ranks have to tell each other in a step, in one collective: loss, |g|², stop votes, parts."""
+    """Add up everything that ranks have to tell each other in a step, in one collective: loss, |g|², stop votes,
+    parts."""
     replicas = configuration.layout.dp
     parts = 0 if parts_sq is None else len(parts_sq)
     message = torch.zeros(3 + replicas * parts, dtype=torch.float64, device=device)
@@ -184,7 +185,8 @@ def _as_parts(configuration: Configuration, source: str | None, squared_norms: n
 
 
 def _clip(optimizer: Any, clip_grad: float, grad_sq: float) -> None:
-    """Scale the gradients so that their norm is at most `clip_grad`. The norm is ours, in float64, so megatron's is not computed again."""
+    """Scale the gradients so that their norm is at most `clip_grad`. The norm is ours, in float64, so megatron's is not
+    computed again."""
     norm = grad_sq**0.5
     if clip_grad <= 0 or norm <= clip_grad:
         return

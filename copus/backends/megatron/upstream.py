@@ -1,4 +1,5 @@
-"""Defects of megatron-core 0.16.1 that are gone around, on CPU and on GPU alike. Each names its upstream line and its effect."""
+"""Defects of megatron-core 0.16.1 that are gone around, on CPU and on GPU alike. Each names its upstream line and its
+effect."""
 
 import queue
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 def use_local_results_queue() -> None:
     """Give the checkpoint writer a plain queue for its results; enough, since we save synchronously, in this process.
 
-    filesystem_async.py:51 spawns a manager process that imports `__main__` anew: some 23 s in every rank at the first save, and a
-    hang where `__main__` has no guard.
+    filesystem_async.py:51 spawns a manager process that imports `__main__` anew: some 23 s in every rank at the first
+    save, and a hang where `__main__` has no guard.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -20,8 +21,8 @@ def use_local_results_queue() -> None:
 def patch_optimizer_loading() -> None:
     """Let the distributed optimizer load into torch's AdamW, whose state has a `step` of its own.
 
-    distrib_optimizer.py:937-940 looks `step` up among the loaded tensors: KeyError wherever neither Transformer Engine nor Apex is
-    installed.
+    distrib_optimizer.py:937-940 looks `step` up among the loaded tensors: KeyError wherever neither Transformer Engine
+    nor Apex is installed.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -59,8 +60,8 @@ def prime_adam(optimizer: Any) -> None:
 def set_adam_step(optimizer: Any, step: int) -> None:
     """Give every parameter its own `step` tensor.
 
-    distrib_optimizer.py:826 puts one shared tensor into every state on load; torch's AdamW then counts it once for each parameter, and
-    every later bias correction is silently wrong.
+    distrib_optimizer.py:826 puts one shared tensor into every state on load; torch's AdamW then counts it once for each
+    parameter, and every later bias correction is silently wrong.
     """
     for inner in inner_optimizers(optimizer):
         for group in inner.param_groups:
