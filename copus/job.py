@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from copus.backends.megatron.limits import check_configuration, check_layout
 from planner.config import PlannerConfig
 from profiles.cluster import Cluster
 from profiles.config import ProfileConfig
@@ -145,10 +146,15 @@ class JobConfig(Record):
     @model_validator(mode="after")
     def _check_arithmetic(self) -> "JobConfig":
         _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
-        _located("training", lambda: self.training.configuration)
+        _located("training", lambda: check_configuration(self.training.configuration))
         for index, layout in enumerate(self.planner.layouts or []):
-            _located(f"planner.layouts.{index}", lambda layout=layout: layout.check(self.model, self.cluster))
-        training = self.training
+            _located(f"planner.layouts.{index}", lambda layout=layout: self._check_layout(layout))
+        training, accelerators = self.training, self.cluster.accelerators
+        if training.evaluate_sequences % accelerators:
+            raise ValueError(
+                f"training.evaluate_sequences({training.evaluate_sequences}) ÷ {accelerators} accelerators is not "
+                f"whole: {training.evaluate_sequences / accelerators:g}; every layout has to evaluate the same ones"
+            )
         if training.tokens < self.model.seq_len:
             raise ValueError(
                 f"training.tokens({training.tokens}) is less than one sequence, model.seq_len({self.model.seq_len})"
@@ -160,6 +166,10 @@ class JobConfig(Record):
         if training.min_lr > training.lr:
             raise ValueError(f"training.min_lr({training.min_lr:g}) is larger than training.lr({training.lr:g})")
         return self
+
+    def _check_layout(self, layout: Layout) -> None:
+        layout.check(self.model, self.cluster)
+        check_layout(layout)
 
     @property
     def total_samples(self) -> int:

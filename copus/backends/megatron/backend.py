@@ -9,6 +9,7 @@ import torch
 
 from copus.backends.base import Batches, StepResult, StepRules
 from copus.backends.megatron import checkpoint, cpu, groups, step, upstream
+from copus.backends.megatron.limits import check_layout
 from copus.hardware import hardware_name, software_name
 from copus.job import JobConfig
 from copus.reshard.execute import reshard
@@ -227,10 +228,3 @@ def halved(configuration: Configuration) -> Configuration:
     if configuration.micro_batch % 2:
         return configuration
     return configuration.model_copy(update={"micro_batch": configuration.micro_batch // 2})
-
-
-def check_layout(layout: Layout) -> None:
-    """Raise ValueError for what this backend does not do."""
-    for name, value, limit in (("cp", layout.cp, 1), ("ep", layout.ep, 1), ("zero", layout.zero, 1)):
-        if value > limit:
-            raise ValueError(f"{name}({value}) is not supported by the megatron backend: at most {limit}")
