@@ -28,8 +28,8 @@ def _write_job(folder: Path) -> Path:
         "data": {"source": [str(folder / "one.txt"), str(folder / "two.txt")], "held_out": ["two"], "cache": "cache"},
         "cluster": {"accelerators_per_node": 2},
         "training": dict(
-            layout={"tp": 2}, global_batch=4, micro_batch=2, tokens=16 * 4 * 150, warmup_tokens=1000, lr=1e-2, min_lr=1e-3,
-            evaluate_every_tokens=16 * 4 * 50, evaluate_sequences=4,
+            layout={"tp": 2}, global_batch=4, micro_batch=2, tokens=16 * 4 * 150,
+            warmup_tokens=1000, lr=1e-2, min_lr=1e-3, evaluate_every_tokens=16 * 4 * 50, evaluate_sequences=4,
         ),
         "planner": {"policy": "static"},
         "profile": {"when": "never", "table": "table.jsonl"},
