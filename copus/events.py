@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 class Event(BaseModel):
     """What every event has."""
 
-    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True, defer_build=True)
 
     type: str
     """Kind of event."""

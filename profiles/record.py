@@ -7,4 +7,4 @@ class Record(BaseModel):
     """An immutable, strictly validated value. Unknown fields are errors; attribute docstrings are field
     descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
