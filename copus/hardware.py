@@ -26,8 +26,9 @@ def _processor() -> str:
 
 def software_name() -> str:
     """Versions that matter for speed."""
-    runtime = f"CUDA {torch.version.cuda}" if torch.cuda.is_available() else "gloo"
-    return f"torch {torch.__version__}, {runtime}"
+    if torch.cuda.is_available():
+        return f"torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return f"torch {torch.__version__}, gloo, {torch.get_num_threads()} threads a rank"
 
 
 def reset_peak_memory() -> None:

@@ -98,7 +98,7 @@ class TrainingConfig(Record):
     evaluate_sequences: PositiveInt = 64
     """Held-out sequences in an evaluation: always the same ones."""
     checkpoint_every_tokens: PositiveInt | None = None
-    """Tokens between durable checkpoints; None: only at the end, on an interrupt and where a move needs one."""
+    """Tokens between durable checkpoints; None: only at the end and on an interrupt."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed."""
 

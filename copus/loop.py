@@ -49,6 +49,7 @@ class Trainer:
         self._noise = NoiseEstimator(job.planner.noise_half_life_tokens)
         self._noise.restore(state.noise)
         self._steps_since_change = 0
+        self._evaluated_at: int | None = None
 
     def train(self) -> EndReason:
         """Run to the end of the job, or until somebody asks to stop. Leaves a checkpoint either way."""
@@ -57,47 +58,60 @@ class Trainer:
         if state.step == 0:
             self._evaluate()
         reason: EndReason = "finished"
-        while (batch := self._next_batch()) is not None:
+        while (configuration := self._next_configuration()) is not None:
             before = state.samples_consumed
-            overtime = (
-                job.training.max_minutes is not None and time.monotonic() - started > job.training.max_minutes * 60
-            )
-            stopped = self._step(batch, stop=self._stop_requested() or overtime)
+            overtime = self._is_overtime(started)
+            stopped = self._step(configuration, stop=self._stop_requested() or overtime)
             if self._passed(before, job.training.evaluate_every_tokens):
                 self._evaluate()
+            # What falls due is done before anything is saved or stopped: a resumed run cannot catch up on it.
+            if self._passed(before, job.planner.every_samples * job.model.seq_len):
+                self._decide()
             if stopped:
                 reason = self._agree("max_minutes" if overtime else "interrupted")
                 break
             if self._passed(before, job.training.checkpoint_every_tokens):
                 self._checkpoint()
-            if self._passed(before, job.planner.every_samples * job.model.seq_len):
-                self._decide()
-        if reason != "interrupted":
+        if reason != "interrupted" and self._evaluated_at != state.samples_consumed:
             self._evaluate()
         self._checkpoint()
         return reason
 
-    def _next_batch(self) -> int | None:
-        """Sequences of the next step: the global batch, or what is left of the run in whole micro-batches; None at the
-        end."""
-        configuration = self._backend.configuration
-        left = self._job.total_samples - self.state.samples_consumed
-        per_pass = configuration.layout.dp * configuration.micro_batch
-        batch = min(configuration.global_batch, left // per_pass * per_pass)
-        return batch or None
+    def _is_overtime(self, started: float) -> bool:
+        """Whether the time of the job file is up. Rank 0's clock decides: the others never ask to stop for it."""
+        limit = self._job.training.max_minutes
+        return dist.get_rank() == 0 and limit is not None and time.monotonic() - started > limit * 60
 
-    def _step(self, batch: int, stop: bool) -> bool:
+    def _next_configuration(self) -> Configuration | None:
+        """What the next step runs in: the current configuration, or at the end a smaller batch for what is left.
+
+        None when nothing is left, or fewer sequences than there are replicas (times stages, where they interleave).
+        """
+        current = self._backend.configuration
+        left = self._job.total_samples - self.state.samples_consumed
+        if left >= current.global_batch:
+            return current
+        micro_batch = current.micro_batch
+        while micro_batch:
+            smallest = current.layout.dp * micro_batch * (current.layout.pp if current.layout.vp > 1 else 1)
+            if left >= smallest:
+                return Configuration(
+                    layout=current.layout, micro_batch=micro_batch, global_batch=left // smallest * smallest
+                )
+            micro_batch //= 2
+        return None
+
+    def _step(self, configuration: Configuration, stop: bool) -> bool:
         """One optimizer step, its events and its share of the noise estimate. True where any rank asked to stop."""
         job, state, backend = self._job, self.state, self._backend
-        configuration = backend.configuration
-        if batch != configuration.global_batch:  # the last step of the run
-            backend.move(configuration.model_copy(update={"global_batch": batch}))
+        full, batch = backend.configuration, configuration.global_batch
+        backend.move(configuration)  # another one only at the end of the run, for what is left
         source = self._noise_source()
         rules = rules_at(job, state.samples_consumed, batch)
         started = time.perf_counter()
         result = backend.train_step(self._train, state.samples_consumed, rules, source, stop)
         seconds = time.perf_counter() - started
-        backend.move(configuration)  # free, and what a run that is made longer goes on with
+        backend.move(full)  # what a run that is made longer goes on with
         state.samples_consumed += batch
         state.step += 1
         state.optimizer_steps = backend.optimizer_steps
@@ -115,7 +129,8 @@ class Trainer:
             )
         )
         self._measure_noise(result, batch)
-        ordinary = source != "microbatch" and self._steps_since_change > 2 and batch == configuration.global_batch
+        halved = source == "microbatch" and full.layout.dp * full.num_microbatches == 1
+        ordinary = not halved and self._steps_since_change > 2 and configuration == full
         if self._planner is not None and ordinary:
             self._planner.throughput.observe(configuration, seconds)
         return result.stop
@@ -188,6 +203,7 @@ class Trainer:
         started = time.perf_counter()
         sequences = self._job.training.evaluate_sequences
         loss = self._backend.evaluate(self._valid, sequences)
+        self._evaluated_at = self.state.samples_consumed
         self._report(Evaluate(**self._now(), loss=loss, sequences=sequences, seconds=time.perf_counter() - started))
 
     def _checkpoint(self) -> None:

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from copus.backends.base import Backend, Batches, StepRules
 from copus.events import Profile
 from copus.hardware import peak_memory_bytes, reset_peak_memory
-from copus.job import JobConfig
+from copus.job import JobConfig, JobError
 from planner.profiling import to_measure
 from planner.space import candidates
 from profiles.configuration import Configuration
 from profiles.measurement import Fingerprint, Measurement
 from profiles.table import ThroughputTable
-from profiles.throughput import Throughput
+from profiles.throughput import Throughput, half_spread
 
 
 def profile_missing(
@@ -39,14 +39,22 @@ def profile_missing(
     table = ThroughputTable(job.profile.table)
     fingerprint = backend.fingerprint()
     plan = _broadcast(_plan(job, table, fingerprint) if rank == 0 else None)
+    endless = _endless(batches, job.total_samples)
     deadline = time.monotonic() + job.profile.budget_seconds
     done, total = 0, len(plan) * job.profile.rounds
     for _ in range(job.profile.rounds):
         for configuration in plan:
             if _broadcast(time.monotonic() > deadline or stop_requested()):
                 return
-            measurement = _measure(job, backend, configuration, batches, fingerprint)
+            measurement = _measure(job, backend, configuration, endless, fingerprint)
             done += 1
+            if measurement.failure is not None and dist.get_world_size() > 1:
+                # Its peers wait in a collective that this rank has left: none of them can go on.
+                table.add(measurement)
+                raise JobError(
+                    f"{configuration.label}: {measurement.failure}; noted in {job.profile.table}. "
+                    "Start the job again: it will be left out"
+                )
             if rank == 0:
                 table.add(measurement)
                 report(
@@ -60,6 +68,16 @@ def profile_missing(
                         failure=measurement.failure,
                     )
                 )
+
+
+def _endless(batches: Batches, total: int) -> Batches:
+    """The same sequences over and over, so that a short job can be profiled at batches that it will never reach."""
+
+    def read(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, labels = zip(*(batches((first + offset) % total, 1) for offset in range(count)), strict=True)
+        return torch.cat(tokens), torch.cat(labels)
+
+    return read
 
 
 def _plan(job: JobConfig, table: ThroughputTable, fingerprint: Fingerprint) -> list[Configuration]:
@@ -90,14 +108,17 @@ def _measure(
                 seconds.append(time.perf_counter() - started)
     except torch.OutOfMemoryError:
         failure = "out of memory"
+    peak = torch.tensor(float(peak_memory_bytes() or 0), device=backend.device)
+    if failure is None:
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return Measurement(
         fingerprint=fingerprint,
         model=job.model,
         configuration=configuration,
         step_seconds=None if failure else statistics.median(seconds),
-        spread_seconds=None if failure else (max(seconds) - min(seconds)) / 2,
+        spread_seconds=None if failure else half_spread(seconds),
         count=0 if failure else len(seconds),
-        peak_bytes=peak_memory_bytes(),
+        peak_bytes=int(peak) or None,
         failure=failure,
         time=time.time(),
     )

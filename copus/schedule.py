@@ -24,7 +24,7 @@ def base_lr(job: JobConfig, tokens: int) -> float:
     training = job.training
     if tokens < training.warmup_tokens:
         # The first step must not stand still: its tokens count as half done.
-        return training.lr * max(tokens, job.reference_batch * job.model.seq_len / 2) / training.warmup_tokens
+        return training.lr * min(1.0, max(tokens, job.reference_batch * job.model.seq_len / 2) / training.warmup_tokens)
     span = max(training.tokens - training.warmup_tokens, 1)
     progress = min((tokens - training.warmup_tokens) / span, 1.0)
     left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[training.decay]

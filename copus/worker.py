@@ -39,11 +39,11 @@ def main(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     stop = _StopRequest(run)
     job = load_job(run / "job.yaml")
-    device = _start_process_group(job)
     try:
+        device = _start_process_group(job)
         _work(job, run, device, stop, profile_only="--profile-only" in arguments)
     except Exception as error:
-        EventLog(run).write(Failure(step=0, samples_consumed=0, rank=dist.get_rank(), message=_one_line(error)))
+        EventLog(run).write(Failure(step=0, samples_consumed=0, rank=int(os.environ["RANK"]), message=_one_line(error)))
         if isinstance(error, JobError):
             print(error, file=sys.stderr)
             return 2
@@ -60,7 +60,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest",
     rank = dist.get_rank()
     with _Reporter(run if rank == 0 else None, job) as report:
         newest = newest_checkpoint(run)
-        if newest is None or profile_only:
+        if newest is None or profile_only or job.profile.when == "missing":
             profile_missing(job, backend, train, report, stop)
         if profile_only:
             return
@@ -112,6 +112,11 @@ def _start_process_group(job: JobConfig) -> torch.device:
     torch.set_num_threads(job.launch.threads_per_rank)
     timeout = timedelta(seconds=job.launch.timeout_seconds)
     if torch.cuda.is_available():
+        if torch.cuda.device_count() < job.cluster.accelerators_per_node:
+            raise JobError(
+                f"cluster.accelerators_per_node({job.cluster.accelerators_per_node}) is more than the "
+                f"{torch.cuda.device_count()} GPUs that this machine shows"
+            )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=timeout, device_id=device)

@@ -67,7 +67,7 @@ def _check_same_training(run: Path, before: JobConfig, after: JobConfig) -> None
         return {
             **{f"model.{name}": value for name, value in job.model},
             **{f"data.{name}": value for name, value in job.data if name != "cache"},
-            "training.seed": job.training.seed,
+            **{f"training.{name}": getattr(job.training, name) for name in ("backend", "precision", "seed")},
         }
 
     for name, value in kept(before).items():

@@ -13,7 +13,8 @@ class Cluster(Record):
     accelerators_per_node: PositiveInt
     """Accelerators, and so ranks, on each machine."""
     accelerator: str = "cpu"
-    """Kind of accelerator, a name that throughput tables are kept by: cpu, h100-sxm, a100-80g, …"""
+    """Kind of accelerator: `cpu` trains on CPU cores, also where there are GPUs; any other name (h100-sxm, a100-80g, …)
+    takes the GPUs that are there."""
 
     @property
     def accelerators(self) -> int:

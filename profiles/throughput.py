@@ -39,6 +39,14 @@ class Prediction(Record):
     """Why it cannot run: `out of memory`, …"""
 
 
+def half_spread(seconds: Sequence[float]) -> float:
+    """Half the width between the 10th and the 90th percentile: the spread of a `Measurement`. 0 for a single value."""
+    if len(seconds) < 2:
+        return 0.0
+    deciles = quantiles(seconds, n=10, method="inclusive")
+    return (deciles[-1] - deciles[0]) / 2
+
+
 class Throughput:
     """Step times of configurations that share one fingerprint (model, software, hardware)."""
 
@@ -65,10 +73,9 @@ class Throughput:
         seen = self._seen.get(configuration)
         if seen and (len(seen) >= SEEN_STEPS or known is None or known.failure):
             # The statistics of a `Measurement`, so that live and measured times can be compared.
-            deciles = quantiles(seen, n=10, method="inclusive") if len(seen) > 1 else [0.0]
             return Prediction(
                 step_seconds=median(seen),
-                spread_seconds=(deciles[-1] - deciles[0]) / 2,
+                spread_seconds=half_spread(seen),
                 source="seen",
                 peak_bytes=known.peak_bytes if known else None,
             )

@@ -142,13 +142,17 @@ def test_noise_and_evaluations_are_reported(moved: list[Event]) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("policy", ["static", "copus"])
-def test_an_interrupted_run_goes_on_where_it_was(policy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("policy", "stop_after"),
+    [("static", 21), ("copus", 8)],
+    ids=["static", "at the step of a decision"],
+)
+def test_an_interrupted_run_goes_on_where_it_was(policy: str, stop_after: int, tmp_path: Path) -> None:
     """Same losses, decisions and moves as the run that nobody stopped. Learning rates are not constant, so samples must
     agree too."""
     job = _job()
     whole = run_ranks(2, _train, tmp_path / "whole", job, policy)[0]
-    first = run_ranks(2, _train, tmp_path / "parts", job, policy, 21)[0]
+    first = run_ranks(2, _train, tmp_path / "parts", job, policy, stop_after)[0]
     state, stopped_in = read_state(newest_checkpoint(tmp_path / "parts"))
     assert state.samples_consumed == first[-1].samples_consumed
     assert isinstance(stopped_in, Configuration)
@@ -163,6 +167,15 @@ def test_an_interrupted_run_goes_on_where_it_was(policy: str, tmp_path: Path) ->
         assert [number for number, _ in chosen(first) + chosen(second)] == list(
             range(len(chosen(first) + chosen(second)))
         )
+
+
+@pytest.mark.dist
+def test_what_is_left_at_the_end_is_trained_on_too(tmp_path: Path) -> None:
+    """323 sequences in batches of 16: the last step takes three, and the checkpoint remembers the batch of 16."""
+    events = run_ranks(2, _train, tmp_path, _job(tokens=16 * 323, global_batch=16, micro_batch=4))[0]
+    steps = [event for event in events if isinstance(event, Step)]
+    assert [step.global_batch for step in steps] == [16] * 20 + [3]
+    assert read_state(newest_checkpoint(tmp_path))[1].global_batch == 16
 
 
 @pytest.mark.dist

@@ -33,6 +33,11 @@ def test_a_batch_scales_lr_by_its_root_and_keeps_the_half_life_of_beta2(samples:
     assert rules.betas[0] == 0.9
 
 
+def test_a_warm_up_shorter_than_a_batch_does_not_overshoot() -> None:
+    job = tiny_job(1, global_batch=128, tokens=100_000, lr=1e-2, warmup_tokens=500)
+    assert base_lr(job, 0) == 1e-2
+
+
 def test_both_rules_can_be_turned_off() -> None:
     job = tiny_job(1, global_batch=8, lr_batch_exponent=0.0, beta2_follows_batch=False)
     assert rules_at(job, 100, 64) == rules_at(job, 100, 8)

@@ -56,8 +56,10 @@ class LocalEngine:
 
     def environment(self, job: JobConfig) -> dict[str, str]:
         """Environment of the agent and the workers. An interface that the user chose for gloo stays."""
-        threads = str(job.launch.threads_per_rank)
-        return {"GLOO_SOCKET_IFNAME": "lo"} | python_environment() | {"OMP_NUM_THREADS": threads}
+        settings = {"OMP_NUM_THREADS": str(job.launch.threads_per_rank)}
+        if job.cluster.accelerator == "cpu":
+            settings["CUDA_VISIBLE_DEVICES"] = ""  # also where there are GPUs
+        return {"GLOO_SOCKET_IFNAME": "lo"} | python_environment() | settings
 
 
 class LocalWorkers:

@@ -18,7 +18,7 @@ from profiles.layout import Layout
 from profiles.measurement import Fingerprint
 
 cpu.before_import()
-from megatron.core import tensor_parallel  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
 from copus.backends.megatron.live_state import live_state  # noqa: E402
@@ -29,6 +29,7 @@ from copus.backends.megatron.samples import SampleReader  # noqa: E402
 cpu.adapt()
 upstream.patch_optimizer_loading()
 upstream.use_local_results_queue()
+upstream.use_torch_adam()
 
 
 class MegatronBackend:
@@ -121,12 +122,17 @@ class MegatronBackend:
             self._chunks,
             use_gloo_process_groups=False,
         )
+        self._apply_options(optimizer)
+        return optimizer
+
+    def _apply_options(self, optimizer: Any) -> None:
+        """What the job file says, also after a checkpoint has brought the options that it was saved with."""
+        training = self._job.training
         for inner in upstream.inner_optimizers(optimizer):
             for group in inner.param_groups:
                 group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
-                if isinstance(inner, torch.optim.AdamW):  # one pass over the memory instead of ten
-                    group["fused"], group["foreach"] = True, False
-        return optimizer
+                group["eps"] = training.epsilon
+                group["fused"], group["foreach"] = True, False  # one pass over the memory instead of ten
 
     def _tear_down(self) -> None:
         """Let go of everything that belongs to a layout, so that a job can move for days without growing.
@@ -182,9 +188,18 @@ class MegatronBackend:
         return result
 
     def _seed_dropout(self, first_sample: int) -> None:
-        """Dropout is a function of seed, samples and rank, so that a resumed run needs no random state to be saved."""
+        """Dropout is a function of seed, samples and rank, so that a resumed run needs no random state to be saved.
+
+        Replicas and stages drop different things, as in megatron's own launcher; tensor parallel ranks get their offset
+        inside of megatron.
+        """
         if self._job.training.dropout:
-            tensor_parallel.model_parallel_cuda_manual_seed((self._job.training.seed + 7919 * first_sample) % 2**31)
+            place = (
+                100 * parallel_state.get_pipeline_model_parallel_rank()
+                + 10_000 * parallel_state.get_data_parallel_rank()
+            )
+            seed = self._job.training.seed + 7919 * first_sample + place
+            tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31)
 
     def evaluate(self, batches: Batches, sequences: int) -> float:
         """Mean loss over the first `sequences` held-out sequences, nats a token."""
@@ -220,6 +235,7 @@ class MegatronBackend:
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read them into what is built."""
         checkpoint.load(folder, self._chunks, self._optimizer, optimizer_steps)
+        self._apply_options(self._optimizer)
         self._optimizer_steps = optimizer_steps
 
 

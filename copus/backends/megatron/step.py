@@ -63,8 +63,12 @@ def evaluate(
     chunks: list[Any], configuration: Configuration, batches: Batches, sequences: int, device: torch.device
 ) -> float:
     """Mean loss over the first `sequences` sequences of `batches`, equal on every rank."""
-    micro_batch = np.gcd(sequences // configuration.layout.dp, configuration.micro_batch)
-    whole = configuration.model_copy(update={"global_batch": sequences, "micro_batch": int(micro_batch)})
+    whole = configuration.model_copy(update={"global_batch": sequences, "micro_batch": 1})
+    for micro_batch in range(configuration.micro_batch, 0, -1):
+        count, rest = divmod(sequences, configuration.layout.dp * micro_batch)
+        if rest == 0 and (configuration.layout.vp == 1 or count % configuration.layout.pp == 0):
+            whole = whole.model_copy(update={"micro_batch": micro_batch})
+            break
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():

@@ -18,6 +18,20 @@ def use_local_results_queue() -> None:
     filesystem_async._results_queue = queue.Queue()
 
 
+def use_torch_adam() -> None:
+    """Build torch's (fused) AdamW also where Transformer Engine or Apex is installed.
+
+    optimizer/__init__.py:10-35 would then take FusedAdam, which keeps its step count in the parameter group and not in
+    the state: one optimizer on every machine means one way to save, to load and to move its state.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = torch.optim.AdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+
+
 def patch_optimizer_loading() -> None:
     """Let the distributed optimizer load into torch's AdamW, whose state has a `step` of its own.
 
@@ -51,8 +65,7 @@ def prime_adam(optimizer: Any) -> None:
             for param in group["params"]:
                 state = inner.state[param]
                 if len(state) == 0:
-                    device = param.device if group.get("fused") else torch.device("cpu")
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)  # where fused wants it
                     state["exp_avg"] = torch.zeros_like(param.data)
                     state["exp_avg_sq"] = torch.zeros_like(param.data)
 
@@ -68,8 +81,7 @@ def set_adam_step(optimizer: Any, step: int) -> None:
             for param in group["params"]:
                 state = inner.state[param]
                 if "step" in state:
-                    device = param.device if group.get("fused") else torch.device("cpu")
-                    state["step"] = torch.full((), float(step), dtype=torch.float32, device=device)
+                    state["step"] = torch.full((), float(step), dtype=torch.float32, device=param.device)
 
 
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
