@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -72,6 +73,7 @@ def _rank(
         import torch.distributed as dist
 
         torch.set_num_threads(1)
+        warnings.simplefilter("ignore")  # upstream's, hundreds of lines of them
         store = dist.FileStore(f"{folder}/store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
         result = function(*arguments)

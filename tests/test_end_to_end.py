@@ -29,7 +29,7 @@ def _write_job(folder: Path) -> Path:
         "cluster": {"accelerators_per_node": 2},
         "training": dict(
             layout={"tp": 2}, global_batch=4, micro_batch=2, tokens=16 * 4 * 150,
-            warmup_tokens=1000, lr=1e-2, min_lr=1e-3, evaluate_every_tokens=16 * 4 * 50, evaluate_sequences=4,
+            warmup_tokens=1000, lr=3e-3, min_lr=3e-4, evaluate_every_tokens=16 * 4 * 50, evaluate_sequences=4,
         ),
         "planner": {"policy": "static"},
         "profile": {"when": "never", "table": "table.jsonl"},
@@ -82,6 +82,6 @@ def test_an_interrupted_job_ends_like_one_that_was_not(tmp_path: Path) -> None:
     starts = [event for event in read_events(second) if isinstance(event, Start)]
     assert [start.samples_consumed for start in starts] == [0, 4 * done]
     losses = [event.loss for event in read_events(second) if isinstance(event, Evaluate)]
-    assert losses[-1] is not None
-    assert losses[0] is not None
-    assert losses[-1] < 0.8 * losses[0]
+    assert len(losses) >= 3
+    assert again[-1].loss is not None
+    assert again[-1].loss < 0.8 * (again[0].loss or 0)
