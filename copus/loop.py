@@ -1,5 +1,6 @@
 """The training loop: steps, noise, decisions and what follows from them, in samples and tokens from end to end."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Literal
 import torch.distributed as dist
 
 from copus.backends.base import Backend, Batches, StepResult, TrainerState
-from copus.checkpoints import write_checkpoint
-from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Noise, Reconfigure, Step
+from copus.checkpoints import CheckpointError, write_checkpoint
+from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step
 from copus.job import JobConfig
 from copus.noise.estimator import NoiseEstimator
 from copus.noise.step_estimate import estimate_step
@@ -74,7 +75,7 @@ class Trainer:
                 self._decide()
         if reason != "interrupted":
             self._evaluate()
-        self._checkpoint()
+        self._checkpoint(last=True)
         return reason
 
     def _next_batch(self) -> int | None:
@@ -190,12 +191,25 @@ class Trainer:
         loss = self._backend.evaluate(self._valid, sequences)
         self._report(Evaluate(**self._now(), loss=loss, sequences=sequences, seconds=time.perf_counter() - started))
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, last: bool = False) -> None:
+        """Save, or say why that was not possible and go on; of the `last` one the run depends, so that raises."""
         started = time.perf_counter()
         self.state.noise = self._noise.state()
-        folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
+        try:
+            folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
+        except CheckpointError as error:
+            if last:
+                raise
+            self._survived(f"no checkpoint was written, training goes on: {error}")
+            return
         seconds = time.perf_counter() - started
         self._report(Checkpoint(**self._now(), path=str(folder.relative_to(self._run)), seconds=seconds, bytes=size))
+
+    def _survived(self, message: str) -> None:
+        """Tell of a failure that the job outlives, on rank 0."""
+        if dist.get_rank() == 0:
+            print(f"copus: {message}", file=sys.stderr, flush=True)
+        self._report(Failure(**self._now(), rank=dist.get_rank(), message=message, fatal=False))
 
     def _passed(self, samples_before: int, every_tokens: int | None) -> bool:
         """Whether the last step crossed a multiple of `every_tokens`."""
