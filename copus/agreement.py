@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 
-class FailedTogether(Exception):
+class RankError(Exception):
     """Something went wrong on one rank at least, and every rank knows. The message says where and what."""
 
     def __init__(self, rank: int, message: str, out_of_memory: bool = False) -> None:
@@ -19,7 +19,7 @@ class FailedTogether(Exception):
 def together(action: Callable[[], Any], catch: type[Exception] | tuple[type[Exception], ...] = Exception) -> Any:
     """Run an action on every rank and return its result. Collective over the default group.
 
-    Raises FailedTogether on all ranks where it raised one of `catch` on any: the first such rank's. An action that uses
+    Raises RankError on all ranks where it raised one of `catch` on any: the first such rank's. An action that uses
     collectives itself must not leave the others waiting in one.
     """
     result, mine = None, None
@@ -30,7 +30,7 @@ def together(action: Callable[[], Any], catch: type[Exception] | tuple[type[Exce
     everywhere = all_ranks(mine)
     for rank, failed in enumerate(everywhere):
         if failed is not None:
-            raise FailedTogether(rank, *failed)
+            raise RankError(rank, *failed)
     return result
 
 

@@ -1,7 +1,8 @@
 """The checkpoints of a run: complete, verified and durable, or passed over; the newest few kept.
 
-A checkpoint is a folder `checkpoints/samples-000000012345/` with the backend's files, `trainer.json` and `manifest.json`,
-the checksums of the others. It is written under another name, flushed, and renamed when everything is on disk.
+A checkpoint is a folder `checkpoints/samples-000000012345/` with the backend's files, `trainer.json`, and
+`manifest.json`, the checksums of the others. It is written under another name, flushed, and renamed when everything is
+on disk.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from copus.agreement import FailedTogether, all_ranks, from_first, together
+from copus.agreement import RankError, all_ranks, from_first, together
 from copus.backends.base import Backend, TrainerState
 from copus.manifest import (
     damage,
@@ -102,7 +103,7 @@ def write_checkpoint(run: Path, backend: Backend, state: TrainerState, keep: int
         entries = {name: entry for share in shares for name, entry in share.items()}
         _on_first(lambda: write_manifest(writing, entries))
         _on_first(lambda: _put_in_place(writing, final))
-    except FailedTogether as error:
+    except RankError as error:
         if _rank() == 0:
             shutil.rmtree(writing, ignore_errors=True)
         raise CheckpointError(str(error)) from None
@@ -113,7 +114,7 @@ def write_checkpoint(run: Path, backend: Backend, state: TrainerState, keep: int
 
 
 def _on_first(action: Callable[[], None]) -> None:
-    """Do something with files on rank 0 while the others wait. Raises FailedTogether."""
+    """Do something with files on rank 0 while the others wait. Raises RankError."""
     together(action if _rank() == 0 else lambda: None, OSError)
 
 

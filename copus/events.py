@@ -173,14 +173,14 @@ class Failure(Event):
     message: str
     """One line."""
     fatal: bool = True
-    """False where the job goes on: a move that was taken back, a checkpoint that was skipped or could not be written."""
+    """False where the job goes on: a move was taken back, a checkpoint was skipped or could not be written."""
 
 
 class Restart(Event):
     """Workers are up again after a failure or a stop, and go on from a checkpoint. Comes before the `start`.
 
-    `step` and `samples_consumed` are the checkpoint's. Earlier events with more samples no longer count: what they tell of
-    is done again.
+    `step` and `samples_consumed` are the checkpoint's. Earlier events with more samples no longer count: what they tell
+    of is done again.
     """
 
     type: Literal["restart"] = "restart"
@@ -277,6 +277,25 @@ def read_events(run: Path) -> Iterator[Event]:
             event = parse_event(line)
             if event is not None:
                 yield event
+
+
+def samples_trained(run: Path) -> int | None:
+    """Sequences trained on by the last step in the log; None where there is none. Reads the end of the log alone."""
+    try:
+        with open(run / "events.jsonl", "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            length = 1 << 16
+            while True:
+                file.seek(max(0, size - length))
+                for line in reversed(file.read().splitlines()):
+                    event = parse_event(line) if b'"step"' in line[:20] else None
+                    if isinstance(event, Step):
+                        return event.samples_consumed
+                if length >= size:
+                    return None
+                length *= 16
+    except FileNotFoundError:
+        return None
 
 
 def parse_event(line: bytes) -> Event | None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from copus.agreement import RankError
 from copus.backends.base import Backend, Batches, StepResult, TrainerState
 from copus.checkpoints import CheckpointError, write_checkpoint
 from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step
@@ -18,6 +19,8 @@ from copus.schedule import rules_at
 from planner.planner import Planner
 from profiles.configuration import Configuration
 from profiles.decision import Decision
+from profiles.measurement import Measurement
+from profiles.table import ThroughputTable
 
 EndReason = Literal["finished", "interrupted", "max_minutes"]
 
@@ -170,7 +173,12 @@ class Trainer:
     def _move(self, after: Configuration, decision: int) -> None:
         before = self._backend.configuration
         started = time.perf_counter()
-        bytes_moved = self._backend.move(after)
+        try:
+            bytes_moved = self._backend.move(after)
+        except RankError as error:
+            self._survived(f"the move to {after.label} was taken back, training goes on with {before.label}: {error}")
+            self._give_up(after, error)
+            return
         dist.barrier()
         self._steps_since_change = 0
         self._report(
@@ -184,6 +192,25 @@ class Trainer:
                 decision=decision,
             )
         )
+
+    def _give_up(self, configuration: Configuration, error: RankError) -> None:
+        """Never try a configuration again: in this job, and in any where the memory is what it lacks."""
+        if self._planner is None:
+            return
+        why = "out of memory" if error.out_of_memory else f"could not be built: {error}"
+        self._planner.throughput.refuse(configuration.layout, why)  # what was built does not depend on the batch
+        if error.out_of_memory:
+            row = Measurement(
+                fingerprint=self._backend.fingerprint(),
+                model=self._job.model,
+                configuration=configuration,
+                failure=why,
+                time=time.time(),
+            )
+            try:
+                ThroughputTable(self._job.profile.table).add(row)
+            except OSError as unwritten:
+                self._survived(f"the throughput table could not be told: {unwritten}")
 
     def _evaluate(self) -> None:
         started = time.perf_counter()

@@ -26,7 +26,7 @@ def save(folder: Path, chunks: list[Any], optimizer: Any) -> None:
     """Write all that is needed to go on, on any layout. `folder` must exist and be empty; every data parallel rank
     writes a share.
 
-    Raises FailedTogether, on every rank, where any rank could not write.
+    Raises RankError, on every rank, where any rank could not write.
     """
     state = state_dict(chunks, optimizer, is_loading=False)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -79,7 +79,7 @@ def _collecting(function: Callable[..., Any], errors: list[Exception]) -> Callab
 
 def load(folder: Path, chunks: list[Any], optimizer: Any, optimizer_steps: int) -> None:
     """Read what `save` wrote, on whatever layout, into a built model and optimizer. Nothing in the files is executed:
-    raises UnsafeCheckpoint, or pickle.UnpicklingError, where they ask for that."""
+    raises UnsafeCheckpointError, or pickle.UnpicklingError, where they ask for that."""
     upstream.prime_adam(optimizer)
     state = state_dict(chunks, optimizer, is_loading=True)
     with data_only():

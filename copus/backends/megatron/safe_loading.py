@@ -40,7 +40,7 @@ _ALLOWED = {
 """All that torch writes into `.metadata`, beside numbers, text, containers and dtypes."""
 
 
-class UnsafeCheckpoint(pickle.UnpicklingError):
+class UnsafeCheckpointError(pickle.UnpicklingError):
     """A checkpoint that asks for something that no checkpoint of ours has in it."""
 
 
@@ -51,11 +51,11 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise UnsafeCheckpoint(f"the checkpoint's metadata asks for {module}.{name}, which it may not: not loaded")
+        raise UnsafeCheckpointError(f"the checkpoint's metadata asks for {module}.{name}, which it may not: not loaded")
 
 
 def load_metadata(file: IO[bytes]) -> Any:
-    """`pickle.load` for torch's `.metadata`. Raises UnsafeCheckpoint for anything that could run code."""
+    """`pickle.load` for torch's `.metadata`. Raises UnsafeCheckpointError for anything that could run code."""
     return _Unpickler(file).load()
 
 
