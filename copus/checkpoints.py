@@ -109,7 +109,7 @@ def write_checkpoint(run: Path, backend: Backend, state: TrainerState, keep: int
         raise CheckpointError(str(error)) from None
     if _rank() == 0:
         _prune(run, state.samples_consumed, keep)
-    dist.barrier()
+    all_ranks(None)  # nobody goes on before it is in place
     return final, sum(entry.bytes for entry in entries.values())
 
 

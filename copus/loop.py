@@ -60,6 +60,8 @@ class Trainer:
         job, state = self._job, self.state
         if state.step == 0:
             self._evaluate()
+        if state.decision_due:
+            self._decide()
         reason: EndReason = "finished"
         while (batch := self._next_batch()) is not None:
             before = state.samples_consumed
@@ -67,6 +69,7 @@ class Trainer:
                 job.training.max_minutes is not None and time.monotonic() - started > job.training.max_minutes * 60
             )
             stopped = self._step(batch, stop=self._stop_requested() or overtime)
+            state.decision_due = self._passed(before, job.planner.every_samples * job.model.seq_len)
             if self._passed(before, job.training.evaluate_every_tokens):
                 self._evaluate()
             if stopped:
@@ -74,7 +77,7 @@ class Trainer:
                 break
             if self._passed(before, job.training.checkpoint_every_tokens):
                 self._checkpoint()
-            if self._passed(before, job.planner.every_samples * job.model.seq_len):
+            if state.decision_due:
                 self._decide()
         if reason != "interrupted":
             self._evaluate()
@@ -166,7 +169,7 @@ class Trainer:
         dist.broadcast_object_list(box)
         shared = box[0]
         assert shared is not None, "rank 0 has the planner"
-        state.decisions = shared.number + 1
+        state.decisions, state.decision_due = shared.number + 1, False
         if shared.switch:
             self._move(shared.chosen, shared.number)
 

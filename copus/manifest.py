@@ -51,6 +51,8 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     """What the files have to be. Raises ValueError, with the reason, where there is no manifest that can be read."""
     try:
         values = json.loads((folder / MANIFEST).read_bytes())
+        if values["version"] != _VERSION:
+            raise ValueError(f"version {values['version']!r} is not {_VERSION}")
         return {name: Entry(int(file["bytes"]), str(file["blake2b"])) for name, file in values["files"].items()}
     except FileNotFoundError:
         raise ValueError(f"half-written: it has no {MANIFEST}") from None

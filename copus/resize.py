@@ -26,10 +26,7 @@ def found_cluster(planned: Cluster, ranks: int, ranks_per_node: int) -> Cluster:
 
 def resized(job: JobConfig, cluster: Cluster) -> JobConfig:
     """The job for another cluster. Its starting configuration is replaced by one that fits (`fitting`); everything that
-    the training depends on stays: the batch that the learning rate is for, the length, the seed.
-
-    Raises JobError where no layout of the model fits the cluster.
-    """
+    the training depends on stays: the batch that the learning rate is for, the length, the seed."""
     if cluster == job.cluster:
         return job
     start = fitting(job.training.configuration, job, cluster)
@@ -60,13 +57,11 @@ def fitting(
     The global batch stays, or becomes the next smaller one that the layout divides. Among those that keep it, the
     layout and micro-batch with the highest predicted throughput; where nothing is known of any, the split over tensor
     and pipeline ranks that runs now, else the next larger one, since a rank then holds no more of the model than it
-    does already, and the micro-batch that runs now. Raises JobError where no layout fits.
+    does already, and the micro-batch that runs now. There is always one that fits: data parallelism alone.
     """
     possible = [layout for layout in job.planner.layouts or [] if fits(layout, job, cluster)]
     template = current.layout.model_copy(update={"tp": 2, "pp": 1, "vp": 1, "dp": 1})  # sequence parallel needs tp > 1
     possible = possible or [each for each in layouts(job.model, cluster, template) if fits(each, job, cluster)]
-    if not possible:
-        raise JobError(f"no layout of the model fits {cluster.accelerators} accelerators")
     found = [
         _with_batch(layout, micro_batch, current)
         for layout in possible

@@ -63,6 +63,8 @@ class TrainerState:
     """State of the noise estimate."""
     decisions: int = 0
     """Decisions taken so far."""
+    decision_due: bool = False
+    """Whether the next thing to do is to decide: a checkpoint may lie between a step and its decision."""
 
 
 class Backend(Protocol):
