@@ -37,12 +37,16 @@ def save(folder: Path, chunks: list[Any], optimizer: Any) -> None:
     described.pop("dp_cp_group")
 
     def write() -> None:
-        with _errors_of_first_rank() as errors:
-            dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=described)
+        try:
+            with _errors_of_first_rank() as errors:
+                dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=described)
+        except CheckpointException as error:  # raised on every rank; rank 0 knows of whom
+            whose = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
+            raise OSError(whose or "a rank could not write") from None
         if errors:
             raise errors[0]
 
-    together(write, (OSError, RuntimeError, CheckpointException))
+    together(write, (OSError, RuntimeError))
 
 
 @contextmanager
