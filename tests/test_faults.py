@@ -25,9 +25,7 @@ from tests.launch_events import start, step, write_run
         ([step(4), step(8)], (4, 0)),
     ],
 )
-def test_samples_lost_and_repeated_are_counted(
-    events: list[Event], expected: tuple[int, int], tmp_path: Path
-) -> None:
+def test_samples_lost_and_repeated_are_counted(events: list[Event], expected: tuple[int, int], tmp_path: Path) -> None:
     assert lineage(write_run(tmp_path, start(), *events), 12) == expected
 
 
