@@ -387,6 +387,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(fault.ok for fault in faults) and not lost and not repeated else 1
 
 
+def _can_mount(folder: Path) -> bool:
+    point = folder / "mount"
+    point.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4096", "copus-faults", str(point)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        return False
+    return subprocess.run(["umount", str(point)], check=False).returncode == 0
+
+
 def _all(folder: Path, quick: bool, chance: random.Random, say: Callable[[str], None]) -> tuple[list[Fault], int, int]:
     kinds = list(QUICK if quick else FULL)
     faults: list[Fault] = []
