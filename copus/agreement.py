@@ -19,18 +19,20 @@ class RankError(Exception):
 def together(action: Callable[[], Any], catch: type[Exception] | tuple[type[Exception], ...] = Exception) -> Any:
     """Run an action on every rank and return its result. Collective over the default group.
 
-    Raises RankError on all ranks where it raised one of `catch` on any: the first such rank's. An action that uses
-    collectives itself must not leave the others waiting in one.
+    Raises RankError on all ranks where it raised one of `catch` on any: the first such rank's. An action with
+    collectives of its own must fail between them only together: a RankError passes through.
     """
     result, mine = None, None
     try:
         result = action()
+    except RankError as error:  # agreed on already, further in
+        raise error
     except catch as error:
-        mine = (one_line(error), type(error).__name__ == "OutOfMemoryError")
-    everywhere = all_ranks(mine)
-    for rank, failed in enumerate(everywhere):
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        mine = (rank, one_line(error), type(error).__name__ == "OutOfMemoryError")
+    for failed in all_ranks(mine):
         if failed is not None:
-            raise RankError(rank, *failed)
+            raise RankError(*failed)
     return result
 
 

@@ -35,9 +35,12 @@ class World:
             self._store.set(note, f"rank {self._rank}: {' '.join(str(error).split())}")
         return self._store.get(note).decode() if self._store.check([note]) else None
 
-    def form_anew(self, timeout_seconds: float, device: torch.device) -> None:
-        """Abort every group and make a new default one of the same ranks. Collective."""
+    def leave(self) -> None:
+        """Abort every group that there is: whoever waits in one is woken. Must come before any of them is forgotten."""
         distributed_c10d._abort_process_group()
+
+    def form_anew(self, timeout_seconds: float, device: torch.device) -> None:
+        """Make a new default group of the same ranks, after `leave`. Collective."""
         self._generation += 1
         dist.init_process_group(
             self._backend,

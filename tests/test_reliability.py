@@ -11,6 +11,7 @@ import torch.distributed as dist
 from copus import worker
 from copus.agreement import RankError, from_first, together
 from copus.backends.base import TrainerState
+from copus.backends.megatron import backend as megatron_backend
 from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import newest_checkpoint, write_checkpoint
 from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, Step
@@ -43,17 +44,18 @@ def test_what_fails_on_one_rank_fails_on_all() -> None:
     assert run_ranks(3, _agree) == [(7, "rank 1: OutOfMemoryError: no room", True)] * 3
 
 
-def _fails_on(rank: int, layout: Any, place: str, error: Exception) -> Any:
-    """`MegatronBackend` with an error while `layout` is built on a rank."""
-    original = getattr(MegatronBackend, place)
+def _fails_on(rank: int, layout: Any, place: str, error: Exception) -> None:
+    """From now on building `layout` fails on a rank, when the model or when the optimizer has been made."""
+    owner = megatron_backend if place == "build_model" else MegatronBackend
+    original = getattr(owner, place)
 
-    def wrapped(self: MegatronBackend, *arguments: Any, **options: Any) -> Any:
-        first = arguments[0]
-        if dist.get_rank() == rank and layout in (first, getattr(first, "layout", None)):
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        if dist.get_rank() == rank and layout in arguments:
             raise error
-        return original(self, *arguments, **options)
+        return result
 
-    setattr(MegatronBackend, place, wrapped)
+    setattr(owner, place, wrapped)
 
 
 def _failing_move(layouts: list[dict[str, Any]], place: str | None) -> tuple[list[float], str]:
@@ -76,7 +78,7 @@ def _failing_move(layouts: list[dict[str, Any]], place: str | None) -> tuple[lis
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layouts", [[{"tp": 2}, {"dp": 2}], [{"dp": 2, "zero": 1}, {"pp": 2}]])
-@pytest.mark.parametrize("place", ["_make_optimizer", "_make_empty"])
+@pytest.mark.parametrize("place", ["build_model", "_make_optimizer"])
 def test_a_move_that_fails_on_one_rank_happens_on_none(layouts: list[dict[str, Any]], place: str) -> None:
     steady = run_ranks(2, _failing_move, layouts, None)
     for (losses, said), (expected, _) in zip(run_ranks(2, _failing_move, layouts, place), steady, strict=True):

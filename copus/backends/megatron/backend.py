@@ -85,10 +85,10 @@ class MegatronBackend:
 
     def build(self, configuration: Configuration) -> None:
         """Make groups, model and optimizer from nothing; what was built before is torn down. Raises ValueError for a
-        layout that this backend cannot run."""
+        layout that this backend cannot run, and RankError, on every rank, where one could not build it."""
         self._check(configuration.layout)
         self._tear_down()
-        self._make(configuration, initial_weights=True)
+        together(lambda: self._make(configuration, initial_weights=True))
 
     def _check(self, layout: Layout) -> None:
         check_layout(layout)
@@ -100,7 +100,8 @@ class MegatronBackend:
         tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
         config = transformer_config(self._job.model, layout, training.precision, training.dropout)
         seed = training.seed if initial_weights else None
-        self._chunks = build_model(self._job.model, layout, config, seed)
+        # Megatron's optimizer begins with a collective: a rank without memory for the model must not miss it alone.
+        self._chunks = together(lambda: build_model(self._job.model, layout, config, seed))
         self._optimizer = self._make_optimizer(layout)
         self._part_norms = PartNorms(self._chunks, layout, self._job.model.tied_embeddings)
         self._optimizer_steps = 0
@@ -228,6 +229,7 @@ class MegatronBackend:
         """
         steps = self._optimizer_steps
         held = live_state(self._chunks, self._optimizer)
+        self._world.leave()
         self._tear_down()
         self._world.form_anew(self._job.launch.timeout_seconds, self.device)
         moved = reshard(held, self._make_empty(configuration))
