@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 
 from copus.agreement import RankError
@@ -19,12 +20,11 @@ from copus.schedule import rules_at
 from planner.planner import Planner
 from profiles.configuration import Configuration
 from profiles.decision import Decision
-from profiles.layout import Layout
 from profiles.measurement import Measurement
 from profiles.table import ThroughputTable
 
 TRIAL_STEPS = 3
-"""Steps after a move in which a lack of memory means: move back. Buffers and caches have their full size by then."""
+"""Steps after a move in which a lack of memory is the move's fault. Buffers and caches have their full size by then."""
 
 EndReason = Literal["finished", "interrupted", "max_minutes"]
 
@@ -57,10 +57,7 @@ class Trainer:
         self._noise = NoiseEstimator(job.planner.noise_half_life_tokens)
         self._noise.restore(state.noise)
         self._steps_since_change = 0
-        self._before: Configuration | None = None
-        """What ran before the last move."""
-        self._decision = 0
-        """Number of the decision that asked for it."""
+        self._moved = False
 
     def train(self) -> EndReason:
         """Run to the end of the job, or until somebody asks to stop. Leaves a checkpoint either way."""
@@ -110,16 +107,12 @@ class Trainer:
         source = self._noise_source()
         rules = rules_at(job, state.samples_consumed, batch)
         started = time.perf_counter()
-        no_memory = None
         try:
             result = backend.train_step(self._train, state.samples_consumed, rules, source, stop)
-        except RuntimeError as error:
-            no_memory = backend.out_of_memory(error) if self._on_trial() else None
-            if no_memory is None:
-                raise
-        if no_memory is not None:  # outside of the except block: the error holds the step's memory
-            self._move_back(no_memory)
-            return False
+        except torch.OutOfMemoryError:
+            if self._on_trial():  # the others wait for this rank: what helps is a restart, and not to try it again
+                self._record_infeasible(backend.configuration)
+            raise
         seconds = time.perf_counter() - started
         backend.move(configuration)  # free, and what a run that is made longer goes on with
         state.samples_consumed += batch
@@ -197,19 +190,10 @@ class Trainer:
             bytes_moved = self._backend.move(after)
         except RankError as error:
             self._survived(f"the move to {after.label} was taken back, training goes on with {before.label}: {error}")
-            self._give_up(
-                after.layout, after, "out of memory" if error.out_of_memory else f"could not be built: {error}"
-            )
+            self._give_up(after, error)
             return
         dist.barrier()
-        self._moved(before, after, started, bytes_moved, decision)
-
-    def _moved(
-        self, before: Configuration, after: Configuration, started: float, bytes_moved: int, decision: int
-    ) -> None:
-        """From now on another configuration runs: on trial, if there is a way back."""
-        self._steps_since_change = 0
-        self._before, self._decision = before, decision
+        self._steps_since_change, self._moved = 0, True
         self._report(
             Reconfigure(
                 **self._now(),
@@ -224,36 +208,30 @@ class Trainer:
 
     def _on_trial(self) -> bool:
         """Whether the job moved so recently that a lack of memory is the move's fault."""
-        return self._before is not None and self._steps_since_change < TRIAL_STEPS
+        return self._moved and self._steps_since_change < TRIAL_STEPS
 
-    def _move_back(self, why: str) -> None:
-        """The new configuration does not fit: go on with the one before, from the weights before the step."""
-        assert self._before is not None, "on trial"
-        tried, before, started = self._backend.configuration, self._before, time.perf_counter()
-        self._survived(f"{tried.label} ran out of memory on {why}: back to {before.label}")
-        bytes_moved = self._backend.recover(before)
-        self._give_up(tried, tried, "out of memory")
-        self._moved(tried, before, started, bytes_moved, self._decision)
-        self._before = None  # it ran before: what it lacks now is not for want of trying
-
-    def _give_up(self, tried: Configuration | Layout, configuration: Configuration, why: str) -> None:
-        """Never try this again: in this job, and in any where memory is what it lacks."""
+    def _give_up(self, configuration: Configuration, error: RankError) -> None:
+        """Never move there again in this job; where memory is what it lacks, in no other either."""
         if self._planner is None:
             return
-        self._planner.throughput.refuse(tried, why)
-        if why != "out of memory":
-            return
+        why = "out of memory" if error.out_of_memory else f"could not be built: {error}"
+        self._planner.throughput.refuse(configuration.layout, why)  # what was built does not depend on the batch
+        if error.out_of_memory:
+            self._record_infeasible(configuration)
+
+    def _record_infeasible(self, configuration: Configuration) -> None:
+        """Write into the throughput table that a configuration runs out of memory."""
         row = Measurement(
             fingerprint=self._backend.fingerprint(),
             model=self._job.model,
             configuration=configuration,
-            failure=why,
+            failure="out of memory",
             time=time.time(),
         )
         try:
             ThroughputTable(self._job.profile.table).add(row)
         except OSError as error:
-            self._survived(f"the throughput table could not be told: {error}")
+            print(f"copus: the throughput table could not be told: {error}", file=sys.stderr, flush=True)
 
     def _evaluate(self) -> None:
         started = time.perf_counter()

@@ -133,8 +133,10 @@ def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend, know
         backend.build(job.training.configuration)
         return TrainerState()
     state, saved = read_state(newest)
+    seen = known.predict(saved)
+    infeasible = from_first(seen is not None and seen.failure is not None)
     target = saved
-    if not fits(saved.layout, job, job.cluster):
+    if infeasible or not fits(saved.layout, job, job.cluster):
         target = from_first(fitting(saved, job, job.cluster, known.predict))
     # Megatron's checkpoints with and without the distributed optimizer do not interchange; a move in place does that.
     readable = target.layout.model_copy(update={"zero": saved.layout.zero})

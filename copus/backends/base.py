@@ -105,13 +105,6 @@ class Backend(Protocol):
         """Go on in another configuration with the same weights and optimizer state. Returns the bytes that changed
         rank. Raises RankError (copus.agreement) where it could not, and goes on in the old configuration."""
 
-    def out_of_memory(self, error: BaseException) -> str | None:
-        """Which rank had no memory left, where that is what broke a step; None where it is not. Not collective."""
-
-    def recover(self, configuration: Configuration) -> int:
-        """After a step that broke so on any rank: go on in another configuration, from the weights before the step.
-        Returns the bytes that changed rank."""
-
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state, in a format that every layout can read. Raises RankError where a
         rank could not."""

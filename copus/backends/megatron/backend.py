@@ -14,7 +14,6 @@ from copus.backends.megatron.limits import check_layout
 from copus.hardware import hardware_name, software_name
 from copus.job import JobConfig
 from copus.reshard.execute import Held, reshard
-from copus.world import World
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint
@@ -45,7 +44,6 @@ class MegatronBackend:
         self._optimizer: Any = None
         self._part_norms: PartNorms | None = None
         self._optimizer_steps = 0
-        self._world = World()
 
     @property
     def is_built(self) -> bool:
@@ -220,25 +218,6 @@ class MegatronBackend:
         moved = reshard(held, needed)  # from here on there is no way back: what fails now ends in a restart
         self._restore_steps(steps)
         return moved
-
-    def recover(self, configuration: Configuration) -> int:
-        """Go on in another configuration after a step that broke on some rank before the optimizer's step.
-
-        Weights and optimizer state are those before the step. Every group is made anew, since the ranks broke off at
-        different places. Collective. Returns the bytes that changed rank.
-        """
-        steps = self._optimizer_steps
-        held = live_state(self._chunks, self._optimizer)
-        self._world.leave()
-        self._tear_down()
-        self._world.form_anew(self._job.launch.timeout_seconds, self.device)
-        moved = reshard(held, self._make_empty(configuration))
-        self._restore_steps(steps)
-        return moved
-
-    def out_of_memory(self, error: BaseException) -> str | None:
-        """Which rank had no memory left, where that is what broke a step; None where it is not."""
-        return self._world.out_of_memory(error)
 
     def _make_empty(self, configuration: Configuration) -> list[Held]:
         """Build a configuration without weights; what has to be filled in."""

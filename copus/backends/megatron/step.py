@@ -19,10 +19,6 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 
-class TornStepError(Exception):
-    """Ranks may differ in whether they took the optimizer's step: only a checkpoint helps."""
-
-
 def train_step(
     chunks: list[Any],
     optimizer: Any,
@@ -51,12 +47,9 @@ def train_step(
 
     finite = bool(np.isfinite(grad_sq))
     if finite:
-        try:
-            _clip(optimizer, clip_grad, grad_sq)
-            _set_rules(optimizer, rules)
-            optimizer.step_with_ready_grads()
-        except RuntimeError as error:  # before, nothing has changed anywhere; from here on it may have
-            raise TornStepError(f"the optimizer's step failed: {error}") from error
+        _clip(optimizer, clip_grad, grad_sq)
+        _set_rules(optimizer, rules)
+        optimizer.step_with_ready_grads()
     return StepResult(
         loss=loss,
         grad_sq=grad_sq,
