@@ -1,28 +1,82 @@
-"""The checkpoints of a run: complete or absent, the newest few kept.
+"""The checkpoints of a run: complete, verified and durable, or passed over; the newest few kept.
 
-A checkpoint is a folder `checkpoints/samples-000000012345/` with the backend's files and `trainer.json`. It is written
-under another name and renamed when everything is on disk, so that a folder with this name is always whole.
+A checkpoint is a folder `checkpoints/samples-000000012345/` with the backend's files, `trainer.json`, and
+`manifest.json`, the checksums of the others. It is written under another name, flushed, and renamed when everything is
+on disk.
 """
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
+from copus.agreement import RankError, all_ranks, from_first, together
 from copus.backends.base import Backend, TrainerState
+from copus.manifest import (
+    damage,
+    describe,
+    files_of,
+    read_manifest,
+    sync_folder,
+    write_durably,
+    write_manifest,
+)
 from profiles.configuration import Configuration
 
 _FOLDER = "checkpoints"
 _WRITING = ".writing"
+_REPLACED = ".replaced"
+_NAME = re.compile(rf"samples-(\d+)({re.escape(_REPLACED)})?")
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the most samples, or None."""
-    found = sorted((run / _FOLDER).glob("samples-*"))
-    return found[-1] if found else None
+class CheckpointError(Exception):
+    """A checkpoint could not be written; nothing of it is left, and the ones before it are as they were."""
+
+
+def newest_checkpoint(run: Path, skipped: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The checkpoint with the most samples among those that verify, or None.
+
+    Collective where there is a process group: the ranks share the reading. `skipped` gets one line for each that is
+    passed over, on every rank.
+    """
+    writing = run / _FOLDER / _WRITING
+    if from_first(writing.exists()):
+        skipped(f"{_FOLDER}/{_WRITING} is a half-written checkpoint: skipped")
+    for name in from_first(_names(run)):
+        checkpoint = run / _FOLDER / name
+        reason = _whats_wrong(checkpoint)
+        if reason is None:
+            return checkpoint
+        skipped(f"{_FOLDER}/{name} does not verify: {reason}: skipped")
+    return None
+
+
+def _names(run: Path) -> list[str]:
+    """Names of the checkpoints, newest first; of two with as many samples the one that is not being replaced."""
+    found = [match for path in (run / _FOLDER).glob("samples-*") if (match := _NAME.fullmatch(path.name))]
+    found.sort(key=lambda match: (int(match[1]), match[2] is None), reverse=True)
+    return [match[0] for match in found]
+
+
+def _whats_wrong(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, the same on every rank; None where it verifies."""
+    reason = None
+    try:
+        expected = read_manifest(checkpoint)
+    except ValueError as error:
+        reason = str(error)
+    else:
+        names = sorted(expected)[_rank() :: _ranks()]
+        if "trainer.json" not in expected:
+            reason = "the manifest lists no trainer.json"
+        else:
+            reason = damage(checkpoint, {name: expected[name] for name in names})
+    return next((found for found in all_ranks(reason) if found), None)
 
 
 def read_state(checkpoint: Path) -> tuple[TrainerState, Configuration]:
@@ -32,37 +86,69 @@ def read_state(checkpoint: Path) -> tuple[TrainerState, Configuration]:
 
 
 def write_checkpoint(run: Path, backend: Backend, state: TrainerState, keep: int) -> tuple[Path, int]:
-    """Save everything that `--resume` needs; the folder and its size in bytes. Collective over all ranks."""
+    """Save everything that `--resume` needs; the folder and its size in bytes. Collective over all ranks.
+
+    Raises CheckpointError on every rank where the disk of any did not take it (full, gone, …). Older checkpoints beyond
+    `keep` are removed only after that, so that there is always one that verifies.
+    """
     writing = run / _FOLDER / _WRITING
     final = run / _FOLDER / f"samples-{state.samples_consumed:012d}"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    dist.barrier()
-    backend.save(writing)
-    if rank == 0:
-        values = {"state": asdict(state), "configuration": backend.configuration.model_dump(mode="json")}
-        _write_durably(writing / "trainer.json", json.dumps(values))
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(writing, final)
-        _sync_folder(final.parent)
-        for old in sorted(final.parent.glob("samples-*"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final, sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    values = {"state": asdict(state), "configuration": backend.configuration.model_dump(mode="json")}
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _on_first(lambda: _make_empty(writing))
+        backend.save(writing)
+        _on_first(lambda: write_durably(writing / "trainer.json", json.dumps(values)))
+        names = from_first(files_of(writing))
+        shares = all_ranks(together(lambda: describe(writing, names[_rank() :: _ranks()]), OSError))
+        entries = {name: entry for share in shares for name, entry in share.items()}
+        _on_first(lambda: write_manifest(writing, entries))
+        _on_first(lambda: _put_in_place(writing, final))
+    except RankError as error:
+        if _rank() == 0:
+            shutil.rmtree(writing, ignore_errors=True)
+        raise CheckpointError(str(error)) from None
+    if _rank() == 0:
+        _prune(run, state.samples_consumed, keep)
+    all_ranks(None)  # nobody goes on before it is in place
+    return final, sum(entry.bytes for entry in entries.values())
+
+
+def _on_first(action: Callable[[], None]) -> None:
+    """Do something with files on rank 0 while the others wait. Raises RankError."""
+    together(action if _rank() == 0 else lambda: None, OSError)
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _put_in_place(writing: Path, final: Path) -> None:
+    """Rename. One of the same name steps aside first, and stays a checkpoint until the new one has its place."""
+    aside = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    os.rename(writing, final)
+    sync_folder(final.parent)
+
+
+def _prune(run: Path, samples: int, keep: int) -> None:
+    """Remove what is older than the newest `keep`, counted back from the one that was just written.
+
+    One with more samples did not verify when this run was resumed: it takes nobody's place.
+    """
+    behind = [name for name in _names(run) if int(name.removeprefix("samples-").removesuffix(_REPLACED)) <= samples]
+    kept = [name for name in behind if not name.endswith(_REPLACED)][:keep]
+    for name in behind:
+        if name not in kept:
+            shutil.rmtree(run / _FOLDER / name, ignore_errors=True)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

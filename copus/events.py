@@ -5,8 +5,10 @@ are the schema.
 Readers skip types and fields that they do not know, so that a newer run can be looked at with an older command.
 """
 
+import contextlib
 import json
 import os
+import sys
 import time as clock
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +172,26 @@ class Failure(Event):
     """Where."""
     message: str
     """One line."""
+    fatal: bool = True
+    """False where the job goes on: a move was taken back, a checkpoint was skipped or could not be written."""
+
+
+class Restart(Event):
+    """Workers are up again after a failure or a stop, and go on from a checkpoint. Comes before the `start`.
+
+    `step` and `samples_consumed` are the checkpoint's. Earlier events with more samples no longer count: what they tell
+    of is done again.
+    """
+
+    type: Literal["restart"] = "restart"
+    attempt: int
+    """Times that the elastic agent has restarted the workers since they were submitted; 0 after `--resume`."""
+    resumed_from: str | None
+    """Checkpoint that the run goes on from; None for the beginning."""
+    samples_repeated: int
+    """Sequences trained on before that are trained on again, from the same weights: the log has them twice."""
+    ranks: int
+    """Ranks that there are now."""
 
 
 class End(Event):
@@ -184,7 +206,19 @@ class End(Event):
 
 KINDS: dict[str, type[Event]] = {
     kind.model_fields["type"].default: kind
-    for kind in (Start, Profile, Step, Noise, DecisionMade, Reconfigure, Evaluate, Checkpoint, Failure, End)
+    for kind in (
+        Start,
+        Profile,
+        Step,
+        Noise,
+        DecisionMade,
+        Reconfigure,
+        Evaluate,
+        Checkpoint,
+        Failure,
+        Restart,
+        End,
+    )
 }
 
 
@@ -193,19 +227,43 @@ class EventLog:
 
     def __init__(self, run: Path) -> None:
         self._file = open(run / "events.jsonl", "a+b", buffering=0)  # noqa: SIM115 (lives as long as the run)
-        if self._file.tell() and os.pread(self._file.fileno(), 1, self._file.tell() - 1) != b"\n":
-            self._file.write(b"\n")  # the writer before died in the middle of a line: do not lose this one with it
+        # The writer before may have died in the middle of a line: do not lose the next one with it.
+        self._torn = self._file.tell() > 0 and os.pread(self._file.fileno(), 1, self._file.tell() - 1) != b"\n"
+        self._losing = False
 
     def write(self, event: Event) -> Event:
         """Stamp the event with the time and append it, in one write, so that a reader never sees half of it. The
-        stamped event."""
+        stamped event.
+
+        Where the disk is full the event is lost, and training is not: one line on stderr says so.
+        """
         stamped = event.model_copy(update={"time": clock.time()})
-        self._file.write(stamped.model_dump_json().encode() + b"\n")
+        line = b"\n" * self._torn + stamped.model_dump_json().encode() + b"\n"
+        try:
+            written, why = self._file.write(line) or 0, "the disk took only a part of one"
+        except OSError as error:
+            written, why = 0, str(error.strerror)
+        if written == len(line):
+            self._torn = self._losing = False
+        else:
+            self._torn = self._torn or written > 0
+            self._lose(why)
+        if isinstance(event, Checkpoint):  # what a resume starts from must not be ahead of the log
+            self._flush()
         return stamped
+
+    def _lose(self, why: str) -> None:
+        if not self._losing:
+            print(f"copus: {self._file.name}: events are lost: {why}", file=sys.stderr, flush=True)
+        self._losing = True
+
+    def _flush(self) -> None:
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush to disk and close."""
-        os.fsync(self._file.fileno())
+        self._flush()
         self._file.close()
 
 
@@ -219,6 +277,25 @@ def read_events(run: Path) -> Iterator[Event]:
             event = parse_event(line)
             if event is not None:
                 yield event
+
+
+def samples_trained(run: Path) -> int | None:
+    """Sequences trained on by the last step in the log; None where there is none. Reads the end of the log alone."""
+    try:
+        with open(run / "events.jsonl", "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            length = 1 << 16
+            while True:
+                file.seek(max(0, size - length))
+                for line in reversed(file.read().splitlines()):
+                    event = parse_event(line) if b'"step"' in line[:20] else None
+                    if isinstance(event, Step):
+                        return event.samples_consumed
+                if length >= size:
+                    return None
+                length *= 16
+    except FileNotFoundError:
+        return None
 
 
 def parse_event(line: bytes) -> Event | None:

@@ -117,8 +117,9 @@ class LaunchConfig(Record):
     """Folder that run directories are made in."""
     threads_per_rank: PositiveInt = 1
     """OMP_NUM_THREADS of each rank."""
-    max_restarts: NonNegativeInt = 0
-    """Times that the elastic agent may restart the workers after a failure, each time from the newest checkpoint."""
+    max_restarts: NonNegativeInt = 3
+    """Times that the elastic agent may restart the workers after a failure, each time from the newest checkpoint that
+    verifies."""
     timeout_seconds: PositiveFloat = 600.0
     """A collective that takes longer than this is taken for a hang."""
 
@@ -253,7 +254,7 @@ def load_job(path: Path, overrides: list[str] | None = None) -> JobConfig:
     if not isinstance(values, dict):
         raise JobError(f"{path}: a job file is a mapping of sections, got {type(values).__name__}")
     for override in overrides or []:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_job(values, str(path))
 
 
@@ -275,7 +276,8 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise JobError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Put `section.field=value` into the values of a job file. Raises JobError where it is not that."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise JobError(f"--set {override}: expected section.field=value")

@@ -1,15 +1,18 @@
 """The training loop: steps, noise, decisions and what follows from them, in samples and tokens from end to end."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 
+from copus.agreement import RankError
 from copus.backends.base import Backend, Batches, StepResult, TrainerState
-from copus.checkpoints import write_checkpoint
-from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Noise, Reconfigure, Step
+from copus.checkpoints import CheckpointError, write_checkpoint
+from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step
 from copus.job import JobConfig
 from copus.noise.estimator import NoiseEstimator
 from copus.noise.step_estimate import estimate_step
@@ -17,6 +20,11 @@ from copus.schedule import rules_at
 from planner.planner import Planner
 from profiles.configuration import Configuration
 from profiles.decision import Decision
+from profiles.measurement import Measurement
+from profiles.table import ThroughputTable
+
+TRIAL_STEPS = 3
+"""Steps after a move in which a lack of memory is the move's fault. Buffers and caches have their full size by then."""
 
 EndReason = Literal["finished", "interrupted", "max_minutes"]
 
@@ -50,6 +58,7 @@ class Trainer:
         self._noise.restore(state.noise)
         self._steps_since_change = 0
         self._evaluated_at: int | None = None
+        self._moved = False
 
     def train(self) -> EndReason:
         """Run to the end of the job, or until somebody asks to stop. Leaves a checkpoint either way."""
@@ -74,7 +83,7 @@ class Trainer:
                 self._checkpoint()
         if reason != "interrupted" and self._evaluated_at != state.samples_consumed:
             self._evaluate()
-        self._checkpoint()
+        self._checkpoint(last=True)
         return reason
 
     def _is_overtime(self, started: float) -> bool:
@@ -109,7 +118,12 @@ class Trainer:
         source = self._noise_source()
         rules = rules_at(job, state.samples_consumed, batch)
         started = time.perf_counter()
-        result = backend.train_step(self._train, state.samples_consumed, rules, source, stop)
+        try:
+            result = backend.train_step(self._train, state.samples_consumed, rules, source, stop)
+        except torch.OutOfMemoryError:
+            if self._on_trial():  # the others wait for this rank: what helps is a restart, and not to try it again
+                self._record_infeasible(backend.configuration)
+            raise
         seconds = time.perf_counter() - started
         backend.move(full)  # what a run that is made longer goes on with
         state.samples_consumed += batch
@@ -184,9 +198,14 @@ class Trainer:
     def _move(self, after: Configuration, decision: int) -> None:
         before = self._backend.configuration
         started = time.perf_counter()
-        bytes_moved = self._backend.move(after)
+        try:
+            bytes_moved = self._backend.move(after)
+        except RankError as error:
+            self._survived(f"the move to {after.label} was taken back, training goes on with {before.label}: {error}")
+            self._give_up(after, error)
+            return
         dist.barrier()
-        self._steps_since_change = 0
+        self._steps_since_change, self._moved = 0, True
         self._report(
             Reconfigure(
                 **self._now(),
@@ -199,6 +218,33 @@ class Trainer:
             )
         )
 
+    def _on_trial(self) -> bool:
+        """Whether the job moved so recently that a lack of memory is the move's fault."""
+        return self._moved and self._steps_since_change < TRIAL_STEPS
+
+    def _give_up(self, configuration: Configuration, error: RankError) -> None:
+        """Never move there again in this job; where memory is what it lacks, in no other either."""
+        if self._planner is None:
+            return
+        why = "out of memory" if error.out_of_memory else f"could not be built: {error}"
+        self._planner.throughput.refuse(configuration.layout, why)  # what was built does not depend on the batch
+        if error.out_of_memory:
+            self._record_infeasible(configuration)
+
+    def _record_infeasible(self, configuration: Configuration) -> None:
+        """Write into the throughput table that a configuration runs out of memory."""
+        row = Measurement(
+            fingerprint=self._backend.fingerprint(),
+            model=self._job.model,
+            configuration=configuration,
+            failure="out of memory",
+            time=time.time(),
+        )
+        try:
+            ThroughputTable(self._job.profile.table).add(row)
+        except OSError as error:
+            print(f"copus: the throughput table could not be told: {error}", file=sys.stderr, flush=True)
+
     def _evaluate(self) -> None:
         started = time.perf_counter()
         sequences = self._job.training.evaluate_sequences
@@ -206,12 +252,25 @@ class Trainer:
         self._evaluated_at = self.state.samples_consumed
         self._report(Evaluate(**self._now(), loss=loss, sequences=sequences, seconds=time.perf_counter() - started))
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, last: bool = False) -> None:
+        """Save, or say why that was not possible and go on; of the `last` one the run depends, so that raises."""
         started = time.perf_counter()
         self.state.noise = self._noise.state()
-        folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
+        try:
+            folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
+        except CheckpointError as error:
+            if last:
+                raise
+            self._survived(f"no checkpoint was written, training goes on: {error}")
+            return
         seconds = time.perf_counter() - started
         self._report(Checkpoint(**self._now(), path=str(folder.relative_to(self._run)), seconds=seconds, bytes=size))
+
+    def _survived(self, message: str) -> None:
+        """Tell of a failure that the job outlives, on rank 0."""
+        if dist.get_rank() == 0:
+            print(f"copus: {message}", file=sys.stderr, flush=True)
+        self._report(Failure(**self._now(), rank=dist.get_rank(), message=message, fatal=False))
 
     def _passed(self, samples_before: int, every_tokens: int | None) -> bool:
         """Whether the last step crossed a multiple of `every_tokens`."""

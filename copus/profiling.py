@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from copus.agreement import RankError
 from copus.backends.base import Backend, Batches, StepRules
 from copus.events import Profile
 from copus.hardware import peak_memory_bytes, reset_peak_memory
@@ -107,6 +108,10 @@ def _measure(
             if index >= job.profile.warmup_steps:
                 seconds.append(time.perf_counter() - started)
     except torch.OutOfMemoryError:
+        failure = "out of memory"
+    except RankError as error:
+        if not error.out_of_memory:
+            raise
         failure = "out of memory"
     peak = torch.tensor(float(peak_memory_bytes() or 0), device=backend.device)
     if failure is None:

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent
+from tensorboard.compat.proto.event_pb2 import SessionLog
 from torch.utils.tensorboard import SummaryWriter
 
-from copus.events import Evaluate, Event, Noise, Step
+from copus.events import Evaluate, Event, Noise, Restart, Step
 
 
 class TensorBoardTracker:
@@ -16,7 +18,11 @@ class TensorBoardTracker:
         self._seq_len = seq_len
 
     def write(self, event: Event) -> None:
-        """Add what an event has to show."""
+        """Add what an event has to show. After a restart TensorBoard forgets what is done again."""
+        if isinstance(event, Restart):
+            started = {"step": event.samples_consumed * self._seq_len + 1, "wall_time": event.time}
+            session = SessionLog(status=SessionLog.START)
+            self._writer._get_file_writer().event_writer.add_event(TensorBoardEvent(session_log=session, **started))
         for name, value in _scalars(event).items():
             if value is not None:
                 self._writer.add_scalar(name, value, event.samples_consumed * self._seq_len, walltime=event.time)

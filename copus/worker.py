@@ -1,10 +1,12 @@
 """One rank of a job: `python -m copus.worker RUN`, started by an engine under torch's elastic agent.
 
-Reads `RUN/job.yaml`, goes on from the newest checkpoint if there is one, and writes `RUN/events.jsonl` from rank 0.
+Reads `RUN/job.yaml`, goes on from the newest checkpoint that verifies, on as many ranks as there are, and writes
+`RUN/events.jsonl` from rank 0.
 Stops at the next step, with a checkpoint, when the file `RUN/stop` appears or on SIGTERM or SIGINT; exits 0 then, and
 after a finished run.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,16 +21,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from copus.agreement import from_first, one_line
 from copus.backends.base import Backend, TrainerState
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.data.prepared import prepared_path
-from copus.events import End, Event, EventLog, Failure, Start
+from copus.events import End, Event, EventLog, Failure, Restart, Start, samples_trained
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
 from copus.profiling import profile_missing
+from copus.resize import fits, fitting, found_cluster, resized
 from copus.tracking import TensorBoardTracker
 from planner.planner import Planner
-from profiles.measurement import Fingerprint
 from profiles.table import ThroughputTable
 from profiles.throughput import Throughput
 
@@ -41,15 +44,22 @@ def main(arguments: list[str]) -> int:
     job = load_job(run / "job.yaml")
     try:
         device = _start_process_group(job)
+        job = _on_these_ranks(job)
         _work(job, run, device, stop, profile_only="--profile-only" in arguments)
     except Exception as error:
-        EventLog(run).write(Failure(step=0, samples_consumed=0, rank=int(os.environ["RANK"]), message=_one_line(error)))
+        EventLog(run).write(Failure(step=0, samples_consumed=0, rank=int(os.environ["RANK"]), message=_told(error)))
         if isinstance(error, JobError):
             print(error, file=sys.stderr)
             return 2
         raise
     dist.destroy_process_group()
     return 0
+
+
+def _on_these_ranks(job: JobConfig) -> JobConfig:
+    """The job for as many ranks as there are: the elastic agent may have found fewer, or more, than were planned."""
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return resized(job, found_cluster(job.cluster, dist.get_world_size(), ranks_per_node))
 
 
 def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest", profile_only: bool) -> None:
@@ -59,13 +69,27 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest",
     train, valid = backend.open_data(prepared_path(job))
     rank = dist.get_rank()
     with _Reporter(run if rank == 0 else None, job) as report:
-        newest = newest_checkpoint(run)
-        if newest is None or profile_only or job.profile.when == "missing":
+        newest = newest_checkpoint(run, lambda line: _skipped(line, report))
+        resumes = newest is not None and fits(read_state(newest)[1].layout, job, job.cluster)
+        if not resumes or profile_only or job.profile.when == "missing":
             profile_missing(job, backend, train, report, stop)
         if profile_only:
             return
-        state = _build_or_resume(job, newest, backend)
         fingerprint = backend.fingerprint()
+        known = Throughput(ThroughputTable(job.profile.table).rows(fingerprint) if rank == 0 else [])
+        state = _build_or_resume(job, newest, backend, known)
+        done = samples_trained(run)
+        if done is not None:
+            report(
+                Restart(
+                    step=state.step,
+                    samples_consumed=state.samples_consumed,
+                    attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+                    resumed_from=None if newest is None else str(newest.relative_to(run)),
+                    samples_repeated=max(0, done - state.samples_consumed),
+                    ranks=dist.get_world_size(),
+                )
+            )
         report(
             Start(
                 step=state.step,
@@ -79,7 +103,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest",
             )
         )
         started = time.monotonic()
-        planner = _planner(job, fingerprint, state) if rank == 0 else None
+        planner = _planner(job, known, state) if rank == 0 else None
         trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
         reason = trainer.train()
         report(
@@ -92,23 +116,38 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest",
         )
 
 
-def _planner(job: JobConfig, fingerprint: Fingerprint, state: TrainerState) -> Planner:
-    known = Throughput(ThroughputTable(job.profile.table).rows(fingerprint))
+def _skipped(line: str, report: Callable[[Event], None]) -> None:
+    """Say which checkpoint was passed over, and why."""
+    if dist.get_rank() == 0:
+        print(f"copus: {line}", file=sys.stderr, flush=True)
+    report(Failure(step=0, samples_consumed=0, rank=0, message=line, fatal=False))
+
+
+def _planner(job: JobConfig, known: Throughput, state: TrainerState) -> Planner:
     return Planner(job.planner, job.model, job.cluster, job.training.configuration, known, number=state.decisions)
 
 
-def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend) -> TrainerState:
+def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend, known: Throughput) -> TrainerState:
+    """Start, or go on where the checkpoint was made, on whatever ranks there are now. `known` counts on rank 0."""
     if newest is None:
         backend.build(job.training.configuration)
         return TrainerState()
-    state, configuration = read_state(newest)
-    backend.build(configuration)
+    state, saved = read_state(newest)
+    seen = known.predict(saved)
+    infeasible = from_first(seen is not None and seen.failure is not None)
+    target = saved
+    if infeasible or not fits(saved.layout, job, job.cluster):
+        target = from_first(fitting(saved, job, job.cluster, known.predict))
+    # Megatron's checkpoints with and without the distributed optimizer do not interchange; a move in place does that.
+    readable = target.layout.model_copy(update={"zero": saved.layout.zero})
+    backend.build(target.model_copy(update={"layout": readable}))
     backend.load(newest, state.optimizer_steps)
+    backend.move(target)
     return state
 
 
 def _start_process_group(job: JobConfig) -> torch.device:
-    """Join the other ranks: NCCL where there are GPUs, gloo elsewhere. Raises JobError where the numbers do not fit."""
+    """Join the other ranks: NCCL where there are GPUs, gloo elsewhere."""
     torch.set_num_threads(job.launch.threads_per_rank)
     timeout = timedelta(seconds=job.launch.timeout_seconds)
     if torch.cuda.is_available():
@@ -123,11 +162,6 @@ def _start_process_group(job: JobConfig) -> torch.device:
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=timeout)
-    if dist.get_world_size() != job.cluster.accelerators:
-        raise JobError(
-            f"cluster: nodes({job.cluster.nodes}) × accelerators_per_node({job.cluster.accelerators_per_node}) = "
-            f"{job.cluster.accelerators} ≠ {dist.get_world_size()} ranks"
-        )
     return device
 
 
@@ -142,16 +176,23 @@ class _Reporter:
         if self.run is None:
             return lambda event: None
         self._log = EventLog(self.run)
+        self._blind = False
         self._tracker = TensorBoardTracker(self.run, self.job.model.seq_len)
         return self._write
 
     def _write(self, event: Event) -> None:
         stamped = self._log.write(event)
-        self._tracker.write(stamped)
+        try:
+            self._tracker.write(stamped)
+        except OSError as error:  # a full disk: TensorBoard's pictures are not worth the training
+            if not self._blind:
+                print(f"copus: tensorboard/ is not written any more: {error}", file=sys.stderr, flush=True)
+            self._blind = True
 
     def __exit__(self, *exception: Any) -> None:
         if self.run is not None:
-            self._tracker.close()
+            with contextlib.suppress(OSError):
+                self._tracker.close()
             self._log.close()
 
 
@@ -173,9 +214,8 @@ class _StopRequest:
         return self._signalled or self._file.exists() or os.getppid() != self._agent
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, JobError) else f"{type(error).__name__}: {text}"
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split()) if isinstance(error, JobError) else one_line(error)
 
 
 if __name__ == "__main__":

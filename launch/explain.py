@@ -8,7 +8,7 @@ from pathlib import Path
 
 from copus.events import DecisionMade, Event, Reconfigure, Start, Step, parse_event
 from copus.job import JobError, load_job
-from launch.follow import event_lines
+from launch.follow import event_lines, samples_of
 from launch.run_directory import find_run, shown
 from launch.status import count, noise_interval
 from profiles.decision import CandidateScore, Decision
@@ -59,6 +59,9 @@ def explanation_of(run: Path, number: int | None) -> Explanation:
     history: list[bytes] = []
     moving = None
     for line in event_lines(run, "start", "step", "reconfigure", "decision"):
+        if line.kind == "start":  # what a restart went back behind is decided again
+            decisions = {n: kept for n, kept in decisions.items() if samples_of(kept[1]) <= samples_of(line.text)}
+            moving = moving if moving in decisions else None
         if line.kind == "decision":
             if (found := line.decision_number()) is not None:
                 decisions[found] = (len(history), line.text)

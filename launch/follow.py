@@ -72,6 +72,12 @@ def event_lines(run: Path, *kinds: str) -> Iterator[EventLine]:
                 yield EventLine(kind, text)
 
 
+def samples_of(text: bytes) -> int:
+    """Its `samples_consumed`; 0 where it has none."""
+    match = re.search(rb'"samples_consumed":\s*(\d+)', text)
+    return int(match[1]) if match else 0
+
+
 def _kind(text: bytes) -> str:
     """Type of the event in a line; empty where it has none."""
     match = re.match(rb'\{"type":\s*"([\w-]+)"', text)  # EventLog writes the type first

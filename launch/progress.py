@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from copus.events import Evaluate, Event, Profile, Reconfigure
+from copus.events import Evaluate, Event, Failure, Profile, Reconfigure, Restart
 from launch.run_directory import shown
 from launch.status import RunStatus, count, duration, measured, moved, noise_interval
 
@@ -66,6 +66,10 @@ class Progress:
         for event in events:
             if isinstance(event, Reconfigure):
                 self.say(moved(event))
+            elif isinstance(event, Failure) and (not event.fatal or event is self._status.failure):
+                self.say(event.message if not event.fatal else f"rank {event.rank} failed: {event.message}")
+            elif isinstance(event, Restart):
+                self.say(self._restarted(event))
             elif isinstance(event, Profile) and not self._live:
                 self.say(measured(event))
             elif isinstance(event, Evaluate) and not self._live:
@@ -74,6 +78,11 @@ class Progress:
             self._live.refresh()
         else:
             self._plain()
+
+    def _restarted(self, event: Restart) -> str:
+        where = event.resumed_from or "the beginning: there is no checkpoint that verifies"
+        how = f"restarted (attempt {event.attempt})" if event.attempt else "resumed"
+        return f"{how} on {event.ranks} ranks from {where}; {event.samples_repeated} sequences are trained on again"
 
     def _plain(self) -> None:
         if time.monotonic() < self._next_line or self._status.profile:  # measurements have lines of their own

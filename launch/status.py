@@ -79,7 +79,8 @@ class RunStatus:
             case Checkpoint():
                 self.checkpoint = event
             case Failure():
-                self.failure = self.failure or event  # the others only tell of the first
+                if event.fatal:
+                    self.failure = self.failure or event  # the others only tell of the first
             case End():
                 self.end = event
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from copus.job import JobConfig, JobError, load_job
+from copus.resize import load_resized
 from launch.attend import Outcome, attend
 from launch.data import check, prepare
 from launch.engines import engine_of
@@ -41,7 +42,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, *, a
 
 def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Console, as_json: bool) -> int:
     before = load_job(run / "job.yaml")
-    job = portable(load_job(job_file or run / "job.yaml", overrides)).model_copy(update={"name": before.name})
+    job = portable(load_resized(job_file or run / "job.yaml", overrides)).model_copy(update={"name": before.name})
     _check_same_training(run, before, job)
     status = RunStatus()
     status.update(Follower(run).read())

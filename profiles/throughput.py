@@ -61,6 +61,7 @@ class Throughput:
         self._groups = {key: _Group.of(by_count) for key, by_count in by_group.items()}
         self._seen: defaultdict[Configuration, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN_MEMORY))
         self._drift: float | None = None
+        self._refused: dict[Configuration | Layout, Prediction] = {}
 
     def predict(self, configuration: Configuration) -> Prediction | None:
         """The duration of a step, or None where nothing is known.
@@ -69,6 +70,9 @@ class Throughput:
         below their smallest number of micro-batches; both times `drift`. Steps of the running job replace them once
         there are 5.
         """
+        refused = self._refused.get(configuration) or self._refused.get(configuration.layout)
+        if refused:
+            return refused
         known = self._scaled(self._from_table(configuration))
         seen = self._seen.get(configuration)
         if seen and (len(seen) >= SEEN_STEPS or known is None or known.failure):
@@ -87,6 +91,10 @@ class Throughput:
             raise ValueError(f"step_seconds({step_seconds}) has to be positive and finite")
         self._seen[configuration].append(step_seconds)
         self._drift = None
+
+    def refuse(self, tried: Configuration | Layout, failure: str) -> None:
+        """Predict this failure from now on: the running job tried the configuration, or anything in the layout."""
+        self._refused[tried] = Prediction(source="seen", failure=failure)
 
     @property
     def drift(self) -> float:

@@ -108,6 +108,12 @@ def test_the_best_are_shown_and_always_the_chosen_and_the_current(
     assert len(json.loads(printed(capsys, str(run), "--json"))["decision"]["candidates"]) == 42
 
 
+def test_what_a_restart_went_back_behind_is_not_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = [start(), decision(0, 4, TENSOR, TENSOR), decision(1, 8, TENSOR, DATA), reconfigure(1, 8, TENSOR, DATA)]
+    run = write_run(tmp_path, *before, start(4), decision(1, 8, TENSOR, TENSOR))
+    assert "none has moved the job" in printed(capsys, str(run))
+
+
 def test_a_run_is_found_by_its_name(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

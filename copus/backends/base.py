@@ -101,10 +101,11 @@ class Backend(Protocol):
 
     def move(self, configuration: Configuration) -> int:
         """Go on in another configuration with the same weights and optimizer state. Returns the bytes that changed
-        rank."""
+        rank. Raises RankError (copus.agreement) where it could not, and goes on in the old configuration."""
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state, in a format that every layout can read."""
+        """Write weights and optimizer state, in a format that every layout can read. Raises RankError where a
+        rank could not."""
 
     def load(self, folder: Path, optimizer_steps: int) -> None:
-        """Read them into what is built."""
+        """Read them into what is built, without running any code that the files may ask for."""

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from copus.agreement import RankError, together
 from copus.backends.base import Batches, StepResult, StepRules
 from copus.backends.megatron import checkpoint, cpu, groups, step, upstream
 from copus.backends.megatron.limits import check_layout
 from copus.hardware import hardware_name, software_name
 from copus.job import JobConfig
-from copus.reshard.execute import reshard
+from copus.reshard.execute import Held, reshard
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint
@@ -83,10 +84,10 @@ class MegatronBackend:
 
     def build(self, configuration: Configuration) -> None:
         """Make groups, model and optimizer from nothing; what was built before is torn down. Raises ValueError for a
-        layout that this backend cannot run."""
+        layout that this backend cannot run, and RankError, on every rank, where one could not build it."""
         self._check(configuration.layout)
         self._tear_down()
-        self._make(configuration, initial_weights=True)
+        together(lambda: self._make(configuration, initial_weights=True))
 
     def _check(self, layout: Layout) -> None:
         check_layout(layout)
@@ -98,7 +99,8 @@ class MegatronBackend:
         tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
         config = transformer_config(self._job.model, layout, training.precision, training.dropout)
         seed = training.seed if initial_weights else None
-        self._chunks = build_model(self._job.model, layout, config, seed)
+        # Megatron's optimizer begins with a collective: a rank without memory for the model must not miss it alone.
+        self._chunks = together(lambda: build_model(self._job.model, layout, config, seed))
         self._optimizer = self._make_optimizer(layout)
         self._part_norms = PartNorms(self._chunks, layout, self._job.model.tied_embeddings)
         self._optimizer_steps = 0
@@ -139,12 +141,11 @@ class MegatronBackend:
 
         Megatron's wrappers refer to each other in circles and hang their buffers on the parameters.
         """
-        if self._configuration is None:
-            return
-        for inner in upstream.inner_optimizers(self._optimizer):
-            inner.state.clear()
-            for group in inner.param_groups:
-                group["params"] = []
+        if self._optimizer is not None:  # a build that failed half-way has none
+            for inner in upstream.inner_optimizers(self._optimizer):
+                inner.state.clear()
+                for group in inner.param_groups:
+                    group["params"] = []
         for chunk in self._chunks:
             for param in chunk.parameters():
                 for name in ("main_grad", "main_param", "grad"):
@@ -210,23 +211,38 @@ class MegatronBackend:
         rank.
 
         A new batch or micro-batch costs nothing. For a new layout the state goes straight from the ranks that have it
-        to the ranks that need it, in these very processes. Raises ValueError for a layout that cannot run, and goes on
-        in the old one.
+        to the ranks that need it, in these very processes. All ranks move, or none: where the new layout cannot be
+        built on any rank, the old one is made again from the tensors that are still there, and RankError raised
+        on all. Raises ValueError for a layout that cannot run. Either way the job goes on as before.
         """
         if configuration.layout == self.configuration.layout:
             self._configuration = configuration
             return 0
         self._check(configuration.layout)
-        steps = self._optimizer_steps
+        before, steps = self.configuration, self._optimizer_steps
         upstream.prime_adam(self._optimizer)  # a job that moves before its first step has no moments yet
         held = live_state(self._chunks, self._optimizer)
         self._tear_down()
+        try:
+            needed = together(lambda: self._make_empty(configuration))
+        except RankError:
+            self._tear_down()
+            reshard(held, self._make_empty(before))
+            self._restore_steps(steps)
+            raise
+        moved = reshard(held, needed)  # from here on there is no way back: what fails now ends in a restart
+        self._restore_steps(steps)
+        return moved
+
+    def _make_empty(self, configuration: Configuration) -> list[Held]:
+        """Build a configuration without weights; what has to be filled in."""
         self._make(configuration, initial_weights=False)
         upstream.prime_adam(self._optimizer)
-        moved = reshard(held, live_state(self._chunks, self._optimizer))
+        return live_state(self._chunks, self._optimizer)
+
+    def _restore_steps(self, steps: int) -> None:
         upstream.set_adam_step(self._optimizer, steps)
         self._optimizer_steps = steps
-        return moved
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state into an existing, empty folder, in a format that every layout can read."""

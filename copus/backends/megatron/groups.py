@@ -18,7 +18,7 @@ def make_groups(layout: Layout, timeout_seconds: float) -> None:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
         context_parallel_size=layout.cp,
-        distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        distributed_timeout_minutes=timeout_seconds / 60,  # goes into a timedelta: fractions are fine
         create_gloo_process_groups=False,
     )
 

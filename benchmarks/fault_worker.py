@@ -1,0 +1,66 @@
+"""`copus.worker` with moves at fixed places, and with what it is doing written down, so that faults can be aimed.
+
+The planner of a real run decides by measured seconds, which no two runs share. Here layouts follow the samples alone,
+so that a run with faults has to end with the very weights of the run without.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import copus.loop
+import copus.worker
+from copus.backends.megatron.backend import MegatronBackend
+from planner.planner import Planner
+from profiles.configuration import Configuration
+from profiles.decision import Decision
+from profiles.layout import Layout
+from profiles.noise_scale import NoiseScale
+
+LAYOUTS = (Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(dp=2, zero=1))
+"""One after the other, changed at every decision."""
+
+
+class ScriptedPlanner(Planner):
+    """The real planner, but for what it chooses."""
+
+    def decide(self, noise: NoiseScale, current: Configuration, samples_consumed: int) -> Decision:
+        """The next layout; the batch stays."""
+        decision = super().decide(noise, current, samples_consumed)
+        layout = LAYOUTS[samples_consumed // self.config.every_samples % len(LAYOUTS)]
+        chosen = current.model_copy(update={"layout": layout})
+        return decision.model_copy(update={"chosen": chosen, "reason": "scripted", "predicted_gain": None})
+
+
+def announced(run: Path, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with `run/phase` naming it while it works on rank 0."""
+
+    @wraps(function)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if os.environ.get("RANK") != "0":
+            return function(*arguments, **options)
+        (run / "phase").write_text(phase)
+        try:
+            return function(*arguments, **options)
+        finally:
+            (run / "phase").write_text("training")
+
+    return wrapped
+
+
+def main(arguments: list[str]) -> int:
+    """One rank."""
+    run = Path(arguments[0])
+    (run / f"worker-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    copus.worker.Planner = ScriptedPlanner  # type: ignore[misc]
+    copus.loop.write_checkpoint = announced(run, "checkpoint", copus.loop.write_checkpoint)  # type: ignore[assignment]
+    copus.loop.Trainer._move = announced(run, "move", copus.loop.Trainer._move)  # type: ignore[method-assign]
+    assert MegatronBackend is not None  # imported here and not between two collectives: it takes seconds
+    return copus.worker.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""Checksums of the files of a checkpoint, written last: what they vouch for is what was meant to be there.
+
+They tell accidents (a torn write, a flipped bit, a file cut short), not malice: nothing here is secret.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+MANIFEST = "manifest.json"
+"""Name of the file, beside those that it lists."""
+_VERSION = 1
+_THREADS = 8
+
+
+class Entry(NamedTuple):
+    """What one file has to be."""
+
+    bytes: int
+    """Its size."""
+    blake2b: str
+    """BLAKE2b-256 of its content, hexadecimal."""
+
+
+def files_of(folder: Path) -> list[str]:
+    """Paths of the files below a folder, relative to it, without the manifest; sorted."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Flush files to disk and take their checksums, several at a time. Raises OSError."""
+    names = list(names)
+    with ThreadPoolExecutor(_THREADS) as threads:  # hashing and reading let go of the interpreter
+        return dict(zip(names, threads.map(lambda name: _flushed(folder / name), names), strict=True))
+
+
+def write_manifest(folder: Path, entries: dict[str, Entry]) -> None:
+    """Write the manifest durably, and flush every folder that has files. Raises OSError."""
+    values = {"version": _VERSION, "files": {name: entry._asdict() for name, entry in sorted(entries.items())}}
+    write_durably(folder / MANIFEST, json.dumps(values, indent=1))
+    for below in {folder, *((folder / name).parent for name in entries)}:
+        sync_folder(below)
+
+
+def read_manifest(folder: Path) -> dict[str, Entry]:
+    """What the files have to be. Raises ValueError, with the reason, where there is no manifest that can be read."""
+    try:
+        values = json.loads((folder / MANIFEST).read_bytes())
+        if values["version"] != _VERSION:
+            raise ValueError(f"version {values['version']!r} is not {_VERSION}")
+        return {name: Entry(int(file["bytes"]), str(file["blake2b"])) for name, file in values["files"].items()}
+    except FileNotFoundError:
+        raise ValueError(f"half-written: it has no {MANIFEST}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def damage(folder: Path, expected: dict[str, Entry]) -> str | None:
+    """What is wrong with the files, in a few words; None where all of them are as expected."""
+    for name, entry in expected.items():  # sizes first: they cost nothing
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if size != entry.bytes:
+            return f"{name} has {size} bytes instead of {entry.bytes}"
+    with ThreadPoolExecutor(_THREADS) as threads:
+        reasons = threads.map(lambda item: _difference(folder / item[0], item[0], item[1]), expected.items())
+        return next((reason for reason in reasons if reason), None)
+
+
+def _difference(path: Path, name: str, entry: Entry) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            found = _digest(file)
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None if found == entry.blake2b else f"{name} has changed since it was written (checksum)"
+
+
+def _flushed(path: Path) -> Entry:
+    with open(path, "rb") as file:
+        entry = Entry(os.fstat(file.fileno()).st_size, _digest(file))
+        os.fsync(file.fileno())
+    return entry
+
+
+def _digest(file: object) -> str:
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()  # type: ignore[arg-type]
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file and flush it to disk. Raises OSError."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,117 @@
+"""A checkpoint from a stranger: what it asks to run is not run."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from copus.backends.megatron.safe_loading import UnsafeCheckpointError, data_only, load_metadata
+from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
+from tests.ranks import run_ranks
+
+
+class Malice:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    return tmp_path / "it ran"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        ("posix", "system"),
+        ("builtins", "eval"),
+        ("builtins", "getattr"),
+        ("torch", "load"),
+        ("torch", "hub.load"),
+        ("torch.serialization", "os.system"),
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch.distributed.checkpoint.filesystem", "pickle.loads"),
+    ],
+)
+def test_nothing_but_what_torch_writes_can_be_named(named: tuple[str, str]) -> None:
+    module, name = named
+    asks = b"\x80\x04" + b"".join(pickle.SHORT_BINUNICODE + bytes([len(t)]) + t.encode() for t in (module, name))
+    with pytest.raises(UnsafeCheckpointError, match="may not"):
+        load_metadata(io.BytesIO(asks + pickle.STACK_GLOBAL + b"."))
+
+
+def test_metadata_with_code_is_refused(tmp_path: Path, trace: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Malice(trace)))
+    reader = dcp.FileSystemReader(str(tmp_path))
+    with data_only(), pytest.raises(UnsafeCheckpointError):
+        reader.read_metadata()
+    assert not trace.exists()
+    with pytest.raises(AttributeError):  # the proof that the file was dangerous: it runs, and yields no metadata
+        reader.read_metadata()
+    assert trace.exists()
+
+
+def test_an_object_among_the_tensors_is_refused(trace: Path) -> None:
+    file = io.BytesIO()
+    torch.save(Malice(trace), file)
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    planner.state_dict = {}
+    item = type("Item", (), {"dest_index": MetadataIndex("x")})
+    with data_only(), pytest.raises(pickle.UnpicklingError):
+        planner.load_bytes(item, io.BytesIO(file.getvalue()))  # type: ignore[arg-type]
+    assert not trace.exists()
+
+
+def test_loading_is_as_before_afterwards() -> None:
+    before = torch.load, dcp.filesystem.pickle
+    with data_only():
+        assert torch.load is not before[0]
+    assert (torch.load, dcp.filesystem.pickle) == before
+
+
+def test_what_torch_writes_passes() -> None:
+    written = Metadata({"a": BytesStorageMetadata()}, storage_data={MetadataIndex("a", torch.Size((2,))): None})
+    assert load_metadata(io.BytesIO(pickle.dumps(written))) == written
+
+
+def _load_forged(folder: Path, forge: str, trace: Path) -> tuple[float, str]:
+    """Save, load, then load the forged one. The loss after the honest load, and what the refusal said."""
+    backend = backend_of(tiny_job(1))
+    backend.train_step(random_batches, 0, RULES, None, False)
+    backend.save(folder)
+    backend.load(folder, 1)
+    loss = backend.train_step(random_batches, 8, RULES, None, False).loss
+    if forge == ".metadata":
+        (folder / ".metadata").write_bytes(pickle.dumps(Malice(trace)))
+    else:
+        torch.save({"optimizer": Malice(trace)}, folder / forge)
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # not even with this
+    try:
+        backend.load(folder, 1)
+    except Exception as error:
+        return loss, f"{type(error).__name__}: {error}"
+    return loss, "loaded"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("forge", [".metadata", "common.pt"])
+def test_a_forged_checkpoint_is_refused_and_runs_nothing(forge: str, tmp_path: Path, trace: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    loss, said = run_ranks(1, _load_forged, folder, forge, trace)[0]
+    assert loss > 0
+    assert said != "loaded"
+    assert "posix.mkdir" in said or "nt.mkdir" in said or "mkdir" in said
+    assert not trace.exists()
