@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -28,6 +29,19 @@ def software_name() -> str:
     """Versions that matter for speed."""
     runtime = f"CUDA {torch.version.cuda}" if torch.cuda.is_available() else "gloo"
     return f"torch {torch.__version__}, {runtime}"
+
+
+class PhaseClock:
+    """Seconds of the phases of something, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        """The phase that began at the end of the last one is over."""
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now
 
 
 def reset_peak_memory() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from copus.agreement import RankError
-from copus.backends.base import Backend, Batches, StepResult, TrainerState
+from copus.backends.base import Backend, Batches, Moved, StepResult, TrainerState
 from copus.checkpoints import CheckpointError, write_checkpoint
 from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step
 from copus.job import JobConfig
@@ -187,7 +187,7 @@ class Trainer:
         before = self._backend.configuration
         started = time.perf_counter()
         try:
-            bytes_moved = self._backend.move(after)
+            moved = self._backend.move(after)
         except RankError as error:
             self._survived(f"the move to {after.label} was taken back, training goes on with {before.label}: {error}")
             self._give_up(after, error)
@@ -201,8 +201,10 @@ class Trainer:
                 after=after,
                 rung=_rung(before, after),
                 seconds=time.perf_counter() - started,
-                bytes_moved=bytes_moved,
+                bytes_moved=moved.bytes_moved,
                 decision=decision,
+                peak_bytes=moved.peak_bytes,
+                phases=moved.phases,
             )
         )
 
