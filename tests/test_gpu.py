@@ -6,7 +6,6 @@ On CUDA they run in this process, on NCCL: a fork of a process that has asked fo
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
