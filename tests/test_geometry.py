@@ -22,7 +22,9 @@ def _megatron_cells(layout: dict[str, Any], model: dict[str, Any], precision: st
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    backend = backend_of(tiny_job(dist.get_world_size(), layout, model, global_batch=12, precision=precision))
+    backend = backend_of(
+        tiny_job(dist.get_world_size(), layout, model, global_batch=12, evaluate_sequences=12, precision=precision)
+    )
     where: dict[torch.nn.Parameter, tuple[str, np.ndarray]] = {}
     for chunk in backend._chunks:
         module = unwrap(chunk)
