@@ -40,6 +40,7 @@ class MegatronBackend:
 
     def __init__(self, job: JobConfig, device: torch.device) -> None:
         """`torch.distributed` must be initialised on all the ranks of the job's cluster."""
+        gc.freeze()  # modules stay for good: without them the collection of an old layout is 20 times faster
         self.device = device
         self._job = job
         self._configuration: Configuration | None = None
