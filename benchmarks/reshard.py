@@ -136,7 +136,8 @@ def start_ranks(task: dict[str, Any], folder: Path) -> tuple[dict[str, Any], flo
     started = time.time()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode or not result.exists():
-        raise SystemExit(f"the ranks failed ({done.returncode}):\n{done.stderr[-4000:]}")
+        cause = done.stderr[max(0, done.stderr.find("Traceback")) :]
+        raise SystemExit(f"the ranks failed ({done.returncode}):\n{cause[:4000]}")
     return json.loads(result.read_text()), started
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from copus.agreement import RankError
-from copus.backends.base import Backend, Batches, Moved, StepResult, TrainerState
+from copus.backends.base import Backend, Batches, StepResult, TrainerState
 from copus.checkpoints import CheckpointError, write_checkpoint
 from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step
 from copus.job import JobConfig
