@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from profiles.configuration import Configuration
 from profiles.decision import Decision
@@ -138,6 +138,10 @@ class Reconfigure(Event):
     """Bytes of weights and optimizer state that were written and read, or sent."""
     decision: int
     """Number of the decision that asked for it."""
+    peak_bytes: int | None = None
+    """Most memory that any rank used meanwhile; None where nothing moved, or the system does not tell."""
+    phases: dict[str, float] = Field(default_factory=dict)
+    """Seconds of each phase of a move to another layout, on rank 0."""
 
 
 class Evaluate(Event):

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -29,6 +30,19 @@ def software_name() -> str:
     if torch.cuda.is_available():
         return f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     return f"torch {torch.__version__}, gloo, {torch.get_num_threads()} threads a rank"
+
+
+class PhaseClock:
+    """Seconds of the phases of something, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        """The phase that began at the end of the last one is over."""
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now
 
 
 def reset_peak_memory() -> None:

@@ -99,6 +99,8 @@ class TrainingConfig(Record):
     """Held-out sequences in an evaluation: always the same ones."""
     checkpoint_every_tokens: PositiveInt | None = None
     """Tokens between durable checkpoints; None: only at the end and on an interrupt."""
+    staging_bytes: PositiveInt = 256 * 2**20
+    """Most memory of a rank for what it is sending and receiving while the job moves to another layout."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed."""
 

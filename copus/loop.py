@@ -199,7 +199,7 @@ class Trainer:
         before = self._backend.configuration
         started = time.perf_counter()
         try:
-            bytes_moved = self._backend.move(after)
+            moved = self._backend.move(after)
         except RankError as error:
             self._survived(f"the move to {after.label} was taken back, training goes on with {before.label}: {error}")
             self._give_up(after, error)
@@ -213,8 +213,10 @@ class Trainer:
                 after=after,
                 rung=_rung(before, after),
                 seconds=time.perf_counter() - started,
-                bytes_moved=bytes_moved,
+                bytes_moved=moved.bytes_moved,
                 decision=decision,
+                peak_bytes=moved.peak_bytes,
+                phases=moved.phases,
             )
         )
 

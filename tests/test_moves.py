@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from copus.backends.megatron.live_state import live_state
+from copus.backends.megatron.geometry import OPTIMIZER
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 
@@ -34,6 +34,7 @@ def _train(layouts: list[dict[str, Any]], model: dict[str, Any]) -> list[float]:
         ([{"dp": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}], {"tied_embeddings": True}),
         ([{"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 2, "dp": 2}], {}),
         ([{"dp": 4, "zero": 1}, {"tp": 2, "dp": 2, "zero": 1}, {"pp": 4, "zero": 1}], {"tied_embeddings": True}),
+        ([{"tp": 2}, {"pp": 2, "vp": 2}, {"dp": 2}], {"tied_embeddings": True}),
     ],
     ids=str,
 )
@@ -50,7 +51,7 @@ def _change_batch() -> tuple[list[float], list[int]]:
     backend = backend_of(tiny_job(2, {"tp": 2}, micro_batch=2))
     losses, sizes = [], []
     for global_batch, micro_batch in ((8, 2), (16, 4), (4, 1)):
-        moved = backend.move(configuration(global_batch, micro_batch, tp=2))
+        moved = backend.move(configuration(global_batch, micro_batch, tp=2)).bytes_moved
         result = backend.train_step(random_batches, 0, RULES, "microbatch", False)
         assert result.parts is not None
         losses.append(result.loss)
@@ -81,18 +82,24 @@ def test_impossible_moves_are_refused_with_the_reason() -> None:
     assert np.isfinite(loss)
 
 
-def _there_and_back(layouts: list[dict[str, Any]], model: dict[str, Any]) -> tuple[float, list[int]]:
+def _there_and_back(
+    layouts: list[dict[str, Any]], model: dict[str, Any], precision: str = "fp32", staging_bytes: int = 2**28
+) -> tuple[float, list[int]]:
     """Largest difference in weights and moments after a tour that ends where it began, and the bytes of each move."""
-    backend = backend_of(tiny_job(dist.get_world_size(), layouts[0], model, micro_batch=2))
+    settings = {"micro_batch": 2, "precision": precision, "staging_bytes": staging_bytes}
+    backend = backend_of(tiny_job(dist.get_world_size(), layouts[0], model, **settings))
     for step in range(2):
         backend.train_step(random_batches, 8 * step, RULES, None, False)
-    before = [(piece, tensor.clone()) for piece, tensor in live_state(backend._chunks, backend._optimizer)]
-    moved = [backend.move(configuration(8, 2, **layout)) for layout in [*layouts[1:], layouts[0]]]
-    after = live_state(backend._chunks, backend._optimizer)
-    assert [piece for piece, _ in before] == [piece for piece, _ in after]
-    assert {piece.key.split("/")[0] for piece, _ in after} == {"weight", "exp_avg", "exp_avg_sq"}
-    worst = max(float((a - b).abs().max()) for (_, a), (_, b) in zip(before, after, strict=True))
-    return worst, moved
+    before = {place: [field.clone() for field in fields()] for place, fields in backend.live_state().items()}
+    moves = [backend.move(configuration(8, 2, **layout)) for layout in [*layouts[1:], layouts[0]]]
+    after = {place: fields() for place, fields in backend.live_state().items()}
+    assert before.keys() == after.keys()
+    moments = 3 if precision == "bf16" else 2  # with the masters
+    assert all(len(fields) == (moments if OPTIMIZER in name else 1) for (name, _), fields in after.items())
+    pairs = [pair for place in before for pair in zip(before[place], after[place], strict=True)]
+    assert any(float(a.abs().max()) > 0 for a, _ in pairs)
+    assert all((move.peak_bytes or 0) > 0 for move in moves)
+    return max(float((a - b).abs().max()) for a, b in pairs), [move.bytes_moved for move in moves]
 
 
 @pytest.mark.dist
@@ -117,3 +124,47 @@ def test_moves_are_exact_to_the_bit(zero: int, model: dict[str, Any]) -> None:
 def test_the_distributed_optimizer_can_be_turned_on_and_off_by_a_move() -> None:
     layouts = [{"dp": 2}, {"dp": 2, "zero": 1}, {"tp": 2}, {"dp": 2, "zero": 1}]
     assert run_ranks(2, _there_and_back, layouts, {})[0][0] == 0.0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("zero", [0, 1])
+def test_virtual_stages_and_a_vocabulary_that_is_mostly_padding(zero: int) -> None:
+    """130 tokens are padded to 256 rows: with TP4 two ranks have nothing but padding."""
+    layouts = [{"tp": 4}, {"pp": 2, "vp": 2, "dp": 2}, {"tp": 2, "pp": 2}, {"pp": 2, "vp": 2, "tp": 2}]
+    layouts = [{**layout, "zero": zero} for layout in layouts]
+    for worst, _ in run_ranks(4, _there_and_back, layouts, {"vocab": 130, "tied_embeddings": True}):
+        assert worst == 0.0
+
+
+@pytest.mark.dist
+def test_masters_move_with_half_precision_weights() -> None:
+    layouts = [{"tp": 2, "dp": 2, "zero": 1}, {"pp": 4}, {"dp": 4, "zero": 1}]
+    for worst, _ in run_ranks(4, _there_and_back, layouts, {}, "bf16"):
+        assert worst == 0.0
+
+
+@pytest.mark.dist
+def test_small_staging_buffers_move_the_same() -> None:
+    """1000 bytes: every tensor is cut, into many rounds."""
+    layouts = [{"tp": 2, "dp": 2, "zero": 1}, {"pp": 2, "dp": 2}, {"tp": 4}]
+    plenty = run_ranks(4, _there_and_back, layouts, {})
+    little = run_ranks(4, _there_and_back, layouts, {}, "fp32", 1000)
+    assert [moved for _, moved in little] == [moved for _, moved in plenty]
+    assert all(worst == 0.0 for worst, _ in little)
+
+
+def _open_groups(layouts: list[dict[str, Any]]) -> list[int]:
+    """Groups that exist after each move."""
+    backend = backend_of(tiny_job(dist.get_world_size(), layouts[0], micro_batch=2))
+    counts = []
+    for layout in layouts:
+        backend.move(configuration(8, 2, **layout))
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts
+
+
+@pytest.mark.dist
+def test_groups_are_made_once_for_each_layout() -> None:
+    first, second, third, *later = run_ranks(2, _open_groups, [{"tp": 2}, {"dp": 2}, {"pp": 2}] * 3)[0]
+    assert first < second < third
+    assert set(later) == {third}

@@ -65,6 +65,18 @@ class TrainerState:
     """Decisions taken so far."""
 
 
+@dataclass(frozen=True)
+class Moved:
+    """What a move did, over all ranks."""
+
+    bytes_moved: int = 0
+    """Bytes that changed rank."""
+    peak_bytes: int | None = None
+    """Most memory that any rank used meanwhile; None where nothing moved, or the system does not tell."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase on this rank, in order."""
+
+
 class Backend(Protocol):
     """A model in training. `build` comes first; every method is collective over all ranks."""
 
@@ -99,9 +111,9 @@ class Backend(Protocol):
     def evaluate(self, batches: Batches, sequences: int) -> float:
         """Mean loss over the first `sequences` held-out sequences, nats a token."""
 
-    def move(self, configuration: Configuration) -> int:
-        """Go on in another configuration with the same weights and optimizer state. Returns the bytes that changed
-        rank. Raises RankError (copus.agreement) where it could not, and goes on in the old configuration."""
+    def move(self, configuration: Configuration) -> Moved:
+        """Go on in another configuration with the same weights and optimizer state. Raises RankError (copus.agreement)
+        where it could not, and goes on in the old configuration."""
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state, in a format that every layout can read. Raises RankError where a

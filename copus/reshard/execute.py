@@ -1,136 +1,265 @@
-"""Carries a plan out: copies inside a rank, and messages between ranks through bounded staging buffers."""
+"""Carries a plan out on one rank: copies inside it, and messages to and from others through bounded staging buffers."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from copus.reshard.boxes import Box
-from copus.reshard.plan import Piece, Plan, Transfer, make_plan
+from copus.reshard.pieces import Pieces
+from copus.reshard.plan import Plan
 
-STAGING_BYTES = 256 * 2**20
+Place = tuple[str, tuple[int, int]]
+"""Where a piece of this rank begins: global tensor, and position padded to two axes."""
+Fields = list[torch.Tensor]
+"""The tensors of a piece, all of its shape: one, or those that a name stands for together."""
 
-Held = tuple[Piece, torch.Tensor]
-"""A piece, and the tensor (of the piece's shape, any strides) that holds it."""
+
+def place_of(name: str, box: Box) -> Place:
+    """The place of a piece."""
+    first, second = (*box.offset, 0)[:2]
+    return name, (first, second)
+
+
+class Transfer(NamedTuple):
+    """Part of one piece that becomes part of another."""
+
+    name: int
+    source: Place
+    target: Place
+    in_source: tuple[slice, slice]
+    in_target: tuple[slice, slice]
+    bytes: int
 
 
 @torch.no_grad()
-def reshard(held: Sequence[Held], needed: Sequence[Held], staging_bytes: int = STAGING_BYTES) -> int:
-    """Fill the tensors in `needed` from what all ranks hold in `held`. Collective over the default group. Bytes moved,
-    of all ranks.
+def reshard(
+    plan: Plan,
+    held: dict[Place, Fields],
+    needed: Mapping[Place, Callable[[], Fields]],
+    staging_bytes: int,
+    device: torch.device,
+) -> None:
+    """Fill what `needed` gives from what all ranks hold in `held`. Collective over the default group.
 
-    Bit-exact: elements are copied and never computed with. Raises ValueError on every rank where something is held by
-    nobody.
+    Bit-exact: bytes are copied and nothing is computed. `held` is emptied on the way, each piece as soon as nobody
+    wants more of it, and what `needed` makes is asked for when its first bytes are there: with that, the most memory in
+    use stays below old + new + `staging_bytes`. Raises ValueError on every rank, before anything is touched, where the
+    plan does not describe what is there.
     """
-    everywhere: list[tuple[list[Piece], list[Piece]]] = [([], [])] * dist.get_world_size()
-    dist.all_gather_object(everywhere, ([piece for piece, _ in held], [piece for piece, _ in needed]))
-    plan = make_plan([rank[0] for rank in everywhere], [rank[1] for rank in everywhere])
     rank = dist.get_rank()
-    for copy in plan.copies:
-        if copy.receiver == rank:
-            _part(needed[copy.target], copy.box).copy_(_part(held[copy.source], copy.box))
-    for messages in _rounds(plan, rank, staging_bytes):
-        _exchange(messages, held, needed, rank)
-    return plan.bytes_moved
+    work = _Work(plan, rank, staging_bytes)
+    _agree(_misfit(plan, held, needed, rank), device)
+    uses = work.uses()
+    for place in [place for place in held if not uses[place]]:
+        del held[place]
+
+    def take(transfer: Transfer) -> Iterator[torch.Tensor]:
+        for field in held[transfer.source]:
+            yield _part(field, transfer.in_source)
+        uses[transfer.source] -= 1
+        if not uses[transfer.source]:
+            del held[transfer.source]
+
+    def give(transfer: Transfer) -> Iterator[torch.Tensor]:
+        for field in needed[transfer.target]():
+            yield _part(field, transfer.in_target)
+
+    staging = _Staging(work.rounds, rank, device)
+    copies = iter([*work.copies, None])
+    copy = next(copies)
+    for messages in [*work.rounds, None]:
+        last = np.inf if messages is None else max(message.transfers[-1].name for message in messages)
+        while copy is not None and copy.name <= last:
+            for target, source in zip(give(copy), take(copy), strict=True):
+                target.copy_(source)
+            copy = next(copies)
+        if messages is not None:
+            staging.exchange(messages, take, give)
 
 
-def _part(holder: Held, box: Box) -> torch.Tensor:
-    piece, tensor = holder
-    return tensor[box.slices_in(piece.box)]
+class Message(NamedTuple):
+    """What one rank sends to another at once."""
+
+    sender: int
+    receiver: int
+    transfers: list[Transfer]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return sum(transfer.bytes for transfer in self.transfers)
 
 
-def _rounds(plan: Plan, rank: int, staging_bytes: int) -> list[list[list[Transfer]]]:
-    """Messages by round: in each, at most one message to and one from every peer, all of them within the staging bytes.
+class _Work:
+    """What one rank does of a plan.
 
-    Both ends cut their common list of transfers the same way, since the size of a message depends on the plan alone. A
-    single transfer larger than a message goes alone.
+    In each round there is at most one message to and one from every peer, and all of them fit into the staging bytes.
+    Both ends cut their common list of transfers the same way, since sizes depend on the plan alone.
     """
-    channels: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
-    for transfer in plan.transfers:
-        channels[transfer.sender, transfer.receiver].append(transfer)
-    limit = staging_bytes // max(1, 2 * _busiest(channels))
-    queues: list[list[list[Transfer]]] = []
-    for (sender, receiver), transfers in channels.items():
-        if rank in (sender, receiver):
-            queues.append(_messages(transfers, limit))
-    return [[message for message in messages if message] for messages in zip_longest(*queues, fillvalue=[])]
 
+    def __init__(self, plan: Plan, rank: int, staging_bytes: int) -> None:
+        limit = max(1, staging_bytes // max(1, 2 * plan.most_peers()))
+        self.copies: list[Transfer] = []
+        channels: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
+        for row in np.flatnonzero((plan.sender == rank) | (plan.receiver == rank)):
+            sender, receiver = int(plan.sender[row]), int(plan.receiver[row])
+            source, target = plan.source[row], plan.target[row]
+            origins = plan.held.start[source], plan.needed.start[target]
+            name = plan.names[plan.name[row]]
+            places = [(name, (int(origin[0]), int(origin[1]))) for origin in origins]
+            box = np.stack([plan.start[row], plan.stop[row]])
+            size = int(plan.bytes[row])
+            for part in _split(box, size, limit if sender != receiver else size):
+                transfer = Transfer(
+                    int(plan.name[row]),
+                    places[0],
+                    places[1],
+                    _slices(part - origins[0]),
+                    _slices(part - origins[1]),
+                    size * _elements(part) // _elements(box),
+                )
+                if sender == receiver:
+                    self.copies.append(transfer)
+                else:
+                    channels[sender, receiver].append(transfer)
+        queues = [
+            [Message(*channel, transfers) for transfers in _messages(all_transfers, limit)]
+            for channel, all_transfers in sorted(channels.items())
+        ]
+        self.rounds = [[message for message in messages if message is not None] for messages in zip_longest(*queues)]
+        self._rank = rank
 
-def _busiest(channels: dict[tuple[int, int], list[Transfer]]) -> int:
-    """Most peers that any rank sends to or receives from."""
-    peers: dict[tuple[str, int], int] = defaultdict(int)
-    for sender, receiver in channels:
-        peers["send", sender] += 1
-        peers["receive", receiver] += 1
-    return max(peers.values(), default=1)
+    def uses(self) -> Counter[Place]:
+        """How often each held piece is read."""
+        sent = (message for messages in self.rounds for message in messages if message.sender == self._rank)
+        read = [transfer.source for message in sent for transfer in message.transfers]
+        return Counter(read + [copy.source for copy in self.copies])
 
 
 def _messages(transfers: list[Transfer], limit: int) -> list[list[Transfer]]:
     messages: list[list[Transfer]] = [[]]
     size = 0
     for transfer in transfers:
-        for part in _split(transfer, limit):
-            if messages[-1] and size + part.bytes > limit:
-                messages.append([])
-                size = 0
-            messages[-1].append(part)
-            size += part.bytes
+        if messages[-1] and size + transfer.bytes > limit:
+            messages.append([])
+            size = 0
+        messages[-1].append(transfer)
+        size += transfer.bytes
     return messages
 
 
-def _split(transfer: Transfer, limit: int) -> list[Transfer]:
-    """Cut a transfer along its longest axis until every part fits."""
-    if transfer.bytes <= limit or transfer.box.elements == 1:
-        return [transfer]
-    axis = max(range(len(transfer.box.shape)), key=lambda each: transfer.box.shape[each])
-    half = transfer.box.shape[axis] // 2
-    offset, shape = transfer.box.offset, transfer.box.shape
-    first = Box(offset, (*shape[:axis], half, *shape[axis + 1 :]))
-    second = Box(
-        (*offset[:axis], offset[axis] + half, *offset[axis + 1 :]),
-        (*shape[:axis], shape[axis] - half, *shape[axis + 1 :]),
-    )
-    element_bytes = transfer.bytes // transfer.box.elements
-    parts = []
-    for box in (first, second):
-        part = Transfer(
-            transfer.key,
-            box,
-            transfer.sender,
-            transfer.source,
-            transfer.receiver,
-            transfer.target,
-            box.elements * element_bytes,
+def _split(box: np.ndarray, size: int, limit: int) -> Iterator[np.ndarray]:
+    """Cut a box of `size` bytes ([start, stop], of shape (2, 2)) in halves along its longer axis until every part fits,
+    or is one element."""
+    shape = box[1] - box[0]
+    if size <= limit or _elements(box) == 1:
+        yield box
+        return
+    axis = int(np.argmax(shape))
+    first, second = box.copy(), box.copy()
+    first[1, axis] = second[0, axis] = box[0, axis] + shape[axis] // 2
+    for half in (first, second):
+        yield from _split(half, size * _elements(half) // _elements(box), limit)
+
+
+def _elements(box: np.ndarray) -> int:
+    return int((box[1] - box[0]).prod())
+
+
+def _slices(box: np.ndarray) -> tuple[slice, slice]:
+    (low, left), (high, right) = box.tolist()
+    return slice(low, high), slice(left, right)
+
+
+def _part(tensor: torch.Tensor, slices: tuple[slice, slice]) -> torch.Tensor:
+    return tensor[slices[: tensor.dim()]]
+
+
+class _Staging:
+    """Two buffers, one for what leaves and one for what comes, as large as the largest round needs."""
+
+    def __init__(self, rounds: list[list[Message]], rank: int, device: torch.device) -> None:
+        self._rank = rank
+        sizes = [[0, 0], *([self._size(messages, way) for way in (0, 1)] for messages in rounds)]
+        self._leaving, self._coming = (
+            torch.empty(max(size[way] for size in sizes), dtype=torch.uint8, device=device) for way in (0, 1)
         )
-        parts += _split(part, limit)
-    return parts
 
+    def _size(self, messages: list[Message], way: int) -> int:
+        return sum(message.bytes for message in messages if message[way] == self._rank)
 
-def _exchange(messages: list[list[Transfer]], held: Sequence[Held], needed: Sequence[Held], rank: int) -> None:
-    """One round: pack, send and receive, unpack. Bytes, so that any mix of types shares a message."""
-    operations, incoming, outgoing = [], [], []
-    for message in messages:
-        first = message[0]
-        if first.sender == rank:
-            packed = torch.cat([_as_bytes(_part(held[each.source], each.box)) for each in message])
-            outgoing.append(packed)  # alive until sent
-            operations.append(dist.P2POp(dist.isend, packed, first.receiver))
-        else:
-            device = needed[first.target][1].device
-            buffer = torch.empty(sum(each.bytes for each in message), dtype=torch.uint8, device=device)
-            incoming.append((message, buffer))
-            operations.append(dist.P2POp(dist.irecv, buffer, first.sender))
-    for request in dist.batch_isend_irecv(operations) if operations else []:
-        request.wait()
-    for message, buffer in incoming:
-        start = 0
-        for each in message:
-            target = _part(needed[each.target], each.box)
-            target.copy_(buffer[start : start + each.bytes].clone().view(target.dtype).view(target.shape))
-            start += each.bytes
+    def exchange(
+        self,
+        messages: list[Message],
+        take: Callable[[Transfer], Iterator[torch.Tensor]],
+        give: Callable[[Transfer], Iterator[torch.Tensor]],
+    ) -> None:
+        """One round: pack, send and receive, unpack. Bytes, so that any mix of types shares a message."""
+        operations, coming = [], []
+        sent = received = 0
+        for message in messages:
+            if message.sender == self._rank:
+                packed = self._leaving[sent : sent + message.bytes]
+                sent += message.bytes
+                for transfer in message.transfers:
+                    for field in take(transfer):
+                        source = _as_bytes(field)
+                        packed[: source.numel()].view(source.shape).copy_(source)
+                        packed = packed[source.numel() :]
+                operations.append(dist.P2POp(dist.isend, self._leaving[sent - message.bytes : sent], message.receiver))
+            else:
+                buffer = self._coming[received : received + message.bytes]
+                received += message.bytes
+                coming.append((message, buffer))
+                operations.append(dist.P2POp(dist.irecv, buffer, message.sender))
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()
+        for message, buffer in coming:
+            for transfer in message.transfers:
+                for field in give(transfer):
+                    target = _as_bytes(field)
+                    target.copy_(buffer[: target.numel()].view(target.shape))
+                    buffer = buffer[target.numel() :]
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    """A view of a (part of a) tensor whose rows are contiguous."""
+    return tensor.view(torch.uint8)
+
+
+def _misfit(
+    plan: Plan, held: Mapping[Place, Fields], needed: Mapping[Place, Callable[[], Fields]], rank: int
+) -> str | None:
+    """What the plan says of this rank and is not so."""
+    told, wanted = _shapes(plan.held, rank), _shapes(plan.needed, rank)
+    for what, planned, there in (("held", told, held.keys()), ("needed", wanted, needed.keys())):
+        if planned.keys() != there:
+            return f"{what} on rank {rank}, but not as planned: {sorted(planned.keys() ^ there)[0]}"
+    for place, fields in held.items():
+        for field in fields:
+            if (*field.shape, 1)[:2] != told[place]:
+                return f"held on rank {rank}, but not as planned: {place} has shape {list(field.shape)}"
+    return None
+
+
+def _shapes(table: Pieces, rank: int) -> dict[Place, tuple[int, int]]:
+    own = table.of_rank(rank)
+    return {
+        (table.names[name], (row, column)): (bottom - row, right - column)
+        for name, (row, column), (bottom, right) in zip(
+            own.name.tolist(), own.start.tolist(), own.stop.tolist(), strict=True
+        )
+    }
+
+
+def _agree(problem: str | None, device: torch.device) -> None:
+    """Raise on every rank where any has a problem."""
+    vote = torch.tensor([int(problem is not None)], device=device)
+    dist.all_reduce(vote)
+    if vote.item():
+        raise ValueError(problem or f"{int(vote.item())} other ranks do not hold what was planned")

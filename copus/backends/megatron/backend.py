@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from copus.agreement import RankError, together
-from copus.backends.base import Batches, StepResult, StepRules
+from copus.backends.base import Batches, Moved, StepResult, StepRules
 from copus.backends.megatron import checkpoint, cpu, groups, step, upstream
 from copus.backends.megatron.limits import check_layout
-from copus.hardware import hardware_name, software_name
+from copus.backends.megatron.move_plan import plan_move
+from copus.hardware import PhaseClock, hardware_name, peak_memory_bytes, reset_peak_memory, software_name
 from copus.job import JobConfig
-from copus.reshard.execute import Held, reshard
+from copus.reshard.execute import Fields, Place, reshard
+from copus.reshard.plan import Plan
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint
@@ -22,7 +25,7 @@ cpu.before_import()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
-from copus.backends.megatron.live_state import live_state  # noqa: E402
+from copus.backends.megatron.live_state import LiveState, live_state  # noqa: E402
 from copus.backends.megatron.model import build_model, transformer_config  # noqa: E402
 from copus.backends.megatron.part_norms import PartNorms  # noqa: E402
 from copus.backends.megatron.samples import SampleReader  # noqa: E402
@@ -38,6 +41,7 @@ class MegatronBackend:
 
     def __init__(self, job: JobConfig, device: torch.device) -> None:
         """`torch.distributed` must be initialised on all the ranks of the job's cluster."""
+        gc.freeze()  # modules stay for good: without them the collection of an old layout is 20 times faster
         self.device = device
         self._job = job
         self._configuration: Configuration | None = None
@@ -145,19 +149,22 @@ class MegatronBackend:
             for inner in upstream.inner_optimizers(self._optimizer):
                 inner.state.clear()
                 for group in inner.param_groups:
+                    for param in group["params"]:
+                        param.data = param.data.new_empty(0)
                     group["params"] = []
         for chunk in self._chunks:
             for param in chunk.parameters():
                 for name in ("main_grad", "main_param", "grad"):
                     if getattr(param, name, None) is not None:
                         setattr(param, name, None)
+                param.data = param.data.new_empty(0)
             chunk.grad_accs = []
             chunk.bucket_groups, chunk.buffers = [], []
         self._chunks, self._optimizer, self._part_norms, self._configuration = [], None, None, None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        groups.destroy_groups()
+        groups.leave_groups()
 
     def train_step(
         self, batches: Batches, first_sample: int, rules: StepRules, noise_source: str | None, stop: bool
@@ -206,9 +213,12 @@ class MegatronBackend:
         """Mean loss over the first `sequences` held-out sequences, nats a token."""
         return step.evaluate(self._chunks, self.configuration, batches, sequences, self.device)
 
-    def move(self, configuration: Configuration) -> int:
-        """Go on in another configuration, with the same weights and optimizer state. Returns the bytes that changed
-        rank.
+    def live_state(self) -> LiveState:
+        """The tensors of this rank, by their place in the whole model."""
+        return live_state(self._chunks, self._optimizer, self._job.model, self.configuration.layout)
+
+    def move(self, configuration: Configuration) -> Moved:
+        """Go on in another configuration, with the same weights and optimizer state.
 
         A new batch or micro-batch costs nothing. For a new layout the state goes straight from the ranks that have it
         to the ranks that need it, in these very processes. All ranks move, or none: where the new layout cannot be
@@ -217,30 +227,45 @@ class MegatronBackend:
         """
         if configuration.layout == self.configuration.layout:
             self._configuration = configuration
-            return 0
+            return Moved()
         self._check(configuration.layout)
         before, steps = self.configuration, self._optimizer_steps
-        upstream.prime_adam(self._optimizer)  # a job that moves before its first step has no moments yet
-        held = live_state(self._chunks, self._optimizer)
-        self._tear_down()
+        reset_peak_memory()
+        clock = PhaseClock()
+        plan = self._plan(before.layout, configuration.layout)
+        clock.end("plan")
+        held = self._take_state()
+        clock.end("tear_down")
         try:
-            needed = together(lambda: self._make_empty(configuration))
+            together(lambda: self._make_empty(configuration))
         except RankError:
             self._tear_down()
-            reshard(held, self._make_empty(before))
-            self._restore_steps(steps)
+            self._make_empty(before)
+            self._fill(self._plan(before.layout, before.layout), held, steps)
             raise
-        moved = reshard(held, needed)  # from here on there is no way back: what fails now ends in a restart
-        self._restore_steps(steps)
-        return moved
+        clock.end("build")
+        self._fill(plan, held, steps)  # from here on there is no way back: what fails now ends in a restart
+        clock.end("transfer")
+        return Moved(plan.bytes_moved, most_of(peak_memory_bytes(), self.device), clock.seconds)
 
-    def _make_empty(self, configuration: Configuration) -> list[Held]:
-        """Build a configuration without weights; what has to be filled in."""
+    def _plan(self, before: Layout, after: Layout) -> Plan:
+        nodes = self._job.cluster.accelerators_per_node
+        return plan_move(self._job.model, before, after, self._job.training.precision, nodes)
+
+    def _make_empty(self, configuration: Configuration) -> None:
+        """Build a configuration with room for weights and optimizer state, and nothing in it yet."""
         self._make(configuration, initial_weights=False)
-        upstream.prime_adam(self._optimizer)
-        return live_state(self._chunks, self._optimizer)
 
-    def _restore_steps(self, steps: int) -> None:
+    def _take_state(self) -> dict[Place, Fields]:
+        """Tear down, but for the tensors of the state."""
+        upstream.prime_adam(self._optimizer)  # a job that moves before its first step has no moments yet
+        held = {place: fields() for place, fields in self.live_state().items()}
+        self._tear_down()
+        return held
+
+    def _fill(self, plan: Plan, held: dict[Place, Fields], steps: int) -> None:
+        """Fill what was built with the state that ranks hold, and let go of that."""
+        reshard(plan, held, self.live_state(), self._job.training.staging_bytes, self.device)
         upstream.set_adam_step(self._optimizer, steps)
         self._optimizer_steps = steps
 
@@ -260,3 +285,10 @@ def halved(configuration: Configuration) -> Configuration:
     if configuration.micro_batch % 2:
         return configuration
     return configuration.model_copy(update={"micro_batch": configuration.micro_batch // 2})
+
+
+def most_of(amount: int | None, device: torch.device) -> int | None:
+    """The largest amount of any rank; None where no rank knows. Collective."""
+    most = torch.tensor([-1 if amount is None else amount], device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return None if most.item() < 0 else int(most.item())

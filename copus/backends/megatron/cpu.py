@@ -66,6 +66,11 @@ def adapt() -> None:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
+    # layers.py:150 makes every weight whole on every rank; ours are filled by `model.initialize`, or by a move
+    from megatron.core.tensor_parallel import layers
+
+    layers._initialize_affine_weight_cpu = _mark_affine_weight
+
     # optimizer.py:671-690 and distrib_optimizer.py:361-420 compare `param.type()` with 'torch.cuda.FloatTensor' and the
     # like
     from megatron.core.optimizer import distrib_optimizer, optimizer
@@ -144,3 +149,11 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return call
+
+
+def _mark_affine_weight(weight: torch.Tensor, *args: Any, stride: int = 1, **kwargs: Any) -> None:
+    """What is left of `_initialize_affine_weight_cpu(weight, output_size, input_size, per_partition_size,
+    partition_dim, …)`."""
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+    set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=args[3], stride=stride)

@@ -1,6 +1,11 @@
-"""Megatron's process groups: made for a layout, and destroyed for the next one."""
+"""Megatron's process groups: made for a layout, and kept for when the job comes back to it.
+
+Making them is much of the cost of a small move. A group is the same whenever it has the same ranks and the same
+purpose, so layouts share what they have in common; megatron's own globals are filled by megatron itself every time.
+"""
 
 import contextlib
+from typing import Any
 
 import torch.distributed as dist
 
@@ -10,27 +15,74 @@ from profiles.layout import Layout
 cpu.before_import()
 from megatron.core import parallel_state  # noqa: E402
 
+_KEPT_LAYOUTS = 8
+"""Groups cost threads, sockets and, on GPUs, memory."""
+
+_Key = tuple[tuple[int, ...], str | None, str | None]
+_groups: dict[_Key, Any] = {}
+"""Every group that was made and not destroyed, by ranks, backend and purpose; the same keys on every rank."""
+_layouts: dict[tuple[int, ...], list[_Key]] = {}
+"""Which groups a layout uses; the layout that was used last is the last."""
+
 
 def make_groups(layout: Layout, timeout_seconds: float) -> None:
-    """Make the tensor, pipeline and data parallel groups of a layout over all ranks."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
-        context_parallel_size=layout.cp,
-        distributed_timeout_minutes=timeout_seconds / 60,  # goes into a timedelta: fractions are fine
-        create_gloo_process_groups=False,
-    )
+    """Make the tensor, pipeline and data parallel groups of a layout over all ranks, or take those that are there.
+    Collective."""
+    degrees = (layout.tp, layout.pp, layout.cp, layout.dp)
+    _layouts.pop(degrees, None)
+    while len(_layouts) >= _KEPT_LAYOUTS:
+        _destroy(next(iter(_layouts)))
+    used: list[_Key] = []
+    original = parallel_state.create_group
+
+    def create_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **options: Any) -> Any:
+        key = (tuple(ranks), backend, options.get("group_desc"))
+        used.append(key)
+        if key not in _groups:
+            _groups[key] = original(ranks, timeout=timeout, backend=backend, **options)
+        elif dist.get_rank() in ranks:
+            listed = parallel_state._global_process_group_list
+            parallel_state._global_process_group_list = [*(listed or [None]), _groups[key]]
+        return _groups[key]
+
+    parallel_state.create_group = create_group
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+            context_parallel_size=layout.cp,
+            distributed_timeout_minutes=timeout_seconds / 60,  # goes into a timedelta: fractions are fine
+            create_gloo_process_groups=False,
+        )
+    finally:
+        parallel_state.create_group = original
+        _layouts[degrees] = used
+
+
+def leave_groups() -> None:
+    """Make megatron forget the groups of the current layout; they stay for later."""
+    parallel_state.destroy_model_parallel()
+    parallel_state._global_process_group_list = None
 
 
 def destroy_groups() -> None:
-    """Destroy every group that `make_groups` made.
+    """Destroy every group that `make_groups` made. Collective."""
+    leave_groups()
+    for degrees in list(_layouts):
+        _destroy(degrees)
 
-    `parallel_state.destroy_model_parallel` only forgets them, and not all of them: their threads and sockets would pile
-    up with every move. The list is the same on every rank, and so is the order.
+
+def _destroy(degrees: tuple[int, ...]) -> None:
+    """Destroy the groups that this layout alone uses, in the order in which they were made: the same on every rank.
+
+    Megatron's own `destroy_model_parallel` only forgets them: threads and sockets would pile up.
     """
-    for group in list(parallel_state._global_process_group_list or [])[1:]:
-        with contextlib.suppress(ValueError):  # a group that this rank is no member of
-            dist.destroy_process_group(group)
-    parallel_state.destroy_model_parallel()
-    parallel_state._global_process_group_list = None
+    unused = _layouts.pop(degrees)
+    still = {key for keys in _layouts.values() for key in keys}
+    for key in dict.fromkeys(unused):
+        if key not in still and key in _groups:
+            group = _groups.pop(key)
+            if group is not dist.GroupMember.NON_GROUP_MEMBER:
+                with contextlib.suppress(ValueError):  # gone with the default group
+                    dist.destroy_process_group(group)

@@ -1,131 +1,121 @@
-"""The state of a running job as pieces of global tensors: weights, fp32 masters, and both Adam moments.
+"""The tensors of a running job by their place in the whole model: weights, fp32 masters, and both Adam moments.
 
-The geometry is megatron's own (`sharded_state_dict`); the tensors are the live ones, so nothing is copied to be
+Where each lies is the arithmetic of `geometry`; what is here finds the live tensors, so nothing is copied to be
 described. Works with and without the distributed optimizer, whose shards are ranges of flattened parameters.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from copus.backends.megatron import cpu
-from copus.backends.megatron.sharded import metadata, unwrap
-from copus.reshard.boxes import Box, boxes_of_range
-from copus.reshard.execute import Held
-from copus.reshard.plan import Piece
+from copus.backends.megatron.geometry import OPTIMIZER, LocalParameter, chunk_parameters
+from copus.backends.megatron.sharded import unwrap
+from copus.backends.megatron.upstream import adam_state
+from copus.reshard.boxes import Box
+from copus.reshard.execute import Fields, Place, place_of
+from profiles.layout import Layout
+from profiles.model_shape import ModelShape
 
 cpu.before_import()
-from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params  # noqa: E402
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
-Region = tuple[str, Box, tuple[int, ...]]
-"""Part of a parameter: name of the global tensor, box in the parameter, and what to add to get to the global tensor's
-offset.
+_Piece = tuple[Place, Callable[[], Fields]]
+LiveState = dict[Place, Callable[[], Fields]]
+"""For each piece of this rank what gives its tensors. Moments that are not there yet are made when they are asked
+for."""
 
-The global tensor may have leading axes that the parameter lacks (the layer), of which the parameter is one slice."""
 
-
-def live_state(chunks: list[Any], optimizer: Any) -> list[Held]:
-    """Everything that this rank holds. The optimizer must have its state (see `upstream.prime_adam`)."""
-    regions = {param: found for chunk in chunks for param, found in _regions(chunk)}
-    held = [each for param, found in regions.items() for each in _whole("weight", param.data, found)]
+def live_state(chunks: list[Any], optimizer: Any, model: ModelShape, layout: Layout) -> LiveState:
+    """Everything that this rank holds, or is to hold. Raises ValueError where the parameters are not those that
+    `geometry` expects."""
+    local = dict(pair for stage, chunk in enumerate(chunks) for pair in _match(chunk, stage, model, layout))
+    found: LiveState = {}
+    for param, described in local.items():
+        found.update(_whole("", described, functools.partial(_data, param)))
     for wrapper in optimizer.chained_optimizers:
-        if isinstance(wrapper, DistributedOptimizer):
-            held += _sharded_optimizer_state(wrapper, regions)
-        else:
-            held += _whole_optimizer_state(wrapper, regions)
-    return held
-
-
-def _regions(chunk: Any) -> Iterator[tuple[torch.nn.Parameter, list[Region]]]:
-    """Where each parameter of a model chunk lies in the whole model."""
-    model = unwrap(chunk)
-    by_storage = {param.data_ptr(): param for param in model.parameters()}
-    for item in nested_values(model.sharded_state_dict(metadata=metadata())):
-        if not isinstance(item, ShardedTensor | ShardedTensorFactory) or item.data is None:
+        if wrapper.optimizer is None:  # nothing to optimise on this rank
             continue
-        param = by_storage[item.data.data_ptr()]
-        if isinstance(item, ShardedTensor):
-            parts = [item]
-        else:  # gate and up of a SwiGLU: one parameter, two places
-            parts = list(nested_values(item.build_fn(item.key, item.data, item.replica_id, None)))
-        yield param, [_region(param, part) for part in parts]
+        if isinstance(wrapper, DistributedOptimizer):
+            found.update(_sharded_optimizer_state(wrapper, local))
+        else:
+            found.update(_whole_optimizer_state(wrapper, local))
+    return found
 
 
-def _region(param: torch.nn.Parameter, part: ShardedTensor) -> Region:
-    """`part.data` is a view of the parameter; where it begins tells where it lies in it."""
-    position = (part.data.data_ptr() - param.data_ptr()) // param.element_size()
-    start = []
-    for stride in param.stride():
-        start.append(position // stride)
-        position %= stride
-    box = Box(tuple(start), tuple(part.local_shape))
-    lead = part.prepend_axis_num
-    shift = tuple(offset - begin for offset, begin in zip(part.global_offset[lead:], start, strict=True))
-    return part.key, box, (*part.global_offset[:lead], *shift)
+def _match(
+    chunk: Any, stage: int, model: ModelShape, layout: Layout
+) -> Iterator[tuple[torch.nn.Parameter, LocalParameter]]:
+    expected = chunk_parameters(
+        model,
+        layout,
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        stage,
+    )
+    live = list(unwrap(chunk).named_parameters())
+    if [(name, tuple(param.shape)) for name, param in live] != [(each.name, each.shape) for each in expected]:
+        raise ValueError(f"the parameters of model chunk {stage} are not those of a {layout.label} of this model")
+    for (_, param), described in zip(live, expected, strict=True):
+        yield param, described
 
 
-def _piece(kind: str, region: Region, box: Box, tensor: torch.Tensor) -> Held:
-    """`box` of a parameter, in global coordinates, with the tensor that holds it brought to the global number of
-    axes."""
-    key, _, shift = region
-    lead = len(shift) - len(box.shape)
-    whole = Box((*[0] * lead, *box.offset), (*[1] * lead, *box.shape)).shifted(shift)
-    return Piece(f"{kind}/{key}", whole, tensor.element_size()), tensor.view(whole.shape) if lead else tensor
+def _data(param: torch.nn.Parameter) -> Fields:
+    return [param.data]
 
 
-def _whole(kind: str, tensor: torch.Tensor, regions: list[Region]) -> Iterator[Held]:
-    """Pieces of a tensor that has the parameter's shape."""
-    everything = Box((0,) * tensor.dim(), tuple(tensor.shape))
-    for region in regions:
-        yield _piece(kind, region, region[1], tensor[region[1].slices_in(everything)])
+def _state(inner: torch.optim.Optimizer, main: torch.nn.Parameter, with_master: bool) -> Fields:
+    state = adam_state(inner, main)
+    return [main.data] * with_master + [state[name] for name in _MOMENTS]
 
 
-def _range(
-    kind: str, tensor: torch.Tensor, shape: tuple[int, ...], start: int, regions: list[Region]
-) -> Iterator[Held]:
-    """Pieces of a flat tensor that holds the elements from `start` on of a flattened parameter of `shape`."""
-    position = 0
-    for box in boxes_of_range(shape, start, start + tensor.numel()):
-        block = tensor[position : position + box.elements].view(box.shape)
-        position += box.elements
-        for region in regions:
-            common = box.intersect(region[1])
-            if common is not None:
-                yield _piece(kind, region, common, block[common.slices_in(box)])
+def _whole(suffix: str, param: LocalParameter, fields: Callable[[], Fields]) -> Iterator[_Piece]:
+    """Pieces of tensors that have the parameter's shape."""
+    everything = Box((0,) * len(param.shape), param.shape)
+    for region in param.regions:
+        slices = region.box.slices_in(everything)
+        yield (
+            place_of(region.name + suffix, region.place(region.box)),
+            lambda slices=slices: [field[slices] for field in fields()],  # type: ignore[misc]
+        )
 
 
-def _whole_optimizer_state(wrapper: Any, regions: dict[torch.nn.Parameter, list[Region]]) -> Iterator[Held]:
+def _whole_optimizer_state(wrapper: Any, local: dict[torch.nn.Parameter, LocalParameter]) -> Iterator[_Piece]:
     """State of an optimizer that holds each parameter of the rank whole."""
     masters: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     if isinstance(wrapper, Float16OptimizerWithFloat16Params):
         for halves, fulls in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True):
             masters.update(zip(halves, fulls, strict=True))
     owned = {param for group in wrapper.optimizer.param_groups for param in group["params"]}
-    for param, found in regions.items():
+    for param, described in local.items():
         main = masters.get(param, param)
-        if main not in owned:
-            continue
-        if main is not param:
-            yield from _whole("master", main.data, found)
-        for name in _MOMENTS:
-            yield from _whole(name, wrapper.optimizer.state[main][name], found)
+        if main in owned:
+            fields = functools.partial(_state, wrapper.optimizer, main, main is not param)
+            yield from _whole(OPTIMIZER, described, fields)
 
 
 def _sharded_optimizer_state(
-    wrapper: DistributedOptimizer, regions: dict[torch.nn.Parameter, list[Region]]
-) -> Iterator[Held]:
+    wrapper: DistributedOptimizer, local: dict[torch.nn.Parameter, LocalParameter]
+) -> Iterator[_Piece]:
     """State of the distributed optimizer: of each parameter the range that this data parallel rank owns, if any."""
-    for param in wrapper.model_param_group_index_map:
+    for param, (group, order) in wrapper.model_param_group_index_map.items():
         owned = wrapper._get_model_param_range_map(param)["param"]
-        state = wrapper._get_main_param_and_optimizer_states(param)
-        shape = tuple(param.shape)
-        if param.dtype != torch.float32:  # in fp32 the main parameter is a view of the weight itself
-            yield from _range("master", state["param"].data, shape, owned.start, regions[param])
-        for name in _MOMENTS:
-            yield from _range(name, state[name], shape, owned.start, regions[param])
+        main = wrapper.optimizer.param_groups[group]["params"][order]
+        # in fp32 the main parameter is a view of the weight itself
+        fields = functools.partial(_state, wrapper.optimizer, main, param.dtype != torch.float32)
+        for region, part, position, block in local[param].parts_of_range(owned.start, owned.end):
+            yield (
+                place_of(region.name + OPTIMIZER, region.place(part)),
+                functools.partial(_views, fields, position, block, part.slices_in(block)),
+            )
+
+
+def _views(fields: Callable[[], Fields], position: int, block: Box, slices: tuple[slice, ...]) -> Fields:
+    """A part of a block that lies from `position` on in flat tensors."""
+    return [field[position : position + block.elements].view(block.shape)[slices] for field in fields()]

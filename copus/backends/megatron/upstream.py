@@ -63,11 +63,23 @@ def prime_adam(optimizer: Any) -> None:
     for inner in inner_optimizers(optimizer):
         for group in inner.param_groups:
             for param in group["params"]:
-                state = inner.state[param]
-                if len(state) == 0:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)  # where fused wants it
-                    state["exp_avg"] = torch.zeros_like(param.data)
-                    state["exp_avg_sq"] = torch.zeros_like(param.data)
+                if len(inner.state[param]) == 0:
+                    for name, value in adam_state(inner, param).items():
+                        if name != "step":
+                            value.zero_()
+
+
+def adam_state(inner: torch.optim.Optimizer, param: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A parameter's state in torch's Adam: `step`, `exp_avg` and `exp_avg_sq`.
+
+    Where there is none yet it is made, with moments that are still to be filled.
+    """
+    state = inner.state[param]
+    if len(state) == 0:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)  # where fused AdamW wants it
+        state["exp_avg"] = torch.empty_like(param.data)
+        state["exp_avg_sq"] = torch.empty_like(param.data)
+    return state
 
 
 def set_adam_step(optimizer: Any, step: int) -> None:

@@ -1,0 +1,126 @@
+"""What each rank of `benchmarks.reshard` does: `python -m benchmarks.reshard_ranks FOLDER` under torch's launcher.
+
+FOLDER/task.json says what; rank 0 leaves FOLDER/result.json.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.reshard import make_job
+from copus.backends.base import StepRules
+from copus.backends.megatron.backend import MegatronBackend
+from copus.backends.megatron.live_state import LiveState
+from copus.hardware import hardware_name, software_name
+from copus.reshard.execute import Fields
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+
+_RULES = StepRules(lr=1e-3, betas=(0.9, 0.95))
+_STEPS = 2
+
+
+def main(folder: Path) -> int:
+    """Do the task."""
+    task = json.loads((folder / "task.json").read_text())
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    backend = MegatronBackend(make_job(task["quick"]), torch.device("cpu"))
+    result = _load(backend, task) if task["do"] == "load" else _move(backend, task, folder)
+    if dist.get_rank() == 0:
+        (folder / "result.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def _configuration(layout: Layout) -> Configuration:
+    return Configuration(layout=layout, micro_batch=1, global_batch=8)
+
+
+def _load(backend: MegatronBackend, task: dict[str, Any]) -> dict[str, Any]:
+    """What a restarted job does before its first step."""
+    backend.build(_configuration(Layout(**task["layout"])))
+    backend.load(Path(task["checkpoint"]), optimizer_steps=_STEPS)
+    dist.barrier()
+    return {"ready": time.time()}
+
+
+def _move(backend: MegatronBackend, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train a little, then go through the layouts; every one is compared with the state before all moves."""
+    tour = [Layout(**layout) for layout in task["tour"]]
+    vocab, seq_len = backend._job.model.vocab, backend._job.model.seq_len
+
+    def batches(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.randint(vocab, (count, seq_len + 1), generator=torch.Generator().manual_seed(first))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    backend.build(_configuration(tour[0].model_copy(update={"zero": 0})))  # DP: every rank has everything
+    for step in range(_STEPS):
+        backend.train_step(batches, 8 * step, _RULES, None, False)
+    truth = _whole_tensors(backend.live_state())
+    backend.move(_configuration(tour[0]))
+    moves, saves = [], {}
+    for index, layout in enumerate(tour):
+        if index:
+            dist.barrier()
+            started = time.perf_counter()
+            moved = backend.move(_configuration(layout))
+            dist.barrier()
+            seconds = time.perf_counter() - started
+            moves.append(
+                {
+                    "seconds": seconds,
+                    "bytes_moved": moved.bytes_moved,
+                    "peak_bytes": moved.peak_bytes,
+                    "phases": moved.phases,
+                    "max_abs_diff": _difference(backend, truth),
+                }
+            )
+        if layout.label not in saves:
+            saves[layout.label] = _save(backend, folder / layout.label)
+    device, software = hardware_name(backend._job.cluster), software_name()
+    return {"moves": moves, "saves": saves, "device": device, "software": software}
+
+
+def _whole_tensors(state: LiveState) -> dict[str, Fields]:
+    """Copies of all tensors, where this rank has them whole (gate and up lie one below the other)."""
+    parts: dict[str, list[Fields]] = {}
+    for (name, _), fields in sorted(state.items(), key=lambda item: item[0]):
+        parts.setdefault(name, []).append(fields())
+    return {name: [torch.cat(same) for same in zip(*found, strict=True)] for name, found in parts.items()}
+
+
+def _difference(backend: MegatronBackend, truth: dict[str, Fields]) -> float:
+    """Largest difference of any element on any rank, weights and moments; infinite for one that is not a number."""
+    worst = torch.zeros((), dtype=torch.float64)
+    for (name, (top, left)), fields in backend.live_state().items():
+        for field, whole in zip(fields(), truth[name], strict=True):
+            if field.dim() == 1:
+                expected = whole[top : top + len(field)]
+            else:
+                expected = whole[top : top + field.shape[0], left : left + field.shape[1]]
+            if not torch.equal(field, expected):
+                worst = torch.maximum(worst, (field - expected).abs().max().double().nan_to_num(nan=torch.inf))
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return float(worst)
+
+
+def _save(backend: MegatronBackend, folder: Path) -> float:
+    """Seconds of a checkpoint."""
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    started = time.perf_counter()
+    backend.save(folder)
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
