@@ -12,6 +12,7 @@ from copus.backends.megatron import checkpoint, cpu, groups, step, upstream
 from copus.backends.megatron.limits import check_layout
 from copus.hardware import hardware_name, software_name
 from copus.job import JobConfig
+from copus.noise.sources import split
 from copus.reshard.execute import reshard
 from profiles.configuration import Configuration
 from profiles.layout import Layout
@@ -98,9 +99,11 @@ class MegatronBackend:
         tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
         config = transformer_config(self._job.model, layout, training.precision, training.dropout)
         seed = training.seed if initial_weights else None
-        self._chunks = build_model(self._job.model, layout, config, seed)
+        self._chunks = build_model(self._job.model, layout, config, seed, training.overlap_grad_reduce)
         self._optimizer = self._make_optimizer(layout)
-        self._part_norms = PartNorms(self._chunks, layout, self._job.model.tied_embeddings)
+        preconditioned = self._job.planner.noise_metric == "adam"
+        tied = self._job.model.tied_embeddings
+        self._part_norms = PartNorms(self._chunks, self._optimizer, layout, tied, preconditioned)
         self._optimizer_steps = 0
         self._configuration = configuration
 
@@ -163,12 +166,13 @@ class MegatronBackend:
     ) -> StepResult:
         """One optimizer step on the global batch that begins at `first_sample`.
 
-        Where the configuration has one part only, and noise is asked for, the step is run as two micro-batches of half
-        the size: the same gradient, and parts to measure. A single sequence cannot be halved: then `parts` is None.
+        Where the configuration has one micro-batch only, and micro-batches are to be measured, the step is run as two
+        of half the size: the same gradient, and parts to measure. An odd number of sequences cannot be halved: then
+        `parts` is None.
         """
         assert self._part_norms is not None, "build() comes first"
         configuration = self.configuration
-        if noise_source == "microbatch" and configuration.layout.dp * configuration.num_microbatches == 1:
+        if split(noise_source)[0] == "microbatch" and configuration.layout.dp * configuration.num_microbatches == 1:
             configuration = halved(configuration)
         self._seed_dropout(first_sample)
         result = step.train_step(
@@ -180,7 +184,7 @@ class MegatronBackend:
             first_sample,
             rules,
             self._job.training.clip_grad,
-            noise_source,  # type: ignore[arg-type]
+            noise_source,
             stop,
             self.device,
         )
