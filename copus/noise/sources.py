@@ -1,4 +1,4 @@
-"""The ways to see parts of a step's gradient: what each measures, costs and gets wrong. docs/noise.md says it at length.
+"""The ways to see parts of a step's gradient: what each measures, costs and gets wrong; docs/noise.md has the figures.
 
 A step is measured from one *full* source, from the norm layers, or from both at once: `"microbatch"`,
 `"microbatch+normlayer"`. The backend takes such a name for every step; which one is `copus/noise/sampling.py`'s to say.
@@ -35,7 +35,7 @@ REPLICA = Source(
 )
 NORMLAYER = Source(
     name="normlayer",
-    parts="a sequence, in the coordinates of the norm layers' weights alone: J = global_batch, n = 1 (Gray et al. 2024)",
+    parts="a sequence, in the coordinates of the norm layers' weights alone: J = global_batch, n = 1",
     cost="a sum over tokens of x̂·dy in every norm layer",
     bias="none for those coordinates; as a stand-in for the whole gradient a factor, measured against a full source",
 )

@@ -24,8 +24,8 @@ def estimate_step(mean_grad_sq: float, parts_sq: np.ndarray, part_size: int) -> 
 
         |G|² = (b·|g|² − n·mean_j|g_j|²) / (b − n)        tr Σ = (mean_j|g_j|² − |g|²) / (1/n − 1/b)
 
-    `mean_grad_sq` is |g|², `parts_sq` the J values |g_j|². Any inner product will do, as long as it is the same for both
-    and does not depend on the step's own gradients: part of the coordinates, or coordinates divided by Adam's √v̂.
+    `mean_grad_sq` is |g|², `parts_sq` the J values |g_j|². Any inner product will do, as long as it is the same for
+    both and does not depend on the step's own gradients: some coordinates, or coordinates divided by Adam's √v̂.
     Raises ValueError for fewer than two parts: nothing can be said.
     """
     if len(parts_sq) < 2:
