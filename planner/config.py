@@ -31,7 +31,7 @@ class PlannerConfig(Record):
     noise_halve_every_steps: PositiveInt = 32
     """How often a lone micro-batch is run as two halves, to calibrate the norm layers; 1 measures halves always."""
     noise_metric: Literal["plain", "adam"] = "plain"
-    """What is squared. plain: gradients. adam: gradients divided by Adam's √v̂ + ε, coordinate by coordinate (Pollux)."""
+    """What is squared. plain: gradients. adam: gradients divided by Adam's √v̂ + ε in every coordinate (Pollux)."""
     noise_half_life_tokens: PositiveInt = 100_000
     """Half-life, in tokens, of the averages of |G|² and tr Σ."""
     min_noise_samples: PositiveInt = 20

@@ -26,9 +26,7 @@ def _parts(rng: np.random.Generator, noise_scale: float, parts: int, size: int) 
 
 
 def _result(full: Parts | None, norm_layers: Parts | None, skipped: bool = False) -> StepResult:
-    return StepResult(
-        loss=1.0, grad_sq=1.0, parts=full, norm_layer_parts=norm_layers, skipped=skipped, stop=False
-    )
+    return StepResult(loss=1.0, grad_sq=1.0, parts=full, norm_layer_parts=norm_layers, skipped=skipped, stop=False)
 
 
 def _run(steps: int, calibrate_every: int | None, seed: int = 0) -> NoiseMeter:

@@ -45,9 +45,7 @@ def _step(
     return {kind: (parts.grad_sq, list(parts.squared_norms)) for kind, parts in kinds.items() if parts is not None}
 
 
-def _by_autograd(
-    part_size: int, model: dict[str, Any], norms_only: bool, adam: bool, steps_before: int
-) -> Figures:
+def _by_autograd(part_size: int, model: dict[str, Any], norms_only: bool, adam: bool, steps_before: int) -> Figures:
     """The same by torch alone, on one rank: backward passes of the unwrapped model over one part after another."""
     backend = backend_of(tiny_job(1, {}, model, micro_batch=2))
     for step in range(steps_before):
@@ -66,8 +64,7 @@ def _by_autograd(
         loss = network(tokens, None, None, labels=labels).mean()
         gradients = torch.autograd.grad(loss, params)
         scaled = [
-            gradient.double() * weights.get(id(param), 1.0)
-            for param, gradient in zip(params, gradients, strict=True)
+            gradient.double() * weights.get(id(param), 1.0) for param, gradient in zip(params, gradients, strict=True)
         ]
         parts.append(torch.cat([each.reshape(-1) for each in scaled]))
     together = torch.stack(parts)
