@@ -20,7 +20,8 @@ CONFIDENCE = 0.90
 class NoiseEstimator:
     """Averages over the recent past, measured in tokens, so that a change of batch does not change the memory.
 
-    Steps are gathered into blocks of a sixteenth of the half-life; a block of age a tokens weighs 2^(−a / half-life).
+    Steps are gathered into blocks that span a sixteenth of the half-life, however few of its steps are measured; a block
+    of age a tokens weighs 2^(−a / half-life).
     Numerator and denominator of tr Σ / |G|² are averaged separately (their ratio step by step is heavily biased), each
     with the weights that its variance calls for: a step's |G|² with its tokens, its tr Σ with J − 1. The interval is
     Fieller's for a ratio of two means, with the block jackknife's covariance.
@@ -29,9 +30,9 @@ class NoiseEstimator:
     def __init__(self, half_life_tokens: int) -> None:
         self._half_life = half_life_tokens
         self._block_tokens = half_life_tokens / BLOCKS_PER_HALF_LIFE
-        # Rows of: tokens at the end of the block, tokens observed in it, Σ tokens·|G|², Σ (J − 1), Σ (J − 1)·tr Σ.
+        # Rows of: tokens of the run where the block begins and where it ends, then over its measured steps Σ tokens,
+        # Σ tokens·|G|², Σ (J − 1), Σ (J − 1)·tr Σ.
         self._blocks: list[list[float]] = []
-        self._open = True
         self._samples = 0
         self._skipped = 0
         self._tokens_seen = 0.0
@@ -48,27 +49,24 @@ class NoiseEstimator:
             return
         self._samples += 1
         self._tokens_seen = tokens_seen
-        if not self._open or not self._blocks:
-            self._blocks.append([0.0] * 5)
-            self._open = True
-        block = self._blocks[-1]
-        block[0] = tokens_seen
-        block[1] += tokens
-        block[2] += tokens * step.grad_sq
-        block[3] += step.degrees
-        block[4] += step.degrees * step.noise_trace
-        if block[1] >= self._block_tokens:
-            self._open = False
+        if not self._blocks or tokens_seen - self._blocks[-1][0] > self._block_tokens:
             horizon = tokens_seen - HALF_LIVES_KEPT * self._half_life
-            self._blocks = [each for each in self._blocks if each[0] > horizon]
+            self._blocks = [each for each in self._blocks if each[1] > horizon]
+            self._blocks.append([tokens_seen - tokens, *[0.0] * 5])
+        block = self._blocks[-1]
+        block[1] = tokens_seen
+        block[2] += tokens
+        block[3] += tokens * step.grad_sq
+        block[4] += step.degrees
+        block[5] += step.degrees * step.noise_trace
 
     def estimate(self) -> NoiseScale:
         """The noise scale now, with its 90 % interval; `value` is None while there is too little to tell."""
         if not self._blocks:
             return NoiseScale(grad_sq=0.0, noise_trace=0.0, value=None, low=None, high=None, samples=0)
         blocks = np.array(self._blocks)
-        decay = 0.5 ** ((self._tokens_seen - blocks[:, 0]) / self._half_life)
-        tokens, grad_sq, degrees, trace = (decay[:, None] * blocks[:, 1:]).T
+        decay = 0.5 ** ((self._tokens_seen - blocks[:, 1]) / self._half_life)
+        tokens, grad_sq, degrees, trace = (decay[:, None] * blocks[:, 2:]).T
         mean_grad_sq = float(grad_sq.sum() / tokens.sum())
         mean_trace = float(trace.sum() / degrees.sum())
         value = low = high = None
@@ -83,7 +81,6 @@ class NoiseEstimator:
         """Everything, as plain values for a checkpoint."""
         return {
             "blocks": self._blocks,
-            "open": self._open,
             "samples": self._samples,
             "skipped": self._skipped,
             "tokens_seen": self._tokens_seen,
@@ -93,7 +90,6 @@ class NoiseEstimator:
         """Take up what `state` gave; an empty dict leaves a fresh estimator."""
         if state:
             self._blocks = [list(block) for block in state["blocks"]]
-            self._open = state["open"]
             self._samples = state["samples"]
             self._skipped = state["skipped"]
             self._tokens_seen = state["tokens_seen"]

@@ -28,7 +28,7 @@ class MainParam(NamedTuple):
 
 
 def main_params(optimizer: Any) -> Iterator[MainParam]:
-    """All of this rank, in an order that data parallel ranks share.
+    """All of this rank.
 
     The distributed optimizer updates, of each parameter, the range that this data parallel rank owns, if any.
     """

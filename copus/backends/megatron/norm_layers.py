@@ -58,7 +58,7 @@ class NormLayers:
         self._passes[module] = pass_number + 1
         rms = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (rms.square_().div_(states.shape[-1]).add_(module.eps)).rsqrt_()
-        of_sequences = (states * gradient * scale).sum(dim=0, dtype=torch.float32)
+        of_sequences = (states * scale * gradient).sum(dim=0)
         if self._sequence_parallel:
             self._kept[module.weight, pass_number] = of_sequences
         else:
