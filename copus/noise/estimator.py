@@ -20,11 +20,11 @@ CONFIDENCE = 0.90
 class NoiseEstimator:
     """Averages over the recent past, measured in tokens, so that a change of batch does not change the memory.
 
-    Steps are gathered into blocks that span a sixteenth of the half-life, however few of its steps are measured; a block
-    of age a tokens weighs 2^(−a / half-life).
-    Numerator and denominator of tr Σ / |G|² are averaged separately (their ratio step by step is heavily biased), each
-    with the weights that its variance calls for: a step's |G|² with its tokens, its tr Σ with J − 1. The interval is
-    Fieller's for a ratio of two means, with the block jackknife's covariance.
+    Steps are gathered into blocks that span a sixteenth of the half-life, however few of its steps are measured. A
+    block of age a tokens weighs 2^(−a / half-life). Numerator and denominator of tr Σ / |G|² are averaged separately
+    (their ratio step by step is heavily biased), each with the weights that its variance calls for: a step's |G|² with
+    its tokens, its tr Σ with J − 1. The interval is Fieller's for a ratio of two means, with the block jackknife's
+    covariance.
     """
 
     def __init__(self, half_life_tokens: int) -> None:
