@@ -184,19 +184,21 @@ def step_times(job: JobConfig, configuration: Configuration, rounds: int) -> dic
     """Seconds of steps, measured from each source and from none, in rounds that go through all of them; every round
     begins with another one. `auto` follows its own schedule, one step a round."""
     backend, batches = _start(job, configuration)
-    lone = configuration.layout.dp * configuration.num_microbatches == 1
-    variants = ["off", "microbatch", "normlayer", "auto"] + ["replica"] * (configuration.layout.dp > 1)
+    several = configuration.layout.dp > 1
     if job.planner.noise_metric == "adam":
-        variants = ["off", "microbatch"] + ["replica"] * (configuration.layout.dp > 1)
+        variants = ["off", "microbatch", *["replica"] * several]
+    elif configuration.layout.dp * configuration.num_microbatches == 1:
+        variants = ["off", "microbatch", "normlayer"]
+    else:
+        variants = ["off", "microbatch", "normlayer", "auto", *["replica"] * several]
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    cycle = job.planner.noise_halve_every_steps if lone else job.planner.noise_every_steps
     sample = 0
     for index in range(-2, rounds):  # two rounds to warm up
         for place in range(len(variants)):
             variant = variants[(place + index) % len(variants)]
             source: str | None = {"off": None}.get(variant, variant)
             if variant == "auto":
-                source = source_of_step(job.planner, configuration, index % cycle)
+                source = source_of_step(job.planner, configuration, index % job.planner.noise_every_steps)
             dist.barrier()
             started = time.perf_counter()
             backend.train_step(batches, sample, _frozen(job), source, False)
