@@ -80,7 +80,7 @@ class NormLayers:
         Collective over tensor parallel ranks under sequence parallel.
         """
         if self._kept:
-            keys = sorted(self._kept, key=lambda key: (self.params.index(key[0]), key[1]))
+            keys = [(weight, pass_number) for weight in self.params for pass_number in range(num_microbatches)]
             together = torch.stack([self._kept[key] for key in keys])
             dist.all_reduce(together, group=parallel_state.get_tensor_model_parallel_group())
             if self._counts:
