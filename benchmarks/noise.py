@@ -49,7 +49,7 @@ def brute_force(data: Path | None, quick: bool) -> dict[str, Any]:
     from tests.ranks import run_ranks
 
     job = _job(data, 2)
-    sizes = (60, 512, 60) if quick else (300, 3072, 200)
+    sizes = (40, 512, 60) if quick else (150, 2048, 200)
     seen: dict[str, Any] = run_ranks(2, on_ranks, job, *sizes, timeout_seconds=3000)[0]
     return {"online_steps": sizes[2], "low": seen["auto"]["low"], "high": seen["auto"]["high"], **seen}
 
@@ -169,7 +169,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"brute force, {seen['sequences']} sequences after {seen['training_steps']} steps of training: "
             f"B = {seen['truth']:.1f}; norm layers alone {seen['norm_layers_truth']:.1f}"
         )
-        for name in ("auto", "microbatch", "replica"):
+        for name in ("auto", "microbatch"):
             row = seen[name]
             low, value, high = (f"{row[key]:.1f}" if row[key] is not None else "?" for key in ("low", "value", "high"))
             console.print(f"  {name} after {seen['online_steps']} steps: {value} ({low} to {high})")

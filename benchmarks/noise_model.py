@@ -1,5 +1,6 @@
 """The noise estimate on a real model in training: what every rank runs. See benchmarks/noise.py."""
 
+import sys
 import time
 from typing import Any
 
@@ -63,10 +64,10 @@ def brute_force(job: JobConfig, training_steps: int, sequences: int, online_step
     result["sequences"] = sequences
     result.update(_truth(backend, batches, sample, sequences))
     sample += sequences
+    _progress(f"truth: {result['truth']:.1f} from {sequences} sequences; {result['correlation']}")
     for name, settings in {
         "auto": job.planner,
         "microbatch": job.planner.model_copy(update={"noise_source": "microbatch"}),
-        "replica": job.planner.model_copy(update={"noise_source": "replica"}),
     }.items():
         meter = NoiseMeter(online_steps * tokens // 2)
         for step in range(online_steps):
@@ -75,7 +76,13 @@ def brute_force(job: JobConfig, training_steps: int, sequences: int, online_step
             meter.update(backend.train_step(batches, first, _frozen(job), source, False), (step + 1) * tokens, tokens)
         noise = meter.estimate()
         result[name] = {"value": noise.value, "low": noise.low, "high": noise.high}
+        _progress(f"{name}: {result[name]}")
     return result
+
+
+def _progress(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _truth(backend: MegatronBackend, batches: Batches, first: int, sequences: int) -> dict[str, Any]:
