@@ -110,6 +110,12 @@ class Noise(Event):
     """J, parts that the step was made of; 0 where it gave no information."""
     part_size: int
     """n, sequences in a part."""
+    source: str = ""
+    """What the step was measured from: microbatch, replica, normlayer, or two of them joined by +."""
+    skipped: int = 0
+    """Measured steps of the run so far that were left out because a figure was not finite."""
+    calibration: float | None = None
+    """κ, noise scale of the whole gradient over that of the norm layers; None while unknown."""
 
 
 class DecisionMade(Event):

@@ -91,6 +91,8 @@ class TrainingConfig(Record):
     """Decoupled weight decay."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data parallel ranks while the backward pass goes on."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of attention and of the residual branches."""
     evaluate_every_tokens: PositiveInt = 250_000

@@ -14,8 +14,9 @@ from copus.backends.base import Backend, Batches, StepResult, TrainerState
 from copus.checkpoints import CheckpointError, write_checkpoint
 from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step
 from copus.job import JobConfig
-from copus.noise.estimator import NoiseEstimator
-from copus.noise.step_estimate import estimate_step
+from copus.noise.meter import NoiseMeter
+from copus.noise.sampling import source_of_step
+from copus.noise.sources import split
 from copus.schedule import rules_at
 from planner.planner import Planner
 from profiles.configuration import Configuration
@@ -54,7 +55,7 @@ class Trainer:
         self._report = report
         self._stop_requested = stop_requested
         self.state = state
-        self._noise = NoiseEstimator(job.planner.noise_half_life_tokens)
+        self._noise = NoiseMeter(job.planner.noise_half_life_tokens)
         self._noise.restore(state.noise)
         self._steps_since_change = 0
         self._evaluated_at: int | None = None
@@ -115,7 +116,7 @@ class Trainer:
         job, state, backend = self._job, self.state, self._backend
         full, batch = backend.configuration, configuration.global_batch
         backend.move(configuration)  # another one only at the end of the run, for what is left
-        source = self._noise_source()
+        source = source_of_step(job.planner, configuration, state.step)
         rules = rules_at(job, state.samples_consumed, batch)
         started = time.perf_counter()
         try:
@@ -142,30 +143,22 @@ class Trainer:
                 skipped=result.skipped,
             )
         )
-        self._measure_noise(result, batch)
-        halved = source == "microbatch" and full.layout.dp * full.num_microbatches == 1
+        self._measure_noise(result, batch, source)
+        halved = split(source)[0] == "microbatch" and full.layout.dp * full.num_microbatches == 1
         ordinary = not halved and self._steps_since_change > 2 and configuration == full
         if self._planner is not None and ordinary:
             self._planner.throughput.observe(configuration, seconds)
         return result.stop
 
-    def _noise_source(self) -> str | None:
-        """What the next step measures noise from: see `planner.noise_source` in the job file."""
-        settings, layout = self._job.planner, self._backend.configuration.layout
-        if settings.noise_source != "auto":
-            return settings.noise_source
-        if self.state.step % settings.noise_every_steps == 0:
-            return "microbatch"
-        return "replica" if layout.dp > 1 else None
-
-    def _measure_noise(self, result: StepResult, batch: int) -> None:
-        if result.parts is None:
-            return
+    def _measure_noise(self, result: StepResult, batch: int, source: str | None) -> None:
         seq_len = self._job.model.seq_len
-        parts = result.parts
-        step = estimate_step(result.grad_sq, parts.squared_norms, parts.part_size)
-        self._noise.update(step, self.state.samples_consumed * seq_len, batch * seq_len)
+        skipped = self._noise.skipped
+        informative = self._noise.update(result, self.state.samples_consumed * seq_len, batch * seq_len)
+        if not informative and self._noise.skipped == skipped:
+            return
         noise = self._noise.estimate()
+        parts = result.parts or result.norm_layer_parts
+        assert parts is not None, "the step said something about the noise"
         self._report(
             Noise(
                 **self._now(),
@@ -173,8 +166,11 @@ class Trainer:
                 low=noise.low,
                 high=noise.high,
                 noise=noise,
-                parts=len(parts.squared_norms),
+                parts=len(parts.squared_norms) if informative else 0,
                 part_size=parts.part_size,
+                source=source or "",
+                skipped=self._noise.skipped,
+                calibration=self._noise.calibration,
             )
         )
 

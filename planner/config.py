@@ -21,12 +21,17 @@ class PlannerConfig(Record):
     """Goodput has to improve by this share before the job moves (COPUS's rule: 0.10)."""
     critical_batch_factor: PositiveFloat = 2.0
     """c in φ = c · B_simple: how far the critical batch lies from the simple noise scale (COPUS: 2.0, set by hand)."""
-    noise_source: Literal["auto", "microbatch", "replica"] = "auto"
-    """Parts that the noise is measured from. microbatch: every micro-batch of every replica (exact on any layout, some
-    6-8 % of a step). replica: what data parallel replicas hold before they reduce (cheapest; needs dp > 1). auto:
-    micro-batches on every `noise_every_steps`-th step, replicas on the others."""
+    noise_source: Literal["auto", "microbatch", "replica", "normlayer"] = "auto"
+    """Parts that the noise is measured from. auto: micro-batches on every `noise_every_steps`-th step, replicas on the
+    others (where dp > 1); where a step is one micro-batch, the norm layers, calibrated by halving some. normlayer: the
+    norm layers on every step, calibrated likewise. microbatch: every micro-batch of every step, a lone one always
+    halved. replica: replicas on every step (needs dp > 1)."""
     noise_every_steps: PositiveInt = 4
-    """How often `auto` measures micro-batches. A step that has one part only is run as two halves on these steps."""
+    """How often `auto` measures micro-batches where a step has several."""
+    noise_halve_every_steps: PositiveInt = 32
+    """How often a lone micro-batch is run as two halves, to calibrate the norm layers; 1 measures halves always."""
+    noise_metric: Literal["plain", "adam"] = "plain"
+    """What is squared. plain: gradients. adam: gradients divided by Adam's √v̂ + ε in every coordinate (Pollux)."""
     noise_half_life_tokens: PositiveInt = 100_000
     """Half-life, in tokens, of the averages of |G|² and tr Σ."""
     min_noise_samples: PositiveInt = 20

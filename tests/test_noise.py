@@ -1,6 +1,7 @@
 """The noise estimate against synthetic gradients whose noise is known."""
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -55,6 +56,32 @@ def test_scaling_and_order_of_the_parts(scale: float, parts: int, size: int, see
     )
 
 
+def _pairings(parts: list[int]) -> Iterator[list[tuple[int, int]]]:
+    """Every way to put an even number of parts into pairs."""
+    if not parts:
+        yield []
+        return
+    first, *others = parts
+    for index, second in enumerate(others):
+        for left in _pairings(others[:index] + others[index + 1 :]):
+            yield [(first, second), *left]
+
+
+@given(parts=st.sampled_from([4, 6]), size=st.integers(1, 8), seed=st.integers(0, 1000))
+def test_merging_parts_is_consistent(parts: int, size: int, seed: int) -> None:
+    """Parts merged by twos, averaged over every way to do so, give exactly what the parts give: both are the same
+    U-statistic."""
+    gradients = np.random.default_rng(seed).normal(size=(parts, 5)) + 0.3
+    mean_sq = float((gradients.mean(axis=0) ** 2).sum())
+    fine = estimate_step(mean_sq, (gradients**2).sum(axis=1), size)
+    merged = [
+        estimate_step(mean_sq, np.array([((gradients[a] + gradients[b]) ** 2).sum() / 4 for a, b in pairs]), 2 * size)
+        for pairs in _pairings(list(range(parts)))
+    ]
+    assert np.mean([each.grad_sq for each in merged]) == pytest.approx(fine.grad_sq, rel=1e-9, abs=1e-9)
+    assert np.mean([each.noise_trace for each in merged]) == pytest.approx(fine.noise_trace, rel=1e-9, abs=1e-9)
+
+
 def test_one_part_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two parts"):
         estimate_step(1.0, np.array([1.0]), 4)
@@ -92,6 +119,58 @@ def test_a_change_of_batch_does_not_jump() -> None:
     before.update(_synthetic_step(rng, gradient, sigma, 4, 16), tokens + 64 * SEQ_LEN, 64 * SEQ_LEN)
     after = before.estimate().value
     assert after == pytest.approx(value, rel=0.1)
+
+
+@given(
+    batches=st.lists(st.sampled_from([2, 4, 8, 32]), min_size=2, max_size=6),
+    values=st.tuples(st.floats(0.1, 10), st.floats(0.1, 100)),
+)
+def test_without_noise_of_its_own_no_batch_schedule_moves_it(batches: list[int], values: tuple[float, float]) -> None:
+    """Steps that all say the same give the same, whatever the batches and wherever they change."""
+    estimator, tokens = NoiseEstimator(20_000), 0
+    for batch in batches:
+        for _ in range(40):
+            tokens += batch * SEQ_LEN
+            estimator.update(StepEstimate(*values, degrees=batch - 1), tokens, batch * SEQ_LEN)
+        assert estimator.estimate().value in (None, pytest.approx(values[1] / values[0], rel=1e-9))
+    assert estimator.estimate().value is not None
+
+
+@given(exponent=st.integers(-20, 20), seed=st.integers(0, 20))
+def test_the_estimate_does_not_depend_on_the_scale_of_the_loss(exponent: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    plain, scaled = NoiseEstimator(5_000), NoiseEstimator(5_000)
+    factor = 2.0**exponent
+    for step in range(1, 60):
+        seen = _synthetic_step(rng, np.full(20, 0.3), 1.0, 4, 4)
+        plain.update(seen, step * 200, 200)
+        scaled.update(StepEstimate(factor * seen.grad_sq, factor * seen.noise_trace, seen.degrees), step * 200, 200)
+    before, after = plain.estimate(), scaled.estimate()
+    assert after.grad_sq == pytest.approx(factor * before.grad_sq)
+    assert (after.value, after.low, after.high) == pytest.approx((before.value, before.low, before.high))
+
+
+def test_a_step_of_many_parts_counts_for_more_of_the_trace() -> None:
+    """Replicas (J = 2) between sampled micro-batches (J = 17) must not drown them."""
+    estimator = NoiseEstimator(1_000_000)
+    for step in range(1, 101):
+        sampled = step % 2 == 0
+        estimator.update(StepEstimate(1.0, 16.0 if sampled else 33.0, 16 if sampled else 1), step * 100, 100)
+    assert estimator.estimate().noise_trace == pytest.approx(17.0)
+
+
+def test_the_interval_is_open_where_the_signal_may_be_zero() -> None:
+    """|G|² positive on average but within its error of zero: B may be as large as you like, and says so."""
+    estimator = NoiseEstimator(1_000_000)
+    rng = np.random.default_rng(0)
+    for step in range(1, 2001):
+        estimator.update(StepEstimate(0.001 + float(rng.normal()), 2.0), step * 1000, 1000)
+    noise = estimator.estimate()
+    if noise.grad_sq > 0:
+        assert noise.low is not None
+        assert noise.high is None
+    else:
+        assert noise.value is None
 
 
 def test_too_little_is_unknown_and_not_a_number() -> None:

@@ -23,6 +23,9 @@ class Parts:
     """|g_j|² of each part's mean gradient, float64 of shape (J,)."""
     part_size: int
     """n, sequences in each part."""
+    grad_sq: float
+    """|g|² of the mean of the parts, in the same coordinates: the step's own, or that of some weights, or divided by
+    Adam's √v̂."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class StepResult:
     grad_sq: float
     """|g|², squared norm of the mean gradient before clipping."""
     parts: Parts | None
-    """The parts, where they were asked for and there are at least two."""
+    """Micro-batches or replicas, where they were asked for and there are at least two."""
+    norm_layer_parts: Parts | None
+    """Sequences seen by the norm layers' weights alone, where they were asked for and there are at least two."""
     skipped: bool
     """True where the gradient was not finite: the optimizer did nothing."""
     stop: bool
@@ -106,7 +111,10 @@ class Backend(Protocol):
     def train_step(
         self, batches: Batches, first_sample: int, rules: StepRules, noise_source: str | None, stop: bool
     ) -> StepResult:
-        """One optimizer step on the global batch that begins at `first_sample`."""
+        """One optimizer step on the global batch that begins at `first_sample`.
+
+        `noise_source` is a name as in `copus.noise.sources`, or None for no parts.
+        """
 
     def evaluate(self, batches: Batches, sequences: int) -> float:
         """Mean loss over the first `sequences` held-out sequences, nats a token."""

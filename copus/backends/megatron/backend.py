@@ -15,6 +15,7 @@ from copus.backends.megatron.limits import check_layout
 from copus.backends.megatron.move_plan import plan_move
 from copus.hardware import PhaseClock, hardware_name, peak_memory_bytes, reset_peak_memory, software_name
 from copus.job import JobConfig
+from copus.noise.sources import split
 from copus.reshard.execute import Fields, Place, reshard
 from copus.reshard.plan import Plan
 from profiles.configuration import Configuration
@@ -103,10 +104,13 @@ class MegatronBackend:
         tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
         config = transformer_config(self._job.model, layout, training.precision, training.dropout)
         seed = training.seed if initial_weights else None
+        overlap = training.overlap_grad_reduce
         # Megatron's optimizer begins with a collective: a rank without memory for the model must not miss it alone.
-        self._chunks = together(lambda: build_model(self._job.model, layout, config, seed))
+        self._chunks = together(lambda: build_model(self._job.model, layout, config, seed, overlap))
         self._optimizer = self._make_optimizer(layout)
-        self._part_norms = PartNorms(self._chunks, layout, self._job.model.tied_embeddings)
+        preconditioned = self._job.planner.noise_metric == "adam"
+        tied = self._job.model.tied_embeddings
+        self._part_norms = PartNorms(self._chunks, self._optimizer, layout, tied, preconditioned)
         self._optimizer_steps = 0
         self._configuration = configuration
 
@@ -171,12 +175,13 @@ class MegatronBackend:
     ) -> StepResult:
         """One optimizer step on the global batch that begins at `first_sample`.
 
-        Where the configuration has one part only, and noise is asked for, the step is run as two micro-batches of half
-        the size: the same gradient, and parts to measure. A single sequence cannot be halved: then `parts` is None.
+        Where the configuration has one micro-batch only, and micro-batches are to be measured, the step is run as two
+        of half the size: the same gradient, and parts to measure. An odd number of sequences cannot be halved: then
+        `parts` is None.
         """
         assert self._part_norms is not None, "build() comes first"
         configuration = self.configuration
-        if noise_source == "microbatch" and configuration.layout.dp * configuration.num_microbatches == 1:
+        if split(noise_source)[0] == "microbatch" and configuration.layout.dp * configuration.num_microbatches == 1:
             configuration = halved(configuration)
         self._seed_dropout(first_sample)
         result = step.train_step(
@@ -188,7 +193,7 @@ class MegatronBackend:
             first_sample,
             rules,
             self._job.training.clip_grad,
-            noise_source,  # type: ignore[arg-type]
+            noise_source,
             stop,
             self.device,
         )

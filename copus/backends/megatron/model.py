@@ -75,7 +75,7 @@ def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropou
 
 
 def build_model(
-    shape: ModelShape, layout: Layout, config: TransformerConfig, seed: int | None
+    shape: ModelShape, layout: Layout, config: TransformerConfig, seed: int | None, overlap_grad_reduce: bool
 ) -> list[DistributedDataParallel]:
     """The model chunks of this rank (one, or `vp`), wrapped in megatron's data parallelism.
 
@@ -106,6 +106,7 @@ def build_model(
     reduce = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=layout.zero > 0,
+        overlap_grad_reduce=overlap_grad_reduce,
         check_for_nan_in_grad=False,  # the step itself looks at the norm, and skips
     )
     wrapped = [
@@ -113,6 +114,8 @@ def build_model(
         for index, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
+    if overlap_grad_reduce:  # only the last micro-batch's gradients may set a reduction off
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
 
 

@@ -1,24 +1,31 @@
 """Squared norms of the gradients of the parts of a step, under every kind of parallelism, without touching megatron's
 source.
 
-A part is a micro-batch of one replica (`microbatch`) or all that one replica does in the step (`replica`). Every
-parameter of the whole model is counted once:
+A part is a micro-batch of one replica (`microbatch`), all that one replica does in the step (`replica`), or a sequence
+seen by the norm layers alone (`normlayer`). Every parameter of the whole model is counted once:
 
 - a tensor parallel duplicate (norm weights) counts on tensor rank 0, a pipeline-shared embedding on the first stage;
 - where each rank holds a partial sum of one gradient (norm weights under sequence parallel; the two ends of a tied
-  embedding under
-  pipelining), the partial gradients of a part are kept and added up over their group before they are squared.
+  embedding under pipelining), the partial gradients of a part are kept and added up over their group before they are
+  squared.
 
 Long sums are in float64: in fp32 a CPU norm is off by some 1e-5, by another amount on every layout.
 """
 
 from collections import defaultdict
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from copus.backends.base import Parts
 from copus.backends.megatron import cpu
+from copus.backends.megatron.main_params import main_params
+from copus.backends.megatron.norm_layers import NormLayers
+from copus.backends.megatron.preconditioner import Preconditioner
+from copus.noise.sources import split
+from profiles.configuration import Configuration
 from profiles.layout import Layout
 
 cpu.before_import()
@@ -26,11 +33,9 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate  # noqa: E402
 from megatron.core.transformer.module import param_is_not_shared  # noqa: E402
 
-PartSource = Literal["microbatch", "replica"]
-
-
 _ROW = 1024
-"""Elements added up in fp32 before float64 takes over: exact to 1e-8, and 25 times faster on a CPU than float64."""
+"""Elements added up in fp32 before float64 takes over: exact to 1e-8, and 25 times faster on a CPU than float64
+throughout."""
 
 
 def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,18 +51,29 @@ class PartNorms:
     """Collects the squared norms of the parts of each step. Made once for a built model; hooks live as long as the
     model.
 
-    Use: `start(source)` before the forward-backward pass, `collect()` after it.
+    Use: `start` before the forward-backward pass, `contribution` once the optimizer has its gradients, and `parts` with
+    the sum of the contributions of all ranks.
     """
 
-    def __init__(self, chunks: list[Any], layout: Layout, tied_embeddings: bool) -> None:
-        self._source: PartSource | None = None
+    def __init__(
+        self, chunks: list[Any], optimizer: Any, layout: Layout, tied_embeddings: bool, preconditioned: bool
+    ) -> None:
+        """`preconditioned` divides every gradient by Adam's √v̂ + ε before it is squared."""
+        self._layout = layout
+        self._optimizer = optimizer
+        self._full: str | None = None
+        self._norm_layers_on = False
+        self._weights: dict[torch.nn.Parameter, torch.Tensor] | None = None
+        self._main_weights: dict[torch.nn.Parameter, torch.Tensor] | None = None
         self._counted: set[torch.nn.Parameter] = set()
         self._partial: dict[torch.nn.Parameter, dist.ProcessGroup] = {}
-        self._partial_order: list[torch.nn.Parameter] = []
+        self._norm_layers = NormLayers(chunks, layout)
+        params = [param for chunk in chunks for param in chunk.parameters()]
+        self._preconditioner = Preconditioner(params, optimizer) if preconditioned else None
+        for param in params:
+            self._classify(param, layout, tied_embeddings)
+            param.register_post_accumulate_grad_hook(self._after_backward)
         for chunk in chunks:
-            for param in chunk.parameters():
-                self._classify(param, layout, tied_embeddings)
-                param.register_post_accumulate_grad_hook(self._after_backward)
             for bucket_group in chunk.bucket_groups:
                 self._watch_reduction(bucket_group)
         self._reset()
@@ -66,7 +82,6 @@ class PartNorms:
         shared_embedding = getattr(param, "shared_embedding", False) or not param_is_not_shared(param)
         if tied_embeddings and layout.pp > 1 and shared_embedding:
             self._partial[param] = parallel_state.get_embedding_group()
-            self._partial_order.append(param)
             if parallel_state.is_pipeline_first_stage():
                 self._counted.add(param)
             return
@@ -74,14 +89,14 @@ class PartNorms:
             self._counted.add(param)
         if layout.sequence_parallel and getattr(param, "sequence_parallel", False):
             self._partial[param] = parallel_state.get_tensor_model_parallel_group()
-            self._partial_order.append(param)
 
     def _watch_reduction(self, bucket_group: Any) -> None:
-        """See the local gradients right before data parallel ranks reduce them."""
+        """See the local gradients right before data parallel ranks reduce them: at the end of the pass or, where the
+        reduction overlaps with it, when the last gradient of the group is there."""
         reduce = bucket_group.start_grad_sync
 
         def start_grad_sync(*args: Any, **kwargs: Any) -> Any:
-            if self._source == "replica":
+            if self._full == "replica":
                 for bucket in bucket_group.buckets:
                     for param in bucket.params_list:
                         self._see(param, param.main_grad, part=0)
@@ -94,43 +109,109 @@ class PartNorms:
         self._kept: dict[tuple[torch.nn.Parameter, int], torch.Tensor] = {}
         self._passes: dict[torch.nn.Parameter, int] = defaultdict(int)
 
-    def start(self, source: PartSource | None) -> None:
-        """Begin a step; None measures nothing."""
-        self._source = source
+    def start(self, source: str | None, configuration: Configuration) -> None:
+        """Begin a step that is measured from `source` (as in `copus.noise.sources`; None measures nothing).
+
+        What the configuration has no two parts of is not measured, nor is anything preconditioned before Adam's first
+        step.
+        """
         self._reset()
+        self._full, norm_layers = split(source)
+        self._configuration = configuration
+        if self._parts_of_replica() * configuration.layout.dp < 2:
+            self._full = None
+        self._norm_layers_on = norm_layers and configuration.global_batch > 1
+        self._weights = self._main_weights = None
+        if self._preconditioner is not None and (self._full or self._norm_layers_on):
+            found = self._preconditioner.weights()
+            if found is None:
+                self._full, self._norm_layers_on = None, False
+            else:
+                self._weights, self._main_weights = found
+        self._norm_layers.start(self._norm_layers_on, self._weights)
+
+    def _parts_of_replica(self) -> int:
+        return {"replica": 1, "microbatch": self._configuration.num_microbatches}.get(self._full or "", 0)
 
     @torch.no_grad()
     def _after_backward(self, param: torch.nn.Parameter) -> None:
         """Runs when autograd has one micro-batch's gradient in `param.grad`, before megatron adds it to `main_grad`."""
-        if self._source != "microbatch" or param.grad is None:
+        if self._full != "microbatch" or param.grad is None:
             return
         part = self._passes[param]
         self._passes[param] = part + 1
         self._see(param, param.grad, part)
 
+    @torch.no_grad()
     def _see(self, param: torch.nn.Parameter, gradient: torch.Tensor, part: int) -> None:
         if param in self._partial:
             self._kept[param, part] = gradient.detach().float().clone()
         elif param in self._counted:
-            square = squared_norm(gradient)
-            self._sums[part] = self._sums[part] + square if part in self._sums else square
+            self._add(param, gradient, part)
+
+    def _add(self, param: torch.nn.Parameter, gradient: torch.Tensor, part: int) -> None:
+        square = squared_norm(gradient if self._weights is None else gradient * self._weights[param])
+        self._sums[part] = self._sums[part] + square if part in self._sums else square
 
     @torch.no_grad()
-    def collect(self, parts: int, device: torch.device) -> torch.Tensor:
-        """This rank's contribution to Σ|g_j|² for each of its `parts` parts: float64 of shape (parts,).
+    def contribution(self, device: torch.device) -> torch.Tensor:
+        """This rank's share of what the whole world has to add up: a float64 vector, of one length on all ranks.
 
-        Sum it over the model parallel ranks to get the norms. The gradients are as megatron has them: already divided
-        by the number of micro-batches. Collective over tensor parallel ranks (sequence parallel) and over the first and
-        last stage (tied embeddings).
+        |g|² of the mean gradient in the coordinates of the full source and in those of the norm layers, then Σ|g_j|² of
+        every part of the full source, then of every sequence. Collective over tensor parallel ranks (sequence parallel)
+        and over the first and last stage (tied embeddings).
         """
+        configuration = self._configuration
+        rank, replicas = parallel_state.get_data_parallel_rank(), configuration.layout.dp
+        full_parts = self._parts_of_replica()
+        sequences = configuration.global_batch // replicas if self._norm_layers_on else 0
+        vector = torch.zeros(2 + replicas * (full_parts + sequences), dtype=torch.float64, device=device)
+        if full_parts and self._weights is not None:
+            vector[0] = self._mean_sq(None, device)
+        if full_parts:
+            vector[2 + rank * full_parts :][:full_parts] = self._collect(full_parts, device)
+        if sequences:
+            vector[1] = self._mean_sq(set(self._norm_layers.params), device)
+            start = 2 + replicas * full_parts + rank * sequences
+            vector[start:][:sequences] = self._norm_layers.collect(
+                configuration.num_microbatches, configuration.micro_batch, device
+            )
+        self._reset()
+        return vector
+
+    def _collect(self, parts: int, device: torch.device) -> torch.Tensor:
+        for param, group in self._partial.items():
+            for part in range(parts):
+                gradient = self._kept[param, part]
+                dist.all_reduce(gradient, group=group)
+                if param in self._counted:
+                    self._add(param, gradient, part)
         sums = torch.zeros(parts, dtype=torch.float64, device=device)
         for part, square in self._sums.items():
             sums[part] += square
-        for param in self._partial_order:
-            for part in range(parts):
-                gradient = self._kept[param, part]
-                dist.all_reduce(gradient, group=self._partial[param])
-                if param in self._counted:
-                    sums[part] += squared_norm(gradient)
-        self.start(None)
-        return sums
+        # megatron divides every micro-batch's loss by their number (schedules.py:243)
+        return sums * self._configuration.num_microbatches**2 if self._full == "microbatch" else sums
+
+    def _mean_sq(self, only: set[torch.nn.Parameter] | None, device: torch.device) -> torch.Tensor:
+        """This rank's share of |g|² of the step's mean gradient, weighted, of all parameters or of some."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        if self._layout.zero == 0 and parallel_state.get_data_parallel_rank() > 0:
+            return total  # data parallel ranks have the same gradients
+        for param, main, *_ in main_params(self._optimizer):
+            if param in self._counted and (only is None or param in only) and main.grad is not None:
+                weights = self._main_weights
+                total += squared_norm(main.grad if weights is None else main.grad * weights[main])
+        return total
+
+    def parts(self, totals: np.ndarray, grad_sq: float) -> tuple[Parts | None, Parts | None]:
+        """The parts of the full source and those of the norm layers, from the sum of all ranks' contributions and |g|²
+        of the whole step."""
+        configuration = self._configuration
+        count = self._parts_of_replica() * configuration.layout.dp
+        full = norm_layers = None
+        if count:
+            mean_sq = grad_sq if self._weights is None else float(totals[0])
+            full = Parts(totals[2 : 2 + count], configuration.global_batch // count, mean_sq)
+        if self._norm_layers_on:
+            norm_layers = Parts(totals[2 + count :], 1, float(totals[1]))
+        return full, norm_layers

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import Batches, Parts, StepResult, StepRules
+from copus.backends.base import Batches, StepResult, StepRules
 from copus.backends.megatron import cpu
-from copus.backends.megatron.part_norms import PartNorms, PartSource, squared_norm
+from copus.backends.megatron.part_norms import PartNorms, squared_norm
 from copus.backends.megatron.upstream import inner_optimizers
 from profiles.configuration import Configuration
 
@@ -28,7 +28,7 @@ def train_step(
     first_sample: int,
     rules: StepRules,
     clip_grad: float,
-    noise_source: PartSource | None,
+    noise_source: str | None,
     stop: bool,
     device: torch.device,
 ) -> StepResult:
@@ -36,14 +36,14 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    parts = _parts_of_replica(configuration, noise_source)
-    part_norms.start(noise_source if parts else None)
+    part_norms.start(noise_source, configuration)
     losses = _run_microbatches(chunks, configuration, batches, first_sample, forward_only=False, device=device)
-    parts_sq = part_norms.collect(parts, device) if parts else None
 
     optimizer.prepare_grads()
     local_sq = _local_grad_sq(optimizer, configuration, device)
-    loss, grad_sq, stop_votes, all_parts_sq = _share(configuration, losses, local_sq, stop, parts_sq, device)
+    contribution = part_norms.contribution(device)
+    loss, grad_sq, stop_votes, totals = _share(configuration, losses, local_sq, stop, contribution, device)
+    parts, norm_layer_parts = part_norms.parts(totals, grad_sq)
 
     finite = bool(np.isfinite(grad_sq))
     if finite:
@@ -53,7 +53,8 @@ def train_step(
     return StepResult(
         loss=loss,
         grad_sq=grad_sq,
-        parts=_as_parts(configuration, noise_source, all_parts_sq),
+        parts=parts,
+        norm_layer_parts=norm_layer_parts,
         skipped=not finite,
         stop=stop_votes > 0,
     )
@@ -75,7 +76,8 @@ def evaluate(
         losses = _run_microbatches(chunks, whole, batches, 0, forward_only=True, device=device)
     for chunk in chunks:
         chunk.train()
-    loss, *_ = _share(whole, losses, torch.zeros((), dtype=torch.float64, device=device), False, None, device)
+    nothing = torch.zeros(1, dtype=torch.float64, device=device)
+    loss, *_ = _share(whole, losses, nothing[0], False, nothing, device)
     return loss
 
 
@@ -145,47 +147,25 @@ def _local_grad_sq(optimizer: Any, configuration: Configuration, device: torch.d
     return total
 
 
-def _parts_of_replica(configuration: Configuration, source: PartSource | None) -> int:
-    """Parts that each replica contributes; 0 where the step as a whole has fewer than two."""
-    if source == "replica":
-        return 1 if configuration.layout.dp > 1 else 0
-    if source == "microbatch":
-        return configuration.num_microbatches if configuration.layout.dp * configuration.num_microbatches > 1 else 0
-    return 0
-
-
 def _share(
     configuration: Configuration,
     losses: list[torch.Tensor],
     local_grad_sq: torch.Tensor,
     stop: bool,
-    parts_sq: torch.Tensor | None,
+    contribution: torch.Tensor,
     device: torch.device,
-) -> tuple[float, float, float, np.ndarray | None]:
-    """Add up everything that ranks have to tell each other in a step, in one collective: loss, |g|², stop votes,
-    parts."""
-    replicas = configuration.layout.dp
-    parts = 0 if parts_sq is None else len(parts_sq)
-    message = torch.zeros(3 + replicas * parts, dtype=torch.float64, device=device)
+) -> tuple[float, float, float, np.ndarray]:
+    """Add up everything that ranks have to tell each other in a step, in one collective: loss, |g|², stop votes, and
+    what the noise is measured from."""
+    message = torch.zeros(3, dtype=torch.float64, device=device)
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
-        message[0] = torch.stack(losses).double().sum() / (len(losses) * replicas)
+        message[0] = torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)
     message[1] = local_grad_sq
     message[2] = float(stop)
-    if parts_sq is not None:
-        start = 3 + parallel_state.get_data_parallel_rank() * parts
-        message[start : start + parts] = parts_sq
+    message = torch.cat([message, contribution])
     dist.all_reduce(message)
-    loss, grad_sq, stop_votes, *all_parts = message.tolist()
-    return loss, grad_sq, stop_votes, np.array(all_parts) if parts else None
-
-
-def _as_parts(configuration: Configuration, source: str | None, squared_norms: np.ndarray | None) -> Parts | None:
-    if squared_norms is None:
-        return None
-    if source == "replica":
-        return Parts(squared_norms, configuration.global_batch // configuration.layout.dp)
-    # megatron divides every micro-batch's loss by their number (schedules.py:243)
-    return Parts(squared_norms * configuration.num_microbatches**2, configuration.micro_batch)
+    loss, grad_sq, stop_votes, *totals = message.tolist()
+    return loss, grad_sq, stop_votes, np.array(totals)
 
 
 def _clip(optimizer: Any, clip_grad: float, grad_sq: float) -> None:

@@ -1,0 +1,93 @@
+"""Gradients of the norm layers' weights for each sequence, from what a backward pass has at hand (Gray et al. 2024,
+2411.00999)."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from copus.backends.megatron import cpu
+from copus.backends.megatron.modules import RMSNorm
+from profiles.layout import Layout
+
+cpu.before_import()
+from megatron.core import parallel_state  # noqa: E402
+
+
+class NormLayers:
+    """Sees every RMSNorm y = w·x̂ of this rank; the gradient of w for sequence i is g_i = Σ_t x̂_it · dy_it.
+
+    Under sequence parallel each rank has some of the tokens: its g_i are partial sums, which are kept (one vector of
+    `hidden` for each norm and sequence) and added up before they are squared. Otherwise tensor parallel ranks see the
+    same, and rank 0 counts.
+    """
+
+    def __init__(self, chunks: list[Any], layout: Layout) -> None:
+        self._sequence_parallel = layout.sequence_parallel
+        self._counts = parallel_state.get_tensor_model_parallel_rank() == 0
+        self._weights: dict[torch.nn.Parameter, torch.Tensor] | None = None
+        self._on = False
+        self.params: list[torch.nn.Parameter] = []
+        """The weights of the norms."""
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, RMSNorm):
+                    self.params.append(module.weight)
+                    if self._counts or self._sequence_parallel:
+                        module.register_forward_hook(self._after_forward)
+
+    def start(self, on: bool, weights: dict[torch.nn.Parameter, torch.Tensor] | None) -> None:
+        """Begin a step; with `weights`, gradients are multiplied by them."""
+        self._on = on
+        self._weights = weights
+        self._passes: dict[torch.nn.Module, int] = defaultdict(int)
+        self._squares: dict[int, torch.Tensor] = {}
+        self._kept: dict[tuple[torch.nn.Parameter, int], torch.Tensor] = {}
+
+    def _after_forward(self, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if not (self._on and output.requires_grad):  # evaluation, or the first pass of a recomputed layer
+            return
+        states = inputs[0].detach()
+        output.register_hook(lambda gradient: self._after_backward(module, states, gradient))
+
+    @torch.no_grad()
+    def _after_backward(self, module: Any, states: torch.Tensor, gradient: torch.Tensor) -> None:
+        """`states` and `gradient` are x and dy, [s, b, h]."""
+        pass_number = self._passes[module]
+        self._passes[module] = pass_number + 1
+        rms = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (rms.square_().div_(states.shape[-1]).add_(module.eps)).rsqrt_()
+        of_sequences = (states * scale * gradient).sum(dim=0)
+        if self._sequence_parallel:
+            self._kept[module.weight, pass_number] = of_sequences
+        else:
+            self._add(module.weight, pass_number, of_sequences)
+
+    def _add(self, weight: torch.nn.Parameter, pass_number: int, of_sequences: torch.Tensor) -> None:
+        if self._weights is not None:
+            of_sequences = of_sequences * self._weights[weight]
+        squares = torch.linalg.vector_norm(of_sequences, dim=1).double().square_()
+        known = self._squares.get(pass_number)
+        self._squares[pass_number] = squares if known is None else known + squares
+
+    @torch.no_grad()
+    def collect(self, num_microbatches: int, micro_batch: int, device: torch.device) -> torch.Tensor:
+        """This rank's contribution to Σ|g_i|² of each of its replica's sequences: float64 of shape (num_microbatches ·
+        micro_batch,).
+
+        Gradients of each sequence's own mean loss: megatron's are divided by the replica's sequences, which is undone.
+        Collective over tensor parallel ranks under sequence parallel.
+        """
+        if self._kept:
+            keys = [(weight, pass_number) for weight in self.params for pass_number in range(num_microbatches)]
+            together = torch.stack([self._kept[key] for key in keys])
+            dist.all_reduce(together, group=parallel_state.get_tensor_model_parallel_group())
+            if self._counts:
+                for (weight, pass_number), of_sequences in zip(keys, together, strict=True):
+                    self._add(weight, pass_number, of_sequences)
+        sums = torch.zeros(num_microbatches, micro_batch, dtype=torch.float64, device=device)
+        for pass_number, squares in self._squares.items():
+            sums[pass_number] += squares
+        self.start(False, None)
+        return sums.view(-1) * (num_microbatches * micro_batch) ** 2

@@ -1,0 +1,72 @@
+"""Adam's scaling of each coordinate, as weights for the norms of gradients (Pollux, OSDI'21, §3.1)."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from copus.backends.megatron import cpu
+from copus.backends.megatron.main_params import main_params, shares_out_moments
+
+cpu.before_import()
+from megatron.core import parallel_state  # noqa: E402
+
+Weights = dict[torch.nn.Parameter, torch.Tensor]
+
+
+class Preconditioner:
+    """1 / (√v̂ + ε) of every coordinate, with v̂ from before the step: then it does not depend on the step's gradients,
+    and the estimates stay unbiased.
+
+    A coordinate that has had no gradient yet (the embedding of a token not seen so far) has no scale: its weight is 0.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], optimizer: Any) -> None:
+        self._params = params
+        self._optimizer = optimizer
+
+    @torch.no_grad()
+    def weights(self) -> tuple[Weights, Weights] | None:
+        """Weights by parameter of the model (whole), and by parameter of the optimizer (this rank's share).
+
+        None before the first optimizer step. Collective over data parallel ranks where they share the moments out: then
+        it gathers one fp32 number for each parameter of the model.
+        """
+        of_main: Weights = {}
+        whole: Weights = {}
+        pieces: list[tuple[torch.nn.Parameter, int, torch.Tensor]] = []
+        for param, main, group, state, start in main_params(self._optimizer):
+            if not state or float(state["step"]) == 0:
+                continue
+            weight = _weight(state["exp_avg_sq"], float(state["step"]), group["betas"][1], group["eps"])
+            of_main[main] = weight
+            if start is None:
+                whole[param] = weight
+            else:
+                pieces.append((param, start, weight))
+        if shares_out_moments(self._optimizer):
+            whole = self._gather(pieces)
+        return (whole, of_main) if whole else None
+
+    def _gather(self, pieces: list[tuple[torch.nn.Parameter, int, torch.Tensor]]) -> Weights:
+        """Every parameter whole, from the ranges that data parallel ranks own; empty where no rank has any."""
+        offsets, total = {}, 0
+        for param in self._params:
+            offsets[param] = total
+            total += param.numel()
+        flat = torch.zeros(total + 1, dtype=torch.float32, device=self._params[0].device)
+        for param, start, weight in pieces:
+            begin = offsets[param] + start
+            flat[begin : begin + weight.numel()] = weight.view(-1)
+        flat[-1] = len(pieces)
+        dist.all_reduce(flat, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if flat[-1] == 0:
+            return {}
+        return {
+            param: flat[offsets[param] : offsets[param] + param.numel()].view(param.shape) for param in self._params
+        }
+
+
+def _weight(moment: torch.Tensor, step: float, beta2: float, epsilon: float) -> torch.Tensor:
+    scale = (moment / (1 - beta2**step)).sqrt_().add_(epsilon)
+    return torch.where(moment > 0, 1 / scale, 0.0)

@@ -1,0 +1,118 @@
+"""The norm layers as a stand-in for the whole gradient, and which steps measure what."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from copus.backends.base import Parts, StepResult
+from copus.noise.meter import NoiseMeter
+from copus.noise.sampling import source_of_step
+from copus.noise.sources import SOURCES, split
+from planner.config import PlannerConfig
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+
+TOKENS = 512
+B_SIMPLE, B_NORM = 40.0, 30.0
+
+
+def _parts(rng: np.random.Generator, noise_scale: float, parts: int, size: int) -> Parts:
+    gradient = np.full(50, 0.2)
+    sigma = np.sqrt(noise_scale * float((gradient**2).sum()) / 50 / size)
+    means = gradient + sigma * rng.normal(size=(parts, 50))
+    return Parts((means**2).sum(axis=1), size, float((means.mean(axis=0) ** 2).sum()))
+
+
+def _result(full: Parts | None, norm_layers: Parts | None, skipped: bool = False) -> StepResult:
+    return StepResult(loss=1.0, grad_sq=1.0, parts=full, norm_layer_parts=norm_layers, skipped=skipped, stop=False)
+
+
+def _run(steps: int, calibrate_every: int | None, seed: int = 0) -> NoiseMeter:
+    """Norm layers on every step, both on some."""
+    rng, meter = np.random.default_rng(seed), NoiseMeter(400 * TOKENS)
+    for step in range(steps):
+        both = calibrate_every is not None and step % calibrate_every == 0
+        full = _parts(rng, B_SIMPLE, 2, 4) if both else None
+        assert meter.update(_result(full, _parts(rng, B_NORM, 8, 1)), (step + 1) * TOKENS, TOKENS)
+    return meter
+
+
+def test_norm_layers_alone_are_unknown_and_not_a_number() -> None:
+    meter = _run(400, None)
+    noise = meter.estimate()
+    assert (noise.value, noise.low, noise.high) == (None, None, None)
+    assert meter.calibration is None
+
+
+def test_calibrated_norm_layers_find_the_noise_scale_of_the_whole() -> None:
+    meter = _run(2000, 8)
+    assert meter.calibration == pytest.approx(B_SIMPLE / B_NORM, rel=0.2)
+    noise = meter.estimate()
+    assert noise.value == pytest.approx(B_SIMPLE, rel=0.2)
+    assert noise.value == pytest.approx(noise.noise_trace / noise.grad_sq)
+    assert noise.low is not None
+    assert noise.low < B_SIMPLE
+
+
+def test_the_interval_of_calibrated_norm_layers_covers_the_truth() -> None:
+    covered = 0
+    for seed in range(24):
+        noise = _run(800, 4, seed).estimate()
+        covered += noise.low is not None and noise.low <= B_SIMPLE <= (noise.high or np.inf)
+    assert covered >= 19
+
+
+def test_steps_that_are_not_finite_are_counted_and_change_nothing() -> None:
+    meter = _run(1000, 8)
+    before = meter.estimate()
+    nan = Parts(np.array([np.nan, 1.0]), 4, 1.0)
+    assert not meter.update(_result(nan, None), 1001 * TOKENS, TOKENS)
+    assert not meter.update(_result(_parts(np.random.default_rng(0), 1.0, 2, 4), None, True), 1002 * TOKENS, TOKENS)
+    assert meter.skipped == 2
+    assert meter.estimate() == before
+
+
+def test_a_step_without_parts_says_nothing() -> None:
+    meter = NoiseMeter(1000)
+    assert not meter.update(_result(None, None), TOKENS, TOKENS)
+    assert (meter.skipped, meter.estimate().samples, meter.estimate().value) == (0, 0, None)
+
+
+def test_state_goes_through_json_and_back() -> None:
+    meter = _run(800, 8)
+    again = NoiseMeter(400 * TOKENS)
+    again.restore(json.loads(json.dumps(meter.state())))
+    assert again.estimate() == meter.estimate()
+    assert again.calibration == meter.calibration
+    rng = np.random.default_rng(5)
+    result = _result(_parts(rng, B_SIMPLE, 2, 4), _parts(rng, B_NORM, 8, 1))
+    for each in (meter, again):
+        each.update(result, 801 * TOKENS, TOKENS)
+    assert again.estimate() == meter.estimate()
+
+
+def _sources(steps: int, dp: int, micro_batch: int, batch: int, **settings: Any) -> list[str | None]:
+    configuration = Configuration(layout=Layout(dp=dp), micro_batch=micro_batch, global_batch=batch)
+    return [source_of_step(PlannerConfig(**settings), configuration, step) for step in range(steps)]
+
+
+def test_which_steps_measure_what() -> None:
+    both = "microbatch+normlayer"
+    assert _sources(5, 2, 2, 8, noise_every_steps=4) == [both, "replica", "replica", "replica", both]
+    assert _sources(3, 1, 2, 8, noise_every_steps=2) == [both, None, both]
+    assert _sources(3, 1, 8, 8, noise_halve_every_steps=2) == [both, "normlayer", both]
+    assert _sources(3, 2, 2, 8, noise_source="normlayer", noise_halve_every_steps=2) == [both, "normlayer", both]
+    assert _sources(2, 1, 8, 8, noise_source="microbatch") == ["microbatch"] * 2
+    assert _sources(2, 2, 2, 8, noise_source="replica") == ["replica"] * 2
+
+
+def test_names_of_sources() -> None:
+    assert split(None) == (None, False)
+    assert split("microbatch+normlayer") == ("microbatch", True)
+    assert split("normlayer") == (None, True)
+    for wrong in ("microbatch+replica", "sequence", "normlayer+normlayer"):
+        with pytest.raises(ValueError, match="noise source"):
+            split(wrong)
+    assert all(source.cost and source.bias and source.parts for source in SOURCES.values())

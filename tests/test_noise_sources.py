@@ -1,0 +1,178 @@
+"""Every source of parts, on every kind of layout, against plain autograd on the unwrapped model."""
+
+import functools
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from copus.backends.megatron import model as megatron_model
+from copus.backends.megatron.main_params import main_params
+from copus.backends.megatron.modules import RMSNorm
+from profiles.configuration import Configuration
+from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+
+ADAM = {"noise_metric": "adam"}
+Figures = tuple[float, list[float]]
+"""|g|² of the mean, and |g_j|² of the parts, in the same coordinates."""
+
+
+def _ranks(layout: dict[str, Any]) -> int:
+    return int(np.prod([layout.get(name, 1) for name in ("tp", "pp", "dp")]))
+
+
+def _step(
+    layout: dict[str, Any],
+    source: str,
+    model: dict[str, Any],
+    planner: dict[str, Any],
+    training: dict[str, Any],
+    steps_before: int,
+) -> dict[str, Figures]:
+    """The parts of one step after some steps of training, by kind."""
+    job = tiny_job(_ranks(layout), layout, model, **{"micro_batch": 2, "global_batch": 8, **training})
+    job = job.model_copy(update={"planner": job.planner.model_copy(update=planner)})
+    backend = backend_of(job)
+    for step in range(steps_before):
+        backend.train_step(random_batches, 8 * step, RULES, None, False)
+    result = backend.train_step(random_batches, 8 * steps_before, RULES, source, False)
+    kinds = {"full": result.parts, "norm layers": result.norm_layer_parts}
+    return {kind: (parts.grad_sq, list(parts.squared_norms)) for kind, parts in kinds.items() if parts is not None}
+
+
+def _by_autograd(part_size: int, model: dict[str, Any], norms_only: bool, adam: bool, steps_before: int) -> Figures:
+    """The same by torch alone, on one rank: backward passes of the unwrapped model over one part after another."""
+    backend = backend_of(tiny_job(1, {}, model, micro_batch=2))
+    for step in range(steps_before):
+        backend.train_step(random_batches, 8 * step, RULES, None, False)
+    network: Any = backend._chunks[0].module
+    norm_weights = {id(module.weight) for module in network.modules() if isinstance(module, RMSNorm)}
+    params = [param for param in network.parameters() if not norms_only or id(param) in norm_weights]
+    weights = {}
+    for param, _, group, state, _ in main_params(backend._optimizer):
+        if adam:
+            v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+            weights[id(param)] = torch.where(v > 0, 1 / (v.sqrt() + group["eps"]), 0.0).double()
+    parts = []
+    for first in range(8 * steps_before, 8 * steps_before + 8, part_size):
+        tokens, labels = random_batches(first, part_size)
+        loss = network(tokens, None, None, labels=labels).mean()
+        gradients = torch.autograd.grad(loss, params)
+        scaled = [
+            gradient.double() * weights.get(id(param), 1.0) for param, gradient in zip(params, gradients, strict=True)
+        ]
+        parts.append(torch.cat([each.reshape(-1) for each in scaled]))
+    together = torch.stack(parts)
+    return float((together.mean(dim=0) ** 2).sum()), (together**2).sum(dim=1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [
+        ({}, {}),
+        ({"tp": 2}, {}),
+        ({"tp": 2, "sequence_parallel": True}, {"tied_embeddings": True}),
+        ({"pp": 2}, {"tied_embeddings": True}),
+        ({"pp": 2, "vp": 2}, {}),
+        ({"dp": 2}, {}),
+        ({"dp": 2, "zero": 1}, {}),
+        ({"tp": 2, "recompute": "full"}, {}),
+        ({"tp": 2, "pp": 2, "sequence_parallel": True}, {}),
+    ],
+    ids=str,
+)
+def test_norm_layers_see_every_sequence(layout: dict[str, Any], model: dict[str, Any]) -> None:
+    seen = run_ranks(_ranks(layout), _step, layout, "microbatch+normlayer", model, {}, {}, 1)[0]
+    mean_sq, parts = run_ranks(1, _by_autograd, 1, model, True, False, 1)[0]
+    np.testing.assert_allclose(seen["norm layers"][0], mean_sq, rtol=1e-3)
+    np.testing.assert_allclose(seen["norm layers"][1], parts, rtol=1e-3)
+    mean_sq, parts = run_ranks(1, _by_autograd, 2, model, False, False, 1)[0]
+    np.testing.assert_allclose(seen["full"][0], mean_sq, rtol=1e-3)
+    np.testing.assert_allclose(seen["full"][1], parts, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layout", "source"),
+    [
+        ({}, "microbatch"),
+        ({"tp": 2, "sequence_parallel": True}, "microbatch"),
+        ({"pp": 2}, "microbatch"),
+        ({"dp": 2}, "replica"),
+        ({"dp": 2, "zero": 1}, "microbatch"),
+        ({"dp": 2, "zero": 1}, "replica"),
+    ],
+    ids=str,
+)
+def test_norms_divided_by_the_root_of_adams_second_moment(layout: dict[str, Any], source: str) -> None:
+    model = {"tied_embeddings": True}
+    seen = run_ranks(_ranks(layout), _step, layout, source + "+normlayer", model, ADAM, {}, 2)[0]
+    part_size = 4 if source == "replica" else 2
+    for kind, norms_only, size in (("full", False, part_size), ("norm layers", True, 1)):
+        mean_sq, parts = run_ranks(1, _by_autograd, size, model, norms_only, True, 2)[0]
+        np.testing.assert_allclose(seen[kind][0], mean_sq, rtol=1e-2)
+        np.testing.assert_allclose(seen[kind][1], parts, rtol=1e-2)
+
+
+def test_before_adams_first_step_there_is_no_scale_to_divide_by() -> None:
+    assert run_ranks(1, _step, {}, "microbatch+normlayer", {}, ADAM, {}, 0)[0] == {}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"dp": 2}, {"dp": 2, "zero": 1}, {"pp": 2, "dp": 2}, {"pp": 2, "vp": 2, "dp": 2}, {"tp": 2, "dp": 2, "zero": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("source", ["microbatch+normlayer", "replica"])
+def test_an_overlapped_reduction_changes_nothing(layout: dict[str, Any], source: str) -> None:
+    """In several steps, since megatron's first one reduces at the end whatever the setting; in small buckets, so that
+    some are reduced long before the others are full."""
+    plain = run_ranks(_ranks(layout), _step, layout, source, {}, {}, {}, 2)[0]
+    overlapped = run_ranks(_ranks(layout), _overlapped_step, layout, source)[0]
+    assert plain.keys() == overlapped.keys()
+    for kind, (mean_sq, parts) in plain.items():
+        np.testing.assert_allclose(overlapped[kind][0], mean_sq, rtol=1e-4)
+        np.testing.assert_allclose(overlapped[kind][1], parts, rtol=1e-4)
+
+
+def _overlapped_step(layout: dict[str, Any], source: str) -> dict[str, Figures]:
+    small = functools.partial(megatron_model.DistributedDataParallelConfig, bucket_size=2000)
+    with mock.patch.object(megatron_model, "DistributedDataParallelConfig", small):
+        return _step(layout, source, {}, {}, {"overlap_grad_reduce": True}, 2)
+
+
+def test_clipping_does_not_change_what_is_measured() -> None:
+    free = run_ranks(1, _step, {}, "microbatch+normlayer", {}, {}, {"clip_grad": 0.0}, 0)[0]
+    clipped = run_ranks(1, _step, {}, "microbatch+normlayer", {}, {}, {"clip_grad": 1e-3}, 0)[0]
+    assert clipped == free
+
+
+@pytest.mark.parametrize("layout", [{"dp": 2, "zero": 1}, {"tp": 2, "sequence_parallel": True}], ids=str)
+def test_in_bf16_the_parts_are_those_of_fp32(layout: dict[str, Any]) -> None:
+    exact = run_ranks(1, _step, {}, "microbatch+normlayer", {}, {}, {}, 0)[0]
+    rounded = run_ranks(2, _step, layout, "microbatch+normlayer", {}, {}, {"precision": "bf16"}, 0)[0]
+    for kind, (mean_sq, parts) in exact.items():
+        np.testing.assert_allclose(rounded[kind][0], mean_sq, rtol=5e-2)
+        np.testing.assert_allclose(rounded[kind][1], parts, rtol=5e-2)
+
+
+def _sizes(configurations: list[Configuration], source: str) -> list[tuple[int, int]]:
+    """Number of parts that the full source and the norm layers give in each configuration."""
+    backend = backend_of(tiny_job(1, {}))
+    sizes = []
+    for each in configurations:
+        backend.move(each)
+        result = backend.train_step(random_batches, 0, RULES, source, False)
+        kinds = (result.parts, result.norm_layer_parts)
+        sizes.append(tuple(0 if parts is None else len(parts.squared_norms) for parts in kinds))
+    return sizes  # type: ignore[return-value]
+
+
+def test_a_lone_micro_batch_has_the_sequences_of_the_norm_layers() -> None:
+    lone, odd, single = configuration(8, 8), configuration(3, 3), configuration(1, 1)
+    assert run_ranks(1, _sizes, [lone, odd, single], "normlayer")[0] == [(0, 8), (0, 3), (0, 0)]
+    assert run_ranks(1, _sizes, [lone, odd, single], "microbatch+normlayer")[0] == [(2, 8), (0, 3), (0, 0)]
