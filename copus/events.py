@@ -162,6 +162,38 @@ class Checkpoint(Event):
     """Its size."""
 
 
+class Warned(Event):
+    """Something that somebody should look at; the run goes on."""
+
+    type: Literal["warning"] = "warning"
+    message: str
+    """What, in one line."""
+
+
+class Branch(Event):
+    """A branch of `copus calibrate` ended: a stretch of training from the checkpoint on, thrown away but for this."""
+
+    type: Literal["branch"] = "branch"
+    done: int
+    """Branches done, this one included."""
+    total: int
+    """Branches planned."""
+    configuration: Configuration
+    """What ran."""
+    seed: int
+    """Seed of the order of its data."""
+    sequences: int
+    """Sequences trained on."""
+    lr: float
+    """Learning rate, constant."""
+    first_loss: float | None
+    """Held-out loss at the checkpoint, nats a token; None where it was not finite."""
+    last_loss: float | None
+    """Held-out loss at the end."""
+    noise: NoiseScale
+    """The noise scale at the checkpoint."""
+
+
 class Failure(Event):
     """Something went wrong."""
 
@@ -184,7 +216,20 @@ class End(Event):
 
 KINDS: dict[str, type[Event]] = {
     kind.model_fields["type"].default: kind
-    for kind in (Start, Profile, Step, Noise, DecisionMade, Reconfigure, Evaluate, Checkpoint, Failure, End)
+    for kind in (
+        Start,
+        Profile,
+        Step,
+        Noise,
+        DecisionMade,
+        Reconfigure,
+        Evaluate,
+        Checkpoint,
+        Warned,
+        Branch,
+        Failure,
+        End,
+    )
 }
 
 

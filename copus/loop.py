@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from copus.backends.base import Backend, Batches, StepResult, TrainerState
 from copus.checkpoints import write_checkpoint
-from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Noise, Reconfigure, Step
+from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Noise, Reconfigure, Step, Warned
 from copus.job import JobConfig
 from copus.noise.estimator import NoiseEstimator
+from copus.noise.norm_window import NormWindow
 from copus.noise.step_estimate import estimate_step
 from copus.schedule import rules_at
 from planner.planner import Planner
@@ -35,8 +36,12 @@ class Trainer:
         state: TrainerState,
         report: Callable[[Event], None],
         stop_requested: Callable[[], bool],
+        keep_nothing: bool = False,
     ) -> None:
-        """`planner` is there on rank 0 only. `report` takes events on rank 0, and does nothing elsewhere."""
+        """`planner` is there on rank 0 only. `report` takes events on rank 0, and does nothing elsewhere.
+
+        `keep_nothing` makes a run that ends without a checkpoint: a branch whose losses are all that is wanted.
+        """
         self._job = job
         self._run = run
         self._backend = backend
@@ -45,9 +50,12 @@ class Trainer:
         self._planner = planner
         self._report = report
         self._stop_requested = stop_requested
+        self._keep_nothing = keep_nothing
         self.state = state
         self._noise = NoiseEstimator(job.planner.noise_half_life_tokens)
         self._noise.restore(state.noise)
+        self._norms = NormWindow()
+        self._norms.restore(state.norms)
         self._steps_since_change = 0
         self._evaluated_at: int | None = None
 
@@ -74,7 +82,8 @@ class Trainer:
                 self._checkpoint()
         if reason != "interrupted" and self._evaluated_at != state.samples_consumed:
             self._evaluate()
-        self._checkpoint()
+        if not self._keep_nothing:
+            self._checkpoint()
         return reason
 
     def _is_overtime(self, started: float) -> bool:
@@ -133,6 +142,10 @@ class Trainer:
         ordinary = not halved and self._steps_since_change > 2 and configuration == full
         if self._planner is not None and ordinary:
             self._planner.throughput.observe(configuration, seconds)
+        if self._planner is not None and (
+            warning := self._planner.observe_loss(state.samples_consumed, batch, result.loss)
+        ):
+            self._report(Warned(**self._now(), message=warning))
         return result.stop
 
     def _noise_source(self) -> str | None:
@@ -151,6 +164,8 @@ class Trainer:
         parts = result.parts
         step = estimate_step(result.grad_sq, parts.squared_norms, parts.part_size)
         self._noise.update(step, self.state.samples_consumed * seq_len, batch * seq_len)
+        if not result.skipped:
+            self._norms.add(result.grad_sq, step.noise_trace)
         noise = self._noise.estimate()
         self._report(
             Noise(
@@ -168,9 +183,12 @@ class Trainer:
         """Let rank 0 decide, tell everybody, and move where the decision says so."""
         state = self.state
         box: list[Decision | None] = [None]
+        norms = self._norms.take()
         if self._planner is not None:
             started = time.perf_counter()
-            decision = self._planner.decide(self._noise.estimate(), self._backend.configuration, state.samples_consumed)
+            decision = self._planner.decide(
+                self._noise.estimate(), self._backend.configuration, state.samples_consumed, norms
+            )
             seconds = time.perf_counter() - started
             self._report(DecisionMade(**self._now(), decision=decision, seconds=seconds))
             box = [decision]
@@ -209,6 +227,9 @@ class Trainer:
     def _checkpoint(self) -> None:
         started = time.perf_counter()
         self.state.noise = self._noise.state()
+        self.state.norms = self._norms.state()
+        if self._planner is not None:
+            self.state.forecast = self._planner.forecast.state()
         folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
         seconds = time.perf_counter() - started
         self._report(Checkpoint(**self._now(), path=str(folder.relative_to(self._run)), seconds=seconds, bytes=size))
