@@ -71,8 +71,8 @@ def fit_critical_batch(batches: np.ndarray, losses: np.ndarray, first_loss: floa
 
 def largest_within(batches: np.ndarray, losses: np.ndarray, tolerance: float) -> float:
     """The other definition of a critical batch, without a model: the largest tested batch whose mean loss is at most
-    `tolerance` nats above the smallest batch's, no smaller batch being worse than that (Merrill et al., 2505.23971, §3,
-    with a tolerance of 0.01)."""
+    `tolerance` nats above the smallest batch's, no smaller batch being worse than that (branched training, Merrill
+    et al., 2505.23971)."""
     order = np.argsort(batches)
     means = np.asarray(losses, float).mean(axis=0)[order]
     within = means <= means[0] + tolerance

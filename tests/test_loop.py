@@ -31,6 +31,7 @@ PLANNER = {
     "max_global_batch": 32,
     "max_micro_batch": 4,
     "noise_every_steps": 1,
+    "norm_test_form": "paper",
 }
 
 
@@ -144,8 +145,8 @@ def test_noise_and_evaluations_are_reported(moved: list[Event]) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("policy", "stop_after"),
-    [("static", 21), ("copus", 8)],
-    ids=["static", "at the step of a decision"],
+    [("static", 21), ("copus", 8), ("norm-test", 10)],
+    ids=["static", "at the step of a decision", "between norm tests"],
 )
 def test_an_interrupted_run_goes_on_where_it_was(policy: str, stop_after: int, tmp_path: Path) -> None:
     """Same losses, decisions and moves as the run that nobody stopped. Learning rates are not constant, so samples must
@@ -162,6 +163,9 @@ def test_an_interrupted_run_goes_on_where_it_was(policy: str, stop_after: int, t
     def chosen(events: list[Event]) -> list[tuple[int, str]]:
         return [(e.decision.number, e.decision.chosen.label) for e in events if isinstance(e, DecisionMade)]
 
+    if policy == "norm-test":  # which looks at the norms since the last decision: the checkpoint has them
+        assert chosen(first) + chosen(second) == chosen(whole)
+        assert len({label for _, label in chosen(whole)}) > 1
     if policy == "copus":  # decisions rest on measured seconds too, which no two runs share: the first part must agree
         assert chosen(first) == chosen(whole)[: len(chosen(first))]
         assert [number for number, _ in chosen(first) + chosen(second)] == list(
