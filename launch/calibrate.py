@@ -166,20 +166,22 @@ def _analyse(
 
     from planner.calibration import combine_factor, fit_critical_batch, largest_within
 
-    kept, diverged = [], []
+    columns: dict[int, list[float]] = {}
+    diverged = []
     for configuration in branches.configurations:
-        finite = all(results[configuration, seed].last_loss is not None for seed in branches.seeds)
-        (kept if finite else diverged).append(configuration)
+        ends = [results[configuration, seed].last_loss for seed in branches.seeds]
+        finite = [loss for loss in ends if loss is not None]
+        if len(finite) == len(ends):
+            columns[configuration.global_batch] = finite
+        else:
+            diverged.append(configuration.global_batch)
     one = next(iter(results.values()))
-    if len(kept) < 2 or one.first_loss is None:
+    if len(columns) < 2 or one.first_loss is None:
         raise JobError(f"{checkpoint.name}: fewer than two batches had finite losses; nothing can be fitted")
-    batches = [configuration.global_batch for configuration in kept]
-    losses = [[results[configuration, seed].last_loss for configuration in kept] for seed in branches.seeds]
-    fit = fit_critical_batch(np.array(batches), np.array(losses, dtype=float), one.first_loss)
+    batches, losses = np.array(list(columns)), np.array(list(columns.values())).T
+    fit = fit_critical_batch(batches, losses, one.first_loss)
     noise = one.noise
-    factor = low = high = None
-    if noise.value is not None:
-        factor, low, high = combine_factor(fit, noise.value, noise.low, noise.high)
+    factor, low, high = combine_factor(fit, noise)
     return Calibration(
         critical_batch_factor=factor,
         factor_low=low,
@@ -190,16 +192,16 @@ def _analyse(
         noise_scale=noise.value,
         noise_low=noise.low,
         noise_high=noise.high,
-        within_tolerance=largest_within(np.array(batches), np.array(losses, dtype=float), tolerance),
+        within_tolerance=largest_within(batches, losses, tolerance),
         tolerance=tolerance,
         checkpoint=checkpoint.name,
         samples_consumed=one.samples_consumed,
         sequences=branches.sequences,
         first_loss=one.first_loss,
-        batches=batches,
-        losses=losses,
+        batches=list(columns),
+        losses=losses.tolist(),
         residual=fit.residual,
-        diverged=[configuration.global_batch for configuration in diverged],
+        diverged=diverged,
     )
 
 

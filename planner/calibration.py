@@ -7,6 +7,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import stdtrit
 
+from profiles.noise_scale import NoiseScale
+
 CONFIDENCE = 0.90
 RESAMPLES = 1000
 LARGEST_RATIO = 1e4
@@ -56,14 +58,11 @@ def fit_critical_batch(batches: np.ndarray, losses: np.ndarray, first_loss: floa
     shape = _efficiency(theta, batches / largest)
     drops = gains @ shape / (shape @ shape)
     residual = float(np.sqrt(np.mean((gains - drops[:, None] * shape) ** 2)))
-    low_theta = high_theta = None
-    if len(losses) > 1:
-        half_width = _half_width(batches / largest, gains, np.random.default_rng(seed))
-        low_theta, high_theta = theta - half_width, theta + half_width
+    half_width = _half_width(batches / largest, gains, np.random.default_rng(seed)) if len(losses) > 1 else None
     return CriticalBatchFit(
         value=_critical_batch(theta, largest),
-        low=None if high_theta is None else _critical_batch(high_theta, largest),
-        high=None if low_theta is None else _critical_batch(low_theta, largest),
+        low=None if half_width is None else _critical_batch(theta + half_width, largest),
+        high=None if half_width is None else _critical_batch(theta - half_width, largest),
         drop=float(drops.mean()),
         residual=residual,
     )
@@ -79,19 +78,21 @@ def largest_within(batches: np.ndarray, losses: np.ndarray, tolerance: float) ->
     return float(np.asarray(batches, float)[order][np.argmin(within) - 1 if not within.all() else -1])
 
 
-def combine_factor(
-    critical: CriticalBatchFit, noise: float, noise_low: float | None, noise_high: float | None
-) -> tuple[float | None, float | None, float | None]:
-    """c = φ / B_simple with its interval: the relative errors of the two, added in squares, on each side."""
+def combine_factor(critical: CriticalBatchFit, noise: NoiseScale) -> tuple[float | None, float | None, float | None]:
+    """c = φ / B_simple with the ends of its 90 % interval: the relative errors of the two, added in squares, on each
+    side. None where one of the two is not known; an unbounded φ leaves the lower end."""
+    if noise.value is None:
+        return None, None, None
     if critical.value is None:
-        bound = None if critical.low is None else critical.low / (noise if noise_high is None else noise_high)
-        return None, bound, None
-    value = critical.value / noise
+        return None, None if critical.low is None or noise.high is None else critical.low / noise.high, None
+    value = critical.value / noise.value
     low = high = None
-    if critical.low is not None and noise_high is not None:
-        low = value * math.exp(-math.hypot(math.log(critical.value / critical.low), math.log(noise_high / noise)))
-    if critical.high is not None and noise_low is not None and noise_low > 0:
-        high = value * math.exp(math.hypot(math.log(critical.high / critical.value), math.log(noise / noise_low)))
+    if critical.low is not None and noise.high is not None:
+        spread = math.hypot(math.log(critical.value / critical.low), math.log(noise.high / noise.value))
+        low = value * math.exp(-spread)
+    if critical.high is not None and noise.low is not None and noise.low > 0:
+        spread = math.hypot(math.log(critical.high / critical.value), math.log(noise.value / noise.low))
+        high = value * math.exp(spread)
     return value, low, high
 
 
