@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -197,29 +196,44 @@ def test_a_branch_is_the_run_going_on(tmp_path: Path) -> None:
     assert sorted(names) == ["samples-000000000080", "samples-000000000144"], "branches leave no checkpoint"
 
 
+def _train_prepared(run: Path) -> list[Event]:
+    """Train a run on its own prepared data; the events of rank 0."""
+    from copus.backends.megatron.backend import MegatronBackend
+    from copus.data.prepared import prepared_path
+    from copus.loop import Trainer
+
+    job = load_job(run / "job.yaml")
+    backend = MegatronBackend(job, torch.device("cpu"))
+    data = backend.open_data(prepared_path(job))
+    backend.build(job.training.configuration)
+    events: list[Event] = []
+    Trainer(job, run, backend, *data, None, TrainerState(), events.append, lambda: False).train()
+    return events
+
+
 @pytest.mark.dist
 def test_the_command_with_all_of_it_real(tmp_path: Path) -> None:
-    """Text, two ranks under the agent, a run, and four branches of it."""
+    """Text, a run, and four branches of it on two ranks under the agent."""
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
     job = write_tiny_job(tmp_path)
-    copus = [sys.executable, "-m", "launch.cli"]
-    settings = ["--set", "training.tokens=4800", "--set", "planner.noise_half_life_tokens=1000"]
-    trained = subprocess.run([*copus, "submit", str(job), *settings], cwd=tmp_path, capture_output=True, text=True)
-    assert trained.returncode == 0, trained.stderr
-    began = time.monotonic()
-    result = subprocess.run(
-        [*copus, "calibrate", "tiny", "--multiples", "1,4", "--orders", "2", "--tokens", "1024", "--json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    values = yaml.safe_load(job.read_text())
+    values["training"]["tokens"] = 16 * 4 * 75
+    values["planner"] |= {"noise_half_life_tokens": 1000, "every_samples": 10**9}
+    values["data"]["cache"] = str(tmp_path / "cache")
+    (run / "job.yaml").write_text(yaml.safe_dump(values))
+    subprocess.run([sys.executable, "-m", "copus.data", str(run / "job.yaml")], cwd=tmp_path, check=True)
+    events = run_ranks(2, _train_prepared, run)[0]
+    command = [sys.executable, "-m", "launch.cli", "calibrate", "tiny", "--json"]
+    command += ["--multiples", "1,4", "--orders", "2", "--tokens", "1024"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert time.monotonic() - began < 60
     found = json.loads(result.stdout)
     assert found["batches"] == [4, 16]
     assert found["sequences"] == 64
     assert len(found["losses"]) == 2
     assert found["losses"][0] != found["losses"][1], "two orders of the data"
-    evaluations = [event.loss for event in read_events(tmp_path / "runs/tiny") if isinstance(event, Evaluate)]
-    assert found["first_loss"] == pytest.approx(evaluations[-1], rel=1e-6)
+    last = [event.loss for event in events if isinstance(event, Evaluate)][-1]
+    assert found["first_loss"] == pytest.approx(last, rel=1e-6)
     assert all(loss < found["first_loss"] for row in found["losses"] for loss in row)
     assert found["noise_scale"] is not None
