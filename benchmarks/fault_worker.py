@@ -19,6 +19,7 @@ from profiles.configuration import Configuration
 from profiles.decision import Decision
 from profiles.layout import Layout
 from profiles.noise_scale import NoiseScale
+from profiles.step_norms import StepNorms
 
 LAYOUTS = (Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(dp=2, zero=1))
 """One after the other, changed at every decision."""
@@ -27,9 +28,15 @@ LAYOUTS = (Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(dp=2, zero=1))
 class ScriptedPlanner(Planner):
     """The real planner, but for what it chooses."""
 
-    def decide(self, noise: NoiseScale, current: Configuration, samples_consumed: int) -> Decision:
+    def decide(
+        self,
+        noise: NoiseScale,
+        current: Configuration,
+        samples_consumed: int,
+        step_norms: StepNorms | None = None,
+    ) -> Decision:
         """The next layout; the batch stays."""
-        decision = super().decide(noise, current, samples_consumed)
+        decision = super().decide(noise, current, samples_consumed, step_norms)
         layout = LAYOUTS[samples_consumed // self.config.every_samples % len(LAYOUTS)]
         chosen = current.model_copy(update={"layout": layout})
         return decision.model_copy(update={"chosen": chosen, "reason": "scripted", "predicted_gain": None})
@@ -56,7 +63,7 @@ def main(arguments: list[str]) -> int:
     run = Path(arguments[0])
     (run / f"worker-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     copus.worker.Planner = ScriptedPlanner  # type: ignore[misc]
-    copus.loop.write_checkpoint = announced(run, "checkpoint", copus.loop.write_checkpoint)  # type: ignore[assignment]
+    copus.loop.write_checkpoint = announced(run, "checkpoint", copus.loop.write_checkpoint)
     copus.loop.Trainer._move = announced(run, "move", copus.loop.Trainer._move)  # type: ignore[method-assign]
     assert MegatronBackend is not None  # imported here and not between two collectives: it takes seconds
     return copus.worker.main(arguments)

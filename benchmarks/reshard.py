@@ -65,7 +65,7 @@ def plan_only(ranks: int, ranks_per_node: int) -> dict[str, Any]:
     """Plan a 70 B model's move between two layouts, without and with the distributed optimizer."""
     if ranks % 32:
         raise SystemExit(f"--ranks({ranks}) ÷ (tp(8) × pp(4)) = {ranks / 32:g}, not a whole number of replicas")
-    plans = []
+    plans: list[dict[str, Any]] = []
     for zero in (0, 1):
         before = Layout(tp=8, pp=4, dp=ranks // 32, zero=zero)
         after = Layout(tp=4, pp=8, dp=ranks // 32, zero=zero)

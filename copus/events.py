@@ -174,6 +174,38 @@ class Checkpoint(Event):
     """Its size."""
 
 
+class Warned(Event):
+    """Something that somebody should look at; the run goes on."""
+
+    type: Literal["warning"] = "warning"
+    message: str
+    """What, in one line."""
+
+
+class Branch(Event):
+    """A branch of `copus calibrate` ended: a stretch of training from the checkpoint on, thrown away but for this."""
+
+    type: Literal["branch"] = "branch"
+    done: int
+    """Branches done, this one included."""
+    total: int
+    """Branches planned."""
+    configuration: Configuration
+    """What ran."""
+    seed: int
+    """Seed of the order of its data."""
+    sequences: int
+    """Sequences trained on."""
+    lr: float
+    """Learning rate, constant."""
+    first_loss: float | None
+    """Held-out loss at the checkpoint, nats a token; None where it was not finite."""
+    last_loss: float | None
+    """Held-out loss at the end."""
+    noise: NoiseScale
+    """The noise scale at the checkpoint."""
+
+
 class Failure(Event):
     """Something went wrong."""
 
@@ -225,6 +257,8 @@ KINDS: dict[str, type[Event]] = {
         Reconfigure,
         Evaluate,
         Checkpoint,
+        Warned,
+        Branch,
         Failure,
         Restart,
         End,

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from copus.agreement import RankError
 from copus.backends.base import Backend, Batches, StepResult, TrainerState
 from copus.checkpoints import CheckpointError, write_checkpoint
-from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step
+from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step, Warned
 from copus.job import JobConfig
 from copus.noise.meter import NoiseMeter
+from copus.noise.norm_window import NormWindow
 from copus.noise.sampling import source_of_step
 from copus.noise.sources import split
+from copus.noise.step_estimate import estimate_step
 from copus.schedule import rules_at
 from planner.planner import Planner
 from profiles.configuration import Configuration
@@ -44,8 +46,12 @@ class Trainer:
         state: TrainerState,
         report: Callable[[Event], None],
         stop_requested: Callable[[], bool],
+        keep_nothing: bool = False,
     ) -> None:
-        """`planner` is there on rank 0 only. `report` takes events on rank 0, and does nothing elsewhere."""
+        """`planner` is there on rank 0 only. `report` takes events on rank 0, and does nothing elsewhere.
+
+        `keep_nothing` makes a run that ends without a checkpoint: a branch whose losses are all that is wanted.
+        """
         self._job = job
         self._run = run
         self._backend = backend
@@ -54,9 +60,12 @@ class Trainer:
         self._planner = planner
         self._report = report
         self._stop_requested = stop_requested
+        self._keep_nothing = keep_nothing
         self.state = state
         self._noise = NoiseMeter(job.planner.noise_half_life_tokens)
         self._noise.restore(state.noise)
+        self._norms = NormWindow()
+        self._norms.restore(state.norms)
         self._steps_since_change = 0
         self._evaluated_at: int | None = None
         self._moved = False
@@ -84,7 +93,8 @@ class Trainer:
                 self._checkpoint()
         if reason != "interrupted" and self._evaluated_at != state.samples_consumed:
             self._evaluate()
-        self._checkpoint(last=True)
+        if not self._keep_nothing:
+            self._checkpoint(last=True)
         return reason
 
     def _is_overtime(self, started: float) -> bool:
@@ -148,12 +158,19 @@ class Trainer:
         ordinary = not halved and self._steps_since_change > 2 and configuration == full
         if self._planner is not None and ordinary:
             self._planner.throughput.observe(configuration, seconds)
+        if self._planner is not None and (
+            warning := self._planner.observe_loss(state.samples_consumed, batch, result.loss)
+        ):
+            self._report(Warned(**self._now(), message=warning))
         return result.stop
 
     def _measure_noise(self, result: StepResult, batch: int, source: str | None) -> None:
         seq_len = self._job.model.seq_len
         skipped = self._noise.skipped
         informative = self._noise.update(result, self.state.samples_consumed * seq_len, batch * seq_len)
+        if result.parts is not None and not result.skipped:
+            step = estimate_step(result.grad_sq, result.parts.squared_norms, result.parts.part_size)
+            self._norms.add(result.grad_sq, step.noise_trace)
         if not informative and self._noise.skipped == skipped:
             return
         noise = self._noise.estimate()
@@ -178,9 +195,12 @@ class Trainer:
         """Let rank 0 decide, tell everybody, and move where the decision says so."""
         state = self.state
         box: list[Decision | None] = [None]
+        norms = self._norms.take()
         if self._planner is not None:
             started = time.perf_counter()
-            decision = self._planner.decide(self._noise.estimate(), self._backend.configuration, state.samples_consumed)
+            decision = self._planner.decide(
+                self._noise.estimate(), self._backend.configuration, state.samples_consumed, norms
+            )
             seconds = time.perf_counter() - started
             self._report(DecisionMade(**self._now(), decision=decision, seconds=seconds))
             box = [decision]
@@ -254,6 +274,9 @@ class Trainer:
         """Save, or say why that was not possible and go on; of the `last` one the run depends, so that raises."""
         started = time.perf_counter()
         self.state.noise = self._noise.state()
+        self.state.norms = self._norms.state()
+        if self._planner is not None:
+            self.state.forecast = self._planner.forecast.state()
         try:
             folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
         except CheckpointError as error:

@@ -87,6 +87,8 @@ def _plan(job: JobConfig, table: ThroughputTable, fingerprint: Fingerprint) -> l
     known = Throughput() if job.profile.when == "always" else Throughput(table.rows(fingerprint))
     start = job.training.configuration
     space = [start] if job.planner.policy == "static" else candidates(job.planner, job.model, job.cluster, start)
+    if job.planner.policy == "norm-test":  # which keeps the layout
+        space = [candidate for candidate in space if candidate.layout == start.layout]
     return to_measure(space, known, start)
 
 

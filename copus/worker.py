@@ -3,7 +3,7 @@
 Reads `RUN/job.yaml`, goes on from the newest checkpoint that verifies, on as many ranks as there are, and writes
 `RUN/events.jsonl` from rank 0.
 Stops at the next step, with a checkpoint, when the file `RUN/stop` appears or on SIGTERM or SIGINT; exits 0 then, and
-after a finished run.
+after a finished run. A run directory with a plan of branches (`copus calibrate`) runs these instead.
 """
 
 import contextlib
@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 
 from copus.agreement import from_first, one_line
-from copus.backends.base import Backend, TrainerState
+from copus.backends.base import Backend, Batches, TrainerState
+from copus.branch_runs import run_branches
+from copus.branches import read_plan
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.data.prepared import prepared_path
 from copus.events import End, Event, EventLog, Failure, Restart, Start, samples_trained
@@ -66,6 +68,15 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest",
     from copus.backends.megatron.backend import MegatronBackend  # takes seconds, and changes torch on CPU
 
     backend: Backend = MegatronBackend(job, device)
+    branches = read_plan(run)
+    if branches is not None:
+        with _Reporter(run if dist.get_rank() == 0 else None, job) as report:
+
+            def open_data(branch: JobConfig) -> tuple[Batches, Batches]:
+                return MegatronBackend(branch, device).open_data(prepared_path(branch))
+
+            run_branches(job, run, branches, backend, open_data, report, stop)
+        return
     train, valid = backend.open_data(prepared_path(job))
     rank = dist.get_rank()
     with _Reporter(run if rank == 0 else None, job) as report:
@@ -124,7 +135,9 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
 
 
 def _planner(job: JobConfig, known: Throughput, state: TrainerState) -> Planner:
-    return Planner(job.planner, job.model, job.cluster, job.training.configuration, known, number=state.decisions)
+    planner = Planner(job.planner, job.model, job.cluster, job.training.configuration, known, number=state.decisions)
+    planner.forecast.restore(state.forecast)
+    return planner
 
 
 def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend, known: Throughput) -> TrainerState:

@@ -129,12 +129,50 @@ class Profile:
         return profile(self.job, self.overrides, as_json=self.json)
 
 
+@dataclass
+class Calibrate:
+    """Measure the critical batch of a run: train branches of a checkpoint at several batches, for equal tokens.
+
+    Prints c = critical batch / noise scale, and writes RUN/calibration.json for planner.critical_batch_factor. Called
+    again, it goes on where it was. Example: copus calibrate shakespeare --multiples 1,2,4,8 --orders 3
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs. Its workers must not be running."""
+    checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None
+    """Where the branches begin: a folder, its name, or its sequences; the newest if it is not given."""
+    multiples: Annotated[str, arg(metavar="K,K,…")] = "1,2,4,8"
+    """Batches to compare, as multiples of the checkpoint's own; the learning rate follows by the rules of the job."""
+    tokens: Annotated[int | None, arg(metavar="N")] = None
+    """Length of a branch, rounded up to whole steps of every batch; 16 steps of the largest if it is not given."""
+    orders: Annotated[int, arg(metavar="K")] = 3
+    """Orders of the data, each for every batch; the interval comes from how much they differ."""
+    tolerance: float = 0.01
+    """Nats a token that a batch may be worse than the smallest, for the figure without a model (2505.23971)."""
+    json: bool = False
+    """Print one JSON object on stdout, and the progress on stderr."""
+
+    def run(self) -> int:
+        from launch.calibrate import calibrate
+
+        return calibrate(
+            self.run_name,
+            self.checkpoint,
+            self.multiples,
+            self.tokens,
+            self.orders,
+            self.tolerance,
+            as_json=self.json,
+        )
+
+
 Commands = (
     Annotated[Submit, subcommand("submit")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Plot, subcommand("plot")]
+    | Annotated[Calibrate, subcommand("calibrate")]
 )
 
 DESCRIPTION = (

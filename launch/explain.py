@@ -203,6 +203,7 @@ def _heading(run: Path, explanation: Explanation) -> list[str]:
         f"  when       step {event.step}, {when}",
         f"  noise      B_simple {interval} after {noise.samples} steps",
         f"  critical   φ = {factor:g} · B_simple {critical}",
+        *_forecast(decision),
         f"  objective  {decision.objective}: goodput = {formula}, efficiency = 1 / (1 + batch/φ)",
         f"  policy     {decision.policy}, thought for {event.seconds * 1000:.0f} ms",
         f"  outcome    {outcome}",
@@ -217,6 +218,18 @@ def _heading(run: Path, explanation: Explanation) -> list[str]:
             seen_text += f", {seen / predicted - 1:+.1%}"
     predicted_text = "no prediction" if predicted is None else f"predicted {predicted * 1000:.0f} ms"
     return [*lines, f"  chosen     {predicted_text}, {seen_text}"]
+
+
+def _forecast(decision: Decision) -> list[str]:
+    """The line about the noise scale to come; none where nothing is known."""
+    found = decision.forecast
+    if found is None:
+        return []
+    return [
+        f"  forecast   B_simple ∝ tokens^{found.exponent:.2f} [{found.exponent_low:.2f} to {found.exponent_high:.2f}], "
+        f"{noise_interval(found.value, found.low, found.high)} at {count(found.tokens)} tokens, "
+        f"from {found.points} points"
+    ]
 
 
 def _number(value: float | None, form: str) -> str:

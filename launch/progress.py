@@ -11,9 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from copus.events import Evaluate, Event, Failure, Profile, Reconfigure, Restart
+from copus.events import Branch, Evaluate, Event, Failure, Profile, Reconfigure, Restart, Warned
 from launch.run_directory import shown
-from launch.status import RunStatus, count, duration, measured, moved, noise_interval
+from launch.status import RunStatus, branched, count, duration, measured, moved, noise_interval
 
 LINE_SECONDS = 10.0
 """Time between plain lines."""
@@ -70,6 +70,10 @@ class Progress:
                 self.say(event.message if not event.fatal else f"rank {event.rank} failed: {event.message}")
             elif isinstance(event, Restart):
                 self.say(self._restarted(event))
+            elif isinstance(event, Warned):
+                self.say(f"warning: {event.message}")
+            elif isinstance(event, Branch) and not self._live:
+                self.say(branched(event))
             elif isinstance(event, Profile) and not self._live:
                 self.say(measured(event))
             elif isinstance(event, Evaluate) and not self._live:
@@ -85,7 +89,8 @@ class Progress:
         return f"{how} on {event.ranks} ranks from {where}; {event.samples_repeated} sequences are trained on again"
 
     def _plain(self) -> None:
-        if time.monotonic() < self._next_line or self._status.profile:  # measurements have lines of their own
+        if time.monotonic() < self._next_line or self._status.profile or self._status.branch:
+            # measurements and branches have lines of their own
             return
         self._next_line = time.monotonic() + LINE_SECONDS
         self.say(" · ".join(f"{name} {value}".strip() for name, value in self._facts()))
@@ -98,6 +103,8 @@ class Progress:
         status = self._status
         if status.profile:
             return [("", measured(status.profile))]
+        if status.branch:
+            return [("", branched(status.branch))]
         if status.start is None:
             return [("", "starting the workers")]
         step, noise, evaluation = status.step, status.noise, status.evaluation

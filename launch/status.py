@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from copus.events import (
+    Branch,
     Checkpoint,
     DecisionMade,
     End,
@@ -15,6 +16,7 @@ from copus.events import (
     Reconfigure,
     Start,
     Step,
+    Warned,
 )
 from profiles.configuration import Configuration
 
@@ -29,6 +31,9 @@ class RunStatus:
         self.start: Start | None = None
         self.profile: Profile | None = None
         """The last measurement, while nothing else has run since."""
+        self.branch: Branch | None = None
+        """The last branch of a calibration."""
+        self.warning: Warned | None = None
         self.configuration: Configuration | None = None
         self.step: Step | None = None
         self.noise: Noise | None = None
@@ -78,6 +83,10 @@ class RunStatus:
                 self._recent.clear()
             case Checkpoint():
                 self.checkpoint = event
+            case Branch():
+                self.branch = event
+            case Warned():
+                self.warning = event
             case Failure():
                 if event.fatal:
                     self.failure = self.failure or event  # the others only tell of the first
@@ -112,6 +121,13 @@ def measured(event: Profile) -> str:
     """Progress of the profiler in words."""
     result = event.failure or "no time" if event.step_seconds is None else f"{event.step_seconds * 1000:.0f} ms"
     return f"measuring {event.done}/{event.total} {event.configuration.label}: {result}"
+
+
+def branched(event: Branch) -> str:
+    """Progress of a calibration in words."""
+    losses = ["not finite" if loss is None else f"{loss:.4f}" for loss in (event.first_loss, event.last_loss)]
+    batch = event.configuration.global_batch
+    return f"branch {event.done}/{event.total} batch {batch}, order {event.seed}: loss {losses[0]} → {losses[1]}"
 
 
 def duration(seconds: float) -> str:

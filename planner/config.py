@@ -1,9 +1,11 @@
 """The `planner` section of a job file."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from profiles.calibration import read_factor
 from profiles.layout import Layout
 from profiles.record import Record
 
@@ -11,8 +13,9 @@ from profiles.record import Record
 class PlannerConfig(Record):
     """What may be chosen, how it is scored, and when the job moves."""
 
-    policy: Literal["copus", "static"] = "copus"
-    """copus: move when Goodput improves by `min_gain`. static: keep the configuration of the job file."""
+    policy: Literal["copus", "static", "norm-test"] = "copus"
+    """copus: move when Goodput improves by `min_gain`. static: keep the configuration of the job file. norm-test: keep
+    the layout, and grow the batch until the gradient's noise is at most `norm_test_eta` times the gradient."""
     objective: Literal["plain", "lr-aware"] = "plain"
     """plain: throughput × efficiency. lr-aware: × √B too (COPUS with Adam and a √B learning rate)."""
     every_samples: PositiveInt = 256
@@ -20,7 +23,8 @@ class PlannerConfig(Record):
     min_gain: float = Field(default=0.10, ge=0)
     """Goodput has to improve by this share before the job moves (COPUS's rule: 0.10)."""
     critical_batch_factor: PositiveFloat = 2.0
-    """c in φ = c · B_simple: how far the critical batch lies from the simple noise scale (COPUS: 2.0, set by hand)."""
+    """c in φ = c · B_simple: how far the critical batch lies from the simple noise scale (COPUS: 2.0, set by hand). Or
+    the file that `copus calibrate` wrote, RUN/calibration.json: then the c that it measured."""
     noise_source: Literal["auto", "microbatch", "replica", "normlayer"] = "auto"
     """Parts that the noise is measured from. auto: micro-batches on every `noise_every_steps`-th step, replicas on the
     others (where dp > 1); where a step is one micro-batch, the norm layers, calibrated by halving some. normlayer: the
@@ -34,6 +38,13 @@ class PlannerConfig(Record):
     """What is squared. plain: gradients. adam: gradients divided by Adam's √v̂ + ε in every coordinate (Pollux)."""
     noise_half_life_tokens: PositiveInt = 100_000
     """Half-life, in tokens, of the averages of |G|² and tr Σ."""
+    norm_test_form: Literal["unbiased", "paper"] = "unbiased"
+    """unbiased: batch = noise scale / η². paper: with the step's own gradient in the place of the true one
+    (2412.21124), which asks for too little by the factor 1 / (1 + noise scale / batch)."""
+    norm_test_eta: float = Field(default=0.5, gt=0)
+    """η of the norm test; the authors use 0.1 to 0.5. A smaller one asks for larger batches."""
+    norm_test_every: PositiveInt = 1
+    """Test interval: decisions from one norm test to the next."""
     min_noise_samples: PositiveInt = 20
     """Optimizer steps to see before the first decision."""
     min_global_batch: PositiveInt = 1
@@ -46,6 +57,17 @@ class PlannerConfig(Record):
     """Largest micro-batch that may be chosen; micro-batches are powers of two."""
     layouts: list[Layout] | None = None
     """Layouts that may be chosen; None means every split of the cluster into tp, pp and dp that the model allows."""
+
+    @field_validator("critical_batch_factor", mode="before")
+    @classmethod
+    def _read_calibration(cls, value: Any) -> Any:
+        """A string that is no number names a calibration file: c is read now, so that the resolved job has a number."""
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                return read_factor(Path(value))
+        return value
 
     @model_validator(mode="after")
     def _check_range(self) -> "PlannerConfig":

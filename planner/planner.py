@@ -4,6 +4,8 @@ import math
 
 from planner.config import PlannerConfig
 from planner.efficiency import statistical_efficiency
+from planner.factor_check import FactorCheck
+from planner.forecast import NoiseForecast
 from planner.goodput import goodput
 from planner.policy import Situation, make_policy
 from planner.space import candidates
@@ -13,15 +15,20 @@ from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 from profiles.model_shape import ModelShape
 from profiles.noise_scale import NoiseScale
+from profiles.step_norms import StepNorms
 from profiles.throughput import Prediction, Throughput
 
 MAX_RELATIVE_SPREAD = 0.5
 """A time whose interval is wider than this share of it is no reason to move: the best of many such guesses is a bad
 one."""
+FORECAST_REACH = 2
+"""A decision shows the noise scale that is expected when this many times the tokens will have been seen."""
+CHECK_HALF_LIVES = 4
+"""Stretch on each side of a change of batch that c is checked on, in half-lives of the noise scale."""
 
 
 class Planner:
-    """Decides what a job runs next. Deterministic; its only state is `number` and what `throughput` observes."""
+    """Decides what a job runs next. Deterministic; its state is `number`, `forecast` and what it sees of the job."""
 
     def __init__(
         self,
@@ -39,10 +46,27 @@ class Planner:
         self.policy = make_policy(config)
         self.number = number
         """Number of the next decision; a resumed job sets it."""
+        self.forecast = NoiseForecast(config.noise_half_life_tokens)
+        """The noise scale to come; a resumed job restores it."""
+        self._seq_len = model.seq_len
+        self._check = FactorCheck(max(1, CHECK_HALF_LIVES * config.noise_half_life_tokens // model.seq_len))
 
-    def decide(self, noise: NoiseScale, current: Configuration, samples_consumed: int) -> Decision:
-        """Score every candidate and let the policy choose. `current` is what runs, candidate or not."""
+    def observe_loss(self, samples_consumed: int, global_batch: int, loss: float) -> str | None:
+        """Feed every step's mean training loss. Returns a warning, in one line, when c is clearly off: see
+        `planner.factor_check`."""
+        return self._check.observe(samples_consumed, global_batch, loss)
+
+    def decide(
+        self,
+        noise: NoiseScale,
+        current: Configuration,
+        samples_consumed: int,
+        step_norms: StepNorms | None = None,
+    ) -> Decision:
+        """Score every candidate and let the policy choose. `current` is what runs, candidate or not; `step_norms` are
+        those of the steps since the last decision."""
         critical_batch = self._critical_batch(noise)
+        self._look_ahead(noise, critical_batch, samples_consumed)
         mine = self._score(current, critical_batch, None)
         others = [self._score(c, critical_batch, mine.goodput) for c in self.candidates if c != current]
         # The gain of the current one is 0 by definition, not by division.
@@ -55,7 +79,7 @@ class Planner:
             why = f"the throughput of the current configuration, {current.label}, is not known"
             chosen, reason = mine, f"{noise_in_words(noise)}: {why}; nothing changes"
         else:
-            situation = Situation(samples_consumed, noise, critical_batch, mine, eligible)
+            situation = Situation(samples_consumed, noise, critical_batch, mine, eligible, self.number, step_norms)
             chosen, why = self.policy.choose(situation)
             reason = f"{noise_in_words(noise)}: {why}"
         judged = [
@@ -75,9 +99,20 @@ class Planner:
             candidates=judged + refused,
             predicted_gain=chosen.gain,
             reason=reason,
+            forecast=self.forecast.at(FORECAST_REACH * max(samples_consumed, 1) * self._seq_len),
         )
         self.number += 1
         return decision
+
+    def _look_ahead(self, noise: NoiseScale, critical_batch: float | None, samples_consumed: int) -> None:
+        """Tell the forecast and the check of c what the noise scale is now."""
+        self._check.critical_bounds = None
+        if critical_batch is None:
+            return
+        self.forecast.observe(samples_consumed * self._seq_len, noise)
+        if noise.low is not None and noise.high is not None:
+            factor = self.config.critical_batch_factor
+            self._check.critical_bounds = (factor * noise.low, factor * noise.high)
 
     def _critical_batch(self, noise: NoiseScale) -> float | None:
         """φ = c · B_simple, sequences; None while the noise scale is unknown or has seen too little."""

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from planner.config import PlannerConfig
+from planner.norm_test import NormTest
 from planner.wording import percent
 from profiles.decision import CandidateScore
 from profiles.noise_scale import NoiseScale
+from profiles.step_norms import StepNorms
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Situation:
     """What runs. Its goodput is known, its gain is 0."""
     ranked: Sequence[CandidateScore]
     """Every candidate that may be chosen, `current` among them, best goodput first."""
+    number: int = 0
+    """Number of this decision."""
+    step_norms: StepNorms | None = None
+    """Norms of the steps since the last decision; None where none was measured."""
 
 
 class Policy(Protocol):
@@ -95,3 +101,5 @@ def make_policy(config: PlannerConfig) -> Policy:
             return Static()
         case "copus":
             return Copus(config.min_gain)
+        case "norm-test":
+            return NormTest(config.norm_test_form, config.norm_test_eta, config.norm_test_every)

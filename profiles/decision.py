@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import NonNegativeInt
 
 from profiles.configuration import Configuration
+from profiles.forecast import Forecast
 from profiles.noise_scale import NoiseScale
 from profiles.record import Record
 
@@ -61,6 +62,8 @@ class Decision(Record):
     """Goodput of `chosen` over `current`, minus 1."""
     reason: str
     """One sentence for people."""
+    forecast: Forecast | None = None
+    """The noise scale to be expected when twice the tokens will have been seen; None before the first known one."""
 
     @property
     def switch(self) -> bool:

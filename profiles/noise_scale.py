@@ -8,7 +8,7 @@ from profiles.record import Record
 class NoiseScale(Record):
     """The simple gradient noise scale tr Σ / |G|² (McCandlish et al. 2018, eq. 2.9), with what it was made from.
 
-    `value`, `low` and `high` are None while too little has been seen, or while |G|² cannot be told from zero: then
+    `value`, `low` and `high` are None while too little has been seen, or while nothing can be told from it: then
     nobody may decide anything from it.
     """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import launch.calibrate
 import launch.cli
 import launch.profile
 import launch.submit
@@ -78,7 +79,7 @@ def copus_here(*arguments: str, worker: list[str] | None = None, how: str = "dir
         if worker is not None:
             command = [str(WORKER), *worker]
             engine = LocalEngine(command) if how == "agent" else DirectEngine(command)
-            for module in (launch.submit, launch.profile):
+            for module in (launch.submit, launch.profile, launch.calibrate):
                 patch.setattr(module, "engine_of", lambda job: engine)
         return launch.cli.main(list(arguments))
 

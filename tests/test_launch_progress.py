@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch_events import (
     DATA,
+    NOISE,
     TENSOR,
     TOTAL_SAMPLES,
     decision,
@@ -20,7 +21,7 @@ from launch_events import (
 )
 from rich.console import Console
 
-from copus.events import Evaluate, Event, EventLog, Failure, Profile
+from copus.events import Branch, Evaluate, Event, EventLog, Failure, Profile, Warned
 from launch.follow import Follower, without_replays
 from launch.progress import Progress
 from launch.status import RunStatus, count, duration, noise_interval
@@ -102,6 +103,19 @@ def test_progress_shows_the_measuring() -> None:
     lines = shown_by(RunStatus(), events, terminal=False).splitlines()
     assert lines == ["measuring 7/24 TP1·PP1·DP2 B8 m2: 182 ms", "measuring 8/24 TP1·PP1·DP2 B8 m2: out of memory"]
     assert "measuring 8/24" in shown_by(RunStatus(), events, terminal=True)
+
+
+def test_progress_shows_branches_and_warnings() -> None:
+    values: dict[str, Any] = {"step": 9, "samples_consumed": 80, "configuration": DATA, "seed": 7, "noise": NOISE}
+    branch = Branch(**values, done=2, total=6, sequences=64, lr=1e-3, first_loss=4.5, last_loss=None)
+    warning = Warned(step=9, samples_consumed=80, message="c seems [too] small")
+    assert shown_by(RunStatus(), [branch, warning], terminal=False).splitlines() == [
+        "branch 2/6 batch 8, order 7: loss 4.5000 → not finite",
+        "warning: c seems [too] small",
+    ]
+    live = shown_by(RunStatus(), [branch, warning], terminal=True)
+    assert "branch 2/6" in live
+    assert "warning: c seems [too] small" in live
 
 
 def test_a_loss_that_is_not_finite_can_be_shown() -> None:

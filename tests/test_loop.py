@@ -32,6 +32,7 @@ PLANNER = {
     "max_micro_batch": 4,
     "noise_every_steps": 1,
     "noise_halve_every_steps": 1,
+    "norm_test_form": "paper",
 }
 
 
@@ -153,8 +154,8 @@ def test_noise_and_evaluations_are_reported(moved: list[Event]) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("policy", "stop_after"),
-    [("static", 21), ("copus", 8)],
-    ids=["static", "at the step of a decision"],
+    [("static", 21), ("copus", 8), ("norm-test", 10)],
+    ids=["static", "at the step of a decision", "between norm tests"],
 )
 def test_an_interrupted_run_goes_on_where_it_was(policy: str, stop_after: int, tmp_path: Path) -> None:
     """Same losses, decisions and moves as the run that nobody stopped. Learning rates are not constant, so samples must
@@ -173,6 +174,8 @@ def test_an_interrupted_run_goes_on_where_it_was(policy: str, stop_after: int, t
 
     assert chosen(first) + chosen(second) == chosen(whole)
     assert len(chosen(first)) == stop_after * 4 // 32
+    if policy == "norm-test":  # which looks at the norms since the last decision: the checkpoint has them
+        assert len({label for _, label in chosen(whole)}) > 1
 
 
 @pytest.mark.dist

@@ -66,6 +66,10 @@ class TrainerState:
     """Optimizer steps that were not skipped: Adam's own count."""
     noise: dict[str, Any] = field(default_factory=dict)
     """State of the noise estimate."""
+    norms: list[float] = field(default_factory=list)
+    """Norms of the steps since the last decision."""
+    forecast: dict[str, Any] = field(default_factory=dict)
+    """State of the forecast of the noise scale."""
     decisions: int = 0
     """Decisions taken so far."""
 

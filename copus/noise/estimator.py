@@ -71,8 +71,8 @@ class NoiseEstimator:
         mean_trace = float(trace.sum() / degrees.sum())
         value = low = high = None
         if len(blocks) >= MIN_BLOCKS and mean_grad_sq > 0 and mean_trace > 0:
-            value = mean_trace / mean_grad_sq
             low, high = ratio_interval(degrees, trace, tokens, grad_sq)
+            value = None if low is None else mean_trace / mean_grad_sq
         return NoiseScale(
             grad_sq=mean_grad_sq, noise_trace=mean_trace, value=value, low=low, high=high, samples=self._samples
         )

@@ -100,7 +100,7 @@ def _layer(model: ModelShape, shards: "_Shards", local: str, name: str) -> Itera
         ("mlp.linear_fc1.weight", shards.two_halves if model.gated_mlp else shards.rows, (model.ffn_hidden, hidden)),
         ("mlp.linear_fc2.weight", shards.columns, (hidden, model.ffn_hidden)),
     ):
-        yield make(local + module, name + module, *sizes)  # type: ignore[operator]
+        yield make(local + module, name + module, *sizes)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""Branches: short stretches of training from one checkpoint on, at several batches. What they are, without torch."""
+
+from pathlib import Path
+
+from pydantic import PositiveInt
+
+from copus.job import JobConfig
+from profiles.configuration import Configuration
+from profiles.record import Record
+
+_FILE = "branches.json"
+
+
+class Branches(Record):
+    """The plan of a calibration. A run directory that holds one is a calibration: its workers run the branches."""
+
+    checkpoint: Path
+    """Where every branch begins."""
+    configurations: list[Configuration]
+    """What is compared: one layout, several global batches."""
+    seeds: list[int]
+    """Orders of the data; the first is the run's own, which goes on with text that the run has not seen."""
+    sequences: PositiveInt
+    """Length of every branch: a multiple of every global batch."""
+
+
+def plan_text(branches: Branches) -> str:
+    """What `branches.json` holds."""
+    return branches.model_dump_json(indent=2)
+
+
+def plan_path(run: Path) -> Path:
+    """Where the plan of a calibration is."""
+    return run / _FILE
+
+
+def read_plan(run: Path) -> Branches | None:
+    """The plan of a calibration; None for an ordinary run."""
+    path = plan_path(run)
+    return Branches.model_validate_json(path.read_bytes()) if path.exists() else None
+
+
+def branch_job(job: JobConfig, samples_consumed: int, sequences: int, lr: float, seed: int) -> JobConfig:
+    """The job of one branch: `sequences` more after `samples_consumed`, in the order of `seed`, at a constant `lr`.
+
+    `lr` is that of the reference batch: batches scale it, and β2, by the rules of the job (√κ unless told otherwise).
+    Nothing but the losses at both ends is recorded, and nothing is decided.
+    """
+    never = 2**60
+    training = job.training.model_copy(
+        update={
+            "tokens": (samples_consumed + sequences) * job.model.seq_len,
+            "seed": seed,
+            "lr": lr,
+            "min_lr": min(job.training.min_lr, lr),
+            "warmup_tokens": 0,
+            "decay": "constant",
+            "reference_batch": job.reference_batch,
+            "max_minutes": None,
+            "evaluate_every_tokens": never,
+            "checkpoint_every_tokens": None,
+        }
+    )
+    planner = job.planner.model_copy(update={"policy": "static", "every_samples": never, "noise_every_steps": never})
+    return job.model_copy(update={"training": training, "planner": planner})

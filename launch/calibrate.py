@@ -1,0 +1,253 @@
+"""`copus calibrate`: measures the critical batch by branches of a checkpoint, and c = φ / B_simple."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from copus.branches import Branches, plan_path, plan_text
+from copus.events import Branch, read_events
+from copus.job import JobConfig, JobError, dump_job, load_job
+from launch.attend import Outcome, attend
+from launch.data import check, prepare
+from launch.engines import engine_of
+from launch.interrupts import Interrupts
+from launch.progress import SteadyConsole
+from launch.run_directory import find_run, lock_run, shown, write_atomically, write_job
+from launch.status import count, duration
+from profiles.calibration import Calibration
+from profiles.configuration import Configuration
+
+SHORTEST = 16
+"""Steps of the largest batch in a branch, where the user names no length."""
+
+
+def calibrate(
+    run_text: str,
+    checkpoint_text: str | None,
+    multiples_text: str,
+    tokens: int | None,
+    orders: int,
+    tolerance: float,
+    *,
+    as_json: bool = False,
+) -> int:
+    """Run what is missing of the branches, fit, and write RUN/calibration.json. Returns the exit code.
+
+    Raises JobError for what the user has to mend; interrupted, it goes on where it was when called again.
+    """
+    run = find_run(run_text)
+    job = load_job(run / "job.yaml")
+    checkpoint = _find_checkpoint(run, checkpoint_text)
+    branches = _plan(job, checkpoint, _multiples(multiples_text), tokens, orders)
+    folder = run / "calibration" / f"{checkpoint.name}-{branches.sequences}"
+    engine = engine_of(job)
+    check(job)
+    console = SteadyConsole(stderr=True, highlight=False)
+    console.print(_announcement(job, run, branches), markup=False, soft_wrap=True)
+    with Interrupts() as interrupts, lock_run(run) as lock:
+        code = prepare(job, run / "job.yaml", interrupts)
+        if code:
+            return code
+        _set_up(folder, job, branches)
+        if len(_results(folder, branches)) < len(branches.seeds) * len(branches.configurations):
+            outcome = attend(engine, folder, job, lock, interrupts, console)
+            if outcome.exit_code or outcome.reason != "finished":
+                return _say_unfinished(outcome, run, console)
+    found = _analyse(checkpoint, branches, _results(folder, branches), tolerance)
+    path = run / "calibration.json"
+    write_atomically(path, found.model_dump_json(indent=2) + "\n")
+    if as_json:
+        print(json.dumps({"calibration": str(path), **found.model_dump(mode="json")}))
+    else:
+        _print(found, path, job)
+    return 0
+
+
+def _find_checkpoint(run: Path, text: str | None) -> Path:
+    """The newest whole checkpoint, or the one named: a path, a name below RUN/checkpoints, or its sequences."""
+    known = sorted(path for path in (run / "checkpoints").glob("samples-*") if (path / "trainer.json").is_file())
+    if text is None:
+        if not known:
+            raise JobError(f"{shown(run)}: no checkpoint to branch from")
+        return known[-1]
+    for path in (Path(text).expanduser(), run / "checkpoints" / text):
+        if (path / "trainer.json").is_file():
+            return path.absolute()
+    for path in known:
+        if text.isdigit() and int(path.name.removeprefix("samples-")) == int(text):
+            return path
+    names = ", ".join(path.name for path in known) or "none"
+    raise JobError(f"--checkpoint {text}: no such checkpoint; {shown(run)} has {names}")
+
+
+def _multiples(text: str) -> list[float]:
+    try:
+        values = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise JobError(f"--multiples {text}: expected numbers with commas between, such as 1,2,4,8") from None
+    if len(values) < 2 or values[0] <= 0 or not math.isfinite(values[-1]):
+        raise JobError(f"--multiples {text}: expected two or more different positive numbers")
+    return values
+
+
+def _plan(job: JobConfig, checkpoint: Path, multiples: list[float], tokens: int | None, orders: int) -> Branches:
+    """What is run. Raises JobError, with the arithmetic, for batches that cannot be."""
+    if orders < 1:
+        raise JobError(f"--orders {orders}: at least 1")
+    if tokens is not None and tokens < 1:
+        raise JobError(f"--tokens {tokens}: at least 1")
+    base = Configuration.model_validate(json.loads((checkpoint / "trainer.json").read_text())["configuration"])
+    configurations = [_scaled(base, multiple) for multiple in multiples]
+    common = math.lcm(*(configuration.global_batch for configuration in configurations))
+    largest = configurations[-1].global_batch
+    wanted = SHORTEST * largest if tokens is None else tokens // job.model.seq_len
+    sequences = max(1, math.ceil(wanted / common)) * common
+    seeds = [job.training.seed + order for order in range(orders)]
+    return Branches(checkpoint=checkpoint, configurations=configurations, seeds=seeds, sequences=sequences)
+
+
+def _scaled(base: Configuration, multiple: float) -> Configuration:
+    """The same layout at `multiple` times the global batch, with the largest micro-batch that is no larger and fits."""
+    batch = base.global_batch * multiple
+    where = f"--multiples {multiple:g}: {multiple:g} × batch {base.global_batch} of the checkpoint = {batch:g}"
+    if batch != int(batch):
+        raise JobError(f"{where}, which is not whole")
+    dp = base.layout.dp
+    per_replica, rest = divmod(int(batch), dp)
+    if rest:
+        raise JobError(f"{where}, which {dp} replicas cannot share")
+    micro_batch = max(size for size in range(1, min(base.micro_batch, per_replica) + 1) if per_replica % size == 0)
+    try:
+        return Configuration(layout=base.layout, micro_batch=micro_batch, global_batch=int(batch))
+    except ValidationError as error:
+        raise JobError(f"{where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+
+
+def _announcement(job: JobConfig, run: Path, branches: Branches) -> str:
+    batches = ", ".join(str(each.global_batch) for each in branches.configurations)
+    number = len(branches.configurations) * len(branches.seeds)
+    tokens = branches.sequences * job.model.seq_len
+    return (
+        f"{shown(run)}: {number} branches from {branches.checkpoint.name}: batches {batches}, {len(branches.seeds)} "
+        f"orders of the data, {count(tokens)} tokens each, {count(number * tokens)} in all"
+    )
+
+
+def _set_up(folder: Path, job: JobConfig, branches: Branches) -> None:
+    """Make the calibration's run directory; what another model or other rules left there is removed."""
+    if (folder / "job.yaml").is_file() and (folder / "job.yaml").read_text(encoding="utf-8") != dump_job(job):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_job(folder, job)
+    write_atomically(plan_path(folder), plan_text(branches))
+
+
+def _results(folder: Path, branches: Branches) -> dict[tuple[Configuration, int], Branch]:
+    """The branches of this plan that were run, by configuration and order."""
+    return {
+        (event.configuration, event.seed): event
+        for event in read_events(folder)
+        if isinstance(event, Branch)
+        and event.configuration in branches.configurations
+        and event.seed in branches.seeds
+        and event.sequences == branches.sequences
+    }
+
+
+def _analyse(
+    checkpoint: Path, branches: Branches, results: dict[tuple[Configuration, int], Branch], tolerance: float
+) -> Calibration:
+    """Fit the losses. Raises JobError where there are fewer than two batches whose losses are finite."""
+    import numpy as np
+
+    from planner.calibration import combine_factor, fit_critical_batch, largest_within
+
+    columns: dict[int, list[float]] = {}
+    diverged = []
+    for configuration in branches.configurations:
+        ends = [results[configuration, seed].last_loss for seed in branches.seeds]
+        finite = [loss for loss in ends if loss is not None]
+        if len(finite) == len(ends):
+            columns[configuration.global_batch] = finite
+        else:
+            diverged.append(configuration.global_batch)
+    one = next(iter(results.values()))
+    if len(columns) < 2 or one.first_loss is None:
+        raise JobError(f"{checkpoint.name}: fewer than two batches had finite losses; nothing can be fitted")
+    batches, losses = np.array(list(columns)), np.array(list(columns.values())).T
+    fit = fit_critical_batch(batches, losses, one.first_loss)
+    noise = one.noise
+    factor, low, high = combine_factor(fit, noise)
+    return Calibration(
+        critical_batch_factor=factor,
+        factor_low=low,
+        factor_high=high,
+        critical_batch=fit.value,
+        critical_low=fit.low,
+        critical_high=fit.high,
+        noise_scale=noise.value,
+        noise_low=noise.low,
+        noise_high=noise.high,
+        within_tolerance=largest_within(batches, losses, tolerance),
+        tolerance=tolerance,
+        checkpoint=checkpoint.name,
+        samples_consumed=one.samples_consumed,
+        sequences=branches.sequences,
+        first_loss=one.first_loss,
+        batches=list(columns),
+        losses=losses.tolist(),
+        residual=fit.residual,
+        diverged=diverged,
+    )
+
+
+def _say_unfinished(outcome: Outcome, run: Path, console: Console) -> int:
+    if outcome.reason != "failed":  # which has been explained
+        console.print(
+            f"stopped after {duration(outcome.seconds)}; the same command goes on after the last whole branch of "
+            f"{shown(run)}",
+            markup=False,
+            soft_wrap=True,
+        )
+    return outcome.exit_code or 1
+
+
+def _print(found: Calibration, path: Path, job: JobConfig) -> None:
+    lines = [f"{'batch':>8}  {'loss':>8}  {'± order':>8}  (held out; {found.first_loss:.4f} at {found.checkpoint})"]
+    for index, batch in enumerate(found.batches):
+        column = [row[index] for row in found.losses]
+        mean = sum(column) / len(column)
+        spread = math.sqrt(sum((loss - mean) ** 2 for loss in column) / max(len(column) - 1, 1))
+        lines.append(f"{batch:>8}  {mean:>8.4f}  {spread:>8.4f}")
+    lines += [f"{batch:>8}  the loss was not finite" for batch in found.diverged]
+    lines += [
+        f"critical batch    φ = {_interval(found.critical_batch, found.critical_low, found.critical_high)} sequences",
+        f"noise scale       B_simple = {_interval(found.noise_scale, found.noise_low, found.noise_high)} sequences",
+        f"factor            c = {_interval(found.critical_batch_factor, found.factor_low, found.factor_high)}",
+        f"without a model   batch {found.within_tolerance:g} is the largest within {found.tolerance:g} nats of the "
+        "smallest",
+    ]
+    if found.noise_scale is None:
+        lines.append("the noise scale was unknown at this checkpoint: c cannot be told")
+    elif found.critical_batch_factor is None:
+        lines.append("the largest batch learned as much per token as the smallest: try larger multiples")
+    else:
+        lines += [
+            f"to use it, in the job file (it has {job.planner.critical_batch_factor:g}):",
+            f"  planner: {{critical_batch_factor: {found.critical_batch_factor:.3g}}}",
+            f"or --set planner.critical_batch_factor={shown(path)}",
+        ]
+    print("\n".join(lines))
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
+    """`14.2 [10.1–19.8]`; an open end is ∞."""
+    if value is None:
+        return "unknown" if low is None else f"unknown, above {low:.3g}"
+    if low is None and high is None:
+        return f"{value:.3g} (no interval)"
+    return f"{value:.3g} [{'0' if low is None else f'{low:.3g}'}–{'∞' if high is None else f'{high:.3g}'}]"

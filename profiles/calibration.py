@@ -1,0 +1,64 @@
+"""What `copus calibrate` found, as the file that the planner takes c from."""
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from profiles.record import Record
+
+
+class Calibration(Record):
+    """The critical batch measured by branches of one checkpoint, and c = φ / B_simple. Batches are in sequences."""
+
+    critical_batch_factor: float | None
+    """c; None where the largest batch lost nothing against the smallest: then only `factor_low` is known."""
+    factor_low: float | None
+    """Lower end of its 90 % interval; None with one data order."""
+    factor_high: float | None
+    """Upper end; None where it is unbounded, and with one data order."""
+    critical_batch: float | None
+    """φ."""
+    critical_low: float | None
+    """Lower end of its 90 % interval."""
+    critical_high: float | None
+    """Upper end."""
+    noise_scale: float | None
+    """B_simple at the checkpoint; None where it was unknown."""
+    noise_low: float | None
+    """Lower end of its 90 % interval."""
+    noise_high: float | None
+    """Upper end."""
+    within_tolerance: float
+    """Largest batch whose loss is within `tolerance` of the smallest's: no model (Merrill et al., 2505.23971)."""
+    tolerance: float
+    """Nats a token."""
+    checkpoint: str
+    """Where the branches began."""
+    samples_consumed: int
+    """Sequences that the checkpoint had seen."""
+    sequences: int
+    """Length of every branch."""
+    first_loss: float
+    """Held-out loss at the checkpoint, nats a token."""
+    batches: list[int]
+    """Global batches, ascending."""
+    losses: list[list[float]]
+    """Held-out loss at the end, by order of the data and batch."""
+    residual: float
+    """Root mean square of what the fitted model leaves of the losses."""
+    diverged: list[int] = Field(default_factory=list)
+    """Batches left out because a loss was not finite."""
+
+
+def read_factor(path: Path) -> float:
+    """c from a calibration file. Raises ValueError, one line, where there is no such file or it has no c."""
+    try:
+        found = Calibration.model_validate_json(path.expanduser().read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: neither a number nor a calibration file ({error.strerror})") from None
+    except ValidationError:
+        raise ValueError(f"{path}: not a file of `copus calibrate`") from None
+    if found.critical_batch_factor is None:
+        bound = "" if found.factor_low is None else f", only that it is above {found.factor_low:.3g}"
+        raise ValueError(f"{path}: this calibration does not know c{bound}; give a number")
+    return found.critical_batch_factor
