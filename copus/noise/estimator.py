@@ -131,8 +131,8 @@ def ratio_interval(
     a = bottom_mean**2 - t**2 * (bottom_error @ bottom_error)
     b = top_mean * bottom_mean - t**2 * (top_error @ bottom_error)
     c = top_mean**2 - t**2 * (top_error @ top_error)
-    discriminant = b**2 - a * c
-    if c <= 0 or discriminant < 0:
+    discriminant = max(b**2 - a * c, 0.0)  # T / G itself is always inside: below zero is rounding
+    if c <= 0:
         return None, None
     low = float(c / (b + math.sqrt(discriminant)))
     return low, (float((b + math.sqrt(discriminant)) / a) if a > 0 else None)
