@@ -12,7 +12,7 @@ from copus.checkpoints import read_state
 from copus.events import Branch, End, Evaluate, Event, read_events
 from copus.job import JobConfig, JobError
 from copus.loop import Trainer
-from copus.noise.estimator import NoiseEstimator
+from copus.noise.meter import NoiseMeter
 from copus.schedule import base_lr, rules_at
 from profiles.configuration import Configuration
 
@@ -38,7 +38,7 @@ def run_branches(
     lr = base_lr(job, state.samples_consumed * seq_len)
     if lr <= 0:
         raise JobError(f"{branches.checkpoint.name}: the learning rate is 0 here: every batch would learn nothing")
-    noise = NoiseEstimator(job.planner.noise_half_life_tokens)
+    noise = NoiseMeter(job.planner.noise_half_life_tokens)
     noise.restore(state.noise)
     here = {"step": state.step, "samples_consumed": state.samples_consumed}
     done = _done(run, branches)
