@@ -173,7 +173,8 @@ def test_an_interrupted_run_goes_on_where_it_was(policy: str, stop_after: int, t
         return [(e.decision.number, e.decision.chosen.label) for e in events if isinstance(e, DecisionMade)]
 
     assert chosen(first) + chosen(second) == chosen(whole)
-    assert len(chosen(first)) == stop_after * 4 // 32
+    if policy != "norm-test":  # which makes the batch larger than 4
+        assert len(chosen(first)) == stop_after * 4 // 32
     if policy == "norm-test":  # which looks at the norms since the last decision: the checkpoint has them
         assert len({label for _, label in chosen(whole)}) > 1
 
