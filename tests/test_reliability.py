@@ -96,8 +96,10 @@ class Planner:
         self._real = Real(job.planner, job.model, job.cluster, job.training.configuration, self.throughput)
         self._after = after
 
-    def decide(self, noise: Any, current: Configuration, samples_consumed: int) -> Any:
-        decision = self._real.decide(noise, current, samples_consumed)
+        self.forecast, self.observe_loss = self._real.forecast, self._real.observe_loss
+
+    def decide(self, noise: Any, current: Configuration, samples_consumed: int, step_norms: Any = None) -> Any:
+        decision = self._real.decide(noise, current, samples_consumed, step_norms)
         known = self.throughput.predict(self._after)
         return decision if known and known.failure else decision.model_copy(update={"chosen": self._after})
 
