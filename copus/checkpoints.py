@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from copus.backends.base import Backend, TrainerState
+from copus.durable import sync_folder, write_text
 from profiles.configuration import Configuration
 
 _FOLDER = "checkpoints"
@@ -43,26 +44,11 @@ def write_checkpoint(run: Path, backend: Backend, state: TrainerState, keep: int
     backend.save(writing)
     if rank == 0:
         values = {"state": asdict(state), "configuration": backend.configuration.model_dump(mode="json")}
-        _write_durably(writing / "trainer.json", json.dumps(values))
+        write_text(writing / "trainer.json", json.dumps(values))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(writing, final)
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
         for old in sorted(final.parent.glob("samples-*"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return final, sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
