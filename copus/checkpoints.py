@@ -17,15 +17,8 @@ import torch.distributed as dist
 
 from copus.agreement import RankError, all_ranks, from_first, together
 from copus.backends.base import Backend, TrainerState
-from copus.manifest import (
-    damage,
-    describe,
-    files_of,
-    read_manifest,
-    sync_folder,
-    write_durably,
-    write_manifest,
-)
+from copus.durable import sync_folder, write_text
+from copus.manifest import damage, describe, files_of, read_manifest, write_manifest
 from profiles.configuration import Configuration
 
 _FOLDER = "checkpoints"
@@ -97,7 +90,7 @@ def write_checkpoint(run: Path, backend: Backend, state: TrainerState, keep: int
     try:
         _on_first(lambda: _make_empty(writing))
         backend.save(writing)
-        _on_first(lambda: write_durably(writing / "trainer.json", json.dumps(values)))
+        _on_first(lambda: write_text(writing / "trainer.json", json.dumps(values)))
         names = from_first(files_of(writing))
         shares = all_ranks(together(lambda: describe(writing, names[_rank() :: _ranks()]), OSError))
         entries = {name: entry for share in shares for name, entry in share.items()}

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from copus.durable import sync_folder, write_text
+
 MANIFEST = "manifest.json"
 """Name of the file, beside those that it lists."""
 _VERSION = 1
@@ -42,7 +44,7 @@ def describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
 def write_manifest(folder: Path, entries: dict[str, Entry]) -> None:
     """Write the manifest durably, and flush every folder that has files. Raises OSError."""
     values = {"version": _VERSION, "files": {name: entry._asdict() for name, entry in sorted(entries.items())}}
-    write_durably(folder / MANIFEST, json.dumps(values, indent=1))
+    write_text(folder / MANIFEST, json.dumps(values, indent=1))
     for below in {folder, *((folder / name).parent for name in entries)}:
         sync_folder(below)
 
@@ -92,20 +94,3 @@ def _flushed(path: Path) -> Entry:
 
 def _digest(file: object) -> str:
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()  # type: ignore[arg-type]
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file and flush it to disk. Raises OSError."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

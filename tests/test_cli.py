@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,16 +39,6 @@ def test_help_and_explain_import_nothing_heavy(run: Path) -> None:
     assert "planner" in explained
     assert (helped | explained).isdisjoint(HEAVY)
     assert "pydantic" not in helped
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["explain", "one", "--json"]])
-def test_answers_take_less_than_a_second(run: Path, arguments: list[str]) -> None:
-    def seconds() -> float:
-        began = time.monotonic()
-        assert copus_process(*arguments, cwd=run.parent.parent).returncode == 0
-        return time.monotonic() - began
-
-    assert min(seconds() for _ in range(5)) < 1.0  # the fastest: the machine may be busy
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -30,6 +30,7 @@ from copus.data.prepared import (
 )
 from copus.data.sources import Document, file_sha256, read_documents, source_files
 from copus.data.tokenizer import check_tokenizer, encode, load_tokenizer, train_tokenizer
+from copus.durable import sync_folder, write_text
 from copus.job import JobConfig, JobError
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def prepare(job: JobConfig, progress: Progress = lambda stage, done, total: None
         temporary.mkdir(parents=True)
         manifest = _build(job, temporary, progress)
         check_length(job, manifest)
-        _write(temporary / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
-        _sync(temporary)
+        write_text(temporary / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+        sync_folder(temporary)
         try:
             os.rename(temporary, folder)
         except OSError:
@@ -66,7 +67,7 @@ def prepare(job: JobConfig, progress: Progress = lambda stage, done, total: None
         raise JobError(f"data.cache: cannot write {error.filename or temporary}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync(folder.parent)
+    sync_folder(folder.parent)
     return folder
 
 
@@ -82,7 +83,7 @@ def _build(job: JobConfig, folder: Path, progress: Progress) -> Manifest:
         raise JobError(f"data: all {len(dropped)} training documents repeat held-out text; {first}")
 
     tokenizer, eod = _tokenizer(job, train, progress)
-    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron warns at import of every optional package that is missing
@@ -177,19 +178,3 @@ def _works(documents: list[Document], kept: list[Document], held_out: set[str], 
         Work(name=work, side=side, documents=count[work], tokens=tokens[work], bytes=size[work])
         for work, side in sides.items()
     ]
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
 """One optimizer step, and one evaluation, of a built Megatron model."""
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from copus.backends.base import Batches, StepResult, StepRules
 from copus.backends.megatron import cpu
 from copus.backends.megatron.part_norms import PartNorms, squared_norm
+from copus.backends.megatron.sharded import unwrap
 from copus.backends.megatron.upstream import inner_optimizers
 from profiles.configuration import Configuration
 
@@ -105,18 +105,11 @@ def _run_microbatches(
         data_iterator=[microbatches() for _ in chunks] if len(chunks) > 1 else microbatches(),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=configuration.num_microbatches,
-        seq_length=_seq_len(chunks),
+        seq_length=unwrap(chunks[0]).max_sequence_length,
         micro_batch_size=micro_batch,
         forward_only=forward_only,
     )
     return [output["loss"] for output in outputs]
-
-
-def _seq_len(chunks: list[Any]) -> int:
-    module = chunks[0]
-    while hasattr(module, "module"):
-        module = module.module
-    return int(module.max_sequence_length)
 
 
 def _forward_step(microbatches: Iterator[tuple[torch.Tensor, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
@@ -124,7 +117,7 @@ def _forward_step(microbatches: Iterator[tuple[torch.Tensor, torch.Tensor]], mod
     tokens, labels = next(microbatches)
     # Rotary positions and a causal mask need neither positions nor a mask tensor.
     output = model(tokens, None, None, labels=labels)
-    return output, functools.partial(_mean_loss)
+    return output, _mean_loss
 
 
 def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
