@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from copus.backends.megatron.limits import check_configuration, check_layout
+from copus.backends.megatron.limits import check_configuration, check_layout, check_model
 from planner.config import PlannerConfig
 from profiles.cluster import Cluster
 from profiles.config import ProfileConfig
@@ -150,6 +150,7 @@ class JobConfig(Record):
 
     @model_validator(mode="after")
     def _check_arithmetic(self) -> "JobConfig":
+        _located("model", lambda: check_model(self.model))
         _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
         _located("training", lambda: check_configuration(self.training.configuration))
         for index, layout in enumerate(self.planner.layouts or []):

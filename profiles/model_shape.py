@@ -2,7 +2,7 @@
 
 import hashlib
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from profiles.record import Record
 
@@ -32,6 +32,10 @@ class ModelShape(Record):
     """SwiGLU (True) or GELU (False)."""
     tied_embeddings: bool = False
     """Whether the output layer shares the input embedding."""
+    experts: NonNegativeInt = 0
+    """Experts of each MLP, every one `ffn_hidden` wide; 0 for a dense model. The MLPs of all layers are alike."""
+    experts_per_token: PositiveInt = 1
+    """Experts that the router sends a token to; 1 for a dense model."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
     """Epsilon of RMSNorm."""
     rope_base: float = Field(default=10000.0, gt=0)
@@ -50,6 +54,8 @@ class ModelShape(Record):
                 f"hidden({self.hidden}) ÷ heads({self.heads}) = {self.hidden // self.heads}, "
                 "but rotary positions need an even head width"
             )
+        if self.experts_per_token > max(self.experts, 1):
+            raise ValueError(f"experts_per_token({self.experts_per_token}) is larger than experts({self.experts})")
         return self
 
     @property
@@ -59,14 +65,16 @@ class ModelShape(Record):
 
     @property
     def parameters(self) -> int:
-        """Number of weights, padded vocabulary included."""
+        """Number of weights, padded vocabulary and every expert included."""
         head_width = self.hidden // self.heads
         attention = self.hidden * head_width * (2 * self.heads + 2 * self.kv_heads)
-        mlp = self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2)
+        mlp = self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2) * max(self.experts, 1)
+        mlp += self.hidden * self.experts  # the router
         embeddings = self.padded_vocab * self.hidden * (1 if self.tied_embeddings else 2)
         return self.layers * (attention + mlp + 2 * self.hidden) + self.hidden + embeddings
 
     @property
     def digest(self) -> str:
         """A short name that two equal shapes share: the key of a model in throughput tables."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        # Without defaults: a field that is added later does not make every table forget its models.
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:12]

@@ -53,6 +53,7 @@ def _gather(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
                 f"ranks {sorted(set(range(len(pipes))) - set(results))} did not answer in {timeout_seconds} s"
             )
         for pipe in ready:
+            assert isinstance(pipe, Connection)
             rank = pipes.index(pipe)
             try:
                 ok, value = pipe.recv()

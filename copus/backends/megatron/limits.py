@@ -2,6 +2,15 @@
 
 from profiles.configuration import Configuration
 from profiles.layout import Layout
+from profiles.model_shape import ModelShape
+
+
+def check_model(model: ModelShape) -> None:
+    """Raise ValueError for a model that the Megatron backend does not build."""
+    if model.experts:
+        raise ValueError(
+            f"model.experts({model.experts}) is not supported by the megatron backend: it builds dense models"
+        )
 
 
 def check_layout(layout: Layout) -> None:
