@@ -126,7 +126,8 @@ def _configuration(row: dict[str, str], cluster: Cluster) -> Configuration:
     if rest or (row["dp"] and int(row["dp"]) != dp):
         raise Unusable("layout does not fill the cluster")
     gbs = int(row["gbs"])
-    micro_batch = int(row["mbs"]) if row["mbs"] else max(gbs // (dp * int(row["grad_accum"] or gbs // dp or 1)), 1)
+    # Not said: what follows from gradient accumulation, else one sequence, as everybody with a pipeline has it.
+    micro_batch = int(row["mbs"] or 0) or (gbs // (dp * int(row["grad_accum"])) if row["grad_accum"] else 1) or 1
     try:
         layout = Layout(
             **{"tp": tp, "pp": pp, "vp": vp if pp > 1 else 1, "cp": cp, "ep": ep, "dp": dp},

@@ -10,6 +10,10 @@ PARTS = ("compute", "launch", "tp", "cp", "ep", "p2p", "bubble", "dp", "optimize
 """Parts of a step, as in `Predicted.breakdown`."""
 
 
+ROUND = 0.1
+"""Share of a communication that shows even under ample work: its first message has nothing to hide under."""
+
+
 def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     """Seconds of each part; they add up to the step.
 
@@ -30,12 +34,13 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     dp_rate = k["dp_traffic"] * crowd
     cp = _exposed(k["tp_traffic"] * w.layer_cp, k["attention"] * w.layer_attention)
     ep = k["tp_traffic"] * w.layer_ep
-    gather = _exposed(dp_rate * w.layer_gather, k["dp_overlap"] * compute)
+    gather = _exposed(dp_rate * w.layer_gather, k["gather_overlap"] * (compute + tp))
     layer = compute + tp + cp + ep + gather
     head = drag * (k["products"] * w.head_products + k["operands"] * w.head_operands)
-    host_layer = k["layer_launch_seconds"] * w.passes
+    host_layer = w.passes * (k["layer_launch_seconds"] + k["pipeline_launch_seconds"] * w.staged_tp)
     host_batch = k["microbatch_launch_seconds"]
     p2p = k["p2p_traffic"] * w.p2p + k["p2p_latency_seconds"] * w.p2p_messages
+    p2p = np.where(w.vp > 1, _exposed(p2p, 0.5 * w.stage_layers * compute), p2p)  # an interleaved schedule sends ahead
 
     last = w.last_layers * layer + head
     full = w.stage_layers * layer
@@ -74,6 +79,9 @@ def _slower(a: Floats, b: Floats) -> Floats:
 
 
 def _exposed(busy: Floats, cover: Floats) -> Floats:
-    """What remains of a communication that runs under `cover` seconds of work: busy²/(busy + cover). Nearly nothing where it is
-    short, all but the cover where it is long."""
-    return busy * (busy / np.maximum(busy + cover, 1e-30))
+    """What remains of a communication under `cover` seconds of work: busy − cover, rounded off at 0.
+
+    ½(d + √(d² + 4·ROUND·busy·cover)) with d = busy − cover: all of it where there is no cover, and ROUND of it where there is much.
+    """
+    over = busy - cover
+    return 0.5 * (over + np.sqrt(over * over + (4 * ROUND) * (busy * cover)))

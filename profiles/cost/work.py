@@ -49,6 +49,8 @@ class Work:
     """Layers of the last stage, which has the output layer too."""
     passes: Floats
     """Forward passes' worth of kernels launched for a layer: 2, or 3 where the forward pass is recomputed."""
+    staged_tp: Floats
+    """log2 of the tensor parallel degree where there is a pipeline, 0 where there is none."""
     layer_products: Floats
     """Matrix products: operations ÷ peak."""
     layer_operands: Floats
@@ -108,6 +110,7 @@ COORDINATES = ("tp", "pp", "dp", "micro_batch", "num_microbatches", "vp", "cp", 
 def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurations, precision: str) -> Work:
     """The work of each configuration. Raises ValueError for a precision that the accelerator does not have."""
     peak, memory = device.peak(precision), device.memory_bytes_per_second
+    wide = "bf16" if "fp8" in precision or "fp4" in precision else precision  # what attention runs in
     tp, pp, vp, cp, ep, dp, b = (a.astype(float) for a in (c.tp, c.pp, c.vp, c.cp, c.ep, c.dp, c.micro_batch))
     n = np.maximum(c.global_batch / (dp * b), 1.0)
     full, selective = c.recompute == RECOMPUTE.index("full"), c.recompute == RECOMPUTE.index("selective")
@@ -143,21 +146,23 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     expert_ring = (dp * cp / ep - 1) / (dp * cp / ep)
     layer_parameters = attention_weights + 2 * h
 
-    each = np.where(c.zero >= 2, float(GRADIENT), 0.0) + np.where(c.zero >= 3, 2 * HALF, 0.0)
+    # A pipeline keeps gathered weights and sums gradients over its micro-batches: then once a step.
+    each = np.where(pp > 1, 0.0, np.choose(c.zero, [0.0, 0.0, GRADIENT, GRADIENT + 2 * HALF]))
     gather = each * (layer_parameters * ring + mlp_weights * np.maximum(expert_ring, 0)) / dp_link
     stage_layers = np.ceil(layers / (pp * vp)) * vp
     embedding = float(model.padded_vocab) * h / tp
     ends = embedding * np.where(pp > 1, 1.0, 1.0 if model.tied_embeddings else 2.0)
     dense_parameters, expert_parameters = stage_layers * layer_parameters + ends, stage_layers * mlp_weights
-    once = np.choose(c.zero, [2 * GRADIENT, GRADIENT + HALF, HALF, 0.0])
+    once = np.where(pp > 1, GRADIENT + HALF, np.choose(c.zero, [2 * GRADIENT, GRADIENT + HALF, HALF, 0.0]))
+    once = np.where(c.zero == 0, 2 * GRADIENT, once)
     dp_bytes = once * (dense_parameters * ring + expert_parameters * np.maximum(expert_ring, 0))
-    dp_bytes = dp_bytes + np.where(c.zero >= 3, 2 * GRADIENT, 0.0) * ends * ring
+    dp_bytes = dp_bytes + np.where((c.zero == 3) & (pp == 1), 2 * GRADIENT, 0.0) * ends * ring
     shards = np.where(c.zero >= 1, replicas, 1.0)
     updated = dense_parameters / shards + expert_parameters / np.where(c.zero >= 1, np.maximum(replicas / ep, 1.0), 1.0)
 
     head = 2 * tokens * h * model.padded_vocab / tp
     head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding) + 2 * GRADIENT * tokens * model.padded_vocab / tp
-    p2p_bytes = hidden_bytes / split
+    p2p_bytes = hidden_bytes / tp  # scattered before, gathered after (2104.04473, §4.1)
     p2p_link = np.where(tp * cp * dp * pp <= per_node, sheet.inside, np.where(stride * dp >= per_node, sheet.between, sheet.inside))
     logs = np.log2(np.stack([tp, pp, dp, b, n, vp, cp, ep]))
     size = np.log2([cluster.nodes, h, layers, model.seq_len])
@@ -173,9 +178,10 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         stage_layers=stage_layers,
         last_layers=np.maximum(np.floor(layers / (pp * vp)) * vp, 1.0),
         passes=2 + again,
+        staged_tp=np.where(pp > 1, logs[0], 0.0),
         layer_products=products * forward / peak,
         layer_operands=operands * forward / memory,
-        layer_attention=causal * (1 + attention_again + BACKWARD) / peak,
+        layer_attention=causal * (1 + attention_again + BACKWARD) / device.peak(wide),
         layer_elementwise=elementwise * forward / memory,
         layer_tp=collectives * hidden_bytes * 2 * (tp - 1) / tp / tp_link,
         layer_tp_messages=collectives,
