@@ -11,23 +11,23 @@ from profiles.cost.work import COORDINATES, Floats
 class Smoothness(NamedTuple):
     """How far what was seen at one configuration says something about another."""
 
-    shape_sd: float = 0.08
+    shape_sd: float = 0.085
     """Of a miss that depends on the shapes of the matrix products (tensor and context parallel degree, micro-batch), as a logarithm."""
-    shape_length: float = 0.7
+    shape_length: float = 0.42
     """Doublings of these over which it changes."""
-    layout_sd: float = 0.10
+    layout_sd: float = 0.03
     """Of a miss that depends on the layout alone."""
-    microbatch_sd: float = 0.08
+    microbatch_sd: float = 0.036
     """Of a miss that depends on the layout and the micro-batch."""
-    step_sd: float = 0.03
+    step_sd: float = 0.05
     """Of a miss that depends on everything, the number of micro-batches included."""
-    noise_sd: float = 0.02
+    noise_sd: float = 0.01
     """Of what repeats of one configuration differ by."""
-    degree_length: float = 1.5
+    degree_length: float = 1.3
     """Doublings of a degree of parallelism over which a miss changes."""
-    batch_length: float = 2.0
+    batch_length: float = 2.9
     """Doublings of the micro-batch or of their number."""
-    flag_length: float = 1.5
+    flag_length: float = 1.1
     """For recomputation, ZeRO stage and sequence parallelism, in steps."""
     size_length: float = 2.0
     """Doublings of nodes, width, depth and sequence length."""

@@ -18,8 +18,10 @@ from profiles.model_shape import ModelShape
 Floats = NDArray[np.float64]
 HALF = 2.0
 """Bytes of a number in activations and in the copies of weights that matrix products read."""
-GRADIENT = 4.0
-"""Bytes of a number in the gradients that are reduced."""
+GRADIENT = 2.0
+"""Bytes of a number in the gradients that are reduced; who reduces in fp32 has twice the constant `dp_traffic`."""
+LOSS = 4.0
+"""Bytes of a number in logits and their gradients."""
 OPTIMIZER_BYTES = 28.0
 """Read and written for a parameter in an Adam step: fp32 weight and two moments, both ways, and the gradient."""
 NORM_PASSES = 10.0
@@ -54,7 +56,8 @@ class Work:
     layer_products: Floats
     """Matrix products: operations ÷ peak."""
     layer_operands: Floats
-    """Matrix products: bytes of operands and results ÷ memory bandwidth."""
+    """Matrix products: bytes of operands and results ÷ peak of half precision. For one product of m × k by k × n that is
+    (1/m + 1/n + 1/k) of its operations' time."""
     layer_attention: Floats
     """Scores and their product with the values: causal operations ÷ peak."""
     layer_elementwise: Floats
@@ -72,7 +75,9 @@ class Work:
     head_products: Floats
     """Output layer: operations ÷ peak."""
     head_operands: Floats
-    """Output layer: bytes ÷ memory bandwidth, the loss included."""
+    """Output layer: bytes of operands and results ÷ peak of half precision."""
+    head_elementwise: Floats
+    """Loss: bytes ÷ memory bandwidth."""
     p2p: Floats
     """Activations and their gradients to and from the next stage, one micro-batch, all chunks: bytes ÷ link."""
     p2p_messages: Floats
@@ -156,12 +161,12 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     once = np.where(pp > 1, GRADIENT + HALF, np.choose(c.zero, [2 * GRADIENT, GRADIENT + HALF, HALF, 0.0]))
     once = np.where(c.zero == 0, 2 * GRADIENT, once)
     dp_bytes = once * (dense_parameters * ring + expert_parameters * np.maximum(expert_ring, 0))
-    dp_bytes = dp_bytes + np.where((c.zero == 3) & (pp == 1), 2 * GRADIENT, 0.0) * ends * ring
+    dp_bytes = dp_bytes + np.where((c.zero == 3) & (pp == 1), GRADIENT + 2 * HALF, 0.0) * ends * ring
     shards = np.where(c.zero >= 1, replicas, 1.0)
     updated = dense_parameters / shards + expert_parameters / np.where(c.zero >= 1, np.maximum(replicas / ep, 1.0), 1.0)
 
     head = 2 * tokens * h * model.padded_vocab / tp
-    head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding) + 2 * GRADIENT * tokens * model.padded_vocab / tp
+    head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding)
     p2p_bytes = hidden_bytes / tp  # scattered before, gathered after (2104.04473, §4.1)
     p2p_link = np.where(tp * cp * dp * pp <= per_node, sheet.inside, np.where(stride * dp >= per_node, sheet.between, sheet.inside))
     logs = np.log2(np.stack([tp, pp, dp, b, n, vp, cp, ep]))
@@ -180,7 +185,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         passes=2 + again,
         staged_tp=np.where(pp > 1, logs[0], 0.0),
         layer_products=products * forward / peak,
-        layer_operands=operands * forward / memory,
+        layer_operands=operands * forward / device.peak(wide),
         layer_attention=causal * (1 + attention_again + BACKWARD) / device.peak(wide),
         layer_elementwise=elementwise * forward / memory,
         layer_tp=collectives * hidden_bytes * 2 * (tp - 1) / tp / tp_link,
@@ -189,7 +194,8 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         layer_ep=2 * forward * ep_bytes / sheet.bus(ep, stride) if model.experts else 0 * ones,
         layer_gather=gather,
         head_products=(1 + BACKWARD) * head / peak,
-        head_operands=(1 + BACKWARD) * head_operands / memory,
+        head_operands=(1 + BACKWARD) * head_operands / device.peak(wide),
+        head_elementwise=(1 + BACKWARD) * LOSS * tokens * model.padded_vocab / tp / memory,
         p2p=np.where(pp > 1, 2 * vp * p2p_bytes / p2p_link, 0.0),
         p2p_messages=np.where(pp > 1, 2 * vp, 0.0),
         dp=dp_bytes / dp_link,
