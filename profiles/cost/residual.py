@@ -5,7 +5,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.cost.work import COORDINATES, Floats
+from profiles.cluster import Cluster
+from profiles.configurations import Configurations
+from profiles.cost.work import Floats
+from profiles.model_shape import ModelShape
+
+COORDINATES = (
+    *("tp", "pp", "dp", "micro_batch", "num_microbatches", "vp", "cp", "ep"),
+    *("zero", "recompute", "sp"),
+    *("nodes", "width", "depth", "seq"),
+)
+"""What `coordinates` gives: log2 of the degrees, counts and sizes; flags as they are."""
 
 
 class Smoothness(NamedTuple):
@@ -44,6 +54,15 @@ _BATCH, _FLAGS, _SIZES, _SHAPE = (
         ("tp", "cp", "micro_batch"),
     )
 )
+
+
+def coordinates(model: ModelShape, cluster: Cluster, c: Configurations) -> Floats:
+    """Where each configuration lies, for the distance between two: N × D, in the order of `COORDINATES`."""
+    n = np.maximum(c.num_microbatches, 1)
+    logs = np.log2(np.stack([c.tp, c.pp, c.dp, c.micro_batch, n, c.vp, c.cp, c.ep]).astype(float))
+    flags = np.stack([c.zero, c.recompute, c.sequence_parallel]).astype(float)
+    size = np.log2([cluster.nodes, model.hidden, model.layers, model.seq_len])
+    return np.concatenate([logs, flags, np.repeat(size[:, None], len(c), axis=1)]).T
 
 
 def covariance(a: Floats, b: Floats, how: Smoothness) -> Floats:

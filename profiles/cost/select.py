@@ -16,8 +16,6 @@ POOL = 2000
 """Configurations that are looked at; of more, evenly spaced ones."""
 
 
-
-
 def select(
     cost: CostModel, model: ModelShape, cluster: Cluster, configurations: Configurations, precision: str, count: int
 ) -> NDArray[np.int64]:
@@ -35,7 +33,7 @@ def select(
         same = looked_at.global_batch == batch
         fast[same] = (seconds[same].min() / seconds[same]) ** WEIGHT
     weights = EQUAL / len(places) + (1 - EQUAL) * fast / fast.sum()
-    c = cost.prior_covariance(model, cluster, looked_at, precision)
+    c = cost.covariance(model, cluster, looked_at, precision)
     noise = cost.smoothness.noise_sd**2
     chosen: list[int] = []
     open_ = np.ones(len(places), dtype=bool)

@@ -33,6 +33,12 @@ BACKWARD = 2.0
 """Work of a backward pass over that of a forward pass."""
 
 
+_GATHERED = np.array([0.0, 0.0, GRADIENT, GRADIENT + 2 * HALF])
+_ONCE = np.array([2 * GRADIENT, GRADIENT + HALF, HALF, 0.0])
+_ONCE_OF_PIPELINE = np.array([2 * GRADIENT, GRADIENT + HALF, GRADIENT + HALF, GRADIENT + HALF])
+# Bytes that are exchanged for a parameter, by ZeRO stage: on every micro-batch, and once a step.
+
+
 @dataclass(frozen=True)
 class Work:
     """Seconds at the data sheet's rates, and counts. `layer_` is one layer and one micro-batch, forward and backward."""
@@ -92,8 +98,6 @@ class Work:
     """log2 of the nodes that a data parallel exchange spans."""
     nodes: Floats
     """log2 of the nodes of the job."""
-    coordinates: Floats
-    """N × D: where a configuration lies, for the distance between two of them."""
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -106,10 +110,6 @@ class Work:
     def concatenate(cls, parts: "Sequence[Work]") -> "Work":
         """Several, one after the other."""
         return cls(**{field.name: np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(cls)})
-
-
-COORDINATES = ("tp", "pp", "dp", "micro_batch", "num_microbatches", "vp", "cp", "ep", "zero", "recompute", "sp", "nodes", "width", "depth", "seq")
-"""What `Work.coordinates` are: log2 of the degrees, counts and sizes; flags as they are."""
 
 
 def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurations, precision: str) -> Work:
@@ -152,16 +152,16 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     layer_parameters = attention_weights + 2 * h
 
     # A pipeline keeps gathered weights and sums gradients over its micro-batches: then once a step.
-    each = np.where(pp > 1, 0.0, np.choose(c.zero, [0.0, 0.0, GRADIENT, GRADIENT + 2 * HALF]))
+    single = pp == 1
+    each = np.where(single, _GATHERED[c.zero], 0.0)
     gather = each * (layer_parameters * ring + mlp_weights * np.maximum(expert_ring, 0)) / dp_link
     stage_layers = np.ceil(layers / (pp * vp)) * vp
     embedding = float(model.padded_vocab) * h / tp
     ends = embedding * np.where(pp > 1, 1.0, 1.0 if model.tied_embeddings else 2.0)
     dense_parameters, expert_parameters = stage_layers * layer_parameters + ends, stage_layers * mlp_weights
-    once = np.where(pp > 1, GRADIENT + HALF, np.choose(c.zero, [2 * GRADIENT, GRADIENT + HALF, HALF, 0.0]))
-    once = np.where(c.zero == 0, 2 * GRADIENT, once)
+    once = np.where(single, _ONCE[c.zero], _ONCE_OF_PIPELINE[c.zero])
     dp_bytes = once * (dense_parameters * ring + expert_parameters * np.maximum(expert_ring, 0))
-    dp_bytes = dp_bytes + np.where((c.zero == 3) & (pp == 1), GRADIENT + 2 * HALF, 0.0) * ends * ring
+    dp_bytes = dp_bytes + np.where((c.zero == 3) & single, GRADIENT + 2 * HALF, 0.0) * ends * ring
     shards = np.where(c.zero >= 1, replicas, 1.0)
     updated = dense_parameters / shards + expert_parameters / np.where(c.zero >= 1, np.maximum(replicas / ep, 1.0), 1.0)
 
@@ -169,11 +169,6 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding)
     p2p_bytes = hidden_bytes / tp  # scattered before, gathered after (2104.04473, §4.1)
     p2p_link = np.where(tp * cp * dp * pp <= per_node, sheet.inside, np.where(stride * dp >= per_node, sheet.between, sheet.inside))
-    logs = np.log2(np.stack([tp, pp, dp, b, n, vp, cp, ep]))
-    size = np.log2([cluster.nodes, h, layers, model.seq_len])
-    coordinates = np.concatenate(
-        [logs, np.stack([c.zero, c.recompute, c.sequence_parallel]).astype(float), np.repeat(size[:, None], len(tp), 1)]
-    ).T
     ones = np.ones_like(tp)
     return Work(
         num_microbatches=n,
@@ -183,7 +178,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         stage_layers=stage_layers,
         last_layers=np.maximum(np.floor(layers / (pp * vp)) * vp, 1.0),
         passes=2 + again,
-        staged_tp=np.where(pp > 1, logs[0], 0.0),
+        staged_tp=np.where(pp > 1, np.log2(tp), 0.0),
         layer_products=products * forward / peak,
         layer_operands=operands * forward / device.peak(wide),
         layer_attention=causal * (1 + attention_again + BACKWARD) / device.peak(wide),
@@ -203,7 +198,6 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         optimizer=OPTIMIZER_BYTES * updated / memory,
         congestion=np.log2(sheet.nodes(replicas, tp)),
         nodes=np.log2(cluster.nodes) * ones,
-        coordinates=coordinates,
     )
 
 
