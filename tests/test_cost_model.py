@@ -55,7 +55,7 @@ def test_a_larger_constant_never_makes_a_step_shorter(log_constants: np.ndarray,
     larger = log_constants.copy()
     larger[NAMES.index(name)] += 0.3
     change = np.log(step_seconds(MATRIX, larger) / step_seconds(MATRIX, log_constants))
-    hides = name in ("dp_overlap", "gather_overlap")
+    hides = name.endswith("_overlap")
     assert (change <= 1e-9).all() if hides else (change >= -1e-9).all()
 
 
@@ -175,8 +175,8 @@ def test_a_fit_finds_the_constants_that_made_the_rows() -> None:
         z[NAMES.index(name)] = value
     found = CostModel(CLEAN).fit([synthetic(0, z, CLEAN, 300)]).constants(CLUSTER)
     for name, value in known.items():
-        true = CONSTANTS[name].mean * np.exp(CONSTANTS[name].log_sd * value)
-        assert found[name] == pytest.approx(true, rel=0.12), name
+        constant = CONSTANTS[name]
+        assert np.log(found[name] / constant.mean) / constant.log_sd == pytest.approx(value, abs=0.25), name
 
 
 def test_rows_bring_predictions_to_what_was_measured() -> None:
