@@ -154,6 +154,19 @@ def test_every_accelerator_file_is_read() -> None:
     assert DEVICE.peak("fp8") == DEVICE.peak("bf16")
 
 
+def test_links_can_be_named() -> None:
+    c = Configurations.of([Configuration(layout=Layout(dp=16), micro_batch=1, global_batch=16)])
+    ethernet = CostModel(between_nodes="ethernet-10g")
+    slow, usual = (model.predict(MODEL, CLUSTER, c, "bf16") for model in (ethernet, CostModel()))
+    assert slow.breakdown["dp"][0] > 3 * usual.breakdown["dp"][0]
+    assert any("10 Gb/s Ethernet" in line for line in slow.assumptions)
+    rows = Timings(MODEL, CLUSTER, "bf16", c, slow.seconds)
+    again = ethernet.fit([rows]).predict(MODEL, CLUSTER, c, "bf16").seconds[0]
+    assert again == pytest.approx(slow.seconds[0], rel=0.01)
+    with pytest.raises(ValueError, match=r"link\(string\) is unknown: expected one of nvlink-2"):
+        CostModel(between_nodes="string")
+
+
 def synthetic(seed: int, z: np.ndarray, how: Smoothness, count: int | None = None) -> Timings:
     """Rows of the formulas with constants z, misses and noise as `how` says."""
     rng = np.random.default_rng(seed)
