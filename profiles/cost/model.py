@@ -67,7 +67,7 @@ class CostModel:
         inside_node: str | None = None,
         between_nodes: str | None = None,
     ) -> None:
-        """`inside_node` and `between_nodes` (names in `links.yaml`) replace the links that the accelerators' files name.
+        """`inside_node` and `between_nodes` (names in `links.yaml`) replace the links in the accelerators' files.
 
         Raises ValueError for a link that is not there.
         """
