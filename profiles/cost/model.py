@@ -21,8 +21,10 @@ from profiles.model_shape import ModelShape
 
 CHUNK = 4096
 """Configurations that are worked on at once: their arrays stay in the processor's cache."""
-ROBUST = 3.0
+ROBUST = 2.0
 """Standard deviations beyond which a row counts less and less (soft L1)."""
+OUTLIER = 2.5
+"""Standard deviations of a miss beyond which a row says less about its neighbours."""
 STEP = 1.5
 """Half the distance of the secants that stand for derivatives, in standard deviations of a constant. So wide because
 what a constant can do matters, not what it does at its mean: a launch time that hides behind the work now may not do so
@@ -116,6 +118,8 @@ class CostModel:
         )
         fitted._z = best.x
         residual = logs - _log_seconds(done, means + sd * best.x)
+        # A row that is far off is taken for a bad measurement: it may keep its miss to itself.
+        noisy += np.diag(np.maximum((residual / OUTLIER) ** 2 - np.diag(noisy), 0.0))
         jacobian = _jacobian(done, means, sd, best.x)
         whole = cho_factor(noisy + jacobian @ jacobian.T)
         solved = cho_solve(cho_factor(noisy), residual)
