@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import planner_speed, throughput
+from benchmarks import planner_speed, throughput, throughput_smoothness
 from benchmarks.published import read
+from benchmarks.throughput_priors import Tuner
 from profiles.cost import CostModel
+from profiles.cost.constants import CONSTANTS, NAMES
+from profiles.cost.residual import Smoothness
 
 SHAPE = {"layers": 12, "hidden": 1024, "ffn_hidden": 4096, "gated_mlp": "no", "heads": 16, "kv_heads": 16}
 BASE = {"source_id": "lab", "sweep_id": "lab-8g", "system": "dgx a100-sxm-80g", "gpus": 8, "gpus_per_node": 8}
@@ -99,3 +102,19 @@ def test_the_whole_space_is_planned() -> None:
     assert len(found) == len(predicted.seconds) > 10_000
     assert np.isfinite(predicted.seconds).all()
     assert (found.accelerators == planner_speed.CLUSTER.accelerators).all()
+
+
+def test_prior_means_follow_the_rows_but_not_those_left_out(folder: Path) -> None:
+    tuner = Tuner(read(folder).sweeps)
+    tuned, untouched = tuner.tune(), tuner.tune("lab")
+    assert tuner.mapes(tuned)[0] < tuner.mapes(np.zeros(len(NAMES)))[0] / 1.5
+    np.testing.assert_allclose(untouched, 0, atol=1e-6)
+
+
+def test_smooth_rows_have_small_misses_and_what_is_left_out_is_scored(folder: Path) -> None:
+    found = throughput_smoothness.smoothness(read(folder).sweeps, rounds=1)
+    assert found.shape_sd < Smoothness().shape_sd
+    before = dict(CONSTANTS)
+    result = throughput_smoothness.run(read(folder), "lab")
+    assert result["left_out"]["lab"]["fitted_sweeps"] == 1
+    assert before == CONSTANTS

@@ -120,12 +120,12 @@ class CostModel:
         residual = logs - _log_seconds(done, means + sd * best.x)
         # A row that is far off is taken for a bad measurement: it may keep its miss to itself.
         noisy += np.diag(np.maximum((residual / OUTLIER) ** 2 - np.diag(noisy), 0.0))
-        jacobian = _jacobian(done, means, sd, best.x)
-        whole = cho_factor(noisy + jacobian @ jacobian.T)
+        moves = jacobian(done, means, sd, best.x)
+        whole = cho_factor(noisy + moves @ moves.T)
         solved = cho_solve(cho_factor(noisy), residual)
         misfit = float(residual @ solved + best.x @ best.x)
         spread = np.sqrt((self._how.freedom + misfit) / (self._how.freedom + len(logs)))
-        fitted._rows = _Rows(places, residual, jacobian, solved, whole, float(spread))
+        fitted._rows = _Rows(places, residual, moves, solved, whole, float(spread))
         return fitted
 
     @property
@@ -186,7 +186,7 @@ class CostModel:
 
     def _variance(self, done: Work, places: Floats, mean: Floats, sd: Floats) -> tuple[Floats, float]:
         """Of the logarithm of a measured time, and the degrees of freedom of its Student distribution."""
-        own = _jacobian(done, mean, sd, self._z)
+        own = jacobian(done, mean, sd, self._z)
         total = (own * own).sum(1) + variance(self._how) + self._how.noise_sd**2
         rows = self._rows
         if not rows:
@@ -202,7 +202,7 @@ class CostModel:
         mean, sd = self._prior(cluster)
         done = self._work(model, cluster, configurations, precision)
         places = coordinates(model, cluster, configurations)
-        own = _jacobian(done, mean, sd, self._z)
+        own = jacobian(done, mean, sd, self._z)
         total = own @ own.T + covariance(places, places, self._how)
         if self._rows:
             cross = own @ self._rows.jacobian.T + covariance(places, self._rows.places, self._how)
@@ -245,7 +245,7 @@ def _log_seconds(done: Work, log_constants: Floats) -> Floats:
     return np.log(step_seconds(done, log_constants.T))
 
 
-def _jacobian(done: Work, mean: Floats, sd: Floats, z: Floats) -> Floats:
+def jacobian(done: Work, mean: Floats, sd: Floats, z: Floats) -> Floats:
     """∂ log seconds / ∂ z, by secants (`STEP`): N × constants."""
     columns = []
     for index in range(len(z)):
