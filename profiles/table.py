@@ -34,7 +34,11 @@ class ThroughputTable:
         """What one accelerator measured of single shards, for the same fingerprint; else as `rows`."""
         return [row for row in self._read(fingerprint) if row.shard]
 
-    def _read(self, fingerprint: Fingerprint) -> list[Measurement]:
+    def everything(self) -> list[Measurement]:
+        """All rows, of whatever fingerprint, steps and shards; else as `rows`."""
+        return self._read(None)
+
+    def _read(self, fingerprint: Fingerprint | None) -> list[Measurement]:
         self.skipped = 0
         found = []
         try:
@@ -47,7 +51,7 @@ class ThroughputTable:
             except ValidationError:
                 self.skipped += 1
                 continue
-            if measurement.fingerprint == fingerprint:
+            if fingerprint is None or measurement.fingerprint == fingerprint:
                 found.append(measurement)
         if self.skipped:
             warnings.warn(f"{self.path}: skipped {self.skipped} of {len(lines)} lines, not measurements", stacklevel=3)

@@ -15,6 +15,8 @@ from profiles.layout import Layout
 from profiles.measurement import Measurement
 from profiles.record import Record
 
+OUT_OF_MEMORY = "out of memory"
+"""The failure of a `Measurement` that whatever needs more memory has too."""
 FAR = 4
 """A count beyond this many times the largest measured one is called extrapolated."""
 SEEN_STEPS = 5
@@ -59,6 +61,11 @@ class Throughput:
         for configuration, prediction in self._measured.items():
             by_group[_key(configuration)][configuration.num_microbatches] = prediction
         self._groups = {key: _Group.of(by_count) for key, by_count in by_group.items()}
+        self._too_large = {
+            configuration: prediction
+            for configuration, prediction in self._measured.items()
+            if prediction.failure == OUT_OF_MEMORY
+        }
         self._seen: defaultdict[Configuration, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN_MEMORY))
         self._drift: float | None = None
         self._refused: dict[Configuration | Layout, Prediction] = {}
@@ -128,19 +135,32 @@ class Throughput:
     def _from_table(self, configuration: Configuration) -> Prediction | None:
         own = self._measured.get(configuration)
         group = self._groups.get(_key(configuration))
-        if own or not group:
+        if own:
             return own
+        if not group:
+            return self._larger_than_what_failed(configuration)
         n = configuration.num_microbatches
         if group.failure and n >= group.fails_from:
             return group.failure
         if group.line is None or n < group.counts[0]:
-            return None
+            return self._larger_than_what_failed(configuration)
         return Prediction(
             step_seconds=group.line.step_seconds(n),
             spread_seconds=group.line.spread_seconds(n),
             source="interpolated" if n <= FAR * group.counts[-1] else "extrapolated",
             peak_bytes=group.peak_bytes,
         )
+
+    def _larger_than_what_failed(self, configuration: Configuration) -> Prediction | None:
+        """The lack of memory of the same layout with as many micro-batches or fewer, no larger than these."""
+        for failed, prediction in self._too_large.items():
+            if (
+                failed.layout == configuration.layout
+                and failed.micro_batch <= configuration.micro_batch
+                and failed.num_microbatches <= configuration.num_microbatches
+            ):
+                return prediction
+        return None
 
 
 @dataclass
