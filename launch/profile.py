@@ -12,7 +12,7 @@ from launch.data import check, prepare
 from launch.engines import LocalEngine, engine_of
 from launch.interrupts import Interrupts
 from launch.progress import SteadyConsole
-from launch.run_directory import create_run, discard_run, lock_run, portable, shown
+from launch.run_directory import create_run, discard_run, lock_run, portable
 
 ALONE = ["-m", "copus.profiling.alone"]
 """Program of a profiler that wants one process."""
@@ -52,7 +52,7 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
         }
         print(json.dumps(result))
     elif outcome.exit_code == 0:
-        print(f"{measured} measured" if measured else "nothing was missing", f"in {shown(job.profile.table)}")
+        print(f"{measured} measured" if measured else "nothing was missing", f"in {job.profile.table}")
     return outcome.exit_code
 
 
@@ -69,8 +69,9 @@ def check_profiler(job: JobConfig) -> None:
     """Raise JobError where a job that trains could not use what its profiler measures."""
     if job.profile.when != "never" and _profiler(job).shards:
         raise JobError(
-            f"profile.profiler({job.profile.profiler}) measures shards without the network, which no planner can compare "
-            "with steps: it is for `copus profile run`; to train, set profile.profiler: live, or profile.when: never"
+            f"profile.profiler({job.profile.profiler}) measures shards without the network, which the planner "
+            "cannot take for steps: it is for `copus profile run`; to train, set profile.profiler: live, or "
+            "profile.when: never"
         )
 
 

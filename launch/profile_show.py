@@ -1,4 +1,4 @@
-"""`copus profile show`: what throughput tables know: samples a second over global batch for each layout, and failures."""
+"""`copus profile show`: what throughput tables know: samples/s over global batch for each layout, and failures."""
 
 import json
 from collections.abc import Iterable
@@ -75,7 +75,10 @@ def _resolve(places: list[str], wanted: Filter) -> tuple[list[Path], Filter]:
             tables.append(path.absolute())
             continue
         else:
-            job = load_job(find_run(place) / "job.yaml")
+            try:
+                job = load_job(find_run(place) / "job.yaml")
+            except JobError as error:
+                raise JobError(f"{place}: no table, job file or run: {error}") from None
         tables.append(job.profile.table.expanduser().absolute())
         if wanted.model is None:
             wanted = Filter(job.model.digest, wanted.layout, wanted.hardware, wanted.where)

@@ -42,7 +42,7 @@ def contested(candidates: Iterable[Configuration], rows: Sequence[Measurement], 
     """The measured configurations that another measurement of could change a ranking, by how much it could, in order of
     layouts.
 
-    At a global batch the fastest candidate l, with step time t_l known to ± u_l (a share of it), is contested by c where
+    At a global batch the fastest candidate l, its step time t_l known to ± u_l (a share of it), is contested by c where
 
         t_l · (1 + u_l) / (t_c · (1 − u_c)) − 1 > within
 

@@ -27,7 +27,7 @@ class ProfileConfig(Record):
     settled_within: float = Field(default=0.02, ge=0)
     """A configuration that could be faster than the fastest by less than this share is not measured again for that."""
     profiler: str = "live"
-    """What measures. live: the job itself, moved through the configurations. single: one accelerator, every rank's shard
-    by itself. published: a CSV file, `options: {csv: FILE}`. Or the name of an installed plugin."""
+    """What measures. live: the job itself, moved through the configurations. single: one accelerator, a rank's shard by
+    itself. published: a CSV file, `options: {csv: FILE}`. Or the name of an installed plugin."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of the profiler: what it takes is its own business."""

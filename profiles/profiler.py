@@ -1,5 +1,7 @@
-"""What a profiler is: something that says how long a step of a configuration takes. docs/extending-the-profiler.md walks
-through writing one."""
+"""What a profiler is: something that says how long a step of a configuration takes.
+
+docs/extending-the-profiler.md walks through writing one.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol

@@ -33,7 +33,7 @@ class Read:
     """Why rows were left out, and how many."""
 
 
-class Rejected(ValueError):
+class RejectedError(ValueError):
     """A row that says too little, or contradicts itself."""
 
 
@@ -53,7 +53,7 @@ def read_csv(path: Path) -> Read:
                     read.measurements.append(
                         _measurement({k: (v or "").strip() for k, v in row.items() if k}, path, when)
                     )
-                except Rejected as reason:
+                except RejectedError as reason:
                     read.rejected[str(reason)] += 1
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}: not CSV: {error}") from None
@@ -128,7 +128,7 @@ def _model(row: dict[str, str]) -> ModelShape:
     gated = row.get("gated_mlp", "") in ("yes", "true", "1")
     values = {name: _whole(row, name) for name in ("layers", "hidden", "heads", "seq_len", "vocab")}
     if gated and not row.get("ffn_hidden"):
-        raise Rejected("ffn_hidden is empty, and a gated MLP has no usual width")
+        raise RejectedError("ffn_hidden is empty, and a gated MLP has no usual width")
     try:
         return ModelShape(
             **values,
@@ -140,7 +140,7 @@ def _model(row: dict[str, str]) -> ModelShape:
             experts_per_token=_whole(row, "experts_per_token", 1),
         )
     except ValidationError as error:
-        raise Rejected(f"model: {_told(error)}") from None
+        raise RejectedError(f"model: {_told(error)}") from None
 
 
 def _configuration(row: dict[str, str], gpus: int) -> Configuration:
@@ -148,7 +148,7 @@ def _configuration(row: dict[str, str], gpus: int) -> Configuration:
     split = degrees["tp"] * degrees["pp"] * degrees["cp"]
     dp = _whole(row, "dp", max(1, gpus // split))
     if split * dp != gpus:
-        raise Rejected("tp × pp × cp × dp is not the number of gpus")
+        raise RejectedError("tp × pp × cp × dp is not the number of gpus")
     words: dict[str, Any] = {
         "sequence_parallel": row.get("sequence_parallel", "") in ("yes", "true", "1") and degrees["tp"] > 1,
         "recompute": next((kind for kind in ("selective", "full") if kind in row.get("recompute", "")), "none"),
@@ -158,7 +158,7 @@ def _configuration(row: dict[str, str], gpus: int) -> Configuration:
         layout = Layout(**degrees | {"vp": degrees["vp"] if degrees["pp"] > 1 else 1}, dp=dp, **words)
         return Configuration(layout=layout, micro_batch=_whole(row, "mbs"), global_batch=_whole(row, "gbs"))
     except ValidationError as error:
-        raise Rejected(f"configuration: {_told(error)}") from None
+        raise RejectedError(f"configuration: {_told(error)}") from None
 
 
 def _zero(sharding: str) -> int:
@@ -177,7 +177,7 @@ def _outcome(row: dict[str, str], configuration: Configuration, model: ModelShap
         seconds = configuration.global_batch * model.seq_len / (rate * configuration.layout.accelerators)
     if seconds is not None:
         if not 0 < seconds < float("inf"):
-            raise Rejected("the time is not positive and finite")
+            raise RejectedError("the time is not positive and finite")
         return seconds, None
     if row.get("failure"):
         return None, row["failure"]
@@ -186,7 +186,7 @@ def _outcome(row: dict[str, str], configuration: Configuration, model: ModelShap
         return None, "crashed, or out of memory"
     if re.search(r"\boom\b|out of memory", said):
         return None, "out of memory"
-    raise Rejected("neither a time nor a failure")
+    raise RejectedError("neither a time nor a failure")
 
 
 def _number(row: dict[str, str], name: str) -> float | None:
@@ -196,17 +196,17 @@ def _number(row: dict[str, str], name: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise Rejected(f"{name} is not a number") from None
+        raise RejectedError(f"{name} is not a number") from None
 
 
 def _whole(row: dict[str, str], name: str, default: int | None = None) -> int:
     value = _number(row, name)
     if value is None:
         if default is None:
-            raise Rejected(f"{name} is empty")
+            raise RejectedError(f"{name} is empty")
         return default
     if value != int(value):
-        raise Rejected(f"{name} is not whole")
+        raise RejectedError(f"{name} is not whole")
     return int(value)
 
 

@@ -164,8 +164,9 @@ def _load(database: "DuckDBPyConnection", name: str, tables: Sequence[Path]) -> 
     for table in tables:
         if table.stat().st_size:
             kinds = ", ".join(f"{column}: '{kind}'" for column, kind in ROW.items())
+            values = ", ".join("coalesce(shard, false)" if column == "shard" else column for column in ROW)
             database.execute(
-                f"INSERT INTO {name} ({', '.join(ROW)}) SELECT {', '.join(ROW).replace('shard', 'coalesce(shard, false)')} "
+                f"INSERT INTO {name} ({', '.join(ROW)}) SELECT {values} "
                 f"FROM read_json(?, format='newline_delimited', ignore_errors=true, columns={{{kinds}}}) "
                 f"WHERE configuration.layout.dp IS NOT NULL AND fingerprint.model IS NOT NULL "
                 f"AND model.layers IS NOT NULL AND (step_seconds IS NULL) <> (failure IS NULL)",

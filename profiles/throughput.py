@@ -152,12 +152,16 @@ class Throughput:
         )
 
     def _larger_than_what_failed(self, configuration: Configuration) -> Prediction | None:
-        """The lack of memory of the same layout with as many micro-batches or fewer, no larger than these."""
+        """The lack of memory of the same layout with smaller micro-batches, and no more of them in flight.
+
+        Those count up to the number of stages alone: 1F1B holds the activations of no more (2104.04473, §2.2.1).
+        """
+        stages = configuration.layout.pp * configuration.layout.vp
         for failed, prediction in self._too_large.items():
             if (
                 failed.layout == configuration.layout
-                and failed.micro_batch <= configuration.micro_batch
-                and failed.num_microbatches <= configuration.num_microbatches
+                and failed.micro_batch < configuration.micro_batch
+                and min(failed.num_microbatches, stages) <= configuration.num_microbatches
             ):
                 return prediction
         return None

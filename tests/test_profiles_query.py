@@ -120,7 +120,7 @@ def test_a_condition_that_cannot_be_is_one_line(tmp_path, where):
 
 
 def test_a_layout_that_cannot_be_read():
-    with pytest.raises(ValueError, match="'XP3' is no degree|'xp3' is no degree"):
+    with pytest.raises(ValueError, match="'xp3' is no degree"):
         Filter(layout="TP2·XP3").condition()
 
 

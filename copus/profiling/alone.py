@@ -1,7 +1,7 @@
 """A profiler that needs no job: `python -m copus.profiling.alone RUN`, one process under torch's elastic agent.
 
-Reads `RUN/job.yaml` and fills the job's throughput table; writes `RUN/events.jsonl`. Stops after the measurement that it
-is at when the file `RUN/stop` appears or on SIGTERM or SIGINT.
+Reads `RUN/job.yaml` and fills the job's throughput table; writes `RUN/events.jsonl`. Stops after the measurement that
+it is at when the file `RUN/stop` appears or on SIGTERM or SIGINT.
 """
 
 import sys

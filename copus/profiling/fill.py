@@ -35,8 +35,8 @@ def fill_table(
     """Measure until the table says which configuration is the fastest at every global batch, or the time is up.
 
     Called on every rank where the profiler runs on all of them: the one that `leads` decides, and writes; `share` gives
-    its value to the others. Every measurement is in the table as soon as it is made, so that an interrupted profile goes
-    on where it was. Ends after `profile.budget_seconds`, or when asked to. Raises JobError for options that the
+    its value to the others. Every measurement is in the table as soon as it is made, so that an interrupted profile
+    goes on where it was. Ends after `profile.budget_seconds`, or when asked to. Raises JobError for options that the
     profiler cannot take.
     """
     try:

@@ -1,4 +1,4 @@
-"""The profiler that needs no launch: the running job itself is moved through the configurations, and its steps timed."""
+"""The profiler that needs no launch: the running job goes through the configurations, and its steps are timed."""
 
 import statistics
 import time
@@ -32,8 +32,8 @@ def profile_missing(
 ) -> None:
     """Measure what the planner will ask for and the table does not have, with the job's profiler.
 
-    Collective. Does nothing where that profiler needs a single process: then it has run already. Leaves the backend in an
-    arbitrary configuration with arbitrary weights.
+    Collective. Does nothing where that profiler needs a single process: then it has run already. Leaves the backend in
+    an arbitrary configuration with arbitrary weights.
     """
     if find_profiler(job.profile.profiler).processes == "one":
         return
@@ -50,7 +50,7 @@ def profile_missing(
 
 
 class LiveProfiler:
-    """Times steps of the running job. The time of a move is no step time, nor are `profile.warmup_steps` steps after it.
+    """Times steps of the running job; neither a move nor the `profile.warmup_steps` steps after it count.
 
     Options: none.
     """
