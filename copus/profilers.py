@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 GROUP = "copus.profilers"
 """The entry points of plugins."""
+TRIED = "profiling.json"
+"""In the run directory while something is measured: workers that start and find it know what ended those before."""
 BUILT_IN: dict[str, tuple[str, Processes, bool]] = {
     "live": ("copus.profiling.live:LiveProfiler", "all", False),
     "single": ("copus.profiling.single:SingleProfiler", "one", True),

@@ -6,16 +6,22 @@ from pathlib import Path
 from rich.console import Console
 
 from copus.job import JobConfig, JobError, load_job
-from copus.profilers import Installed, find_profiler
+from copus.profilers import TRIED, Installed, find_profiler
 from launch.attend import Outcome, attend
 from launch.data import check, prepare
 from launch.engines import LocalEngine, engine_of
 from launch.interrupts import Interrupts
+from launch.process import python_module
 from launch.progress import SteadyConsole
 from launch.run_directory import create_run, discard_run, lock_run, portable
 
-ALONE = ["-m", "copus.profiling.alone"]
-"""Program of a profiler that wants one process."""
+
+class AloneEngine(LocalEngine):
+    """One process on this machine, for a profiler that wants no ranks."""
+
+    def command(self, run: Path, job: JobConfig, session: str, profile_only: bool) -> list[str]:
+        """Without torch's agent: there is nobody to meet."""
+        return python_module("copus.profiling.alone", run)
 
 
 def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> int:
@@ -57,12 +63,16 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
 
 
 def profile_alone(run: Path, job: JobConfig, lock: int, interrupts: Interrupts, console: Console) -> Outcome | None:
-    """Run a job's profiler where it wants a process of its own; None where it runs in the job, or not at all."""
+    """Run a job's profiler where it wants a process of its own; None where it runs in the job, or not at all.
+
+    Where the process dies while it measures, another one writes that down and goes on with the next configuration.
+    """
     if job.profile.when == "never" or _profiler(job).processes == "all":
         return None
-    single = job.cluster.model_copy(update={"nodes": 1, "accelerators_per_node": 1})
-    one_process = job.model_copy(update={"cluster": single})  # what the engine starts; the run's job.yaml stays
-    return attend(LocalEngine(ALONE), run, one_process, lock, interrupts, console, profile_only=True)
+    while True:
+        outcome = attend(AloneEngine(), run, job, lock, interrupts, console, profile_only=True)
+        if outcome.reason != "failed" or outcome.status.failure or not (run / TRIED).exists():
+            return outcome
 
 
 def check_profiler(job: JobConfig) -> None:

@@ -29,6 +29,8 @@ class Task:
     """The job's `profile` section: steps to time, and the profiler's own `options`."""
     backend: Any = None
     """The running job (`copus.backends.base.Backend`), where `processes` is "all"; else None."""
+    job: Any = None
+    """The whole job file (`copus.job.JobConfig`), for a profiler that builds the job's model itself."""
     batches: Any = None
     """Its data, (first sample, how many) → tokens and labels, without end; None where there is no backend."""
 

@@ -8,7 +8,7 @@ import torch
 from copus.backends.megatron.backend import MegatronBackend
 from copus.events import Profile
 from copus.job import JobConfig
-from copus.profiling import profile_missing
+from copus.profiling.live import profile_missing
 from planner.space import candidates
 from profiles.measurement import Measurement
 from profiles.table import ThroughputTable
@@ -34,7 +34,7 @@ def _profile(table: Path) -> tuple[list[Profile], list[Measurement]]:
         return random_batches(first, count)
 
     events: list[Profile] = []
-    profile_missing(job, backend, batches, events.append, lambda: False)
+    profile_missing(job, table.parent, backend, batches, events.append, lambda: False)
     return events, ThroughputTable(table).rows(backend.fingerprint())
 
 

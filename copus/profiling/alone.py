@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     try:
         job = load_job(run / "job.yaml")
         torch.set_num_threads(job.launch.threads_per_rank)  # a part of the fingerprint
-        task = Task(job.model, job.cluster, fingerprint(job), job.profile)
+        task = Task(job.model, job.cluster, fingerprint(job), job.profile, job=job)
         fill_table(job, run, load_profiler(job), task, log.write, stop)
     except Exception as error:
         told = " ".join(str(error).split()) if isinstance(error, JobError) else one_line(error)

@@ -9,7 +9,7 @@ from typing import Any
 
 from copus.events import Profile
 from copus.job import JobConfig, JobError
-from copus.profilers import find_profiler
+from copus.profilers import TRIED, find_profiler
 from planner.ranking import next_round
 from planner.space import candidates
 from profiles.configuration import Configuration
@@ -17,8 +17,6 @@ from profiles.measurement import Measurement
 from profiles.profiler import ProfilerType, Task
 from profiles.table import ThroughputTable
 
-TRIED = "profiling.json"
-"""In the run directory while something is measured: workers that start and find it know what ended those before."""
 DIED = "the workers died"
 
 

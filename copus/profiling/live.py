@@ -43,6 +43,7 @@ def profile_missing(
         fingerprint=backend.fingerprint(),
         config=job.profile,
         backend=backend,
+        job=job,
         batches=_endless(batches, job.total_samples),
     )
     leads = dist.get_rank() == 0

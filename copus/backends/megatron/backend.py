@@ -164,6 +164,11 @@ class MegatronBackend:
             torch.cuda.empty_cache()
         groups.leave_groups()
 
+    def close(self) -> None:
+        """Let go of model and groups; what is built next makes its own. Collective."""
+        self._tear_down()
+        groups.destroy_groups()
+
     def train_step(
         self, batches: Batches, first_sample: int, rules: StepRules, noise_source: str | None, stop: bool
     ) -> StepResult:
