@@ -16,7 +16,7 @@ from profiles.measurement import Measurement
 from profiles.record import Record
 
 OUT_OF_MEMORY = "out of memory"
-"""The failure of a `Measurement` that whatever needs more memory has too."""
+"""The failure of a `Measurement` for lack of memory."""
 FAR = 4
 """A count beyond this many times the largest measured one is called extrapolated."""
 SEEN_STEPS = 5
@@ -61,11 +61,10 @@ class Throughput:
         for configuration, prediction in self._measured.items():
             by_group[_key(configuration)][configuration.num_microbatches] = prediction
         self._groups = {key: _Group.of(by_count) for key, by_count in by_group.items()}
-        self._too_large = {
-            configuration: prediction
-            for configuration, prediction in self._measured.items()
-            if prediction.failure == OUT_OF_MEMORY
-        }
+        self._failing: defaultdict[Layout, list[tuple[int, _Group]]] = defaultdict(list)
+        for (layout, micro_batch), group in self._groups.items():
+            if group.failure:
+                self._failing[layout].append((micro_batch, group))
         self._seen: defaultdict[Configuration, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN_MEMORY))
         self._drift: float | None = None
         self._refused: dict[Configuration | Layout, Prediction] = {}
@@ -137,13 +136,11 @@ class Throughput:
         group = self._groups.get(_key(configuration))
         if own:
             return own
-        if not group:
-            return self._larger_than_what_failed(configuration)
         n = configuration.num_microbatches
-        if group.failure and n >= group.fails_from:
+        if group and group.failure and n >= group.fails_from:
             return group.failure
-        if group.line is None or n < group.counts[0]:
-            return self._larger_than_what_failed(configuration)
+        if group is None or group.line is None or n < group.counts[0]:
+            return None if group and group.counts else self._failure_of_smaller(configuration)
         return Prediction(
             step_seconds=group.line.step_seconds(n),
             spread_seconds=group.line.spread_seconds(n),
@@ -151,19 +148,13 @@ class Throughput:
             peak_bytes=group.peak_bytes,
         )
 
-    def _larger_than_what_failed(self, configuration: Configuration) -> Prediction | None:
-        """The lack of memory of the same layout with smaller micro-batches, and no more of them in flight.
-
-        Those count up to the number of stages alone: 1F1B holds the activations of no more (2104.04473, §2.2.1).
-        """
-        stages = configuration.layout.pp * configuration.layout.vp
-        for failed, prediction in self._too_large.items():
-            if (
-                failed.layout == configuration.layout
-                and failed.micro_batch < configuration.micro_batch
-                and min(failed.num_microbatches, stages) <= configuration.num_microbatches
-            ):
-                return prediction
+    def _failure_of_smaller(self, configuration: Configuration) -> Prediction | None:
+        """The failure of a smaller micro-batch in the same layout, on no more sequences: a larger one takes no less
+        memory."""
+        sequences = configuration.micro_batch * configuration.num_microbatches
+        for micro_batch, group in self._failing[configuration.layout]:
+            if micro_batch < configuration.micro_batch and micro_batch * group.fails_from <= sequences:
+                return group.failure
         return None
 
 
