@@ -63,7 +63,12 @@ def _draw_panel(panel: "Axes", members: list[Summary]) -> None:
             list(line),
             [each.rate for each in line.values()],
             yerr=[each.spread for each in line.values()],
-            **{"color": colour, "linestyle": style, "marker": "o", "markersize": 3.5, "linewidth": 1.5, "capsize": 2},
+            color=colour,
+            linestyle=style,
+            marker="o",
+            markersize=3.5,
+            linewidth=1.5,
+            capsize=2,
             label=layout,
         )
     rates = [each.rate for line in lines.values() for each in line.values()]
@@ -97,7 +102,11 @@ def _draw_failures(panel: "Axes", members: list[Summary], layouts: list[str]) ->
         panel.plot(
             [batch],
             [min(height, 0.5)],
-            **{"marker": "x", "markersize": 5, "linestyle": "none", "color": colour, "transform": place},
+            color=colour,
+            marker="x",
+            markersize=5,
+            linestyle="none",
+            transform=place,
             label=None if shown else "failed",
         )
         shown = True

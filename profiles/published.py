@@ -213,4 +213,4 @@ def _whole(row: dict[str, str], name: str, default: int | None = None) -> int:
 def _told(error: ValidationError) -> str:
     """What is wrong, without the numbers of this row: rows are counted by it."""
     message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-    return re.sub(r"\([^)]*\)|= [\d.]+", "", message)
+    return re.sub(r"\(-?[\d.]+\)|\s*= [\d.e+-]+", "", message)

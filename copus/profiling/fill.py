@@ -25,7 +25,7 @@ def fill_table(
     run: Path,
     kind: ProfilerType,
     task: Task,
-    report: Callable[[Profile], None],
+    report: Callable[[Profile], object],
     stop_requested: Callable[[], bool],
     leads: bool = True,
     share: Callable[[Any], Any] = lambda value: value,
@@ -65,7 +65,7 @@ class _Lead:
         run: Path,
         kind: ProfilerType,
         task: Task,
-        report: Callable[[Profile], None],
+        report: Callable[[Profile], object],
         stop_requested: Callable[[], bool],
     ) -> None:
         self._job, self._task, self._report, self._stop_requested = job, task, report, stop_requested

@@ -27,7 +27,7 @@ def profile_missing(
     run: Path,
     backend: Backend,
     batches: Batches,
-    report: Callable[[Profile], None],
+    report: Callable[[Profile], object],
     stop_requested: Callable[[], bool],
 ) -> None:
     """Measure what the planner will ask for and the table does not have, with the job's profiler.

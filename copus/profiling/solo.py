@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from torch.futures import Future
 
+_c10d: Any = torch._C._distributed_c10d
+_ProcessGroup: Any = dist.ProcessGroup  # its stubs name every argument, and not as all versions of torch do
 SOLO = "solo"
 """Name of the backend."""
 
 
-class SoloGroup(dist.ProcessGroup):
+class SoloGroup(_ProcessGroup):
     """The group as one of its members sees it, if all the others had what it has and sent zeros."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -98,7 +100,7 @@ class SoloGroup(dist.ProcessGroup):
 def _done(result: Any) -> Any:
     future: Future[Any] = Future()
     future.set_result(result)
-    return torch._C._distributed_c10d._create_work_from_future(future)
+    return _c10d._create_work_from_future(future)
 
 
 def register() -> None:
