@@ -136,7 +136,8 @@ def _group_lines(members: list[Summary]) -> Iterable[str]:
     if lines:
         yield "samples/s with the best micro-batch (m); * the fastest"
         yield from _matrix(lines)
-        yield "fastest: " + _in_words(winners(lines))
+        if not one.shard:  # which of the layouts is fast depends on the network too
+            yield "fastest: " + _in_words(winners(lines))
     failed = [each for each in members if each.measurement.failure is not None]
     for each in failed:
         yield f"failed: {each.measurement.configuration.label}: {each.measurement.failure}"

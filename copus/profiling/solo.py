@@ -16,7 +16,7 @@ SOLO = "solo"
 """Name of the backend."""
 
 
-class SoloGroup(_ProcessGroup):
+class _SoloGroup(_ProcessGroup):
     """The group as one of its members sees it, if all the others had what it has and sent zeros."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -107,5 +107,5 @@ def register() -> None:
     """Make the backend known to torch."""
     if not hasattr(dist.Backend, SOLO.upper()):
         dist.Backend.register_backend(
-            SOLO, lambda store, rank, size, timeout: SoloGroup(rank, size), devices=["cpu", "cuda"]
+            SOLO, lambda store, rank, size, timeout: _SoloGroup(rank, size), devices=["cpu", "cuda"]
         )
