@@ -80,9 +80,10 @@ def measure(wanted: list[Configuration], job: JobConfig) -> tuple[list[Measureme
 def compare(one: list[Measurement], other: list[Measurement]) -> dict[str, Any]:
     """Whether two sets of measurements rank the configurations of each global batch alike.
 
-    A pair is decided where both sets see its two medians apart by more than two standard deviations of their difference;
-    it agrees where both then see the same one ahead. `same_ranking`: every decided pair agrees, the fastest of each set
-    is among those that the other cannot tell from its own fastest, and at least half of all pairs are decided.
+    A pair is decided where both sets see its two medians apart by more than two standard deviations of their
+    difference; it agrees where both then see the same one ahead. `same_ranking`: every decided pair agrees, the fastest
+    of each set is among those that the other cannot tell from its own fastest, and at least half of all pairs are
+    decided.
     `regret_pct`: what choosing by the first set costs by the second, the worst global batch.
     """
     first = {row.configuration: row for row in one if row.step_seconds is not None}

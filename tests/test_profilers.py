@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launch_jobs import JOB
+from launch_jobs import JOB, copus_here, write_job
 
-from copus.events import Profile
+from copus.events import Profile, read_events
 from copus.job import JobConfig, JobError, parse_job
 from copus.profilers import BUILT_IN, TRIED, find_profiler, installed
 from copus.profiling.fill import DIED, fill_table, load_profiler
@@ -271,6 +271,26 @@ def test_the_example_runs_in_a_process_of_its_own(site: Path, tmp_path: Path) ->
     assert len(rows) == result["measured"] > 0
     assert rows[0].fingerprint.backend.startswith("megatron-core")
     assert "measuring 1/" in done.stderr
+
+
+def test_a_job_that_trains_lets_its_profiler_run_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What wants one process runs before the ranks start, in the same run."""
+    (tmp_path / "rows.csv").write_text(
+        "gpus,layers,hidden,ffn_hidden,gated_mlp,heads,kv_heads,seq_len,vocab,precision,gbs,mbs,tp,step_time_s\n"
+        "2,4,64,128,yes,4,2,32,384,fp32,4,1,2,0.25\n"
+    )
+    write_job(
+        tmp_path,
+        profile={"profiler": "published", "options": {"csv": str(tmp_path / "rows.csv")}},
+        planner={"policy": "static"},
+    )
+    monkeypatch.chdir(tmp_path)
+    assert copus_here("submit", "job.yaml", worker=["--steps", "2"]) == 0
+    events = list(read_events(tmp_path / "runs" / "small"))
+    kinds = [event.type for event in events]
+    assert kinds.index("profile") < kinds.index("start")
+    (row,) = ThroughputTable(tmp_path / "table.jsonl").everything()
+    assert (row.configuration.label, row.step_seconds) == ("TP2·PP1·DP1 B4 m1", 0.25)
 
 
 def test_a_plugin_that_cannot_be_imported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
