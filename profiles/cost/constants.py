@@ -1,0 +1,56 @@
+"""The constants of the cost model: what they mean, and what is believed of them before anything is measured."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.cost.accelerator import Accelerator
+
+
+class Constant(NamedTuple):
+    """A positive constant with a normal prior on its logarithm."""
+
+    mean: float
+    """Median of the prior."""
+    log_sd: float
+    """Standard deviation of its logarithm."""
+    meaning: str
+    """What it is."""
+
+
+CONSTANTS: dict[str, Constant] = {
+    "products": Constant(1.2, 0.15, "time of large matrix products over operations ÷ peak"),
+    "operands": Constant(2.5, 0.7, "time that a matrix product's operands add, over bytes ÷ memory bandwidth"),
+    "attention": Constant(6, 0.55, "time of attention over causal operations ÷ peak"),
+    "elementwise": Constant(1.0, 0.5, "time of everything else over bytes ÷ memory bandwidth"),
+    "layer_launch_seconds": Constant(1.3e-3, 0.5, "host time of one pass of one layer"),
+    "pipeline_launch_seconds": Constant(
+        2.0e-4, 1.2, "more of it on pipeline stages, for each doubling of tensor parallel ranks (all wait for each other's host)"
+    ),
+    "microbatch_launch_seconds": Constant(4.0e-3, 1.0, "host time of a micro-batch besides its layers"),
+    "tp_traffic": Constant(1.5, 0.4, "time of tensor parallel bytes over the link's"),
+    "tp_latency_seconds": Constant(3.0e-5, 0.8, "of a tensor parallel collective"),
+    "p2p_traffic": Constant(1.5, 0.6, "time of bytes between stages over the link's"),
+    "p2p_latency_seconds": Constant(2.0e-4, 1.0, "of a message between stages"),
+    "dp_traffic": Constant(1.2, 0.6, "time of data parallel bytes over the link's"),
+    "dp_latency_seconds": Constant(1.0e-3, 0.8, "of a data parallel exchange, for each doubling of ranks"),
+    "dp_overlap": Constant(0.6, 0.8, "share of the last micro-batch's backward pass under which the exchange hides"),
+    "gather_overlap": Constant(0.75, 0.4, "share of a micro-batch's compute under which the gathering of ZeRO-3 hides"),
+    "congestion": Constant(0.15, 0.6, "loss of network bandwidth for each doubling of nodes, in powers of two"),
+    "optimizer": Constant(1.5, 0.5, "time of the update over bytes ÷ memory bandwidth"),
+    "step_seconds": Constant(1.0e-2, 1.0, "of a step, whatever it does"),
+    "stragglers": Constant(0.015, 0.7, "growth of a micro-batch's time for each doubling of nodes"),
+}
+NAMES = tuple(CONSTANTS)
+
+
+def prior(device: Accelerator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of the constants' logarithms, for an accelerator.
+
+    Raises ValueError where its file names a constant that does not exist.
+    """
+    if unknown := set(device.constants) - set(NAMES):
+        raise ValueError(f"accelerator {device.name}: unknown constants {', '.join(sorted(unknown))}")
+    means = [device.constants.get(name, constant.mean) for name, constant in CONSTANTS.items()]
+    return np.log(means), np.array([constant.log_sd for constant in CONSTANTS.values()])
