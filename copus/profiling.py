@@ -14,6 +14,7 @@ from copus.backends.base import Backend, Batches, StepRules
 from copus.events import Profile
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig, JobError
+from planner.memory_check import MemoryCheck
 from planner.profiling import to_measure
 from planner.space import candidates
 from profiles.configuration import Configuration
@@ -84,12 +85,14 @@ def _endless(batches: Batches, total: int) -> Batches:
 def _plan(job: JobConfig, table: ThroughputTable, fingerprint: Fingerprint) -> list[Configuration]:
     if job.profile.when == "never":
         return []
-    known = Throughput() if job.profile.when == "always" else Throughput(table.rows(fingerprint))
+    rows = table.rows(fingerprint)
+    known = Throughput() if job.profile.when == "always" else Throughput(rows)
     start = job.training.configuration
     space = [start] if job.planner.policy == "static" else candidates(job.planner, job.model, job.cluster, start)
     if job.planner.policy == "norm-test":  # which keeps the layout
         space = [candidate for candidate in space if candidate.layout == start.layout]
-    return to_measure(space, known, start)
+    memory = MemoryCheck(job.model, job.cluster, job.training.precision, rows)
+    return memory.possible(to_measure(memory.possible(space), known, start))
 
 
 def _measure(

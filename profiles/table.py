@@ -17,8 +17,9 @@ class ThroughputTable:
         self.skipped = 0
         """Lines that the last `rows` could not read: torn by a crash, or written by another version."""
 
-    def rows(self, fingerprint: Fingerprint) -> list[Measurement]:
-        """The measurements of this model, software and hardware, oldest line first; none where the file does not exist.
+    def rows(self, fingerprint: Fingerprint | None = None) -> list[Measurement]:
+        """The measurements of this model, software and hardware (without them: all), oldest line first; none where the
+        file does not exist.
 
         Lines that are no measurement are skipped and counted in `skipped`, with one warning. Raises OSError where the
         file cannot be read.
@@ -35,7 +36,7 @@ class ThroughputTable:
             except ValidationError:
                 self.skipped += 1
                 continue
-            if measurement.fingerprint == fingerprint:
+            if fingerprint is None or measurement.fingerprint == fingerprint:
                 found.append(measurement)
         if self.skipped:
             warnings.warn(f"{self.path}: skipped {self.skipped} of {len(lines)} lines, not measurements", stacklevel=2)

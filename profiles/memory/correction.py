@@ -80,6 +80,14 @@ def corrected(groups: Floats, parameters: Floats) -> tuple[Floats, Floats]:
     return total, slopes
 
 
+def log_variance(groups: Floats, correction: Correction) -> Floats:
+    """Variance of the logarithm of a peak that is measured, for 5 × N groups."""
+    total, slopes = corrected(groups, correction.mean)
+    # What lies beside is only ever added: far beyond the rest it moves the logarithm by less than its slope says.
+    slopes[-1] = np.log1p(groups[-1] / total)
+    return np.asarray(np.einsum("in,ij,jn->n", slopes, correction.covariance, slopes) + correction.noise_sd**2)
+
+
 def learn(peaks: Sequence[Peaks], assumed: Implementation) -> tuple[Implementation, Correction]:
     """The most likely way that the framework is written, and the factors that go with it.
 

@@ -9,7 +9,7 @@ from scipy.special import stdtr, stdtrit
 
 from profiles.configurations import Configurations
 from profiles.memory.components import COMPONENTS, stage_components
-from profiles.memory.correction import Correction, corrected, grouped, learn
+from profiles.memory.correction import Correction, grouped, learn, log_variance
 from profiles.memory.implementation import MEGATRON, Implementation
 from profiles.memory.parameters import Floats
 from profiles.memory.peaks import OUTSIDE_BYTES, Peaks
@@ -128,9 +128,7 @@ class MemoryModel:
         if coverage is None:
             return PredictedMemory(peak, nothing, nothing, breakdown, later, (), nothing, correction.freedom)
         parts = {name: breakdown[name] / factors[name] for name in COMPONENTS}
-        _, slopes = corrected(grouped(parts), correction.mean)
-        variance = np.einsum("in,ij,jn->n", slopes, correction.covariance, slopes) + correction.noise_sd**2
-        sd = np.sqrt(variance)
+        sd = np.sqrt(log_variance(grouped(parts), correction))
         half = float(stdtrit(correction.freedom, 0.5 + coverage / 2)) * sd
         return PredictedMemory(
             peak, peak * np.exp(-half), peak * np.exp(half), breakdown, later, (), sd, correction.freedom

@@ -1,0 +1,256 @@
+"""What is to be expected of a job's configurations before it is launched: `copus plan` shows it."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.config import PlannerConfig
+from planner.goodput import goodput
+from planner.memory_check import memory_bytes
+from planner.space import candidates, noise_measurable
+from profiles.cluster import Cluster
+from profiles.configuration import Configuration
+from profiles.configurations import Configurations
+from profiles.cost import CostModel, Timings
+from profiles.measurement import Fingerprint, Measurement
+from profiles.memory import MemoryModel, Peaks
+from profiles.memory.model import SURE
+from profiles.model_shape import ModelShape
+from profiles.throughput import Prediction, Throughput
+
+NOISE_SCALES = 2.0 ** np.arange(-2, 24.01, 0.25)
+"""Noise scales that the best configuration is looked up for, sequences."""
+
+LIKELY = 0.8
+"""A configuration whose chance to fit is smaller is not proposed."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One configuration. Intervals hold 80 % of what is expected."""
+
+    configuration: Configuration
+    """The candidate."""
+    step_seconds: float | None
+    """Duration of a step; None where it is known to fail."""
+    step_seconds_low: float | None
+    """Lower end of its interval."""
+    step_seconds_high: float | None
+    """Upper end."""
+    source: str
+    """measured, interpolated, extrapolated: the throughput table. predicted: the cost model."""
+    peak_bytes: float
+    """Largest memory of any rank: as measured, else as the memory model says."""
+    peak_bytes_low: float
+    """Lower end of its interval; the same where it was measured."""
+    peak_bytes_high: float
+    """Upper end."""
+    memory: dict[str, float]
+    """What the memory model says, part by part, bytes."""
+    last_stage: bool
+    """Whether that is a rank of the last pipeline stage."""
+    chance_to_fit: float | None
+    """Probability that it fits; None where that is not asked (CPU cores, an accelerator without a file)."""
+    refusal: str
+    """Why the planner would not choose it; empty where it may."""
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Throughput, sequences a second."""
+        return None if self.step_seconds is None else self.configuration.global_batch / self.step_seconds
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """The fastest configuration of one global batch."""
+
+    best: Expectation
+    """The configuration."""
+    runner_up: Expectation | None
+    """The fastest one of another layout."""
+    sure: float | None
+    """Probability that it is faster than that, were their errors independent; None without a runner-up."""
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """The best configuration between two noise scales."""
+
+    low: float
+    """From this noise scale on, sequences; 0 for the first."""
+    high: float
+    """Up to this one; infinite for the last."""
+    best: Expectation
+    """Highest Goodput throughout."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Everything that is expected of a job."""
+
+    expectations: list[Expectation]
+    """Every candidate, in the planner's order."""
+    start: Expectation
+    """The configuration that the job starts with."""
+    memory_bytes: float | None
+    """Of one accelerator; None where memory is not checked."""
+    fingerprint: Fingerprint | None
+    """Whose measured rows were used; None where there are none."""
+    measured_rows: int
+    """How many."""
+    assumptions: tuple[str, ...]
+    """What was taken for granted."""
+
+    @property
+    def eligible(self) -> list[Expectation]:
+        """Those that may be chosen."""
+        return [each for each in self.expectations if not each.refusal and each.step_seconds is not None]
+
+    @property
+    def smallest(self) -> Expectation:
+        """The candidate that needs the least memory."""
+        return min(self.expectations, key=lambda each: each.peak_bytes)
+
+    def fastest(self) -> list[Fastest]:
+        """For each global batch, ascending; batches at which nothing may be chosen are left out."""
+        by_batch: dict[int, list[Expectation]] = {}
+        for each in self.eligible:
+            by_batch.setdefault(each.configuration.global_batch, []).append(each)
+        found = []
+        for _, group in sorted(by_batch.items()):
+            ranked = sorted(group, key=lambda each: each.step_seconds or math.inf)
+            best = ranked[0]
+            others = (each for each in ranked if each.configuration.layout != best.configuration.layout)
+            runner_up = next(others, None)
+            found.append(Fastest(best, runner_up, None if runner_up is None else _faster(best, runner_up)))
+        return found
+
+    def by_noise(self, config: PlannerConfig) -> list[NoiseRange]:
+        """Which configuration has the highest Goodput at which noise scale, from small to large."""
+        # Within a batch Goodput ranks as throughput does, so that the fastest ones are enough.
+        able = [each.best for each in self.fastest()]
+        if not able:
+            return []
+        winners = []
+        for noise in NOISE_SCALES:
+            critical = config.critical_batch_factor * float(noise)
+            scores = [
+                goodput(each.samples_per_second or 0.0, each.configuration.global_batch, critical, config.objective)
+                for each in able
+            ]
+            winners.append(able[int(np.argmax(scores))])
+        starts = [0, *(i for i in range(1, len(winners)) if winners[i] is not winners[i - 1])]
+        edges = [0.0, *(float(NOISE_SCALES[i - 1] * NOISE_SCALES[i]) ** 0.5 for i in starts[1:]), math.inf]
+        return [NoiseRange(edges[k], edges[k + 1], winners[i]) for k, i in enumerate(starts)]
+
+
+def look_ahead(
+    config: PlannerConfig,
+    model: ModelShape,
+    cluster: Cluster,
+    precision: str,
+    start: Configuration,
+    table: Iterable[Measurement] = (),
+) -> Outlook:
+    """Expect something of every candidate: from the table's rows of this job where they reach, else from the models,
+    which learn from them.
+
+    Raises ValueError for an accelerator that nothing is known about.
+    """
+    rows = rows_of(table, model, cluster, precision)
+    space = candidates(config, model, cluster, start)
+    configurations = Configurations.of(space)
+    throughput = Throughput(rows)
+    cost = CostModel().fit(Timings.of(rows, cluster))
+    times = cost.predict(model, cluster, configurations, precision)
+    room = memory_bytes(cluster)
+    memory = MemoryModel().fit(Peaks.of(rows, room))
+    peaks = memory.predict(model, configurations, precision)
+    chances = None if room is None else peaks.chance_to_fit(room)
+    found = []
+    for index, candidate in enumerate(space):
+        known = throughput.predict(candidate)
+        ran = known is not None and known.step_seconds is not None
+        chance = None if chances is None else 1.0 if ran else float(chances[index])
+        peak, low, high = (float(each[index]) for each in (peaks.peak_bytes, peaks.low, peaks.high))
+        if known is not None and known.peak_bytes is not None:
+            peak = low = high = float(known.peak_bytes)
+        seconds, fast, slow = (float(each[index]) for each in (times.seconds, times.low, times.high))
+        expected: tuple[float | None, float | None, float | None] = (seconds, fast, slow)
+        if known is not None:
+            spread = known.spread_seconds or 0.0
+            measured = known.step_seconds
+            expected = (None,) * 3 if measured is None else (measured, max(measured - spread, 0.0), measured + spread)
+        found.append(
+            Expectation(
+                candidate,
+                *expected,
+                source=known.source if known else "predicted",
+                peak_bytes=peak,
+                peak_bytes_low=low,
+                peak_bytes_high=high,
+                memory={name: float(part[index]) for name, part in peaks.breakdown.items()},
+                last_stage=bool(peaks.last_stage[index]),
+                chance_to_fit=chance,
+                refusal=_refusal(config, candidate, known, chance),
+            )
+        )
+    return Outlook(
+        expectations=found,
+        start=next(each for each in found if each.configuration == start),
+        memory_bytes=room,
+        fingerprint=rows[0].fingerprint if rows else None,
+        measured_rows=len(rows),
+        assumptions=(*times.assumptions, *peaks.assumptions),
+    )
+
+
+def rows_of(table: Iterable[Measurement], model: ModelShape, cluster: Cluster, precision: str) -> list[Measurement]:
+    """The rows that were measured for this model and precision on so many accelerators of this kind, with the software
+    that was used last. Nothing here can ask the hardware what it is; what the rows say of it is taken."""
+    mine = [
+        row
+        for row in table
+        if (row.fingerprint.model, row.fingerprint.precision) == (model.digest, precision)
+        and row.fingerprint.hardware.startswith(f"{cluster.accelerators} × ")
+        and row.fingerprint.hardware.endswith(" core") == (cluster.accelerator == "cpu")
+    ]
+    if not mine:
+        return []
+    newest = max(mine, key=lambda row: row.time).fingerprint
+    return [row for row in mine if row.fingerprint == newest]
+
+
+def in_words(chance: float | None) -> str:
+    """`fits`, `should fit`, `may not fit`, `does not fit`; `not checked` where nobody knows the memory."""
+    if chance is None:
+        return "not checked"
+    if chance < SURE:
+        return "does not fit"
+    if chance < LIKELY:
+        return "may not fit"
+    return "fits" if chance >= 1 - SURE else "should fit"
+
+
+def _refusal(config: PlannerConfig, candidate: Configuration, known: Prediction | None, chance: float | None) -> str:
+    if known is not None and known.failure:
+        return known.failure
+    if chance is not None and chance < LIKELY:
+        return in_words(chance)
+    return "" if noise_measurable(candidate, config.noise_source) else "noise cannot be measured: one part a step"
+
+
+def _faster(one: Expectation, other: Expectation) -> float:
+    """Probability that a step of one is shorter than of the other: normal logarithms with the intervals' widths."""
+    gap = math.log((other.step_seconds or 1.0) / (one.step_seconds or 1.0))
+    sd = math.hypot(_log_sd(one), _log_sd(other))
+    return 0.5 * (1 + math.erf(gap / (sd * math.sqrt(2)))) if sd else float(gap > 0)
+
+
+def _log_sd(each: Expectation) -> float:
+    """Half of an 80 % interval is 1.28 standard deviations."""
+    if not each.step_seconds or not each.step_seconds_high:
+        return 0.0
+    return math.log(each.step_seconds_high / each.step_seconds) / 1.2816
