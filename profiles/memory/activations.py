@@ -39,15 +39,15 @@ def layer_activations(
     inputs = 2 * e * hidden / (split if how.gathered_inputs == "regathered" else 1)
     outside = hidden * (2 * e + 2 * how.dropout) / split + inputs
     # Heads: queries, keys, values, and the output, which is the input of the projection.
-    heads = hidden * e * (2 + 2 * model.kv_heads / model.heads) / c.tp
+    kv_share = model.kv_heads / model.heads
+    heads = hidden * e * (2 + 2 * kv_share + (1 + kv_share) * (how.fused_qkv == "kept")) / c.tp
     scores: Floats = np.zeros(len(c))
     if how.attention == "flash":
         heads = heads + 4 * model.heads / c.tp  # fp32 log-sum-exp of each row of scores
     else:  # the softmax, and with dropout its mask and its result: 2, or 5 bytes of the paper
         scores = model.heads * model.seq_len * (e + (1 + e) * how.dropout) / c.tp
-    # MLP: what enters the activation function, and the input of the second matrix. A gated one has twice the first,
-    # and the activated gate unless that is fused.
-    wide = (4 - how.fused_mlp if model.gated_mlp else 2) * ffn * e
+    # MLP: what enters the activation function, and the input of the second matrix.
+    wide = (how.gated_mlp_tensors if model.gated_mlp else 2) * ffn * e
     copies = model.experts_per_token if model.experts else 1
     mlp = copies * wide / c.tp
     if model.experts:  # tokens permuted to their experts and back, and the router's probabilities in fp32

@@ -142,7 +142,7 @@ class _Problem:
         freedom = NOISE_WEIGHT + count
         noise = float(np.sqrt((NOISE_WEIGHT * NOISE_SD**2 + squares) / freedom))
         information = slopes.T @ slopes / noise**2 + np.diag(1 / sd**2)
-        found = Correction(best.x * sd, np.linalg.inv(information), noise, freedom, len(errors))
+        found = Correction(best.x * sd, np.asarray(np.linalg.inv(information), float), noise, freedom, len(errors))
         # The noise is not known beforehand either: integrated out, errors are Student's.
         cost = freedom / 2 * np.log1p(squares / (NOISE_WEIGHT * NOISE_SD**2)) + best.x @ best.x / 2
         return float(cost), found

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from profiles.record import Record
 
@@ -16,8 +16,12 @@ class Implementation(Record):
     """flash: no scores are kept. materialised: the s × s scores of every head are (2205.05198, section 4.1)."""
     dropout: bool = False
     """Whether masks of dropout, one byte an element, are kept: two a layer, and one of materialised scores."""
-    fused_mlp: bool = False
-    """Whether a gated MLP computes activation and product in one kernel, and keeps one wide tensor fewer."""
+    fused_qkv: Literal["kept", "released"] = "kept"
+    """What becomes of the joint output of the query, key and value projection when rotary positions have made copies of
+    the first two. kept: the values are a view into it, and so all of it stays (megatron-core). released: they are not."""
+    gated_mlp_tensors: PositiveInt = 5
+    """Tensors as wide as `ffn_hidden` that a gated MLP keeps. 4: gate, up, activated gate, product. 3: activation and
+    product are one kernel. 5: megatron-core adds `glu_linear_offset` to up, and so copies it even where that is 0."""
     loss: Literal["in-place", "copying"] = "in-place"
     """in-place: the loss keeps the logits once in fp32 beside the model's precision (megatron's vocabulary-parallel
     cross entropy). copying: shifted logits and exponentials are tensors of their own (plain PyTorch)."""
@@ -50,7 +54,9 @@ class Implementation(Record):
 
 MEGATRON = Implementation()
 """What this project's own backend does."""
-PYTORCH = Implementation(loss="copying", gradient_buckets=True, stages="balanced")
+PYTORCH = Implementation(
+    fused_qkv="released", gated_mlp_tensors=4, loss="copying", gradient_buckets=True, stages="balanced"
+)
 """Plain PyTorch: `DistributedDataParallel`, an unfused loss, stages balanced by their work."""
-KORTHIKANTI = Implementation(attention="materialised", dropout=True)
-"""Megatron-LM as the paper describes it (2205.05198)."""
+KORTHIKANTI = Implementation(attention="materialised", dropout=True, fused_qkv="released")
+"""Megatron-LM as the paper describes it (2205.05198); without rotary positions nothing is copied."""
