@@ -18,7 +18,7 @@ class Implementation(Record):
     """Whether masks of dropout, one byte an element, are kept: two a layer, and one of materialised scores."""
     fused_qkv: Literal["kept", "released"] = "kept"
     """What becomes of the joint output of the query, key and value projection when rotary positions have made copies of
-    the first two. kept: the values are a view into it, and so all of it stays (megatron-core). released: they are not."""
+    the first two. kept: the values are a view into it, so that all of it stays (megatron-core). released: not so."""
     gated_mlp_tensors: PositiveInt = 5
     """Tensors as wide as `ffn_hidden` that a gated MLP keeps. 4: gate, up, activated gate, product. 3: activation and
     product are one kernel. 5: megatron-core adds `glu_linear_offset` to up, and so copies it even where that is 0."""
