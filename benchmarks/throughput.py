@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from rich.table import Table
 from benchmarks.published import Published, Sweep, read
 from profiles.cost import CostModel, Timings
 from profiles.cost.accelerator import accelerator
+from profiles.cost.residual import coordinates
 from profiles.cost.select import select
-from profiles.cost.work import work
 
 SHARE = 0.1
 """Of a sweep's rows, measured for the fit."""
@@ -67,13 +67,16 @@ def coverage(score: Score | None) -> float | None:
 
 
 def regrets(seconds: Floats, timings: Timings) -> Floats:
-    """For each global batch with a choice."""
+    """For each global batch with a choice. Rows of one configuration are repeats: their median counts."""
+    c = timings.configurations
+    columns = np.stack([getattr(c, field.name).astype(float) for field in fields(c)])
+    _, which = np.unique(columns, axis=1, return_inverse=True)
+    measured = np.array([np.median(timings.step_seconds[which == index]) for index in which.ravel()])
     found = []
-    for batch in np.unique(timings.configurations.global_batch):
-        same = np.flatnonzero(timings.configurations.global_batch == batch)
-        if len(same) > 1:
-            measured = timings.step_seconds[same]
-            found.append(measured[np.argmin(seconds[same])] / measured.min() - 1)
+    for batch in np.unique(c.global_batch):
+        same = np.flatnonzero(c.global_batch == batch)
+        if len(np.unique(which.ravel()[same])) > 1:
+            found.append(measured[same][np.argmin(seconds[same])] / measured[same].min() - 1)
     return np.array(found)
 
 
@@ -95,8 +98,7 @@ def with_rows(cost: CostModel, timings: Timings, count: int) -> tuple[Score, NDA
 def nearest(timings: Timings, chosen: NDArray[np.int64]) -> Floats:
     """First baseline: the time of a sequence of the nearest measured row (log2 of degrees and batches)."""
     c = timings.configurations
-    device = accelerator(timings.cluster.accelerator)
-    places = work(timings.model, timings.cluster, device, c, timings.precision).coordinates
+    places = coordinates(timings.model, timings.cluster, c)
     distance = ((places[:, None, :] - places[None, chosen, :]) ** 2).sum(2)
     near = chosen[np.argmin(distance, axis=1)]
     return timings.step_seconds[near] * c.global_batch / c.global_batch[near]
@@ -105,7 +107,7 @@ def nearest(timings: Timings, chosen: NDArray[np.int64]) -> Floats:
 def roofline(timings: Timings, chosen: NDArray[np.int64]) -> Floats:
     """Second baseline: operations of the model ÷ (peak × one utilization), which is fitted where there are rows."""
     t, model = timings, timings.model
-    tokens = t.configurations.global_batch * model.seq_len
+    tokens = t.configurations.global_batch * float(model.seq_len)
     per_token = 6 * model.parameters + 6 * model.layers * model.hidden * model.seq_len
     peak = accelerator(t.cluster.accelerator).peak(t.precision) * t.configurations.accelerators
     ideal = tokens * per_token / peak

@@ -20,27 +20,28 @@ class Constant(NamedTuple):
 
 
 CONSTANTS: dict[str, Constant] = {
-    "products": Constant(1.2, 0.15, "time of large matrix products over operations ÷ peak"),
-    "operands": Constant(2.5, 0.7, "time that a matrix product's operands add, over bytes ÷ memory bandwidth"),
-    "attention": Constant(6, 0.55, "time of attention over causal operations ÷ peak"),
-    "elementwise": Constant(1.0, 0.5, "time of everything else over bytes ÷ memory bandwidth"),
-    "layer_launch_seconds": Constant(1.3e-3, 0.5, "host time of one pass of one layer"),
+    "products": Constant(1.34, 0.17, "time of large matrix products over operations ÷ peak"),
+    "half_speed_dimension": Constant(580.0, 0.5, "size of a square product, m = n = k = 3 ×, at which it runs at half its best speed"),
+    "attention": Constant(5.4, 0.45, "time of attention over causal operations ÷ peak"),
+    "elementwise": Constant(0.9, 0.5, "time of everything else over bytes ÷ memory bandwidth"),
+    "layer_launch_seconds": Constant(1.05e-3, 0.5, "host time of one pass of one layer"),
     "pipeline_launch_seconds": Constant(
-        2.0e-4, 1.2, "more of it on pipeline stages, for each doubling of tensor parallel ranks (all wait for each other's host)"
+        8.0e-5, 1.6, "more of it on pipeline stages, for each doubling of tensor parallel ranks (all wait for each other's host)"
     ),
-    "microbatch_launch_seconds": Constant(4.0e-3, 1.0, "host time of a micro-batch besides its layers"),
-    "tp_traffic": Constant(1.5, 0.4, "time of tensor parallel bytes over the link's"),
+    "unbalance": Constant(1.4, 1.4, "odds that the output layer comes on top of an equal share of layers, not instead of some"),
+    "microbatch_launch_seconds": Constant(2.8e-3, 1.0, "host time of a micro-batch besides its layers"),
+    "tp_traffic": Constant(1.5, 0.45, "time of tensor parallel bytes over the link's"),
     "tp_latency_seconds": Constant(3.0e-5, 0.8, "of a tensor parallel collective"),
-    "p2p_traffic": Constant(1.5, 0.6, "time of bytes between stages over the link's"),
+    "p2p_traffic": Constant(2.0, 0.7, "time of bytes between stages over the link's"),
     "p2p_latency_seconds": Constant(2.0e-4, 1.0, "of a message between stages"),
-    "dp_traffic": Constant(1.2, 0.6, "time of data parallel bytes over the link's"),
+    "dp_traffic": Constant(0.9, 0.7, "time of data parallel bytes over the link's"),
     "dp_latency_seconds": Constant(1.0e-3, 0.8, "of a data parallel exchange, for each doubling of ranks"),
-    "dp_overlap": Constant(0.6, 0.8, "share of the last micro-batch's backward pass under which the exchange hides"),
-    "gather_overlap": Constant(0.75, 0.4, "share of a micro-batch's compute under which the gathering of ZeRO-3 hides"),
-    "congestion": Constant(0.15, 0.6, "loss of network bandwidth for each doubling of nodes, in powers of two"),
+    "dp_overlap": Constant(0.9, 0.8, "share of one micro-batch under which the exchange hides"),
+    "gather_overlap": Constant(0.67, 0.4, "share of a micro-batch's compute under which the gathering of ZeRO-3 hides"),
+    "congestion": Constant(0.09, 0.9, "loss of network bandwidth for each doubling of nodes, in powers of two"),
     "optimizer": Constant(1.5, 0.5, "time of the update over bytes ÷ memory bandwidth"),
-    "step_seconds": Constant(1.0e-2, 1.0, "of a step, whatever it does"),
-    "stragglers": Constant(0.015, 0.7, "growth of a micro-batch's time for each doubling of nodes"),
+    "step_seconds": Constant(1.25e-2, 1.0, "of a step, whatever it does"),
+    "stragglers": Constant(0.011, 0.7, "growth of a micro-batch's time for each doubling of nodes"),
 }
 NAMES = tuple(CONSTANTS)
 

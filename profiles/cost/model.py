@@ -1,7 +1,7 @@
 """The cost model: formulas with constants, a Gaussian process on what they miss, and intervals for both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,18 +13,19 @@ from profiles.cluster import Cluster
 from profiles.configurations import Configurations
 from profiles.cost.accelerator import Accelerator, accelerator
 from profiles.cost.constants import NAMES, prior
-from profiles.cost.residual import Smoothness, covariance, variance
+from profiles.cost.residual import Smoothness, coordinates, covariance, variance
 from profiles.cost.step_time import parts, step_seconds
 from profiles.cost.timings import Timings
 from profiles.cost.work import Floats, Work, work
 from profiles.model_shape import ModelShape
 
-CHUNK = 8192
+CHUNK = 4096
 """Configurations that are worked on at once: their arrays stay in the processor's cache."""
 ROBUST = 3.0
 """Standard deviations beyond which a row counts less and less (soft L1)."""
-STEP = 1e-4
-"""Of finite differences, in standard deviations of a constant."""
+STEP = 1.5
+"""Half the distance of the secants that stand for derivatives, in standard deviations of a constant. So wide because what a constant
+can do matters, not what it does at its mean: a launch time that hides behind the work now may not do so on this cluster."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,10 @@ class Predicted:
 class _Rows:
     """What is left of the rows of a fit."""
 
-    work: Work
+    places: Floats
     residual: Floats
     jacobian: Floats
     solved: Floats
-    noisy: tuple[Floats, bool]
     whole: tuple[Floats, bool]
     spread: float
 
@@ -81,7 +81,8 @@ class CostModel:
         means = np.concatenate([np.tile(_prior(each.cluster)[0], (len(each.step_seconds), 1)) for each in known])
         sd = _prior(known[0].cluster)[1]
         logs = np.log(seconds)
-        noisy = covariance(done.coordinates, done.coordinates, self._how) + self._how.noise_sd**2 * np.eye(len(logs))
+        places = np.concatenate([coordinates(each.model, each.cluster, each.configurations) for each in known])
+        noisy = covariance(places, places, self._how) + self._how.noise_sd**2 * np.eye(len(logs))
         lower = np.linalg.cholesky(noisy)
 
         def misses(z: Floats) -> Floats:
@@ -93,11 +94,11 @@ class CostModel:
         fitted._z = best.x
         residual = logs - _log_seconds(done, means + sd * best.x)
         jacobian = _jacobian(done, means, sd, best.x)
-        factor, whole = cho_factor(noisy), cho_factor(noisy + jacobian @ jacobian.T)
-        solved = cho_solve(factor, residual)
+        whole = cho_factor(noisy + jacobian @ jacobian.T)
+        solved = cho_solve(cho_factor(noisy), residual)
         misfit = float(residual @ solved + best.x @ best.x)
         spread = np.sqrt((self._how.freedom + misfit) / (self._how.freedom + len(logs)))
-        fitted._rows = _Rows(done, residual, jacobian, solved, factor, whole, float(spread))
+        fitted._rows = _Rows(places, residual, jacobian, solved, whole, float(spread))
         return fitted
 
     @property
@@ -125,7 +126,7 @@ class CostModel:
         """
         size = len(configurations)
         pieces = [
-            self._piece(model, cluster, configurations.take(np.arange(at, min(at + CHUNK, size))), precision, coverage)
+            self._piece(model, cluster, _cut(configurations, slice(at, at + CHUNK)), precision, coverage)
             for at in range(0, max(size, 1), CHUNK)
         ]
         names = pieces[0].breakdown
@@ -145,37 +146,38 @@ class CostModel:
         breakdown = parts(done, mean + sd * self._z)
         seconds: Floats = sum(breakdown.values(), start=np.zeros(len(c)))
         if self._rows:
-            near = covariance(done.coordinates, self._rows.work.coordinates, self._how)
+            near = covariance(coordinates(model, cluster, c), self._rows.places, self._how)
             factor = np.exp(near @ self._rows.solved)
             seconds, breakdown = seconds * factor, {name: part * factor for name, part in breakdown.items()}
         if coverage is None:
             nothing = np.full(len(c), np.nan)
             return Predicted(seconds, nothing, nothing, breakdown, ())
-        variances, freedom = self._variance(done, mean, sd)
+        variances, freedom = self._variance(done, coordinates(model, cluster, c), mean, sd)
         half = student.ppf(0.5 + coverage / 2, freedom) * np.sqrt(variances)
         return Predicted(seconds, seconds * np.exp(-half), seconds * np.exp(half), breakdown, ())
 
-    def _variance(self, done: Work, mean: Floats, sd: Floats) -> tuple[Floats, float]:
+    def _variance(self, done: Work, places: Floats, mean: Floats, sd: Floats) -> tuple[Floats, float]:
         """Of the logarithm of a measured time, and the degrees of freedom of its Student distribution."""
         own = _jacobian(done, mean, sd, self._z)
         total = (own * own).sum(1) + variance(self._how) + self._how.noise_sd**2
         rows = self._rows
         if not rows:
             return total, self._how.freedom
-        cross = own @ rows.jacobian.T + covariance(done.coordinates, rows.work.coordinates, self._how)
+        cross = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
         total = total - np.einsum("ij,ji->i", cross, cho_solve(rows.whole, cross.T))
         return np.maximum(total, 1e-8) * rows.spread**2, self._how.freedom + len(rows.residual)
 
-    def prior_covariance(
+    def covariance(
         self, model: ModelShape, cluster: Cluster, configurations: Configurations, precision: str
     ) -> NDArray[np.float64]:
         """N × N covariance of the logarithms' errors, noise left out, before or after the rows of the fit."""
         mean, sd = _prior(cluster)
         done = _work(model, cluster, configurations, precision)
+        places = coordinates(model, cluster, configurations)
         own = _jacobian(done, mean, sd, self._z)
-        total = own @ own.T + covariance(done.coordinates, done.coordinates, self._how)
+        total = own @ own.T + covariance(places, places, self._how)
         if self._rows:
-            cross = own @ self._rows.jacobian.T + covariance(done.coordinates, self._rows.work.coordinates, self._how)
+            cross = own @ self._rows.jacobian.T + covariance(places, self._rows.places, self._how)
             total -= cross @ cho_solve(self._rows.whole, cross.T)
         return total
 
@@ -204,6 +206,10 @@ def _prior(cluster: Cluster) -> tuple[Floats, Floats]:
     return prior(_device(cluster))
 
 
+def _cut(c: Configurations, where: slice) -> Configurations:
+    return Configurations(**{field.name: getattr(c, field.name)[where] for field in fields(c)})
+
+
 def _work(model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Work:
     return work(model, cluster, _device(cluster), c, precision)
 
@@ -213,7 +219,7 @@ def _log_seconds(done: Work, log_constants: Floats) -> Floats:
 
 
 def _jacobian(done: Work, mean: Floats, sd: Floats, z: Floats) -> Floats:
-    """∂ log seconds / ∂ z, by central differences: N × constants."""
+    """∂ log seconds / ∂ z, by secants (`STEP`): N × constants."""
     columns = []
     for index in range(len(z)):
         shift = np.zeros(len(z))

@@ -5,29 +5,39 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.cost.work import COORDINATES, Floats
+from profiles.cluster import Cluster
+from profiles.configurations import Configurations
+from profiles.cost.work import Floats
+from profiles.model_shape import ModelShape
+
+COORDINATES = (
+    *("tp", "pp", "dp", "micro_batch", "num_microbatches", "vp", "cp", "ep"),
+    *("zero", "recompute", "sp"),
+    *("nodes", "width", "depth", "seq"),
+)
+"""What `coordinates` gives: log2 of the degrees, counts and sizes; flags as they are."""
 
 
 class Smoothness(NamedTuple):
     """How far what was seen at one configuration says something about another."""
 
-    shape_sd: float = 0.08
+    shape_sd: float = 0.085
     """Of a miss that depends on the shapes of the matrix products (tensor and context parallel degree, micro-batch), as a logarithm."""
-    shape_length: float = 0.7
+    shape_length: float = 0.42
     """Doublings of these over which it changes."""
-    layout_sd: float = 0.10
+    layout_sd: float = 0.03
     """Of a miss that depends on the layout alone."""
-    microbatch_sd: float = 0.08
+    microbatch_sd: float = 0.036
     """Of a miss that depends on the layout and the micro-batch."""
-    step_sd: float = 0.03
+    step_sd: float = 0.05
     """Of a miss that depends on everything, the number of micro-batches included."""
-    noise_sd: float = 0.02
+    noise_sd: float = 0.01
     """Of what repeats of one configuration differ by."""
-    degree_length: float = 1.5
+    degree_length: float = 1.3
     """Doublings of a degree of parallelism over which a miss changes."""
-    batch_length: float = 2.0
+    batch_length: float = 2.9
     """Doublings of the micro-batch or of their number."""
-    flag_length: float = 1.5
+    flag_length: float = 1.1
     """For recomputation, ZeRO stage and sequence parallelism, in steps."""
     size_length: float = 2.0
     """Doublings of nodes, width, depth and sequence length."""
@@ -44,6 +54,15 @@ _BATCH, _FLAGS, _SIZES, _SHAPE = (
         ("tp", "cp", "micro_batch"),
     )
 )
+
+
+def coordinates(model: ModelShape, cluster: Cluster, c: Configurations) -> Floats:
+    """Where each configuration lies, for the distance between two: N × D, in the order of `COORDINATES`."""
+    n = np.maximum(c.num_microbatches, 1)
+    logs = np.log2(np.stack([c.tp, c.pp, c.dp, c.micro_batch, n, c.vp, c.cp, c.ep]).astype(float))
+    flags = np.stack([c.zero, c.recompute, c.sequence_parallel]).astype(float)
+    size = np.log2([cluster.nodes, model.hidden, model.layers, model.seq_len])
+    return np.concatenate([logs, flags, np.repeat(size[:, None], len(c), axis=1)]).T
 
 
 def covariance(a: Floats, b: Floats, how: Smoothness) -> Floats:

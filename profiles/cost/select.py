@@ -8,6 +8,10 @@ from profiles.configurations import Configurations
 from profiles.cost.model import CostModel
 from profiles.model_shape import ModelShape
 
+EQUAL = 0.6
+"""Share of the attention that all configurations get alike; the rest goes to those that may be the fastest of their batch."""
+WEIGHT = 8.0
+"""Power of (fastest ÷ own time) by which that rest is given out."""
 POOL = 2000
 """Configurations that are looked at; of more, evenly spaced ones."""
 
@@ -18,17 +22,18 @@ def select(
     """Indices of `count` configurations, most informative first. No measured time is looked at but those `cost` was fitted to.
 
     Greedy: each is the one whose measurement lowers the summed variance of all predictions most (active learning by
-    Cohn 1996, eq. 8; the same as sequential A-optimal design). The predictions count by how fast the model thinks they are among
-    those of the same global batch, squared: what is slow is never chosen, so nobody needs to know how slow.
+    Cohn 1996, eq. 8; the same as sequential A-optimal design). The variances are weighted by `EQUAL` and `WEIGHT`: errors matter
+    everywhere, and most where the model thinks that a configuration may win its global batch.
     """
     places = np.unique(np.linspace(0, len(configurations) - 1, min(len(configurations), POOL)).round().astype(np.int64))
     looked_at = configurations.take(places)
     seconds = cost.predict(model, cluster, looked_at, precision, coverage=None).seconds
-    weights = np.empty(len(places))
+    fast = np.empty(len(places))
     for batch in np.unique(looked_at.global_batch):
         same = looked_at.global_batch == batch
-        weights[same] = (seconds[same].min() / seconds[same]) ** 2
-    c = cost.prior_covariance(model, cluster, looked_at, precision)
+        fast[same] = (seconds[same].min() / seconds[same]) ** WEIGHT
+    weights = EQUAL / len(places) + (1 - EQUAL) * fast / fast.sum()
+    c = cost.covariance(model, cluster, looked_at, precision)
     noise = cost.smoothness.noise_sd**2
     chosen: list[int] = []
     open_ = np.ones(len(places), dtype=bool)

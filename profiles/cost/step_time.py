@@ -25,7 +25,7 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     drag = 1 + k["stragglers"] * w.nodes
     compute = drag * (
         k["products"] * w.layer_products
-        + k["operands"] * w.layer_operands
+        + k["half_speed_dimension"] * w.layer_operands
         + k["attention"] * w.layer_attention
         + k["elementwise"] * w.layer_elementwise
     )
@@ -36,33 +36,35 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     ep = k["tp_traffic"] * w.layer_ep
     gather = _exposed(dp_rate * w.layer_gather, k["gather_overlap"] * (compute + tp))
     layer = compute + tp + cp + ep + gather
-    head = drag * (k["products"] * w.head_products + k["operands"] * w.head_operands)
+    head = drag * (k["products"] * w.head_products + k["half_speed_dimension"] * w.head_operands + k["elementwise"] * w.head_elementwise)
     host_layer = w.passes * (k["layer_launch_seconds"] + k["pipeline_launch_seconds"] * w.staged_tp)
     host_batch = k["microbatch_launch_seconds"]
     p2p = k["p2p_traffic"] * w.p2p + k["p2p_latency_seconds"] * w.p2p_messages
-    p2p = np.where(w.vp > 1, _exposed(p2p, 0.5 * w.stage_layers * compute), p2p)  # an interleaved schedule sends ahead
+    p2p = np.where(w.vp > 1, _exposed(p2p, w.stage_layers * compute), p2p)  # an interleaved schedule sends ahead
 
+    uneven = k["unbalance"] / (1 + k["unbalance"])
     last = w.last_layers * layer + head
-    full = w.stage_layers * layer
-    busiest = np.maximum(last, full)
+    share = (w.layers * layer + head) / w.pp
+    busiest = uneven * np.maximum(last, w.stage_layers * layer) + (1 - uneven) * np.maximum(share, head)
     device = busiest + p2p
     host = w.stage_layers * host_layer + host_batch
     slowest = _slower(device, host)
     whole = w.layers * layer + head + w.pp * p2p
     whole = _slower(whole, w.layers * host_layer + w.pp * host_batch)
-    bubble = (whole - slowest) / w.vp
+    bubble = np.maximum(whole - slowest, 0.0) / w.vp
     n = w.num_microbatches
-    hidden_layers = np.where(last >= full, w.last_layers, w.stage_layers) * n
-    dp = _exposed(dp_rate * w.dp, k["dp_overlap"] * 0.6 * busiest) + k["dp_latency_seconds"] * w.dp_messages
+    busy = n * busiest / (w.layers * layer + head)  # the busiest stage's share of the whole model, n times
+    layers = busy * w.layers
+    dp = _exposed(dp_rate * w.dp, k["dp_overlap"] * busiest) + k["dp_latency_seconds"] * w.dp_messages
     return {
-        "compute": hidden_layers * compute + n * np.where(last >= full, head, 0.0),
+        "compute": layers * compute + busy * head,
         "launch": n * (slowest - device) + k["step_seconds"],
-        "tp": hidden_layers * tp,
-        "cp": hidden_layers * cp,
-        "ep": hidden_layers * ep,
+        "tp": layers * tp,
+        "cp": layers * cp,
+        "ep": layers * ep,
         "p2p": n * p2p,
         "bubble": bubble,
-        "dp": dp + hidden_layers * gather,
+        "dp": dp + layers * gather,
         "optimizer": k["optimizer"] * w.optimizer,
     }
 

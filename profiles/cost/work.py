@@ -18,8 +18,10 @@ from profiles.model_shape import ModelShape
 Floats = NDArray[np.float64]
 HALF = 2.0
 """Bytes of a number in activations and in the copies of weights that matrix products read."""
-GRADIENT = 4.0
-"""Bytes of a number in the gradients that are reduced."""
+GRADIENT = 2.0
+"""Bytes of a number in the gradients that are reduced; who reduces in fp32 has twice the constant `dp_traffic`."""
+LOSS = 4.0
+"""Bytes of a number in logits and their gradients."""
 OPTIMIZER_BYTES = 28.0
 """Read and written for a parameter in an Adam step: fp32 weight and two moments, both ways, and the gradient."""
 NORM_PASSES = 10.0
@@ -29,6 +31,12 @@ SPLIT_PASSES = 6.0
 """The same inside the tensor parallel region, by rotary positions and copies of heads."""
 BACKWARD = 2.0
 """Work of a backward pass over that of a forward pass."""
+
+
+_GATHERED = np.array([0.0, 0.0, GRADIENT, GRADIENT + 2 * HALF])
+_ONCE = np.array([2 * GRADIENT, GRADIENT + HALF, HALF, 0.0])
+_ONCE_OF_PIPELINE = np.array([2 * GRADIENT, GRADIENT + HALF, GRADIENT + HALF, GRADIENT + HALF])
+# Bytes that are exchanged for a parameter, by ZeRO stage: on every micro-batch, and once a step.
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ class Work:
     layer_products: Floats
     """Matrix products: operations ÷ peak."""
     layer_operands: Floats
-    """Matrix products: bytes of operands and results ÷ memory bandwidth."""
+    """Matrix products: bytes of operands and results ÷ peak of half precision. For one product of m × k by k × n that is
+    (1/m + 1/n + 1/k) of its operations' time."""
     layer_attention: Floats
     """Scores and their product with the values: causal operations ÷ peak."""
     layer_elementwise: Floats
@@ -72,7 +81,9 @@ class Work:
     head_products: Floats
     """Output layer: operations ÷ peak."""
     head_operands: Floats
-    """Output layer: bytes ÷ memory bandwidth, the loss included."""
+    """Output layer: bytes of operands and results ÷ peak of half precision."""
+    head_elementwise: Floats
+    """Loss: bytes ÷ memory bandwidth."""
     p2p: Floats
     """Activations and their gradients to and from the next stage, one micro-batch, all chunks: bytes ÷ link."""
     p2p_messages: Floats
@@ -87,8 +98,6 @@ class Work:
     """log2 of the nodes that a data parallel exchange spans."""
     nodes: Floats
     """log2 of the nodes of the job."""
-    coordinates: Floats
-    """N × D: where a configuration lies, for the distance between two of them."""
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -101,10 +110,6 @@ class Work:
     def concatenate(cls, parts: "Sequence[Work]") -> "Work":
         """Several, one after the other."""
         return cls(**{field.name: np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(cls)})
-
-
-COORDINATES = ("tp", "pp", "dp", "micro_batch", "num_microbatches", "vp", "cp", "ep", "zero", "recompute", "sp", "nodes", "width", "depth", "seq")
-"""What `Work.coordinates` are: log2 of the degrees, counts and sizes; flags as they are."""
 
 
 def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurations, precision: str) -> Work:
@@ -147,28 +152,23 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     layer_parameters = attention_weights + 2 * h
 
     # A pipeline keeps gathered weights and sums gradients over its micro-batches: then once a step.
-    each = np.where(pp > 1, 0.0, np.choose(c.zero, [0.0, 0.0, GRADIENT, GRADIENT + 2 * HALF]))
+    single = pp == 1
+    each = np.where(single, _GATHERED[c.zero], 0.0)
     gather = each * (layer_parameters * ring + mlp_weights * np.maximum(expert_ring, 0)) / dp_link
     stage_layers = np.ceil(layers / (pp * vp)) * vp
     embedding = float(model.padded_vocab) * h / tp
     ends = embedding * np.where(pp > 1, 1.0, 1.0 if model.tied_embeddings else 2.0)
     dense_parameters, expert_parameters = stage_layers * layer_parameters + ends, stage_layers * mlp_weights
-    once = np.where(pp > 1, GRADIENT + HALF, np.choose(c.zero, [2 * GRADIENT, GRADIENT + HALF, HALF, 0.0]))
-    once = np.where(c.zero == 0, 2 * GRADIENT, once)
+    once = np.where(single, _ONCE[c.zero], _ONCE_OF_PIPELINE[c.zero])
     dp_bytes = once * (dense_parameters * ring + expert_parameters * np.maximum(expert_ring, 0))
-    dp_bytes = dp_bytes + np.where((c.zero == 3) & (pp == 1), 2 * GRADIENT, 0.0) * ends * ring
+    dp_bytes = dp_bytes + np.where((c.zero == 3) & single, GRADIENT + 2 * HALF, 0.0) * ends * ring
     shards = np.where(c.zero >= 1, replicas, 1.0)
     updated = dense_parameters / shards + expert_parameters / np.where(c.zero >= 1, np.maximum(replicas / ep, 1.0), 1.0)
 
     head = 2 * tokens * h * model.padded_vocab / tp
-    head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding) + 2 * GRADIENT * tokens * model.padded_vocab / tp
+    head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding)
     p2p_bytes = hidden_bytes / tp  # scattered before, gathered after (2104.04473, §4.1)
     p2p_link = np.where(tp * cp * dp * pp <= per_node, sheet.inside, np.where(stride * dp >= per_node, sheet.between, sheet.inside))
-    logs = np.log2(np.stack([tp, pp, dp, b, n, vp, cp, ep]))
-    size = np.log2([cluster.nodes, h, layers, model.seq_len])
-    coordinates = np.concatenate(
-        [logs, np.stack([c.zero, c.recompute, c.sequence_parallel]).astype(float), np.repeat(size[:, None], len(tp), 1)]
-    ).T
     ones = np.ones_like(tp)
     return Work(
         num_microbatches=n,
@@ -178,9 +178,9 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         stage_layers=stage_layers,
         last_layers=np.maximum(np.floor(layers / (pp * vp)) * vp, 1.0),
         passes=2 + again,
-        staged_tp=np.where(pp > 1, logs[0], 0.0),
+        staged_tp=np.where(pp > 1, np.log2(tp), 0.0),
         layer_products=products * forward / peak,
-        layer_operands=operands * forward / memory,
+        layer_operands=operands * forward / device.peak(wide),
         layer_attention=causal * (1 + attention_again + BACKWARD) / device.peak(wide),
         layer_elementwise=elementwise * forward / memory,
         layer_tp=collectives * hidden_bytes * 2 * (tp - 1) / tp / tp_link,
@@ -189,7 +189,8 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         layer_ep=2 * forward * ep_bytes / sheet.bus(ep, stride) if model.experts else 0 * ones,
         layer_gather=gather,
         head_products=(1 + BACKWARD) * head / peak,
-        head_operands=(1 + BACKWARD) * head_operands / memory,
+        head_operands=(1 + BACKWARD) * head_operands / device.peak(wide),
+        head_elementwise=(1 + BACKWARD) * LOSS * tokens * model.padded_vocab / tp / memory,
         p2p=np.where(pp > 1, 2 * vp * p2p_bytes / p2p_link, 0.0),
         p2p_messages=np.where(pp > 1, 2 * vp, 0.0),
         dp=dp_bytes / dp_link,
@@ -197,7 +198,6 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         optimizer=OPTIMIZER_BYTES * updated / memory,
         congestion=np.log2(sheet.nodes(replicas, tp)),
         nodes=np.log2(cluster.nodes) * ones,
-        coordinates=coordinates,
     )
 
 
