@@ -158,7 +158,7 @@ def _fastest(fastest: "list[Fastest]") -> Any:
             *(str(each.configuration.micro_batch), _rate(each), _rates(each), each.source),
             *(_gib(each.peak_bytes), _fit(each)),
             "–" if other is None else f"{other.configuration.layout.label} {_rate(other)}",
-            "–" if row.sure is None else f"{row.sure:.0%} sure",
+            "–" if row.sure is None else f"{min(row.sure, 0.99):.0%} sure",
         )
     return table
 

@@ -1,10 +1,11 @@
 """What is to be expected of a job's configurations before it is launched: `copus plan` shows it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.config import PlannerConfig
 from planner.goodput import goodput
@@ -71,7 +72,7 @@ class Fastest:
     runner_up: Expectation | None
     """The fastest one of another layout."""
     sure: float | None
-    """Probability that it is faster than that, were their errors independent; None without a runner-up."""
+    """Probability that it is faster than that; None without a runner-up."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Outlook:
     """How many."""
     assumptions: tuple[str, ...]
     """What was taken for granted."""
+    covariance: Callable[[Sequence[Configuration]], NDArray[np.float64]]
+    """Of the logarithms of predicted step times: two predictions are mostly wrong together."""
 
     @property
     def eligible(self) -> list[Expectation]:
@@ -124,8 +127,18 @@ class Outlook:
             best = ranked[0]
             others = (each for each in ranked if each.configuration.layout != best.configuration.layout)
             runner_up = next(others, None)
-            found.append(Fastest(best, runner_up, None if runner_up is None else _faster(best, runner_up)))
+            found.append(Fastest(best, runner_up, None if runner_up is None else self._faster(best, runner_up)))
         return found
+
+    def _faster(self, one: Expectation, other: Expectation) -> float:
+        """Probability that a step of one is shorter: logarithms count as normal, measured times as independent."""
+        gap = math.log((other.step_seconds or 1.0) / (one.step_seconds or 1.0))
+        if one.source == other.source == "predicted":
+            known = self.covariance([one.configuration, other.configuration])
+            variance = float(known[0, 0] + known[1, 1] - 2 * known[0, 1])
+        else:
+            variance = _log_sd(one) ** 2 + _log_sd(other) ** 2
+        return 0.5 * (1 + math.erf(gap / math.sqrt(2 * variance))) if variance > 0 else float(gap > 0)
 
     def by_noise(self, config: PlannerConfig) -> list[NoiseRange]:
         """Which configuration has the highest Goodput at which noise scale, from small to large."""
@@ -204,6 +217,7 @@ def look_ahead(
         fingerprint=rows[0].fingerprint if rows else None,
         measured_rows=len(rows),
         assumptions=(*times.assumptions, *peaks.assumptions),
+        covariance=lambda some: cost.covariance(model, cluster, Configurations.of(some), precision),
     )
 
 
@@ -240,13 +254,6 @@ def _refusal(config: PlannerConfig, candidate: Configuration, known: Prediction 
     if chance is not None and chance < LIKELY:
         return in_words(chance)
     return "" if noise_measurable(candidate, config.noise_source) else "noise cannot be measured: one part a step"
-
-
-def _faster(one: Expectation, other: Expectation) -> float:
-    """Probability that a step of one is shorter than of the other: normal logarithms with the intervals' widths."""
-    gap = math.log((other.step_seconds or 1.0) / (one.step_seconds or 1.0))
-    sd = math.hypot(_log_sd(one), _log_sd(other))
-    return 0.5 * (1 + math.erf(gap / (sd * math.sqrt(2)))) if sd else float(gap > 0)
 
 
 def _log_sd(each: Expectation) -> float:
