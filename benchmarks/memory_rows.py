@@ -80,34 +80,47 @@ def _row(row: dict[str, str], failed: bool) -> Row:
     if any(word in row.get("quality", "") for word in INCONSISTENT):
         raise UnusableError("contradicts itself")
     shape = _model(row)
-    peak = row.get("peak_mem_gb", "")
+    peak = _number(row, "peak_mem_gb")
     return Row(
         source=row["source_id"],
         sweep=row["sweep_id"],
         model=shape,
         configuration=_configuration(row),
         precision=row["precision"] or "bf16",
-        peak_bytes=float(peak) * GIB if peak else None,
+        peak_bytes=peak * GIB if peak else None,
         memory_bytes=_memory(row["system"]),
         failed=failed,
     )
 
 
+def _number(row: dict[str, str], name: str) -> float:
+    """A figure; 0 where the cell is empty or the column is not there."""
+    text = row.get(name) or "0"
+    try:
+        return float(text)
+    except ValueError:
+        raise UnusableError(f"{name} is no number") from None
+
+
+def _whole(row: dict[str, str], name: str, otherwise: int = 0) -> int:
+    return int(_number(row, name)) or otherwise
+
+
 def _model(row: dict[str, str]) -> ModelShape:
-    if not all(row[name] for name in ("layers", "hidden", "seq_len", "vocab")):
+    layers, hidden, seq_len, vocab = (_whole(row, name) for name in ("layers", "hidden", "seq_len", "vocab"))
+    if not (layers and hidden and seq_len and vocab):
         raise UnusableError("no model shape")
-    hidden = int(row["hidden"])
-    heads = _heads(hidden, int(row["heads"] or 0))
-    kv_heads = int(row["kv_heads"] or heads)
+    published = _whole(row, "heads")
+    heads = _heads(hidden, published)
     try:
         return ModelShape(
-            layers=int(row["layers"]),
+            layers=layers,
             hidden=hidden,
-            ffn_hidden=int(row["ffn_hidden"] or 4 * hidden),
+            ffn_hidden=_whole(row, "ffn_hidden", 4 * hidden),
             heads=heads,
-            kv_heads=kv_heads if heads == int(row["heads"] or 0) else heads,
-            seq_len=int(row["seq_len"]),
-            vocab=int(row["vocab"]),
+            kv_heads=_whole(row, "kv_heads", heads) if heads == published else heads,
+            seq_len=seq_len,
+            vocab=vocab,
             gated_mlp=row["gated_mlp"] == "yes",
             tied_embeddings=row["tied_embeddings"] == "yes",
         )
@@ -123,12 +136,12 @@ def _heads(hidden: int, published: int) -> int:
 
 
 def _configuration(row: dict[str, str]) -> Configuration:
-    if not row["mbs"]:
+    micro_batch = _whole(row, "mbs")
+    if micro_batch < 1:
         raise UnusableError("no micro-batch")
-    tp, pp, vp, cp, ep = (int(row[name] or 1) for name in ("tp", "pp", "vp", "cp", "ep"))
-    dp = int(row["dp"] or max(int(row["gpus"]) // (tp * pp * cp), 1))
-    micro_batch = int(row["mbs"])
-    count = int(row["grad_accum"] or max(int(row["gbs"] or 0) // (dp * micro_batch), 1))
+    tp, pp, vp, cp, ep = (_whole(row, name, 1) for name in ("tp", "pp", "vp", "cp", "ep"))
+    dp = _whole(row, "dp", max(_whole(row, "gpus") // (tp * pp * cp), 1))
+    count = _whole(row, "grad_accum", max(_whole(row, "gbs") // (dp * micro_batch), 1))
     try:
         layout = Layout(
             **{"tp": tp, "pp": pp, "vp": vp if pp > 1 else 1, "cp": cp, "ep": ep, "dp": dp},

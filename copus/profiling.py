@@ -92,7 +92,7 @@ def _plan(job: JobConfig, table: ThroughputTable, fingerprint: Fingerprint) -> l
     if job.planner.policy == "norm-test":  # which keeps the layout
         space = [candidate for candidate in space if candidate.layout == start.layout]
     memory = MemoryCheck(job.model, job.cluster, job.training.precision, rows)
-    return memory.possible(to_measure(memory.possible(space), known, start))
+    return memory.possible(to_measure(memory.possible(space, start), known, start), start)
 
 
 def _measure(

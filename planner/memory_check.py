@@ -48,7 +48,9 @@ class MemoryCheck:
             for index in too_much.tolist()
         }
 
-    def possible(self, configurations: Sequence[Configuration]) -> list[Configuration]:
-        """Those that may fit, in their order."""
+    def possible(self, configurations: Sequence[Configuration], start: Configuration) -> list[Configuration]:
+        """Those that may fit, in their order, and those that differ from `start`, the user's choice, in the global batch
+        alone."""
         refused = self.refusals(configurations)
-        return [each for each in configurations if each not in refused]
+        chosen = (start.layout, start.micro_batch)
+        return [each for each in configurations if each not in refused or (each.layout, each.micro_batch) == chosen]

@@ -66,8 +66,16 @@ def test_what_may_fit_is_kept_in_order() -> None:
     check = MemoryCheck(LLAMA, GPUS, "bf16")
     refused = check.refusals(space)
     assert 0 < len(refused) < len(space)
-    assert check.possible(space) == [each for each in space if each not in refused]
+    assert check.possible(space, TP8) == [each for each in space if each not in refused]
     assert TP8 not in refused
+
+
+def test_what_the_job_starts_with_is_measured_all_the_same() -> None:
+    larger = DP8.model_copy(update={"global_batch": 16})
+    other = DP8.model_copy(update={"micro_batch": 2, "global_batch": 16})
+    check = MemoryCheck(LLAMA, GPUS, "bf16")
+    assert len(check.refusals([DP8, larger, other])) == 3
+    assert check.possible([DP8, larger, other], DP8) == [DP8, larger]
 
 
 def test_it_reads_a_table(tmp_path: Path) -> None:
