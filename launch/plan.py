@@ -18,7 +18,7 @@ GIB = 2**30
 
 def plan(job_file: Path, overrides: list[str], *, as_json: bool = False, all_candidates: bool = False) -> int:
     """Print what is expected of a job file. Raises JobError where nothing can be."""
-    from planner.outlook import look_ahead
+    from planner.look_ahead import look_ahead
 
     job = load_job(job_file, overrides)
     training = job.training
@@ -66,6 +66,7 @@ def as_values(job: JobConfig, outlook: "Outlook") -> dict[str, Any]:
             }
             for each in by_noise
         ],
+        "variants": [_values(each) for each in outlook.variants],
         "candidates": [_values(each) for each in outlook.expectations],
         "assumptions": list(outlook.assumptions),
     }
@@ -94,6 +95,7 @@ def _print(job: JobConfig, outlook: "Outlook", all_candidates: bool) -> None:
     console.print(Text("\n".join(_heading(job, outlook))), soft_wrap=True)
     if all_candidates:
         console.print(_candidates(outlook.expectations))
+    console.print(_variants(outlook))
     if fastest:
         console.print(_fastest(fastest))
         console.print(_memory([outlook.start, *(each.best for each in fastest)]))
@@ -129,8 +131,8 @@ def _heading(job: JobConfig, outlook: "Outlook") -> list[str]:
 def _nothing(outlook: "Outlook") -> str:
     each = outlook.smallest
     return (
-        f"No candidate may be chosen. The smallest is {each.configuration.label} with {_peak(each)}. "
-        "training.layout: recompute: full, zero: 1 (or more tensor parallelism) need less."
+        f"No candidate may be chosen: the smallest is {each.configuration.label} with {_peak(each)}, {_fit(each)}. "
+        "The table above says what other settings of training.layout would need."
     )
 
 
@@ -143,6 +145,23 @@ def _candidates(expectations: "list[Expectation]") -> Any:
             *(configuration.layout.label, str(configuration.micro_batch), str(configuration.global_batch)),
             *(_rate(each), _rates(each), each.source, _gib(each.peak_bytes)),
             each.refusal or _fit(each),
+        )
+    return table
+
+
+def _variants(outlook: "Outlook") -> Any:
+    table = _table(
+        "the start with other settings of training.layout", "recompute", "zero", "sequence parallel", "memory"
+    )
+    for name in ("80 %", "fits", "samples/s", "source"):
+        table.add_column(name)
+    for each in outlook.variants:
+        layout = each.configuration.layout
+        table.add_row(
+            *(layout.recompute, str(layout.zero), "yes" if layout.sequence_parallel else "no", _gib(each.peak_bytes)),
+            f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
+            *(_fit(each), _rate(each), each.source),
+            style="bold" if each.configuration == outlook.start.configuration else "",
         )
     return table
 

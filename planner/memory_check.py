@@ -49,8 +49,8 @@ class MemoryCheck:
         }
 
     def possible(self, configurations: Sequence[Configuration], start: Configuration) -> list[Configuration]:
-        """Those that may fit, in their order, and those that differ from `start`, the user's choice, in the global batch
-        alone."""
+        """Those that may fit, in their order, and those that differ from `start` in the global batch alone: the
+        user chose them."""
         refused = self.refusals(configurations)
         chosen = (start.layout, start.micro_batch)
         return [each for each in configurations if each not in refused or (each.layout, each.micro_batch) == chosen]

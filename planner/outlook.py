@@ -1,7 +1,7 @@
 """What is to be expected of a job's configurations before it is launched: `copus plan` shows it."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +9,9 @@ from numpy.typing import NDArray
 
 from planner.config import PlannerConfig
 from planner.goodput import goodput
-from planner.memory_check import memory_bytes
-from planner.space import candidates, noise_measurable
-from profiles.cluster import Cluster
 from profiles.configuration import Configuration
-from profiles.configurations import Configurations
-from profiles.cost import CostModel, Timings
-from profiles.measurement import Fingerprint, Measurement
-from profiles.memory import MemoryModel, Peaks
+from profiles.measurement import Fingerprint
 from profiles.memory.model import SURE
-from profiles.model_shape import ModelShape
-from profiles.throughput import Prediction, Throughput
 
 NOISE_SCALES = 2.0 ** np.arange(-2, 24.01, 0.25)
 """Noise scales that the best configuration is looked up for, sequences."""
@@ -95,6 +87,8 @@ class Outlook:
     """Every candidate, in the planner's order."""
     start: Expectation
     """The configuration that the job starts with."""
+    variants: list[Expectation]
+    """The same with every recomputation and ZeRO stage that was asked for, and split sequences where tp > 1."""
     memory_bytes: float | None
     """Of one accelerator; None where memory is not checked."""
     fingerprint: Fingerprint | None
@@ -159,84 +153,6 @@ class Outlook:
         return [NoiseRange(edges[k], edges[k + 1], winners[i]) for k, i in enumerate(starts)]
 
 
-def look_ahead(
-    config: PlannerConfig,
-    model: ModelShape,
-    cluster: Cluster,
-    precision: str,
-    start: Configuration,
-    table: Iterable[Measurement] = (),
-) -> Outlook:
-    """Expect something of every candidate: from the table's rows of this job where they reach, else from the models,
-    which learn from them.
-
-    Raises ValueError for an accelerator that nothing is known about.
-    """
-    rows = rows_of(table, model, cluster, precision)
-    space = candidates(config, model, cluster, start)
-    configurations = Configurations.of(space)
-    throughput = Throughput(rows)
-    cost = CostModel().fit(Timings.of(rows, cluster))
-    times = cost.predict(model, cluster, configurations, precision)
-    room = memory_bytes(cluster)
-    memory = MemoryModel().fit(Peaks.of(rows, room))
-    peaks = memory.predict(model, configurations, precision)
-    chances = None if room is None else peaks.chance_to_fit(room)
-    found = []
-    for index, candidate in enumerate(space):
-        known = throughput.predict(candidate)
-        ran = known is not None and known.step_seconds is not None
-        chance = None if chances is None else 1.0 if ran else float(chances[index])
-        peak, low, high = (float(each[index]) for each in (peaks.peak_bytes, peaks.low, peaks.high))
-        if known is not None and known.peak_bytes is not None:
-            peak = low = high = float(known.peak_bytes)
-        seconds, fast, slow = (float(each[index]) for each in (times.seconds, times.low, times.high))
-        expected: tuple[float | None, float | None, float | None] = (seconds, fast, slow)
-        if known is not None:
-            spread = known.spread_seconds or 0.0
-            measured = known.step_seconds
-            expected = (None,) * 3 if measured is None else (measured, max(measured - spread, 0.0), measured + spread)
-        found.append(
-            Expectation(
-                candidate,
-                *expected,
-                source=known.source if known else "predicted",
-                peak_bytes=peak,
-                peak_bytes_low=low,
-                peak_bytes_high=high,
-                memory={name: float(part[index]) for name, part in peaks.breakdown.items()},
-                last_stage=bool(peaks.last_stage[index]),
-                chance_to_fit=chance,
-                refusal=_refusal(config, candidate, known, chance),
-            )
-        )
-    return Outlook(
-        expectations=found,
-        start=next(each for each in found if each.configuration == start),
-        memory_bytes=room,
-        fingerprint=rows[0].fingerprint if rows else None,
-        measured_rows=len(rows),
-        assumptions=(*times.assumptions, *peaks.assumptions),
-        covariance=lambda some: cost.covariance(model, cluster, Configurations.of(some), precision),
-    )
-
-
-def rows_of(table: Iterable[Measurement], model: ModelShape, cluster: Cluster, precision: str) -> list[Measurement]:
-    """The rows that were measured for this model and precision on so many accelerators of this kind, with the software
-    that was used last. Nothing here can ask the hardware what it is; what the rows say of it is taken."""
-    mine = [
-        row
-        for row in table
-        if (row.fingerprint.model, row.fingerprint.precision) == (model.digest, precision)
-        and row.fingerprint.hardware.startswith(f"{cluster.accelerators} × ")
-        and row.fingerprint.hardware.endswith(" core") == (cluster.accelerator == "cpu")
-    ]
-    if not mine:
-        return []
-    newest = max(mine, key=lambda row: row.time).fingerprint
-    return [row for row in mine if row.fingerprint == newest]
-
-
 def in_words(chance: float | None) -> str:
     """`fits`, `should fit`, `may not fit`, `does not fit`; `not checked` where nobody knows the memory."""
     if chance is None:
@@ -246,14 +162,6 @@ def in_words(chance: float | None) -> str:
     if chance < LIKELY:
         return "may not fit"
     return "fits" if chance >= 1 - SURE else "should fit"
-
-
-def _refusal(config: PlannerConfig, candidate: Configuration, known: Prediction | None, chance: float | None) -> str:
-    if known is not None and known.failure:
-        return known.failure
-    if chance is not None and chance < LIKELY:
-        return in_words(chance)
-    return "" if noise_measurable(candidate, config.noise_source) else "noise cannot be measured: one part a step"
 
 
 def _log_sd(each: Expectation) -> float:

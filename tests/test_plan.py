@@ -12,7 +12,8 @@ from test_cli import HEAVY, imported
 
 from copus.job import load_job
 from launch.plan import as_values
-from planner.outlook import Outlook, in_words, look_ahead, rows_of
+from planner.look_ahead import look_ahead, rows_of
+from planner.outlook import Outlook, in_words
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
@@ -139,11 +140,24 @@ def test_what_failed_is_not_proposed(job_file: Path) -> None:
     assert outlook.fastest()[0].best.configuration != first
 
 
+def test_the_start_with_other_settings(job_file: Path) -> None:
+    outlook = outlook_of(job_file)
+    by = {
+        (e.configuration.layout.recompute, e.configuration.layout.zero, e.configuration.layout.sequence_parallel): e
+        for e in outlook.variants
+    }
+    assert len(by) == len(outlook.variants) == 3 * 2 * 2
+    assert by["none", 1, True] == outlook.start
+    assert by["full", 1, True].peak_bytes < by["none", 1, True].peak_bytes < by["none", 0, True].peak_bytes
+    assert (by["full", 1, True].step_seconds or 0) > (by["none", 1, True].step_seconds or 0)
+
+
 def test_rows_of_other_jobs_do_not_count(job_file: Path) -> None:
     job = load_job(job_file)
     start = job.training.configuration
     add_row(job_file, start, hardware="8 × NVIDIA H100", step_seconds=1.0)
     add_row(job_file, start, hardware="16 × Intel Xeon core", step_seconds=1.0)
+    add_row(job_file, start, hardware="16 × NVIDIA H200", step_seconds=1.0, time=9.0)
     add_row(job_file, start, software="old", step_seconds=3.0)
     add_row(job_file, start, software="new", step_seconds=2.0, time=2.0)
     rows = rows_of(ThroughputTable(job.profile.table).rows(), job.model, job.cluster, "bf16")
@@ -155,7 +169,7 @@ def test_a_job_that_fits_nowhere_says_so(job_file: Path, capsys: pytest.CaptureF
     changes = ["model.layers=320", "training.global_batch=32"]
     assert copus_here("plan", str(job_file), *(part for change in changes for part in ("--set", change))) == 0
     out = capsys.readouterr().out
-    assert "No candidate may be chosen. The smallest is" in out
+    assert "No candidate may be chosen: the smallest is" in out
 
 
 def test_on_cpu_cores_memory_is_not_checked(job_file: Path) -> None:
