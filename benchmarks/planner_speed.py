@@ -2,22 +2,20 @@
 
     python -m benchmarks.planner_speed [--quick] [--json]
 
-One core (the benchmark pins the threads of numerical libraries to one). Processor seconds, as the machine may be busy; the wall clock is
-printed beside them. The space: a 1 T model (128 layers, hidden 25,600) on 16,384 H100, every layout, micro-batch, recomputation and ZeRO stage for
-five global batches.
+One core: what is reported are processor seconds, summed over all threads, as the machine may be busy; the wall clock
+is printed beside them. The space: a 1 T model (128 layers, hidden 25,600) on 16,384 H100, every layout, micro-batch,
+recomputation and ZeRO stage for five global batches.
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
 
 import numpy as np
 from rich.console import Console
@@ -30,11 +28,8 @@ from profiles.cost.select import select
 from profiles.enumerate import enumerate_configurations
 from profiles.model_shape import ModelShape
 
-try:
-    from profiles.memory import MemoryModel
-except ImportError:  # not in this build: the space is then enumerated and predicted, and says so
-    MemoryModel = None
-
+# The memory model, where this build has it; else the space is enumerated and predicted alone, and the output says so.
+MemoryModel: Any = import_module("profiles.memory").MemoryModel if find_spec("profiles.memory") else None
 MODEL = ModelShape(
     **{"layers": 128, "hidden": 25600, "ffn_hidden": 102400, "heads": 160, "kv_heads": 160},
     **{"seq_len": 2048, "vocab": 51200, "gated_mlp": False, "tied_embeddings": True},
@@ -129,11 +124,16 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{r['predictions_per_second_high']:,.0f}; {r['predictions']:,} at once); with an interval "
         f"{r['with_interval_per_second']:,.0f}; fitted to {r['fitted_rows']} rows {r['fitted_per_second']:,.0f}"
     )
-    memory = f"{r['space_that_fit']:,} fit" if r["space_checked_for_memory"] else "not checked for memory: no memory model here"
+    memory = (
+        f"{r['space_that_fit']:,} fit"
+        if r["space_checked_for_memory"]
+        else "not checked for memory: no memory model here"
+    )
     console.print(
-        f"{MODEL.parameters / 1e12:.2f} T parameters on {CLUSTER.accelerators:,} accelerators: {r['space_configurations']:,} "
-        f"configurations, {memory}; {r['space_seconds']:.2f} s ({r['space_seconds_low']:.2f} to {r['space_seconds_high']:.2f}), of "
-        f"which enumeration {r['enumerate_seconds']:.2f}; wall clock {r['space_wall_seconds']:.2f} s"
+        f"{MODEL.parameters / 1e12:.2f} T parameters on {CLUSTER.accelerators:,} accelerators: "
+        f"{r['space_configurations']:,} configurations, {memory}; {r['space_seconds']:.2f} s "
+        f"({r['space_seconds_low']:.2f} to {r['space_seconds_high']:.2f}), of which "
+        f"enumeration {r['enumerate_seconds']:.2f}; wall clock {r['space_wall_seconds']:.2f} s"
     )
 
 

@@ -2,7 +2,6 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,12 +11,22 @@ from pydantic import ValidationError
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost.accelerator import accelerator, accelerators
+from profiles.cost.accelerator import accelerators
 from profiles.cost.timings import Timings
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
-UNRELIABLE = ("noisy", "near-oom", "failed", "very-low-mfu", "inconsistent", "gbs!=", "tp*pp*cp*dp!=", "no-full-layout", "slower")
+UNRELIABLE = (
+    "noisy",
+    "near-oom",
+    "failed",
+    "very-low-mfu",
+    "inconsistent",
+    "gbs!=",
+    "tp*pp*cp*dp!=",
+    "no-full-layout",
+    "slower",
+)
 """Words in the column `quality` of rows that are not scored."""
 LEAST_MFU = 0.15
 """Rows that are published with a lower model FLOP utilization are not scored: most of them come from faulty runs."""
@@ -51,7 +60,7 @@ class Published:
     """Why rows could not be used, and how many."""
 
 
-class Unusable(ValueError):
+class UnusableError(ValueError):
     """A row that says too little, or contradicts itself."""
 
 
@@ -68,7 +77,7 @@ def read(folder: Path) -> Published:
                 seconds_of_step = _seconds(row, configuration)
                 key = (row["sweep_id"] or row["source_id"], model, cluster, row["precision"] or "bf16")
                 groups.setdefault(key, []).append((row, configuration, seconds_of_step))
-            except Unusable as reason:
+            except UnusableError as reason:
                 found.skipped[str(reason)] += 1
     for (sweep_id, model, cluster, precision), rows in groups.items():
         seconds = np.array([row[2] for row in rows])
@@ -86,7 +95,7 @@ def _reliable(row: dict[str, str]) -> bool:
 def _model(row: dict[str, str]) -> ModelShape:
     names = ("layers", "hidden", "heads", "seq_len")
     if not all(row[name] for name in names):
-        raise Unusable("no model shape")
+        raise UnusableError("no model shape")
     shape = {name: int(row[name]) for name in names}
     gated = row["gated_mlp"] == "yes"
     try:
@@ -99,14 +108,14 @@ def _model(row: dict[str, str]) -> ModelShape:
             tied_embeddings=row["tied_embeddings"] == "yes",
         )
     except ValidationError as error:
-        raise Unusable("model shape is not possible") from error
+        raise UnusableError("model shape is not possible") from error
 
 
 def _cluster(row: dict[str, str]) -> Cluster:
     gpus = int(row["gpus"])
     per_node = min(int(row["gpus_per_node"] or 8), gpus)
     if gpus % per_node:
-        raise Unusable("accelerators do not fill the nodes")
+        raise UnusableError("accelerators do not fill the nodes")
     return Cluster(nodes=gpus // per_node, accelerators_per_node=per_node, accelerator=_accelerator(row["system"]))
 
 
@@ -114,17 +123,17 @@ def _accelerator(system: str) -> str:
     names = {name: name for name in accelerators()} | OTHER_NAMES
     found = [name for name in names if name in system.lower()]
     if not found:
-        raise Unusable("accelerator is unknown")
+        raise UnusableError("accelerator is unknown")
     return names[max(found, key=len)]
 
 
 def _configuration(row: dict[str, str], cluster: Cluster) -> Configuration:
     if not row["gbs"]:
-        raise Unusable("no global batch")
+        raise UnusableError("no global batch")
     tp, pp, vp, cp, ep = (int(row[name] or 1) for name in ("tp", "pp", "vp", "cp", "ep"))
     dp, rest = divmod(cluster.accelerators, tp * pp * cp)
     if rest or (row["dp"] and int(row["dp"]) != dp):
-        raise Unusable("layout does not fill the cluster")
+        raise UnusableError("layout does not fill the cluster")
     gbs = int(row["gbs"])
     # Not said: what follows from gradient accumulation, else one sequence, as everybody with a pipeline has it.
     micro_batch = int(row["mbs"] or 0) or (gbs // (dp * int(row["grad_accum"])) if row["grad_accum"] else 1) or 1
@@ -137,7 +146,7 @@ def _configuration(row: dict[str, str], cluster: Cluster) -> Configuration:
         )
         return Configuration(layout=layout, micro_batch=micro_batch, global_batch=gbs)
     except ValidationError as error:
-        raise Unusable("batches do not divide") from error
+        raise UnusableError("batches do not divide") from error
 
 
 def _recompute(text: str) -> str:
@@ -158,15 +167,4 @@ def _seconds(row: dict[str, str], configuration: Configuration) -> float:
     if row["tokens_per_s_per_gpu"]:
         rate = float(row["tokens_per_s_per_gpu"]) * configuration.layout.accelerators
         return configuration.global_batch * int(row["seq_len"]) / rate
-    raise Unusable("no time")
-
-
-def by_source(sweeps: list[Sweep]) -> Iterator[tuple[str, list[Sweep]]]:
-    """Sweeps of each source."""
-    for source in dict.fromkeys(sweep.source_id for sweep in sweeps):
-        yield source, [sweep for sweep in sweeps if sweep.source_id == source]
-
-
-def device_of(sweep: Sweep):  # type: ignore[no-untyped-def]
-    """Its accelerator."""
-    return accelerator(sweep.timings.cluster.accelerator)
+    raise UnusableError("no time")

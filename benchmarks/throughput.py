@@ -2,8 +2,9 @@
 
     python -m benchmarks.throughput --data DIR [--quick] [--json]
 
-DIR has a `throughput.csv` (columns: docs/cost-model.md). A sweep is the rows with the same sweep_id, model, cluster and precision. Rows that
-their own publication flags as unreliable, or that reach less than 15 % of the peak, are not scored; the column `all` counts them in.
+DIR has a `throughput.csv` (columns: docs/cost-model.md). A sweep is the rows with the same sweep_id, model, cluster and
+precision. Rows that their own publication flags as unreliable, or that reach less than 15 % of the peak, are not
+scored; the column `all` counts them in.
 """
 
 import argparse
@@ -83,7 +84,11 @@ def regrets(seconds: Floats, timings: Timings) -> Floats:
 def with_rows(cost: CostModel, timings: Timings, count: int) -> tuple[Score, NDArray[np.int64]]:
     """Select, fit, predict the rest."""
     t = timings
-    chosen = select(cost, t.model, t.cluster, t.configurations, t.precision, count) if count else np.array([], dtype=np.int64)
+    chosen = (
+        select(cost, t.model, t.cluster, t.configurations, t.precision, count)
+        if count
+        else np.array([], dtype=np.int64)
+    )
     fitted = cost.fit([t.take(chosen)])
     predicted = fitted.predict(t.model, t.cluster, t.configurations, t.precision, coverage=COVERAGE)
     rest = np.setdiff1d(np.arange(len(t.step_seconds)), chosen)
@@ -161,13 +166,22 @@ def _mean(lines: list[dict[str, Any]], key: str, weight: str | None = None) -> f
     kept = [line for line in lines if line[key] is not None]
     if not kept:
         return None
-    weights = [line["rows"] - line["fitted_rows"] if weight == "rest" else line[weight] if weight else 1.0 for line in kept]
+    weights = [
+        line["rows"] - line["fitted_rows"] if weight == "rest" else line[weight] if weight else 1.0 for line in kept
+    ]
     return float(np.average([line[key] for line in kept], weights=weights))
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over sweeps, coverage over rows."""
-    keys = ("mape_pct", "regret_pct", "zero_shot_mape_pct", "zero_shot_regret_pct", "nearest_mape_pct", "roofline_mape_pct")
+    keys = (
+        "mape_pct",
+        "regret_pct",
+        "zero_shot_mape_pct",
+        "zero_shot_regret_pct",
+        "nearest_mape_pct",
+        "roofline_mape_pct",
+    )
     means = {key: _mean(lines, key) for key in (*keys, "zero_shot_roofline_mape_pct")}
     means["coverage_pct"] = _mean(lines, "coverage_pct", "rest")
     means["zero_shot_coverage_pct"] = _mean(lines, "zero_shot_coverage_pct", "rows")
@@ -228,7 +242,9 @@ def _cell(value: float | None) -> str:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Tables for people."""
-    table = Table("sweep", *COLUMNS.values(), title="percent; `0:` without any row; `all:` with rows that are not scored")
+    table = Table(
+        "sweep", *COLUMNS.values(), title="percent; `0:` without any row; `all:` with rows that are not scored"
+    )
     for line in result["sweeps"]:
         name = f"{line['sweep_id']} {line['precision']}"
         table.add_row(name, *(_cell(line[key]) for key in COLUMNS))
@@ -240,17 +256,20 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(table)
     for name, line in result["summary"].items():
         console.print(
-            f"{name}: MAPE within {TARGETS.get(name, '8 or 10')} % in {line['mape_within_target']} of {line['fitted_sweeps']} sweeps, "
-            f"regret within 2 % in {line['regret_within_target']} of {line['regret_sweeps']}; with no row MAPE within 25 % in "
-            f"{line['zero_shot_mape_within_target']} of {line['sweeps']}, regret within 5 % in "
-            f"{line['zero_shot_regret_within_target']} of {line['zero_shot_regret_sweeps']}"
+            f"{name}: MAPE within {TARGETS.get(name, '8 or 10')} % in {line['mape_within_target']} of "
+            f"{line['fitted_sweeps']} sweeps, regret within 2 % in {line['regret_within_target']} of "
+            f"{line['regret_sweeps']}; with no row MAPE within 25 % in {line['zero_shot_mape_within_target']} of "
+            f"{line['sweeps']}, regret within 5 % in {line['zero_shot_regret_within_target']} of "
+            f"{line['zero_shot_regret_sweeps']}"
         )
     console.print(f"rows of the file: {result['file_rows']}; not usable: {result['skipped']}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with throughput.csv")
     parser.add_argument("--quick", action="store_true", help="every fifth sweep")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -2,9 +2,10 @@
 
     python -m benchmarks.throughput_priors --data DIR [--json]
 
-From rounded guesses (`GUESS`), the means are moved to where the published sweeps' errors are smallest: every sweep counts with its mean
-rounded-off absolute logarithm, every source as the square root of its number of sweeps, and a guess as one standard deviation of its prior. The
-result, rounded, stands in `profiles/cost/constants.py`. The honest figure is the second table: tuned without a source, then asked about it.
+From rounded guesses (`GUESS`), the means are moved to where the published sweeps' errors are smallest: every sweep
+counts with its mean rounded-off absolute logarithm, every source as the square root of its number of sweeps, and a
+guess as one standard deviation of its prior. The result, rounded, stands in `profiles/cost/constants.py`. The honest
+figure is the second table: tuned without a source, then asked about it.
 """
 
 import argparse
@@ -133,7 +134,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, value in result["means"].items():
         table.add_row(name, f"{GUESS[name]:.3g}", f"{value:.3g}", f"{CONSTANTS[name].mean:.3g}")
     console.print(table)
-    table = Table("source", "sweeps", "MAPE %, tuned with it", "tuned without it", "within 25 %", title="no row measured")
+    table = Table(
+        "source", "sweeps", "MAPE %, tuned with it", "tuned without it", "within 25 %", title="no row measured"
+    )
     for row in result["sources"]:
         cells = (f"{row[key]:.1f}" for key in ("zero_shot_mape_pct", "left_out_mape_pct"))
         table.add_row(row["source_id"], str(row["sweeps"]), *cells, str(row["left_out_within_25"]))

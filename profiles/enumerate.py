@@ -24,12 +24,14 @@ def enumerate_configurations(
     recompute: Sequence[str] = RECOMPUTE,
     zero: Sequence[int] = (0, 1, 2, 3),
 ) -> Configurations:
-    """All layouts that `Layout.check` passes, with all micro-batches (powers of two) of the global batches (in sequences).
+    """All layouts that `Layout.check` passes, with all micro-batches (powers of two) of the global batches (in
+    sequences).
 
-    Also asked for: the tensor and context parallel ranks share a node unless `max_tp` says otherwise; cp cuts a sequence into 2·cp
-    pieces (for causal balance); ep divides the experts and dp; virtual stages have pp as a divisor of the number of
-    micro-batches (2104.04473, §2.2.2); ZeRO-2 and 3 go without a pipeline; sequence parallelism wherever tp > 1 and tp divides the
-    sequence. Raises ValueError for a recomputation or ZeRO stage that does not exist.
+    Also asked for: the tensor and context parallel ranks share a node unless `max_tp` says otherwise; cp cuts a
+    sequence into 2·cp pieces (for causal balance); ep divides the experts and dp; virtual stages have pp as a divisor
+    of the number of micro-batches (2104.04473, §2.2.2); ZeRO-2 and 3 go without a pipeline; sequence parallelism
+    wherever tp > 1 and tp divides the sequence. Raises ValueError for a recomputation or ZeRO stage that does not
+    exist.
     """
     if unknown := [kind for kind in recompute if kind not in RECOMPUTE]:
         raise ValueError(f"recompute({unknown[0]}) is unknown: expected one of {', '.join(RECOMPUTE)}")

@@ -55,7 +55,9 @@ class Accelerator(Record):
         for candidate in wider or [kind]:
             if candidate in self.flops:
                 return self.flops[candidate]
-        raise ValueError(f"precision({precision}) is unknown for accelerator {self.name}: it has {', '.join(self.flops)}")
+        raise ValueError(
+            f"precision({precision}) is unknown for accelerator {self.name}: it has {', '.join(self.flops)}"
+        )
 
 
 def accelerators() -> list[str]:

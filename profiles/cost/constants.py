@@ -21,14 +21,20 @@ class Constant(NamedTuple):
 
 CONSTANTS: dict[str, Constant] = {
     "products": Constant(1.34, 0.17, "time of large matrix products over operations ÷ peak"),
-    "half_speed_dimension": Constant(580.0, 0.5, "size of a square product, m = n = k = 3 ×, at which it runs at half its best speed"),
+    "half_speed_dimension": Constant(
+        580.0, 0.5, "a product of m × k by k × n takes this times (1/m + 1/n + 1/k) of operations ÷ peak longer"
+    ),
     "attention": Constant(5.4, 0.45, "time of attention over causal operations ÷ peak"),
     "elementwise": Constant(0.9, 0.5, "time of everything else over bytes ÷ memory bandwidth"),
     "layer_launch_seconds": Constant(1.05e-3, 0.5, "host time of one pass of one layer"),
     "pipeline_launch_seconds": Constant(
-        8.0e-5, 1.6, "more of it on pipeline stages, for each doubling of tensor parallel ranks (all wait for each other's host)"
+        8.0e-5,
+        1.6,
+        "more of it on pipeline stages, for each doubling of tensor parallel ranks (all wait for each other's host)",
     ),
-    "unbalance": Constant(1.4, 1.4, "odds that the output layer comes on top of an equal share of layers, not instead of some"),
+    "unbalance": Constant(
+        1.4, 1.4, "odds that the output layer comes on top of an equal share of layers, not instead of some"
+    ),
     "microbatch_launch_seconds": Constant(2.8e-3, 1.0, "host time of a micro-batch besides its layers"),
     "tp_traffic": Constant(1.5, 0.45, "time of tensor parallel bytes over the link's"),
     "tp_latency_seconds": Constant(3.0e-5, 0.8, "of a tensor parallel collective"),

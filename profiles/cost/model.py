@@ -24,8 +24,9 @@ CHUNK = 4096
 ROBUST = 3.0
 """Standard deviations beyond which a row counts less and less (soft L1)."""
 STEP = 1.5
-"""Half the distance of the secants that stand for derivatives, in standard deviations of a constant. So wide because what a constant
-can do matters, not what it does at its mean: a launch time that hides behind the work now may not do so on this cluster."""
+"""Half the distance of the secants that stand for derivatives, in standard deviations of a constant. So wide because
+what a constant can do matters, not what it does at its mean: a launch time that hides behind the work now may not do so
+on this cluster."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ class CostModel:
         self._rows: _Rows | None = None
 
     def fit(self, timings: Sequence[Timings]) -> "CostModel":
-        """A model that also knows these rows, which replace those of an earlier fit; they were all measured with one software.
+        """A model that also knows these rows, which replace those of an earlier fit; they were all measured with one
+        software.
 
-        Maximum of the posterior: robust least squares of the logarithms' errors, correlated as in `profiles.cost.residual`, with
-        the constants' priors. Raises ValueError for a time that is not positive and finite.
+        Maximum of the posterior: robust least squares of the logarithms' errors, correlated as in
+        `profiles.cost.residual`, with the constants' priors. Raises ValueError for a time that is not positive and
+        finite.
         """
         fitted = CostModel(self._how)
         known = [each for each in timings if len(each.step_seconds)]
@@ -77,7 +80,9 @@ class CostModel:
         seconds = np.concatenate([each.step_seconds for each in known])
         if not (np.isfinite(seconds) & (seconds > 0)).all():
             raise ValueError("step_seconds has to be positive and finite")
-        done = Work.concatenate([_work(each.model, each.cluster, each.configurations, each.precision) for each in known])
+        done = Work.concatenate(
+            [_work(each.model, each.cluster, each.configurations, each.precision) for each in known]
+        )
         means = np.concatenate([np.tile(_prior(each.cluster)[0], (len(each.step_seconds), 1)) for each in known])
         sd = _prior(known[0].cluster)[1]
         logs = np.log(seconds)
@@ -90,7 +95,9 @@ class CostModel:
                 [solve_triangular(lower, logs - _log_seconds(done, means + sd * z), lower=True, check_finite=False), z]
             )
 
-        best = least_squares(misses, np.zeros(len(NAMES)), loss="soft_l1", f_scale=ROBUST, max_nfev=60, xtol=1e-5, ftol=1e-6)
+        best = least_squares(
+            misses, np.zeros(len(NAMES)), loss="soft_l1", f_scale=ROBUST, max_nfev=60, xtol=1e-5, ftol=1e-6
+        )
         fitted._z = best.x
         residual = logs - _log_seconds(done, means + sd * best.x)
         jacobian = _jacobian(done, means, sd, best.x)
@@ -120,7 +127,8 @@ class CostModel:
         *,
         coverage: float | None = 0.8,
     ) -> Predicted:
-        """Step times with an interval that holds that share of them; `coverage=None` leaves the interval out, and is fast.
+        """Step times with an interval that holds that share of them; `coverage=None` leaves the interval out, and is
+        fast.
 
         Raises ValueError for an accelerator without a file and for a precision that it does not have.
         """
@@ -191,7 +199,9 @@ class CostModel:
         said = [
             f"{device.name}: {device.inside_node.kind} inside a node, {device.between_nodes.kind} between nodes",
             "causal attention; ranks in the order tensor, context, data, pipeline; all nodes alike",
-            f"constants fitted to {self.rows} rows" if self.rows else "constants from data sheets and publications: no rows",
+            f"constants fitted to {self.rows} rows"
+            if self.rows
+            else "constants from data sheets and publications: no rows",
         ]
         if model.experts:
             said.append("tokens spread evenly over the experts")

@@ -22,7 +22,8 @@ class Smoothness(NamedTuple):
     """How far what was seen at one configuration says something about another."""
 
     shape_sd: float = 0.085
-    """Of a miss that depends on the shapes of the matrix products (tensor and context parallel degree, micro-batch), as a logarithm."""
+    """Of a miss that depends on the shapes of the matrix products (tensor and context parallel degree, micro-batch), as
+    a logarithm."""
     shape_length: float = 0.42
     """Doublings of these over which it changes."""
     layout_sd: float = 0.03
@@ -31,7 +32,7 @@ class Smoothness(NamedTuple):
     """Of a miss that depends on the layout and the micro-batch."""
     step_sd: float = 0.05
     """Of a miss that depends on everything, the number of micro-batches included."""
-    noise_sd: float = 0.01
+    noise_sd: float = 0.02
     """Of what repeats of one configuration differ by."""
     degree_length: float = 1.3
     """Doublings of a degree of parallelism over which a miss changes."""
@@ -79,7 +80,9 @@ def covariance(a: Floats, b: Floats, how: Smoothness) -> Floats:
     shape = _near(a[:, _SHAPE] / how.shape_length, b[:, _SHAPE] / how.shape_length) * _near(
         a_scaled[:, _SIZES], b_scaled[:, _SIZES]
     )
-    total: Floats = how.shape_sd**2 * shape + layout * (how.layout_sd**2 + m * (how.microbatch_sd**2 + n * how.step_sd**2))
+    total: Floats = how.shape_sd**2 * shape + layout * (
+        how.layout_sd**2 + m * (how.microbatch_sd**2 + n * how.step_sd**2)
+    )
     return total
 
 

@@ -9,7 +9,8 @@ from profiles.cost.model import CostModel
 from profiles.model_shape import ModelShape
 
 EQUAL = 0.6
-"""Share of the attention that all configurations get alike; the rest goes to those that may be the fastest of their batch."""
+"""Share of the attention that all configurations get alike; the rest goes to those that may be the fastest of their
+batch."""
 WEIGHT = 8.0
 """Power of (fastest ÷ own time) by which that rest is given out."""
 POOL = 2000
@@ -19,11 +20,12 @@ POOL = 2000
 def select(
     cost: CostModel, model: ModelShape, cluster: Cluster, configurations: Configurations, precision: str, count: int
 ) -> NDArray[np.int64]:
-    """Indices of `count` configurations, most informative first. No measured time is looked at but those `cost` was fitted to.
+    """Indices of `count` configurations, most informative first. No measured time is looked at but those `cost` was
+    fitted to.
 
     Greedy: each is the one whose measurement lowers the summed variance of all predictions most (active learning by
-    Cohn 1996, eq. 8; the same as sequential A-optimal design). The variances are weighted by `EQUAL` and `WEIGHT`: errors matter
-    everywhere, and most where the model thinks that a configuration may win its global batch.
+    Cohn 1996, eq. 8; the same as sequential A-optimal design). The variances are weighted by `EQUAL` and `WEIGHT`:
+    errors matter everywhere, and most where the model thinks that a configuration may win its global batch.
     """
     places = np.unique(np.linspace(0, len(configurations) - 1, min(len(configurations), POOL)).round().astype(np.int64))
     looked_at = configurations.take(places)

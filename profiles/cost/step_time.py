@@ -17,9 +17,10 @@ ROUND = 0.1
 def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     """Seconds of each part; they add up to the step.
 
-    A micro-batch takes as long on a stage as the slower of the accelerator (compute and exposed communication) and the host that
-    launches its kernels. A step of n micro-batches on a pipeline with stage times t_i takes n·max t_i + (Σ t_i − max t_i)/vp
-    (2104.04473, §2.2), then what of the data parallel exchange does not hide under the last backward pass, then the update.
+    A micro-batch takes as long on a stage as the slower of the accelerator (compute and exposed communication) and the
+    host that launches its kernels. A step of n micro-batches on a pipeline with stage times t_i takes n·max t_i + (Σ
+    t_i − max t_i)/vp (2104.04473, §2.2), then what of the data parallel exchange does not hide under the last backward
+    pass, then the update.
     """
     k = dict(zip(NAMES, np.exp(log_constants), strict=True))
     drag = 1 + k["stragglers"] * w.nodes
@@ -36,7 +37,11 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     ep = k["tp_traffic"] * w.layer_ep
     gather = _exposed(dp_rate * w.layer_gather, k["gather_overlap"] * (compute + tp))
     layer = compute + tp + cp + ep + gather
-    head = drag * (k["products"] * w.head_products + k["half_speed_dimension"] * w.head_operands + k["elementwise"] * w.head_elementwise)
+    head = drag * (
+        k["products"] * w.head_products
+        + k["half_speed_dimension"] * w.head_operands
+        + k["elementwise"] * w.head_elementwise
+    )
     host_layer = w.passes * (k["layer_launch_seconds"] + k["pipeline_launch_seconds"] * w.staged_tp)
     host_batch = k["microbatch_launch_seconds"]
     p2p = k["p2p_traffic"] * w.p2p + k["p2p_latency_seconds"] * w.p2p_messages
@@ -83,7 +88,8 @@ def _slower(a: Floats, b: Floats) -> Floats:
 def _exposed(busy: Floats, cover: Floats) -> Floats:
     """What remains of a communication under `cover` seconds of work: busy − cover, rounded off at 0.
 
-    ½(d + √(d² + 4·ROUND·busy·cover)) with d = busy − cover: all of it where there is no cover, and ROUND of it where there is much.
+    ½(d + √(d² + 4·ROUND·busy·cover)) with d = busy − cover: all of it where there is no cover, and ROUND of it where
+    there is much.
     """
     over = busy - cover
     return 0.5 * (over + np.sqrt(over * over + (4 * ROUND) * (busy * cover)))

@@ -1,7 +1,8 @@
-"""What a step has to do, before any constant: operations, bytes and messages of each rank, in seconds by the data sheet.
+"""What a step has to do, before any constant: operations, bytes and messages of each rank, in seconds by the data
+sheet.
 
-Dense layers as in Megatron-LM (2104.04473, 2205.05198): a rank holds 1/tp of every matrix and 1/pp of the layers, and works on
-micro_batch · seq_len / cp tokens at a time. All arrays have one entry per configuration.
+Dense layers as in Megatron-LM (2104.04473, 2205.05198): a rank holds 1/tp of every matrix and 1/pp of the layers, and
+works on micro_batch · seq_len / cp tokens at a time. All arrays have one entry per configuration.
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ LOSS = 4.0
 OPTIMIZER_BYTES = 28.0
 """Read and written for a parameter in an Adam step: fp32 weight and two moments, both ways, and the gradient."""
 NORM_PASSES = 10.0
-"""Reads and writes of a tokens × hidden tensor by what stands between the matrix products of a layer, forward: two norms, two
-residual sums, two dropouts or their like."""
+"""Reads and writes of a tokens × hidden tensor by what stands between the matrix products of a layer, forward: two
+norms, two residual sums, two dropouts or their like."""
 SPLIT_PASSES = 6.0
 """The same inside the tensor parallel region, by rotary positions and copies of heads."""
 BACKWARD = 2.0
@@ -41,7 +42,8 @@ _ONCE_OF_PIPELINE = np.array([2 * GRADIENT, GRADIENT + HALF, GRADIENT + HALF, GR
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds at the data sheet's rates, and counts. `layer_` is one layer and one micro-batch, forward and backward."""
+    """Seconds at the data sheet's rates, and counts. `layer_` is one layer and one micro-batch, forward and
+    backward."""
 
     num_microbatches: Floats
     """Micro-batches of a replica."""
@@ -62,8 +64,8 @@ class Work:
     layer_products: Floats
     """Matrix products: operations ÷ peak."""
     layer_operands: Floats
-    """Matrix products: bytes of operands and results ÷ peak of half precision. For one product of m × k by k × n that is
-    (1/m + 1/n + 1/k) of its operations' time."""
+    """Matrix products: bytes of operands and results ÷ peak of half precision. For one product of m × k by k × n that
+    is (1/m + 1/n + 1/k) of its operations' time."""
     layer_attention: Floats
     """Scores and their product with the values: causal operations ÷ peak."""
     layer_elementwise: Floats
@@ -168,7 +170,9 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     head = 2 * tokens * h * model.padded_vocab / tp
     head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding)
     p2p_bytes = hidden_bytes / tp  # scattered before, gathered after (2104.04473, §4.1)
-    p2p_link = np.where(tp * cp * dp * pp <= per_node, sheet.inside, np.where(stride * dp >= per_node, sheet.between, sheet.inside))
+    p2p_link = np.where(
+        tp * cp * dp * pp <= per_node, sheet.inside, np.where(stride * dp >= per_node, sheet.between, sheet.inside)
+    )
     ones = np.ones_like(tp)
     return Work(
         num_microbatches=n,
@@ -213,7 +217,8 @@ class _Links:
         return np.maximum(np.ceil(size * stride / self._per_node), 1.0)
 
     def bus(self, size: Floats, stride: Floats) -> Floats:
-        """Bytes per second of each rank: a group that spans nodes goes out through the links of all its members on a node."""
+        """Bytes per second of each rank: a group that spans nodes goes out through the links of all its members on a
+        node."""
         members = np.clip(np.floor(self._per_node / stride), 1.0, size)
         outside = np.minimum(members * self.between, self.inside)
         return np.where(size * stride <= self._per_node, self.inside, outside)
