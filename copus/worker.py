@@ -33,7 +33,9 @@ from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.stop_request import StopRequest
 from copus.tracking import TensorBoardTracker
+from planner.memory_check import MemoryCheck
 from planner.planner import Planner
+from profiles.measurement import Measurement
 from profiles.table import ThroughputTable
 from profiles.throughput import Throughput
 
@@ -87,7 +89,8 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         if profile_only:
             return
         fingerprint = backend.fingerprint()
-        known = Throughput(ThroughputTable(job.profile.table).rows(fingerprint) if rank == 0 else [])
+        rows = ThroughputTable(job.profile.table).rows(fingerprint) if rank == 0 else []
+        known = Throughput(rows)
         state = _build_or_resume(job, newest, backend, known)
         done = samples_trained(run)
         if done is not None:
@@ -114,7 +117,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
             )
         )
         started = time.monotonic()
-        planner = _planner(job, known, state) if rank == 0 else None
+        planner = _planner(job, known, rows, state) if rank == 0 else None
         trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
         reason = trainer.train()
         report(
@@ -134,8 +137,10 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
     report(Failure(step=0, samples_consumed=0, rank=0, message=line, fatal=False))
 
 
-def _planner(job: JobConfig, known: Throughput, state: TrainerState) -> Planner:
-    planner = Planner(job.planner, job.model, job.cluster, job.training.configuration, known, number=state.decisions)
+def _planner(job: JobConfig, known: Throughput, rows: list[Measurement], state: TrainerState) -> Planner:
+    memory = MemoryCheck(job.model, job.cluster, job.training.precision, rows)
+    start = job.training.configuration
+    planner = Planner(job.planner, job.model, job.cluster, start, known, number=state.decisions, memory=memory)
     planner.forecast.restore(state.forecast)
     return planner
 

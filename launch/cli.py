@@ -199,6 +199,29 @@ class Profile:
 
 
 @dataclass
+class Plan:
+    """Say what to expect of a job without launching it: what fits, how fast, and the best configuration by noise.
+
+    Needs no accelerator. Times are measured ones where the throughput table has them, else the cost model's.
+    Example: copus plan examples/shakespeare.yaml --set cluster.accelerator=h100-sxm
+    """
+
+    job: Positional[JobFile]
+    """Job file."""
+    overrides: Overrides = field(default_factory=list)
+    """Override a field of the job file."""
+    all: bool = False
+    """Show every candidate, not only the fastest of each global batch."""
+    json: bool = False
+    """Print one JSON object, always with every candidate."""
+
+    def run(self) -> int:
+        from launch.plan import plan
+
+        return plan(self.job, self.overrides, as_json=self.json, all_candidates=self.all)
+
+
+@dataclass
 class Calibrate:
     """Measure the critical batch of a run: train branches of a checkpoint at several batches, for equal tokens.
 
@@ -239,6 +262,7 @@ Commands = (
     Annotated[Submit, subcommand("submit")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Profile, subcommand("profile")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Calibrate, subcommand("calibrate")]

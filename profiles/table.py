@@ -21,9 +21,9 @@ class ThroughputTable:
         self.skipped = 0
         """Lines that the last `rows` could not read: torn by a crash, or written by another version."""
 
-    def rows(self, fingerprint: Fingerprint) -> list[Measurement]:
-        """The steps measured of this model, software and hardware, oldest line first; none where the file does not
-        exist. Shards measured alone are no steps: `shards` has them.
+    def rows(self, fingerprint: Fingerprint | None = None) -> list[Measurement]:
+        """The steps measured of this model, software and hardware (without them: all), oldest line first; none where
+        the file does not exist. Shards measured alone are no steps: `shards` has them.
 
         Lines that are no measurement are skipped and counted in `skipped`, with one warning. Raises OSError where the
         file cannot be read.

@@ -17,6 +17,7 @@ COMMANDS = (
     "profile run",
     "profile show",
     "profile import",
+    "plan",
     "explain",
     "plot",
     "calibrate",

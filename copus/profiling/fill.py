@@ -10,6 +10,7 @@ from typing import Any
 from copus.events import Profile
 from copus.job import JobConfig, JobError
 from copus.profilers import TRIED, find_profiler
+from planner.memory_check import MemoryCheck
 from planner.ranking import next_round
 from planner.space import candidates
 from profiles.configuration import Configuration
@@ -122,8 +123,10 @@ class _Lead:
         rows = (self._table.shards if self._shards else self._table.rows)(self._task.fingerprint)
         rows = [row for row in rows if row.time >= self._since]
         enough = {each for each, times in self._measured.items() if times >= self._rounds}
-        start, within = self._job.training.configuration, self._job.profile.settled_within
-        return next_round(self._space, rows, start, self._rounds, within, enough)
+        job = self._job
+        start, within = job.training.configuration, job.profile.settled_within
+        memory = MemoryCheck(job.model, job.cluster, job.training.precision, rows)
+        return next_round(memory.possible(self._space, start), rows, start, self._rounds, within, enough)
 
     def _note_death(self) -> None:
         """What was being measured when an earlier attempt of this run died is taken for the cause, unless the table
