@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from copus.backends.megatron.limits import check_configuration, check_layout, check_model
-from copus.profilers import find_profiler
+from copus.profilers import check_profiler
 from planner.config import PlannerConfig
 from profiles.cluster import Cluster
 from profiles.config import ProfileConfig
@@ -152,7 +152,7 @@ class JobConfig(Record):
     @model_validator(mode="after")
     def _check_arithmetic(self) -> "JobConfig":
         _located("model", lambda: check_model(self.model))
-        _located("profile.profiler", lambda: find_profiler(self.profile.profiler))
+        _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
         _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
         _located("training", lambda: check_configuration(self.training.configuration))
         for index, layout in enumerate(self.planner.layouts or []):

@@ -18,6 +18,7 @@ BUILT_IN: dict[str, tuple[str, Processes, bool]] = {
     "published": ("profiles.published:PublishedProfiler", "one", False),
 }
 """Name → where it is, `processes` and `shards`. Not entry points: a checkout that is not installed has none."""
+BUILT_IN_OPTIONS: dict[str, tuple[str, ...]] = {"live": (), "single": (), "published": ("csv",)}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,18 @@ def installed() -> dict[str, Installed]:
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         found.setdefault(entry.name, Installed(entry.name, entry.value, _distribution(entry)))
     return found
+
+
+def check_profiler(name: str, options: dict[str, Any]) -> None:
+    """Raise ValueError where there is no such profiler, or a built-in one is given options that it does not take.
+
+    What a plugin takes only the plugin knows.
+    """
+    find_profiler(name)
+    taken = BUILT_IN_OPTIONS.get(name)
+    unknown = [option for option in options if taken is not None and option not in taken]
+    if unknown:
+        raise ValueError(f"options: the {name} profiler takes {', '.join(taken or ()) or 'none'}, got {unknown[0]}")
 
 
 def find_profiler(name: str) -> Installed:

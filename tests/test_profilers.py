@@ -103,9 +103,7 @@ def affine(configuration: Configuration) -> float:
 
 
 def test_unknown_names_are_refused_where_the_job_file_is_read(tmp_path: Path) -> None:
-    with pytest.raises(
-        JobError, match=r"profile\.profiler: no profiler 'fast' is installed; there are live \(built in\)"
-    ):
+    with pytest.raises(JobError, match=r"profile: no profiler 'fast' is installed; there are live \(built in\)"):
         job_of(tmp_path, profiler="fast")
     with pytest.raises(JobError, match=r"profile\.rounds"):
         job_of(tmp_path, rounds=0)
@@ -118,11 +116,16 @@ def test_what_is_said_of_built_in_ones_is_so(name: str) -> None:
     assert (kind.processes, kind.shards) == found.known == (found.processes, found.shards)
 
 
-def test_options_are_the_profilers_own_business(tmp_path: Path) -> None:
-    job = job_of(tmp_path, profiler="published", options={"csv": "no/such/file.csv", "deep": {"er": [1, True]}})
-    assert job.profile.options["deep"] == {"er": [1, True]}
-    with pytest.raises(JobError, match=r"profile\.options: the published profiler takes `csv`"):
+def test_options_are_the_profilers_own_business(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(site))
+    job = job_of(tmp_path, profiler="command", options={"deep": {"er": [1, True]}})
+    assert job.profile.options == {"deep": {"er": [1, True]}}
+    with pytest.raises(JobError, match=r"profile\.options: the command profiler needs `command`"):
         fill_table(job, tmp_path, load_profiler(job), task_of(job), print, lambda: False)
+    with pytest.raises(JobError, match=r"profile: options: the live profiler takes none, got csv"):
+        job_of(tmp_path, options={"csv": "file.csv"})
+    with pytest.raises(JobError, match=r"profile: options: the published profiler takes csv, got cvs"):
+        job_of(tmp_path, profiler="published", options={"cvs": "file.csv"})
     job = job_of(tmp_path, profiler="published", options={"csv": "no/such/file.csv"})
     with pytest.raises(JobError, match=r"profile\.options: csv\(no/such/file\.csv\): No such file"):
         fill_table(job, tmp_path, load_profiler(job), task_of(job), print, lambda: False)
