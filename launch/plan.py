@@ -113,7 +113,9 @@ def _heading(job: JobConfig, prospects: "Prospects") -> list[str]:
     if prospects.fingerprint is None:
         times = "predicted by the cost model; the table has no row of this job"
     else:
-        times = f"{prospects.measured_rows} measured rows of {prospects.fingerprint.hardware}; the rest predicted from them"
+        times = (
+            f"{prospects.measured_rows} measured rows of {prospects.fingerprint.hardware}; the rest predicted from them"
+        )
     counts: dict[str, int] = {}
     for candidate in prospects.expectations:
         counts[in_words(candidate.chance_to_fit)] = counts.get(in_words(candidate.chance_to_fit), 0) + 1
