@@ -10,7 +10,7 @@ from profiles.configurations import Configurations
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.memory import MEGATRON, PYTORCH, Implementation, MemoryModel, Peaks
-from profiles.memory.correction import BESIDE_SD, Correction
+from profiles.memory.correction import BESIDE_BYTES, Correction
 from profiles.memory.parameters import Floats
 from profiles.model_shape import ModelShape
 
@@ -31,8 +31,8 @@ def space(seed: int, count: int) -> Configurations:
 
 def truth(how: Implementation, factors: list[float], beside: float) -> MemoryModel:
     """A framework that the formulas are wrong about."""
-    mean = np.array([*np.log(factors), beside / BESIDE_SD])
-    return MemoryModel(how, Correction(mean, np.zeros((5, 5)), 0.01, 100.0, 1))
+    mean = np.array([*np.log(factors), beside / BESIDE_BYTES])
+    return MemoryModel(how, Correction(mean))
 
 
 def peaks_of(world: MemoryModel, c: Configurations, noise: float, seed: int = 0) -> Peaks:
