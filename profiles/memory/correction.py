@@ -27,9 +27,9 @@ BESIDE_BYTES = 0.5 * 2**30
 PRIOR_SD = np.array([0.10, 0.25, 0.25, 0.50, 1.0])
 """Of the logarithm of each group's factor, and of what lies beside in units of `BESIDE_BYTES`. Weights can be counted;
 how many copies a framework keeps of activations and logits cannot."""
-NOISE_SD = 0.05
+NOISE_SD = 0.07
 """Of the logarithm of a peak that is measured again."""
-FREEDOM = 4.0
+FREEDOM = 10.0
 """Rows that these beliefs count for, when rows say that errors are larger or smaller."""
 ROBUST = 3.0
 """Standard deviations beyond which a row counts less and less (soft L1)."""

@@ -6,7 +6,7 @@ from profiles.configurations import Configurations
 from profiles.memory.parameters import Floats
 from profiles.model_shape import ModelShape
 
-SHAPE_SD = 0.10
+SHAPE_SD = 0.12
 """Of the logarithm of what the formulas miss, alike for neighbours."""
 REACH = {
     **{"tp": 2.0, "pp": 2.0, "vp": 2.0, "cp": 2.0, "ep": 2.0, "dp": 3.0, "micro_batch": 2.0, "num_microbatches": 4.0},
