@@ -11,7 +11,7 @@ from planner.wording import sequences
 from profiles.table import ThroughputTable
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs, and not by those that only look at it
-    from planner.outlook import Expectation, Fastest, NoiseRange, Outlook
+    from planner.prospects import Expectation, Fastest, NoiseRange, Prospects
 
 GIB = 2**30
 
@@ -27,28 +27,28 @@ def plan(job_file: Path, overrides: list[str], *, as_json: bool = False, all_can
     except OSError as error:
         raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
     try:
-        outlook = look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
+        prospects = look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
     except ValueError as error:
         raise JobError(f"{job_file}: cluster.{error}") from None
     if as_json:
-        print(json.dumps(as_values(job, outlook)))
+        print(json.dumps(as_values(job, prospects)))
     else:
-        _print(job, outlook, all_candidates)
+        _print(job, prospects, all_candidates)
     return 0
 
 
-def as_values(job: JobConfig, outlook: "Outlook") -> dict[str, Any]:
-    """The outlook as plain values, for `--json`. An open end of a range of noise scales is null."""
-    fastest, by_noise = outlook.fastest(), outlook.by_noise(job.planner)
+def as_values(job: JobConfig, prospects: "Prospects") -> dict[str, Any]:
+    """The prospects as plain values, for `--json`. An open end of a range of noise scales is null."""
+    fastest, by_noise = prospects.fastest(), prospects.by_noise(job.planner)
     return {
         "name": job.name,
         "cluster": job.cluster.model_dump(mode="json"),
         "precision": job.training.precision,
         "parameters": job.model.parameters,
-        "memory_bytes": outlook.memory_bytes,
-        "measured_rows": outlook.measured_rows,
-        "fingerprint": outlook.fingerprint and outlook.fingerprint.model_dump(mode="json"),
-        "start": _values(outlook.start),
+        "memory_bytes": prospects.memory_bytes,
+        "measured_rows": prospects.measured_rows,
+        "fingerprint": prospects.fingerprint and prospects.fingerprint.model_dump(mode="json"),
+        "start": _values(prospects.start),
         "fastest": [
             {
                 "global_batch": each.best.configuration.global_batch,
@@ -66,14 +66,14 @@ def as_values(job: JobConfig, outlook: "Outlook") -> dict[str, Any]:
             }
             for each in by_noise
         ],
-        "variants": [_values(each) for each in outlook.variants],
-        "candidates": [_values(each) for each in outlook.expectations],
-        "assumptions": list(outlook.assumptions),
+        "variants": [_values(each) for each in prospects.variants],
+        "candidates": [_values(each) for each in prospects.expectations],
+        "assumptions": list(prospects.assumptions),
     }
 
 
 def _values(each: "Expectation") -> dict[str, Any]:
-    from planner.outlook import in_words
+    from planner.prospects import in_words
 
     values = asdict(each) | {
         "configuration": each.configuration.model_dump(mode="json"),
@@ -84,38 +84,40 @@ def _values(each: "Expectation") -> dict[str, Any]:
     return values
 
 
-def _print(job: JobConfig, outlook: "Outlook", all_candidates: bool) -> None:
+def _print(job: JobConfig, prospects: "Prospects", all_candidates: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a file or a pipe has no width to fit into
-    fastest, by_noise = outlook.fastest(), outlook.by_noise(job.planner)
-    console.print(Text("\n".join(_heading(job, outlook))), soft_wrap=True)
+    fastest, by_noise = prospects.fastest(), prospects.by_noise(job.planner)
+    console.print(Text("\n".join(_heading(job, prospects))), soft_wrap=True)
     if all_candidates:
-        console.print(_candidates(outlook.expectations))
-    console.print(_variants(outlook))
+        console.print(_candidates(prospects.expectations))
+    console.print(_variants(prospects))
     if fastest:
         console.print(_fastest(fastest))
-        console.print(_memory([outlook.start, *(each.best for each in fastest)]))
+        console.print(_memory([prospects.start, *(each.best for each in fastest)]))
         console.print(_by_noise(by_noise, job))
     else:
-        console.print(Text(_nothing(outlook)))
-    console.print(Text("assumed: " + "; ".join(outlook.assumptions), style="dim"), soft_wrap=True)
+        console.print(Text(_nothing(prospects)))
+    console.print(Text("assumed: " + "; ".join(prospects.assumptions), style="dim"), soft_wrap=True)
 
 
-def _heading(job: JobConfig, outlook: "Outlook") -> list[str]:
-    from planner.outlook import in_words
+def _heading(job: JobConfig, prospects: "Prospects") -> list[str]:
+    from planner.prospects import in_words
 
-    each, cluster = outlook.start, job.cluster
-    room = "memory is not checked" if outlook.memory_bytes is None else f"{outlook.memory_bytes / GIB:.1f} GiB each"
-    if outlook.fingerprint is None:
+    each, cluster = prospects.start, job.cluster
+    room = "memory is not checked" if prospects.memory_bytes is None else f"{prospects.memory_bytes / GIB:.1f} GiB each"
+    if prospects.fingerprint is None:
         times = "predicted by the cost model; the table has no row of this job"
     else:
-        times = f"{outlook.measured_rows} measured rows of {outlook.fingerprint.hardware}; the rest predicted from them"
+        times = (
+            f"{prospects.measured_rows} measured rows of {prospects.fingerprint.hardware}; the rest predicted from them"
+        )
     counts: dict[str, int] = {}
-    for candidate in outlook.expectations:
+    for candidate in prospects.expectations:
         counts[in_words(candidate.chance_to_fit)] = counts.get(in_words(candidate.chance_to_fit), 0) + 1
     summary = ", ".join(f"{words} {counts[words]}" for words in sorted(counts, key=lambda words: -counts[words]))
     return [
@@ -123,13 +125,13 @@ def _heading(job: JobConfig, outlook: "Outlook") -> list[str]:
         f"{cluster.accelerators} × {cluster.accelerator}, {room}",
         f"  start       {each.configuration.label}: {_step(each)}; {_peak(each)}, {in_words(each.chance_to_fit)}",
         f"  times       {times}",
-        f"  candidates  {len(outlook.expectations)}: {summary}",
+        f"  candidates  {len(prospects.expectations)}: {summary}",
         f"  objective   {job.planner.objective}, φ = {job.planner.critical_batch_factor:g} · noise scale",
     ]
 
 
-def _nothing(outlook: "Outlook") -> str:
-    each = outlook.smallest
+def _nothing(prospects: "Prospects") -> str:
+    each = prospects.smallest
     return (
         f"No candidate may be chosen: the smallest is {each.configuration.label} with {_peak(each)}, {_fit(each)}. "
         "The table above says what other settings of training.layout would need."
@@ -149,19 +151,19 @@ def _candidates(expectations: "list[Expectation]") -> Any:
     return table
 
 
-def _variants(outlook: "Outlook") -> Any:
+def _variants(prospects: "Prospects") -> Any:
     table = _table(
         "the start with other settings of training.layout", "recompute", "zero", "sequence parallel", "memory"
     )
     for name in ("80 %", "fits", "samples/s", "source"):
         table.add_column(name)
-    for each in outlook.variants:
+    for each in prospects.variants:
         layout = each.configuration.layout
         table.add_row(
             *(layout.recompute, str(layout.zero), "yes" if layout.sequence_parallel else "no", _gib(each.peak_bytes)),
             f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
             *(_fit(each), _rate(each), each.source),
-            style="bold" if each.configuration == outlook.start.configuration else "",
+            style="bold" if each.configuration == prospects.start.configuration else "",
         )
     return table
 
@@ -240,7 +242,7 @@ def _peak(each: "Expectation") -> str:
 
 
 def _fit(each: "Expectation") -> str:
-    from planner.outlook import in_words
+    from planner.prospects import in_words
 
     words = in_words(each.chance_to_fit)
     return words if each.chance_to_fit is None or words == "fits" else f"{words} ({each.chance_to_fit:.0%})"

@@ -1,10 +1,10 @@
-"""Makes an outlook: asks the throughput table, the cost model and the memory model about every candidate."""
+"""Makes prospects: asks the throughput table, the cost model and the memory model about every candidate."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from planner.config import PlannerConfig
 from planner.memory_check import memory_bytes
-from planner.outlook import LIKELY, Expectation, Outlook, in_words
+from planner.prospects import LIKELY, Expectation, Prospects, in_words
 from planner.space import candidates, noise_measurable
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
@@ -26,7 +26,7 @@ def look_ahead(
     table: Iterable[Measurement] = (),
     *,
     largest_zero: int = 1,
-) -> Outlook:
+) -> Prospects:
     """Expect something of every candidate: from the table's rows of this job where they reach, else from the models,
     which learn from them.
 
@@ -71,7 +71,7 @@ def look_ahead(
                 refusal=_refusal(config, candidate, known, chance),
             )
         )
-    return Outlook(
+    return Prospects(
         expectations=found[: len(space)],
         start=next(each for each in found if each.configuration == start),
         variants=found[len(space) :],

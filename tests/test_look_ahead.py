@@ -13,7 +13,7 @@ from test_cli import HEAVY, imported
 from copus.job import load_job
 from launch.plan import as_values
 from planner.look_ahead import look_ahead, rows_of
-from planner.outlook import Outlook, in_words
+from planner.prospects import Prospects, in_words
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
@@ -56,7 +56,7 @@ def add_row(path: Path, configuration: Configuration, hardware: str = "16 × NVI
     ThroughputTable(job.profile.table).add(Measurement(**(common | {"spread_seconds": 0.1, "count": 3} | values)))
 
 
-def outlook_of(path: Path) -> Outlook:
+def prospects_of(path: Path) -> Prospects:
     job = load_job(path)
     rows = ThroughputTable(job.profile.table).rows()
     training = job.training
@@ -96,8 +96,8 @@ def test_tables_for_people(job_file: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_best_batch_grows_with_the_noise(job_file: Path) -> None:
-    outlook, config = outlook_of(job_file), load_job(job_file).planner
-    ranges = outlook.by_noise(config)
+    prospects, config = prospects_of(job_file), load_job(job_file).planner
+    ranges = prospects.by_noise(config)
     batches = [each.best.configuration.global_batch for each in ranges]
     assert batches == sorted(batches)
     assert batches[0] == 16
@@ -107,9 +107,9 @@ def test_the_best_batch_grows_with_the_noise(job_file: Path) -> None:
 
 
 def test_the_fastest_is_the_fastest(job_file: Path) -> None:
-    outlook = outlook_of(job_file)
-    for each in outlook.fastest():
-        same = [e for e in outlook.eligible if e.configuration.global_batch == each.best.configuration.global_batch]
+    prospects = prospects_of(job_file)
+    for each in prospects.fastest():
+        same = [e for e in prospects.eligible if e.configuration.global_batch == each.best.configuration.global_batch]
         assert each.best.samples_per_second == max(e.samples_per_second or 0 for e in same)
         assert each.runner_up is not None
         assert each.runner_up.configuration.layout != each.best.configuration.layout
@@ -120,34 +120,34 @@ def test_what_was_measured_takes_precedence(job_file: Path) -> None:
     layout = Layout(tp=8, dp=2, sequence_parallel=True, zero=1)
     fast = Configuration(layout=layout, micro_batch=1, global_batch=16)
     add_row(job_file, fast, step_seconds=0.01, peak_bytes=2**30, spread_seconds=0.001)
-    outlook = outlook_of(job_file)
-    (best, *_) = outlook.fastest()
+    prospects = prospects_of(job_file)
+    (best, *_) = prospects.fastest()
     assert best.best.configuration == fast
     assert best.best.source == "measured"
     assert (best.best.step_seconds, best.best.step_seconds_low) == (0.01, pytest.approx(0.009))
     assert best.best.peak_bytes == 2**30
-    assert outlook.measured_rows == 1
-    others = {each.source for each in outlook.expectations if each.configuration != fast}
+    assert prospects.measured_rows == 1
+    others = {each.source for each in prospects.expectations if each.configuration != fast}
     assert others == {"predicted"}
 
 
 def test_what_failed_is_not_proposed(job_file: Path) -> None:
-    first = outlook_of(job_file).fastest()[0].best.configuration
+    first = prospects_of(job_file).fastest()[0].best.configuration
     add_row(job_file, first, failure="out of memory", spread_seconds=None, count=0)
-    outlook = outlook_of(job_file)
-    failed = next(each for each in outlook.expectations if each.configuration == first)
+    prospects = prospects_of(job_file)
+    failed = next(each for each in prospects.expectations if each.configuration == first)
     assert failed.refusal == "out of memory"
-    assert outlook.fastest()[0].best.configuration != first
+    assert prospects.fastest()[0].best.configuration != first
 
 
 def test_the_start_with_other_settings(job_file: Path) -> None:
-    outlook = outlook_of(job_file)
+    prospects = prospects_of(job_file)
     by = {
         (e.configuration.layout.recompute, e.configuration.layout.zero, e.configuration.layout.sequence_parallel): e
-        for e in outlook.variants
+        for e in prospects.variants
     }
-    assert len(by) == len(outlook.variants) == 3 * 2 * 2
-    assert by["none", 1, True] == outlook.start
+    assert len(by) == len(prospects.variants) == 3 * 2 * 2
+    assert by["none", 1, True] == prospects.start
     assert by["full", 1, True].peak_bytes < by["none", 1, True].peak_bytes < by["none", 0, True].peak_bytes
     assert (by["full", 1, True].step_seconds or 0) > (by["none", 1, True].step_seconds or 0)
 
@@ -175,8 +175,8 @@ def test_a_job_that_fits_nowhere_says_so(job_file: Path, capsys: pytest.CaptureF
 def test_on_cpu_cores_memory_is_not_checked(job_file: Path) -> None:
     job = load_job(job_file, ["cluster.accelerator=cpu", "training.precision=fp32"])
     training = job.training
-    outlook = look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration)
-    values = as_values(job, outlook)
+    prospects = look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration)
+    values = as_values(job, prospects)
     assert values["memory_bytes"] is None
     assert {each["fits"] for each in values["candidates"]} == {"not checked"}
 

@@ -80,7 +80,7 @@ class NoiseRange:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Prospects:
     """Everything that is expected of a job."""
 
     expectations: list[Expectation]
