@@ -19,6 +19,7 @@ from profiles.cost.step_time import PARTS, parts, step_seconds
 from profiles.cost.work import work
 from profiles.enumerate import enumerate_configurations
 from profiles.layout import Layout
+from profiles.measurement import Fingerprint, Measurement
 from profiles.model_shape import ModelShape
 
 MODEL = ModelShape(layers=16, hidden=2048, ffn_hidden=8192, heads=16, kv_heads=16, seq_len=2048, vocab=50257)
@@ -297,3 +298,18 @@ def test_selection_is_informative_and_never_repeats() -> None:
         return float(np.log(found.high / found.low).mean())
 
     assert left(chosen) < np.mean([left(rng.choice(len(SPACE), 12, replace=False)) for _ in range(3)])
+
+
+def test_rows_of_a_table_become_timings_without_the_failures() -> None:
+    def row(index: int, precision: str, seconds: float | None) -> Measurement:
+        mark = Fingerprint(model=MODEL.digest, precision=precision, backend="x", hardware="x", software="x")
+        failure = None if seconds else "out of memory"
+        return Measurement(
+            **{"fingerprint": mark, "model": MODEL, "configuration": SPACE[index], "time": 0.0},
+            **{"step_seconds": seconds, "failure": failure},
+        )
+
+    found = Timings.of([row(0, "bf16", 1.0), row(1, "bf16", None), row(2, "fp32", 2.0), row(3, "bf16", 3.0)], CLUSTER)
+    assert [(each.precision, each.step_seconds.tolist()) for each in found] == [("bf16", [1.0, 3.0]), ("fp32", [2.0])]
+    assert found[0].configurations[1] == SPACE[3]
+    assert CostModel().fit(found).rows == 3
