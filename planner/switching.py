@@ -1,0 +1,145 @@
+"""Our rule: move when that finishes the job sooner, at the pessimistic end of what is known."""
+
+import numpy as np
+from scipy.special import ndtr
+
+from planner.menu import Floats
+from planner.plan import seconds_to_go
+from planner.situation import Choice, Situation
+from planner.wording import duration, percent
+
+PESSIMISM = 1.0
+"""Standard errors of log φ and of the throughput that a gain has to survive."""
+STAGES = 12
+"""Stretches that the rest of the job is planned in: the first lasts to the next decision, the others grow."""
+SMALLEST_SAVING = 1e-6
+"""A saving below this share of the time left is none."""
+
+
+class Goodput:
+    """Plans the rest of the job at every decision, and takes the first step of the plan where it is sure to pay.
+
+    The plan is the dynamic programme of `planner.plan` over the φ to be expected (`planner.outlook`), with the measured costs of
+    moves: V(j) is the time to the end that begins in j and goes on as is best. A move from i to j saves
+
+        saved(j) = V(i) − cost(i → j) − V(j)
+
+    where V(i) may still move later. It is made when `saved` is positive for φ at both ends of its interval
+    and for the throughputs at theirs; of several the one with the largest expected saving. So a batch, which costs
+    nothing, follows φ at once, a layout waits until the rest of the job pays for it, and an estimate that swings within
+    its interval moves nothing.
+
+    A candidate that was never run may be worth trying although it is not sure to pay: with X the saving if one stays there, normal
+    around its expectation, and f = −(there + back + what the trial loses), going there is worth E[max(X, f)]
+    (expected improvement; Howard 1966, value of information). Once it has run there is nothing more to learn.
+    """
+
+    name = "goodput"
+
+    def __init__(self, pessimism: float = PESSIMISM) -> None:
+        self.pessimism = pessimism
+
+    def choose(self, situation: Situation) -> Choice:
+        """The first step of the best plan, or no move."""
+        now, menu = situation, situation.menu
+        stages = self._stages(now)
+        *_, value = seconds_to_go(stages, menu, now.move_seconds)
+        here = now.current[:, None]
+        current = np.take_along_axis(value, np.broadcast_to(here, (3, *here.shape)), axis=2)
+        if not now.started:
+            return Choice((value * np.array([0.25, 0.5, 0.25])[:, None, None]).sum(axis=0).argmin(axis=1))
+        costs = menu.move_seconds(now.current, now.move_seconds)
+        saved = current - costs - value
+        expected, sure = saved[1], saved.min(axis=0)
+        threshold = SMALLEST_SAVING * current[1]
+        exploring = np.zeros(len(expected), bool)
+        if now.throughput_error.any():
+            deviation, trial = self._deviation(now, stages)
+            tried = np.where(now.unseen, _worth_trying(sure, deviation, -costs * 2 - trial), -np.inf)
+            sure = sure - self.pessimism * deviation
+            worth = np.where(sure > threshold, expected, np.where(tried > threshold, tried, -np.inf))
+            index = _largest(worth, menu.global_batch)
+            exploring = np.take_along_axis(sure, index[:, None], 1)[:, 0] <= threshold[:, 0]
+        else:
+            worth = np.where(sure > threshold, expected, -np.inf)
+            index = _largest(worth, menu.global_batch)
+        moves = np.take_along_axis(worth, index[:, None], 1)[:, 0] > -np.inf
+        return Choice(np.where(moves, index, now.current), sure, exploring & moves)
+
+    def _stages(self, now: Situation) -> Floats:
+        """Seconds of each candidate for each stretch of what is left, shape (K, 3, R, C): φ low, expected, high."""
+        first = now.samples_to_next
+        left = np.maximum(now.samples_left, first * 1.001)
+        grown = first[:, None] * (left / first)[:, None] ** np.linspace(0, 1, STAGES)
+        edges = np.concatenate([np.zeros((len(left), 1)), grown], axis=1)
+        middles, lengths = (edges[:, 1:] + edges[:, :-1]) / 2, np.diff(edges, axis=1)
+        where = now.samples_consumed[:, None] + middles
+        phi = np.stack([now.outlook.at(where, sigmas) for sigmas in (-self.pessimism, 0.0, self.pessimism)])
+        batch = now.menu.global_batch
+        found = []
+        for k in range(STAGES):
+            rate = now.goodput(phi[:, :, k])
+            best = batch[rate.argmax(axis=2)]
+            # The samples of a stretch are those of the best batch; every candidate has to make as much progress.
+            efficiency = 1 / (1 + best / phi[:, :, k])
+            progress = lengths[:, k] * efficiency * (np.sqrt(best) if now.objective == "lr-aware" else 1.0)
+            found.append(progress[..., None] / rate)
+        return np.stack(found)
+
+    def _deviation(self, now: Situation, stages: Floats) -> tuple[Floats, Floats]:
+        """Standard error of what each candidate saves, and what trying it may lose until the next decision: seconds,
+        shapes (R, C). A wrong throughput counts for as long as the candidate is expected to beat what runs."""
+        expected = stages[:, 1]
+        here = np.take_along_axis(expected, np.broadcast_to(now.current[:, None], (len(stages), len(now.current), 1)), 2)
+        lasts = np.logical_and.accumulate(expected < here, axis=0)
+        lasts[0] = True
+        seconds = (expected * lasts).sum(axis=0)
+        own = np.take_along_axis(now.throughput_error, now.current[:, None], 1)
+        other = np.arange(len(now.menu)) != now.current[:, None]
+        error = np.where(other, np.hypot(now.throughput_error, own), 0.0)
+        return seconds * error, np.maximum(expected[0] - here[0], 0.0) + expected[0] * error
+
+    def reason(self, situation: Situation, choice: Choice) -> str:
+        """What the first run does and what for, as a clause."""
+        index, here = int(choice.index[0]), int(situation.current[0])
+        assert choice.saved_seconds is not None or not situation.started
+        if choice.saved_seconds is None:
+            return "the job starts in the first step of its plan"
+        if index == here:
+            return "nothing is sure to finish the job sooner than going on"
+        label = situation.menu.configurations[index].label
+        goodputs = situation.goodput(situation.outlook.at(situation.samples_consumed))[0]
+        gain = goodputs[index] / goodputs[here] - 1
+        if choice.exploring is not None and choice.exploring[0]:
+            return f"{label} has never run and may be faster: trying it is worth its cost"
+        cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
+        saved = duration(float(choice.saved_seconds[0, index]))
+        paid = f", {duration(cost)} of moving paid" if cost else ""
+        return f"goodput of {label} is {percent(gain)} above the current, which saves {saved} at least{paid}"
+
+    def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
+        """Why this candidate was not chosen."""
+        goodputs = situation.goodput(situation.critical_batch)[0]
+        gain = goodputs[index] / goodputs[int(situation.current[0])] - 1
+        if choice.saved_seconds is None or gain <= 0:
+            return "no gain"
+        if choice.saved_seconds[0, index] > 0:
+            return f"gain {percent(gain)}, saves less than the chosen one"
+        cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
+        if cost > 0 and choice.saved_seconds[0, index] + cost > 0:
+            return f"gain {percent(gain)} is below its cost of {duration(float(cost))}"
+        return f"gain {percent(gain)} is within the error"
+
+
+def _largest(worth: Floats, batch: Floats) -> np.ndarray:
+    """Place of the largest value in each row; of equals the smaller batch (2507.07101)."""
+    best = worth.max(axis=1, keepdims=True)
+    return np.where(worth >= best, batch, np.inf).argmin(axis=1)
+
+
+def _worth_trying(saved: Floats, deviation: Floats, floor: Floats) -> Floats:
+    """E[max(X, floor)] for normal X with mean `saved`."""
+    spread = np.maximum(deviation, 1e-300)
+    z = np.clip((saved - floor) / spread, -40.0, 40.0)
+    density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    return floor + (saved - floor) * ndtr(z) + spread * density
