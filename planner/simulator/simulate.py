@@ -174,7 +174,7 @@ def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
     return _State(
         runs=runs,
         row=np.arange(count),
-        outlook=Outlook.unknown(count),
+        outlook=Outlook.unknown(runs.planned_samples),
         progress=np.zeros(count),
         samples=np.zeros(count),
         seconds=np.zeros(count),
