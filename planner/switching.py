@@ -10,6 +10,9 @@ from planner.wording import duration, percent
 
 PESSIMISM = 1.0
 """Standard errors of log φ and of the throughput that a gain has to survive."""
+SWAY = 0.2
+"""Standard errors that the expected gain has to exceed even where a move costs nothing, so that noise does not make the
+batch go to and fro."""
 STAGES = 12
 """Stretches that the rest of the job is planned in: the first lasts to the next decision, the others grow."""
 SMALLEST_SAVING = 1e-6
@@ -24,10 +27,13 @@ class Goodput:
 
         saved(j) = V(i) − cost(i → j) − V(j)
 
-    where V(i) may still move later. It is made when `saved` is positive for φ at both ends of its interval
-    and for the throughputs at theirs; of several the one with the largest expected saving. So a batch, which costs
-    nothing, follows φ at once, a layout waits until the rest of the job pays for it, and an estimate that swings within
-    its interval moves nothing.
+    where V(i) may still move later. It is made when `saved` is positive
+
+    - at both ends of the interval of φ, and of the throughputs: then it is sure; or
+    - as expected, even if the way back had to be paid too: then little is lost where the expectation was wrong.
+
+    Of several the one with the largest expected saving. So a batch, which costs nothing, follows φ at once, a layout
+    waits until the rest of the job pays for it, and an estimate that swings within its interval moves nothing dear.
 
     A candidate that was never run may be worth trying although it is not sure to pay: with X the saving if one stays there, normal
     around its expectation, and f = −(there + back + what the trial loses), going there is worth E[max(X, f)]
@@ -46,12 +52,14 @@ class Goodput:
         *_, value = seconds_to_go(stages, menu, now.move_seconds)
         here = now.current[:, None]
         current = np.take_along_axis(value, np.broadcast_to(here, (3, *here.shape)), axis=2)
-        if not now.started:
+        if not now.started:  # nobody pays, and nothing is known but the prior: weigh the ends against each other
             regret = value / value.min(axis=2, keepdims=True)
             return Choice((regret * np.array([0.25, 0.5, 0.25])[:, None, None]).sum(axis=0).argmin(axis=1))
         costs = menu.move_seconds(now.current, now.move_seconds)
         saved = current - costs - value
-        expected, sure = saved[1], saved.min(axis=0)
+        expected = saved[1]
+        least = saved.min(axis=0)
+        sure = np.maximum(least, expected - costs - SWAY * (expected - least))
         threshold = SMALLEST_SAVING * current[1]
         exploring = np.zeros(len(expected), bool)
         if now.throughput_error.any():
