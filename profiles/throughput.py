@@ -59,6 +59,10 @@ class Throughput:
         for configuration, prediction in self._measured.items():
             by_group[_key(configuration)][configuration.num_microbatches] = prediction
         self._groups = {key: _Group.of(by_count) for key, by_count in by_group.items()}
+        self._failing: defaultdict[Layout, list[tuple[int, _Group]]] = defaultdict(list)
+        for (layout, micro_batch), group in self._groups.items():
+            if group.failure:
+                self._failing[layout].append((micro_batch, group))
         self._seen: defaultdict[Configuration, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN_MEMORY))
         self._drift: float | None = None
         self._refused: dict[Configuration | Layout, Prediction] = {}
@@ -128,19 +132,28 @@ class Throughput:
     def _from_table(self, configuration: Configuration) -> Prediction | None:
         own = self._measured.get(configuration)
         group = self._groups.get(_key(configuration))
-        if own or not group:
+        if own:
             return own
         n = configuration.num_microbatches
-        if group.failure and n >= group.fails_from:
+        if group and group.failure and n >= group.fails_from:
             return group.failure
-        if group.line is None or n < group.counts[0]:
-            return None
+        if group is None or group.line is None or n < group.counts[0]:
+            return None if group and group.counts else self._failure_of_smaller(configuration)
         return Prediction(
             step_seconds=group.line.step_seconds(n),
             spread_seconds=group.line.spread_seconds(n),
             source="interpolated" if n <= FAR * group.counts[-1] else "extrapolated",
             peak_bytes=group.peak_bytes,
         )
+
+    def _failure_of_smaller(self, configuration: Configuration) -> Prediction | None:
+        """The failure of a smaller micro-batch in the same layout, on no more sequences: a larger one takes no less
+        memory."""
+        sequences = configuration.micro_batch * configuration.num_microbatches
+        for micro_batch, group in self._failing[configuration.layout]:
+            if micro_batch < configuration.micro_batch and micro_batch * group.fails_from <= sequences:
+                return group.failure
+        return None
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """A job that changes batch and layout, and one that never does: the same losses."""
 
+import gc
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from copus.backends.megatron.geometry import OPTIMIZER
@@ -168,3 +170,29 @@ def test_groups_are_made_once_for_each_layout() -> None:
     first, second, third, *later = run_ranks(2, _open_groups, [{"tp": 2}, {"dp": 2}, {"pp": 2}] * 3)[0]
     assert first < second < third
     assert set(later) == {third}
+
+
+def _living_bytes() -> int:
+    gc.collect()
+    alive = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [item.untyped_storage() for item in alive]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _held_bytes(zero: int, normlayer: bool) -> list[int]:
+    """Memory of all tensors that live after each return to the first layout."""
+    backend = backend_of(tiny_job(2, {"dp": 2, "zero": zero}, {"hidden": 128, "ffn_hidden": 512}, micro_batch=2))
+    held = []
+    for _ in range(4):
+        for layout in ({"tp": 2}, {"dp": 2}):
+            backend.move(configuration(8, 2, **layout, zero=zero))
+            backend.train_step(random_batches, 0, RULES, "microbatch+normlayer" if normlayer else None, False)
+        held.append(_living_bytes())
+    return held
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("zero", [0, 1])
+def test_moving_to_and_fro_does_not_grow(zero: int) -> None:
+    for held in run_ranks(2, _held_bytes, zero, True):
+        assert max(held) <= 1.02 * held[0]

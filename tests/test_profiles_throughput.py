@@ -163,6 +163,20 @@ def test_a_failure_holds_for_larger_counts_but_not_between_counts_that_ran():
 # Live steps.
 
 
+def test_a_failure_holds_for_larger_micro_batches_of_as_many_sequences():
+    known = Throughput([row(4, failure="out of memory", micro_batch=2), row(2, 1.0, micro_batch=8)])
+
+    def failure(n, micro_batch, layout=DP2):
+        prediction = known.predict(configuration(n, layout, micro_batch))
+        return prediction and prediction.failure
+
+    assert failure(2, 4) == failure(4, 4) == "out of memory"
+    assert failure(1, 4) is None, "four sequences may fit where eight did not"
+    assert failure(8, 1) is None, "a smaller micro-batch takes less"
+    assert failure(2, 4, TP2) is None
+    assert failure(2, 8) is None, "it ran"
+
+
 def test_live_steps_take_over_after_five():
     throughput = Throughput([row(2, 1.0, peak=9)])
     for _ in range(4):

@@ -172,7 +172,8 @@ def test_no_memory_in_the_first_steps_after_a_move_is_remembered_and_not_resumed
     table = tmp_path / "table.jsonl"
     assert run_ranks(2, _no_memory, tmp_path, table) == ["no room"] * 2
     assert '"failure":"out of memory"' in table.read_text()
-    assert run_ranks(2, _resumed, tmp_path / "run", table) == ["TP2·PP1·DP1"] * 2
+    labels = run_ranks(2, _resumed, tmp_path / "run", table)
+    assert labels in (["TP2·PP1·DP1"] * 2, ["TP1·PP2·DP1"] * 2), "not with every weight on every rank again"
 
 
 def _resumed(run: Path, table: Path) -> str:

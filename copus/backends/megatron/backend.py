@@ -149,6 +149,8 @@ class MegatronBackend:
 
         Megatron's wrappers refer to each other in circles and hang their buffers on the parameters.
         """
+        if self._part_norms is not None:
+            self._part_norms.close()
         if self._optimizer is not None:  # a build that failed half-way has none
             for inner in upstream.inner_optimizers(self._optimizer):
                 inner.state.clear()
@@ -156,6 +158,10 @@ class MegatronBackend:
                     for param in group["params"]:
                         param.data = param.data.new_empty(0)
                     group["params"] = []
+            for wrapper in self._optimizer.chained_optimizers:
+                # The shards of an fp32 distributed optimizer are views of the weights, with a graph behind them that
+                # ends in the hooks of the data parallel wrapper: a circle that no collector sees.
+                vars(wrapper).clear()
         for chunk in self._chunks:
             for param in chunk.parameters():
                 for name in ("main_grad", "main_param", "grad"):

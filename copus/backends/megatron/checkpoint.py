@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from copus.agreement import together
+from copus.agreement import one_line, together
 from copus.backends.megatron import cpu, upstream
 from copus.backends.megatron.safe_loading import data_only
 from copus.backends.megatron.sharded import metadata, state_dict, unwrap
@@ -28,7 +28,8 @@ def save(folder: Path, chunks: list[Any], optimizer: Any) -> None:
 
     Raises RankError, on every rank, where any rank could not write.
     """
-    state = state_dict(chunks, optimizer, is_loading=False)
+    with upstream.counted_steps(optimizer):
+        state = state_dict(chunks, optimizer, is_loading=False)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
     strategy = FullyParallelSaveStrategyWrapper(
         serialization.get_default_save_sharded_strategy("torch_dist"), replicas, True
@@ -83,13 +84,18 @@ def _collecting(function: Callable[..., Any], errors: list[Exception]) -> Callab
 
 def load(folder: Path, chunks: list[Any], optimizer: Any, optimizer_steps: int) -> None:
     """Read what `save` wrote, on whatever layout, into a built model and optimizer. Nothing in the files is executed:
-    raises UnsafeCheckpointError, or pickle.UnpicklingError, where they ask for that."""
+    raises pickle.UnpicklingError, or RuntimeError of the ranks that met one, where they ask for that."""
     upstream.prime_adam(optimizer)
     state = state_dict(chunks, optimizer, is_loading=True)
-    with data_only():
-        loaded = dist_checkpointing.load(
-            state, str(folder), sharded_strategy=serialization.get_default_load_sharded_strategy(str(folder))
-        )
+    try:
+        with data_only():
+            loaded = dist_checkpointing.load(
+                state, str(folder), sharded_strategy=serialization.get_default_load_sharded_strategy(str(folder))
+            )
+    except CheckpointException as error:  # no Exception, so nobody further up would see it
+        raise RuntimeError(
+            "; ".join(f"rank {rank}: {one_line(reason[0])}" for rank, reason in error.failures.items())
+        ) from None
     for index, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
     optimizer.load_state_dict(loaded["optimizer"])

@@ -48,8 +48,8 @@ def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class PartNorms:
-    """Collects the squared norms of the parts of each step. Made once for a built model; hooks live as long as the
-    model.
+    """Collects the squared norms of the parts of each step. Made once for a built model, and closed with
+    it.
 
     Use: `start` before the forward-backward pass, `contribution` once the optimizer has its gradients, and `parts` with
     the sum of the contributions of all ranks.
@@ -70,13 +70,22 @@ class PartNorms:
         self._norm_layers = NormLayers(chunks, layout)
         params = [param for chunk in chunks for param in chunk.parameters()]
         self._preconditioner = Preconditioner(params, optimizer) if preconditioned else None
+        self._hooks = []
         for param in params:
             self._classify(param, layout, tied_embeddings)
-            param.register_post_accumulate_grad_hook(self._after_backward)
+            self._hooks.append(param.register_post_accumulate_grad_hook(self._after_backward))
         for chunk in chunks:
             for bucket_group in chunk.bucket_groups:
                 self._watch_reduction(bucket_group)
         self._reset()
+
+    def close(self) -> None:
+        """Let go of the model and the optimizer.
+
+        The garbage collector does not see through these hooks: parameter, hook and optimizer would keep each other.
+        """
+        for hook in self._hooks:
+            hook.remove()
 
     def _classify(self, param: torch.nn.Parameter, layout: Layout, tied_embeddings: bool) -> None:
         shared_embedding = getattr(param, "shared_embedding", False) or not param_is_not_shared(param)

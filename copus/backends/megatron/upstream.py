@@ -2,6 +2,8 @@
 effect."""
 
 import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,6 +96,25 @@ def set_adam_step(optimizer: Any, step: int) -> None:
                 state = inner.state[param]
                 if "step" in state:
                     state["step"] = torch.full((), float(step), dtype=torch.float32, device=param.device)
+
+
+@contextmanager
+def counted_steps(optimizer: Any) -> Iterator[None]:
+    """While it is entered, an Adam that has made no step yet says that it made one.
+
+    optimizer.py:833 and :1025 leave a step of 0 out of the state that is saved, and torch's AdamW cannot load a state
+    that has none. What is loaded gets its step from `set_adam_step`.
+    """
+    prime_adam(optimizer)
+    states = [state for inner in inner_optimizers(optimizer) for state in inner.state.values()]
+    untouched = [state for state in states if not state["step"]]
+    for state in untouched:
+        state["step"] = torch.ones_like(state["step"])
+    try:
+        yield
+    finally:
+        for state in untouched:
+            state["step"] = torch.zeros_like(state["step"])
 
 
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
