@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="4 seeds")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--seeds", type=int, default=0, help="runs of each cell (16)")
-    parser.add_argument("--steps", type=int, default=10_000, help="length of the job, in steps of the best fixed batch")
+    parser.add_argument("--steps", type=int, default=100_000, help="length of the job, in steps of the best fixed batch")
     parser.add_argument("--shape", choices=list(SHAPES), default="geometric", help="how φ grows over the progress")
     parser.add_argument("--noise", type=float, default=NOISE, help="standard deviation of log φ in one estimate")
     parser.add_argument("--correlation", type=float, default=0.0, help="of errors of successive estimates")

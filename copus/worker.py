@@ -135,8 +135,17 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
 
 
 def _planner(job: JobConfig, known: Throughput, state: TrainerState) -> Planner:
-    planner = Planner(job.planner, job.model, job.cluster, job.training.configuration, known, number=state.decisions)
+    planner = Planner(
+        job.planner,
+        job.model,
+        job.cluster,
+        job.training.configuration,
+        known,
+        number=state.decisions,
+        total_samples=job.total_samples,
+    )
     planner.forecast.restore(state.forecast)
+    planner.restore(state.planner)
     return planner
 
 

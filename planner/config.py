@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from profiles.calibration import read_factor
 from profiles.layout import Layout
@@ -65,6 +65,16 @@ class PlannerConfig(Record):
     """Every global batch is a multiple of this."""
     max_micro_batch: PositiveInt = 16
     """Largest micro-batch that may be chosen; micro-batches are powers of two."""
+    tp: PositiveInt | None = None
+    """Only layouts with this tensor parallel degree may be chosen."""
+    max_pp: PositiveInt | None = None
+    """Only layouts with at most so many pipeline stages may be chosen; 1 forbids pipelines."""
+    max_layout_moves_per_hour: NonNegativeInt | None = None
+    """Moves to another layout in any hour; batches are not counted."""
+    layout_move_seconds: NonNegativeFloat = 10.0
+    """What a move to another layout is expected to cost `goodput` before the first has been measured."""
+    advisory: bool = False
+    """Decide and write what would be done, but never move."""
     layouts: list[Layout] | None = None
     """Layouts that may be chosen; None means every split of the cluster into tp, pp and dp that the model allows."""
 
