@@ -63,8 +63,7 @@ class Goodput:
         threshold = SMALLEST_SAVING * current[1]
         exploring = np.zeros(len(expected), bool)
         if now.throughput_error.any():
-            deviation, trial = self._deviation(now, stages)
-            tried = np.where(now.unseen, _worth_trying(sure, deviation, -costs * 2 - trial), -np.inf)
+            deviation, tried = self._trials(now, stages[:, 1], costs)
             sure = sure - self.pessimism * deviation
             worth = np.where(sure > threshold, expected, np.where(tried > threshold, tried, -np.inf))
             index = _largest(worth, menu.global_batch)
@@ -95,18 +94,24 @@ class Goodput:
             found.append(progress[..., None] / rate)
         return np.stack(found)
 
-    def _deviation(self, now: Situation, stages: Floats) -> tuple[Floats, Floats]:
-        """Standard error of what each candidate saves, and what trying it may lose until the next decision: seconds,
-        shapes (R, C). A wrong throughput counts for as long as the candidate is expected to beat what runs."""
-        expected = stages[:, 1]
-        here = np.take_along_axis(expected, np.broadcast_to(now.current[:, None], (len(stages), len(now.current), 1)), 2)
-        lasts = np.logical_and.accumulate(expected < here, axis=0)
-        lasts[0] = True
-        seconds = (expected * lasts).sum(axis=0)
+    def _trials(self, now: Situation, stages: Floats, costs: Floats) -> tuple[Floats, Floats]:
+        """Standard error of what each candidate saves, and what trying it is worth: seconds, shapes (R, C).
+
+        `stages` are those for the expected φ, shape (K, R, C). What is compared with is the best batch of the layout that
+        runs, which costs nothing; a candidate is kept for as long as it would beat that if it were one standard
+        error faster than predicted.
+        """
         own = np.take_along_axis(now.throughput_error, now.current[:, None], 1)
         other = np.arange(len(now.menu)) != now.current[:, None]
         error = np.where(other, np.hypot(now.throughput_error, own), 0.0)
-        return seconds * error, np.maximum(expected[0] - here[0], 0.0) + expected[0] * error
+        here = np.where(now.same_layout(), stages, np.inf).min(axis=2, keepdims=True)
+        kept = np.logical_and.accumulate(stages * (1 - np.minimum(error, 0.9)) < here, axis=0)
+        kept[0] = True
+        deviation = (stages * kept).sum(axis=0) * error
+        saved = ((here - stages) * kept).sum(axis=0) - costs
+        loss = np.maximum(stages[0] - here[0], 0.0) + stages[0] * error
+        worth = _worth_trying(saved, deviation, -2 * costs - loss)
+        return deviation, np.where(now.unseen & (now.throughput_error > 0), worth, -np.inf)
 
     def reason(self, situation: Situation, choice: Choice) -> str:
         """What the first run does and what for, as a clause."""
