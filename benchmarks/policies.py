@@ -2,9 +2,9 @@
 
     python -m benchmarks.policies --data DIR [--quick] [--json] [--seeds N] [--steps N] [--shape SHAPE]
 
-DIR has `throughput.csv`. Every sweep of the source `vtrain-single` is a table: of each layout and global batch the fastest row. A
-cell is a table, a range that φ grows through, a cost of moving to another layout and an error of c; in every cell every policy
-trains to the same target with the same seeds.
+DIR has `throughput.csv`. Every sweep of the source `vtrain-single` is a table: of each layout and global batch the
+fastest row. A cell is a table, a range that φ grows through, a cost of moving to another layout and an error of c; in
+every cell every policy trains to the same target with the same seeds.
 """
 
 import argparse
@@ -79,7 +79,9 @@ def read_tables(file: Path) -> dict[str, tuple[Menu, np.ndarray]]:
         for row in csv.DictReader(lines):
             if row["source_id"] != SOURCE or not row["step_time_s"]:
                 continue
-            layout = Layout(tp=int(row["tp"]), pp=int(row["pp"]), dp=int(row["dp"]), recompute=row["recompute"] or "none")
+            layout = Layout(
+                tp=int(row["tp"]), pp=int(row["pp"]), dp=int(row["dp"]), recompute=row["recompute"] or "none"
+            )
             configuration = Configuration(layout=layout, micro_batch=int(row["mbs"]), global_batch=int(row["gbs"]))
             key, seconds = (layout, configuration.global_batch), float(row["step_time_s"])
             if key not in best[row["sweep_id"]] or seconds < best[row["sweep_id"]][key][0]:
@@ -180,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="4 seeds")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--seeds", type=int, default=0, help="runs of each cell (16)")
-    parser.add_argument("--steps", type=int, default=100_000, help="length of the job, in steps of the best fixed batch")
+    parser.add_argument(
+        "--steps", type=int, default=100_000, help="length of the job, in steps of the best fixed batch"
+    )
     parser.add_argument("--shape", choices=list(SHAPES), default="geometric", help="how φ grows over the progress")
     parser.add_argument("--noise", type=float, default=NOISE, help="standard deviation of log φ in one estimate")
     parser.add_argument("--correlation", type=float, default=0.0, help="of errors of successive estimates")
@@ -199,10 +203,23 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.process_time()
     cells, count = measure(tables, args)
     spent = time.process_time() - started
-    settings = {"steps": args.steps, "decisions": DECISIONS, "noise": args.noise, "shape": args.shape,
-                "correlation": args.correlation, "seeds": args.seeds, "every_move_pays": args.every_move_pays}
-    result = {"settings": settings, "cells": cells, "summary": summary(cells),
-              "simulated_runs": count, "cpu_seconds": spent, "runs_per_minute": 60 * count / spent}
+    settings = {
+        "steps": args.steps,
+        "decisions": DECISIONS,
+        "noise": args.noise,
+        "shape": args.shape,
+        "correlation": args.correlation,
+        "seeds": args.seeds,
+        "every_move_pays": args.every_move_pays,
+    }
+    result = {
+        "settings": settings,
+        "cells": cells,
+        "summary": summary(cells),
+        "simulated_runs": count,
+        "cpu_seconds": spent,
+        "runs_per_minute": 60 * count / spent,
+    }
     if args.json:
         print(json.dumps(result))
     else:

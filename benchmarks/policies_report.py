@@ -69,7 +69,9 @@ def _figures(cells: Cells) -> dict[str, Any]:
             "least_ahead_of_copus_pct": float(np.min(ahead)),
             "cells_behind_copus": int((np.array(ahead) < -1e-9).sum()),
             "cells_behind_copus_beyond_intervals": len(lost),
-            "least_ahead_c_right_pct": float(np.min([a for a, c in zip(ahead, ours, strict=True) if c["calibration"] == 1])),
+            "least_ahead_c_right_pct": float(
+                np.min([a for a, c in zip(ahead, ours, strict=True) if c["calibration"] == 1])
+            ),
         }
     return found
 
@@ -77,13 +79,16 @@ def _figures(cells: Cells) -> dict[str, Any]:
 def print_cells(cells: Cells) -> None:
     """Every cell, a line each: gain over the best fixed configuration in %, with the 90 % interval over seeds."""
     names = list(dict.fromkeys(cell["policy"] for cell in cells))
-    print("gain over the best fixed configuration with hindsight, % (± half of the 90 % interval of the mean over seeds)")
+    print(
+        "gain over the best fixed configuration with hindsight, % (± half of the 90 % interval of the mean over seeds)"
+    )
     print(f"{'table':28} {'φ':>9} {'cost':>4} {'c':>4}  " + "  ".join(f"{name[:14]:>14}" for name in names))
     for place in dict.fromkeys(map(_place, cells)):
         row = {cell["policy"]: cell for cell in cells if _place(cell) == place}
         first = next(iter(row.values()))
         values = "  ".join(
-            f"{row[name]['gain_over_best_fixed_pct']:8.2f} ±{(row[name]['high'] - row[name]['low']) / 2:4.2f}" for name in names
+            f"{row[name]['gain_over_best_fixed_pct']:8.2f} ±{(row[name]['high'] - row[name]['low']) / 2:4.2f}"
+            for name in names
         )
         spread = f"{first['noise_from']}→{first['noise_to']}"
         print(f"{place[0].removeprefix('vtrain-single-'):28} {spread:>9} {place[2]:4} ×{place[3]:<3g}  {values}")

@@ -13,9 +13,10 @@ CbsLayout = Literal["present", "pessimistic", "optimistic"]
 class CriticalBatch:
     """Trains at B = φ, rounded to the nearest batch that may be chosen (as a ratio), in a layout that never changes.
 
-    COPUS (2604.26687) compares itself with adaptive batches in the layout that is best at one end of their range. Here, `pessimistic` is the
-    layout that is fastest at the smallest batch, as if the batch would not grow; `optimistic` the one that is fastest
-    at the largest; `present` the one that runs. The names are the paper's, the definition our reading.
+    COPUS (2604.26687) compares itself with adaptive batches in the layout that is best at one end of their range.
+    Here, `pessimistic` is the layout that is fastest at the smallest batch, as if the batch would not grow;
+    `optimistic` the one that is fastest at the largest; `present` the one that runs. The names are the paper's, the
+    definition our reading.
     """
 
     name = "cbs"

@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from profiles.calibration import read_factor
 from profiles.layout import Layout
@@ -15,9 +23,9 @@ class PlannerConfig(Record):
 
     policy: Literal["copus", "goodput", "static", "norm-test", "cbs", "ramp"] = "copus"
     """copus: move when Goodput improves by `min_gain`. goodput: move when that is sure to finish the job sooner, the
-    cost of moving included. static: keep the configuration of the job file. norm-test: keep the layout, and grow the batch until
-    the gradient's noise is at most `norm_test_eta` times the gradient. cbs: keep a layout, and follow the critical
-    batch. ramp: keep the layout, and grow the batch by schedule."""
+    cost of moving included. static: keep the configuration of the job file. norm-test: keep the layout, and grow the
+    batch until the gradient's noise is at most `norm_test_eta` times the gradient. cbs: keep a layout, and follow the
+    critical batch. ramp: keep the layout, and grow the batch by schedule."""
     objective: Literal["plain", "lr-aware"] = "plain"
     """plain: throughput × efficiency. lr-aware: × √B too (COPUS with Adam and a √B learning rate)."""
     every_samples: PositiveInt = 256

@@ -11,13 +11,14 @@ from planner.menu import Floats
 EXPONENT = 0.5
 """Before anything is seen, φ ∝ samples^α with this α: what is measured over training lengths and in branched runs
 (Zhang 2410.21676: 0.47; Power Lines 2505.13738: 0.5; Step Law: 0.57; Merrill 2505.23971: 0.5)."""
-EXPONENT_ERROR = 0.5
+EXPONENT_ERROR = 1.0
 """Standard error of that: growth between none and proportional is not surprising."""
 HALF_LIFE = 0.35
 """Estimates count half when this many e-foldings of samples have passed since: no law holds over the whole run."""
 OFFSET = 0.05
-"""Share of the job over which a law has not yet set in: φ ∝ (samples + offset)^α. Together with α = 0.5 this says that φ grows by
-the factor of 4.6 over a job, as published batch schedules do (3 to 10: Llama 3, MiniMax-01, DeepSeek-V3, Nemotron-4, OLMo, BLOOM)."""
+"""Share of the job over which a law has not yet set in: φ ∝ (samples + offset)^α. Together with α = 0.5 this says that
+φ grows by the factor of 4.6 over a job, as published batch schedules do (3 to 10: Llama 3, MiniMax-01, DeepSeek-V3,
+Nemotron-4, OLMo, BLOOM)."""
 FEWEST = 12
 """An estimate fades by no more than 1 in so many from one to the next."""
 BEND = 0.5
@@ -29,11 +30,11 @@ QUANTILE_90 = 1.645
 class Outlook:
     """log φ = level + α·(samples / samples now − 1), by least squares in which old estimates fade, for R runs at once.
 
-    Discounted regression (Brown 1963; Harvey 1989, §2.2.3): weighted sums are all that is kept. α is the local exponent
-    of φ ∝ samples^α. Behind, the line is straight in samples, which fits laws that speed up as well as powers
-    over the short memory; ahead, the local power goes on, which does not run away, and its error grows as α may bend. The prior
-    on α stands in for what few points cannot tell. Where estimates miss their prediction by more than their own
-    intervals say, all errors grow by the excess (Birge).
+    Discounted regression (Brown 1963; Harvey 1989, §2.2.3): weighted sums are all that is kept. α is the local
+    exponent of φ ∝ samples^α. Behind, the line is straight in samples, which fits laws that speed up as well as powers
+    over the short memory; ahead, the local power goes on, which does not run away, and its error grows as α may bend.
+    The prior on α stands in for what few points cannot tell. Where estimates miss their prediction by more than their
+    own intervals say, all errors grow by the excess (Birge).
     """
 
     offset: Floats
@@ -51,7 +52,9 @@ class Outlook:
         runs = len(job_samples)
         return cls(OFFSET * job_samples, np.zeros(runs), np.zeros((runs, 5)), np.tile([1.0, 1.0], (runs, 1)))
 
-    def observe(self, samples: Floats, critical_batch: Floats, error: Floats, independent: Floats | float = 1.0) -> None:
+    def observe(
+        self, samples: Floats, critical_batch: Floats, error: Floats, independent: Floats | float = 1.0
+    ) -> None:
         """Take in φ after so many sequences, with the standard error of its logarithm. `independent` is the share of
         the estimate that is new since the last: a moving average repeats itself."""
         samples, y = np.asarray(samples, float) + self.offset, np.log(critical_batch)
@@ -120,7 +123,12 @@ class Outlook:
 
     def state(self) -> dict[str, Any]:
         """Everything, as plain values for a checkpoint."""
-        return {"offset": self.offset.tolist(), "samples": self.samples.tolist(), "sums": self.sums.tolist(), "misses": self.misses.tolist()}
+        return {
+            "offset": self.offset.tolist(),
+            "samples": self.samples.tolist(),
+            "sums": self.sums.tolist(),
+            "misses": self.misses.tolist(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; an empty dict changes nothing."""

@@ -9,9 +9,9 @@ from planner.wording import percent
 class Ramp:
     """Grows the batch by equal increments over the first samples, whatever the noise is; keeps the layout.
 
-    Megatron-LM (`num_microbatches_calculator.py`): from `start`, `increment` more after every samples ÷ ((largest − start) ÷ increment)
-    sequences, up to the largest batch that may be chosen. Between what may be chosen it is rounded down. Runs the
-    fastest micro-batch. Knows nothing of Goodput: it is what training recipes do.
+    Megatron-LM (`num_microbatches_calculator.py`): from `start`, `increment` more after every samples ÷ ((largest −
+    start) ÷ increment) sequences, up to the largest batch that may be chosen. Between what may be chosen it is rounded
+    down. Runs the fastest micro-batch. Knows nothing of Goodput: it is what training recipes do.
     """
 
     name = "ramp"

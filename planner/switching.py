@@ -8,8 +8,8 @@ from planner.plan import seconds_to_go
 from planner.situation import Choice, Situation
 from planner.wording import duration, percent
 
-PESSIMISM = 1.0
-"""Standard errors of log φ and of the throughput that a gain has to survive."""
+PESSIMISM = 0.67
+"""Standard errors of log φ and of the throughput that a gain has to survive: the ends of the 50 % intervals."""
 SWAY = 0.2
 """Standard errors that the expected gain has to exceed even where a move costs nothing, so that noise does not make the
 batch go to and fro."""
@@ -22,8 +22,9 @@ SMALLEST_SAVING = 1e-6
 class Goodput:
     """Plans the rest of the job at every decision, and takes the first step of the plan where it is sure to pay.
 
-    The plan is the dynamic programme of `planner.plan` over the φ to be expected (`planner.outlook`), with the measured costs of
-    moves: V(j) is the time to the end that begins in j and goes on as is best. A move from i to j saves
+    The plan is the dynamic programme of `planner.plan` over the φ to be expected (`planner.outlook`), with the
+    measured costs of moves: V(j) is the time to the end that begins in j and goes on as is best. A move from i to j
+    saves
 
         saved(j) = V(i) − cost(i → j) − V(j)
 
@@ -35,9 +36,9 @@ class Goodput:
     Of several the one with the largest expected saving. So a batch, which costs nothing, follows φ at once, a layout
     waits until the rest of the job pays for it, and an estimate that swings within its interval moves nothing dear.
 
-    A candidate that was never run may be worth trying although it is not sure to pay: with X the saving if one stays there, normal
-    around its expectation, and f = −(there + back + what the trial loses), going there is worth E[max(X, f)]
-    (expected improvement; Howard 1966, value of information). Once it has run there is nothing more to learn.
+    A candidate that was never run may be worth trying although it is not sure to pay: with X the saving if one stays
+    there, normal around its expectation, and f = −(there + back + what the trial loses), going there is worth E[max(X,
+    f)] (expected improvement; Howard 1966, value of information). Once it has run there is nothing more to learn.
     """
 
     name = "goodput"
@@ -97,8 +98,8 @@ class Goodput:
     def _trials(self, now: Situation, stages: Floats, costs: Floats) -> tuple[Floats, Floats]:
         """Standard error of what each candidate saves, and what trying it is worth: seconds, shapes (R, C).
 
-        `stages` are those for the expected φ, shape (K, R, C). What is compared with is the best batch of the layout that
-        runs, which costs nothing; a candidate is kept for as long as it would beat that if it were one standard
+        `stages` are those for the expected φ, shape (K, R, C). What is compared with is the best batch of the layout
+        that runs, which costs nothing; a candidate is kept for as long as it would beat that if it were one standard
         error faster than predicted.
         """
         own = np.take_along_axis(now.throughput_error, now.current[:, None], 1)

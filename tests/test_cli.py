@@ -10,7 +10,7 @@ from launch_events import DATA, TENSOR, decision, reconfigure, start, step, writ
 from launch_jobs import copus_here, copus_process
 
 HEAVY = ("torch", "megatron", "numpy", "matplotlib", "tokenizers", "tensorboard")
-COMMANDS = ("submit", "data", "profile", "explain", "plot", "calibrate")
+COMMANDS = ("submit", "data", "profile", "explain", "plot", "calibrate", "simulate")
 
 
 def imported(folder: Path, *arguments: str) -> set[str]:

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from policy_situations import situation_of
 from test_planner_decision import DP2, START, TP2, noise, of, planner
 
 from copus.noise.norm_window import NormWindow
 from copus.noise.step_estimate import estimate_step
-from policy_situations import situation_of
-
 from planner.norm_test import NormTest, plug_in_batch, unbiased_batch
 from profiles.step_norms import StepNorms
 

@@ -125,7 +125,7 @@ def test_trying_what_never_ran_pays_when_it_may_be_much_faster():
     slower = TABLE | {of(TP2, 1, 64): 0.97 * TABLE[current]}
     known = situation_of(slower, current, 1000.0, moves=(0, 0, 1.0), throughput_error=sure)
     assert chosen(Goodput(), known) == current
-    guess = sure[:index] + [0.2] + sure[index + 1 :]
+    guess = [*sure[:index], 0.2, *sure[index + 1 :]]
     unknown = situation_of(slower, current, 1000.0, moves=(0, 0, 1.0), throughput_error=guess)
     choice = Goodput().choose(unknown)
     assert choice.index[0] == index
@@ -201,8 +201,9 @@ def test_advice_moves_nothing():
 
 
 def test_pins_and_limits():
-    from planner.space import candidates
     from test_planner_decision import CLUSTER, MODEL
+
+    from planner.space import candidates
 
     free = CONFIG.model_copy(update={"layouts": None})
     pinned = candidates(free.model_copy(update={"tp": 1, "max_pp": 1}), MODEL, CLUSTER, START)

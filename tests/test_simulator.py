@@ -118,7 +118,9 @@ def test_the_benchmark_prints_every_cell(tmp_path: Path, capsys):
         for c, v in TABLE.items()
     ]
     (tmp_path / "throughput.csv").write_text(HEADER + "".join(lines) + "other,s,1,1,1,full,1,2,1.0\n")
-    assert policies.main(["--data", str(tmp_path), "--json", "--seeds", "2", "--only", "copus", "goodput", "static"]) == 0
+    assert (
+        policies.main(["--data", str(tmp_path), "--json", "--seeds", "2", "--only", "copus", "goodput", "static"]) == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert len(result["cells"]) == 27 * 3
     keys = {"table", "noise_from", "noise_to", "move_cost_steps", "calibration", "policy", "ratio_to_oracle"}

@@ -41,6 +41,8 @@ class Runs:
     """Standard deviation of the logarithm of predicted throughputs; running a configuration shows its own."""
     drift: float = 0.0
     """Standard deviation that the logarithm of every layout's throughput reaches by the end, as a random walk."""
+    start: Indices | None = None
+    """What runs first, shape (R,), and is left at the cost of a move; None where the policy picks it, for nothing."""
 
     def take(self, rows: np.ndarray) -> "Runs":
         """Some of the runs."""
@@ -94,10 +96,11 @@ def simulate(
 ) -> Outcome:
     """Train every run to its target with the decisions of `policy`.
 
-    Progress follows the model that Goodput is made from: S sequences at batch B make S / (1 + B/φ) of it (times √B with
-    the lr-aware objective), so this compares decisions, and says nothing about whether the model is right. Policies see
-    φ with errors, and otherwise what the trainer shows them. The job begins in what the policy picks after
-    a first estimate, which costs nothing; where it does not pick, in the best Goodput of that estimate.
+    Progress follows the model that Goodput is made from: S sequences at batch B make S / (1 + B/φ) of it (times √B
+    with the lr-aware objective), so this compares decisions, and says nothing about whether the model is right.
+    Policies see φ with errors, and otherwise what the trainer shows them. Where `runs.start` does not say, the job
+    begins in what the policy picks after a first estimate, which costs nothing; or, where it does not pick, in the
+    best Goodput of that estimate.
     """
     count, errors = len(runs.seed), _errors(runs)
     walk = _walks(runs, menu)
@@ -111,7 +114,9 @@ def simulate(
         true_phi = _read(runs.critical_batch, state.progress)
         seen = true_phi * runs.factor_error * np.exp(errors[state.row, number % DRAWS] * runs.noise)
         place = np.maximum(state.samples, runs.every_samples / 2)
-        state.outlook.observe(place, seen, np.maximum(runs.noise, 0.01), (1 - runs.correlation) / (1 + runs.correlation))
+        state.outlook.observe(
+            place, seen, np.maximum(runs.noise, 0.01), (1 - runs.correlation) / (1 + runs.correlation)
+        )
         situation = Situation(
             menu=menu,
             samples_per_second=state.believed,
@@ -127,10 +132,10 @@ def simulate(
             move_seconds=runs.move_seconds,
             objective=objective,
             number=number,
-            started=number > 0,
+            started=number > 0 or runs.start is not None,
         )
         if number == 0:
-            state.current = np.argmax(situation.goodput(seen), axis=1)
+            state.current = np.argmax(situation.goodput(seen), axis=1) if runs.start is None else runs.start
             situation = replace(situation, current=state.current)
         situation = replace(situation, plug_in=seen / 2 / (1 + seen / 2 / situation.running_batch))
         index = policy.choose(situation).index
@@ -138,7 +143,7 @@ def simulate(
             for place_in, (row, before, after) in enumerate(zip(state.row, state.current, index, strict=True)):
                 if number == 0 or before != after:
                     paths[row].append((float(state.progress[place_in]), int(after)))
-        if number:
+        if situation.started:
             _pay(menu, state, index)
         state.current = index
         finished = _advance(menu, state, walk[:, number % DRAWS] if walk is not None else None, objective)
@@ -158,10 +163,11 @@ def oracle(
     progress: float,
     move_seconds: Floats,
     objective: Objective = "plain",
+    start: int | None = None,
 ) -> Plan:
     """The bound: the plan of somebody who knows φ and pays the same for moves, and the best fixed configuration."""
     middles = np.sqrt(critical_batch[1:] * critical_batch[:-1])
-    return plan_run(menu, samples_per_second, middles, progress, move_seconds, objective)
+    return plan_run(menu, samples_per_second, middles, progress, move_seconds, objective, start)
 
 
 def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
