@@ -363,7 +363,6 @@ def main(arguments: list[str] | None = None) -> int:
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"  # seconds that a stopped process has before it is killed
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="copus-faults-") as temporary:
         folder = (options.data or Path(temporary)).resolve()

@@ -57,6 +57,9 @@ class LocalEngine:
     def environment(self, job: JobConfig) -> dict[str, str]:
         """Environment of the agent and the workers. An interface that the user chose for gloo stays."""
         settings = {"OMP_NUM_THREADS": str(job.launch.threads_per_rank)}
+        # torch 2.13 hosts one store for all restarts, without telling their keys apart: restarted ranks find each
+        # other's old addresses ("Connection refused"). Without sharing, every restart has a store of its own.
+        settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         if job.cluster.accelerator == "cpu":
             settings["CUDA_VISIBLE_DEVICES"] = ""  # also where there are GPUs
         return {"GLOO_SOCKET_IFNAME": "lo"} | python_environment() | settings
