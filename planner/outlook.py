@@ -12,7 +12,7 @@ EXPONENT = 0.5
 """Before anything is seen, φ ∝ samples^α with this α: what is measured over training lengths and in branched runs
 (Zhang 2410.21676: 0.47; Power Lines 2505.13738: 0.5; Step Law: 0.57; Merrill 2505.23971: 0.5)."""
 EXPONENT_ERROR = 1.0
-"""Standard error of that: growth between none and proportional is not surprising."""
+"""Standard error of that: neither a pause nor growth faster than the samples is surprising."""
 HALF_LIFE = 0.35
 """Estimates count half when this many e-foldings of samples have passed since: no law holds over the whole run."""
 OFFSET = 0.05

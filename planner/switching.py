@@ -10,7 +10,7 @@ from planner.wording import duration, percent
 
 PESSIMISM = 0.67
 """Standard errors of log φ and of the throughput that a gain has to survive: the ends of the 50 % intervals."""
-SWAY = 0.2
+SWAY = 0.1
 """Standard errors that the expected gain has to exceed even where a move costs nothing, so that noise does not make the
 batch go to and fro."""
 STAGES = 12
