@@ -32,7 +32,7 @@ def test_more_noise_never_means_a_smaller_batch(table, phi, factor):
     """Plain goodput, a fixed table, free moves: T/(1 + B/φ) has increasing differences in (B, φ)."""
     batches = []
     for value in (phi, phi * factor):
-        now = situation_of(table, SMALL, value, error=1e-9)
+        now = situation_of(table, SMALL, value)
         batches.append(chosen(Copus(0.0), now).global_batch)
     assert batches[0] <= batches[1]
 
