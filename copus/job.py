@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from copus.backends.megatron.limits import check_configuration, check_layout, check_model
+from copus.profilers import check_profiler
 from planner.config import PlannerConfig
 from profiles.cluster import Cluster
 from profiles.config import ProfileConfig
@@ -151,6 +152,7 @@ class JobConfig(Record):
     @model_validator(mode="after")
     def _check_arithmetic(self) -> "JobConfig":
         _located("model", lambda: check_model(self.model))
+        _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
         _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
         _located("training", lambda: check_configuration(self.training.configuration))
         for index, layout in enumerate(self.planner.layouts or []):
@@ -231,7 +233,7 @@ def parse_job(values: Any, where: str = "job") -> JobConfig:
 
 def _misread(written: Any, read: Any, place: str) -> Iterator[str]:
     """What pydantic takes and a person would not: `true` as the number 1, 1 as `true`, and infinity as a length."""
-    if isinstance(written, dict):
+    if isinstance(written, dict) and not isinstance(read, dict):  # a plugin's options are nobody's to judge
         for name, value in written.items():
             yield from _misread(value, getattr(read, name), f"{place}.{name}" if place else name)
     elif isinstance(written, list):

@@ -8,7 +8,6 @@ after a finished run. A run directory with a plan of branches (`copus calibrate`
 
 import contextlib
 import os
-import signal
 import sys
 import time
 import warnings
@@ -30,10 +29,13 @@ from copus.data.prepared import prepared_path
 from copus.events import End, Event, EventLog, Failure, Restart, Start, samples_trained
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
-from copus.profiling import profile_missing
+from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
+from copus.stop_request import StopRequest
 from copus.tracking import TensorBoardTracker
+from planner.memory_check import MemoryCheck
 from planner.planner import Planner
+from profiles.measurement import Measurement
 from profiles.table import ThroughputTable
 from profiles.throughput import Throughput
 
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> int:
     """Run one rank; the exit status of the process."""
     run = Path(arguments[0])
     warnings.filterwarnings("ignore", module=r"megatron\..*")
-    stop = _StopRequest(run)
+    stop = StopRequest(run)
     job = load_job(run / "job.yaml")
     try:
         device = _start_process_group(job)
@@ -64,7 +66,7 @@ def _on_these_ranks(job: JobConfig) -> JobConfig:
     return resized(job, found_cluster(job.cluster, dist.get_world_size(), ranks_per_node))
 
 
-def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest", profile_only: bool) -> None:
+def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, profile_only: bool) -> None:
     from copus.backends.megatron.backend import MegatronBackend  # takes seconds, and changes torch on CPU
 
     backend: Backend = MegatronBackend(job, device)
@@ -83,11 +85,12 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest",
         newest = newest_checkpoint(run, lambda line: _skipped(line, report))
         resumes = newest is not None and fits(read_state(newest)[1].layout, job, job.cluster)
         if not resumes or profile_only or job.profile.when == "missing":
-            profile_missing(job, backend, train, report, stop)
+            profile_missing(job, run, backend, train, report, stop)
         if profile_only:
             return
         fingerprint = backend.fingerprint()
-        known = Throughput(ThroughputTable(job.profile.table).rows(fingerprint) if rank == 0 else [])
+        rows = ThroughputTable(job.profile.table).rows(fingerprint) if rank == 0 else []
+        known = Throughput(rows)
         state = _build_or_resume(job, newest, backend, known)
         done = samples_trained(run)
         if done is not None:
@@ -114,7 +117,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: "_StopRequest",
             )
         )
         started = time.monotonic()
-        planner = _planner(job, known, state) if rank == 0 else None
+        planner = _planner(job, known, rows, state) if rank == 0 else None
         trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
         reason = trainer.train()
         report(
@@ -134,7 +137,7 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
     report(Failure(step=0, samples_consumed=0, rank=0, message=line, fatal=False))
 
 
-def _planner(job: JobConfig, known: Throughput, state: TrainerState) -> Planner:
+def _planner(job: JobConfig, known: Throughput, rows: list[Measurement], state: TrainerState) -> Planner:
     planner = Planner(
         job.planner,
         job.model,
@@ -142,6 +145,7 @@ def _planner(job: JobConfig, known: Throughput, state: TrainerState) -> Planner:
         job.training.configuration,
         known,
         number=state.decisions,
+        memory=MemoryCheck(job.model, job.cluster, job.training.precision, rows),
         total_samples=job.total_samples,
     )
     planner.forecast.restore(state.forecast)
@@ -216,24 +220,6 @@ class _Reporter:
             with contextlib.suppress(OSError):
                 self._tracker.close()
             self._log.close()
-
-
-class _StopRequest:
-    """Whether somebody asked this run to stop: a signal to this process, the file `RUN/stop`, or the death of the
-    agent."""
-
-    def __init__(self, run: Path) -> None:
-        self._file = run / "stop"
-        self._agent = os.getppid()
-        self._signalled = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._signalled = True
-
-    def __call__(self) -> bool:
-        return self._signalled or self._file.exists() or os.getppid() != self._agent
 
 
 def _told(error: Exception) -> str:

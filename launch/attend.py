@@ -27,7 +27,8 @@ class Outcome:
     """How it ended."""
 
     exit_code: int
-    """0, 1 where workers failed, 128 + signal where they were stopped."""
+    """0, 1 where workers failed, 2 where one without an agent said that the user has to mend something, 128 + signal
+    where they were stopped."""
     reason: str
     """finished, max_minutes, interrupted, killed, failed."""
     status: RunStatus
@@ -70,7 +71,7 @@ def attend(
     ended = status.end is not None or profile_only or heard > 0
     if code or not ended:
         _explain_failure(code, workers, status)
-        return Outcome(1, "failed", status, seconds)
+        return Outcome(2 if code == 2 else 1, "failed", status, seconds)
     reason = status.end.reason if status.end else "interrupted" if heard else "finished"
     if reason == "interrupted":  # without a signal to this command: somebody else asked the workers to stop
         return Outcome(128 + (interrupts.signal or signal.SIGTERM), reason, status, seconds)

@@ -110,10 +110,10 @@ class Data:
 
 
 @dataclass
-class Profile:
-    """Measure the step time of a job's configurations on this machine and keep it in the throughput table.
+class ProfileRun:
+    """Measure the step time of a job's configurations and keep it in the throughput table, with the job's profiler.
 
-    Example: copus profile examples/shakespeare.yaml --set profile.budget_seconds=600
+    Example: copus profile run examples/shakespeare.yaml --set profile.budget_seconds=600
     """
 
     job: Positional[JobFile]
@@ -127,6 +127,98 @@ class Profile:
         from launch.profile import profile
 
         return profile(self.job, self.overrides, as_json=self.json)
+
+
+@dataclass
+class ProfileShow:
+    """Show what throughput tables know: samples/s over global batch for each layout, crossings, failures.
+
+    Example: copus profile show examples/shakespeare.yaml --layout TP2 --where "global_batch >= 8" --plot lines.png
+    """
+
+    places: Positional[Annotated[list[str], arg(metavar="[TABLE|JOB …]", help_behavior_hint="")]] = field(
+        default_factory=list
+    )
+    """Tables (merged), or a job file or run: its table, its model alone. The usual table if none is given."""
+    model: Annotated[str | None, arg(metavar="DIGEST")] = None
+    """Only models whose digest begins so."""
+    layout: Annotated[str | None, arg(metavar="LAYOUT")] = None
+    """Only layouts with these degrees: TP2·PP1, tp=2,dp=4, Z1, SP, recompute:full."""
+    hardware: Annotated[str | None, arg(metavar="TEXT")] = None
+    """Only hardware whose name has this in it."""
+    where: Annotated[str | None, arg(metavar="SQL")] = None
+    """Only rows for which this holds; any column of a row: tokens_per_second > 1e4, failure IS NOT NULL."""
+    plot: Annotated[Path | None, arg(metavar="FILE.png|.svg")] = None
+    """Draw the lines to this file; needs pip install 'copus[plot]'."""
+    json: bool = False
+    """Print one JSON object: every row that was kept, repeats of a configuration as one."""
+
+    def run(self) -> int:
+        from launch.profile_show import show
+        from profiles.query import Filter
+
+        wanted = Filter(self.model, self.layout, self.hardware, self.where)
+        return show(self.places, wanted, self.plot, as_json=self.json)
+
+
+@dataclass
+class ProfileImport:
+    """Add measurements of others to a throughput table: CSV files, or other tables. What is there already stays once.
+
+    Example: copus profile import published.csv other-machine.jsonl --table throughput.jsonl
+    """
+
+    sources: Positional[Annotated[list[Path], arg(metavar="FILE.csv|.jsonl")]]
+    """What to add; docs/tables.md has the columns of a CSV file."""
+    table: Annotated[Path | None, arg(metavar="TABLE.jsonl")] = None
+    """Table to add to; the usual one if it is not given."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        from launch.profile_import import import_rows
+
+        return import_rows(self.sources, self.table, as_json=self.json)
+
+
+@dataclass
+class Profile:
+    """What is known of throughput: measure it (run), look at it (show), take it over (import).
+
+    Example: copus profile run examples/shakespeare.yaml. `copus profile JOB.yaml` is short for that.
+    """
+
+    action: (
+        Annotated[ProfileRun, subcommand("run")]
+        | Annotated[ProfileShow, subcommand("show")]
+        | Annotated[ProfileImport, subcommand("import")]
+    )
+
+    def run(self) -> int:
+        return self.action.run()
+
+
+@dataclass
+class Plan:
+    """Say what to expect of a job without launching it: what fits, how fast, and the best configuration by noise.
+
+    Needs no accelerator. Times are measured ones where the throughput table has them, else the cost model's.
+    Example: copus plan examples/shakespeare.yaml --set cluster.accelerator=h100-sxm
+    """
+
+    job: Positional[JobFile]
+    """Job file."""
+    overrides: Overrides = field(default_factory=list)
+    """Override a field of the job file."""
+    all: bool = False
+    """Show every candidate, not only the fastest of each global batch."""
+    json: bool = False
+    """Print one JSON object, always with every candidate."""
+
+    def run(self) -> int:
+        from launch.plan import plan
+
+        return plan(self.job, self.overrides, as_json=self.json, all_candidates=self.all)
 
 
 @dataclass
@@ -223,6 +315,7 @@ Commands = (
     Annotated[Submit, subcommand("submit")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Profile, subcommand("profile")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Calibrate, subcommand("calibrate")]
@@ -244,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         Commands,
         prog="copus",
         description=DESCRIPTION,
-        args=arguments,
+        args=_in_full(sys.argv[1:] if arguments is None else arguments),
         config=(FlagCreatePairsOff, OmitArgPrefixes),
     )
     from copus.job import JobError  # after the parsing: --help needs none of it
@@ -261,6 +354,14 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (`head`, a pager) has seen enough; keep the interpreter's own flush quiet too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _in_full(arguments: list[str]) -> list[str]:
+    """`copus profile JOB.yaml` as `copus profile run JOB.yaml`."""
+    asks = {"run", "show", "import", "-h", "--help"}
+    if arguments[:1] == ["profile"] and len(arguments) > 1 and asks.isdisjoint(arguments[1:]):
+        return ["profile", "run", *arguments[1:]]
+    return arguments
 
 
 if __name__ == "__main__":

@@ -21,6 +21,22 @@ INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 TRAINING, VALIDATION, NOISE, BATCH, THROUGHPUT = "#9fb3c8", "#d64545", "#8719e0", "#1f2933", "#0f8a6d"
 LAYOUTS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
 """One colour for each layout, in the order in which the run came to them."""
+STYLE = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
+"""What every picture has: muted axes, a light grid, letters that stay letters in SVG."""
 SMOOTHED_STEPS = 15
 """Steps in the running median of throughput."""
 
@@ -49,17 +65,12 @@ def plot(run_text: str, output: Path | None, *, as_json: bool = False) -> int:
     """Draw a run to a file. Raises JobError without matplotlib, without steps, or where the file cannot be written."""
     run = find_run(run_text)
     output = output or run / "plot.png"
-    if output.suffix not in (".png", ".svg", ".pdf"):
-        raise JobError(f"--output {output}: expected a name that ends in .png, .svg or .pdf")
-    try:
-        import matplotlib
-    except ImportError:
-        raise JobError("copus plot needs matplotlib: pip install 'copus[plot]'") from None
-    matplotlib.use("Agg")
+    check_output("--output", output)
+    need_matplotlib("copus plot")
     series = series_of(run)
     if not series.training:
         raise JobError(f"{shown(run)}: no step has been trained yet, there is nothing to draw")
-    _save(draw(series, title=run.name), output)
+    save(draw(series, title=run.name), output, "--output")
     print(json.dumps({"output": str(output)}) if as_json else shown(output.absolute()))
     return 0
 
@@ -110,22 +121,7 @@ def draw(series: Series, title: str) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    style = {
-        "font.size": 9,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": MUTED,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": GRID,
-        "legend.frameon": False,
-        "svg.fonttype": "none",
-    }
-    with rc_context(style):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9, 8.2), layout="constrained")
         axes = figure.subplots(4, 1, sharex=True, height_ratios=[3, 3, 1, 2])
         _draw_loss(axes[0], series)
@@ -241,8 +237,23 @@ def _columns(rows: list[Any]) -> list[list[float]]:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def _save(figure: "Figure", output: Path) -> None:
-    """Write the picture whole or not at all."""
+def check_output(option: str, output: Path) -> None:
+    """Raise JobError for a file that is no picture by its name."""
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise JobError(f"{option} {output}: expected a name that ends in .png, .svg or .pdf")
+
+
+def need_matplotlib(command: str) -> None:
+    """Make matplotlib draw to files only. Raises JobError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise JobError(f"{command} needs matplotlib: pip install 'copus[plot]'") from None
+    matplotlib.use("Agg")
+
+
+def save(figure: "Figure", output: Path, option: str) -> None:
+    """Write the picture whole or not at all. Raises JobError, naming the option, where it cannot be written."""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=output.absolute().parent, suffix=output.suffix)
         os.close(descriptor)
@@ -253,4 +264,4 @@ def _save(figure: "Figure", output: Path) -> None:
         finally:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
-        raise JobError(f"--output {output}: {error.strerror}") from None
+        raise JobError(f"{option} {output}: {error.strerror}") from None

@@ -1,15 +1,27 @@
-"""`copus profile`: measure the throughput of a job's configurations and keep it."""
+"""`copus profile run`: measure the throughput of a job's configurations and keep it."""
 
 import json
 from pathlib import Path
 
-from copus.job import load_job
-from launch.attend import attend
+from rich.console import Console
+
+from copus.job import JobConfig, JobError, load_job
+from copus.profilers import TRIED, Installed, find_profiler
+from launch.attend import Outcome, attend
 from launch.data import check, prepare
-from launch.engines import engine_of
+from launch.engines import LocalEngine, engine_of
 from launch.interrupts import Interrupts
+from launch.process import python_module
 from launch.progress import SteadyConsole
 from launch.run_directory import create_run, discard_run, lock_run, portable
+
+
+class AloneEngine(LocalEngine):
+    """One process on this machine, for a profiler that wants no ranks."""
+
+    def command(self, run: Path, job: JobConfig, session: str, profile_only: bool) -> list[str]:
+        """Without torch's agent: there is nobody to meet."""
+        return python_module("copus.profiling.alone", run)
 
 
 def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> int:
@@ -17,24 +29,30 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
     job = portable(load_job(job_file, overrides))
     if job.profile.when == "never":  # about training, and this command is no training
         job = job.model_copy(update={"profile": job.profile.model_copy(update={"when": "missing"})})
-    engine = engine_of(job)
-    check(job)
+    console = SteadyConsole(stderr=True, highlight=False)
+    alone = _profiler(job).processes == "one"
+    if not alone:
+        engine = engine_of(job)
+        check(job)
     with Interrupts() as interrupts:
         run = create_run(job, suffix="-profile")
         with lock_run(run) as lock:
-            code = prepare(job, run / "job.yaml", interrupts)
-            if code:
-                discard_run(run)
-                return code
-            outcome = attend(
-                engine, run, job, lock, interrupts, SteadyConsole(stderr=True, highlight=False), profile_only=True
-            )
+            if alone:
+                outcome = profile_alone(run, job, lock, interrupts, console)
+                assert outcome is not None, "it wants one process"
+            else:
+                code = prepare(job, run / "job.yaml", interrupts)
+                if code:
+                    discard_run(run)
+                    return code
+                outcome = attend(engine, run, job, lock, interrupts, console, profile_only=True)
     last = outcome.status.profile
     measured = last.done if last else 0
     if as_json:
         result = {
             "table": str(job.profile.table),
             "run": str(run),
+            "profiler": job.profile.profiler,
             "measured": measured,
             "exit_code": outcome.exit_code,
         }
@@ -42,3 +60,36 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
     elif outcome.exit_code == 0:
         print(f"{measured} measured" if measured else "nothing was missing", f"in {job.profile.table}")
     return outcome.exit_code
+
+
+def profile_alone(run: Path, job: JobConfig, lock: int, interrupts: Interrupts, console: Console) -> Outcome | None:
+    """Run a job's profiler where it wants a process of its own; None where it runs in the job, or not at all.
+
+    Where the process dies while it measures, another one writes that down and goes on with the next configuration.
+    """
+    if job.profile.when == "never" or _profiler(job).processes == "all":
+        return None
+    while True:
+        outcome = attend(AloneEngine(), run, job, lock, interrupts, console, profile_only=True)
+        if outcome.reason != "failed" or outcome.status.failure or not (run / TRIED).exists():
+            return outcome
+
+
+def check_profiler(job: JobConfig) -> None:
+    """Raise JobError where a job that trains could not use what its profiler measures."""
+    if job.profile.when != "never" and _profiler(job).shards:
+        raise JobError(
+            f"profile.profiler({job.profile.profiler}) measures shards without the network, which the planner "
+            "cannot take for steps: it is for `copus profile run`; to train, set profile.profiler: live, or "
+            "profile.when: never"
+        )
+
+
+def _profiler(job: JobConfig) -> Installed:
+    """The job's profiler. Raises JobError where it cannot be imported."""
+    found = find_profiler(job.profile.profiler)
+    try:
+        assert found.processes
+    except ValueError as error:
+        raise JobError(f"profile.profiler: {error}") from None
+    return found

@@ -133,16 +133,23 @@ class Progress:
         status = self._status
         facts = self._facts()
         heading = Text.assemble((shown(self._run), "bold"), f"   {duration(self.elapsed_seconds)}")
+        if status.profile:
+            return Group(heading, _bar(status.profile.done / status.profile.total, facts[0][1]))
         if len(facts) == 1:  # not training yet
             return Group(heading, Text(facts[0][1]))
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(ProgressBar(total=1.0, completed=status.fraction, width=40), facts[0][1])
+        bar = _bar(status.fraction, facts[0][1])
         grid = Table.grid(padding=(0, 2))
         cells = [cell for name, value in facts[1:] for cell in (Text(name, style="dim"), Text(value))]
         for first in range(0, len(cells), 6):
             grid.add_row(*cells[first : first + 6])
         last = Text(status.last_change or "no decision yet", style="dim", overflow="ellipsis", no_wrap=True)
         return Group(heading, bar, grid, last)
+
+
+def _bar(fraction: float, text: str) -> Table:
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(ProgressBar(total=1.0, completed=fraction, width=40), Text(text))
+    return bar
 
 
 def loss(value: float | None) -> str:

@@ -1,27 +1,24 @@
 """`copus simulate`: what each policy would make of a job, and whether adapting is worth it, before it runs."""
 
 import json
-from collections import defaultdict
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from copus.events import Noise, Reconfigure, Start, read_events
 from copus.job import JobConfig, JobError, load_job
 from launch.follow import without_replays
 from launch.run_directory import find_run, shown
+from planner.look_ahead import look_ahead
 from planner.menu import Floats, Menu
 from planner.plan import Plan
 from planner.policy import Policy, make_policy
 from planner.simulator.compare import Row, Setting, compare
 from planner.simulator.trajectory import geometric, linear, power, published_schedules, through
-from planner.space import candidates
 from planner.wording import duration, sequences
-from profiles.configuration import Configuration
-from profiles.measurement import Fingerprint, Measurement
-from profiles.throughput import Throughput
+from profiles.table import ThroughputTable
 
 LAWS = {"geometric": geometric, "linear": linear, "power": power}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -132,42 +129,26 @@ def _published(noise: str) -> tuple[Floats, str]:
 
 
 def _throughputs(job: JobConfig) -> tuple[Menu, Floats, str]:
-    """What may be chosen and has a time, with samples a second, and where these come from."""
-    rows = _rows(job)
-    known = Throughput(rows)
+    """What may be chosen, with samples a second, and where these come from: the table, and the cost model beyond it."""
     start = job.training.configuration
-    found: list[Configuration] = []
-    speeds: list[float] = []
-    for configuration in candidates(job.planner, job.model, job.cluster, start):
-        prediction = known.predict(configuration)
-        if prediction is not None and prediction.step_seconds:
-            found.append(configuration)
-            speeds.append(configuration.global_batch / prediction.step_seconds)
-    if start not in found:
-        raise JobError(
-            f"{job.profile.table}: no time of {start.label}, with which the job starts, for this model on "
-            f"{job.cluster.accelerators} accelerators; `copus profile` measures it"
-        )
-    return Menu.of(found), np.array(speeds), f"{len(rows)} rows of {rows[0].fingerprint.hardware}"
-
-
-def _rows(job: JobConfig) -> list[Measurement]:
-    """Rows of this model on so many accelerators, of the machine that has most of them."""
-    groups: defaultdict[Fingerprint, list[Measurement]] = defaultdict(list)
-    table = job.profile.table.expanduser()
     try:
-        lines = table.read_bytes().splitlines()
+        rows = ThroughputTable(job.profile.table).rows()
+        prospects = look_ahead(job.planner, job.model, job.cluster, job.training.precision, start, rows)
     except OSError as error:
-        raise JobError(f"profile.table({job.profile.table}): {error.strerror}; `copus profile` makes it") from None
-    digest = job.model.digest
-    for line in lines:
-        try:
-            row = Measurement.model_validate_json(line)
-        except ValidationError:
-            continue
-        if row.fingerprint.model == digest and row.configuration.layout.accelerators == job.cluster.accelerators:
-            groups[row.fingerprint].append(row)
-    return max(groups.values(), key=len, default=[])
+        raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
+    except ValueError as error:
+        raise JobError(f"cluster.{error}") from None
+    usable = [
+        each
+        for each in prospects.expectations
+        if each.step_seconds and (not each.refusal or each.configuration == start)
+    ]
+    if all(each.configuration != start for each in usable):
+        raise JobError(f"{start.label}, with which the job starts, has no time: {prospects.start.refusal or 'unknown'}")
+    predicted = sum(each.source == "predicted" for each in usable)
+    source = f"{prospects.measured_rows} measured rows; {predicted} of {len(usable)} by the cost model"
+    speeds = [each.configuration.global_batch / (each.step_seconds or math.inf) for each in usable]
+    return Menu.of([each.configuration for each in usable]), np.array(speeds), source
 
 
 def _measured_cost(run: str | None) -> float | None:
@@ -227,9 +208,7 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
         console.width = 200  # a file or a pipe has no width to fit into
     label = [configuration.label for configuration in setting.menu.configurations]
     console.print(f"noise       {said}; estimates ± {setting.noise:.0%}, c × {setting.factor_error:g}", soft_wrap=True)
-    console.print(
-        f"throughput  {source}; {len(label)} configurations; a layout move takes {setting.move_seconds[2]:.3g} s"
-    )
+    console.print(f"throughput  {source}; a layout move takes {setting.move_seconds[2]:.3g} s")
     console.print(f"objective   {setting.objective}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("policy")

@@ -14,6 +14,7 @@ from launch.data import check, prepare
 from launch.engines import engine_of
 from launch.follow import Follower
 from launch.interrupts import Interrupts
+from launch.profile import check_profiler, profile_alone
 from launch.progress import SteadyConsole
 from launch.run_directory import create_run, discard_run, find_run, lock_run, portable, shown, write_job
 from launch.status import RunStatus, count, duration
@@ -29,6 +30,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, *, a
     job = portable(load_job(job_file, overrides))
     engine = engine_of(job)
     check(job)
+    check_profiler(job)
     with Interrupts() as interrupts:
         run = create_run(job)
         with lock_run(run) as lock:
@@ -36,7 +38,9 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, *, a
             if code:  # it has said why
                 discard_run(run)
                 return code
-            outcome = attend(engine, run, job, lock, interrupts, console)
+            outcome = profile_alone(run, job, lock, interrupts, console)
+            if outcome is None or outcome.exit_code == 0:
+                outcome = attend(engine, run, job, lock, interrupts, console)
     return _conclude(outcome, run, console, as_json)
 
 

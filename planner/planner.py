@@ -10,13 +10,14 @@ from planner.efficiency import statistical_efficiency
 from planner.factor_check import FactorCheck
 from planner.forecast import NoiseForecast
 from planner.goodput import goodput
+from planner.memory_check import MemoryCheck
 from planner.menu import Menu, rung_of
 from planner.move_costs import MoveCosts
 from planner.norm_test import plug_in_batch
 from planner.outlook import Outlook, log_error
 from planner.policy import make_policy
 from planner.situation import Choice, Situation
-from planner.space import candidates
+from planner.space import candidates, noise_measurable
 from planner.wording import noise_in_words, percent
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
@@ -52,6 +53,7 @@ class Planner:
         start: Configuration,
         throughput: Throughput,
         number: int = 0,
+        memory: MemoryCheck | None = None,
         total_samples: int | None = None,
     ) -> None:
         """`total_samples` is the length of the job in sequences; None where nobody knows."""
@@ -59,6 +61,7 @@ class Planner:
         self.throughput = throughput
         self.candidates = candidates(config, model, cluster, start)
         """Configurations that may be chosen."""
+        self._does_not_fit = memory.refusals(self.candidates) if memory else {}
         self.policy = make_policy(config)
         self.number = number
         """Number of the next decision; a resumed job sets it."""
@@ -172,11 +175,7 @@ class Planner:
         return f"the noise scale cannot be told yet after {noise.samples} steps"
 
     def _noise_measurable(self, configuration: Configuration) -> bool:
-        """Whether a step has two parts to compare; a lone micro-batch is run as two halves where it is even."""
-        replicas = configuration.layout.dp
-        if self.config.noise_source == "replica":
-            return replicas > 1
-        return replicas * configuration.num_microbatches > 1 or configuration.micro_batch % 2 == 0
+        return noise_measurable(configuration, self.config.noise_source)
 
     def _score(
         self, configuration: Configuration, critical_batch: float | None, current_goodput: float | None
@@ -212,7 +211,7 @@ class Planner:
     def _refusal(self, configuration: Configuration, prediction: Prediction | None) -> str:
         """Why a candidate may not be chosen whatever the noise; empty where it may."""
         if prediction is None:
-            return "not measured"
+            return self._does_not_fit.get(configuration, "not measured")
         if prediction.failure:
             return prediction.failure
         step_seconds, spread_seconds = prediction.step_seconds, prediction.spread_seconds

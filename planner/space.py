@@ -40,6 +40,14 @@ def layouts(model: ModelShape, cluster: Cluster, start: Layout) -> list[Layout]:
     return found if start in found else [start, *found]
 
 
+def noise_measurable(configuration: Configuration, noise_source: str) -> bool:
+    """Whether a step has two parts to compare; a lone micro-batch is run as two halves where it is even."""
+    replicas = configuration.layout.dp
+    if noise_source == "replica":
+        return replicas > 1
+    return replicas * configuration.num_microbatches > 1 or configuration.micro_batch % 2 == 0
+
+
 def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
     for tp in _divisors(accelerators):
         for pp in _divisors(accelerators // tp):

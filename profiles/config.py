@@ -1,7 +1,7 @@
 """The `profile` section of a job file."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -21,6 +21,13 @@ class ProfileConfig(Record):
     """Steps run and not counted before each measurement."""
     steps: PositiveInt = Field(default=3, ge=2)
     """Steps timed for each measurement, in each round."""
-    rounds: PositiveInt = 2
-    """Times that the whole set is gone through, so that a slow moment of the machine hits one round and not one
-    layout."""
+    rounds: PositiveInt = 3
+    """Most times that a configuration is measured. After the first round only those are measured again that may still
+    turn out to be the fastest at some global batch; measuring ends when there are none."""
+    settled_within: float = Field(default=0.02, ge=0)
+    """A configuration that could be faster than the fastest by less than this share is not measured again for that."""
+    profiler: str = "live"
+    """What measures. live: the job itself, moved through the configurations. single: one accelerator, a rank's shard by
+    itself. published: a CSV file, `options: {csv: FILE}`. Or the name of an installed plugin."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the profiler: what it takes is its own business."""

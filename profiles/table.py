@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,19 +11,34 @@ from profiles.measurement import Fingerprint, Measurement
 
 
 class ThroughputTable:
-    """A JSONL file of `Measurement`. Several jobs may append to it at once; nothing is ever rewritten."""
+    """A JSONL file of `Measurement`. Several jobs may append to it at once; nothing is ever rewritten.
+
+    `profiles.query` filters and summarises such files, several at once.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).expanduser()
         self.skipped = 0
         """Lines that the last `rows` could not read: torn by a crash, or written by another version."""
 
-    def rows(self, fingerprint: Fingerprint) -> list[Measurement]:
-        """The measurements of this model, software and hardware, oldest line first; none where the file does not exist.
+    def rows(self, fingerprint: Fingerprint | None = None) -> list[Measurement]:
+        """The steps measured of this model, software and hardware (without them: all), oldest line first; none where
+        the file does not exist. Shards measured alone are no steps: `shards` has them.
 
         Lines that are no measurement are skipped and counted in `skipped`, with one warning. Raises OSError where the
         file cannot be read.
         """
+        return [row for row in self._read(fingerprint) if not row.shard]
+
+    def shards(self, fingerprint: Fingerprint) -> list[Measurement]:
+        """What one accelerator measured of single shards, for the same fingerprint; else as `rows`."""
+        return [row for row in self._read(fingerprint) if row.shard]
+
+    def everything(self) -> list[Measurement]:
+        """All rows, of whatever fingerprint, steps and shards; else as `rows`."""
+        return self._read(None)
+
+    def _read(self, fingerprint: Fingerprint | None) -> list[Measurement]:
         self.skipped = 0
         found = []
         try:
@@ -35,23 +51,29 @@ class ThroughputTable:
             except ValidationError:
                 self.skipped += 1
                 continue
-            if measurement.fingerprint == fingerprint:
+            if fingerprint is None or measurement.fingerprint == fingerprint:
                 found.append(measurement)
         if self.skipped:
-            warnings.warn(f"{self.path}: skipped {self.skipped} of {len(lines)} lines, not measurements", stacklevel=2)
+            warnings.warn(f"{self.path}: skipped {self.skipped} of {len(lines)} lines, not measurements", stacklevel=3)
         return found
 
     def add(self, measurement: Measurement) -> None:
         """Append one row durably, in one write; makes the folder. Raises OSError where it cannot."""
+        self.extend([measurement])
+
+    def extend(self, measurements: Iterable[Measurement]) -> None:
+        """Append rows durably, all in one write; makes the folder. Raises OSError where it cannot."""
+        text = b"".join(measurement.model_dump_json().encode() + b"\n" for measurement in measurements)
+        if not text:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = measurement.model_dump_json().encode() + b"\n"
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(file).st_size
             if size and os.pread(file, 1, size - 1) != b"\n":
-                line = b"\n" + line  # a crash tore the last line: do not let it swallow this one
-            if os.write(file, line) != len(line):
-                raise OSError(f"{self.path}: the disk took only a part of a row")
+                text = b"\n" + text  # a crash tore the last line: do not let it swallow this one
+            if os.write(file, text) != len(text):
+                raise OSError(f"{self.path}: the disk took only a part of what was added")
             os.fsync(file)
         finally:
             os.close(file)

@@ -15,6 +15,8 @@ from profiles.layout import Layout
 from profiles.measurement import Measurement
 from profiles.record import Record
 
+OUT_OF_MEMORY = "out of memory"
+"""The failure of a `Measurement` for lack of memory."""
 FAR = 4
 """A count beyond this many times the largest measured one is called extrapolated."""
 SEEN_STEPS = 5

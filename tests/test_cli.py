@@ -9,8 +9,20 @@ import pytest
 from launch_events import DATA, TENSOR, decision, reconfigure, start, step, write_run
 from launch_jobs import copus_here, copus_process
 
-HEAVY = ("torch", "megatron", "numpy", "matplotlib", "tokenizers", "tensorboard")
-COMMANDS = ("submit", "data", "profile", "explain", "plot", "calibrate", "simulate")
+HEAVY = ("torch", "megatron", "numpy", "matplotlib", "tokenizers", "tensorboard", "duckdb")
+COMMANDS = (
+    "submit",
+    "data",
+    "profile",
+    "profile run",
+    "profile show",
+    "profile import",
+    "plan",
+    "explain",
+    "plot",
+    "calibrate",
+    "simulate",
+)
 
 
 def imported(folder: Path, *arguments: str) -> set[str]:
@@ -44,7 +56,7 @@ def test_help_and_explain_import_nothing_heavy(run: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        copus_here(command, "--help")
+        copus_here(*command.split(), "--help")
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert f"copus {command} " in text.partition("Example")[2]

@@ -1,16 +1,22 @@
 """Measuring before training: what is run, what is written, and jobs shorter than the batches that are measured."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from copus.backends.base import StepResult
+from copus.backends.megatron import backend as backend_module
 from copus.backends.megatron.backend import MegatronBackend
 from copus.events import Profile
-from copus.job import JobConfig
-from copus.profiling import profile_missing
+from copus.job import JobConfig, JobError
+from copus.profiling.live import profile_missing
 from planner.space import candidates
+from profiles.layout import Layout
 from profiles.measurement import Measurement
+from profiles.model_shape import ModelShape
 from profiles.table import ThroughputTable
 from profiles.throughput import Throughput
 from tests.megatron_jobs import random_batches, tiny_job
@@ -34,8 +40,57 @@ def _profile(table: Path) -> tuple[list[Profile], list[Measurement]]:
         return random_batches(first, count)
 
     events: list[Profile] = []
-    profile_missing(job, backend, batches, events.append, lambda: False)
+    profile_missing(job, table.parent, backend, batches, events.append, lambda: False)
     return events, ThroughputTable(table).rows(backend.fingerprint())
+
+
+def _cramped(table: Path) -> tuple[list[Measurement], str | None]:
+    """What was measured where rank 1 has no memory for tensor parallelism, nor any rank for micro-batches of 4; and how
+    it ended."""
+    job = _job(table)
+    backend = MegatronBackend(job, torch.device("cpu"))
+    build, step = backend_module.build_model, backend.train_step
+
+    def build_model(shape: ModelShape, layout: Layout, *others: Any) -> Any:
+        if layout.tp == 2 and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(shape, layout, *others)
+
+    def train_step(*arguments: Any) -> StepResult:
+        if backend.configuration.micro_batch == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*arguments)
+
+    backend_module.build_model, backend.train_step = build_model, train_step  # type: ignore[method-assign]
+    ended = None
+    try:
+        profile_missing(job, table.parent, backend, random_batches, lambda event: None, lambda: False)
+    except JobError as error:
+        ended = str(error)
+    return ThroughputTable(table).rows(backend.fingerprint()), ended
+
+
+@pytest.mark.dist
+def test_a_lack_of_memory_is_noted_and_what_all_ranks_know_of_ends_nothing(tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    attempts = 0
+    while True:
+        attempts += 1
+        results = run_ranks(2, _cramped, table)
+        if results[0][1] is None:
+            break
+        # A rank that runs out in the middle of a step ends the workers; the agent starts them again.
+        assert "out of memory; noted in" in results[0][1]
+        assert attempts < 5
+    rows, _ = results[0]
+    failed = {row.configuration for row in rows if row.failure}
+    assert {each.layout.tp for each in failed if each.micro_batch < 4} == {2}
+    known = Throughput(rows)
+    job = _job(table)
+    for candidate in candidates(job.planner, job.model, job.cluster, job.training.configuration):
+        prediction = known.predict(candidate)
+        assert prediction is not None, candidate.label
+        assert (prediction.failure is not None) == (candidate.layout.tp == 2 or candidate.micro_batch == 4)
 
 
 @pytest.mark.dist

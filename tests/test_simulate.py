@@ -19,7 +19,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     path = write_job(tmp_path, planner={"every_samples": 4, "max_micro_batch": 1, "min_global_batch": 2})
     model = load_job(path).model
-    here = Fingerprint(model=model.digest, precision="fp32", backend="b", hardware="2 × h", software="s")
+    here = Fingerprint(model=model.digest, precision="fp32", backend="b", hardware="2 × h core", software="s")
     times = {(2, 1): {2: 0.10, 64: 2.0}, (1, 2): {2: 0.22, 64: 1.2}}
     rows = [
         Measurement(
@@ -90,8 +90,8 @@ def test_a_picture(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--noise", "1:2", "--seeds", "0"], "--seeds"),
         (["--noise", "none.csv:A"], "none.csv"),
         (["--noise", "1:2", "--plot", "p.txt"], "--plot p.txt"),
-        (["--noise", "1:2", "--set", "profile.table=none.jsonl"], "none.jsonl"),
-        (["--noise", "1:2", "--set", "training.micro_batch=4"], "copus profile"),
+        (["--noise", "1:2", "--set", "cluster.accelerator=abacus"], "abacus"),
+        (["--noise", "1:2", "--set", "profile.table=."], "profile.table"),
         (["--like", "nobody"], "nobody"),
     ],
 )

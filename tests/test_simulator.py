@@ -11,7 +11,15 @@ from benchmarks import policies
 from planner.menu import Menu
 from planner.policy import Copus, Static
 from planner.simulator.simulate import Runs, oracle, simulate
-from planner.simulator.trajectory import POINTS, geometric, power, published_schedules, steps, through
+from planner.simulator.trajectory import (
+    POINTS,
+    geometric,
+    kaplan_critical_batch,
+    power,
+    published_schedules,
+    steps,
+    through,
+)
 from planner.switching import Goodput
 
 BATCHES = (2, 4, 8, 16, 32, 64)
@@ -94,6 +102,7 @@ def test_drift_and_correlated_errors_are_survived():
 def test_trajectories():
     assert (geometric(2, 64)[0], geometric(2, 64)[-1]) == pytest.approx((2, 64))
     assert power(2, 64)[0] == 2
+    assert kaplan_critical_batch(3.0, 1) == pytest.approx(1.08e6, rel=0.01), "some 10^6 tokens at a loss of 3"
     assert steps([0.25, 1.0], [1.0, 5.0])[[0, 100, 300, -1]].tolist() == [1.0, 1.0, 5.0, 5.0]
     assert through([1.0, 0.0], [100.0, 1.0])[POINTS // 2] == pytest.approx(10.0)
 

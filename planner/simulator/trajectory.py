@@ -33,12 +33,9 @@ def power(first: float, last: float, exponent: float = 0.5) -> Floats:
     return np.maximum(first, last * grid() ** exponent)
 
 
-def kaplan(first_loss: float, last_loss: float, seq_len: int, exponent: float = 4.8, scale: float = 2.1e8) -> Floats:
-    """φ = scale · L^−exponent tokens (Kaplan et al. 2001.08361, fig. 10), for a loss that falls as progress^−0.3 does:
-    S_min^−0.76 is theirs for the step count; over one run, where much of the loss stays, it is nearer to −0.1…−0.3."""
-    start = (last_loss / first_loss) ** (1 / 0.3)
-    loss = last_loss * np.maximum(grid(), start) ** -0.3
-    return np.asarray(scale * loss**-exponent / seq_len)
+def kaplan_critical_batch(loss: float, seq_len: int) -> float:
+    """φ in sequences at a loss in nats a token: 2.1·10⁸ · L^−4.8 tokens (Kaplan et al., 2001.08361, fig. 10)."""
+    return 2.1e8 * loss**-4.8 / seq_len
 
 
 def steps(ends: Sequence[float], batches: Sequence[float]) -> Floats:

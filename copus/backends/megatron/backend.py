@@ -1,7 +1,6 @@
 """Megatron-core behind `copus.backends.base.Backend`."""
 
 import gc
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch.distributed as dist
 from copus.agreement import RankError, together
 from copus.backends.base import Batches, Moved, StepResult, StepRules
 from copus.backends.megatron import checkpoint, cpu, groups, step, upstream
+from copus.backends.megatron.fingerprint import fingerprint
 from copus.backends.megatron.limits import check_layout
 from copus.backends.megatron.move_plan import plan_move
-from copus.hardware import PhaseClock, hardware_name, peak_memory_bytes, reset_peak_memory, software_name
+from copus.hardware import PhaseClock, peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig
 from copus.noise.sources import split
 from copus.reshard.execute import Fields, Place, reshard
@@ -79,13 +79,7 @@ class MegatronBackend:
 
     def fingerprint(self) -> Fingerprint:
         """What measurements made here are about."""
-        return Fingerprint(
-            model=self._job.model.digest,
-            precision=self._job.training.precision,
-            backend=f"megatron-core {version('megatron-core')}",
-            hardware=hardware_name(self._job.cluster),
-            software=software_name(),
-        )
+        return fingerprint(self._job)
 
     def build(self, configuration: Configuration) -> None:
         """Make groups, model and optimizer from nothing; what was built before is torn down. Raises ValueError for a
@@ -175,6 +169,11 @@ class MegatronBackend:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         groups.leave_groups()
+
+    def close(self) -> None:
+        """Let go of model and groups; what is built next makes its own. Collective."""
+        self._tear_down()
+        groups.destroy_groups()
 
     def train_step(
         self, batches: Batches, first_sample: int, rules: StepRules, noise_source: str | None, stop: bool

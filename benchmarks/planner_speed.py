@@ -1,0 +1,156 @@
+"""How fast are predictions, and how long does the whole space of a large job take?
+
+    python -m benchmarks.planner_speed [--quick] [--json]
+
+One core: what is reported are processor seconds, summed over all threads, as the machine may be busy; the wall clock
+is printed beside them. The space: a 1 T model (128 layers, hidden 25,600) on 16,384 H100, every layout, micro-batch,
+recomputation and ZeRO stage for five global batches.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from profiles.cluster import Cluster
+from profiles.configurations import Configurations
+from profiles.cost import CostModel, Timings
+from profiles.cost.accelerator import accelerator
+from profiles.cost.select import select
+from profiles.enumerate import enumerate_configurations
+from profiles.model_shape import ModelShape
+
+# The memory model, where this build has it; else the space is enumerated and predicted alone, and the output says so.
+MemoryModel: Any = import_module("profiles.memory").MemoryModel if find_spec("profiles.memory") else None
+MODEL = ModelShape(
+    **{"layers": 128, "hidden": 25600, "ffn_hidden": 102400, "heads": 160, "kv_heads": 160},
+    **{"seq_len": 2048, "vocab": 51200, "gated_mlp": False, "tied_embeddings": True},
+)
+"""Megatron-LM's trillion (2104.04473, table 1)."""
+CLUSTER = Cluster(nodes=2048, accelerators_per_node=8, accelerator="h100-sxm")
+GLOBAL_BATCHES = (1024, 2048, 4096, 8192, 16384)
+PRECISION = "bf16"
+MARGIN = 0.1
+"""Share of an accelerator's memory that is left free."""
+FITTED = 12
+"""Rows of the fitted model that is timed too."""
+
+
+def timed(what: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Processor seconds (median, lowest, highest) and wall seconds (median) of a call."""
+    busy, wall = [], []
+    for _ in range(repeats):
+        start, began = time.process_time(), time.perf_counter()
+        what()
+        busy.append(time.process_time() - start)
+        wall.append(time.perf_counter() - began)
+    return {
+        "seconds": statistics.median(busy),
+        "low": min(busy),
+        "high": max(busy),
+        "wall_seconds": statistics.median(wall),
+    }
+
+
+def space() -> Configurations:
+    """The whole space."""
+    return enumerate_configurations(MODEL, CLUSTER, GLOBAL_BATCHES, max_tp=32, max_vp=64, max_cp=16)
+
+
+def plan(cost: CostModel) -> tuple[Configurations, Any, Any]:
+    """Enumerate, check for memory, predict what fits."""
+    found = space()
+    fits = None
+    if MemoryModel is not None:
+        fits = MemoryModel().fits(MODEL, found, PRECISION, accelerator(CLUSTER.accelerator).memory_bytes, MARGIN)
+        found = found.take(fits)
+    return found, fits, cost.predict(MODEL, CLUSTER, found, PRECISION, coverage=None)
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """All timings."""
+    repeats = 3 if quick else 7
+    cost, everything = CostModel(), space()
+    many = everything.take(np.resize(np.arange(len(everything)), 200_000 if quick else 1_000_000))
+    fast = timed(lambda: cost.predict(MODEL, CLUSTER, many, PRECISION, coverage=None), repeats)
+    some = many.take(np.arange(50_000))
+    sure = timed(lambda: cost.predict(MODEL, CLUSTER, some, PRECISION), repeats)
+    fitted = _fitted(cost, everything)
+    measured = timed(lambda: fitted.predict(MODEL, CLUSTER, some, PRECISION, coverage=None), repeats)
+    enumerated = timed(space, repeats)
+    whole = timed(lambda: plan(cost), repeats)
+    found, fits, _ = plan(cost)
+    return {
+        "benchmark": "planner_speed",
+        "quick": quick,
+        "predictions_per_second": len(many) / fast["seconds"],
+        "predictions_per_second_low": len(many) / fast["high"],
+        "predictions_per_second_high": len(many) / fast["low"],
+        "predictions": len(many),
+        "with_interval_per_second": len(some) / sure["seconds"],
+        "fitted_per_second": len(some) / measured["seconds"],
+        "fitted_rows": fitted.rows,
+        "space_configurations": len(everything),
+        "space_that_fit": len(found) if fits is not None else None,
+        "space_checked_for_memory": fits is not None,
+        "enumerate_seconds": enumerated["seconds"],
+        "space_seconds": whole["seconds"],
+        "space_seconds_low": whole["low"],
+        "space_seconds_high": whole["high"],
+        "space_wall_seconds": whole["wall_seconds"],
+    }
+
+
+def _fitted(cost: CostModel, everything: Configurations) -> CostModel:
+    """A model with rows: the predictions themselves, 10 % slower."""
+    chosen = everything.take(select(cost, MODEL, CLUSTER, everything, PRECISION, FITTED))
+    seconds = 1.1 * cost.predict(MODEL, CLUSTER, chosen, PRECISION, coverage=None).seconds
+    return cost.fit([Timings(MODEL, CLUSTER, PRECISION, chosen, seconds)])
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Lines for people."""
+    r = result
+    console.print(
+        f"predictions/s, no rows: {r['predictions_per_second']:,.0f} ({r['predictions_per_second_low']:,.0f} to "
+        f"{r['predictions_per_second_high']:,.0f}; {r['predictions']:,} at once); with an interval "
+        f"{r['with_interval_per_second']:,.0f}; fitted to {r['fitted_rows']} rows {r['fitted_per_second']:,.0f}"
+    )
+    memory = (
+        f"{r['space_that_fit']:,} fit"
+        if r["space_checked_for_memory"]
+        else "not checked for memory: no memory model here"
+    )
+    console.print(
+        f"{MODEL.parameters / 1e12:.2f} T parameters on {CLUSTER.accelerators:,} accelerators: "
+        f"{r['space_configurations']:,} configurations, {memory}; {r['space_seconds']:.2f} s "
+        f"({r['space_seconds_low']:.2f} to {r['space_seconds_high']:.2f}), of which "
+        f"enumeration {r['enumerate_seconds']:.2f}; wall clock {r['space_wall_seconds']:.2f} s"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.planner_speed", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer predictions and repeats")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    options = parser.parse_args(arguments)
+    result = run(options.quick)
+    show(result, Console(stderr=options.json, highlight=False))
+    if options.json:
+        print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Which profilers are installed: those that come with copus, and plugins."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from profiles.profiler import Processes, ProfilerType
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+GROUP = "copus.profilers"
+"""The entry points of plugins."""
+TRIED = "profiling.json"
+"""In the run directory while something is measured: workers that start and find it know what ended those before."""
+BUILT_IN: dict[str, tuple[str, Processes, bool]] = {
+    "live": ("copus.profiling.live:LiveProfiler", "all", False),
+    "single": ("copus.profiling.single:SingleProfiler", "one", True),
+    "published": ("profiles.published:PublishedProfiler", "one", False),
+}
+"""Name → where it is, `processes` and `shards`. Not entry points: a checkout that is not installed has none."""
+BUILT_IN_OPTIONS: dict[str, tuple[str, ...]] = {"live": (), "single": (), "published": ("csv",)}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A profiler that can be named in `profile.profiler`."""
+
+    name: str
+    """As in the job file."""
+    place: str
+    """`module:attribute`."""
+    source: str
+    """`built in`, or the distribution that has it, with its version."""
+    known: tuple[Processes, bool] | None = None
+    """`processes` and `shards`, where they are known without importing it."""
+
+    @property
+    def processes(self) -> Processes:
+        """How many processes it wants. Imports a plugin, and no built-in one; raises as `load` does."""
+        return self.known[0] if self.known else self.load().processes
+
+    @property
+    def shards(self) -> bool:
+        """Whether it measures shards and no steps. As `processes`."""
+        return self.known[1] if self.known else self.load().shards
+
+    def load(self) -> ProfilerType:
+        """Import it. Raises ValueError, in one line, where that fails or it is no profiler."""
+        import importlib
+
+        module, _, attribute = self.place.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for name in attribute.split("."):
+                found = getattr(found, name)
+        except Exception as error:  # a stranger's module may raise anything
+            raise ValueError(f"profiler {self.name} ({self.source}): {type(error).__name__}: {error}") from error
+        fits = getattr(found, "processes", None) in ("one", "all") and getattr(found, "shards", None) in (True, False)
+        if not callable(found) or not fits:
+            raise ValueError(
+                f"profiler {self.name} ({self.source}): {self.place} is no profiler: it has to be callable, with "
+                '`processes` "one" or "all", and `shards` True or False'
+            )
+        return found
+
+
+def installed() -> dict[str, Installed]:
+    """All of them by name, the built-in ones first. A plugin cannot take the name of a built-in one."""
+    from importlib.metadata import entry_points
+
+    found = {name: find_profiler(name) for name in BUILT_IN}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        found.setdefault(entry.name, Installed(entry.name, entry.value, _distribution(entry)))
+    return found
+
+
+def check_profiler(name: str, options: dict[str, Any]) -> None:
+    """Raise ValueError where there is no such profiler, or a built-in one is given options that it does not take.
+
+    What a plugin takes only the plugin knows.
+    """
+    find_profiler(name)
+    taken = BUILT_IN_OPTIONS.get(name)
+    unknown = [option for option in options if taken is not None and option not in taken]
+    if unknown:
+        raise ValueError(f"options: the {name} profiler takes {', '.join(taken or ()) or 'none'}, got {unknown[0]}")
+
+
+def find_profiler(name: str) -> Installed:
+    """The profiler of that name; only plugins are looked for on disk. Raises ValueError that lists what there is."""
+    if name in BUILT_IN:
+        place, processes, shards = BUILT_IN[name]
+        return Installed(name, place, "built in", (processes, shards))
+    known = installed()
+    if name not in known:
+        listed = ", ".join(f"{each.name} ({each.source})" for each in known.values())
+        raise ValueError(f"no profiler {name!r} is installed; there are {listed}")
+    return known[name]
+
+
+def _distribution(entry: "EntryPoint") -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown distribution"

@@ -1,0 +1,46 @@
+"""A profiler that needs no job: `python -m copus.profiling.alone RUN`, one process under torch's elastic agent.
+
+Reads `RUN/job.yaml` and fills the job's throughput table; writes `RUN/events.jsonl`. Stops after the measurement that
+it is at when the file `RUN/stop` appears or on SIGTERM or SIGINT.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from copus.agreement import one_line
+from copus.backends.megatron.fingerprint import fingerprint
+from copus.events import EventLog, Failure
+from copus.job import JobError, load_job
+from copus.profiling.fill import fill_table, load_profiler
+from copus.stop_request import StopRequest
+from profiles.profiler import Task
+
+
+def main(arguments: list[str]) -> int:
+    """Measure; the exit status of the process."""
+    run = Path(arguments[0])
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    stop = StopRequest(run)
+    log = EventLog(run)
+    try:
+        job = load_job(run / "job.yaml")
+        torch.set_num_threads(job.launch.threads_per_rank)  # a part of the fingerprint
+        task = Task(job.model, job.cluster, fingerprint(job), job.profile, job=job)
+        fill_table(job, run, load_profiler(job), task, log.write, stop)
+    except Exception as error:
+        told = " ".join(str(error).split()) if isinstance(error, JobError) else one_line(error)
+        log.write(Failure(step=0, samples_consumed=0, rank=0, message=told))
+        if isinstance(error, JobError):
+            print(error, file=sys.stderr)
+            return 2
+        raise
+    finally:
+        log.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

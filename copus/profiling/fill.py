@@ -1,0 +1,165 @@
+"""Drives a profiler: what is measured next, into which table, and when it is enough."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from copus.events import Profile
+from copus.job import JobConfig, JobError
+from copus.profilers import TRIED, find_profiler
+from planner.memory_check import MemoryCheck
+from planner.ranking import next_round
+from planner.space import candidates
+from profiles.configuration import Configuration
+from profiles.measurement import Measurement
+from profiles.profiler import ProfilerType, Task
+from profiles.table import ThroughputTable
+
+DIED = "the workers died"
+
+
+def fill_table(
+    job: JobConfig,
+    run: Path,
+    kind: ProfilerType,
+    task: Task,
+    report: Callable[[Profile], object],
+    stop_requested: Callable[[], bool],
+    leads: bool = True,
+    share: Callable[[Any], Any] = lambda value: value,
+) -> None:
+    """Measure until the table says which configuration is the fastest at every global batch, or the time is up.
+
+    Called on every rank where the profiler runs on all of them: the one that `leads` decides, and writes; `share` gives
+    its value to the others. Every measurement is in the table as soon as it is made, so that an interrupted profile
+    goes on where it was. Ends after `profile.budget_seconds`, or when asked to. Raises JobError for options that the
+    profiler cannot take.
+    """
+    try:
+        profiler = kind(task)
+    except ValueError as error:
+        raise JobError(f"profile.options: {error}") from None
+    lead = _Lead(job, run, kind, task, report, stop_requested) if leads else None
+    while (configuration := share(lead.next() if lead else None)) is not None:
+        measurement = profiler.measure(configuration)
+        if lead:
+            lead.take(configuration, measurement)
+
+
+def load_profiler(job: JobConfig) -> ProfilerType:
+    """What the job's profiler is made by. Raises JobError where it cannot be imported."""
+    try:
+        return find_profiler(job.profile.profiler).load()
+    except ValueError as error:
+        raise JobError(f"profile.profiler: {error}") from None
+
+
+class _Lead:
+    """What the first rank, or the only process, does besides measuring."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        run: Path,
+        kind: ProfilerType,
+        task: Task,
+        report: Callable[[Profile], object],
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self._job, self._task, self._report, self._stop_requested = job, task, report, stop_requested
+        self._table = ThroughputTable(job.profile.table)
+        self._shards = kind.shards
+        self._rounds = 1 if kind.shards else job.profile.rounds  # shards alone are not ranked
+        self._space = _space(job)
+        self._since = (run / "job.yaml").stat().st_mtime if job.profile.when == "always" else 0.0
+        self._deadline = time.monotonic() + job.profile.budget_seconds
+        self._tried = run / TRIED
+        self._queue: list[Configuration] = []
+        self._done = 0
+        self._measured: Counter[Configuration] = Counter()
+        self._note_death()
+
+    def next(self) -> Configuration | None:
+        """What to measure; None where that is all."""
+        if self._job.profile.when == "never" or time.monotonic() > self._deadline or self._stop_requested():
+            return None
+        if not self._queue:
+            self._queue = self._plan()
+        if not self._queue:
+            return None
+        configuration = self._queue.pop(0)
+        trying = {"configuration": configuration.model_dump(), "time": time.time()}
+        self._tried.write_text(json.dumps(trying), encoding="utf-8")
+        return configuration
+
+    def take(self, configuration: Configuration, measurement: Measurement | None) -> None:
+        """Keep what was measured, and say so."""
+        self._done += 1
+        self._measured[configuration] += 1
+        if measurement is None:  # the profiler has nothing to say of it: do not ask again
+            self._measured[configuration] = self._rounds
+        else:
+            self._table.add(measurement)
+        self._tried.unlink(missing_ok=True)
+        if measurement is not None and measurement.failure is not None:
+            self._queue = self._plan()  # what needs more memory needs not be tried
+        self._report(
+            Profile(
+                step=0,
+                samples_consumed=0,
+                configuration=configuration,
+                done=self._done,
+                total=self._done + len(self._queue),
+                step_seconds=measurement.step_seconds if measurement else None,
+                failure=measurement.failure if measurement else "the profiler has nothing to say of it",
+            )
+        )
+
+    def _plan(self) -> list[Configuration]:
+        """The next round. Nothing is measured more than `rounds` times by one profiler, whatever it returns."""
+        rows = (self._table.shards if self._shards else self._table.rows)(self._task.fingerprint)
+        rows = [row for row in rows if row.time >= self._since]
+        enough = {each for each, times in self._measured.items() if times >= self._rounds}
+        job = self._job
+        start, within = job.training.configuration, job.profile.settled_within
+        memory = MemoryCheck(job.model, job.cluster, job.training.precision, rows)
+        return next_round(memory.possible(self._space, start), rows, start, self._rounds, within, enough)
+
+    def _note_death(self) -> None:
+        """What was being measured when an earlier attempt of this run died is taken for the cause, unless the table
+        says already how it ended: a rank may have had the time to."""
+        if not self._tried.exists():
+            return
+        try:
+            trying = json.loads(self._tried.read_text(encoding="utf-8"))
+            configuration = Configuration.model_validate(trying["configuration"])
+        except (ValueError, KeyError, TypeError):  # the write itself was cut off
+            self._tried.unlink()
+            return
+        rows = self._table.shards(self._task.fingerprint) + self._table.rows(self._task.fingerprint)
+        if not any(row.configuration == configuration and row.time >= trying["time"] for row in rows):
+            self._table.add(
+                Measurement(
+                    fingerprint=self._task.fingerprint,
+                    model=self._task.model,
+                    configuration=configuration,
+                    failure=DIED,
+                    shard=self._shards,
+                    time=time.time(),
+                )
+            )
+        self._tried.unlink()
+
+
+def _space(job: JobConfig) -> list[Configuration]:
+    """What the planner will ask the throughput of."""
+    start = job.training.configuration
+    if job.planner.policy == "static":
+        return [start]
+    space = candidates(job.planner, job.model, job.cluster, start)
+    if job.planner.policy == "norm-test":  # which keeps the layout
+        return [candidate for candidate in space if candidate.layout == start.layout]
+    return space

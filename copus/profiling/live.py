@@ -1,0 +1,143 @@
+"""The profiler that needs no launch: the running job goes through the configurations, and its steps are timed."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from copus.agreement import RankError, from_first
+from copus.backends.base import Backend, Batches, StepRules
+from copus.events import Profile
+from copus.hardware import peak_memory_bytes, reset_peak_memory
+from copus.job import JobConfig, JobError
+from copus.profilers import find_profiler
+from copus.profiling.fill import fill_table, load_profiler
+from profiles.configuration import Configuration
+from profiles.measurement import Measurement
+from profiles.profiler import Processes, Task
+from profiles.table import ThroughputTable
+from profiles.throughput import OUT_OF_MEMORY, half_spread
+
+
+def profile_missing(
+    job: JobConfig,
+    run: Path,
+    backend: Backend,
+    batches: Batches,
+    report: Callable[[Profile], object],
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Measure what the planner will ask for and the table does not have, with the job's profiler.
+
+    Collective. Does nothing where that profiler needs a single process: then it has run already. Leaves the backend in
+    an arbitrary configuration with arbitrary weights.
+    """
+    if find_profiler(job.profile.profiler).processes == "one":
+        return
+    task = Task(
+        model=job.model,
+        cluster=job.cluster,
+        fingerprint=backend.fingerprint(),
+        config=job.profile,
+        backend=backend,
+        job=job,
+        batches=_endless(batches, job.total_samples),
+    )
+    leads = dist.get_rank() == 0
+    fill_table(job, run, load_profiler(job), task, report, stop_requested, leads, from_first)
+
+
+class LiveProfiler:
+    """Times steps of the running job; neither a move nor the `profile.warmup_steps` steps after it count.
+
+    Options: none.
+    """
+
+    processes: Processes = "all"
+    shards = False
+
+    def __init__(self, task: Task) -> None:
+        """Raises ValueError where it is given options."""
+        if task.config.options:
+            raise ValueError(f"the live profiler takes none, got {', '.join(task.config.options)}")
+        self._task = task
+        self._backend: Backend = task.backend
+
+    def measure(self, configuration: Configuration) -> Measurement:
+        """Median and spread of a few steps, or the lack of memory that all ranks know of. Collective.
+
+        A rank whose memory runs out in the middle of a step cannot tell the others, which wait for it: it writes that
+        into the table itself and raises JobError. The workers have to be started again; the configuration is then
+        left out.
+        """
+        reset_peak_memory()
+        try:
+            self._configure(configuration)
+            seconds = self._time_steps()
+        except RankError as error:
+            if not error.out_of_memory:
+                raise
+            return self._measurement(configuration, [], self._peak())
+        except torch.OutOfMemoryError:
+            failed = self._measurement(configuration, [], peak_memory_bytes())
+            if dist.get_world_size() == 1:
+                return failed
+            table = self._task.config.table
+            ThroughputTable(table).add(failed)
+            raise JobError(
+                f"{configuration.label}: {OUT_OF_MEMORY}; noted in {table}, and left out from now on"
+            ) from None
+        return self._measurement(configuration, seconds, self._peak())
+
+    def _configure(self, configuration: Configuration) -> None:
+        """Within a layout the batch alone changes. Another layout is built afresh in the same processes: weights do not
+        matter here, and the old layout's need not be held while the new one's memory is looked at."""
+        backend = self._backend
+        if backend.is_built and backend.configuration.layout == configuration.layout:
+            backend.move(configuration)
+        else:
+            backend.build(configuration)
+
+    def _time_steps(self) -> list[float]:
+        rules = StepRules(lr=0.0, betas=(0.9, 0.95))  # weights stay what they are
+        seconds = []
+        for _ in range(self._task.config.warmup_steps + self._task.config.steps):
+            dist.barrier()
+            started = time.perf_counter()
+            self._backend.train_step(self._task.batches, 0, rules, None, False)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return seconds[self._task.config.warmup_steps :]
+
+    def _peak(self) -> int | None:
+        """Most memory of any rank."""
+        peak = torch.tensor(float(peak_memory_bytes() or 0), device=self._backend.device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return int(peak) or None
+
+    def _measurement(self, configuration: Configuration, seconds: list[float], peak_bytes: int | None) -> Measurement:
+        return Measurement(
+            fingerprint=self._task.fingerprint,
+            model=self._task.model,
+            configuration=configuration,
+            step_seconds=statistics.median(seconds) if seconds else None,
+            spread_seconds=half_spread(seconds) if seconds else None,
+            count=len(seconds),
+            peak_bytes=peak_bytes,
+            failure=None if seconds else OUT_OF_MEMORY,
+            time=time.time(),
+        )
+
+
+def _endless(batches: Batches, total: int) -> Batches:
+    """The same sequences over and over, so that a short job can be profiled at batches that it will never reach."""
+
+    def read(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, labels = zip(*(batches((first + offset) % total, 1) for offset in range(count)), strict=True)
+        return torch.cat(tokens), torch.cat(labels)
+
+    return read

@@ -1,0 +1,24 @@
+"""Whether somebody asked the workers of a run to stop."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+
+class StopRequest:
+    """True once there was a signal to this process, the file `RUN/stop`, or the death of the agent."""
+
+    def __init__(self, run: Path) -> None:
+        """Takes SIGTERM and SIGINT over."""
+        self._file = run / "stop"
+        self._agent = os.getppid()
+        self._signalled = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signalled = True
+
+    def __call__(self) -> bool:
+        return self._signalled or self._file.exists() or os.getppid() != self._agent

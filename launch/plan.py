@@ -1,0 +1,262 @@
+"""`copus plan`: what to expect of a job before it is launched. Needs no accelerator."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copus.job import JobConfig, JobError, load_job
+from planner.wording import sequences
+from profiles.table import ThroughputTable
+
+if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs, and not by those that only look at it
+    from planner.prospects import Expectation, Fastest, NoiseRange, Prospects
+
+GIB = 2**30
+
+
+def plan(job_file: Path, overrides: list[str], *, as_json: bool = False, all_candidates: bool = False) -> int:
+    """Print what is expected of a job file. Raises JobError where nothing can be."""
+    from planner.look_ahead import look_ahead
+
+    job = load_job(job_file, overrides)
+    training = job.training
+    try:
+        rows = ThroughputTable(job.profile.table).rows()
+    except OSError as error:
+        raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
+    try:
+        prospects = look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
+    except ValueError as error:
+        raise JobError(f"{job_file}: cluster.{error}") from None
+    if as_json:
+        print(json.dumps(as_values(job, prospects)))
+    else:
+        _print(job, prospects, all_candidates)
+    return 0
+
+
+def as_values(job: JobConfig, prospects: "Prospects") -> dict[str, Any]:
+    """The prospects as plain values, for `--json`. An open end of a range of noise scales is null."""
+    fastest, by_noise = prospects.fastest(), prospects.by_noise(job.planner)
+    return {
+        "name": job.name,
+        "cluster": job.cluster.model_dump(mode="json"),
+        "precision": job.training.precision,
+        "parameters": job.model.parameters,
+        "memory_bytes": prospects.memory_bytes,
+        "measured_rows": prospects.measured_rows,
+        "fingerprint": prospects.fingerprint and prospects.fingerprint.model_dump(mode="json"),
+        "start": _values(prospects.start),
+        "fastest": [
+            {
+                "global_batch": each.best.configuration.global_batch,
+                "best": _values(each.best),
+                "runner_up": each.runner_up and _values(each.runner_up),
+                "sure": each.sure,
+            }
+            for each in fastest
+        ],
+        "by_noise": [
+            {
+                "noise_low": each.low,
+                "noise_high": each.high if math.isfinite(each.high) else None,
+                "best": _values(each.best),
+            }
+            for each in by_noise
+        ],
+        "variants": [_values(each) for each in prospects.variants],
+        "candidates": [_values(each) for each in prospects.expectations],
+        "assumptions": list(prospects.assumptions),
+    }
+
+
+def _values(each: "Expectation") -> dict[str, Any]:
+    from planner.prospects import in_words
+
+    values = asdict(each) | {
+        "configuration": each.configuration.model_dump(mode="json"),
+        "label": each.configuration.label,
+        "samples_per_second": each.samples_per_second,
+        "fits": in_words(each.chance_to_fit),
+    }
+    return values
+
+
+def _print(job: JobConfig, prospects: "Prospects", all_candidates: bool) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no width to fit into
+    fastest, by_noise = prospects.fastest(), prospects.by_noise(job.planner)
+    console.print(Text("\n".join(_heading(job, prospects))), soft_wrap=True)
+    if all_candidates:
+        console.print(_candidates(prospects.expectations))
+    console.print(_variants(prospects))
+    if fastest:
+        console.print(_fastest(fastest))
+        console.print(_memory([prospects.start, *(each.best for each in fastest)]))
+        console.print(_by_noise(by_noise, job))
+    else:
+        console.print(Text(_nothing(prospects)))
+    console.print(Text("assumed: " + "; ".join(prospects.assumptions), style="dim"), soft_wrap=True)
+
+
+def _heading(job: JobConfig, prospects: "Prospects") -> list[str]:
+    from planner.prospects import in_words
+
+    each, cluster = prospects.start, job.cluster
+    room = "memory is not checked" if prospects.memory_bytes is None else f"{prospects.memory_bytes / GIB:.1f} GiB each"
+    if prospects.fingerprint is None:
+        times = "predicted by the cost model; the table has no row of this job"
+    else:
+        times = (
+            f"{prospects.measured_rows} measured rows of {prospects.fingerprint.hardware}; the rest predicted from them"
+        )
+    counts: dict[str, int] = {}
+    for candidate in prospects.expectations:
+        counts[in_words(candidate.chance_to_fit)] = counts.get(in_words(candidate.chance_to_fit), 0) + 1
+    summary = ", ".join(f"{words} {counts[words]}" for words in sorted(counts, key=lambda words: -counts[words]))
+    return [
+        f"{job.name}: {job.model.parameters / 1e9:.3g} B weights in {job.training.precision} on "
+        f"{cluster.accelerators} × {cluster.accelerator}, {room}",
+        f"  start       {each.configuration.label}: {_step(each)}; {_peak(each)}, {in_words(each.chance_to_fit)}",
+        f"  times       {times}",
+        f"  candidates  {len(prospects.expectations)}: {summary}",
+        f"  objective   {job.planner.objective}, φ = {job.planner.critical_batch_factor:g} · noise scale",
+    ]
+
+
+def _nothing(prospects: "Prospects") -> str:
+    each = prospects.smallest
+    return (
+        f"No candidate may be chosen: the smallest is {each.configuration.label} with {_peak(each)}, {_fit(each)}. "
+        "The table above says what other settings of training.layout would need."
+    )
+
+
+def _candidates(expectations: "list[Expectation]") -> Any:
+    table = _table("every candidate", "layout", "micro-batch", "global batch", "samples/s", "80 %", "source", "memory")
+    table.add_column("verdict")
+    for each in expectations:
+        configuration = each.configuration
+        table.add_row(
+            *(configuration.layout.label, str(configuration.micro_batch), str(configuration.global_batch)),
+            *(_rate(each), _rates(each), each.source, _gib(each.peak_bytes)),
+            each.refusal or _fit(each),
+        )
+    return table
+
+
+def _variants(prospects: "Prospects") -> Any:
+    table = _table(
+        "the start with other settings of training.layout", "recompute", "zero", "sequence parallel", "memory"
+    )
+    for name in ("80 %", "fits", "samples/s", "source"):
+        table.add_column(name)
+    for each in prospects.variants:
+        layout = each.configuration.layout
+        table.add_row(
+            *(layout.recompute, str(layout.zero), "yes" if layout.sequence_parallel else "no", _gib(each.peak_bytes)),
+            f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
+            *(_fit(each), _rate(each), each.source),
+            style="bold" if each.configuration == prospects.start.configuration else "",
+        )
+    return table
+
+
+def _fastest(fastest: "list[Fastest]") -> Any:
+    table = _table("fastest layout of each global batch", "global batch", "layout", "micro-batch", "samples/s", "80 %")
+    for name in ("source", "memory", "fits", "next layout", "faster than next"):
+        table.add_column(name)
+    for row in fastest:
+        each, other = row.best, row.runner_up
+        table.add_row(
+            *(str(each.configuration.global_batch), each.configuration.layout.label),
+            *(str(each.configuration.micro_batch), _rate(each), _rates(each), each.source),
+            *(_gib(each.peak_bytes), _fit(each)),
+            "–" if other is None else f"{other.configuration.layout.label} {_rate(other)}",
+            "–" if row.sure is None else f"{min(row.sure, 0.99):.0%} sure",
+        )
+    return table
+
+
+def _memory(expectations: "list[Expectation]") -> Any:
+    names = list(expectations[0].memory)
+    table = _table(
+        "memory of the fullest rank, GiB, as the memory model has it", "configuration", *names, "sum", "80 %"
+    )
+    table.add_column("stage")
+    seen = set()
+    for each in expectations:
+        key = (each.configuration.layout, each.configuration.micro_batch, tuple(each.memory.values()))
+        if key in seen:  # the global batch alone hardly matters
+            continue
+        seen.add(key)
+        table.add_row(
+            each.configuration.label,
+            *(f"{each.memory[name] / GIB:.2f}" for name in names),
+            f"{sum(each.memory.values()) / GIB:.2f}",
+            f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
+            "last" if each.last_stage else "first",
+        )
+    return table
+
+
+def _by_noise(ranges: "list[NoiseRange]", job: JobConfig) -> Any:
+    table = _table(
+        "best configuration by noise scale (tr Σ/|G|², sequences)", "noise scale", "configuration", "samples/s"
+    )
+    for name in ("source", "memory", "fits"):
+        table.add_column(name)
+    for each in ranges:
+        high = f"to {sequences(each.high)}" if math.isfinite(each.high) else "and more"
+        table.add_row(
+            *(f"{sequences(each.low)} {high}", each.best.configuration.label, _rate(each.best)),
+            *(each.best.source, _gib(each.best.peak_bytes), _fit(each.best)),
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _step(each: "Expectation") -> str:
+    if each.step_seconds is None:
+        return each.refusal
+    return (
+        f"{each.step_seconds:.3g} s a step ({each.step_seconds_low:.3g}–{each.step_seconds_high:.3g}), {each.source}, "
+        f"{_rate(each)} samples/s"
+    )
+
+
+def _peak(each: "Expectation") -> str:
+    return f"{_gib(each.peak_bytes)} ({each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f})"
+
+
+def _fit(each: "Expectation") -> str:
+    from planner.prospects import in_words
+
+    words = in_words(each.chance_to_fit)
+    return words if each.chance_to_fit is None or words == "fits" else f"{words} ({each.chance_to_fit:.0%})"
+
+
+def _rate(each: "Expectation") -> str:
+    return "–" if each.samples_per_second is None else f"{each.samples_per_second:.3g}"
+
+
+def _rates(each: "Expectation") -> str:
+    """The interval of the throughput."""
+    batch, low, high = each.configuration.global_batch, each.step_seconds_low, each.step_seconds_high
+    return "–" if not low or not high else f"{batch / high:.3g}–{batch / low:.3g}"
+
+
+def _gib(amount: float) -> str:
+    return f"{amount / GIB:.2f} GiB"

@@ -1,0 +1,136 @@
+"""Makes prospects: asks the throughput table, the cost model and the memory model about every candidate."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from planner.config import PlannerConfig
+from planner.memory_check import memory_bytes
+from planner.prospects import LIKELY, Expectation, Prospects, in_words
+from planner.space import candidates, noise_measurable
+from profiles.cluster import Cluster
+from profiles.configuration import Configuration
+from profiles.configurations import RECOMPUTE, Configurations
+from profiles.cost import CostModel, Timings
+from profiles.measurement import Measurement
+from profiles.memory import MemoryModel, Peaks
+from profiles.memory.peaks import OUT_OF_MEMORY
+from profiles.model_shape import ModelShape
+from profiles.throughput import Prediction, Throughput
+
+
+def look_ahead(
+    config: PlannerConfig,
+    model: ModelShape,
+    cluster: Cluster,
+    precision: str,
+    start: Configuration,
+    table: Iterable[Measurement] = (),
+    *,
+    largest_zero: int = 1,
+) -> Prospects:
+    """Expect something of every candidate: from the table's rows of this job where they reach, else from the models,
+    which learn from them.
+
+    `largest_zero` is the largest ZeRO stage that the backend does. Raises ValueError for an accelerator that nothing is
+    known about.
+    """
+    rows = rows_of(table, model, cluster, precision)
+    throughput = Throughput(rows)
+    cost = CostModel().fit(Timings.of(rows, cluster))
+    room = memory_bytes(cluster)
+    memory = MemoryModel().fit(Peaks.of(rows, room))
+    space = candidates(config, model, cluster, start)
+    variants = list(_variants(model, start, largest_zero))
+    everything = [*space, *variants]
+    arrays = Configurations.of(everything)
+    times = cost.predict(model, cluster, arrays, precision)
+    peaks = memory.predict(model, arrays, precision)
+    chances = None if room is None else peaks.chance_to_fit(room)
+    found = []
+    for index, candidate in enumerate(everything):
+        known = throughput.predict(candidate)
+        chance = _chance(known, None if chances is None else float(chances[index]))
+        seconds, fast, slow = (
+            _measured(known) if known else (float(each[index]) for each in (times.seconds, times.low, times.high))
+        )
+        peak, low, high = (float(each[index]) for each in (peaks.peak_bytes, peaks.low, peaks.high))
+        if known is not None and known.peak_bytes is not None:
+            peak = low = high = float(known.peak_bytes)
+        found.append(
+            Expectation(
+                candidate,
+                step_seconds=seconds,
+                step_seconds_low=fast,
+                step_seconds_high=slow,
+                source=known.source if known else "predicted",
+                peak_bytes=peak,
+                peak_bytes_low=low,
+                peak_bytes_high=high,
+                memory={name: float(part[index]) for name, part in peaks.breakdown.items()},
+                last_stage=bool(peaks.last_stage[index]),
+                chance_to_fit=chance,
+                refusal=_refusal(config, candidate, known, chance),
+            )
+        )
+    return Prospects(
+        expectations=found[: len(space)],
+        start=next(each for each in found if each.configuration == start),
+        variants=found[len(space) :],
+        memory_bytes=room,
+        fingerprint=rows[0].fingerprint if rows else None,
+        measured_rows=len(rows),
+        assumptions=(*times.assumptions, *peaks.assumptions),
+        covariance=lambda some: cost.covariance(model, cluster, Configurations.of(some), precision),
+    )
+
+
+def rows_of(table: Iterable[Measurement], model: ModelShape, cluster: Cluster, precision: str) -> list[Measurement]:
+    """The rows that were measured for this model and precision on so many accelerators of this kind, with the software
+    that was used last. Nothing here can ask the hardware what it is: `h100-sxm` is what calls itself an H100."""
+    kind = cluster.accelerator.partition("-")[0].lower()
+    mine = []
+    for row in table:
+        seen = row.fingerprint
+        hardware = seen.hardware.lower()
+        same = hardware.endswith(" core") if kind == "cpu" else kind in hardware
+        many = hardware.startswith(f"{cluster.accelerators} × ")
+        if same and many and (seen.model, seen.precision) == (model.digest, precision):
+            mine.append(row)
+    if not mine:
+        return []
+    newest = max(mine, key=lambda row: row.time).fingerprint
+    return [row for row in mine if row.fingerprint == newest]
+
+
+def _variants(model: ModelShape, start: Configuration, largest_zero: int) -> Iterator[Configuration]:
+    """The starting configuration with other settings that cost time and save memory, or the other way round."""
+    layout = start.layout
+    split = [False, True] if layout.tp > 1 and model.seq_len % layout.tp == 0 else [layout.sequence_parallel]
+    stages: Sequence[int] = range(largest_zero + 1) if layout.dp * layout.cp > 1 else [layout.zero]
+    for zero in stages:
+        for sequence_parallel in split:
+            for recompute in RECOMPUTE:
+                changes = {"recompute": recompute, "zero": zero, "sequence_parallel": sequence_parallel}
+                yield start.model_copy(update={"layout": layout.model_copy(update=changes)})
+
+
+def _measured(known: Prediction) -> tuple[float | None, float | None, float | None]:
+    """Duration and its interval; nothing of a failure."""
+    seconds, spread = known.step_seconds, known.spread_seconds or 0.0
+    return (None, None, None) if seconds is None else (seconds, max(seconds - spread, 0.0), seconds + spread)
+
+
+def _chance(known: Prediction | None, predicted: float | None) -> float | None:
+    """What ran fits, and what ran out of memory does not."""
+    if predicted is None or known is None:
+        return predicted
+    if known.failure is None:
+        return 1.0
+    return 0.0 if known.failure == OUT_OF_MEMORY else predicted
+
+
+def _refusal(config: PlannerConfig, candidate: Configuration, known: Prediction | None, chance: float | None) -> str:
+    if known is not None and known.failure:
+        return known.failure
+    if chance is not None and chance < LIKELY:
+        return in_words(chance)
+    return "" if noise_measurable(candidate, config.noise_source) else "noise cannot be measured: one part a step"

@@ -1,0 +1,73 @@
+"""What an accelerator and the links around it can do, by the data sheet: `profiles/accelerators/*.yaml`."""
+
+from functools import cache
+from pathlib import Path
+
+import yaml
+from pydantic import Field, PositiveFloat
+
+from profiles.record import Record
+
+FOLDER = Path(__file__).parent.parent / "accelerators"
+
+
+class Link(Record):
+    """A way between accelerators."""
+
+    kind: str
+    """NVLink 4, InfiniBand NDR, Ethernet, …"""
+    bytes_per_second: PositiveFloat
+    """Of one accelerator, in one direction."""
+
+
+class Accelerator(Record):
+    """One accelerator: what a rank runs on."""
+
+    name: str
+    """As in `cluster.accelerator`."""
+    flops: dict[str, PositiveFloat]
+    """Dense peak by precision (fp32, bf16, fp16, fp8, …), floating point operations per second."""
+    memory_bytes: PositiveFloat
+    """Memory of one accelerator."""
+    memory_bytes_per_second: PositiveFloat
+    """Its bandwidth."""
+    inside_node: Link
+    """Between accelerators of one node."""
+    between_nodes: Link
+    """The share of one accelerator in its node's network."""
+    domain: int = 1
+    """Accelerators that `inside_node` joins, where that is more than a node's."""
+    constants: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Prior means of the cost model's constants that differ here from `profiles.cost.constants`."""
+    sources: list[str]
+    """Where the figures come from."""
+
+    def peak(self, precision: str) -> float:
+        """Peak for a precision. One that it does not have runs as the next wider one that it has; ValueError if none.
+
+        mxfp8 and the like count as fp8, nvfp4 as fp4.
+        """
+        kinds = ["fp4", "fp8", "bf16", "fp16", "fp32"]
+        kind = next((kind for kind in kinds if kind in precision), precision)
+        wider = {"bf16": ["bf16", "fp16", "fp32"], "fp16": ["fp16", "bf16", "fp32"]}.get(kind)
+        if wider is None and kind in kinds:
+            wider = kinds[kinds.index(kind) :]
+        for candidate in wider or [kind]:
+            if candidate in self.flops:
+                return self.flops[candidate]
+        raise ValueError(
+            f"precision({precision}) is unknown for accelerator {self.name}: it has {', '.join(self.flops)}"
+        )
+
+
+def accelerators() -> list[str]:
+    """Names of the files that exist."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+@cache
+def accelerator(name: str) -> Accelerator:
+    """The accelerator of that name. Raises ValueError, with the names that exist, where there is no file."""
+    if name not in accelerators():
+        raise ValueError(f"accelerator({name}) is unknown: expected one of {', '.join(accelerators())}")
+    return Accelerator.model_validate({"name": name, **yaml.safe_load((FOLDER / f"{name}.yaml").read_text())})

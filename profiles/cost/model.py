@@ -1,0 +1,239 @@
+"""The cost model: formulas with constants, a Gaussian process on what they miss, and intervals for both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.optimize import least_squares
+from scipy.stats import t as student
+
+from profiles.cluster import Cluster
+from profiles.configurations import Configurations
+from profiles.cost.accelerator import Accelerator, accelerator
+from profiles.cost.constants import NAMES, prior
+from profiles.cost.residual import Smoothness, coordinates, covariance, variance
+from profiles.cost.step_time import parts, step_seconds
+from profiles.cost.timings import Timings
+from profiles.cost.work import Floats, Work, work
+from profiles.model_shape import ModelShape
+
+CHUNK = 4096
+"""Configurations that are worked on at once: their arrays stay in the processor's cache."""
+ROBUST = 3.0
+"""Standard deviations beyond which a row counts less and less (soft L1)."""
+STEP = 1.5
+"""Half the distance of the secants that stand for derivatives, in standard deviations of a constant. So wide because
+what a constant can do matters, not what it does at its mean: a launch time that hides behind the work now may not do so
+on this cluster."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predictions of N configurations."""
+
+    seconds: Floats
+    """Duration of a step: the median of what is expected."""
+    low: Floats
+    """Lower end of the interval; nan where none was asked for."""
+    high: Floats
+    """Upper end."""
+    breakdown: dict[str, Floats]
+    """Seconds of each part (`profiles.cost.step_time.PARTS`); they add up to `seconds`."""
+    assumptions: tuple[str, ...]
+    """What was taken for granted."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is left of the rows of a fit."""
+
+    places: Floats
+    residual: Floats
+    jacobian: Floats
+    solved: Floats
+    whole: tuple[Floats, bool]
+    spread: float
+
+
+class CostModel:
+    """Predicts step times from any number of measured rows, none included. Immutable: `fit` returns another one."""
+
+    def __init__(self, smoothness: Smoothness | None = None) -> None:
+        self._how = smoothness or Smoothness()
+        self._z = np.zeros(len(NAMES))
+        self._rows: _Rows | None = None
+
+    def fit(self, timings: Sequence[Timings]) -> "CostModel":
+        """A model that also knows these rows, which replace those of an earlier fit; they were all measured with one
+        software.
+
+        Maximum of the posterior: robust least squares of the logarithms' errors, correlated as in
+        `profiles.cost.residual`, with the constants' priors. Raises ValueError for a time that is not positive and
+        finite.
+        """
+        fitted = CostModel(self._how)
+        known = [each for each in timings if len(each.step_seconds)]
+        if not known:
+            return fitted
+        seconds = np.concatenate([each.step_seconds for each in known])
+        if not (np.isfinite(seconds) & (seconds > 0)).all():
+            raise ValueError("step_seconds has to be positive and finite")
+        done = Work.concatenate(
+            [_work(each.model, each.cluster, each.configurations, each.precision) for each in known]
+        )
+        means = np.concatenate([np.tile(_prior(each.cluster)[0], (len(each.step_seconds), 1)) for each in known])
+        sd = _prior(known[0].cluster)[1]
+        logs = np.log(seconds)
+        places = np.concatenate([coordinates(each.model, each.cluster, each.configurations) for each in known])
+        noisy = covariance(places, places, self._how) + self._how.noise_sd**2 * np.eye(len(logs))
+        lower = np.linalg.cholesky(noisy)
+
+        def misses(z: Floats) -> Floats:
+            return np.concatenate(
+                [solve_triangular(lower, logs - _log_seconds(done, means + sd * z), lower=True, check_finite=False), z]
+            )
+
+        best = least_squares(
+            misses, np.zeros(len(NAMES)), loss="soft_l1", f_scale=ROBUST, max_nfev=60, xtol=1e-5, ftol=1e-6
+        )
+        fitted._z = best.x
+        residual = logs - _log_seconds(done, means + sd * best.x)
+        jacobian = _jacobian(done, means, sd, best.x)
+        whole = cho_factor(noisy + jacobian @ jacobian.T)
+        solved = cho_solve(cho_factor(noisy), residual)
+        misfit = float(residual @ solved + best.x @ best.x)
+        spread = np.sqrt((self._how.freedom + misfit) / (self._how.freedom + len(logs)))
+        fitted._rows = _Rows(places, residual, jacobian, solved, whole, float(spread))
+        return fitted
+
+    @property
+    def rows(self) -> int:
+        """Rows that it was fitted to."""
+        return len(self._rows.residual) if self._rows else 0
+
+    def constants(self, cluster: Cluster) -> dict[str, float]:
+        """The constants, for the cluster's accelerator."""
+        mean, sd = _prior(cluster)
+        return dict(zip(NAMES, np.exp(mean + sd * self._z).tolist(), strict=True))
+
+    def predict(
+        self,
+        model: ModelShape,
+        cluster: Cluster,
+        configurations: Configurations,
+        precision: str,
+        *,
+        coverage: float | None = 0.8,
+    ) -> Predicted:
+        """Step times with an interval that holds that share of them; `coverage=None` leaves the interval out, and is
+        fast.
+
+        Raises ValueError for an accelerator without a file and for a precision that it does not have.
+        """
+        size = len(configurations)
+        pieces = [
+            self._piece(model, cluster, _cut(configurations, slice(at, at + CHUNK)), precision, coverage)
+            for at in range(0, max(size, 1), CHUNK)
+        ]
+        names = pieces[0].breakdown
+        return Predicted(
+            seconds=np.concatenate([piece.seconds for piece in pieces]),
+            low=np.concatenate([piece.low for piece in pieces]),
+            high=np.concatenate([piece.high for piece in pieces]),
+            breakdown={name: np.concatenate([piece.breakdown[name] for piece in pieces]) for name in names},
+            assumptions=self._assumptions(model, cluster),
+        )
+
+    def _piece(
+        self, model: ModelShape, cluster: Cluster, c: Configurations, precision: str, coverage: float | None
+    ) -> Predicted:
+        mean, sd = _prior(cluster)
+        done = _work(model, cluster, c, precision)
+        breakdown = parts(done, mean + sd * self._z)
+        seconds: Floats = sum(breakdown.values(), start=np.zeros(len(c)))
+        if self._rows:
+            near = covariance(coordinates(model, cluster, c), self._rows.places, self._how)
+            factor = np.exp(near @ self._rows.solved)
+            seconds, breakdown = seconds * factor, {name: part * factor for name, part in breakdown.items()}
+        if coverage is None:
+            nothing = np.full(len(c), np.nan)
+            return Predicted(seconds, nothing, nothing, breakdown, ())
+        variances, freedom = self._variance(done, coordinates(model, cluster, c), mean, sd)
+        half = student.ppf(0.5 + coverage / 2, freedom) * np.sqrt(variances)
+        return Predicted(seconds, seconds * np.exp(-half), seconds * np.exp(half), breakdown, ())
+
+    def _variance(self, done: Work, places: Floats, mean: Floats, sd: Floats) -> tuple[Floats, float]:
+        """Of the logarithm of a measured time, and the degrees of freedom of its Student distribution."""
+        own = _jacobian(done, mean, sd, self._z)
+        total = (own * own).sum(1) + variance(self._how) + self._how.noise_sd**2
+        rows = self._rows
+        if not rows:
+            return total, self._how.freedom
+        cross = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
+        total = total - np.einsum("ij,ji->i", cross, cho_solve(rows.whole, cross.T))
+        return np.maximum(total, 1e-8) * rows.spread**2, self._how.freedom + len(rows.residual)
+
+    def covariance(
+        self, model: ModelShape, cluster: Cluster, configurations: Configurations, precision: str
+    ) -> NDArray[np.float64]:
+        """N × N covariance of the logarithms' errors, noise left out, before or after the rows of the fit."""
+        mean, sd = _prior(cluster)
+        done = _work(model, cluster, configurations, precision)
+        places = coordinates(model, cluster, configurations)
+        own = _jacobian(done, mean, sd, self._z)
+        total = own @ own.T + covariance(places, places, self._how)
+        if self._rows:
+            cross = own @ self._rows.jacobian.T + covariance(places, self._rows.places, self._how)
+            total -= cross @ cho_solve(self._rows.whole, cross.T)
+        return total
+
+    @property
+    def smoothness(self) -> Smoothness:
+        """What is believed of the misses."""
+        return self._how
+
+    def _assumptions(self, model: ModelShape, cluster: Cluster) -> tuple[str, ...]:
+        device = _device(cluster)
+        said = [
+            f"{device.name}: {device.inside_node.kind} inside a node, {device.between_nodes.kind} between nodes",
+            "causal attention; ranks in the order tensor, context, data, pipeline; all nodes alike",
+            f"constants fitted to {self.rows} rows"
+            if self.rows
+            else "constants from data sheets and publications: no rows",
+        ]
+        if model.experts:
+            said.append("tokens spread evenly over the experts")
+        return tuple(said)
+
+
+def _device(cluster: Cluster) -> Accelerator:
+    return accelerator(cluster.accelerator)
+
+
+def _prior(cluster: Cluster) -> tuple[Floats, Floats]:
+    return prior(_device(cluster))
+
+
+def _cut(c: Configurations, where: slice) -> Configurations:
+    return Configurations(**{field.name: getattr(c, field.name)[where] for field in fields(c)})
+
+
+def _work(model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Work:
+    return work(model, cluster, _device(cluster), c, precision)
+
+
+def _log_seconds(done: Work, log_constants: Floats) -> Floats:
+    return np.log(step_seconds(done, log_constants.T))
+
+
+def _jacobian(done: Work, mean: Floats, sd: Floats, z: Floats) -> Floats:
+    """∂ log seconds / ∂ z, by secants (`STEP`): N × constants."""
+    columns = []
+    for index in range(len(z)):
+        shift = np.zeros(len(z))
+        shift[index] = STEP
+        up, down = (_log_seconds(done, mean + sd * (z + sign * shift)) for sign in (1, -1))
+        columns.append((up - down) / (2 * STEP))
+    return np.stack(columns, axis=1)

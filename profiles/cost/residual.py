@@ -1,0 +1,96 @@
+"""What the formulas miss: a Gaussian process on the logarithm of measured ÷ computed time."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.cluster import Cluster
+from profiles.configurations import Configurations
+from profiles.cost.work import Floats
+from profiles.model_shape import ModelShape
+
+COORDINATES = (
+    *("tp", "pp", "dp", "micro_batch", "num_microbatches", "vp", "cp", "ep"),
+    *("zero", "recompute", "sp"),
+    *("nodes", "width", "depth", "seq"),
+)
+"""What `coordinates` gives: log2 of the degrees, counts and sizes; flags as they are."""
+
+
+class Smoothness(NamedTuple):
+    """How far what was seen at one configuration says something about another."""
+
+    shape_sd: float = 0.085
+    """Of a miss that depends on the shapes of the matrix products (tensor and context parallel degree, micro-batch), as
+    a logarithm."""
+    shape_length: float = 0.42
+    """Doublings of these over which it changes."""
+    layout_sd: float = 0.03
+    """Of a miss that depends on the layout alone."""
+    microbatch_sd: float = 0.036
+    """Of a miss that depends on the layout and the micro-batch."""
+    step_sd: float = 0.05
+    """Of a miss that depends on everything, the number of micro-batches included."""
+    noise_sd: float = 0.02
+    """Of what repeats of one configuration differ by."""
+    degree_length: float = 1.3
+    """Doublings of a degree of parallelism over which a miss changes."""
+    batch_length: float = 2.9
+    """Doublings of the micro-batch or of their number."""
+    flag_length: float = 1.1
+    """For recomputation, ZeRO stage and sequence parallelism, in steps."""
+    size_length: float = 2.0
+    """Doublings of nodes, width, depth and sequence length."""
+    freedom: float = 4.0
+    """Rows that the assumed size of misses is worth: how soon the rows' own misses set the width of intervals."""
+
+
+_BATCH, _FLAGS, _SIZES, _SHAPE = (
+    [COORDINATES.index(name) for name in names]
+    for names in (
+        ("micro_batch", "num_microbatches"),
+        ("zero", "recompute", "sp"),
+        ("nodes", "width", "depth", "seq"),
+        ("tp", "cp", "micro_batch"),
+    )
+)
+
+
+def coordinates(model: ModelShape, cluster: Cluster, c: Configurations) -> Floats:
+    """Where each configuration lies, for the distance between two: N × D, in the order of `COORDINATES`."""
+    n = np.maximum(c.num_microbatches, 1)
+    logs = np.log2(np.stack([c.tp, c.pp, c.dp, c.micro_batch, n, c.vp, c.cp, c.ep]).astype(float))
+    flags = np.stack([c.zero, c.recompute, c.sequence_parallel]).astype(float)
+    size = np.log2([cluster.nodes, model.hidden, model.layers, model.seq_len])
+    return np.concatenate([logs, flags, np.repeat(size[:, None], len(c), axis=1)]).T
+
+
+def covariance(a: Floats, b: Floats, how: Smoothness) -> Floats:
+    """Covariance of the misses at coordinates a (N × D) and b (M × D), noise left out: N × M.
+
+    Four squared-exponential terms: shapes of the products; layout; layout and micro-batch; everything.
+    """
+    lengths = np.full(a.shape[1], how.degree_length)
+    lengths[_FLAGS], lengths[_SIZES], lengths[_BATCH] = how.flag_length, how.size_length, how.batch_length
+    rest = [index for index in range(a.shape[1]) if index not in _BATCH]
+    a_scaled, b_scaled = a / lengths, b / lengths
+    layout = _near(a_scaled[:, rest], b_scaled[:, rest])
+    m, n = (_near(a_scaled[:, [index]], b_scaled[:, [index]]) for index in _BATCH)
+    shape = _near(a[:, _SHAPE] / how.shape_length, b[:, _SHAPE] / how.shape_length) * _near(
+        a_scaled[:, _SIZES], b_scaled[:, _SIZES]
+    )
+    total: Floats = how.shape_sd**2 * shape + layout * (
+        how.layout_sd**2 + m * (how.microbatch_sd**2 + n * how.step_sd**2)
+    )
+    return total
+
+
+def variance(how: Smoothness) -> float:
+    """Variance of the miss at any one configuration, noise left out."""
+    return how.shape_sd**2 + how.layout_sd**2 + how.microbatch_sd**2 + how.step_sd**2
+
+
+def _near(a: Floats, b: Floats) -> NDArray[np.float64]:
+    squared = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.T
+    return np.exp(-0.5 * np.maximum(squared, 0.0))

@@ -1,0 +1,224 @@
+"""What a step has to do, before any constant: operations, bytes and messages of each rank, in seconds by the data
+sheet.
+
+Dense layers as in Megatron-LM (2104.04473, 2205.05198): a rank holds 1/tp of every matrix and 1/pp of the layers, and
+works on micro_batch · seq_len / cp tokens at a time. All arrays have one entry per configuration.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.cluster import Cluster
+from profiles.configurations import RECOMPUTE, Configurations
+from profiles.cost.accelerator import Accelerator
+from profiles.model_shape import ModelShape
+
+Floats = NDArray[np.float64]
+HALF = 2.0
+"""Bytes of a number in activations and in the copies of weights that matrix products read."""
+GRADIENT = 2.0
+"""Bytes of a number in the gradients that are reduced; who reduces in fp32 has twice the constant `dp_traffic`."""
+LOSS = 4.0
+"""Bytes of a number in logits and their gradients."""
+OPTIMIZER_BYTES = 28.0
+"""Read and written for a parameter in an Adam step: fp32 weight and two moments, both ways, and the gradient."""
+NORM_PASSES = 10.0
+"""Reads and writes of a tokens × hidden tensor by what stands between the matrix products of a layer, forward: two
+norms, two residual sums, two dropouts or their like."""
+SPLIT_PASSES = 6.0
+"""The same inside the tensor parallel region, by rotary positions and copies of heads."""
+BACKWARD = 2.0
+"""Work of a backward pass over that of a forward pass."""
+
+
+_GATHERED = np.array([0.0, 0.0, GRADIENT, GRADIENT + 2 * HALF])
+_ONCE = np.array([2 * GRADIENT, GRADIENT + HALF, HALF, 0.0])
+_ONCE_OF_PIPELINE = np.array([2 * GRADIENT, GRADIENT + HALF, GRADIENT + HALF, GRADIENT + HALF])
+# Bytes that are exchanged for a parameter, by ZeRO stage: on every micro-batch, and once a step.
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds at the data sheet's rates, and counts. `layer_` is one layer and one micro-batch, forward and
+    backward."""
+
+    num_microbatches: Floats
+    """Micro-batches of a replica."""
+    vp: Floats
+    """Model chunks per stage."""
+    pp: Floats
+    """Pipeline stages."""
+    layers: Floats
+    """Layers in all."""
+    stage_layers: Floats
+    """Layers of the fullest stage."""
+    last_layers: Floats
+    """Layers of the last stage, which has the output layer too."""
+    passes: Floats
+    """Forward passes' worth of kernels launched for a layer: 2, or 3 where the forward pass is recomputed."""
+    staged_tp: Floats
+    """log2 of the tensor parallel degree where there is a pipeline, 0 where there is none."""
+    layer_products: Floats
+    """Matrix products: operations ÷ peak."""
+    layer_operands: Floats
+    """Matrix products: bytes of operands and results ÷ peak of half precision. For one product of m × k by k × n that
+    is (1/m + 1/n + 1/k) of its operations' time."""
+    layer_attention: Floats
+    """Scores and their product with the values: causal operations ÷ peak."""
+    layer_elementwise: Floats
+    """Everything else: bytes ÷ memory bandwidth."""
+    layer_tp: Floats
+    """Tensor parallel collectives: bytes ÷ link."""
+    layer_tp_messages: Floats
+    """Their number."""
+    layer_cp: Floats
+    """Keys and values that go round the context parallel ring: bytes ÷ link."""
+    layer_ep: Floats
+    """Tokens that go to their experts and back: bytes ÷ link."""
+    layer_gather: Floats
+    """Weights that ZeRO-3 gathers, and gradients that ZeRO-2 and 3 reduce, on every micro-batch: bytes ÷ link."""
+    head_products: Floats
+    """Output layer: operations ÷ peak."""
+    head_operands: Floats
+    """Output layer: bytes of operands and results ÷ peak of half precision."""
+    head_elementwise: Floats
+    """Loss: bytes ÷ memory bandwidth."""
+    p2p: Floats
+    """Activations and their gradients to and from the next stage, one micro-batch, all chunks: bytes ÷ link."""
+    p2p_messages: Floats
+    """Their number."""
+    dp: Floats
+    """What data parallel ranks exchange once a step: bytes ÷ link."""
+    dp_messages: Floats
+    """Ranks that the exchange goes through."""
+    optimizer: Floats
+    """Weights' update: bytes ÷ memory bandwidth."""
+    congestion: Floats
+    """log2 of the nodes that a data parallel exchange spans."""
+    nodes: Floats
+    """log2 of the nodes of the job."""
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def take(self, where: NDArray[np.bool_] | NDArray[np.int64]) -> "Work":
+        """Those at the given places."""
+        return Work(**{field.name: getattr(self, field.name)[where] for field in fields(self)})
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Work]") -> "Work":
+        """Several, one after the other."""
+        return cls(**{field.name: np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(cls)})
+
+
+def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurations, precision: str) -> Work:
+    """The work of each configuration. Raises ValueError for a precision that the accelerator does not have."""
+    peak, memory = device.peak(precision), device.memory_bytes_per_second
+    wide = "bf16" if "fp8" in precision or "fp4" in precision else precision  # what attention runs in
+    tp, pp, vp, cp, ep, dp, b = (a.astype(float) for a in (c.tp, c.pp, c.vp, c.cp, c.ep, c.dp, c.micro_batch))
+    n = np.maximum(c.global_batch / (dp * b), 1.0)
+    full, selective = c.recompute == RECOMPUTE.index("full"), c.recompute == RECOMPUTE.index("selective")
+    again, attention_again = full.astype(float), (full | selective).astype(float)
+    per_node = float(max(cluster.accelerators_per_node, device.domain))
+    sheet = _Links(device, per_node)
+
+    h, f, layers = float(model.hidden), float(model.ffn_hidden), float(model.layers)
+    kv = h * model.kv_heads / model.heads
+    gates = 2.0 if model.gated_mlp else 1.0
+    experts, chosen = float(max(model.experts, 1)), float(model.experts_per_token)
+    tokens = b * (model.seq_len / cp)
+    products = 2 * tokens * ((2 * h * h + 2 * h * kv) + (gates + 1) * h * f * chosen + h * model.experts) / tp
+    attention_weights = (2 * h * h + 2 * h * kv) / tp
+    mlp_weights = (gates + 1) * h * f * experts / (ep * tp)
+    touched = tokens * ((2 + chosen) * h + (2 * h + 2 * kv + (gates + 1) * f * chosen) / tp + chosen * h)
+    operands = HALF * (touched + attention_weights + mlp_weights)
+    causal = 2 * tokens * model.seq_len * h / tp
+    split = np.where(c.sequence_parallel, tp, 1.0)
+    elementwise = HALF * tokens * (NORM_PASSES * h / split + (SPLIT_PASSES * h + (1 + 2 * gates) * f * chosen) / tp)
+
+    forward = 1 + again + BACKWARD
+    hidden_bytes = HALF * tokens * h
+    collectives = np.where(tp > 1, 4 + 2 * again, 0.0)
+    tp_link = sheet.bus(tp, np.ones_like(tp))
+    kv_bytes = HALF * tokens * 2 * kv / tp
+    cp_link = sheet.bus(cp, tp)
+    ep_bytes = HALF * tokens * h * chosen * (ep - 1) / ep / tp
+    stride = tp * cp
+    replicas = dp * cp
+    ring = (replicas - 1) / replicas
+    dp_link = sheet.bus(replicas, tp)
+    expert_ring = (dp * cp / ep - 1) / (dp * cp / ep)
+    layer_parameters = attention_weights + 2 * h
+
+    # A pipeline keeps gathered weights and sums gradients over its micro-batches: then once a step.
+    single = pp == 1
+    each = np.where(single, _GATHERED[c.zero], 0.0)
+    gather = each * (layer_parameters * ring + mlp_weights * np.maximum(expert_ring, 0)) / dp_link
+    stage_layers = np.ceil(layers / (pp * vp)) * vp
+    embedding = float(model.padded_vocab) * h / tp
+    ends = embedding * np.where(pp > 1, 1.0, 1.0 if model.tied_embeddings else 2.0)
+    dense_parameters, expert_parameters = stage_layers * layer_parameters + ends, stage_layers * mlp_weights
+    once = np.where(single, _ONCE[c.zero], _ONCE_OF_PIPELINE[c.zero])
+    dp_bytes = once * (dense_parameters * ring + expert_parameters * np.maximum(expert_ring, 0))
+    dp_bytes = dp_bytes + np.where((c.zero == 3) & single, GRADIENT + 2 * HALF, 0.0) * ends * ring
+    shards = np.where(c.zero >= 1, replicas, 1.0)
+    updated = dense_parameters / shards + expert_parameters / np.where(c.zero >= 1, np.maximum(replicas / ep, 1.0), 1.0)
+
+    head = 2 * tokens * h * model.padded_vocab / tp
+    head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding)
+    p2p_bytes = hidden_bytes / tp  # scattered before, gathered after (2104.04473, §4.1)
+    p2p_link = np.where(
+        tp * cp * dp * pp <= per_node, sheet.inside, np.where(stride * dp >= per_node, sheet.between, sheet.inside)
+    )
+    ones = np.ones_like(tp)
+    return Work(
+        num_microbatches=n,
+        vp=vp,
+        pp=pp,
+        layers=layers * ones,
+        stage_layers=stage_layers,
+        last_layers=np.maximum(np.floor(layers / (pp * vp)) * vp, 1.0),
+        passes=2 + again,
+        staged_tp=np.where(pp > 1, np.log2(tp), 0.0),
+        layer_products=products * forward / peak,
+        layer_operands=operands * forward / device.peak(wide),
+        layer_attention=causal * (1 + attention_again + BACKWARD) / device.peak(wide),
+        layer_elementwise=elementwise * forward / memory,
+        layer_tp=collectives * hidden_bytes * 2 * (tp - 1) / tp / tp_link,
+        layer_tp_messages=collectives,
+        layer_cp=3 * kv_bytes * (cp - 1) / cp_link,
+        layer_ep=2 * forward * ep_bytes / sheet.bus(ep, stride) if model.experts else 0 * ones,
+        layer_gather=gather,
+        head_products=(1 + BACKWARD) * head / peak,
+        head_operands=(1 + BACKWARD) * head_operands / device.peak(wide),
+        head_elementwise=(1 + BACKWARD) * LOSS * tokens * model.padded_vocab / tp / memory,
+        p2p=np.where(pp > 1, 2 * vp * p2p_bytes / p2p_link, 0.0),
+        p2p_messages=np.where(pp > 1, 2 * vp, 0.0),
+        dp=dp_bytes / dp_link,
+        dp_messages=np.where(replicas > 1, np.log2(np.maximum(replicas, 1)), 0.0),
+        optimizer=OPTIMIZER_BYTES * updated / memory,
+        congestion=np.log2(sheet.nodes(replicas, tp)),
+        nodes=np.log2(cluster.nodes) * ones,
+    )
+
+
+class _Links:
+    """Bandwidth of a ring collective over a group of ranks that stand `stride` apart."""
+
+    def __init__(self, device: Accelerator, per_node: float) -> None:
+        self.inside, self.between = device.inside_node.bytes_per_second, device.between_nodes.bytes_per_second
+        self._per_node = per_node
+
+    def nodes(self, size: Floats, stride: Floats) -> Floats:
+        """Nodes that the group spans."""
+        return np.maximum(np.ceil(size * stride / self._per_node), 1.0)
+
+    def bus(self, size: Floats, stride: Floats) -> Floats:
+        """Bytes per second of each rank: a group that spans nodes goes out through the links of all its members on a
+        node."""
+        members = np.clip(np.floor(self._per_node / stride), 1.0, size)
+        outside = np.minimum(members * self.between, self.inside)
+        return np.where(size * stride <= self._per_node, self.inside, outside)

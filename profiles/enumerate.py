@@ -1,0 +1,91 @@
+"""Every configuration of a model on a cluster, as arrays."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.cluster import Cluster
+from profiles.configurations import RECOMPUTE, Configurations
+from profiles.model_shape import ModelShape
+
+Ints = NDArray[np.int64]
+
+
+def enumerate_configurations(
+    model: ModelShape,
+    cluster: Cluster,
+    global_batches: Sequence[int],
+    *,
+    max_tp: int | None = None,
+    max_vp: int = 8,
+    max_cp: int = 1,
+    max_micro_batch: int = 16,
+    recompute: Sequence[str] = RECOMPUTE,
+    zero: Sequence[int] = (0, 1, 2, 3),
+) -> Configurations:
+    """All layouts that `Layout.check` passes, with all micro-batches (powers of two) of the global batches (in
+    sequences).
+
+    Also asked for: the tensor and context parallel ranks share a node unless `max_tp` says otherwise; cp cuts a
+    sequence into 2·cp pieces (for causal balance); ep divides the experts and dp; virtual stages have pp as a divisor
+    of the number of micro-batches (2104.04473, §2.2.2); ZeRO-2 and 3 go without a pipeline; sequence parallelism
+    wherever tp > 1 and tp divides the sequence. Raises ValueError for a recomputation or ZeRO stage that does not
+    exist.
+    """
+    if unknown := [kind for kind in recompute if kind not in RECOMPUTE]:
+        raise ValueError(f"recompute({unknown[0]}) is unknown: expected one of {', '.join(RECOMPUTE)}")
+    if unknown_stage := [stage for stage in zero if stage not in range(4)]:
+        raise ValueError(f"zero({unknown_stage[0]}) is unknown: expected 0 to 3")
+    size = cluster.accelerators
+    by_tp = _divisors(np.gcd.reduce([size, model.heads, model.kv_heads, model.ffn_hidden, model.padded_vocab]))
+    by_tp = by_tp[by_tp <= (max_tp or cluster.accelerators_per_node)]
+    by_cp = _divisors(size)
+    by_cp = by_cp[(by_cp <= max_cp) & ((by_cp == 1) | (model.seq_len % (2 * by_cp) == 0))]
+    by_ep = _divisors(model.experts) if model.experts else np.ones(1, dtype=np.int64)
+    by_pp = _divisors(size)
+    by_pp = by_pp[model.layers % by_pp == 0]
+    by_vp = _divisors(model.layers)
+    by_vp = by_vp[by_vp <= max_vp]
+    tp, pp, vp, cp, ep = _grid(by_tp, by_pp, by_vp, by_cp, by_ep)
+    held = tp * pp * cp
+    fits = (size % held == 0) & (model.layers % (pp * vp) == 0) & ((vp == 1) | (pp > 1))
+    tp, pp, vp, cp, ep = (axis[fits] for axis in (tp, pp, vp, cp, ep))
+    dp = size // (tp * pp * cp)
+    fits = dp % ep == 0
+    layouts = np.stack([tp, pp, vp, cp, ep, dp])[:, fits]
+
+    micro_batches = 2 ** np.arange(int(max_micro_batch).bit_length())
+    kinds = np.array([RECOMPUTE.index(kind) for kind in recompute])
+    row, kind, stage, b, total = _grid(
+        np.arange(layouts.shape[1]), kinds, np.array(zero), micro_batches, np.array(global_batches)
+    )
+    n, rest = np.divmod(total, layouts[5][row] * b)
+    fits = (rest == 0) & (n > 0) & ((layouts[2][row] == 1) | (n % layouts[1][row] == 0))
+    fits &= (stage < 2) | (layouts[1][row] == 1)
+    row, kind, stage, b, total = (axis[fits] for axis in (row, kind, stage, b, total))
+    tp, pp, vp, cp, ep, dp = layouts[:, row]
+    return Configurations(
+        tp=tp,
+        pp=pp,
+        vp=vp,
+        cp=cp,
+        ep=ep,
+        dp=dp,
+        sequence_parallel=(tp > 1) & (model.seq_len % tp == 0),
+        recompute=kind,
+        zero=stage,
+        micro_batch=b,
+        global_batch=total,
+    )
+
+
+def _grid(*axes: Ints) -> list[Ints]:
+    """All combinations, each axis flat."""
+    return [axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")]
+
+
+def _divisors(number: int) -> Ints:
+    low = np.arange(1, int(number**0.5) + 1)
+    low = low[number % low == 0]
+    return np.unique(np.concatenate([low, number // low])).astype(np.int64)

@@ -1,0 +1,94 @@
+"""What the forward pass keeps for the backward pass: per layer, per stage, and at the loss."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.configurations import RECOMPUTE, Configurations
+from profiles.memory.implementation import Implementation
+from profiles.memory.parameters import Floats, stage_layers
+from profiles.model_shape import ModelShape
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one layer for one micro-batch on a rank, one entry a configuration."""
+
+    kept: Floats
+    """Kept from the forward to the backward pass."""
+    recomputed: Floats
+    """What recomputation makes again while the layer's backward pass runs."""
+    passing: Floats
+    """Gradients and gathered inputs that exist only while the layer's backward pass runs."""
+
+
+def layer_activations(
+    model: ModelShape, c: Configurations, element_bytes: int, how: Implementation
+) -> LayerActivations:
+    """Korthikanti et al. 2022 (2205.05198), eq. 1–4, spelled out for grouped queries, gated MLPs and experts.
+
+    With element_bytes 2, dropout, materialised scores, ffn = 4 · hidden and as many kv_heads as heads, what is kept for
+    a token is exactly theirs: h·(10 + 24/t + 5as/(ht)) bytes; all of it over t with sequence parallelism; without the
+    last term when recomputing selectively; 2h when recomputing fully.
+    """
+    tokens = rank_tokens(model, c)
+    hidden, ffn, e = model.hidden, model.ffn_hidden, element_bytes
+    split = np.where(c.sequence_parallel, c.tp, 1)
+    # Outside of the matrices that tp splits: inputs of both norms, two masks, inputs of the attention and of the MLP.
+    inputs = 2 * e * hidden / (split if how.gathered_inputs == "regathered" else 1)
+    outside = hidden * (2 * e + 2 * how.dropout) / split + inputs
+    # Heads: queries, keys, values, and the output, which is the input of the projection.
+    kv_share = model.kv_heads / model.heads
+    heads = hidden * e * (2 + 2 * kv_share + (1 + kv_share) * (how.fused_qkv == "kept")) / c.tp
+    scores: Floats = np.zeros(len(c))
+    if how.attention == "flash":
+        heads = heads + 4 * model.heads / c.tp  # fp32 log-sum-exp of each row of scores
+    else:  # the softmax, and with dropout its mask and its result: 2, or 5 bytes of the paper
+        scores = model.heads * model.seq_len * (e + (1 + e) * how.dropout) / c.tp
+    # MLP: what enters the activation function, and the input of the second matrix.
+    wide = (how.gated_mlp_tensors if model.gated_mlp else 2) * ffn * e
+    copies = model.experts_per_token if model.experts else 1
+    mlp = copies * wide / c.tp
+    if model.experts:  # tokens permuted to their experts and back, and the router's probabilities in fp32
+        mlp = mlp + 2 * copies * hidden * e + 4 * model.experts
+    everything = outside + heads + scores + mlp
+    kinds = [c.recompute == RECOMPUTE.index(name) for name in ("none", "selective", "full")]
+    kept = np.select(kinds, [everything, everything - scores, hidden * e / split])
+    recomputed = np.select(kinds, [np.zeros(len(c)), scores, everything])
+    # The widest moment of the backward pass: gradients of the MLP's wide tensors, and the input that is gathered again,
+    # with its gradient.
+    passing = copies * (3 if model.gated_mlp else 2) * ffn * e / c.tp + 2 * hidden * e
+    return LayerActivations(kept=tokens * kept, recomputed=tokens * recomputed, passing=tokens * passing)
+
+
+def rank_tokens(model: ModelShape, c: Configurations) -> Floats:
+    """Tokens of a micro-batch on a rank: context parallelism splits the sequence."""
+    return c.micro_batch * model.seq_len / c.cp
+
+
+def layers_in_flight(model: ModelShape, c: Configurations, how: Implementation, *, last: bool) -> Floats:
+    """Layers × micro-batches whose activations the first or the last stage keeps at its fullest.
+
+    1F1B: min(n, pp − stage) micro-batches of layers ÷ pp each (2104.04473, section 2.2.1). Interleaved: 2·(pp − stage −
+    1) + (vp − 1)·pp + 1 chunks of layers ÷ (pp · vp), which on the first stage is layers · (1 + (pp − 1)/(pp · vp))
+    (2205.05198, section 4.2.3).
+    """
+    later: NDArray[np.int64] = np.zeros_like(c.pp) if last else c.pp - 1
+    chunks = np.where(c.vp > 1, 2 * later + (c.vp - 1) * c.pp + 1, later + 1)
+    return np.minimum(chunks, c.num_microbatches * c.vp) * (stage_layers(model, c, how, last=last) / c.vp)
+
+
+def loss_bytes(model: ModelShape, c: Configurations, element_bytes: int, how: Implementation) -> Floats:
+    """Logits and what the loss makes of them, for a micro-batch on the last stage; the vocabulary is split by tp.
+
+    In place: the model's precision and fp32 are there at once, forward and backward. Copying: two more in fp32.
+    """
+    copies = (element_bytes if element_bytes < 4 else 0) + 4 + 8 * (how.loss == "copying")
+    return rank_tokens(model, c) * model.padded_vocab * copies / c.tp
+
+
+def head_bytes(model: ModelShape, c: Configurations, element_bytes: int) -> Floats:
+    """Inputs of the last norm and of the output layer (2205.05198, section 4.3)."""
+    split = np.where(c.sequence_parallel, c.tp, 1)
+    return rank_tokens(model, c) * 2 * element_bytes * model.hidden / split

@@ -1,0 +1,65 @@
+"""The parts of a rank's peak memory, by formula alone."""
+
+import numpy as np
+
+from profiles.configurations import Configurations
+from profiles.memory.activations import head_bytes, layer_activations, layers_in_flight, loss_bytes, rank_tokens
+from profiles.memory.implementation import Implementation
+from profiles.memory.parameters import Floats, embedding_weights, layer_weights, stage_weights
+from profiles.model_shape import ModelShape
+
+COMPONENTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "working",
+    "communication",
+    "allocator",
+)
+"""Parts of a peak, as they are shown."""
+WORKSPACE_BYTES = 64 * 2**20
+"""Workspace of the matrix library, which PyTorch's allocator counts: 32 MiB for each of two handles on Hopper."""
+
+
+def stage_components(
+    model: ModelShape, c: Configurations, precision: str, how: Implementation, *, last: bool
+) -> dict[str, Floats]:
+    """Bytes of each of `COMPONENTS` at the peak of a rank on the first or on the last stage.
+
+    Adam in mixed precision holds 2 + 4 + 12 bytes a weight: weight, fp32 gradient, fp32 master and two moments; in fp32
+    4 + 4 + 8. ZeRO stage 1 shares the last out over dp · cp ranks, 2 the second too, 3 all (1910.02054, section 5).
+    """
+    element = 4 if precision == "fp32" else 2
+    weights = stage_weights(model, c, how, last=last)
+    replicas = c.dp * c.cp
+
+    def share(stage: int) -> Floats:
+        """Weights in this rank's share of what a ZeRO stage splits."""
+        split = c.zero >= stage
+        dense = weights.dense / np.where(split, replicas, 1)
+        return dense + weights.experts / np.where(split, np.maximum(replicas // c.ep, 1), 1)
+
+    largest = np.maximum(np.add(*layer_weights(model, c)), embedding_weights(model, c))
+    gradient = 4 if how.fp32_gradients else element
+    buckets = element * how.gradient_buckets * (replicas > 1) * (c.zero < 2)
+    layer = layer_activations(model, c, element, how)
+    head = (c.pp == 1) | last
+    boundary = rank_tokens(model, c) * model.hidden * element / np.where(c.sequence_parallel, c.tp, 1)
+    found = {
+        "weights": element * share(3),
+        "gradients": gradient * share(2),
+        "optimizer": (8 if element == 4 else 12) * share(1),
+        "activations": layer.kept * layers_in_flight(model, c, how, last=last),
+        "logits": np.where(head, head_bytes(model, c, element) + loss_bytes(model, c, element, how), 0),
+        "working": layer.recomputed + layer.passing,
+        # ZeRO-2 and -3 have the whole gradient of a layer before it is reduced, ZeRO-3 the gathered weights of the
+        # layer that runs and of the next. A pipeline stage receives one tensor while it sends another.
+        "communication": buckets * (weights.dense + weights.experts)
+        + element * largest * ((c.zero >= 2) + 2.0 * (c.zero >= 3))
+        + np.where(c.pp > 1, 2 * boundary, 0),
+    }
+    moving = found["activations"] + found["logits"] + found["working"] + found["communication"]
+    found["allocator"] = WORKSPACE_BYTES + how.fragmentation * moving
+    return found

@@ -1,0 +1,62 @@
+"""What memory depends on beside model and configuration: how the training framework is written."""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from profiles.record import Record
+
+
+class Implementation(Record):
+    """How a framework spends memory. The defaults are those of the megatron backend, without dropout."""
+
+    attention: Literal["flash", "materialised"] = "flash"
+    """flash: no scores are kept. materialised: the s × s scores of every head are (2205.05198, section 4.1)."""
+    dropout: bool = False
+    """Whether masks of dropout, one byte an element, are kept: two a layer, and one of materialised scores."""
+    fused_qkv: Literal["kept", "released"] = "kept"
+    """What becomes of the joint output of the query, key and value projection when rotary positions have made copies of
+    the first two. kept: the values are a view into it, so that all of it stays (megatron-core). released: not so."""
+    gated_mlp_tensors: PositiveInt = 5
+    """Tensors as wide as `ffn_hidden` that a gated MLP keeps. 4: gate, up, activated gate, product. 3: activation and
+    product are one kernel. 5: megatron-core adds `glu_linear_offset` to up, and so copies it even where that is 0."""
+    loss: Literal["in-place", "copying"] = "in-place"
+    """in-place: the loss keeps the logits once in fp32 beside the model's precision (megatron's vocabulary-parallel
+    cross entropy). copying: shifted logits and exponentials are tensors of their own (plain PyTorch)."""
+    fp32_gradients: bool = True
+    """Whether gradients of a bf16 model are accumulated in fp32 (megatron's `grad_reduce_in_fp32`)."""
+    gradient_buckets: bool = False
+    """Whether gradients lie a second time, in the model's precision, in buckets for their reduction (PyTorch's DDP)."""
+    gathered_inputs: Literal["regathered", "kept"] = "regathered"
+    """What becomes of the inputs that sequence parallelism gathers in front of matrices: gathered again in the backward
+    pass (2205.05198, section 4.2.2), or kept whole on every rank."""
+    stages: Literal["even", "balanced"] = "even"
+    """even: every pipeline stage has as many layers. balanced: the output layer counts as the layers that take as long,
+    so that the last stage has fewer and the others more."""
+    fragmentation: float = Field(default=0.1, ge=0, lt=1)
+    """Share of activations and buffers that the allocator adds: blocks are rounded up, and freed ones do not fit."""
+
+    def alternatives(self) -> Iterator[tuple["Implementation", int]]:
+        """Itself and what other frameworks do, each with the number of differences: what observed peaks choose from."""
+        choices = {
+            "attention": ("flash", "materialised"),
+            "loss": ("in-place", "copying"),
+            "gradient_buckets": (False, True),
+            "gathered_inputs": ("regathered", "kept"),
+            "stages": ("even", "balanced"),
+        }
+        for values in product(*choices.values()):
+            changes = {name: value for name, value in zip(choices, values, strict=True) if value != getattr(self, name)}
+            yield self.model_copy(update=changes), len(changes)
+
+
+MEGATRON = Implementation()
+"""What this project's own backend does."""
+PYTORCH = Implementation(
+    fused_qkv="released", gated_mlp_tensors=4, loss="copying", gradient_buckets=True, stages="balanced"
+)
+"""Plain PyTorch: `DistributedDataParallel`, an unfused loss, stages balanced by their work."""
+KORTHIKANTI = Implementation(attention="materialised", dropout=True, fused_qkv="released")
+"""Megatron-LM as the paper describes it (2205.05198); without rotary positions nothing is copied."""

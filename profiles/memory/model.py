@@ -1,0 +1,135 @@
+"""How much memory a configuration takes on its fullest rank, before anything is launched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
+
+from profiles.configurations import Configurations
+from profiles.memory.components import COMPONENTS, stage_components
+from profiles.memory.correction import Correction, grouped, learn, log_variance
+from profiles.memory.implementation import MEGATRON, Implementation
+from profiles.memory.parameters import Floats
+from profiles.memory.peaks import OUTSIDE_BYTES, Peaks
+from profiles.model_shape import ModelShape
+
+CHUNK = 8192
+"""Configurations that are worked on at once: their arrays stay in the processor's cache."""
+SURE = 0.05
+"""A configuration whose chance to fit is smaller surely does not."""
+
+
+@dataclass(frozen=True)
+class PredictedMemory:
+    """Peaks of N configurations."""
+
+    peak_bytes: Floats
+    """Of the fullest rank: the median of what is expected."""
+    low: Floats
+    """Lower end of the interval; nan where none was asked for."""
+    high: Floats
+    """Upper end."""
+    breakdown: dict[str, Floats]
+    """Bytes of each part on that rank; they add up to `peak_bytes`."""
+    last_stage: NDArray[np.bool_]
+    """Whether that rank is on the last pipeline stage, and not on the first."""
+    assumptions: tuple[str, ...]
+    """What was taken for granted."""
+    log_sd: Floats
+    """Standard deviation of the peak's logarithm; nan where no interval was asked for."""
+    freedom: float
+    """Degrees of freedom of its Student distribution."""
+
+    def chance_to_fit(self, memory_bytes: float) -> Floats:
+        """Probability that the peak leaves `OUTSIDE_BYTES` of an accelerator's memory free."""
+        room = np.log(max(memory_bytes - OUTSIDE_BYTES, 1.0) / self.peak_bytes)
+        return np.asarray(stdtr(self.freedom, room / self.log_sd), dtype=np.float64)
+
+
+class MemoryModel:
+    """Predicts peak memory from any number of observations, none included. Immutable: `fit` returns another one."""
+
+    def __init__(self, implementation: Implementation = MEGATRON, correction: Correction | None = None) -> None:
+        self.implementation = implementation
+        """How the framework is taken to be written."""
+        self.correction = correction or Correction.prior()
+        """What observations said."""
+
+    def fit(self, peaks: Sequence[Peaks]) -> "MemoryModel":
+        """A model that also knows these peaks and failures, which replace those of an earlier fit. They come from one
+        framework: the rows may say that it is written differently from what was assumed."""
+        return MemoryModel(*learn(peaks, self.implementation))
+
+    def predict(
+        self, model: ModelShape, configurations: Configurations, precision: str, *, coverage: float | None = 0.8
+    ) -> PredictedMemory:
+        """Peaks with an interval that holds that share of them; `coverage=None` leaves it out, and is fast."""
+        size = len(configurations)
+        pieces = [
+            self._piece(model, configurations.take(np.arange(at, min(at + CHUNK, size))), precision, coverage)
+            for at in range(0, max(size, 1), CHUNK)
+        ]
+        return PredictedMemory(
+            peak_bytes=np.concatenate([piece.peak_bytes for piece in pieces]),
+            low=np.concatenate([piece.low for piece in pieces]),
+            high=np.concatenate([piece.high for piece in pieces]),
+            breakdown={
+                name: np.concatenate([piece.breakdown[name] for piece in pieces]) for name in pieces[0].breakdown
+            },
+            last_stage=np.concatenate([piece.last_stage for piece in pieces]),
+            assumptions=self.assumptions(model),
+            log_sd=np.concatenate([piece.log_sd for piece in pieces]),
+            freedom=self.correction.freedom,
+        )
+
+    def fits(
+        self,
+        model: ModelShape,
+        configurations: Configurations,
+        precision: str,
+        memory_bytes: float,
+        margin: float = 0.0,
+    ) -> NDArray[np.bool_]:
+        """Whether the expected peak, `OUTSIDE_BYTES` and that share of an accelerator's memory fit into it."""
+        found = self.predict(model, configurations, precision, coverage=None)
+        return found.peak_bytes + OUTSIDE_BYTES <= (1 - margin) * memory_bytes
+
+    def assumptions(self, model: ModelShape) -> tuple[str, ...]:
+        """What every prediction takes for granted, in words."""
+        how, correction = self.implementation, self.correction
+        said = [
+            f"{how.attention} attention, {'with' if how.dropout else 'no'} dropout; Adam",
+            f"gradients in {'fp32' if how.fp32_gradients else 'the precision of the model'}"
+            + (", and again in buckets" if how.gradient_buckets else ""),
+            f"{how.stages} pipeline stages; logits in fp32 for the loss, {how.loss}",
+            f"gathered inputs of sequence parallelism are {how.gathered_inputs}",
+            f"{how.fragmentation:.0%} of activations and buffers lost to fragmentation",
+            f"factors learned from {correction.rows} peaks" if correction.rows else "no peak seen: formulas alone",
+        ]
+        if model.experts:
+            said.append("tokens spread evenly over the experts")
+        return tuple(said)
+
+    def _piece(self, model: ModelShape, c: Configurations, precision: str, coverage: float | None) -> PredictedMemory:
+        how, correction = self.implementation, self.correction
+        factors = {name: correction.factor(name) for name in COMPONENTS}
+        first, last = (
+            {name: factors[name] * part for name, part in stage_components(model, c, precision, how, last=end).items()}
+            for end in (False, True)
+        )
+        totals = [np.add.reduce(list(found.values())) + correction.beside_bytes for found in (first, last)]
+        later = totals[1] > totals[0]
+        breakdown = {name: np.where(later, last[name], first[name]) for name in first}
+        breakdown["other"] = np.full(len(c), correction.beside_bytes)
+        peak = np.maximum(*totals)
+        nothing = np.full(len(c), np.nan)
+        if coverage is None:
+            return PredictedMemory(peak, nothing, nothing, breakdown, later, (), nothing, correction.freedom)
+        parts = {name: breakdown[name] / factors[name] for name in COMPONENTS}
+        sd = np.sqrt(log_variance(grouped(parts), correction))
+        half = float(stdtrit(correction.freedom, 0.5 + coverage / 2)) * sd
+        return PredictedMemory(
+            peak, peak * np.exp(-half), peak * np.exp(half), breakdown, later, (), sd, correction.freedom
+        )

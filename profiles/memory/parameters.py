@@ -1,0 +1,70 @@
+"""Weights that a rank holds, on the first and on the last pipeline stage."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.configurations import Configurations
+from profiles.memory.implementation import Implementation
+from profiles.model_shape import ModelShape
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of weights on a rank, one entry a configuration, before ZeRO shares anything out."""
+
+    dense: Floats
+    """What is replicated over all dp · cp ranks: attention, dense MLPs, routers, norms, embeddings."""
+    experts: Floats
+    """MLPs of experts, replicated over dp · cp ÷ ep ranks; 0 for a dense model."""
+
+
+def layer_weights(model: ModelShape, c: Configurations) -> tuple[Floats, Floats]:
+    """(dense, expert) weights of one layer on a rank. Norms and the router are not split by tp."""
+    attention, mlp = _matrices(model)
+    whole = 2 * model.hidden + model.hidden * model.experts
+    if not model.experts:
+        return (attention + mlp) / c.tp + whole, np.zeros(len(c))
+    return attention / c.tp + whole, mlp * model.experts / (c.tp * c.ep)
+
+
+def stage_layers(model: ModelShape, c: Configurations, how: Implementation, *, last: bool) -> NDArray[np.int64]:
+    """Layers of the fullest stage, or of the last one: whole chunks, so that a count that does not divide is rounded
+    up."""
+    chunks = c.pp * c.vp
+    if how.stages == "even":
+        return -(-model.layers // chunks) * c.vp
+    attention, mlp = _matrices(model)
+    copies = model.experts_per_token if model.experts else 1
+    head = model.padded_vocab * model.hidden / (attention + copies * mlp)
+    full = np.minimum(np.ceil((model.layers + head) / chunks).astype(np.int64) * c.vp, model.layers)
+    full = np.where(c.pp == 1, model.layers, full)
+    return np.maximum(model.layers - (c.pp - 1) * full, 0) if last else full
+
+
+def stage_weights(model: ModelShape, c: Configurations, how: Implementation, *, last: bool) -> Weights:
+    """Weights of a rank on the first or the last stage; the same rank where pp is 1.
+
+    Tied embeddings lie on both ends of a pipeline (Megatron-LM, 2104.04473): tying saves nothing once pp > 1.
+    """
+    dense, experts = layer_weights(model, c)
+    whole = c.pp == 1
+    layers = np.where(whole, model.layers, stage_layers(model, c, how, last=last))
+    tables = np.where(whole & (not model.tied_embeddings), 2, 1)
+    norm = np.where(whole | last, model.hidden, 0)
+    return Weights(layers * dense + tables * embedding_weights(model, c) + norm, layers * experts)
+
+
+def embedding_weights(model: ModelShape, c: Configurations) -> Floats:
+    """Weights of the input embedding, or of the output layer, on a rank."""
+    return model.padded_vocab * model.hidden / c.tp
+
+
+def _matrices(model: ModelShape) -> tuple[int, int]:
+    """Weights of a layer's attention, and of one MLP."""
+    head_width = model.hidden // model.heads
+    attention = model.hidden * head_width * (2 * model.heads + 2 * model.kv_heads)
+    return attention, model.hidden * model.ffn_hidden * (3 if model.gated_mlp else 2)

@@ -1,0 +1,216 @@
+"""Measurements of others from a CSV file: what `copus profile import` adds, and the `published` profiler.
+
+A row is a step time, or the failure that came instead. docs/tables.md has the columns.
+"""
+
+import csv
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.measurement import Fingerprint, Measurement
+from profiles.model_shape import ModelShape
+from profiles.profiler import Processes, Task
+
+REQUIRED = ("gpus", "layers", "hidden", "heads", "seq_len", "vocab", "gbs", "mbs")
+"""Columns that have to be there, besides `step_time_s` or `tokens_per_s_per_gpu` (failures have neither)."""
+
+
+@dataclass
+class Read:
+    """What a file held."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    """In the order of the file."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Why rows were left out, and how many."""
+
+
+class RejectedError(ValueError):
+    """A row that says too little, or contradicts itself."""
+
+
+def read_csv(path: Path) -> Read:
+    """The rows of a CSV file. Raises OSError where it cannot be read, ValueError, in one line, where it is none or
+    lacks columns."""
+    read = Read()
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        when = min(Path(path).stat().st_mtime, time.time())
+        try:
+            rows = csv.DictReader(file)
+            missing = [name for name in REQUIRED if name not in (rows.fieldnames or [])]
+            if missing:
+                raise ValueError(f"{path}: no column {', '.join(missing)}")
+            for row in rows:
+                try:
+                    read.measurements.append(
+                        _measurement({k: (v or "").strip() for k, v in row.items() if k}, path, when)
+                    )
+                except RejectedError as reason:
+                    read.rejected[str(reason)] += 1
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not CSV: {error}") from None
+    return read
+
+
+class PublishedProfiler:
+    """Looks configurations up in a CSV file, as if they had been measured here.
+
+    Rows of the job's model, precision and number of accelerators count, whatever machine they are from. Options:
+    `csv`, the file.
+    """
+
+    processes: Processes = "one"
+    shards = False
+
+    def __init__(self, task: Task) -> None:
+        """Raises ValueError where there is no such file, or other options."""
+        options = dict(task.config.options)
+        path = options.pop("csv", None)
+        if not isinstance(path, str) or options:
+            raise ValueError(f"the published profiler takes `csv`, a file, and nothing else; got {task.config.options}")
+        try:
+            found = read_csv(Path(path).expanduser()).measurements
+        except OSError as error:
+            raise ValueError(f"csv({path}): {error.strerror}") from None
+        self._task = task
+        self._rows: dict[Configuration, list[Measurement]] = {}
+        for row in found:
+            accelerators = row.configuration.layout.accelerators
+            same = (row.fingerprint.model, row.fingerprint.precision, accelerators) == (
+                *(task.fingerprint.model, task.fingerprint.precision),
+                task.cluster.accelerators,
+            )
+            if same:
+                self._rows.setdefault(row.configuration, []).append(row)
+
+    def measure(self, configuration: Configuration) -> Measurement | None:
+        """The next row of that configuration; None where there is none left."""
+        rows = self._rows.get(configuration)
+        if not rows:
+            return None
+        return rows.pop(0).model_copy(update={"fingerprint": self._task.fingerprint, "time": time.time()})
+
+
+def _measurement(row: dict[str, str], path: Path, when: float) -> Measurement:
+    model, gpus = _model(row), _whole(row, "gpus")
+    configuration = _configuration(row, gpus)
+    seconds, failure = _outcome(row, configuration, model)
+    peak = _number(row, "peak_mem_gb")
+    fingerprint = Fingerprint(
+        model=model.digest,
+        precision=row.get("precision") or "unknown",
+        backend=row.get("backend") or row.get("source_id") or path.stem,
+        hardware=f"{gpus} × {row.get('system') or 'unknown'}",
+        software=row.get("software") or row.get("sweep_id") or "unknown",
+    )
+    return Measurement(
+        fingerprint=fingerprint,
+        model=model,
+        configuration=configuration,
+        step_seconds=seconds,
+        spread_seconds=_number(row, "spread_s") if seconds else None,
+        count=_whole(row, "steps", 1) if seconds else 0,
+        peak_bytes=None if peak is None else int(peak * 1e9),
+        failure=failure,
+        time=when,
+    )
+
+
+def _model(row: dict[str, str]) -> ModelShape:
+    gated = row.get("gated_mlp", "") in ("yes", "true", "1")
+    values = {name: _whole(row, name) for name in ("layers", "hidden", "heads", "seq_len", "vocab")}
+    if gated and not row.get("ffn_hidden"):
+        raise RejectedError("ffn_hidden is empty, and a gated MLP has no usual width")
+    try:
+        return ModelShape(
+            **values,
+            ffn_hidden=_whole(row, "ffn_hidden", 4 * values["hidden"]),
+            kv_heads=_whole(row, "kv_heads", values["heads"]),
+            gated_mlp=gated,
+            tied_embeddings=row.get("tied_embeddings", "") in ("yes", "true", "1"),
+            experts=_whole(row, "experts", 0),
+            experts_per_token=_whole(row, "experts_per_token", 1),
+        )
+    except ValidationError as error:
+        raise RejectedError(f"model: {_told(error)}") from None
+
+
+def _configuration(row: dict[str, str], gpus: int) -> Configuration:
+    degrees = {name: _whole(row, name, 1) for name in ("tp", "pp", "vp", "cp", "ep")}
+    split = degrees["tp"] * degrees["pp"] * degrees["cp"]
+    dp = _whole(row, "dp", max(1, gpus // split))
+    if split * dp != gpus:
+        raise RejectedError("tp × pp × cp × dp is not the number of gpus")
+    words: dict[str, Any] = {
+        "sequence_parallel": row.get("sequence_parallel", "") in ("yes", "true", "1") and degrees["tp"] > 1,
+        "recompute": next((kind for kind in ("selective", "full") if kind in row.get("recompute", "")), "none"),
+        "zero": _zero(row.get("sharding", "").lower()),
+    }
+    try:
+        layout = Layout(**degrees | {"vp": degrees["vp"] if degrees["pp"] > 1 else 1}, dp=dp, **words)
+        return Configuration(layout=layout, micro_batch=_whole(row, "mbs"), global_batch=_whole(row, "gbs"))
+    except ValidationError as error:
+        raise RejectedError(f"configuration: {_told(error)}") from None
+
+
+def _zero(sharding: str) -> int:
+    """ZeRO stage: `zero0` … `zero3`; names with `fsdp` are stage 3, other distributed optimizers stage 1."""
+    stage = re.search(r"zero-?([0-3])", sharding)
+    if stage:
+        return int(stage[1])
+    distributed = re.search(r"dist\w*-?optim", sharding)
+    return 1 if distributed else 3 if re.search(r"fsdp|hsdp", sharding) else 0
+
+
+def _outcome(row: dict[str, str], configuration: Configuration, model: ModelShape) -> tuple[float | None, str | None]:
+    """Step seconds, or the failure."""
+    seconds, rate = _number(row, "step_time_s"), _number(row, "tokens_per_s_per_gpu")
+    if seconds is None and rate:
+        seconds = configuration.global_batch * model.seq_len / (rate * configuration.layout.accelerators)
+    if seconds is not None:
+        if not 0 < seconds < float("inf"):
+            raise RejectedError("the time is not positive and finite")
+        return seconds, None
+    if row.get("failure"):
+        return None, row["failure"]
+    said = " ".join(row.get(name, "") for name in ("notes", "quality")).lower()
+    if "crash" in said:
+        return None, "crashed, or out of memory"
+    if re.search(r"\boom\b|out of memory", said):
+        return None, "out of memory"
+    raise RejectedError("neither a time nor a failure")
+
+
+def _number(row: dict[str, str], name: str) -> float | None:
+    text = row.get(name, "")
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise RejectedError(f"{name} is not a number") from None
+
+
+def _whole(row: dict[str, str], name: str, default: int | None = None) -> int:
+    value = _number(row, name)
+    if value is None:
+        if default is None:
+            raise RejectedError(f"{name} is empty")
+        return default
+    if value != int(value):
+        raise RejectedError(f"{name} is not whole")
+    return int(value)
+
+
+def _told(error: ValidationError) -> str:
+    """What is wrong, without the numbers of this row: rows are counted by it."""
+    message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+    return re.sub(r"\(-?[\d.]+\)|\s*= [\d.e+-]+", "", message)

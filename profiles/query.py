@@ -1,0 +1,229 @@
+"""Throughput tables as one: merged, filtered and summarised with duckdb, which reads the JSON lines as they lie."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profiles.measurement import Measurement
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+FINGERPRINT = ("model", "precision", "backend", "hardware", "software")
+SHAPE = {
+    **dict.fromkeys(("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "seq_len", "vocab"), "BIGINT"),
+    **dict.fromkeys(("gated_mlp", "tied_embeddings"), "BOOLEAN"),
+    **dict.fromkeys(("experts", "experts_per_token"), "BIGINT"),
+    **dict.fromkeys(("norm_epsilon", "rope_base"), "DOUBLE"),
+}
+DEGREES = ("tp", "pp", "vp", "cp", "ep", "dp", "zero")
+LAYOUT = {**dict.fromkeys(DEGREES, "BIGINT"), "sequence_parallel": "BOOLEAN", "recompute": "VARCHAR"}
+
+
+def _struct(fields: dict[str, str]) -> str:
+    return f"STRUCT({', '.join(f'{name} {kind}' for name, kind in fields.items())})"
+
+
+ROW = {
+    "fingerprint": _struct(dict.fromkeys(FINGERPRINT, "VARCHAR")),
+    "model": _struct(SHAPE),
+    "configuration": _struct({"layout": _struct(LAYOUT), "micro_batch": "BIGINT", "global_batch": "BIGINT"}),
+    **{"step_seconds": "DOUBLE", "spread_seconds": "DOUBLE", "count": "BIGINT", "peak_bytes": "BIGINT"},
+    **{"failure": "VARCHAR", "shard": "BOOLEAN", "time": "DOUBLE"},
+}
+"""Columns of a table as duckdb types: the fields of `Measurement`. Fields of other versions are left aside."""
+
+_COLUMNS = f"""
+    fingerprint.model AS model, fingerprint.precision AS precision, fingerprint.backend AS backend,
+    fingerprint.hardware AS hardware, fingerprint.software AS software,
+    {", ".join(f"model.{name} AS {name}" for name in SHAPE)},
+    {", ".join(f"configuration.layout.{name} AS {name}" for name in LAYOUT)},
+    configuration.micro_batch AS micro_batch, configuration.global_batch AS global_batch,
+    configuration.global_batch // (configuration.layout.dp * configuration.micro_batch) AS num_microbatches,
+    step_seconds, spread_seconds, count, peak_bytes, failure, shard, time,
+    configuration.global_batch / step_seconds AS samples_per_second,
+    configuration.global_batch * model.seq_len / step_seconds AS tokens_per_second
+"""
+"""What `Filter.where` may name."""
+
+_SUMMARY = """
+WITH each AS (  -- a row stands as often as steps were timed for it, so that plain medians are weighted by steps
+    SELECT *, unnest(range(greatest(count, 1))) FROM kept
+), summed AS (
+    SELECT fingerprint, model, configuration, shard,
+        median(step_seconds) AS step_seconds, median(coalesce(spread_seconds, 0)) FILTER (failure IS NULL) AS within,
+        mad(step_seconds) AS between_rows, max(peak_bytes) AS peak_bytes, count(*) FILTER (failure IS NULL) AS steps
+    FROM each GROUP BY ALL
+), newest AS (
+    SELECT fingerprint, model, configuration, shard,
+        last(failure ORDER BY time) AS failure, max(time) AS time, count(*) AS rows
+    FROM kept GROUP BY ALL
+)
+SELECT * FROM summed JOIN newest USING (fingerprint, model, configuration, shard)
+ORDER BY fingerprint, shard, configuration.layout, configuration.global_batch, configuration.micro_batch
+"""
+"""As `profiles.throughput` does it: the newest row decides whether a configuration runs, the median over all steps how
+fast; the spread is that within the rows and that between them."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which rows are wanted; what is None does not matter."""
+
+    model: str | None = None
+    """Beginning of the model's digest."""
+    layout: str | None = None
+    """Degrees that have to be so, the others free: `TP2·PP1`, `tp=2,dp=4`, `PP2 Z1 SP`."""
+    hardware: str | None = None
+    """A part of the name of the hardware, in any case."""
+    where: str | None = None
+    """A condition in SQL over the columns of a row: `global_batch >= 8 AND tokens_per_second > 1e4`."""
+
+    def condition(self) -> tuple[str, list[Any]]:
+        """The same in SQL, with its parameters. Raises ValueError for a layout that cannot be read."""
+        parts, parameters = ["true"], list[Any]()
+        if self.model is not None:
+            parts.append("starts_with(model, ?)")
+            parameters.append(self.model)
+        if self.hardware is not None:
+            parts.append("contains(lower(hardware), lower(?))")
+            parameters.append(self.hardware)
+        for column, value in _degrees(self.layout or "").items():
+            parts.append(f"{column} = ?")
+            parameters.append(value)
+        if self.where is not None:
+            parts.append(f"({self.where}\n)")
+        return " AND ".join(parts), parameters
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All rows of one configuration, on one hardware with one software."""
+
+    measurement: Measurement
+    """The rows as one: median step, spread within and between the rows, all steps counted, the time of the newest."""
+    rows: int
+    """How many there were."""
+
+
+def query(tables: Sequence[Path], wanted: Filter | None = None) -> list[Summary]:
+    """What tables know together, one entry for each configuration; rows that stand in several count once.
+
+    Torn and foreign lines are passed over. Raises OSError for a table that cannot be read, ValueError, in one line, for
+    a filter that cannot be.
+    """
+    condition, parameters = (wanted or Filter()).condition()
+    with _open(tables) as database:
+        import duckdb
+
+        # The user's SQL sees the rows and nothing else: no files, no settings.
+        database.execute("SET enable_external_access = false; SET lock_configuration = true")
+        try:
+            database.execute(
+                f"CREATE TABLE kept AS SELECT rows.* FROM rows JOIN (SELECT id AS wanted FROM "
+                f"(SELECT id, {_COLUMNS} FROM rows) WHERE {condition}) ON wanted = id",
+                parameters,
+            )
+        except duckdb.Error as error:
+            raise ValueError(f"where {wanted and wanted.where}: {str(error).splitlines()[0]}") from None
+        found = _records(database, _SUMMARY)
+    return [_summary(record) for record in found]
+
+
+def read_new(sources: Sequence[Path], table: Path) -> list[Measurement]:
+    """The rows of `sources` that `table` does not have yet, oldest first, each once. The table need not exist.
+
+    Raises OSError for a source that cannot be read.
+    """
+    columns = ", ".join(ROW)
+    with _open(sources) as database:
+        _load(database, "known", [table] if table.exists() else [])
+        new = _records(database, f"SELECT {columns} FROM rows EXCEPT SELECT {columns} FROM known ORDER BY time")
+    return [Measurement.model_validate(_without_nulls(record)) for record in new]
+
+
+def _open(tables: Sequence[Path]) -> "DuckDBPyConnection":
+    import duckdb  # 0.3 s, and wanted by few commands
+
+    for table in tables:
+        with open(table, "rb"):  # duckdb's own message for a missing file has several lines
+            pass
+    database = duckdb.connect(config={"threads": 1, "preserve_insertion_order": "true"})
+    _load(database, "rows", tables)
+    return database
+
+
+def _load(database: "DuckDBPyConnection", name: str, tables: Sequence[Path]) -> None:
+    """Make a table of the measurements in some files, each row once."""
+    columns = ", ".join(f"{column} {kind}" for column, kind in ROW.items())
+    database.execute(
+        f"CREATE SEQUENCE {name}_id; CREATE TABLE {name} ({columns}, id BIGINT DEFAULT nextval('{name}_id'))"
+    )
+    for table in tables:
+        if table.stat().st_size:
+            kinds = ", ".join(f"{column}: '{kind}'" for column, kind in ROW.items())
+            values = ", ".join("coalesce(shard, false)" if column == "shard" else column for column in ROW)
+            database.execute(
+                f"INSERT INTO {name} ({', '.join(ROW)}) SELECT {values} "
+                f"FROM read_json(?, format='newline_delimited', ignore_errors=true, columns={{{kinds}}}) "
+                f"WHERE configuration.layout.dp IS NOT NULL AND fingerprint.model IS NOT NULL "
+                f"AND model.layers IS NOT NULL AND (step_seconds IS NULL) <> (failure IS NULL)",
+                [str(table)],
+            )
+    names = ", ".join(ROW)
+    database.execute(f"DELETE FROM {name} WHERE id NOT IN (SELECT min(id) FROM {name} GROUP BY {names})")
+
+
+def _records(database: "DuckDBPyConnection", statement: str) -> list[dict[str, Any]]:
+    result = database.execute(statement)
+    names = [column[0] for column in result.description or []]
+    return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+
+
+def _summary(record: dict[str, Any]) -> Summary:
+    failed = record["failure"] is not None
+    spread = None if failed else (record["within"] ** 2 + record["between_rows"] ** 2) ** 0.5
+    values = {name: record[name] for name in ("fingerprint", "model", "configuration", "shard", "peak_bytes", "time")}
+    values |= {
+        "step_seconds": None if failed else record["step_seconds"],
+        "spread_seconds": spread,
+        "count": 0 if failed else record["steps"],
+        "failure": record["failure"],
+    }
+    return Summary(Measurement.model_validate(_without_nulls(values)), record["rows"])
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without what an older row did not have: the defaults of the models say what it was."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return value
+
+
+def _degrees(text: str) -> dict[str, Any]:
+    """Columns and their values from a layout as people write it."""
+    found: dict[str, Any] = {}
+    for part in re.split(r"[·,\s]+", text.lower().strip()):
+        match = re.fullmatch(r"(tp|pp|vp|cp|ep|dp|z|zero)=?(\d+)", part)
+        if match:
+            found["zero" if match[1] == "z" else match[1]] = int(match[2])
+        elif part in ("sp", "nosp"):
+            found["sequence_parallel"] = part == "sp"
+        elif re.fullmatch(r"recompute[:=](none|selective|full)", part):
+            found["recompute"] = re.split(r"[:=]", part)[1]
+        elif part:
+            raise ValueError(
+                f"layout {text}: {part!r} is no degree; expected such as TP2·PP1·DP4, SP, Z1, recompute:full"
+            )
+    return found
+
+
+def groups(found: Iterable[Summary]) -> dict[tuple[str, ...], list[Summary]]:
+    """Summaries that can be compared with one another, by fingerprint; shards and steps apart."""
+    result: dict[tuple[str, ...], list[Summary]] = {}
+    for each in found:
+        key = (*each.measurement.fingerprint.model_dump().values(), "shard" * each.measurement.shard)
+        result.setdefault(key, []).append(each)
+    return result

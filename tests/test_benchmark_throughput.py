@@ -1,0 +1,97 @@
+"""The throughput benchmark reads published rows as they are, and its scores are what they say."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import planner_speed, throughput
+from benchmarks.published import read
+from profiles.cost import CostModel
+
+SHAPE = {"layers": 12, "hidden": 1024, "ffn_hidden": 4096, "gated_mlp": "no", "heads": 16, "kv_heads": 16}
+BASE = {"source_id": "lab", "sweep_id": "lab-8g", "system": "dgx a100-sxm-80g", "gpus": 8, "gpus_per_node": 8}
+BASE |= {"precision": "bf16", "seq_len": 1024, "vocab": 50257, "tied_embeddings": "", "grad_accum": "", "vp": ""}
+BASE |= {"cp": 1, "ep": "", "sequence_parallel": "no", "recompute": "full", "sharding": "zero1", "quality": "ok"}
+BASE |= {"tokens_per_s_per_gpu": "", "mfu": ""} | SHAPE
+
+
+def folder_of(rows: list[dict[str, object]], at: Path) -> Path:
+    """A folder with these rows as `throughput.csv`."""
+    with (at / "throughput.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*BASE, "tp", "pp", "dp", "mbs", "gbs", "step_time_s"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return at
+
+
+def sweep() -> list[dict[str, object]]:
+    """Layouts of eight accelerators, one second each."""
+    rows: list[dict[str, object]] = []
+    for tp in (1, 2, 4, 8):
+        for pp in (1, 2, 4):
+            for mbs in (1, 2, 4):
+                dp = 8 // (tp * pp)
+                if dp and 64 % (dp * mbs) == 0:
+                    rows.append(BASE | {"tp": tp, "pp": pp, "dp": dp, "mbs": mbs, "gbs": 64, "step_time_s": 1.0})
+    return rows
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sweep whose times are the model's, 20 % slower; then one bad row and three that cannot be used."""
+    rows = sweep()
+    timings = read(folder_of(rows, tmp_path)).sweeps[0].timings
+    seconds = 1.2 * CostModel().predict(timings.model, timings.cluster, timings.configurations, "bf16").seconds
+    rows = [row | {"step_time_s": float(t)} for row, t in zip(rows, seconds, strict=True)]
+    rows.append(rows[0] | {"step_time_s": 999.0, "quality": "near-oom(>=74GB)", "mbs": 8})
+    rows += [rows[0] | {"hidden": ""}, rows[0] | {"gbs": 7, "dp": 8}, rows[0] | {"step_time_s": ""}]
+    return folder_of(rows, tmp_path)
+
+
+def test_rows_are_read_or_counted(folder: Path) -> None:
+    published = read(folder)
+    (found,) = published.sweeps
+    assert published.rows == len(sweep()) + 4
+    assert dict(published.skipped) == {"no model shape": 1, "batches do not divide": 1, "no time": 1}
+    assert found.scored.tolist() == [True] * len(sweep()) + [False]
+    assert found.timings.cluster.accelerator == "a100-80g"
+    assert (found.timings.configurations.zero == 1).all()
+    assert (found.timings.configurations.vp == 1).all()
+
+
+def test_scores_are_what_they_say(folder: Path) -> None:
+    result = throughput.run(read(folder))
+    (line,) = result["sweeps"]
+    assert line["rows"] == len(sweep())
+    assert line["fitted_rows"] == 4
+    assert line["zero_shot_mape_pct"] == pytest.approx(100 * (1 - 1 / 1.2), abs=1e-6)
+    assert line["zero_shot_regret_pct"] == 0
+    assert line["mape_pct"] < 5
+    assert line["nearest_mape_pct"] > line["mape_pct"]
+    assert line["mape_with_unreliable_pct"] > line["mape_pct"]
+    assert {"sweep_id", "nodes", "regret_pct", "coverage_pct", "roofline_mape_pct"} <= set(line)
+
+
+def test_regret_is_the_time_lost_by_the_choice(folder: Path) -> None:
+    timings = read(folder).sweeps[0].timings.take(np.arange(3))
+    seen = np.array([1.0, 2.0, 3.0])
+    timings = type(timings)(timings.model, timings.cluster, "bf16", timings.configurations, seen)
+    assert throughput.regrets(np.array([5.0, 4.0, 6.0]), timings).tolist() == [1.0]
+    assert throughput.regrets(seen, timings).tolist() == [0.0]
+
+
+def test_it_prints_one_object(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert throughput.main(["--data", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["benchmark"] == "throughput"
+    with pytest.raises(SystemExit):
+        throughput.main(["--data", str(folder / "nowhere")])
+
+
+def test_the_whole_space_is_planned() -> None:
+    found, _, predicted = planner_speed.plan(CostModel())
+    assert len(found) == len(predicted.seconds) > 10_000
+    assert np.isfinite(predicted.seconds).all()
+    assert (found.accelerators == planner_speed.CLUSTER.accelerators).all()

@@ -1,0 +1,207 @@
+"""`copus plan`: what to expect of a job, on a machine that has none of its accelerators."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from launch_jobs import copus_here
+from test_cli import HEAVY, imported
+
+from copus.job import load_job
+from launch.plan import as_values
+from planner.look_ahead import look_ahead, rows_of
+from planner.prospects import Prospects, in_words
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.measurement import Fingerprint, Measurement
+from profiles.table import ThroughputTable
+
+JOB = {
+    "name": "eight-billion",
+    "model": {
+        **{"layers": 32, "hidden": 4096, "ffn_hidden": 14336, "heads": 32, "kv_heads": 8, "seq_len": 4096},
+        "vocab": 128256,
+    },
+    "cluster": {"nodes": 2, "accelerators_per_node": 8, "accelerator": "h100-sxm"},
+    "training": {
+        "layout": {"tp": 4, "dp": 4, "sequence_parallel": True, "zero": 1},
+        "global_batch": 32,
+        "tokens": 1_000_000,
+        "precision": "bf16",
+    },
+    "planner": {"min_global_batch": 16, "max_global_batch": 128, "max_micro_batch": 4},
+}
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(JOB | {"profile": {"table": str(tmp_path / "table.jsonl")}}))
+    return path
+
+
+def add_row(path: Path, configuration: Configuration, hardware: str = "16 × NVIDIA H100", **values: object) -> None:
+    job = load_job(path)
+    fingerprint = Fingerprint(
+        model=job.model.digest,
+        precision="bf16",
+        backend="b",
+        hardware=hardware,
+        software=str(values.pop("software", "s")),
+    )
+    common = {"fingerprint": fingerprint, "model": job.model, "configuration": configuration, "time": 1.0}
+    ThroughputTable(job.profile.table).add(Measurement(**(common | {"spread_seconds": 0.1, "count": 3} | values)))
+
+
+def prospects_of(path: Path) -> Prospects:
+    job = load_job(path)
+    rows = ThroughputTable(job.profile.table).rows()
+    training = job.training
+    return look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
+
+
+def test_it_answers_without_torch_or_an_accelerator(job_file: Path) -> None:
+    loaded = imported(job_file.parent, "plan", str(job_file), "--json")
+    assert loaded.isdisjoint(set(HEAVY) - {"numpy"})
+    assert "numpy" in loaded
+
+
+def test_json_says_everything(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert copus_here("plan", str(job_file), "--json") == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == ""
+    assert found["measured_rows"] == 0
+    assert found["memory_bytes"] == pytest.approx(80 * 2**30, rel=0.01)
+    assert [each["global_batch"] for each in found["fastest"]] == [16, 32, 64, 128]
+    for each in found["candidates"]:
+        assert each["source"] == "predicted"
+        assert sum(each["memory"].values()) == pytest.approx(each["peak_bytes"])
+        assert each["step_seconds_low"] < each["step_seconds"] < each["step_seconds_high"]
+        assert each["fits"] in ("fits", "should fit", "may not fit", "does not fit")
+    assert {each["fits"] for each in found["candidates"]} >= {"fits", "does not fit"}
+    proposed = [each["best"] for each in (*found["fastest"], *found["by_noise"])]
+    assert all(each["fits"] in ("fits", "should fit") for each in proposed)
+    assert found["start"]["configuration"]["layout"]["tp"] == 4
+
+
+def test_tables_for_people(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert copus_here("plan", str(job_file), "--all") == 0
+    out = capsys.readouterr().out
+    for text in ("16 × h100-sxm, 80.0 GiB each", "predicted", "activations", "noise scale", "does not fit", "assumed:"):
+        assert text in out
+
+
+def test_the_best_batch_grows_with_the_noise(job_file: Path) -> None:
+    prospects, config = prospects_of(job_file), load_job(job_file).planner
+    ranges = prospects.by_noise(config)
+    batches = [each.best.configuration.global_batch for each in ranges]
+    assert batches == sorted(batches)
+    assert batches[0] == 16
+    assert batches[-1] == 128
+    assert (ranges[0].low, ranges[-1].high) == (0, math.inf)
+    assert all(one.high == two.low for one, two in pairwise(ranges))
+
+
+def test_the_fastest_is_the_fastest(job_file: Path) -> None:
+    prospects = prospects_of(job_file)
+    for each in prospects.fastest():
+        same = [e for e in prospects.eligible if e.configuration.global_batch == each.best.configuration.global_batch]
+        assert each.best.samples_per_second == max(e.samples_per_second or 0 for e in same)
+        assert each.runner_up is not None
+        assert each.runner_up.configuration.layout != each.best.configuration.layout
+        assert 0.5 <= (each.sure or 0) <= 1
+
+
+def test_what_was_measured_takes_precedence(job_file: Path) -> None:
+    layout = Layout(tp=8, dp=2, sequence_parallel=True, zero=1)
+    fast = Configuration(layout=layout, micro_batch=1, global_batch=16)
+    add_row(job_file, fast, step_seconds=0.01, peak_bytes=2**30, spread_seconds=0.001)
+    prospects = prospects_of(job_file)
+    (best, *_) = prospects.fastest()
+    assert best.best.configuration == fast
+    assert best.best.source == "measured"
+    assert (best.best.step_seconds, best.best.step_seconds_low) == (0.01, pytest.approx(0.009))
+    assert best.best.peak_bytes == 2**30
+    assert prospects.measured_rows == 1
+    others = {each.source for each in prospects.expectations if each.configuration != fast}
+    assert others == {"predicted"}
+
+
+def test_what_failed_is_not_proposed(job_file: Path) -> None:
+    first = prospects_of(job_file).fastest()[0].best.configuration
+    add_row(job_file, first, failure="out of memory", spread_seconds=None, count=0)
+    prospects = prospects_of(job_file)
+    failed = next(each for each in prospects.expectations if each.configuration == first)
+    assert failed.refusal == "out of memory"
+    assert prospects.fastest()[0].best.configuration != first
+
+
+def test_the_start_with_other_settings(job_file: Path) -> None:
+    prospects = prospects_of(job_file)
+    by = {
+        (e.configuration.layout.recompute, e.configuration.layout.zero, e.configuration.layout.sequence_parallel): e
+        for e in prospects.variants
+    }
+    assert len(by) == len(prospects.variants) == 3 * 2 * 2
+    assert by["none", 1, True] == prospects.start
+    assert by["full", 1, True].peak_bytes < by["none", 1, True].peak_bytes < by["none", 0, True].peak_bytes
+    assert (by["full", 1, True].step_seconds or 0) > (by["none", 1, True].step_seconds or 0)
+
+
+def test_rows_of_other_jobs_do_not_count(job_file: Path) -> None:
+    job = load_job(job_file)
+    start = job.training.configuration
+    add_row(job_file, start, hardware="8 × NVIDIA H100", step_seconds=1.0)
+    add_row(job_file, start, hardware="16 × Intel Xeon core", step_seconds=1.0)
+    add_row(job_file, start, hardware="16 × NVIDIA H200", step_seconds=1.0, time=9.0)
+    add_row(job_file, start, software="old", step_seconds=3.0)
+    add_row(job_file, start, software="new", step_seconds=2.0, time=2.0)
+    rows = rows_of(ThroughputTable(job.profile.table).rows(), job.model, job.cluster, "bf16")
+    assert [row.step_seconds for row in rows] == [2.0]
+    assert rows_of(rows, job.model, job.cluster, "fp32") == []
+
+
+def test_a_job_that_fits_nowhere_says_so(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["model.layers=320", "training.global_batch=32"]
+    assert copus_here("plan", str(job_file), *(part for change in changes for part in ("--set", change))) == 0
+    out = capsys.readouterr().out
+    assert "No candidate may be chosen: the smallest is" in out
+
+
+def test_on_cpu_cores_memory_is_not_checked(job_file: Path) -> None:
+    job = load_job(job_file, ["cluster.accelerator=cpu", "training.precision=fp32"])
+    training = job.training
+    prospects = look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration)
+    values = as_values(job, prospects)
+    assert values["memory_bytes"] is None
+    assert {each["fits"] for each in values["candidates"]} == {"not checked"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("cluster.accelerator=abacus", "cluster.accelerator(abacus) is unknown"),
+        ("training.layout={tp: 3, dp: 4}", "≠ 16 accelerators"),
+        ("profile.table=/proc/self", "profile.table"),
+    ],
+)
+def test_errors_are_one_line(job_file: Path, change: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert copus_here("plan", str(job_file), "--set", change) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert named in err
+
+
+def test_words() -> None:
+    assert [in_words(chance) for chance in (None, 0.01, 0.3, 0.9, 0.99)] == [
+        "not checked",
+        "does not fit",
+        "may not fit",
+        "should fit",
+        "fits",
+    ]

@@ -1,0 +1,74 @@
+"""What the memory model says of activations, against what autograd keeps in the real Megatron model."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from copus.job import JobConfig
+from profiles.configurations import Configurations
+from profiles.memory import MEGATRON
+from profiles.memory.activations import layer_activations
+from tests.megatron_jobs import backend_of, tiny_job
+from tests.ranks import run_ranks
+
+MODEL = {"hidden": 256, "ffn_hidden": 704, "heads": 4, "kv_heads": 2, "seq_len": 128, "vocab": 250}
+CASES: dict[int, list[dict[str, Any]]] = {  # by number of ranks
+    1: [
+        {"precision": "fp32"},
+        {"precision": "bf16"},
+        {"precision": "bf16", "gated_mlp": False},
+        {"precision": "fp32", "layout": {"recompute": "full"}},
+    ],
+    2: [
+        {"precision": "bf16", "layout": {"tp": 2}},
+        {"precision": "bf16", "layout": {"tp": 2, "sequence_parallel": True}},
+    ],
+}
+
+
+def job_of(ranks: int, case: dict[str, Any], layers: int) -> JobConfig:
+    shape = MODEL | {"layers": layers, "gated_mlp": case.get("gated_mlp", True)}
+    training = {"precision": case["precision"], "global_batch": 2, "micro_batch": 2}
+    return tiny_job(ranks, case.get("layout"), shape, **training)
+
+
+def kept_bytes(job: JobConfig) -> int:
+    """Bytes of the distinct tensors that the forward pass of a micro-batch keeps on this rank, weights left out."""
+    (chunk,) = backend_of(job)._chunks
+    weights = {each.untyped_storage().data_ptr() for each in chunk.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that nothing else gets its address
+        return tensor
+
+    tokens = torch.zeros((2, MODEL["seq_len"]), dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = chunk(tokens, None, None, labels=tokens)
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def kept_by_a_layer(ranks: int) -> list[float]:
+    """Of every case: half the difference of four and two layers."""
+    return [(kept_bytes(job_of(ranks, case, 4)) - kept_bytes(job_of(ranks, case, 2))) / 2 for case in CASES[ranks]]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", CASES)
+def test_a_layer_keeps_what_the_model_says(ranks: int) -> None:
+    for case, seen in zip(CASES[ranks], run_ranks(ranks, kept_by_a_layer, ranks)[0], strict=True):
+        job = job_of(ranks, case, 2)
+        element = 4 if case["precision"] == "fp32" else 2
+        c = Configurations.of([job.training.configuration])
+        predicted = layer_activations(job.model, c, element, MEGATRON).kept[0]
+        if job.training.layout.recompute == "none":
+            # Sines and cosines of the rotary positions, for queries and keys: small, and not in the model.
+            predicted += 4 * job.model.seq_len * (job.model.hidden // job.model.heads) * element
+            # A norm on a CPU is not one kernel: it keeps its input, and that over its root mean square, in fp32.
+            split = job.training.layout.tp if job.training.layout.sequence_parallel else 1
+            predicted += 2 * (4 + 4 - element) * 2 * job.model.seq_len * job.model.hidden / split
+        assert seen == pytest.approx(predicted, rel=0.01), case
