@@ -4,7 +4,8 @@
 
 DIR has `throughput.csv`. Every sweep of the source `vtrain-single` is a table: of each layout and global batch the
 fastest row. A cell is a table, a range that φ grows through, a cost of moving to another layout and an error of c; in
-every cell every policy trains to the same target with the same seeds.
+every cell every policy trains to the same target with the same seeds. Then the four set-ups of the COPUS paper, on
+predicted throughput.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.policies_report import print_cells, print_summary, summary
+from benchmarks.policies_setups import measure_setups, print_setups
 from planner.cbs import CriticalBatch
 from planner.menu import Menu
 from planner.norm_test import NormTest
@@ -219,12 +221,14 @@ def main(arguments: list[str] | None = None) -> int:
         "simulated_runs": count,
         "cpu_seconds": spent,
         "runs_per_minute": 60 * count / spent,
+        "setups": [] if args.only else measure_setups(args.seeds, args.noise),
     }
     if args.json:
         print(json.dumps(result))
     else:
         print_cells(cells)
         print_summary(result)
+        print_setups(result["setups"])
     return 0
 
 
