@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost.accelerator import accelerators
+from profiles.cost.accelerator import accelerator, accelerators
 from profiles.cost.timings import Timings
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
@@ -73,12 +73,15 @@ def read(folder: Path) -> Published:
             found.rows += 1
             try:
                 model, cluster = _model(row), _cluster(row)
+                precision = _precision(row["precision"], cluster)
                 configuration = _configuration(row, cluster)
                 seconds_of_step = _seconds(row, configuration)
-                key = (row["sweep_id"] or row["source_id"], model, cluster, row["precision"] or "bf16")
+                key = (row["sweep_id"] or row["source_id"], model, cluster, precision)
                 groups.setdefault(key, []).append((row, configuration, seconds_of_step))
             except UnusableError as reason:
                 found.skipped[str(reason)] += 1
+            except ValueError:
+                found.skipped["a number cannot be read"] += 1
     for (sweep_id, model, cluster, precision), rows in groups.items():
         seconds = np.array([row[2] for row in rows])
         timings = Timings(model, cluster, precision, Configurations.of(row[1] for row in rows), seconds)
@@ -125,6 +128,14 @@ def _accelerator(system: str) -> str:
     if not found:
         raise UnusableError("accelerator is unknown")
     return names[max(found, key=len)]
+
+
+def _precision(text: str, cluster: Cluster) -> str:
+    try:
+        accelerator(cluster.accelerator).peak(text or "bf16")
+    except ValueError as error:
+        raise UnusableError("precision is unknown") from error
+    return text or "bf16"
 
 
 def _configuration(row: dict[str, str], cluster: Cluster) -> Configuration:

@@ -185,6 +185,9 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     means = {key: _mean(lines, key) for key in (*keys, "zero_shot_roofline_mape_pct")}
     means["coverage_pct"] = _mean(lines, "coverage_pct", "rest")
     means["zero_shot_coverage_pct"] = _mean(lines, "zero_shot_coverage_pct", "rows")
+    for key in ("mape_pct", "regret_pct", "zero_shot_mape_pct", "zero_shot_regret_pct"):
+        kept = [line[key] for line in lines if line[key] is not None]
+        means[f"median_{key}"] = float(np.median(kept)) if kept else None
     fitted = [line for line in lines if line["mape_pct"] is not None]
     within = [line["mape_pct"] <= TARGETS["one node" if line["nodes"] == 1 else "several nodes"] for line in fitted]
     chosen = [line for line in lines if line["regret_pct"] is not None]
@@ -260,7 +263,9 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{line['fitted_sweeps']} sweeps, regret within 2 % in {line['regret_within_target']} of "
             f"{line['regret_sweeps']}; with no row MAPE within 25 % in {line['zero_shot_mape_within_target']} of "
             f"{line['sweeps']}, regret within 5 % in {line['zero_shot_regret_within_target']} of "
-            f"{line['zero_shot_regret_sweeps']}"
+            f"{line['zero_shot_regret_sweeps']}. Medians: MAPE {_cell(line['median_mape_pct'])}, regret "
+            f"{_cell(line['median_regret_pct'])}; with no row {_cell(line['median_zero_shot_mape_pct'])} and "
+            f"{_cell(line['median_zero_shot_regret_pct'])}"
         )
     console.print(f"rows of the file: {result['file_rows']}; not usable: {result['skipped']}")
 

@@ -62,7 +62,16 @@ class Accelerator(Record):
 
 def accelerators() -> list[str]:
     """Names of the files that exist."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "links")
+
+
+@cache
+def link(name: str) -> Link:
+    """The link of that name in `links.yaml`. Raises ValueError, with the names that exist, where there is none."""
+    known = yaml.safe_load((FOLDER / "links.yaml").read_text())
+    if name not in known:
+        raise ValueError(f"link({name}) is unknown: expected one of {', '.join(known)}")
+    return Link.model_validate(known[name])
 
 
 @cache

@@ -40,10 +40,15 @@ CONSTANTS: dict[str, Constant] = {
     "tp_latency_seconds": Constant(3.0e-5, 0.8, "of a tensor parallel collective"),
     "p2p_traffic": Constant(2.0, 0.7, "time of bytes between stages over the link's"),
     "p2p_latency_seconds": Constant(2.0e-4, 1.0, "of a message between stages"),
-    "dp_traffic": Constant(0.9, 0.7, "time of data parallel bytes over the link's"),
+    "dp_traffic": Constant(0.85, 0.7, "time of data parallel bytes over the link's"),
     "dp_latency_seconds": Constant(1.0e-3, 0.8, "of a data parallel exchange, for each doubling of ranks"),
-    "dp_overlap": Constant(0.9, 0.8, "share of one micro-batch under which the exchange hides"),
-    "gather_overlap": Constant(0.67, 0.4, "share of a micro-batch's compute under which the gathering of ZeRO-3 hides"),
+    "dp_overlap": Constant(1.0, 0.8, "share of one backward pass under which the sum of gradients hides, at most 1"),
+    "weights_overlap": Constant(
+        0.5, 0.8, "share of one forward pass under which the gathering of updated weights hides, at most 1"
+    ),
+    "gather_overlap": Constant(
+        0.67, 0.4, "share of a layer's compute under which the gathering of ZeRO-3 hides, at most 1"
+    ),
     "congestion": Constant(0.09, 0.9, "loss of network bandwidth for each doubling of nodes, in powers of two"),
     "optimizer": Constant(1.5, 0.5, "time of the update over bytes ÷ memory bandwidth"),
     "step_seconds": Constant(1.25e-2, 1.0, "of a step, whatever it does"),

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from profiles.cluster import Cluster
 from profiles.configurations import Configurations
-from profiles.cost.accelerator import Accelerator, accelerator
+from profiles.cost.accelerator import Accelerator, accelerator, link
 from profiles.cost.constants import NAMES, prior
 from profiles.cost.residual import Smoothness, coordinates, covariance, variance
 from profiles.cost.step_time import parts, step_seconds
@@ -21,8 +21,10 @@ from profiles.model_shape import ModelShape
 
 CHUNK = 4096
 """Configurations that are worked on at once: their arrays stay in the processor's cache."""
-ROBUST = 3.0
+ROBUST = 2.0
 """Standard deviations beyond which a row counts less and less (soft L1)."""
+OUTLIER = 2.5
+"""Standard deviations of a miss beyond which a row says less about its neighbours."""
 STEP = 1.5
 """Half the distance of the secants that stand for derivatives, in standard deviations of a constant. So wide because
 what a constant can do matters, not what it does at its mean: a launch time that hides behind the work now may not do so
@@ -60,8 +62,23 @@ class _Rows:
 class CostModel:
     """Predicts step times from any number of measured rows, none included. Immutable: `fit` returns another one."""
 
-    def __init__(self, smoothness: Smoothness | None = None) -> None:
+    def __init__(
+        self,
+        smoothness: Smoothness | None = None,
+        *,
+        inside_node: str | None = None,
+        between_nodes: str | None = None,
+    ) -> None:
+        """`inside_node` and `between_nodes` (names in `links.yaml`) replace the links in the accelerators' files.
+
+        Raises ValueError for a link that is not there.
+        """
         self._how = smoothness or Smoothness()
+        self._links = {
+            place: link(name)
+            for place, name in (("inside_node", inside_node), ("between_nodes", between_nodes))
+            if name
+        }
         self._z = np.zeros(len(NAMES))
         self._rows: _Rows | None = None
 
@@ -74,6 +91,7 @@ class CostModel:
         finite.
         """
         fitted = CostModel(self._how)
+        fitted._links = self._links
         known = [each for each in timings if len(each.step_seconds)]
         if not known:
             return fitted
@@ -81,10 +99,10 @@ class CostModel:
         if not (np.isfinite(seconds) & (seconds > 0)).all():
             raise ValueError("step_seconds has to be positive and finite")
         done = Work.concatenate(
-            [_work(each.model, each.cluster, each.configurations, each.precision) for each in known]
+            [self._work(each.model, each.cluster, each.configurations, each.precision) for each in known]
         )
-        means = np.concatenate([np.tile(_prior(each.cluster)[0], (len(each.step_seconds), 1)) for each in known])
-        sd = _prior(known[0].cluster)[1]
+        means = np.concatenate([np.tile(self._prior(each.cluster)[0], (len(each.step_seconds), 1)) for each in known])
+        sd = self._prior(known[0].cluster)[1]
         logs = np.log(seconds)
         places = np.concatenate([coordinates(each.model, each.cluster, each.configurations) for each in known])
         noisy = covariance(places, places, self._how) + self._how.noise_sd**2 * np.eye(len(logs))
@@ -100,6 +118,8 @@ class CostModel:
         )
         fitted._z = best.x
         residual = logs - _log_seconds(done, means + sd * best.x)
+        # A row that is far off is taken for a bad measurement: it may keep its miss to itself.
+        noisy += np.diag(np.maximum((residual / OUTLIER) ** 2 - np.diag(noisy), 0.0))
         jacobian = _jacobian(done, means, sd, best.x)
         whole = cho_factor(noisy + jacobian @ jacobian.T)
         solved = cho_solve(cho_factor(noisy), residual)
@@ -115,7 +135,7 @@ class CostModel:
 
     def constants(self, cluster: Cluster) -> dict[str, float]:
         """The constants, for the cluster's accelerator."""
-        mean, sd = _prior(cluster)
+        mean, sd = self._prior(cluster)
         return dict(zip(NAMES, np.exp(mean + sd * self._z).tolist(), strict=True))
 
     def predict(
@@ -149,8 +169,8 @@ class CostModel:
     def _piece(
         self, model: ModelShape, cluster: Cluster, c: Configurations, precision: str, coverage: float | None
     ) -> Predicted:
-        mean, sd = _prior(cluster)
-        done = _work(model, cluster, c, precision)
+        mean, sd = self._prior(cluster)
+        done = self._work(model, cluster, c, precision)
         breakdown = parts(done, mean + sd * self._z)
         seconds: Floats = sum(breakdown.values(), start=np.zeros(len(c)))
         if self._rows:
@@ -170,7 +190,7 @@ class CostModel:
         total = (own * own).sum(1) + variance(self._how) + self._how.noise_sd**2
         rows = self._rows
         if not rows:
-            return total, self._how.freedom
+            return total * self._how.blind_spread**2, self._how.freedom
         cross = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
         total = total - np.einsum("ij,ji->i", cross, cho_solve(rows.whole, cross.T))
         return np.maximum(total, 1e-8) * rows.spread**2, self._how.freedom + len(rows.residual)
@@ -179,8 +199,8 @@ class CostModel:
         self, model: ModelShape, cluster: Cluster, configurations: Configurations, precision: str
     ) -> NDArray[np.float64]:
         """N × N covariance of the logarithms' errors, noise left out, before or after the rows of the fit."""
-        mean, sd = _prior(cluster)
-        done = _work(model, cluster, configurations, precision)
+        mean, sd = self._prior(cluster)
+        done = self._work(model, cluster, configurations, precision)
         places = coordinates(model, cluster, configurations)
         own = _jacobian(done, mean, sd, self._z)
         total = own @ own.T + covariance(places, places, self._how)
@@ -194,8 +214,17 @@ class CostModel:
         """What is believed of the misses."""
         return self._how
 
+    def _device(self, cluster: Cluster) -> Accelerator:
+        return accelerator(cluster.accelerator).model_copy(update=self._links)
+
+    def _prior(self, cluster: Cluster) -> tuple[Floats, Floats]:
+        return prior(self._device(cluster))
+
+    def _work(self, model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Work:
+        return work(model, cluster, self._device(cluster), c, precision)
+
     def _assumptions(self, model: ModelShape, cluster: Cluster) -> tuple[str, ...]:
-        device = _device(cluster)
+        device = self._device(cluster)
         said = [
             f"{device.name}: {device.inside_node.kind} inside a node, {device.between_nodes.kind} between nodes",
             "causal attention; ranks in the order tensor, context, data, pipeline; all nodes alike",
@@ -208,20 +237,8 @@ class CostModel:
         return tuple(said)
 
 
-def _device(cluster: Cluster) -> Accelerator:
-    return accelerator(cluster.accelerator)
-
-
-def _prior(cluster: Cluster) -> tuple[Floats, Floats]:
-    return prior(_device(cluster))
-
-
 def _cut(c: Configurations, where: slice) -> Configurations:
     return Configurations(**{field.name: getattr(c, field.name)[where] for field in fields(c)})
-
-
-def _work(model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Work:
-    return work(model, cluster, _device(cluster), c, precision)
 
 
 def _log_seconds(done: Work, log_constants: Floats) -> Floats:

@@ -44,6 +44,9 @@ class Smoothness(NamedTuple):
     """Doublings of nodes, width, depth and sequence length."""
     freedom: float = 4.0
     """Rows that the assumed size of misses is worth: how soon the rows' own misses set the width of intervals."""
+    blind_spread: float = 0.85
+    """Width of intervals before any row, over what priors and misses add up to. With it the published sweeps, every
+    source counting the same, lie in their intervals as often as they should."""
 
 
 _BATCH, _FLAGS, _SIZES, _SHAPE = (

@@ -23,6 +23,7 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     pass, then the update.
     """
     k = dict(zip(NAMES, np.exp(log_constants), strict=True))
+    k |= {name: np.minimum(k[name], 1.0) for name in ("dp_overlap", "weights_overlap", "gather_overlap")}
     drag = 1 + k["stragglers"] * w.nodes
     compute = drag * (
         k["products"] * w.layer_products
@@ -60,7 +61,9 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     n = w.num_microbatches
     busy = n * busiest / (w.layers * layer + head)  # the busiest stage's share of the whole model, n times
     layers = busy * w.layers
-    dp = _exposed(dp_rate * w.dp, k["dp_overlap"] * busiest) + k["dp_latency_seconds"] * w.dp_messages
+    dp = k["dp_latency_seconds"] * w.dp_messages
+    dp = dp + _exposed(dp_rate * w.dp_reduce, k["dp_overlap"] * 2 / 3 * whole / w.pp)
+    dp = dp + _exposed(dp_rate * w.dp_gather, k["weights_overlap"] / 3 * whole / w.pp)
     return {
         "compute": layers * compute + busy * head,
         "launch": n * (slowest - device) + k["step_seconds"],

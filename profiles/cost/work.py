@@ -35,9 +35,9 @@ BACKWARD = 2.0
 
 
 _GATHERED = np.array([0.0, 0.0, GRADIENT, GRADIENT + 2 * HALF])
-_ONCE = np.array([2 * GRADIENT, GRADIENT + HALF, HALF, 0.0])
-_ONCE_OF_PIPELINE = np.array([2 * GRADIENT, GRADIENT + HALF, GRADIENT + HALF, GRADIENT + HALF])
-# Bytes that are exchanged for a parameter, by ZeRO stage: on every micro-batch, and once a step.
+_REDUCED = np.array([2 * GRADIENT, GRADIENT, 0.0, 0.0])
+_REDUCED_OF_PIPELINE = np.array([2 * GRADIENT, GRADIENT, GRADIENT, GRADIENT])
+# Bytes that are exchanged for a parameter, by ZeRO stage: on every micro-batch, and once a step for gradients.
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,10 @@ class Work:
     """Activations and their gradients to and from the next stage, one micro-batch, all chunks: bytes ÷ link."""
     p2p_messages: Floats
     """Their number."""
-    dp: Floats
-    """What data parallel ranks exchange once a step: bytes ÷ link."""
+    dp_reduce: Floats
+    """Gradients that data parallel ranks sum once a step: bytes ÷ link."""
+    dp_gather: Floats
+    """Updated weights that they gather once a step, with ZeRO: bytes ÷ link."""
     dp_messages: Floats
     """Ranks that the exchange goes through."""
     optimizer: Floats
@@ -161,9 +163,11 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     embedding = float(model.padded_vocab) * h / tp
     ends = embedding * np.where(pp > 1, 1.0, 1.0 if model.tied_embeddings else 2.0)
     dense_parameters, expert_parameters = stage_layers * layer_parameters + ends, stage_layers * mlp_weights
-    once = np.where(single, _ONCE[c.zero], _ONCE_OF_PIPELINE[c.zero])
-    dp_bytes = once * (dense_parameters * ring + expert_parameters * np.maximum(expert_ring, 0))
-    dp_bytes = dp_bytes + np.where((c.zero == 3) & single, GRADIENT + 2 * HALF, 0.0) * ends * ring
+    # Weights of ends and layers as they are exchanged; then bytes of each.
+    exchanged = dense_parameters * ring + expert_parameters * np.maximum(expert_ring, 0)
+    reduced = np.where(single, _REDUCED[c.zero], _REDUCED_OF_PIPELINE[c.zero]) * exchanged
+    reduced = reduced + np.where((c.zero == 3) & single, GRADIENT, 0.0) * ends * ring
+    gathered = np.where(c.zero > 0, HALF, 0.0) * np.where((c.zero == 3) & single, ends * ring, exchanged)
     shards = np.where(c.zero >= 1, replicas, 1.0)
     updated = dense_parameters / shards + expert_parameters / np.where(c.zero >= 1, np.maximum(replicas / ep, 1.0), 1.0)
 
@@ -197,7 +201,8 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         head_elementwise=(1 + BACKWARD) * LOSS * tokens * model.padded_vocab / tp / memory,
         p2p=np.where(pp > 1, 2 * vp * p2p_bytes / p2p_link, 0.0),
         p2p_messages=np.where(pp > 1, 2 * vp, 0.0),
-        dp=dp_bytes / dp_link,
+        dp_reduce=reduced / dp_link,
+        dp_gather=gathered / dp_link,
         dp_messages=np.where(replicas > 1, np.log2(np.maximum(replicas, 1)), 0.0),
         optimizer=OPTIMIZER_BYTES * updated / memory,
         congestion=np.log2(sheet.nodes(replicas, tp)),

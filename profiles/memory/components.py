@@ -41,7 +41,9 @@ def stage_components(
         dense = weights.dense / np.where(split, replicas, 1)
         return dense + weights.experts / np.where(split, np.maximum(replicas // c.ep, 1), 1)
 
-    largest = np.maximum(np.add(*layer_weights(model, c)), embedding_weights(model, c))
+    table = embedding_weights(model, c)
+    largest = np.maximum(np.add(*layer_weights(model, c)), table)
+    matrix = np.maximum(model.hidden * model.ffn_hidden * (2 if model.gated_mlp else 1) / c.tp, table)
     gradient = 4 if how.fp32_gradients else element
     buckets = element * how.gradient_buckets * (replicas > 1) * (c.zero < 2)
     layer = layer_activations(model, c, element, how)
@@ -53,7 +55,8 @@ def stage_components(
         "optimizer": (8 if element == 4 else 12) * share(1),
         "activations": layer.kept * layers_in_flight(model, c, how, last=last),
         "logits": np.where(head, head_bytes(model, c, element) + loss_bytes(model, c, element, how), 0),
-        "working": layer.recomputed + layer.passing,
+        # A gradient exists in the model's precision before it is added to where it is accumulated.
+        "working": layer.recomputed + layer.passing + element * np.where(c.zero < 2, matrix, 0),
         # ZeRO-2 and -3 have the whole gradient of a layer before it is reduced, ZeRO-3 the gathered weights of the
         # layer that runs and of the next. A pipeline stage receives one tensor while it sends another.
         "communication": buckets * (weights.dense + weights.experts)

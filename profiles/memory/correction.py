@@ -1,14 +1,17 @@
-"""What observed peaks say about the formulas: a factor for each group of components, and what lies beside them."""
+"""What observed peaks say about the formulas: a factor for each group of parts, what lies beside them, and what the
+neighbours of a configuration were seen to take."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import least_squares
 
 from profiles.memory.components import COMPONENTS, stage_components
 from profiles.memory.implementation import Implementation
+from profiles.memory.neighbours import SHAPE_SD, coordinates, covariance
 from profiles.memory.parameters import Floats
 from profiles.memory.peaks import OUTSIDE_BYTES, Peaks
 
@@ -18,140 +21,187 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "logits": ("logits",),
     "buffers": ("communication", "allocator"),
 }
-"""Components that share a factor: they are wrong together."""
-PRIOR_SD = np.array([0.10, 0.25, 0.25, 0.50])
-"""Of the logarithm of each group's factor. Weights are counted, how many copies a framework keeps of them is not."""
-BESIDE_SD = 1.5 * 2**30
-"""Of what lies beside the formulas (contexts, communicators), bytes; it is not negative."""
-NOISE_SD = 0.10
-"""Of the logarithm of a peak that the factors cannot explain; replaced by what the rows show as they become many."""
-NOISE_WEIGHT = 4.0
-"""Rows that `NOISE_SD` counts for."""
+"""Parts that share a factor: they are wrong together."""
+BESIDE_BYTES = 0.5 * 2**30
+"""Of what lies beside the formulas (contexts, communicators): one standard deviation; it is not negative."""
+PRIOR_SD = np.array([0.10, 0.25, 0.25, 0.50, 1.0])
+"""Of the logarithm of each group's factor, and of what lies beside in units of `BESIDE_BYTES`. Weights can be counted;
+how many copies a framework keeps of activations and logits cannot."""
+NOISE_SD = 0.07
+"""Of the logarithm of a peak that is measured again."""
+FREEDOM = 10.0
+"""Rows that these beliefs count for, when rows say that errors are larger or smaller."""
 ROBUST = 3.0
 """Standard deviations beyond which a row counts less and less (soft L1)."""
 DIFFERENCE = 1.5
 """Log odds against every way in which the framework differs from what was assumed."""
+MOST_ROWS = 500
+"""Of more rows, evenly spaced ones are learned from."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is kept of the rows of a fit, N of them."""
+
+    places: Floats
+    slopes: Floats
+    solved: Floats
+    whole: Any
 
 
 @dataclass(frozen=True)
 class Correction:
-    """Log factors of `GROUPS` and bytes ÷ `BESIDE_SD` beside them, with the uncertainty of all."""
+    """Nothing by default: the formulas alone."""
 
-    mean: Floats
-    """Of the groups, then of what lies beside."""
-    covariance: NDArray[np.float64]
-    """Of the same."""
-    noise_sd: float = NOISE_SD
-    """Of the logarithm of a peak, beside that."""
-    freedom: float = NOISE_WEIGHT
+    parameters: Floats = field(default_factory=lambda: np.zeros(len(PRIOR_SD)))
+    """Log factors of `GROUPS`, and what lies beside in units of `BESIDE_BYTES`."""
+    spread: float = 1.0
+    """By which all standard deviations are wider than was believed."""
+    freedom: float = FREEDOM
     """Degrees of freedom of the Student distribution of a peak's logarithm."""
-    rows: int = 0
+    count: int = 0
     """Observations that it was learned from."""
-
-    @classmethod
-    def prior(cls) -> "Correction":
-        """What is believed before anything was seen."""
-        return cls(np.zeros(len(PRIOR_SD) + 1), np.diag([*PRIOR_SD**2, 0.1]))
+    rows: _Rows | None = None
+    """What is left of them."""
 
     def factor(self, component: str) -> float:
-        """Of one component."""
+        """Of one part."""
         group = next(index for index, members in enumerate(GROUPS.values()) if component in members)
-        return float(np.exp(self.mean[group]))
+        return float(np.exp(self.parameters[group]))
 
     @property
     def beside_bytes(self) -> float:
         """What lies beside the formulas."""
-        return float(self.mean[-1]) * BESIDE_SD
+        return float(self.parameters[-1]) * BESIDE_BYTES
+
+    def nearby(self, places: Floats) -> Floats:
+        """By which neighbours took more than formulas and factors say."""
+        if self.rows is None:
+            return np.ones(len(places))
+        return np.asarray(np.exp(covariance(places, self.rows.places) @ self.rows.solved), dtype=np.float64)
+
+    def log_sd(self, groups: Floats, places: Floats) -> Floats:
+        """Standard deviation of the logarithm of a peak that is measured, for 5 × N groups."""
+        total, slopes = corrected(groups, self.parameters)
+        # What lies beside is only ever added: far beyond the rest it moves the logarithm by less than its slope says.
+        slopes[:, -1] = np.log1p(groups[-1] / total)
+        own = slopes * PRIOR_SD
+        variance = (own * own).sum(1) + SHAPE_SD**2 + NOISE_SD**2
+        if self.rows is not None:
+            cross = own @ self.rows.slopes.T + covariance(places, self.rows.places)
+            variance = variance - np.einsum("ij,ji->i", cross, cho_solve(self.rows.whole, cross.T))
+        return self.spread * np.sqrt(np.maximum(variance, NOISE_SD**2))
 
 
 def grouped(found: dict[str, Floats]) -> Floats:
-    """Bytes of each of `GROUPS`, and of one unit of what lies beside them: 5 × N."""
+    """Bytes of each of `GROUPS`, and one unit of what lies beside them: 5 × N."""
     assert set(found) == set(COMPONENTS)
     sums = [np.add.reduce([found[name] for name in members]) for members in GROUPS.values()]
-    return np.stack([*sums, np.full_like(sums[0], BESIDE_SD)])
+    return np.stack([*sums, np.full_like(sums[0], BESIDE_BYTES)])
 
 
 def corrected(groups: Floats, parameters: Floats) -> tuple[Floats, Floats]:
-    """(bytes, ∂ log bytes / ∂ parameters) of 5 × N groups."""
+    """(bytes, ∂ log bytes / ∂ parameters as N × 5) of 5 × N groups."""
     parts = groups * np.append(np.exp(parameters[:-1]), parameters[-1])[:, None]
     total = parts.sum(axis=0)
     slopes = parts / total
     slopes[-1] = groups[-1] / total
-    return total, slopes
-
-
-def log_variance(groups: Floats, correction: Correction) -> Floats:
-    """Variance of the logarithm of a peak that is measured, for 5 × N groups."""
-    total, slopes = corrected(groups, correction.mean)
-    # What lies beside is only ever added: far beyond the rest it moves the logarithm by less than its slope says.
-    slopes[-1] = np.log1p(groups[-1] / total)
-    return np.asarray(np.einsum("in,ij,jn->n", slopes, correction.covariance, slopes) + correction.noise_sd**2)
+    return total, slopes.T
 
 
 def learn(peaks: Sequence[Peaks], assumed: Implementation) -> tuple[Implementation, Correction]:
-    """The most likely way that the framework is written, and the factors that go with it.
+    """The most likely way that the framework is written, and the correction that goes with it.
 
-    Robust least squares of the logarithms' errors; the prior keeps what the rows do not tell. A row that ran out of
-    memory only pulls a prediction up that says it would have fitted. The work is one small fit for each alternative.
+    Maximum of the posterior: robust least squares of the logarithms' errors, which are alike for neighbours, with the
+    factors' priors. The work is one small fit for each alternative.
     """
-    known = [each for each in peaks if len(each.configurations)]
+    known = [_evenly(each, peaks) for each in peaks if len(each.configurations)]
     if not known:
-        return assumed, Correction.prior()
-    problems = [(_Problem(known, how), differences) for how, differences in assumed.alternatives()]
-    costs = [problem.fit(NOISE_SD)[0] + DIFFERENCE * differences for problem, differences in problems]
-    best = problems[int(np.argmin(costs))][0]
-    return best.how, best.fit(best.fit(NOISE_SD)[1].noise_sd)[1]
+        return assumed, Correction()
+    seen = _Seen(known)
+    problems = [(_Problem(seen, how), DIFFERENCE * differences) for how, differences in assumed.alternatives()]
+    best, _ = min(problems, key=lambda problem: problem[0].cost + problem[1])
+    return best.how, best.correction()
+
+
+def _evenly(each: Peaks, peaks: Sequence[Peaks]) -> Peaks:
+    total = sum(len(one.configurations) for one in peaks)
+    own = len(each.configurations)
+    share = max(1, own * MOST_ROWS // total)
+    return each if total <= MOST_ROWS else each.take(np.linspace(0, own - 1, share).round().astype(np.int64))
+
+
+class _Seen:
+    """Observations, and how alike they are."""
+
+    def __init__(self, peaks: Sequence[Peaks]) -> None:
+        self.peaks = peaks
+        at_least = np.concatenate([each.at_least_bytes for each in peaks])
+        self.failed = np.isfinite(at_least)
+        bytes_ = np.concatenate([each.peak_bytes for each in peaks])
+        self.target = np.log(np.where(self.failed, np.maximum(at_least - OUTSIDE_BYTES, 1.0), bytes_))
+        self.places = np.concatenate([coordinates(each.model, each.configurations) for each in peaks])
+        self.noisy = covariance(self.places, self.places) + NOISE_SD**2 * np.eye(len(self.target))
+
+    def groups(self, how: Implementation, *, last: bool) -> Floats:
+        """5 × N, by an implementation."""
+        found = [stage_components(p.model, p.configurations, p.precision, how, last=last) for p in self.peaks]
+        return np.concatenate([grouped(each) for each in found], axis=1)
 
 
 class _Problem:
-    """Observations, and what an implementation makes of their configurations."""
+    """Factors for one implementation, fitted."""
 
-    def __init__(self, peaks: Sequence[Peaks], how: Implementation) -> None:
+    def __init__(self, seen: _Seen, how: Implementation) -> None:
         self.how = how
-        self._stages = [
-            np.concatenate(
-                [
-                    grouped(stage_components(each.model, each.configurations, each.precision, how, last=last))
-                    for each in peaks
-                ],
-                axis=1,
-            )
-            for last in (False, True)
-        ]
-        at_least = np.concatenate([each.at_least_bytes for each in peaks])
-        self._failed = np.isfinite(at_least)
-        seen = np.concatenate([each.peak_bytes for each in peaks])
-        self._target = np.log(np.where(self._failed, np.maximum(at_least - OUTSIDE_BYTES, 1.0), seen))
-
-    def fit(self, noise_sd: float) -> tuple[float, Correction]:
-        """(minus the logarithm of the likelihood, correction), for rows that are believed to be so noisy."""
-        sd = np.append(PRIOR_SD, 1.0)
-        best = least_squares(
-            lambda z: np.concatenate([self._errors(z * sd)[0] / noise_sd, z]),
-            np.append(np.zeros(len(PRIOR_SD)), 0.1),
-            jac=lambda z: np.concatenate([self._errors(z * sd)[1] * sd / noise_sd, np.eye(len(sd))]),
-            bounds=(np.append(np.full(len(PRIOR_SD), -np.inf), 0.0), np.full(len(sd), np.inf)),
-            loss="soft_l1",
-            f_scale=ROBUST,
-            max_nfev=50,
-        )
-        errors, slopes = self._errors(best.x * sd)
-        count = int((~self._failed).sum())
-        typical = 1.4826 * float(np.median(np.abs(errors[~self._failed]))) if count else 0.0
-        squares = float(np.minimum(errors**2, (ROBUST * max(NOISE_SD, typical)) ** 2).sum())
-        freedom = NOISE_WEIGHT + count
-        noise = float(np.sqrt((NOISE_WEIGHT * NOISE_SD**2 + squares) / freedom))
-        information = slopes.T @ slopes / noise**2 + np.diag(1 / sd**2)
-        found = Correction(best.x * sd, np.asarray(np.linalg.inv(information), float), noise, freedom, len(errors))
-        # The noise is not known beforehand either: integrated out, errors are Student's.
-        cost = freedom / 2 * np.log1p(squares / (NOISE_WEIGHT * NOISE_SD**2)) + best.x @ best.x / 2
-        return float(cost), found
+        self._seen = seen
+        self._stages = [seen.groups(how, last=last) for last in (False, True)]
+        # A failure says something only where the peak that is expected would have fitted.
+        start = np.zeros(len(PRIOR_SD))
+        self._heard = ~seen.failed | (self._errors(start)[0] > 0)
+        self._lower = np.linalg.cholesky(seen.noisy[np.ix_(self._heard, self._heard)])
+        self.z = self._fit()
+        rest = self._white(self._errors(self.z * PRIOR_SD)[0][self._heard])
+        self.misfit = float(np.minimum(rest**2, ROBUST**2).sum() + self.z @ self.z)
+        self.cost = (FREEDOM + len(rest)) / 2 * float(np.log1p(self.misfit / FREEDOM))
 
     def _errors(self, parameters: Floats) -> tuple[Floats, Floats]:
-        """Errors of the logarithms, N, and their slopes, N × 5. A failure that was foreseen is no error."""
+        """Logarithms of what was seen over what is expected, N, and slopes of the latter, N × 5."""
         (first, first_slopes), (end, end_slopes) = (corrected(stage, parameters) for stage in self._stages)
         later = end > first
-        errors = np.log(np.where(later, end, first)) - self._target
-        slopes = np.where(later, end_slopes, first_slopes).T
-        quiet = self._failed & (errors > 0)
-        return np.where(quiet, 0, errors), np.where(quiet[:, None], 0, slopes)
+        expected = np.log(np.where(later, end, first))
+        return self._seen.target - expected, np.where(later[:, None], end_slopes, first_slopes)
+
+    def _white(self, values: Floats) -> Floats:
+        """Made independent, and in standard deviations."""
+        return np.asarray(solve_triangular(self._lower, values, lower=True, check_finite=False), dtype=np.float64)
+
+    def _fit(self) -> Floats:
+        """Parameters in units of their priors."""
+
+        def misses(z: Floats) -> Floats:
+            return np.concatenate([self._white(self._errors(z * PRIOR_SD)[0][self._heard]), z])
+
+        def slopes(z: Floats) -> Floats:
+            own = self._errors(z * PRIOR_SD)[1][self._heard] * PRIOR_SD
+            return np.concatenate([-self._white(own), np.eye(len(z))])
+
+        bounds = (np.array([-np.inf] * (len(PRIOR_SD) - 1) + [0.0]), np.full(len(PRIOR_SD), np.inf))
+        start = np.append(np.zeros(len(PRIOR_SD) - 1), 0.1)
+        best = least_squares(misses, start, jac=slopes, bounds=bounds, loss="soft_l1", f_scale=ROBUST, max_nfev=50)
+        return np.asarray(best.x, dtype=np.float64)
+
+    def correction(self) -> Correction:
+        """With what neighbours add, and how sure everything is."""
+        heard, seen = self._heard, self._seen
+        errors, slopes = (each[heard] for each in self._errors(self.z * PRIOR_SD))
+        own = slopes * PRIOR_SD
+        noisy = seen.noisy[np.ix_(heard, heard)].copy()
+        # A row that is far off has a noise of its own size: its neighbours do not follow it.
+        wild = np.abs(self._white(errors)) > ROBUST
+        noisy[wild, wild] += errors[wild] ** 2
+        solved = cho_solve(cho_factor(noisy), errors)
+        count = len(errors)
+        spread = float(np.sqrt((FREEDOM + self.misfit) / (FREEDOM + count)))
+        rows = _Rows(seen.places[heard], own, solved, cho_factor(noisy + own @ own.T))
+        return Correction(self.z * PRIOR_SD, spread, FREEDOM + count, len(seen.target), rows)

@@ -9,8 +9,9 @@ from scipy.special import stdtr, stdtrit
 
 from profiles.configurations import Configurations
 from profiles.memory.components import COMPONENTS, stage_components
-from profiles.memory.correction import Correction, grouped, learn, log_variance
+from profiles.memory.correction import Correction, grouped, learn
 from profiles.memory.implementation import MEGATRON, Implementation
+from profiles.memory.neighbours import coordinates
 from profiles.memory.parameters import Floats
 from profiles.memory.peaks import OUTSIDE_BYTES, Peaks
 from profiles.model_shape import ModelShape
@@ -54,7 +55,7 @@ class MemoryModel:
     def __init__(self, implementation: Implementation = MEGATRON, correction: Correction | None = None) -> None:
         self.implementation = implementation
         """How the framework is taken to be written."""
-        self.correction = correction or Correction.prior()
+        self.correction = correction or Correction()
         """What observations said."""
 
     def fit(self, peaks: Sequence[Peaks]) -> "MemoryModel":
@@ -106,7 +107,7 @@ class MemoryModel:
             f"{how.stages} pipeline stages; logits in fp32 for the loss, {how.loss}",
             f"gathered inputs of sequence parallelism are {how.gathered_inputs}",
             f"{how.fragmentation:.0%} of activations and buffers lost to fragmentation",
-            f"factors learned from {correction.rows} peaks" if correction.rows else "no peak seen: formulas alone",
+            f"corrected by {correction.count} observations" if correction.count else "no peak seen: formulas alone",
         ]
         if model.experts:
             said.append("tokens spread evenly over the experts")
@@ -115,20 +116,23 @@ class MemoryModel:
     def _piece(self, model: ModelShape, c: Configurations, precision: str, coverage: float | None) -> PredictedMemory:
         how, correction = self.implementation, self.correction
         factors = {name: correction.factor(name) for name in COMPONENTS}
-        first, last = (
-            {name: factors[name] * part for name, part in stage_components(model, c, precision, how, last=end).items()}
-            for end in (False, True)
-        )
-        totals = [np.add.reduce(list(found.values())) + correction.beside_bytes for found in (first, last)]
+        stages = [stage_components(model, c, precision, how, last=last) for last in (False, True)]
+        totals = [np.add.reduce([factors[name] * part for name, part in stage.items()]) for stage in stages]
         later = totals[1] > totals[0]
-        breakdown = {name: np.where(later, last[name], first[name]) for name in first}
+        parts = {name: np.where(later, stages[1][name], stages[0][name]) for name in COMPONENTS}
+        peak = np.maximum(*totals) + correction.beside_bytes
+        breakdown = {name: factors[name] * part for name, part in parts.items()}
         breakdown["other"] = np.full(len(c), correction.beside_bytes)
-        peak = np.maximum(*totals)
-        nothing = np.full(len(c), np.nan)
+        needed = coverage is not None or correction.rows is not None
+        places = coordinates(model, c) if needed else np.zeros((len(c), 0))
+        if correction.rows is not None:
+            nearby = correction.nearby(places)
+            peak = peak * nearby
+            breakdown = {name: part * nearby for name, part in breakdown.items()}
         if coverage is None:
+            nothing = np.full(len(c), np.nan)
             return PredictedMemory(peak, nothing, nothing, breakdown, later, (), nothing, correction.freedom)
-        parts = {name: breakdown[name] / factors[name] for name in COMPONENTS}
-        sd = np.sqrt(log_variance(grouped(parts), correction))
+        sd = correction.log_sd(grouped(parts), places)
         half = float(stdtrit(correction.freedom, 0.5 + coverage / 2)) * sd
         return PredictedMemory(
             peak, peak * np.exp(-half), peak * np.exp(half), breakdown, later, (), sd, correction.freedom
