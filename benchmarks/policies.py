@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         "seeds": args.seeds,
         "every_move_pays": args.every_move_pays,
     }
-    result = {
+    result: dict[str, Any] = {
         "settings": settings,
         "cells": cells,
         "summary": summary(cells),
