@@ -20,6 +20,7 @@ from copus.noise.sampling import source_of_step
 from copus.noise.sources import split
 from copus.noise.step_estimate import estimate_step
 from copus.schedule import rules_at
+from planner.menu import rung_of
 from planner.planner import Planner
 from profiles.configuration import Configuration
 from profiles.decision import Decision
@@ -222,13 +223,16 @@ class Trainer:
             return
         dist.barrier()
         self._steps_since_change, self._moved = 0, True
+        seconds, rung = time.perf_counter() - started, rung_of(before, after)
+        if self._planner is not None:
+            self._planner.move_costs.observe(rung, seconds)
         self._report(
             Reconfigure(
                 **self._now(),
                 before=before,
                 after=after,
-                rung=_rung(before, after),
-                seconds=time.perf_counter() - started,
+                rung=rung,
+                seconds=seconds,
                 bytes_moved=moved.bytes_moved,
                 decision=decision,
                 peak_bytes=moved.peak_bytes,
@@ -277,6 +281,7 @@ class Trainer:
         self.state.norms = self._norms.state()
         if self._planner is not None:
             self.state.forecast = self._planner.forecast.state()
+            self.state.planner = self._planner.state()
         try:
             folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
         except CheckpointError as error:
@@ -308,10 +313,3 @@ class Trainer:
 
     def _now(self) -> dict[str, int]:
         return {"step": self.state.step, "samples_consumed": self.state.samples_consumed}
-
-
-def _rung(before: Configuration, after: Configuration) -> Literal["batch", "micro-batch", "layout"]:
-    """The dearest thing that changes."""
-    if before.layout != after.layout:
-        return "layout"
-    return "micro-batch" if before.micro_batch != after.micro_batch else "batch"

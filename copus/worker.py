@@ -138,10 +138,18 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
 
 
 def _planner(job: JobConfig, known: Throughput, rows: list[Measurement], state: TrainerState) -> Planner:
-    memory = MemoryCheck(job.model, job.cluster, job.training.precision, rows)
-    start = job.training.configuration
-    planner = Planner(job.planner, job.model, job.cluster, start, known, number=state.decisions, memory=memory)
+    planner = Planner(
+        job.planner,
+        job.model,
+        job.cluster,
+        job.training.configuration,
+        known,
+        number=state.decisions,
+        memory=MemoryCheck(job.model, job.cluster, job.training.precision, rows),
+        total_samples=job.total_samples,
+    )
     planner.forecast.restore(state.forecast)
+    planner.restore(state.planner)
     return planner
 
 

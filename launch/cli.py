@@ -258,6 +258,59 @@ class Calibrate:
         )
 
 
+@dataclass
+class Simulate:
+    """Say how long a job would take with each policy, from measured step times, and whether adapting is worth it.
+
+    Needs a law of the noise scale, or a run that measured it. Example: copus simulate examples/shakespeare.yaml
+    --noise 4:64 --policy copus --policy goodput
+    """
+
+    job: Positional[JobFile]
+    """Job file; its throughput table has the times."""
+    overrides: Overrides = field(default_factory=list)
+    """Override a field of the job file."""
+    policy: Annotated[list[str], UseAppendAction, arg(metavar="NAME")] = field(default_factory=list)
+    """Policy to simulate, may be repeated: static, ramp, norm-test, cbs, cbs-pessimistic, cbs-optimistic, copus,
+    goodput; all if none is given."""
+    noise: Annotated[str | None, arg(metavar="FIRST:LAST")] = None
+    """B_simple at the beginning and at the end, sequences; or FILE.csv:MODEL, a published batch schedule."""
+    law: Annotated[str, arg(metavar="LAW")] = "geometric"
+    """How it grows over the progress: geometric, linear, power."""
+    like: Annotated[str | None, arg(metavar="RUN")] = None
+    """Take the noise scale, and the cost of moves, from the events of this run."""
+    error: float = 0.3
+    """Standard deviation of the logarithm of a noise estimate."""
+    factor_error: float = 1.0
+    """What the c of the job is over the right one."""
+    move_seconds: Annotated[float | None, arg(metavar="S")] = None
+    """Cost of another layout; else that of --like, else planner.layout_move_seconds."""
+    seeds: int = 16
+    """Runs of each policy."""
+    plot: Annotated[Path | None, arg(metavar="FILE.png|.svg")] = None
+    """Draw batches and times to a file."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> int:
+        from launch.simulate import simulate
+
+        return simulate(
+            self.job,
+            self.overrides,
+            self.policy,
+            self.noise,
+            self.law,
+            self.like,
+            error=self.error,
+            factor_error=self.factor_error,
+            move_seconds=self.move_seconds,
+            seeds=self.seeds,
+            output=self.plot,
+            as_json=self.json,
+        )
+
+
 Commands = (
     Annotated[Submit, subcommand("submit")]
     | Annotated[Data, subcommand("data")]
@@ -266,6 +319,7 @@ Commands = (
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Calibrate, subcommand("calibrate")]
+    | Annotated[Simulate, subcommand("simulate")]
 )
 
 DESCRIPTION = (

@@ -11,6 +11,7 @@ from copus.job import JobError, load_job
 from launch.follow import event_lines, samples_of
 from launch.run_directory import find_run, shown
 from launch.status import count, noise_interval
+from planner.wording import duration
 from profiles.decision import CandidateScore, Decision
 
 BEST = 20
@@ -148,7 +149,7 @@ def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
     for name in ("micro-batch", "global batch", "samples/s", "±"):
         table.add_column(name, justify="right")
     table.add_column("source")
-    for name in ("efficiency", "goodput", "vs current", "memory"):
+    for name in ("efficiency", "goodput", "vs current", "memory", "move", "saves"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for candidate in rows:
@@ -168,6 +169,8 @@ def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
             _number(candidate.goodput, ".2f"),
             _number(candidate.gain, "+.1%"),
             "–" if candidate.peak_bytes is None else f"{candidate.peak_bytes / 2**30:.2f} GiB",
+            "–" if candidate.move_seconds is None else duration(candidate.move_seconds),
+            "–" if candidate.saved_seconds is None else duration(candidate.saved_seconds),
             Text(candidate.verdict),
             style="bold green" if chosen else "cyan" if current else "",
         )
@@ -195,6 +198,8 @@ def _heading(run: Path, explanation: Explanation) -> list[str]:
     critical = "is unknown" if decision.critical_batch is None else f"= {decision.critical_batch:.3g} sequences"
     formula = {"plain": "throughput × efficiency", "lr-aware": "throughput × efficiency × √batch"}[decision.objective]
     outcome = f"stay at {decision.current.label}"
+    if decision.advised is not None:
+        outcome += f"; advisory: {decision.advised.label} would have been chosen"
     if decision.switch:
         gain = "" if decision.predicted_gain is None else f", predicted goodput {decision.predicted_gain:+.1%}"
         outcome = f"{decision.current.label} → {decision.chosen.label}{gain}"

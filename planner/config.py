@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from profiles.calibration import read_factor
 from profiles.layout import Layout
@@ -13,9 +21,11 @@ from profiles.record import Record
 class PlannerConfig(Record):
     """What may be chosen, how it is scored, and when the job moves."""
 
-    policy: Literal["copus", "static", "norm-test"] = "copus"
-    """copus: move when Goodput improves by `min_gain`. static: keep the configuration of the job file. norm-test: keep
-    the layout, and grow the batch until the gradient's noise is at most `norm_test_eta` times the gradient."""
+    policy: Literal["copus", "goodput", "static", "norm-test", "cbs", "ramp"] = "copus"
+    """copus: move when Goodput improves by `min_gain`. goodput: move when that is sure to finish the job sooner, the
+    cost of moving included. static: keep the configuration of the job file. norm-test: keep the layout, and grow the
+    batch until the gradient's noise is at most `norm_test_eta` times the gradient. cbs: keep a layout, and follow the
+    critical batch. ramp: keep the layout, and grow the batch by schedule."""
     objective: Literal["plain", "lr-aware"] = "plain"
     """plain: throughput × efficiency. lr-aware: × √B too (COPUS with Adam and a √B learning rate)."""
     every_samples: PositiveInt = 256
@@ -45,6 +55,14 @@ class PlannerConfig(Record):
     """η of the norm test; the authors use 0.1 to 0.5. A smaller one asks for larger batches."""
     norm_test_every: PositiveInt = 1
     """Test interval: decisions from one norm test to the next."""
+    cbs_layout: Literal["present", "pessimistic", "optimistic"] = "present"
+    """Layout that `cbs` keeps: the one that runs, or the fastest at the smallest or at the largest batch."""
+    ramp_start: PositiveInt = 1
+    """First batch of `ramp`, in sequences (Megatron's `--rampup-batch-size START increment samples`)."""
+    ramp_increment: PositiveInt = 1
+    """How much larger each next batch of `ramp` is, in sequences."""
+    ramp_samples: PositiveInt | None = None
+    """Length of the ramp, in sequences; None means half of the job."""
     min_noise_samples: PositiveInt = 20
     """Optimizer steps to see before the first decision."""
     min_global_batch: PositiveInt = 1
@@ -55,6 +73,16 @@ class PlannerConfig(Record):
     """Every global batch is a multiple of this."""
     max_micro_batch: PositiveInt = 16
     """Largest micro-batch that may be chosen; micro-batches are powers of two."""
+    tp: PositiveInt | None = None
+    """Only layouts with this tensor parallel degree may be chosen."""
+    max_pp: PositiveInt | None = None
+    """Only layouts with at most so many pipeline stages may be chosen; 1 forbids pipelines."""
+    max_layout_moves_per_hour: NonNegativeInt | None = None
+    """Moves to another layout in any hour; batches are not counted."""
+    layout_move_seconds: NonNegativeFloat = 10.0
+    """What a move to another layout is expected to cost `goodput` before the first has been measured."""
+    advisory: bool = False
+    """Decide and write what would be done, but never move."""
     layouts: list[Layout] | None = None
     """Layouts that may be chosen; None means every split of the cluster into tp, pp and dp that the model allows."""
 

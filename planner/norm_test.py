@@ -1,14 +1,13 @@
 """The norm test: a batch for which the gradient's noise is at most η times the gradient (2412.21124)."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import numpy as np
+
+from planner.situation import Choice, Situation
 from planner.wording import percent, sequences
-from profiles.decision import CandidateScore
 from profiles.noise_scale import NoiseScale
 from profiles.step_norms import StepNorms
-
-if TYPE_CHECKING:
-    from planner.policy import Situation  # which makes the policies, this one among them
 
 NormTestForm = Literal["paper", "unbiased"]
 
@@ -47,42 +46,41 @@ class NormTest:
         self.eta = eta
         self.every = every
 
-    def asked_batch(self, situation: "Situation") -> float | None:
-        """Sequences that pass the test; None where no step was measured since the last decision."""
+    def asked_batch(self, situation: Situation) -> np.ndarray | None:
+        """Sequences that pass the test, shape (R,); None where no step was measured since the last decision."""
         if self.form == "unbiased":
-            return unbiased_batch(situation.noise, self.eta)
-        norms = situation.step_norms
-        return None if norms is None or norms.grad_sq <= 0 else plug_in_batch(norms, self.eta)
+            return np.asarray(situation.noise_scale / self.eta**2)
+        return None if situation.plug_in is None else situation.plug_in / self.eta**2
 
-    def choose(self, situation: "Situation") -> tuple[CandidateScore, str]:
+    def choose(self, situation: Situation) -> Choice:
         """The fastest configuration of this layout with the batch that the test asks for, or the current one."""
-        current = situation.current
+        asked = self.asked_batch(situation)
+        if situation.number % self.every or asked is None:
+            return Choice(situation.current)
+        batch = situation.menu.global_batch
+        larger = situation.same_layout() & (batch > situation.running_batch[:, None])
+        enough = np.where(larger & (batch >= asked[:, None]), batch, np.inf).min(axis=1)
+        wanted = np.where(np.isfinite(enough), enough, np.where(larger, batch, 0.0).max(axis=1))
+        grown = situation.fastest(larger & (batch == wanted[:, None]))
+        return Choice(np.where(asked > situation.running_batch, grown, situation.current))
+
+    def reason(self, situation: Situation, choice: Choice) -> str:
+        """What the test asks for, or why there is none."""
         if situation.number % self.every:
-            return current, f"no norm test at this decision, but at every {self.every}th"
+            return f"no norm test at this decision, but at every {self.every}th"
         asked = self.asked_batch(situation)
         if asked is None:
-            return current, "no norm test: no step was measured since the last one"
-        running = current.configuration.global_batch
-        found = f"the norm test ({self.form}, η {self.eta:g}) asks for a batch of {sequences(asked)}"
-        if asked <= running:
-            return current, f"{found}; it is {running} and never shrinks"
-        larger = [
-            score
-            for score in situation.ranked
-            if score.configuration.layout == current.configuration.layout
-            and score.configuration.global_batch > running
-            and score.samples_per_second is not None
-        ]
-        if not larger:
-            return current, f"{found}, but nothing beyond {running} may run in this layout"
-        batches = {score.configuration.global_batch for score in larger}
-        batch = min((batch for batch in batches if batch >= asked), default=max(batches))
-        fastest = max(
-            (score for score in larger if score.configuration.global_batch == batch),
-            key=lambda score: (score.samples_per_second or 0.0, -score.configuration.micro_batch),
-        )
-        return fastest, found
+            return "no norm test: no step was measured since the last one"
+        running = int(situation.running_batch[0])
+        found = f"the norm test ({self.form}, η {self.eta:g}) asks for a batch of {sequences(float(asked[0]))}"
+        if asked[0] <= running:
+            return f"{found}; it is {running} and never shrinks"
+        if choice.index[0] == situation.current[0]:
+            return f"{found}, but nothing beyond {running} may run in this layout"
+        return found
 
-    def verdict(self, candidate: CandidateScore) -> str:
+    def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Goodput is not what decides."""
-        return f"gain {percent(candidate.gain or 0.0)}, but the norm test looks at the batch alone"
+        goodputs = situation.goodput(situation.critical_batch)[0]
+        gain = float(goodputs[index] / goodputs[int(situation.current[0])] - 1)
+        return f"gain {percent(gain)}, but the norm test looks at the batch alone"

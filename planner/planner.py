@@ -1,6 +1,9 @@
 """The planner: from the noise scale and the throughput to a decision that explains itself."""
 
 import math
+from typing import Any
+
+import numpy as np
 
 from planner.config import PlannerConfig
 from planner.efficiency import statistical_efficiency
@@ -8,7 +11,12 @@ from planner.factor_check import FactorCheck
 from planner.forecast import NoiseForecast
 from planner.goodput import goodput
 from planner.memory_check import MemoryCheck
-from planner.policy import Situation, make_policy
+from planner.menu import Menu, rung_of
+from planner.move_costs import MoveCosts
+from planner.norm_test import plug_in_batch
+from planner.outlook import Outlook, log_error
+from planner.policy import make_policy
+from planner.situation import Choice, Situation
 from planner.space import candidates, noise_measurable
 from planner.wording import noise_in_words, percent
 from profiles.cluster import Cluster
@@ -24,6 +32,12 @@ MAX_RELATIVE_SPREAD = 0.5
 one."""
 FORECAST_REACH = 2
 """A decision shows the noise scale that is expected when this many times the tokens will have been seen."""
+UNKNOWN_DECISIONS = 200
+"""Length of a job whose length is not known, in decisions."""
+STEP_SPREAD = 1.2816
+"""The 90th percentile of a normal distribution, in standard deviations: what spreads are measured in."""
+STEPS_TIMED = 5
+"""Steps that a measured or seen time is at least the median of."""
 CHECK_HALF_LIVES = 4
 """Stretch on each side of a change of batch that c is checked on, in half-lives of the noise scale."""
 
@@ -40,7 +54,9 @@ class Planner:
         throughput: Throughput,
         number: int = 0,
         memory: MemoryCheck | None = None,
+        total_samples: int | None = None,
     ) -> None:
+        """`total_samples` is the length of the job in sequences; None where nobody knows."""
         self.config = config
         self.throughput = throughput
         self.candidates = candidates(config, model, cluster, start)
@@ -51,6 +67,11 @@ class Planner:
         """Number of the next decision; a resumed job sets it."""
         self.forecast = NoiseForecast(config.noise_half_life_tokens)
         """The noise scale to come; a resumed job restores it."""
+        self.move_costs = MoveCosts(config.layout_move_seconds, config.max_layout_moves_per_hour)
+        """What moves cost: the loop feeds it every one."""
+        self._total_samples = total_samples or UNKNOWN_DECISIONS * config.every_samples
+        self._outlook = Outlook.unknown(np.array([float(self._total_samples)]))
+        self._observed_at = 0
         self._seq_len = model.seq_len
         self._check = FactorCheck(max(1, CHECK_HALF_LIVES * config.noise_half_life_tokens // model.seq_len))
 
@@ -72,22 +93,31 @@ class Planner:
         self._look_ahead(noise, critical_batch, samples_consumed)
         mine = self._score(current, critical_batch, None)
         others = [self._score(c, critical_batch, mine.goodput) for c in self.candidates if c != current]
+        if limit := self.move_costs.refusal("layout"):
+            others = [self._limited(score, current, limit) for score in others]
         # The gain of the current one is 0 by definition, not by division.
         mine = mine.model_copy(update={"verdict": "current", "gain": None if mine.goodput is None else 0.0})
         eligible = sorted([mine, *(score for score in others if not score.verdict)], key=_rank)
         refused = sorted((score for score in others if score.verdict), key=_rank)
+        advised = None
         if critical_batch is None:
             chosen, reason = mine, f"{self._why_unknown(noise, current)}; nothing changes"
         elif mine.goodput is None:
             why = f"the throughput of the current configuration, {current.label}, is not known"
             chosen, reason = mine, f"{noise_in_words(noise)}: {why}; nothing changes"
         else:
-            situation = Situation(samples_consumed, noise, critical_batch, mine, eligible, self.number, step_norms)
-            chosen, why = self.policy.choose(situation)
-            reason = f"{noise_in_words(noise)}: {why}"
+            situation = self._situation(eligible, mine, noise, critical_batch, samples_consumed, step_norms)
+            choice = self.policy.choose(situation)
+            found = eligible[int(choice.index[0])]
+            eligible = self._judge(situation, choice, eligible, mine)
+            reason = f"{noise_in_words(noise)}: {self.policy.reason(situation, choice)}"
+            chosen = mine
+            if found is not mine and self.config.advisory:
+                advised, reason = found.configuration, f"{reason}; advisory, so nothing changes"
+            else:
+                chosen = found
         judged = [
-            score.model_copy(update={"verdict": score.verdict or self._verdict(score, mine, chosen)})
-            for score in eligible
+            score if score.verdict else score.model_copy(update={"verdict": "no decision yet"}) for score in eligible
         ]
         decision = Decision(
             number=self.number,
@@ -103,6 +133,7 @@ class Planner:
             predicted_gain=chosen.gain,
             reason=reason,
             forecast=self.forecast.at(FORECAST_REACH * max(samples_consumed, 1) * self._seq_len),
+            advised=advised,
         )
         self.number += 1
         return decision
@@ -113,6 +144,17 @@ class Planner:
         if critical_batch is None:
             return
         self.forecast.observe(samples_consumed * self._seq_len, noise)
+        assert noise.value is not None, "there is a critical batch"
+        # The noise scale is a moving average: of what it says now, this share was not in it at the last decision.
+        passed = max(samples_consumed - self._observed_at, 1) * self._seq_len
+        repeated = 0.5 ** (passed / self.config.noise_half_life_tokens) if self._observed_at else 0.0
+        self._outlook.observe(
+            np.array([float(max(samples_consumed, 1))]),
+            np.array([critical_batch]),
+            np.array([log_error(noise.value, noise.low, noise.high)]),
+            (1 - repeated) / (1 + repeated),
+        )
+        self._observed_at = samples_consumed
         if noise.low is not None and noise.high is not None:
             factor = self.config.critical_batch_factor
             self._check.critical_bounds = (factor * noise.low, factor * noise.high)
@@ -159,6 +201,13 @@ class Planner:
             peak_bytes=prediction.peak_bytes if prediction else None,
         )
 
+    @staticmethod
+    def _limited(score: CandidateScore, current: Configuration, limit: str) -> CandidateScore:
+        """The candidate, refused where it would take a layout move and there may be none now."""
+        if score.verdict or rung_of(current, score.configuration) != "layout":
+            return score
+        return score.model_copy(update={"verdict": limit})
+
     def _refusal(self, configuration: Configuration, prediction: Prediction | None) -> str:
         """Why a candidate may not be chosen whatever the noise; empty where it may."""
         if prediction is None:
@@ -170,16 +219,82 @@ class Planner:
             return f"throughput too uncertain: a step takes {step_seconds:.3g} ± {spread_seconds:.2g} s"
         return "" if self._noise_measurable(configuration) else "noise cannot be measured: one part a step"
 
-    def _verdict(self, score: CandidateScore, current: CandidateScore, chosen: CandidateScore) -> str:
-        """What became of a candidate that could be chosen."""
-        if score.gain is None:
-            return "no decision yet"
-        if score is chosen:
-            return "CHOSEN"
-        if score.gain >= 0:
-            return self.policy.verdict(score)
-        slower = (score.samples_per_second or 0.0) < (current.samples_per_second or 0.0)
-        return f"{'slower' if slower else 'lower goodput'}: {percent(score.gain)}"
+    def _situation(
+        self,
+        eligible: list[CandidateScore],
+        mine: CandidateScore,
+        noise: NoiseScale,
+        critical_batch: float,
+        samples_consumed: int,
+        step_norms: StepNorms | None,
+    ) -> Situation:
+        """The decision as arrays of one run."""
+        assert noise.value is not None
+        error, unseen = zip(*(_uncertainty(score) for score in eligible), strict=True)
+        return Situation(
+            menu=Menu.of([score.configuration for score in eligible]),
+            samples_per_second=np.array([[score.samples_per_second for score in eligible]], float),
+            throughput_error=np.array([error]),
+            unseen=np.array([unseen]),
+            current=np.array([eligible.index(mine)]),
+            noise_scale=np.array([noise.value]),
+            critical_batch=np.array([critical_batch]),
+            outlook=self._outlook,
+            samples_consumed=np.array([float(max(samples_consumed, 1))]),
+            samples_left=np.array([float(max(self._total_samples - samples_consumed, self.config.every_samples))]),
+            samples_to_next=np.array([float(self.config.every_samples)]),
+            move_seconds=self.move_costs.seconds(),
+            objective=self.config.objective,
+            number=self.number,
+            plug_in=np.array([plug_in_batch(step_norms, 1.0)]) if step_norms and step_norms.grad_sq > 0 else None,
+        )
+
+    def _judge(
+        self, situation: Situation, choice: Choice, eligible: list[CandidateScore], mine: CandidateScore
+    ) -> list[CandidateScore]:
+        """The candidates that could be chosen, with what became of them."""
+        costs = situation.menu.move_seconds(situation.current, situation.move_seconds)[0]
+        saved = choice.saved_seconds
+        chosen = "WOULD BE CHOSEN" if self.config.advisory else "CHOSEN"
+        judged = []
+        for index, score in enumerate(eligible):
+            if score is mine:
+                verdict = "current"
+            elif index == choice.index[0]:
+                verdict = chosen
+            elif (score.gain or 0.0) >= 0:
+                verdict = self.policy.verdict(situation, choice, index)
+            else:
+                slower = (score.samples_per_second or 0.0) < (mine.samples_per_second or 0.0)
+                verdict = f"{'slower' if slower else 'lower goodput'}: {percent(score.gain or 0.0)}"
+            figures = {
+                "verdict": verdict,
+                "move_seconds": float(costs[index]),
+                "saved_seconds": None if saved is None else float(saved[0, index]),
+            }
+            judged.append(score.model_copy(update=figures))
+        return judged
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed job needs beside the number of the next decision and the forecast, as plain values."""
+        outlook = self._outlook.state() | {"observed_at": self._observed_at}
+        return {"outlook": outlook, "move_costs": self.move_costs.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave; an empty dict changes nothing."""
+        self.move_costs.restore(state.get("move_costs", {}))
+        if outlook := state.get("outlook"):
+            self._outlook.restore(outlook)
+            self._observed_at = outlook["observed_at"]
+
+
+def _uncertainty(score: CandidateScore) -> tuple[float, bool]:
+    """Relative standard error of a predicted throughput, and whether running the candidate would teach it."""
+    if not score.step_seconds or not score.step_seconds_spread:
+        return 0.0, False
+    deviation = score.step_seconds_spread / score.step_seconds / STEP_SPREAD
+    timed = score.source in ("measured", "seen")
+    return deviation / math.sqrt(STEPS_TIMED) if timed else deviation, score.source != "seen"
 
 
 def _rank(score: CandidateScore) -> tuple[float, int]:

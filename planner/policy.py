@@ -1,48 +1,32 @@
-"""Policies: given scored candidates, which configuration runs from now on."""
+"""Policies: what runs from now on. The same ones decide in a job and in a simulation."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from planner.cbs import CriticalBatch
 from planner.config import PlannerConfig
 from planner.norm_test import NormTest
+from planner.ramp import Ramp
+from planner.situation import Choice, Situation
+from planner.switching import Goodput
 from planner.wording import percent
-from profiles.decision import CandidateScore
-from profiles.noise_scale import NoiseScale
-from profiles.step_norms import StepNorms
-
-
-@dataclass(frozen=True)
-class Situation:
-    """What a policy may look at."""
-
-    samples_consumed: int
-    """Sequences trained on so far."""
-    noise: NoiseScale
-    """The noise scale; its value is known."""
-    critical_batch: float
-    """φ in sequences."""
-    current: CandidateScore
-    """What runs. Its goodput is known, its gain is 0."""
-    ranked: Sequence[CandidateScore]
-    """Every candidate that may be chosen, `current` among them, best goodput first."""
-    number: int = 0
-    """Number of this decision."""
-    step_norms: StepNorms | None = None
-    """Norms of the steps since the last decision; None where none was measured."""
 
 
 class Policy(Protocol):
-    """Chooses. Deterministic: the same situation gives the same choice."""
+    """Chooses, for any number of runs at once. Deterministic, and without a memory of its own."""
 
     name: str
     """As in `planner.policy` of the job file."""
 
-    def choose(self, situation: Situation) -> tuple[CandidateScore, str]:
-        """The candidate that runs from now on (`situation.current` for no move), and the reason as a clause."""
+    def choose(self, situation: Situation) -> Choice:
+        """The candidate that each run uses from now on."""
 
-    def verdict(self, candidate: CandidateScore) -> str:
-        """Why this candidate, which scores no less than the current one, was not chosen."""
+    def reason(self, situation: Situation, choice: Choice) -> str:
+        """Why the first run does what it does, as a clause."""
+
+    def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
+        """Why the first run did not choose this candidate, whose goodput is no less than the current one's."""
 
 
 class Static:
@@ -50,18 +34,23 @@ class Static:
 
     name = "static"
 
-    def choose(self, situation: Situation) -> tuple[CandidateScore, str]:
+    def choose(self, situation: Situation) -> Choice:
         """The current configuration."""
-        best = situation.ranked[0]
-        if best.gain:
-            found = f"{best.configuration.label} would gain {percent(best.gain)}"
+        return Choice(situation.current)
+
+    def reason(self, situation: Situation, choice: Choice) -> str:
+        """What the best candidate would gain."""
+        index, gain = _best(situation)
+        if gain[0] > 0:
+            label = situation.menu.configurations[int(index[0])].label
+            found = f"{label} would gain {percent(float(gain[0]))}"
         else:
             found = "no configuration is better than the current one"
-        return situation.current, f"{found}; the static policy never moves"
+        return f"{found}; the static policy never moves"
 
-    def verdict(self, candidate: CandidateScore) -> str:
+    def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """The gain that is forgone."""
-        return f"gain {percent(candidate.gain or 0.0)}, but the policy is static"
+        return f"gain {percent(_gain(situation, index))}, but the policy is static"
 
 
 class Copus:
@@ -72,26 +61,44 @@ class Copus:
     def __init__(self, min_gain: float) -> None:
         self.min_gain = min_gain
 
-    def choose(self, situation: Situation) -> tuple[CandidateScore, str]:
+    def choose(self, situation: Situation) -> Choice:
         """The best candidate, or the current one where the gain is too small."""
-        best, current = situation.ranked[0], situation.current
-        gain = best.gain or 0.0
-        if gain <= 0:
-            return current, "no configuration is better than the current one"
-        label = best.configuration.label
-        if gain < self.min_gain:
-            limit = percent(self.min_gain)
-            return current, f"{label} is the best, but its gain of {percent(gain)} over the current is below {limit}"
-        return best, f"goodput of {label} is {1 + gain:.2f}× the current"
+        index, gain = _best(situation)
+        return Choice(np.where((gain > 0) & (gain >= self.min_gain), index, situation.current))
 
-    def verdict(self, candidate: CandidateScore) -> str:
+    def reason(self, situation: Situation, choice: Choice) -> str:
+        """The gain, or what it falls short of."""
+        index, gain = _best(situation)
+        label, found = situation.menu.configurations[int(index[0])].label, float(gain[0])
+        if found <= 0:
+            return "no configuration is better than the current one"
+        if found < self.min_gain:
+            limit = percent(self.min_gain)
+            return f"{label} is the best, but its gain of {percent(found)} over the current is below {limit}"
+        return f"goodput of {label} is {1 + found:.2f}× the current"
+
+    def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """The gain, and what it falls short of."""
-        gain = candidate.gain or 0.0
+        gain = _gain(situation, index)
         if gain <= 0:
             return "no gain"
         if gain < self.min_gain:
             return f"gain {percent(gain)} is below {percent(self.min_gain)}"
         return f"gain {percent(gain)}, less than the chosen one's"
+
+
+def _best(situation: Situation) -> tuple[np.ndarray, np.ndarray]:
+    """The candidate with the best goodput, of equals the smaller batch (2507.07101), and its gain: shapes (R,)."""
+    goodputs = situation.goodput(situation.critical_batch)
+    best = goodputs.max(axis=1, keepdims=True)
+    index = np.where(goodputs >= best, situation.menu.global_batch, np.inf).argmin(axis=1)
+    current = np.take_along_axis(goodputs, situation.current[:, None], axis=1)
+    return index, (best / current - 1)[:, 0]
+
+
+def _gain(situation: Situation, index: int) -> float:
+    goodputs = situation.goodput(situation.critical_batch)[0]
+    return float(goodputs[index] / goodputs[int(situation.current[0])] - 1)
 
 
 def make_policy(config: PlannerConfig) -> Policy:
@@ -101,5 +108,11 @@ def make_policy(config: PlannerConfig) -> Policy:
             return Static()
         case "copus":
             return Copus(config.min_gain)
+        case "goodput":
+            return Goodput()
         case "norm-test":
             return NormTest(config.norm_test_form, config.norm_test_eta, config.norm_test_every)
+        case "cbs":
+            return CriticalBatch(config.cbs_layout)
+        case "ramp":
+            return Ramp(config.ramp_start, config.ramp_increment, config.ramp_samples)

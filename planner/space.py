@@ -13,18 +13,25 @@ def candidates(config: PlannerConfig, model: ModelShape, cluster: Cluster, start
     """Every layout × global batch × micro-batch that the job file allows, `start` always among them, in a fixed order.
 
     Layouts are `config.layouts`, or every tp × pp × dp that holds the model on the cluster, with the sequence
-    parallelism (where tp > 1), recomputation and ZeRO stage of the starting layout. Global batches are
+    parallelism (where tp > 1), recomputation and ZeRO stage of the starting layout; `config.tp` and `config.max_pp` pin
+    them. Global batches are
     `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the limits of
     `config`.
     """
     found = [
         Configuration(layout=layout, micro_batch=micro_batch, global_batch=global_batch)
         for layout in dict.fromkeys(config.layouts or layouts(model, cluster, start.layout))
+        if _allowed(layout, config)
         for global_batch in _doubling(config.batch_multiple, config.min_global_batch, config.max_global_batch)
         for micro_batch in _doubling(1, 1, config.max_micro_batch)
         if _fits(layout, micro_batch, global_batch)
     ]
     return found if start in found else [start, *found]
+
+
+def _allowed(layout: Layout, config: PlannerConfig) -> bool:
+    """Whether the pins of the job file leave this layout."""
+    return config.tp in (None, layout.tp) and (config.max_pp is None or layout.pp <= config.max_pp)
 
 
 def layouts(model: ModelShape, cluster: Cluster, start: Layout) -> list[Layout]:

@@ -12,6 +12,14 @@ def percent(share: float) -> str:
     return f"{sign}{abs(tenths) / 10:.1f}".removesuffix(".0") + " %"
 
 
+def duration(seconds: float) -> str:
+    """`0.4 s`, `38 s`, `12 min`, `3.5 h`."""
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (math.inf, 3600, "h")):
+        if abs(seconds) < limit:
+            return f"{seconds / unit:.2g} {name}" if abs(seconds / unit) < 100 else f"{seconds / unit:.0f} {name}"
+    return "∞"
+
+
 def sequences(amount: float) -> str:
     """Three significant digits, never as a power of ten: `0.0321`, `37`, `1240`."""
     if not math.isfinite(amount):

@@ -33,6 +33,11 @@ class CandidateScore(Record):
     """The reason in words: `CHOSEN`, `current`, `gain 1.2 % is below 10 %`, `not measured`, …"""
     peak_bytes: int | None = None
     """Largest memory in use on any rank; None where it is not known."""
+    move_seconds: float | None = None
+    """What moving to it is expected to cost; None where no move was thought of."""
+    saved_seconds: float | None = None
+    """What moving to it saves until the end of the job at the pessimistic end, the move paid; None from policies that
+    do not work it out."""
 
 
 class Decision(Record):
@@ -64,6 +69,9 @@ class Decision(Record):
     """One sentence for people."""
     forecast: Forecast | None = None
     """The noise scale to be expected when twice the tokens will have been seen; None before the first known one."""
+
+    advised: Configuration | None = None
+    """What an advisory planner would have chosen; None where it may act, or would have stayed."""
 
     @property
     def switch(self) -> bool:

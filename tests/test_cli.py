@@ -21,6 +21,7 @@ COMMANDS = (
     "explain",
     "plot",
     "calibrate",
+    "simulate",
 )
 
 

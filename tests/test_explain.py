@@ -90,6 +90,8 @@ def test_the_table_says_what_was_known(run: Path, capsys: pytest.CaptureFixture[
         "60.00",
         "+100.0%",
         "–",
+        "–",
+        "–",
         "CHOSEN",
     ]
     assert "\x1b" not in text

@@ -122,6 +122,20 @@ def test_the_planner_changes_batch_and_layout(moved: list[Event]) -> None:
 
 
 @pytest.mark.dist
+def test_our_rule_moves_a_job_and_learns_what_that_costs(tmp_path: Path) -> None:
+    events = run_ranks(2, _train, tmp_path, _job(), "goodput")[0]
+    moves = [event for event in events if isinstance(event, Reconfigure)]
+    assert moves
+    layouts = [event.seconds for event in moves if event.rung == "layout"]
+    last = [event.decision for event in events if isinstance(event, DecisionMade)][-1]
+    assert last.policy == "goodput"
+    paid = {c.move_seconds for c in last.candidates if c.configuration.layout != last.current.layout}
+    expected = float(np.median(layouts)) if layouts else 10.0
+    cheaper = max((event.seconds for event in moves if event.rung != "layout"), default=0.0)
+    assert all(cost is None or expected <= cost <= max(expected, cheaper) for cost in paid)
+
+
+@pytest.mark.dist
 def test_every_sample_is_trained_on_once_and_in_order(moved: list[Event]) -> None:
     consumed = 0
     for event in moved:

@@ -4,16 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from policy_situations import situation_of
 from test_planner_decision import DP2, START, TP2, noise, of, planner
 
 from copus.noise.norm_window import NormWindow
 from copus.noise.step_estimate import estimate_step
 from planner.norm_test import NormTest, plug_in_batch, unbiased_batch
-from planner.policy import Situation
-from profiles.decision import CandidateScore
 from profiles.step_norms import StepNorms
-
-NORMS = StepNorms(grad_sq=1.0, noise_trace=6.0, steps=1)
 
 
 def workers(rng, gradient, sigma, parts, size):
@@ -65,24 +62,15 @@ def test_a_window_starts_anew_and_survives_a_checkpoint() -> None:
     assert resumed.take() is None
 
 
-def score(configuration, samples_per_second=10.0):
-    return CandidateScore(
-        configuration=configuration,
-        step_seconds=configuration.global_batch / samples_per_second,
-        step_seconds_spread=0.0,
-        source="measured",
-        samples_per_second=samples_per_second,
-        efficiency=0.5,
-        goodput=samples_per_second / 2,
-        gain=0.0,
-        verdict="",
-    )
-
-
-def situation(batch, value, candidates, number=0, step_norms=NORMS):
+def situation(batch, value, candidates, number=0, plug_in=6.0):
     """Batch `batch` runs, the noise scale is `value`, and DP2 may run at the candidate batches."""
-    scores = {size: score(of(DP2, 1, size)) for size in (*candidates, batch)}
-    return Situation(0, noise(value), 2 * value, scores[batch], list(scores.values()), number, step_norms)
+    sizes = list(dict.fromkeys((batch, *candidates)))
+    speeds = {of(DP2, 1, size): 10.0 for size in sizes}
+    return situation_of(speeds, of(DP2, 1, batch), 2 * value, noise_scale=value, number=number, plug_in=plug_in)
+
+
+def chosen_by(policy, now):
+    return now.menu.configurations[int(policy.choose(now).index[0])]
 
 
 @given(
@@ -95,8 +83,8 @@ def test_the_batch_never_shrinks_never_passes_the_cap_and_is_rounded_up(
     batch: int, value: float, eta: float, form: str
 ) -> None:
     policy, now = NormTest(form, eta, 1), situation(batch, value, [2, 4, 8, 16, 32])
-    asked = policy.asked_batch(now)
-    chosen = policy.choose(now)[0].configuration.global_batch
+    asked = policy.asked_batch(now)[0]
+    chosen = chosen_by(policy, now).global_batch
     assert batch <= chosen <= 32
     assert chosen >= min(asked, 32)
     assert chosen == batch or chosen / 2 < asked, "no more than the next power of two"
@@ -105,34 +93,34 @@ def test_the_batch_never_shrinks_never_passes_the_cap_and_is_rounded_up(
 @given(value=st.floats(0.1, 1e3), factor=st.floats(1.0, 10.0))
 def test_more_noise_never_asks_for_less(value: float, factor: float) -> None:
     policy = NormTest("unbiased", 0.5, 1)
-    less, more = (policy.choose(situation(4, v, [2, 8, 16, 32, 64]))[0] for v in (value, factor * value))
-    assert more.configuration.global_batch >= less.configuration.global_batch
+    less, more = (chosen_by(policy, situation(4, v, [2, 8, 16, 32, 64])) for v in (value, factor * value))
+    assert more.global_batch >= less.global_batch
 
 
 def test_the_fastest_micro_batch_of_the_present_layout_runs() -> None:
-    current = score(of(DP2, 1, 4), 10.0)
-    larger = [
-        score(of(DP2, 1, 16), 20.0),
-        score(of(DP2, 4, 16), 30.0),
-        score(of(DP2, 2, 32), 50.0),
-        score(of(TP2, 4, 16), 90.0),
-    ]
-    now = Situation(0, noise(3.0), 6.0, current, [*larger, current], 0, None)
-    chosen, reason = NormTest("unbiased", 0.5, 1).choose(now)  # asks for 12
-    assert chosen.configuration == of(DP2, 4, 16)
-    assert reason == "the norm test (unbiased, η 0.5) asks for a batch of 12"
+    speeds = {
+        of(DP2, 1, 4): 10.0,
+        of(DP2, 1, 16): 20.0,
+        of(DP2, 4, 16): 30.0,
+        of(DP2, 2, 32): 50.0,
+        of(TP2, 4, 16): 90.0,
+    }
+    now = situation_of(speeds, of(DP2, 1, 4), 6.0, noise_scale=3.0)
+    policy = NormTest("unbiased", 0.5, 1)  # asks for 12
+    assert chosen_by(policy, now) == of(DP2, 4, 16)
+    assert policy.reason(now, policy.choose(now)) == "the norm test (unbiased, η 0.5) asks for a batch of 12"
 
 
 def test_reasons_for_staying() -> None:
     def reason(policy, now):
-        chosen, why = policy.choose(now)
-        assert chosen is now.current
-        return why
+        choice = policy.choose(now)
+        assert choice.index[0] == now.current[0]
+        return policy.reason(now, choice)
 
     assert "never shrinks" in reason(NormTest("unbiased", 1.0, 1), situation(16, 8.0, [2, 4, 32]))
     assert "nothing beyond 16" in reason(NormTest("unbiased", 0.5, 1), situation(16, 8.0, [2, 4]))
     assert "every 4th" in reason(NormTest("unbiased", 0.5, 4), situation(4, 80.0, [8], number=3))
-    assert "no step was measured" in reason(NormTest("paper", 0.5, 1), situation(4, 8.0, [8], step_norms=None))
+    assert "no step was measured" in reason(NormTest("paper", 0.5, 1), situation(4, 8.0, [8], plug_in=None))
 
 
 def test_through_the_planner() -> None:

@@ -97,6 +97,7 @@ class Planner:
         self._after = after
 
         self.forecast, self.observe_loss = self._real.forecast, self._real.observe_loss
+        self.move_costs, self.state = self._real.move_costs, self._real.state
 
     def decide(self, noise: Any, current: Configuration, samples_consumed: int, step_norms: Any = None) -> Any:
         decision = self._real.decide(noise, current, samples_consumed, step_norms)

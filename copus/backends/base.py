@@ -70,6 +70,8 @@ class TrainerState:
     """Norms of the steps since the last decision."""
     forecast: dict[str, Any] = field(default_factory=dict)
     """State of the forecast of the noise scale."""
+    planner: dict[str, Any] = field(default_factory=dict)
+    """What the planner knows of φ and of the cost of moves."""
     decisions: int = 0
     """Decisions taken so far."""
 

@@ -1,0 +1,234 @@
+"""`copus simulate`: what each policy would make of a job, and whether adapting is worth it, before it runs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from copus.events import Noise, Reconfigure, Start, read_events
+from copus.job import JobConfig, JobError, load_job
+from launch.follow import without_replays
+from launch.run_directory import find_run, shown
+from planner.look_ahead import look_ahead
+from planner.menu import Floats, Menu
+from planner.plan import Plan
+from planner.policy import Policy, make_policy
+from planner.simulator.compare import Row, Setting, compare
+from planner.simulator.trajectory import geometric, linear, power, published_schedules, through
+from planner.wording import duration, sequences
+from profiles.table import ThroughputTable
+
+LAWS = {"geometric": geometric, "linear": linear, "power": power}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "static": {"policy": "static"},
+    "ramp": {"policy": "ramp"},
+    "norm-test": {"policy": "norm-test"},
+    "cbs": {"policy": "cbs"},
+    "cbs-pessimistic": {"policy": "cbs", "cbs_layout": "pessimistic"},
+    "cbs-optimistic": {"policy": "cbs", "cbs_layout": "optimistic"},
+    "copus": {"policy": "copus"},
+    "goodput": {"policy": "goodput"},
+}
+MOST_DECISIONS = 400
+"""A simulation decides no more often than this in a job of the planned length."""
+
+
+def simulate(
+    job_file: Path,
+    overrides: list[str],
+    names: list[str],
+    noise: str | None,
+    law: str,
+    run: str | None,
+    *,
+    error: float,
+    factor_error: float,
+    move_seconds: float | None,
+    seeds: int,
+    output: Path | None,
+    as_json: bool = False,
+) -> int:
+    """Print a table of policies. Raises JobError for what is missing: a noise scale, measured times, a policy."""
+    job = load_job(job_file, overrides)
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise JobError(f"--policy {unknown[0]}: expected one of {', '.join(VARIANTS)}")
+    if error < 0 or factor_error <= 0 or seeds < 1 or (move_seconds or 0) < 0:
+        raise JobError("--error and --move-seconds have to be at least 0, --factor-error above 0, --seeds at least 1")
+    phi, said = _trajectory(job, noise, law, run)
+    menu, speed, source = _throughputs(job)
+    cost = move_seconds if move_seconds is not None else _measured_cost(run) or job.planner.layout_move_seconds
+    setting = Setting(
+        menu=menu,
+        samples_per_second=speed,
+        critical_batch=phi,
+        start=menu.configurations.index(job.training.configuration),
+        total_samples=job.total_samples,
+        every_samples=max(job.planner.every_samples, job.total_samples / MOST_DECISIONS),
+        move_seconds=np.array([0.0, 0.0, cost]),
+        objective=job.planner.objective,
+        noise=error,
+        factor_error=factor_error,
+    )
+    policies = {name: _policy(job, name) for name in names or VARIANTS}
+    plan, rows = compare(setting, policies, seeds)
+    if output is not None:
+        from launch.simulate_plot import draw
+
+        draw(output, setting, plan, rows)
+    if as_json:
+        print(json.dumps(_values(setting, plan, rows, said, source)))
+    else:
+        _print(setting, plan, rows, said, source)
+    return 0
+
+
+def _policy(job: JobConfig, name: str) -> Policy:
+    return make_policy(job.planner.model_copy(update=VARIANTS[name]))
+
+
+def _trajectory(job: JobConfig, noise: str | None, law: str, run: str | None) -> tuple[Floats, str]:
+    """φ over the progress, and where it comes from in words."""
+    factor = job.planner.critical_batch_factor
+    if (noise is None) == (run is None):
+        raise JobError("give either --noise FIRST:LAST (B_simple in sequences) or --like RUN")
+    if run is not None:
+        events = without_replays(read_events(find_run(run)))
+        seen = [(e.samples_consumed, e.value) for e in events if isinstance(e, Noise) and e.value and e.value > 0]
+        total = next((e.total_samples for e in events if isinstance(e, Start)), 0)
+        if not seen or not total:
+            raise JobError(f"--like {run}: the run has measured no noise scale")
+        phi = through([samples / total for samples, _ in seen], [factor * (value or 0.0) for _, value in seen])
+        return phi, f"as run {shown(find_run(run))} measured it"
+    assert noise is not None
+    if Path(noise.partition(":")[0]).suffix == ".csv":
+        return _published(noise)
+    try:
+        first, last = (float(part) for part in noise.split(":"))
+        if not (first > 0 and last > 0 and law in LAWS):
+            raise ValueError
+    except ValueError:
+        raise JobError(
+            f"--noise {noise} --law {law}: expected FIRST:LAST, both above 0, and a law of {', '.join(LAWS)}"
+        ) from None
+    phi = LAWS[law](factor * first, factor * last)
+    return phi, f"B_simple {sequences(first)} → {sequences(last)} sequences, {law}"
+
+
+def _published(noise: str) -> tuple[Floats, str]:
+    file, _, model = noise.partition(":")
+    try:
+        schedules = published_schedules(Path(file))
+    except (OSError, KeyError) as error:
+        raise JobError(f"--noise {noise}: {file} cannot be read as a table of schedules: {error}") from None
+    if model not in schedules:
+        raise JobError(f"--noise {noise}: {file} has the schedules {', '.join(schedules)}")
+    return schedules[model], f"φ as the published batch schedule of {model}"
+
+
+def _throughputs(job: JobConfig) -> tuple[Menu, Floats, str]:
+    """What may be chosen, with samples a second, and where these come from: the table, and the cost model beyond it."""
+    start = job.training.configuration
+    try:
+        rows = ThroughputTable(job.profile.table).rows()
+        prospects = look_ahead(job.planner, job.model, job.cluster, job.training.precision, start, rows)
+    except OSError as error:
+        raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
+    except ValueError as error:
+        raise JobError(f"cluster.{error}") from None
+    usable = [
+        each
+        for each in prospects.expectations
+        if each.step_seconds and (not each.refusal or each.configuration == start)
+    ]
+    if all(each.configuration != start for each in usable):
+        raise JobError(f"{start.label}, with which the job starts, has no time: {prospects.start.refusal or 'unknown'}")
+    predicted = sum(each.source == "predicted" for each in usable)
+    source = f"{prospects.measured_rows} measured rows; {predicted} of {len(usable)} by the cost model"
+    speeds = [each.configuration.global_batch / (each.step_seconds or math.inf) for each in usable]
+    return Menu.of([each.configuration for each in usable]), np.array(speeds), source
+
+
+def _measured_cost(run: str | None) -> float | None:
+    """Median of what the run's moves to another layout took."""
+    if run is None:
+        return None
+    events = read_events(find_run(run))
+    seconds = [e.seconds for e in events if isinstance(e, Reconfigure) and e.rung == "layout"]
+    return float(np.median(seconds)) if seconds else None
+
+
+def _values(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str) -> dict[str, Any]:
+    label = [configuration.label for configuration in setting.menu.configurations]
+    start = _start_seconds(setting)
+    return {
+        "noise": said,
+        "throughput": source,
+        "objective": setting.objective,
+        "move_seconds": float(setting.move_seconds[2]),
+        "best_fixed": {"configuration": label[plan.fixed_index], "seconds": plan.fixed_seconds},
+        "as_written": {"configuration": label[setting.start], "seconds": start},
+        "plan": {
+            "seconds": plan.seconds,
+            "gain_over_best_fixed_pct": 100 * plan.gain,
+            "schedule": [
+                {"from": s.first, "to": s.last, "configuration": label[s.index], "critical_batch": s.critical_batch}
+                for s in plan.schedule
+            ],
+        },
+        "policies": [
+            {
+                "policy": row.policy,
+                "seconds": row.seconds,
+                "low": row.low,
+                "high": row.high,
+                "gain_over_best_fixed_pct": 100 * (plan.fixed_seconds / row.seconds - 1),
+                "layout_moves": row.layout_moves,
+                "batch_moves": row.batch_moves,
+            }
+            for row in rows
+        ],
+    }
+
+
+def _start_seconds(setting: Setting) -> float:
+    """Duration of the job as it is written, without any move."""
+    return float(setting.total_samples / setting.samples_per_second[setting.start])
+
+
+def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no width to fit into
+    label = [configuration.label for configuration in setting.menu.configurations]
+    console.print(f"noise       {said}; estimates ± {setting.noise:.0%}, c × {setting.factor_error:g}", soft_wrap=True)
+    console.print(f"throughput  {source}; a layout move takes {setting.move_seconds[2]:.3g} s")
+    console.print(f"objective   {setting.objective}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("policy")
+    for name in ("time to target", "±", "vs best fixed", "layout moves", "other moves"):
+        table.add_column(name, justify="right")
+    fixed, start = plan.fixed_seconds, _start_seconds(setting)
+    for row in rows:
+        gain, half = fixed / row.seconds - 1, duration((row.high - row.low) / 2)
+        table.add_row(
+            row.policy, duration(row.seconds), half, f"{gain:+.1%}", f"{row.layout_moves:.1f}", f"{row.batch_moves:.1f}"
+        )
+    table.add_row("as written", duration(start), "", f"{fixed / start - 1:+.1%}", "0", "0")
+    table.add_row(f"best fixed: {label[plan.fixed_index]}", duration(fixed), "", "", "0", "0")
+    table.add_row("oracle", duration(plan.seconds), "", f"{plan.gain:+.1%}", "", "", style="dim")
+    console.print(table)
+    console.print("schedule of the oracle, who knows φ:")
+    for stretch in plan.schedule:
+        console.print(
+            f"  from {stretch.first:4.0%} of the progress (φ = {sequences(stretch.critical_batch)}): "
+            f"{label[stretch.index]}, {duration(stretch.seconds)}"
+        )
+    worth = f"adapting is worth {plan.gain:.1%} over {label[plan.fixed_index]} at best"
+    console.print(worth if plan.gain >= 0.01 else f"{worth}: hardly anything", soft_wrap=True)

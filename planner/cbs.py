@@ -1,0 +1,52 @@
+"""The batch follows the critical batch in one layout: the baselines of COPUS."""
+
+from typing import Literal
+
+import numpy as np
+
+from planner.situation import Choice, Situation
+from planner.wording import percent, sequences
+
+CbsLayout = Literal["present", "pessimistic", "optimistic"]
+
+
+class CriticalBatch:
+    """Trains at B = φ, rounded to the nearest batch that may be chosen (as a ratio), in a layout that never changes.
+
+    COPUS (2604.26687) compares itself with adaptive batches in the layout that is best at one end of their range.
+    Here, `pessimistic` is the layout that is fastest at the smallest batch, as if the batch would not grow;
+    `optimistic` the one that is fastest at the largest; `present` the one that runs. The names are the paper's, the
+    definition our reading.
+    """
+
+    name = "cbs"
+
+    def __init__(self, layout: CbsLayout = "present") -> None:
+        self.layout = layout
+
+    def _allowed(self, situation: Situation) -> np.ndarray:
+        """Which candidates have the layout, shape (R, C)."""
+        if self.layout == "present":
+            return situation.same_layout()
+        menu = situation.menu
+        end = menu.global_batch.min() if self.layout == "pessimistic" else menu.global_batch.max()
+        best = situation.fastest(np.broadcast_to(menu.global_batch == end, situation.samples_per_second.shape))
+        return np.asarray(menu.layout == menu.layout[best, None])
+
+    def choose(self, situation: Situation) -> Choice:
+        """The fastest configuration of the layout with the batch that is nearest to φ."""
+        allowed = self._allowed(situation)
+        batch = situation.menu.global_batch
+        distance = np.where(allowed, np.abs(np.log(batch / situation.critical_batch[:, None])), np.inf)
+        nearest = batch[distance.argmin(axis=1)]
+        return Choice(situation.fastest(allowed & (batch == nearest[:, None])))
+
+    def reason(self, situation: Situation, choice: Choice) -> str:
+        """What is followed."""
+        return f"the batch follows the critical batch, {sequences(float(situation.critical_batch[0]))} sequences"
+
+    def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
+        """Goodput is not what decides."""
+        goodputs = situation.goodput(situation.critical_batch)[0]
+        gain = goodputs[index] / goodputs[int(situation.current[0])] - 1
+        return f"gain {percent(float(gain))}, but cbs follows the critical batch alone"

@@ -1,0 +1,256 @@
+"""Many runs of a policy at once."""
+
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+
+from planner.goodput import Objective
+from planner.menu import Floats, Indices, Menu
+from planner.outlook import Outlook
+from planner.plan import Plan, plan_run
+from planner.policy import Policy
+from planner.situation import Situation
+
+DRAWS = 1024
+"""Errors of noise estimates that a seed makes; a longer run begins anew with the first."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """R runs to simulate. Samples and batches are in sequences."""
+
+    critical_batch: Floats
+    """True φ on the grid of `planner.simulator.trajectory`, shape (R, POINTS)."""
+    progress: Floats
+    """Effective samples that the target takes, shape (R,)."""
+    planned_samples: Floats
+    """Length of the job as its file says, shape (R,): what policies believe is left of."""
+    every_samples: Floats
+    """Sequences between two decisions, shape (R,)."""
+    move_seconds: Floats
+    """Cost of a new batch, micro-batch, layout; shape (R, 3), ascending."""
+    seed: Indices
+    """Seeds, shape (R,). Equal seeds have equal errors, whatever the policy."""
+    noise: Floats
+    """Standard deviation of the logarithm of a noise estimate, shape (R,)."""
+    factor_error: Floats
+    """What c is believed to be over what it is, shape (R,)."""
+    correlation: float = 0.0
+    """Correlation of the errors of successive estimates."""
+    throughput_error: float = 0.0
+    """Standard deviation of the logarithm of predicted throughputs; running a configuration shows its own."""
+    drift: float = 0.0
+    """Standard deviation that the logarithm of every layout's throughput reaches by the end, as a random walk."""
+    start: Indices | None = None
+    """What runs first, shape (R,), and is left at the cost of a move; None where the policy picks it, for nothing."""
+
+    def take(self, rows: np.ndarray) -> "Runs":
+        """Some of the runs."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: a[rows] for name, a in arrays.items() if isinstance(a, np.ndarray)})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of R runs."""
+
+    seconds: Floats
+    """Time to the target, moves included, shape (R,)."""
+    samples: Floats
+    """Sequences trained on, shape (R,)."""
+    moves: Indices
+    """Moves made, by rung (batch, micro-batch, layout), shape (R, 3)."""
+    paths: tuple[list[tuple[float, int]], ...] = ()
+    """For each run the progress at which each configuration began; empty unless asked for."""
+
+
+@dataclass
+class _State:
+    """R runs under way."""
+
+    runs: Runs
+    row: Indices
+    outlook: Outlook
+    progress: Floats
+    samples: Floats
+    seconds: Floats
+    moves: Indices
+    current: Indices
+    believed: Floats
+    error: Floats
+    actual: Floats
+    unseen: np.ndarray = field(repr=False)
+
+    def keep(self, rows: np.ndarray) -> "_State":
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _State(**{n: v[rows] if isinstance(v, np.ndarray) else v.take(rows) for n, v in found.items()})
+
+
+def simulate(
+    menu: Menu,
+    samples_per_second: Floats,
+    runs: Runs,
+    policy: Policy,
+    objective: Objective = "plain",
+    record: bool = False,
+) -> Outcome:
+    """Train every run to its target with the decisions of `policy`.
+
+    Progress follows the model that Goodput is made from: S sequences at batch B make S / (1 + B/φ) of it (times √B
+    with the lr-aware objective), so this compares decisions, and says nothing about whether the model is right.
+    Policies see φ with errors, and otherwise what the trainer shows them. Where `runs.start` does not say, the job
+    begins in what the policy picks after a first estimate, which costs nothing; or, where it does not pick, in the
+    best Goodput of that estimate.
+    """
+    count, errors = len(runs.seed), _errors(runs)
+    walk = _walks(runs, menu)
+    state = _begin(menu, np.asarray(samples_per_second, float), runs)
+    done_seconds, done_samples = np.zeros(count), np.zeros(count)
+    done_moves = np.zeros((count, 3), np.int64)
+    paths: tuple[list[tuple[float, int]], ...] = tuple([] for _ in range(count))
+    number = 0
+    while len(state.row):
+        runs = state.runs
+        true_phi = _read(runs.critical_batch, state.progress)
+        seen = true_phi * runs.factor_error * np.exp(errors[state.row, number % DRAWS] * runs.noise)
+        place = np.maximum(state.samples, runs.every_samples / 2)
+        state.outlook.observe(
+            place, seen, np.maximum(runs.noise, 0.01), (1 - runs.correlation) / (1 + runs.correlation)
+        )
+        situation = Situation(
+            menu=menu,
+            samples_per_second=state.believed,
+            throughput_error=state.error,
+            unseen=state.unseen,
+            current=state.current,
+            noise_scale=seen / 2,
+            critical_batch=seen,
+            outlook=state.outlook,
+            samples_consumed=place,
+            samples_left=np.maximum(runs.planned_samples - state.samples, runs.every_samples),
+            samples_to_next=runs.every_samples,
+            move_seconds=runs.move_seconds,
+            objective=objective,
+            number=number,
+            started=number > 0 or runs.start is not None,
+        )
+        if number == 0:
+            state.current = np.argmax(situation.goodput(seen), axis=1) if runs.start is None else runs.start
+            situation = replace(situation, current=state.current)
+        situation = replace(situation, plug_in=seen / 2 / (1 + seen / 2 / situation.running_batch))
+        index = policy.choose(situation).index
+        if record:
+            for place_in, (row, before, after) in enumerate(zip(state.row, state.current, index, strict=True)):
+                if number == 0 or before != after:
+                    paths[row].append((float(state.progress[place_in]), int(after)))
+        if situation.started:
+            _pay(menu, state, index)
+        state.current = index
+        finished = _advance(menu, state, walk[:, number % DRAWS] if walk is not None else None, objective)
+        number += 1
+        if finished.any():
+            rows = state.row[finished]
+            done_seconds[rows], done_samples[rows] = state.seconds[finished], state.samples[finished]
+            done_moves[rows] = state.moves[finished]
+            state = state.keep(~finished)
+    return Outcome(done_seconds, done_samples, done_moves, paths if record else ())
+
+
+def oracle(
+    menu: Menu,
+    samples_per_second: Floats,
+    critical_batch: Floats,
+    progress: float,
+    move_seconds: Floats,
+    objective: Objective = "plain",
+    start: int | None = None,
+) -> Plan:
+    """The bound: the plan of somebody who knows φ and pays the same for moves, and the best fixed configuration."""
+    middles = np.sqrt(critical_batch[1:] * critical_batch[:-1])
+    return plan_run(menu, samples_per_second, middles, progress, move_seconds, objective, start)
+
+
+def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
+    count, size = len(runs.seed), len(menu)
+    rows = np.broadcast_to(believed, (count, size)).copy()
+    actual = rows.copy()
+    if runs.throughput_error:
+        draws = {seed: np.random.default_rng([seed, 1]).normal(size=size) for seed in set(runs.seed.tolist())}
+        actual *= np.exp(runs.throughput_error * np.stack([draws[seed] for seed in runs.seed.tolist()]))
+    return _State(
+        runs=runs,
+        row=np.arange(count),
+        outlook=Outlook.unknown(runs.planned_samples),
+        progress=np.zeros(count),
+        samples=np.zeros(count),
+        seconds=np.zeros(count),
+        moves=np.zeros((count, 3), np.int64),
+        current=np.zeros(count, np.int64),
+        believed=rows,
+        error=np.full((count, size), runs.throughput_error),
+        actual=actual,
+        unseen=np.ones((count, size), bool),
+    )
+
+
+def _errors(runs: Runs) -> Floats:
+    """Standard normal errors of estimates, one row a run, equal for equal seeds; shape (R, DRAWS)."""
+    rows = {}
+    for seed in set(runs.seed.tolist()):
+        white = np.random.default_rng([seed, 0]).normal(size=DRAWS)
+        if runs.correlation:
+            for i in range(1, DRAWS):
+                white[i] = runs.correlation * white[i - 1] + np.sqrt(1 - runs.correlation**2) * white[i]
+        rows[seed] = white
+    return np.stack([rows[seed] for seed in runs.seed.tolist()])
+
+
+def _walks(runs: Runs, menu: Menu) -> Floats | None:
+    """Logarithm of how much faster each layout is than at the start, shape (R, DRAWS, layouts); None without drift."""
+    if not runs.drift:
+        return None
+    layouts = int(menu.layout.max()) + 1
+    per_decision = runs.drift / np.sqrt(np.maximum(runs.planned_samples / runs.every_samples, 1.0))
+    steps = np.stack([np.random.default_rng([s, 2]).normal(size=(DRAWS, layouts)) for s in runs.seed.tolist()])
+    return np.asarray(np.cumsum(steps, axis=1) * per_decision[:, None, None])
+
+
+def _pay(menu: Menu, state: _State, index: Indices) -> None:
+    """Count the moves and the time that they take."""
+    moved = index != state.current
+    if not moved.any():
+        return
+    rung = menu.move_seconds(state.current, np.array([0.0, 1.0, 2.0]))[np.arange(len(index)), index].astype(int)
+    state.seconds += np.where(moved, state.runs.move_seconds[np.arange(len(index)), rung], 0.0)
+    np.add.at(state.moves, (np.flatnonzero(moved), rung[moved]), 1)
+
+
+def _advance(menu: Menu, state: _State, walk: Floats | None, objective: Objective) -> np.ndarray:
+    """Train to the next decision, or to the target; which runs reached it."""
+    runs, rows = state.runs, np.arange(len(state.current))
+    batch = menu.global_batch[state.current]
+    worth = np.sqrt(batch) if objective == "lr-aware" else 1.0
+    rate = state.actual[rows, state.current]
+    if walk is not None:
+        rate = rate * np.exp(walk[state.row, menu.layout[state.current]])
+    left = 1 - state.progress
+    step = np.zeros_like(left)
+    for _ in range(3):  # the midpoint rule, solved by iteration: φ hardly changes within a step
+        phi = _read(runs.critical_batch, state.progress + np.minimum(step, left) / 2)
+        step = runs.every_samples * worth / ((1 + batch / phi) * runs.progress)
+    finished = step >= left
+    samples = np.where(finished, left * runs.progress * (1 + batch / phi) / worth, runs.every_samples)
+    state.progress = state.progress + np.minimum(step, left)
+    state.samples = state.samples + samples
+    state.seconds = state.seconds + samples / rate
+    state.believed[rows, state.current], state.error[rows, state.current] = rate, 0.0
+    state.unseen[rows, state.current] = False
+    return np.asarray(finished)
+
+
+def _read(grid: Floats, progress: Floats) -> Floats:
+    """Values at some progress of each row, in straight lines between the points."""
+    place = np.clip(progress, 0.0, 1.0) * (grid.shape[1] - 1)
+    low = np.minimum(place.astype(np.int64), grid.shape[1] - 2)
+    rows = np.arange(len(grid))
+    return np.asarray(grid[rows, low] + (place - low) * (grid[rows, low + 1] - grid[rows, low]))

@@ -1,0 +1,160 @@
+"""Our rule: move when that finishes the job sooner, at the pessimistic end of what is known."""
+
+import numpy as np
+from scipy.special import ndtr
+
+from planner.menu import Floats
+from planner.plan import seconds_to_go
+from planner.situation import Choice, Situation
+from planner.wording import duration, percent
+
+PESSIMISM = 0.67
+"""Standard errors of log φ and of the throughput that a gain has to survive: the ends of the 50 % intervals."""
+SWAY = 0.1
+"""Standard errors that the expected gain has to exceed even where a move costs nothing, so that noise does not make the
+batch go to and fro."""
+STAGES = 12
+"""Stretches that the rest of the job is planned in: the first lasts to the next decision, the others grow."""
+SMALLEST_SAVING = 1e-6
+"""A saving below this share of the time left is none."""
+
+
+class Goodput:
+    """Plans the rest of the job at every decision, and takes the first step of the plan where it is sure to pay.
+
+    The plan is the dynamic programme of `planner.plan` over the φ to be expected (`planner.outlook`), with the
+    measured costs of moves: V(j) is the time to the end that begins in j and goes on as is best. A move from i to j
+    saves
+
+        saved(j) = V(i) − cost(i → j) − V(j)
+
+    where V(i) may still move later. It is made when `saved` is positive
+
+    - at both ends of the interval of φ, and of the throughputs: then it is sure; or
+    - as expected, even if the way back had to be paid too: then little is lost where the expectation was wrong.
+
+    Of several the one with the largest expected saving. So a batch, which costs nothing, follows φ at once, a layout
+    waits until the rest of the job pays for it, and an estimate that swings within its interval moves nothing dear.
+
+    A candidate that was never run may be worth trying although it is not sure to pay: with X the saving if one stays
+    there, normal around its expectation, and f = −(there + back + what the trial loses), going there is worth E[max(X,
+    f)] (expected improvement; Howard 1966, value of information). Once it has run there is nothing more to learn.
+    """
+
+    name = "goodput"
+
+    def __init__(self, pessimism: float = PESSIMISM) -> None:
+        self.pessimism = pessimism
+
+    def choose(self, situation: Situation) -> Choice:
+        """The first step of the best plan, or no move."""
+        now, menu = situation, situation.menu
+        stages = self._stages(now)
+        *_, value = seconds_to_go(stages, menu, now.move_seconds)
+        here = now.current[:, None]
+        current = np.take_along_axis(value, np.broadcast_to(here, (3, *here.shape)), axis=2)
+        if not now.started:  # nobody pays, and nothing is known but the prior: weigh the ends against each other
+            regret = value / value.min(axis=2, keepdims=True)
+            return Choice((regret * np.array([0.25, 0.5, 0.25])[:, None, None]).sum(axis=0).argmin(axis=1))
+        costs = menu.move_seconds(now.current, now.move_seconds)
+        saved = current - costs - value
+        expected = saved[1]
+        least = saved.min(axis=0)
+        sure = np.maximum(least, expected - costs - SWAY * (expected - least))
+        threshold = SMALLEST_SAVING * current[1]
+        exploring = np.zeros(len(expected), bool)
+        if now.throughput_error.any():
+            deviation, tried = self._trials(now, stages[:, 1], costs)
+            sure = sure - self.pessimism * deviation
+            worth = np.where(sure > threshold, expected, np.where(tried > threshold, tried, -np.inf))
+            index = _largest(worth, menu.global_batch)
+            exploring = np.take_along_axis(sure, index[:, None], 1)[:, 0] <= threshold[:, 0]
+        else:
+            worth = np.where(sure > threshold, expected, -np.inf)
+            index = _largest(worth, menu.global_batch)
+        moves = np.take_along_axis(worth, index[:, None], 1)[:, 0] > -np.inf
+        return Choice(np.where(moves, index, now.current), sure, exploring & moves)
+
+    def _stages(self, now: Situation) -> Floats:
+        """Seconds of each candidate for each stretch of what is left, shape (K, 3, R, C): φ low, expected, high."""
+        first = now.samples_to_next
+        left = np.maximum(now.samples_left, first * 1.001)
+        grown = first[:, None] * (left / first)[:, None] ** np.linspace(0, 1, STAGES)
+        edges = np.concatenate([np.zeros((len(left), 1)), grown], axis=1)
+        middles, lengths = (edges[:, 1:] + edges[:, :-1]) / 2, np.diff(edges, axis=1)
+        where = now.samples_consumed[:, None] + middles
+        phi = np.stack([now.outlook.at(where, sigmas) for sigmas in (-self.pessimism, 0.0, self.pessimism)])
+        batch = now.menu.global_batch
+        found = []
+        for k in range(STAGES):
+            rate = now.goodput(phi[:, :, k])
+            best = batch[rate.argmax(axis=2)]
+            # The samples of a stretch are those of the best batch; every candidate has to make as much progress.
+            efficiency = 1 / (1 + best / phi[:, :, k])
+            progress = lengths[:, k] * efficiency * (np.sqrt(best) if now.objective == "lr-aware" else 1.0)
+            found.append(progress[..., None] / rate)
+        return np.stack(found)
+
+    def _trials(self, now: Situation, stages: Floats, costs: Floats) -> tuple[Floats, Floats]:
+        """Standard error of what each candidate saves, and what trying it is worth: seconds, shapes (R, C).
+
+        `stages` are those for the expected φ, shape (K, R, C). What is compared with is the best batch of the layout
+        that runs, which costs nothing; a candidate is kept for as long as it would beat that if it were one standard
+        error faster than predicted.
+        """
+        own = np.take_along_axis(now.throughput_error, now.current[:, None], 1)
+        other = np.arange(len(now.menu)) != now.current[:, None]
+        error = np.where(other, np.hypot(now.throughput_error, own), 0.0)
+        here = np.where(now.same_layout(), stages, np.inf).min(axis=2, keepdims=True)
+        kept = np.logical_and.accumulate(stages * (1 - np.minimum(error, 0.9)) < here, axis=0)
+        kept[0] = True
+        deviation = (stages * kept).sum(axis=0) * error
+        saved = ((here - stages) * kept).sum(axis=0) - costs
+        loss = np.maximum(stages[0] - here[0], 0.0) + stages[0] * error
+        worth = _worth_trying(saved, deviation, -2 * costs - loss)
+        return deviation, np.where(now.unseen & (now.throughput_error > 0), worth, -np.inf)
+
+    def reason(self, situation: Situation, choice: Choice) -> str:
+        """What the first run does and what for, as a clause."""
+        index, here = int(choice.index[0]), int(situation.current[0])
+        assert choice.saved_seconds is not None or not situation.started
+        if choice.saved_seconds is None:
+            return "the job starts in the first step of its plan"
+        if index == here:
+            return "nothing is sure to finish the job sooner than going on"
+        label = situation.menu.configurations[index].label
+        goodputs = situation.goodput(situation.outlook.at(situation.samples_consumed))[0]
+        gain = goodputs[index] / goodputs[here] - 1
+        if choice.exploring is not None and choice.exploring[0]:
+            return f"{label} has never run and may be faster: trying it is worth its cost"
+        cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
+        saved = duration(float(choice.saved_seconds[0, index]))
+        paid = f", {duration(cost)} of moving paid" if cost else ""
+        return f"goodput of {label} is {percent(gain)} above the current, which saves {saved} at least{paid}"
+
+    def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
+        """Why this candidate was not chosen."""
+        goodputs = situation.goodput(situation.critical_batch)[0]
+        gain = goodputs[index] / goodputs[int(situation.current[0])] - 1
+        if choice.saved_seconds is None or gain <= 0:
+            return "no gain"
+        if choice.saved_seconds[0, index] > 0:
+            return f"gain {percent(gain)}, saves less than the chosen one"
+        cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
+        if cost > 0 and choice.saved_seconds[0, index] + cost > 0:
+            return f"gain {percent(gain)} is below its cost of {duration(float(cost))}"
+        return f"gain {percent(gain)} is within the error"
+
+
+def _largest(worth: Floats, batch: Floats) -> np.ndarray:
+    """Place of the largest value in each row; of equals the smaller batch (2507.07101)."""
+    best = worth.max(axis=1, keepdims=True)
+    return np.where(worth >= best, batch, np.inf).argmin(axis=1)
+
+
+def _worth_trying(saved: Floats, deviation: Floats, floor: Floats) -> Floats:
+    """E[max(X, floor)] for normal X with mean `saved`."""
+    spread = np.maximum(deviation, 1e-300)
+    z = np.clip((saved - floor) / spread, -40.0, 40.0)
+    density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    return floor + (saved - floor) * ndtr(z) + spread * density

@@ -1,0 +1,219 @@
+"""Every policy, and above all the properties of our rule."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from policy_situations import situation_of
+from test_planner_decision import CONFIG, DP2, START, TP2, noise, of, planner
+
+from planner.cbs import CriticalBatch
+from planner.config import PlannerConfig
+from planner.policy import Copus, make_policy
+from planner.ramp import Ramp
+from planner.switching import Goodput
+from profiles.configuration import Configuration
+
+BATCHES = (2, 4, 8, 16, 32, 64)
+SMALL = of(TP2, 1, 4)
+TABLE = {of(DP2, 1, b): 100 * b / (b + 20.0) for b in BATCHES} | {of(TP2, 1, b): 60 * b / (b + 4.0) for b in BATCHES}
+"""Samples a second: tensor parallelism is faster at small batches, data parallelism at large ones."""
+
+positive = st.floats(1e-3, 1e3)
+tables = st.lists(positive, min_size=len(TABLE), max_size=len(TABLE)).map(lambda v: dict(zip(TABLE, v, strict=True)))
+
+
+def chosen(policy, now) -> Configuration:
+    return now.menu.configurations[int(policy.choose(now).index[0])]
+
+
+@given(table=tables, phi=st.floats(0.1, 1e4), factor=st.floats(1.0, 100.0))
+def test_more_noise_never_means_a_smaller_batch(table, phi, factor):
+    """Plain goodput, a fixed table, free moves: T/(1 + B/φ) has increasing differences in (B, φ)."""
+    batches = []
+    for value in (phi, phi * factor):
+        now = situation_of(table, SMALL, value)
+        batches.append(chosen(Copus(0.0), now).global_batch)
+    assert batches[0] <= batches[1]
+
+
+@given(phi=st.floats(0.5, 500), factor=st.floats(1.0, 50.0))
+def test_more_noise_never_means_a_smaller_batch_with_our_rule(phi, factor):
+    less, more = (chosen(Goodput(), situation_of(TABLE, SMALL, v, error=0.02)) for v in (phi, phi * factor))
+    assert less.global_batch <= more.global_batch
+
+
+@given(phi=st.floats(0.1, 1e4), cost=st.floats(0, 1e3), objective=st.sampled_from(["plain", "lr-aware"]))
+def test_zero_gain_means_no_move(phi, cost, objective):
+    equal = {c: 10.0 for c in (of(DP2, 1, 8), of(TP2, 1, 8), of(TP2, 2, 8))}
+    now = situation_of(equal, of(TP2, 1, 8), phi, moves=(0, 0, cost), objective=objective)
+    for policy in (Goodput(), Copus(0.0)):
+        assert policy.choose(now).index[0] == now.current[0]
+
+
+@settings(max_examples=50)
+@given(table=tables, phi=st.floats(0.1, 1e4), cost=st.floats(0, 1e4), slower=st.floats(0.1, 0.99))
+def test_a_dominated_configuration_is_never_chosen(table, phi, cost, slower):
+    """The twin has the batch and the layout of another, and is slower."""
+    twins = {of(c.layout, 2, c.global_batch): slower * v for c, v in table.items() if c.global_batch >= 4}
+    now = situation_of(table | twins, SMALL, phi, moves=(0, 0, cost))
+    for policy in (Goodput(), Copus(0.0), CriticalBatch("optimistic"), Ramp(2, 2, None)):
+        assert chosen(policy, now) not in twins, policy.name
+
+
+@settings(max_examples=50)
+@given(table=tables, phi=st.floats(0.1, 1e4), cost=st.floats(0, 1e4), unit=st.floats(1e-3, 1e3))
+def test_the_choice_does_not_depend_on_the_unit_of_time(table, phi, cost, unit):
+    now = situation_of(table, SMALL, phi, moves=(0, 0, cost))
+    other = situation_of({c: v / unit for c, v in table.items()}, SMALL, phi, moves=(0, 0, cost * unit))
+    assert chosen(Goodput(), now) == chosen(Goodput(), other)
+    here, there = (Goodput().choose(s).saved_seconds for s in (now, other))
+    assert there == pytest.approx(here * unit, rel=1e-6, abs=1e-6 * float(np.abs(here * unit).max()))
+
+
+def test_a_layout_waits_until_the_rest_of_the_job_pays_for_it():
+    """DP2 gains at φ = 1000. What it saves in the 75,000 samples left is the most that a move may cost."""
+    never = situation_of(TABLE, of(TP2, 1, 64), 1000.0, moves=(0, 0, 1e6))
+    choice = Goodput().choose(never)
+    index = list(TABLE).index(of(DP2, 1, 64))
+    worth = float(choice.saved_seconds[0, index]) + 1e6
+    assert 100 < worth < 750, "TP2 takes some 1500 s, DP2 1100 s"
+    assert chosen(Goodput(), situation_of(TABLE, of(TP2, 1, 64), 1000.0, moves=(0, 0, 0.5 * worth))).layout == DP2
+    dear = situation_of(TABLE, of(TP2, 1, 64), 1000.0, moves=(0, 0, 1.5 * worth))
+    assert chosen(Goodput(), dear).layout == TP2
+    said = Goodput().verdict(dear, Goodput().choose(dear), index)
+    assert "is below its cost of" in said
+    late = situation_of(TABLE, of(TP2, 1, 64), 1000.0, moves=(0, 0, 0.5 * worth), samples=95_000.0)
+    assert chosen(Goodput(), late).layout == TP2, "the end is too near"
+
+
+def test_a_batch_is_nearly_free_and_follows():
+    now = situation_of(TABLE, of(DP2, 1, 4), 1000.0, moves=(0, 0, 1e9))
+    found = chosen(Goodput(), now)
+    assert found.layout == DP2
+    assert found.global_batch == 64
+
+
+def test_an_estimate_that_swings_within_its_interval_does_not_flap():
+    """At the crossing of two batches, with 30 % of noise in each estimate, moves are few."""
+    from planner.menu import Menu
+    from planner.simulator.simulate import Runs, simulate
+    from planner.simulator.trajectory import geometric
+
+    menu, speed = Menu.of(list(TABLE)), np.array(list(TABLE.values()))
+    crossing = 9.0
+    runs = Runs(
+        critical_batch=np.stack([geometric(crossing, crossing * 1.0001)] * 8),
+        progress=np.full(8, 40_000.0),
+        planned_samples=np.full(8, 100_000.0),
+        every_samples=np.full(8, 500.0),
+        move_seconds=np.full((8, 3), [0.0, 0.0, 10.0]),
+        seed=np.arange(8),
+        noise=np.full(8, 0.3),
+        factor_error=np.ones(8),
+    )
+    ours = simulate(menu, speed, runs, Goodput())
+    greedy = simulate(menu, speed, runs, Copus(0.0))
+    assert ours.moves[:, 2].mean() <= 1
+    assert ours.moves.sum() < greedy.moves.sum() / 10
+
+
+def test_trying_what_never_ran_pays_when_it_may_be_much_faster():
+    sure = [0.0] * len(TABLE)
+    current = of(DP2, 1, 64)
+    index = list(TABLE).index(of(TP2, 1, 64))
+    slower = TABLE | {of(TP2, 1, 64): 0.97 * TABLE[current]}
+    known = situation_of(slower, current, 1000.0, moves=(0, 0, 1.0), throughput_error=sure)
+    assert chosen(Goodput(), known) == current
+    guess = [*sure[:index], 0.2, *sure[index + 1 :]]
+    unknown = situation_of(slower, current, 1000.0, moves=(0, 0, 1.0), throughput_error=guess)
+    choice = Goodput().choose(unknown)
+    assert choice.index[0] == index
+    assert choice.exploring[0]
+    assert "has never run and may be faster" in Goodput().reason(unknown, choice)
+    dear = situation_of(slower, current, 1000.0, moves=(0, 0, 1e4), throughput_error=guess)
+    assert chosen(Goodput(), dear) == current, "the way there costs more than it may be worth"
+
+
+def test_cbs_follows_the_critical_batch_in_the_layout_of_its_end():
+    for phi, batch in ((3.0, 4), (11.0, 8), (12.0, 16), (1e6, 64)):
+        now = situation_of(TABLE, of(TP2, 1, 2), phi)
+        assert chosen(CriticalBatch("pessimistic"), now) == of(TP2, 1, batch)
+        assert chosen(CriticalBatch("optimistic"), now) == of(DP2, 1, batch)
+        assert chosen(CriticalBatch("present"), now) == of(TP2, 1, batch)
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(0.0, 2), (12_000.0, 16), (25_000.0, 32), (60_000.0, 64)])
+def test_the_ramp_is_a_schedule(samples: float, batch: int):
+    """From 2 in steps of 2 up to 64 over the first half of 100,000 samples, between powers of two rounded down."""
+    now = situation_of(TABLE, of(DP2, 1, 2), 1.0, samples=max(samples, 1.0))
+    assert chosen(Ramp(2, 2, None), now) == of(DP2, 1, batch)
+
+
+@pytest.mark.parametrize("name", ["static", "ramp", "norm-test", "cbs", "copus", "goodput"])
+def test_every_policy_decides_through_the_planner(name: str):
+    times = {of(layout, m, b): 0.1 * b for layout in (DP2, TP2) for m in (1, 2) for b in (4, 8, 16)}
+    decider = planner(times, policy=name, ramp_start=4)
+    decision = decider.decide(noise(20.0, 15.0, 27.0), START, 1000)
+    assert decision.policy == make_policy(PlannerConfig(policy=name)).name == name
+    assert decision.reason.startswith("noise scale 20 sequences (15–27): ")
+    assert all(c.verdict for c in decision.candidates)
+
+
+FASTER = {START: 0.4, of(DP2, 1, 8): 0.5, of(DP2, 1, 16): 0.9, of(TP2, 1, 4): 1.0, of(TP2, 1, 16): 0.3}
+
+
+def test_the_planner_weighs_what_moves_have_cost():
+    decider = planner(FASTER, policy="goodput")
+    moved = decider.decide(noise(50.0, 45.0, 55.0), START, 10_000)
+    assert moved.chosen == of(TP2, 1, 16)
+    row = next(c for c in moved.candidates if c.configuration == moved.chosen)
+    assert (row.move_seconds, row.verdict) == (10.0, "CHOSEN"), "what the job file expects"
+    decider = planner(FASTER, policy="goodput")
+    for _ in range(3):
+        decider.move_costs.observe("layout", 1e6)
+    stayed = decider.decide(noise(50.0, 45.0, 55.0), START, 10_000)
+    assert stayed.chosen.layout == DP2
+    row = next(c for c in stayed.candidates if c.configuration == of(TP2, 1, 16))
+    assert row.move_seconds == 1e6
+    assert row.verdict.endswith("is below its cost of 278 h")
+
+
+def test_the_planner_takes_up_what_it_knew():
+    first, resumed = planner(FASTER, policy="goodput"), planner(FASTER, policy="goodput")
+    for samples in (256, 512, 768):
+        first.decide(noise(5.0 + samples / 256, 4.0, 9.0), START, samples)
+    first.move_costs.observe("layout", 123.0)
+    resumed.restore(first.state())
+    resumed.forecast.restore(first.forecast.state())
+    resumed.number = first.number
+    now = noise(12.0, 10.0, 15.0), START, 1024
+    assert resumed.decide(*now) == first.decide(*now)
+    resumed.restore({})
+
+
+def test_advice_moves_nothing():
+    decision = planner(FASTER, policy="goodput", advisory=True).decide(noise(50.0, 45.0, 55.0), START, 10_000)
+    assert not decision.switch
+    assert decision.advised == of(TP2, 1, 16)
+    assert "WOULD BE CHOSEN" in {c.verdict for c in decision.candidates}
+    assert decision.reason.endswith("advisory, so nothing changes")
+
+
+def test_pins_and_limits():
+    from test_planner_decision import CLUSTER, MODEL
+
+    from planner.space import candidates
+
+    free = CONFIG.model_copy(update={"layouts": None})
+    pinned = candidates(free.model_copy(update={"tp": 1, "max_pp": 1}), MODEL, CLUSTER, START)
+    assert {c.layout for c in pinned} == {DP2}
+    assert len({c.layout for c in candidates(free, MODEL, CLUSTER, START)}) == 3
+    assert {c.layout.pp for c in candidates(free.model_copy(update={"max_pp": 1}), MODEL, CLUSTER, START)} == {1}
+    decider = planner(FASTER, policy="goodput", max_layout_moves_per_hour=1)
+    assert decider.decide(noise(50.0, 45.0, 55.0), START, 10_000).switch
+    decider.move_costs.observe("layout", 1.0)
+    held = decider.decide(noise(50.0, 45.0, 55.0), START, 10_000)
+    assert held.chosen.layout == DP2
+    refused = next(c for c in held.candidates if c.configuration == of(TP2, 1, 16))
+    assert refused.verdict == "limit: 1 layout move an hour"

@@ -1,0 +1,139 @@
+"""The simulator: exact where the answer is known, the same for the same seed, and the benchmark on a small table."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_planner_decision import DP2, TP2, of
+
+from benchmarks import policies
+from planner.menu import Menu
+from planner.policy import Copus, Static
+from planner.simulator.simulate import Runs, oracle, simulate
+from planner.simulator.trajectory import (
+    POINTS,
+    geometric,
+    kaplan_critical_batch,
+    power,
+    published_schedules,
+    steps,
+    through,
+)
+from planner.switching import Goodput
+
+BATCHES = (2, 4, 8, 16, 32, 64)
+TABLE = {of(DP2, 1, b): 100 * b / (b + 20.0) for b in BATCHES} | {of(TP2, 1, b): 60 * b / (b + 4.0) for b in BATCHES}
+MENU, SPEED = Menu.of(list(TABLE)), np.array(list(TABLE.values()))
+
+
+def runs_of(phi, seeds=4, cost=0.0, **changes):
+    values = {
+        "critical_batch": np.stack([phi] * seeds),
+        "progress": np.full(seeds, 50_000.0),
+        "planned_samples": np.full(seeds, 100_000.0),
+        "every_samples": np.full(seeds, 500.0),
+        "move_seconds": np.full((seeds, 3), [0.0, 0.0, cost]),
+        "seed": np.arange(seeds),
+        "noise": np.full(seeds, 0.3),
+        "factor_error": np.ones(seeds),
+    }
+    return Runs(**(values | changes))
+
+
+def test_a_run_that_never_moves_takes_the_time_of_the_integral():
+    """∫ (1 + B/φ) dp / T with φ geometric: Σ over the progress has a closed form."""
+    phi = geometric(4.0, 64.0)
+    outcome = simulate(MENU, SPEED, runs_of(phi, noise=np.full(4, 1e-6)), Static(), record=True)
+    index = outcome.paths[0][0][1]
+    batch, speed = MENU.global_batch[index], SPEED[index]
+    exact = 50_000 * (1 + batch * (1 / 4 - 1 / 64) / np.log(16)) / speed
+    assert outcome.seconds == pytest.approx(np.full(4, exact), rel=1e-4)
+    assert outcome.samples == pytest.approx(outcome.seconds * speed)
+    assert outcome.moves.sum() == 0
+
+
+def test_perfect_knowledge_and_free_moves_reach_the_oracle_and_nobody_beats_it():
+    phi = geometric(2.0, 128.0)
+    for cost in (0.0, 5.0, 100.0):
+        plan = oracle(MENU, SPEED, phi, 50_000.0, np.array([0, 0, cost]))
+        for policy in (Goodput(), Copus(0.0), Static()):
+            outcome = simulate(MENU, SPEED, runs_of(phi, cost=cost), policy)
+            assert (outcome.seconds > plan.seconds * (1 - 1e-3)).all()
+        exact = simulate(MENU, SPEED, runs_of(phi, noise=np.full(4, 1e-3)), Copus(0.0))
+    free = oracle(MENU, SPEED, phi, 50_000.0, np.zeros(3))
+    assert exact.seconds == pytest.approx(np.full(4, free.seconds), rel=2e-3)
+
+
+def test_seeds_are_what_differs_and_nothing_else():
+    phi = geometric(2.0, 128.0)
+    first = simulate(MENU, SPEED, runs_of(phi), Goodput())
+    again = simulate(MENU, SPEED, runs_of(phi).take(np.array([2, 1])), Goodput())
+    assert again.seconds.tolist() == first.seconds[[2, 1]].tolist()
+    assert len(set(first.seconds.tolist())) > 1
+
+
+def test_moves_are_paid():
+    phi = geometric(2.0, 128.0)
+    free = simulate(MENU, SPEED, runs_of(phi), Copus(0.1))
+    paid = simulate(MENU, SPEED, runs_of(phi, cost=7.0), Copus(0.1))
+    assert free.moves[:, 2].sum() > 0
+    assert paid.seconds == pytest.approx(free.seconds + 7.0 * free.moves[:, 2])
+
+
+def test_wrong_throughputs_are_learned_by_running():
+    """With throughputs 30 % off, who plans on trying loses less than who believes the table."""
+    phi = geometric(8.0, 64.0)
+    wrong = runs_of(phi, seeds=24, cost=1.0, throughput_error=0.3)
+    ours = simulate(MENU, SPEED, wrong, Goodput())
+    greedy = simulate(MENU, SPEED, wrong, Copus(0.1))
+    assert ours.seconds.mean() < greedy.seconds.mean()
+
+
+def test_drift_and_correlated_errors_are_survived():
+    phi = geometric(8.0, 64.0)
+    steady = simulate(MENU, SPEED, runs_of(phi), Goodput())
+    drifting = simulate(MENU, SPEED, runs_of(phi, drift=0.2, correlation=0.9), Goodput())
+    assert np.isfinite(drifting.seconds).all()
+    assert drifting.seconds == pytest.approx(steady.seconds, rel=0.5)
+    assert drifting.seconds.tolist() != steady.seconds.tolist()
+
+
+def test_trajectories():
+    assert (geometric(2, 64)[0], geometric(2, 64)[-1]) == pytest.approx((2, 64))
+    assert power(2, 64)[0] == 2
+    assert kaplan_critical_batch(3.0, 1) == pytest.approx(1.08e6, rel=0.01), "some 10^6 tokens at a loss of 3"
+    assert steps([0.25, 1.0], [1.0, 5.0])[[0, 100, 300, -1]].tolist() == [1.0, 1.0, 5.0, 5.0]
+    assert through([1.0, 0.0], [100.0, 1.0])[POINTS // 2] == pytest.approx(10.0)
+
+
+def test_published_schedules(tmp_path: Path):
+    file = tmp_path / "batch_noise.csv"
+    file.write_text(
+        "kind,model,tokens_seen_or_budget,batch_tokens,batch_sequences,seq_len\n"
+        "schedule,A,0,4096,,1024\nschedule,A,1e9,8192,8,1024\nschedule,B,0,,4,1024\nlaw,C,0,,4,1\nschedule,D,,x,,\n"
+    )
+    found = published_schedules(file)
+    assert list(found) == ["A"]
+    assert found["A"][[0, 100, -1]].tolist() == [4.0, 4.0, 8.0]
+
+
+HEADER = "source_id,sweep_id,tp,pp,dp,recompute,mbs,gbs,step_time_s\n"
+
+
+def test_the_benchmark_prints_every_cell(tmp_path: Path, capsys):
+    lines = [
+        f"vtrain-single,s,{c.layout.tp},1,{c.layout.dp},full,1,{c.global_batch},{c.global_batch / v}\n"
+        for c, v in TABLE.items()
+    ]
+    (tmp_path / "throughput.csv").write_text(HEADER + "".join(lines) + "other,s,1,1,1,full,1,2,1.0\n")
+    assert (
+        policies.main(["--data", str(tmp_path), "--json", "--seeds", "2", "--only", "copus", "goodput", "static"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["cells"]) == 27 * 3
+    keys = {"table", "noise_from", "noise_to", "move_cost_steps", "calibration", "policy", "ratio_to_oracle"}
+    assert keys | {"gain_over_best_fixed_pct", "low", "high"} <= set(result["cells"][0])
+    assert all(cell["ratio_to_oracle"] > 0.999 for cell in result["cells"])
+    assert result["summary"]["all_tables"]["goodput"]["cells"] == 27
+    assert policies.main(["--data", str(tmp_path / "none")]) == 2
