@@ -1,6 +1,6 @@
 """Faults at random moments of a small job, and what is left of it.
 
-    python -m benchmarks.faults [--data DIR] [--quick] [--json] [--seed N]
+    python -m benchmarks.faults [--data DIR] [--quick] [--only KIND] [--json] [--seed N]
 
 The real command's engine (torch's elastic agent), the real worker with scripted moves, real signals. A run without
 faults comes first; every other run has to end by itself at the same number of samples, to have each sample once in its
@@ -44,10 +44,13 @@ FULL = (
     + ("half-written checkpoint",) * 1
     + ("full disk",) * 2
 )
+RESIZE = "change of ranks"
 QUICK = ("kill in training", "kill in a move", "kill in a checkpoint", "flipped bit")
 SAMPLES_BETWEEN = 128
 """Samples from a fault's recovery to the next fault, at most; at least a quarter of it."""
 FAULTS_IN_A_RUN = 10
+LASTS_SECONDS = {"move": 0.1, "checkpoint": 0.3}
+"""About as long as one takes with this model: the moment is random within it."""
 TIMEOUT_SECONDS = 20.0
 """A collective that takes longer is a hang: long enough for the ranks of a busy machine to start."""
 PATIENCE_SECONDS = 240.0
@@ -207,7 +210,7 @@ def _do(run: Run, kind: str, rank: int, chance: random.Random) -> str:
     if kind.startswith("kill in a "):
         phase = kind.removeprefix("kill in a ")
         run.wait(lambda: run.phase() == phase, phase, 0.001)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, LASTS_SECONDS[phase]))
         seen = run.phase()
         run.hit(rank, signal.SIGKILL)
         return f"SIGKILL while rank 0 was in: {seen}"
@@ -298,7 +301,7 @@ def disturbed(
     return ended, lost, repeated
 
 
-def resized(folder: Path, quick: bool, say: Callable[[str], None]) -> tuple[list[Fault], int, int]:
+def resized(folder: Path, say: Callable[[str], None]) -> tuple[list[Fault], int, int]:
     """4 → 2 → 4 ranks through `copus submit --resume`, against 4 ranks all along."""
     job = job_for(folder, 4, 600)
     static = job.model_copy(update={"planner": job.planner.model_copy(update={"policy": "static"})})
@@ -355,6 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder to work in; a temporary one without it")
     parser.add_argument("--quick", action="store_true", help="a handful of faults, without the change of ranks")
+    parser.add_argument("--only", choices=sorted({*FULL, RESIZE}), help="the faults of one kind")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     options = parser.parse_args(arguments)
@@ -363,11 +367,14 @@ def main(arguments: list[str] | None = None) -> int:
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
+    kinds = [kind for kind in (*FULL, RESIZE) if kind == options.only] or [
+        *(QUICK if options.quick else (*FULL, RESIZE))
+    ]
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="copus-faults-") as temporary:
         folder = (options.data or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        faults, lost, repeated = _all(folder, options.quick, random.Random(options.seed), say)
+        faults, lost, repeated = _all(folder, kinds, random.Random(options.seed), say)
     result = {
         "faults": [asdict(fault) for fault in faults],
         "samples_lost": lost,
@@ -395,17 +402,13 @@ def _can_mount(folder: Path) -> bool:
     return subprocess.run(["umount", str(point)], check=False).returncode == 0
 
 
-def _all(folder: Path, quick: bool, chance: random.Random, say: Callable[[str], None]) -> tuple[list[Fault], int, int]:
-    kinds = list(QUICK if quick else FULL)
-    faults: list[Fault] = []
-    if "full disk" in kinds and not _can_mount(folder):
-        why = "not tried: a small disk takes the right to mount one"
-        faults = [Fault(kind, False, why) for kind in kinds if kind == "full disk"]
-        kinds = [kind for kind in kinds if kind != "full disk"]
+def _one_after_another(
+    folder: Path, kinds: list[str], chance: random.Random, say: Callable[[str], None]
+) -> tuple[list[Fault], int, int]:
+    """A run without faults, and as many runs with them as it takes."""
     chance.shuffle(kinds)
     groups = [tuple(kinds[first : first + FAULTS_IN_A_RUN]) for first in range(0, len(kinds), FAULTS_IN_A_RUN)]
-    longest = max(map(len, groups))
-    job = job_for(folder, 2, SAMPLES_BETWEEN * (longest + 4))
+    job = job_for(folder, 2, SAMPLES_BETWEEN * (max(map(len, groups)) + 4))
     prepare(job)
     with running(job) as run:
         say(f"undisturbed: {job.total_samples} samples")
@@ -416,12 +419,29 @@ def _all(folder: Path, quick: bool, chance: random.Random, say: Callable[[str], 
         raise SystemExit(f"the run without faults failed: {reference}")
     moves = sum(isinstance(event, Reconfigure) for event in read_events(reference))
     say(f"undisturbed: done, {moves} moves")
+    faults: list[Fault] = []
     lost = repeated = 0
     for group in groups:
         found, group_lost, group_repeated = disturbed(job, group, chance, reference, say)
         faults, lost, repeated = faults + found, lost + group_lost, repeated + group_repeated
-    if not quick:
-        found, group_lost, group_repeated = resized(folder, quick, say)
+    return faults, lost, repeated
+
+
+def _all(
+    folder: Path, kinds: list[str], chance: random.Random, say: Callable[[str], None]
+) -> tuple[list[Fault], int, int]:
+    resizes, kinds = RESIZE in kinds, [kind for kind in kinds if kind != RESIZE]
+    faults: list[Fault] = []
+    if "full disk" in kinds and not _can_mount(folder):
+        why = "not tried: a small disk takes the right to mount one"
+        faults = [Fault(kind, False, why) for kind in kinds if kind == "full disk"]
+        kinds = [kind for kind in kinds if kind != "full disk"]
+    lost = repeated = 0
+    if kinds:
+        found, lost, repeated = _one_after_another(folder, kinds, chance, say)
+        faults += found
+    if resizes:
+        found, group_lost, group_repeated = resized(folder, say)
         faults, lost, repeated = faults + found, lost + group_lost, repeated + group_repeated
     return faults, lost, repeated
 
