@@ -129,7 +129,9 @@ def test_the_padded_vocabulary_is_divided_not_the_given_one(tmp_path: Path) -> N
         ("training.layout=5", "training.layout: input should be a valid dictionary or instance of Layout, got 5"),
         ("training.decay=cubic", "training.decay: input should be 'constant', 'cosine' or 'linear', got 'cubic'"),
         ("launch.engine=cloud", "launch.engine: input should be 'local', got 'cloud'"),
-        ("planner.policy=best", "planner.policy: input should be 'copus', 'static' or 'norm-test', got 'best'"),
+        ("planner.policy=best",
+            "planner.policy: input should be 'copus', 'goodput', "
+            "'static', 'norm-test', 'cbs' or 'ramp', got 'best'"),
     ],
 )  # fmt: skip
 def test_unknown_keys_and_wrong_types(tmp_path: Path, override: str, message: str) -> None:
