@@ -212,6 +212,7 @@ def _train_prepared(run: Path) -> list[Event]:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_the_command_with_all_of_it_real(tmp_path: Path) -> None:
     """Text, a run, and four branches of it on two ranks under the agent."""
     run = tmp_path / "runs" / "tiny"

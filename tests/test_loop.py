@@ -168,8 +168,11 @@ def test_noise_and_evaluations_are_reported(moved: list[Event]) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("policy", "stop_after"),
-    [("static", 21), ("copus", 8), ("norm-test", 10)],
-    ids=["static", "at the step of a decision", "between norm tests"],
+    [
+        pytest.param("copus", 8, id="at the step of a decision"),
+        pytest.param("static", 21, id="static", marks=pytest.mark.slow),
+        pytest.param("norm-test", 10, id="between norm tests", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_goes_on_where_it_was(policy: str, stop_after: int, tmp_path: Path) -> None:
     """Same losses, decisions and moves as the run that nobody stopped. Learning rates are not constant, so samples must

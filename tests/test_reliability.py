@@ -229,7 +229,14 @@ def _elsewhere(run: Path, layout: dict[str, Any], ranks: int, steps: int) -> tup
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", [{"tp": 2, "dp": 2}, {"pp": 2, "dp": 2, "zero": 1}, {"tp": 4}])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pp": 2, "dp": 2, "zero": 1},
+        pytest.param({"tp": 2, "dp": 2}, marks=pytest.mark.slow),
+        pytest.param({"tp": 4}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_job_goes_on_with_fewer_ranks_and_with_more(layout: dict[str, Any], tmp_path: Path) -> None:
     steady = run_ranks(4, _elsewhere, tmp_path / "steady", layout, 4, 9)[0][0]
     run, losses, labels = tmp_path / "moving", [], []
