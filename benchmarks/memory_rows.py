@@ -15,6 +15,7 @@ from profiles.configurations import Configurations
 from profiles.layout import Layout
 from profiles.memory import Peaks
 from profiles.model_shape import ModelShape
+from profiles.published import recompute_kind, zero_stage
 
 GIB = 2.0**30
 INCONSISTENT = ("gbs!=", "tp*pp*cp*dp!=", "inconsistent")
@@ -146,18 +147,12 @@ def _configuration(row: dict[str, str]) -> Configuration:
         layout = Layout(
             **{"tp": tp, "pp": pp, "vp": vp if pp > 1 else 1, "cp": cp, "ep": ep, "dp": dp},
             sequence_parallel=row["sequence_parallel"] == "yes" and tp > 1,
-            recompute=next((kind for kind in ("selective", "full") if kind in row["recompute"]), "none"),
-            zero=_zero(row["sharding"].lower()),
+            recompute=recompute_kind(row["recompute"]),
+            zero=zero_stage(row["sharding"]),
         )
         return Configuration(layout=layout, micro_batch=micro_batch, global_batch=count * micro_batch * dp)
     except ValidationError as error:
         raise UnusableError("layout is not possible") from error
-
-
-def _zero(text: str) -> int:
-    if "fsdp" in text or "hsdp" in text:
-        return 3
-    return next((stage for stage in (1, 2, 3) if f"zero{stage}" in text), int("dist" in text))
 
 
 def _memory(system: str) -> float | None:

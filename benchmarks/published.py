@@ -15,6 +15,7 @@ from profiles.cost.accelerator import accelerator, accelerators
 from profiles.cost.timings import Timings
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
+from profiles.published import recompute_kind, zero_stage
 
 UNRELIABLE = (
     "noisy",
@@ -152,24 +153,12 @@ def _configuration(row: dict[str, str], cluster: Cluster) -> Configuration:
         layout = Layout(
             **{"tp": tp, "pp": pp, "vp": vp if pp > 1 else 1, "cp": cp, "ep": ep, "dp": dp},
             sequence_parallel=row["sequence_parallel"] == "yes" and tp > 1,
-            recompute=_recompute(row["recompute"]),
-            zero=_zero(row["sharding"].lower()),
+            recompute=recompute_kind(row["recompute"]),
+            zero=zero_stage(row["sharding"]),
         )
         return Configuration(layout=layout, micro_batch=micro_batch, global_batch=gbs)
     except ValidationError as error:
         raise UnusableError("batches do not divide") from error
-
-
-def _recompute(text: str) -> str:
-    return next((kind for kind in ("selective", "full") if kind in text), "none")
-
-
-def _zero(text: str) -> int:
-    if "dist" in text:
-        return 1
-    if "fsdp" in text or "hsdp" in text:
-        return 3
-    return next((stage for stage in (1, 2, 3) if f"zero{stage}" in text), 0)
 
 
 def _seconds(row: dict[str, str], configuration: Configuration) -> float:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -151,8 +151,8 @@ def _configuration(row: dict[str, str], gpus: int) -> Configuration:
         raise RejectedError("tp × pp × cp × dp is not the number of gpus")
     words: dict[str, Any] = {
         "sequence_parallel": row.get("sequence_parallel", "") in ("yes", "true", "1") and degrees["tp"] > 1,
-        "recompute": next((kind for kind in ("selective", "full") if kind in row.get("recompute", "")), "none"),
-        "zero": _zero(row.get("sharding", "").lower()),
+        "recompute": recompute_kind(row.get("recompute", "")),
+        "zero": zero_stage(row.get("sharding", "")),
     }
     try:
         layout = Layout(**degrees | {"vp": degrees["vp"] if degrees["pp"] > 1 else 1}, dp=dp, **words)
@@ -161,8 +161,15 @@ def _configuration(row: dict[str, str], gpus: int) -> Configuration:
         raise RejectedError(f"configuration: {_told(error)}") from None
 
 
-def _zero(sharding: str) -> int:
-    """ZeRO stage: `zero0` … `zero3`; names with `fsdp` are stage 3, other distributed optimizers stage 1."""
+def recompute_kind(recompute: str) -> Literal["none", "selective", "full"]:
+    """What the column `recompute` says; `selective (op)` is selective, and nothing is none."""
+    return "selective" if "selective" in recompute else "full" if "full" in recompute else "none"
+
+
+def zero_stage(sharding: str) -> int:
+    """What the column `sharding` says: `zero0` … `zero3`; names with `fsdp` are stage 3, other distributed optimizers
+    stage 1."""
+    sharding = sharding.lower()
     stage = re.search(r"zero-?([0-3])", sharding)
     if stage:
         return int(stage[1])
