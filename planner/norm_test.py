@@ -4,9 +4,9 @@ from typing import Literal
 
 import numpy as np
 
+from planner.menu import Floats
 from planner.situation import Choice, Situation
 from planner.wording import percent, sequences
-from profiles.noise_scale import NoiseScale
 from profiles.step_norms import StepNorms
 
 NormTestForm = Literal["paper", "unbiased"]
@@ -25,10 +25,9 @@ def plug_in_batch(norms: StepNorms, eta: float) -> float:
     return norms.noise_trace / (eta**2 * norms.grad_sq)
 
 
-def unbiased_batch(noise: NoiseScale, eta: float) -> float:
+def unbiased_batch(noise_scale: Floats, eta: float) -> Floats:
     """The batch that passes the same test with |G|² itself: b* = tr Σ / (η²·|G|²) = B_simple / η², in sequences."""
-    assert noise.value is not None
-    return noise.value / eta**2
+    return noise_scale / eta**2
 
 
 class NormTest:
@@ -49,7 +48,7 @@ class NormTest:
     def asked_batch(self, situation: Situation) -> np.ndarray | None:
         """Sequences that pass the test, shape (R,); None where no step was measured since the last decision."""
         if self.form == "unbiased":
-            return np.asarray(situation.noise_scale / self.eta**2)
+            return unbiased_batch(situation.noise_scale, self.eta)
         return None if situation.plug_in is None else situation.plug_in / self.eta**2
 
     def choose(self, situation: Situation) -> Choice:
