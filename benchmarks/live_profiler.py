@@ -5,7 +5,6 @@ global batch, both ways: the same steps, timed by the same code, in the same num
 looks slow.
 """
 
-import argparse
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import console_of, parser_of, tell
 from copus.job import JobConfig, load_job
 from planner.space import candidates
 from profiles.configuration import Configuration
@@ -201,18 +201,13 @@ def _cell(time_: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.live_profiler", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("live_profiler", __doc__)
     parser.add_argument("--quick", action="store_true", help="three configurations: whether it works")
     parser.add_argument("--max-batch", type=int, default=16, help="largest global batch that is measured")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
-    console = Console(stderr=options.json, highlight=False)
+    console = console_of(options)
     result = run(options.quick, options.max_batch, console)
-    show(result, console)
-    if options.json:
-        print(json.dumps(result, indent=2))
+    tell(result, show, options, console)
     return 0
 
 

@@ -7,8 +7,6 @@ model is told nothing about who measured: before any row it takes every framewor
 each source, from a few rows that it chooses itself, and is judged on the others. Needs no accelerator; takes seconds.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import console_of, parser_of, tell
 from benchmarks.memory_activations import check
 from benchmarks.memory_rows import Published, Row, peaks_of, read
 from profiles.memory import PYTORCH, MemoryModel, Peaks
@@ -222,17 +221,14 @@ def _figure(value: float | None) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of("memory", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the published tables")
     parser.add_argument("--quick", action="store_true", help="the same: it is quick")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
     if not (options.data / "throughput.csv").is_file():
         parser.error(f"--data {options.data}: no throughput.csv there")
     result = run(options.data)
-    show(result, Console(stderr=options.json, highlight=False))
-    if options.json:
-        print(json.dumps(result, indent=2))
+    tell(result, show, options, console_of(options))
     return 0
 
 

@@ -6,8 +6,6 @@ The first part needs no training. The others train the model of examples/shakesp
 DIR is its `data.cache`, filled where it is empty. `--quick` does less of everything and takes a few minutes.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import console_of, parser_of, tell
 from benchmarks.noise_synthetic import SHAPES, measure
 from copus.data.prepare import prepare
 from copus.job import JobConfig, load_job
@@ -186,19 +185,16 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.noise", description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of("noise", __doc__)
     parser.add_argument("--data", type=Path, help="folder of fetched text and prepared data")
     parser.add_argument("--quick", action="store_true", help="less of everything")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
     options = parser.parse_args(arguments)
     only = options.only.split(",")
     if unknown := set(only) - set(SECTIONS):
         parser.error(f"--only: {', '.join(sorted(unknown))}: expected some of {', '.join(SECTIONS)}")
     result = run(only, options.data, options.quick)
-    show(result, Console(stderr=options.json, highlight=False))
-    if options.json:
-        print(json.dumps(result, indent=2))
+    tell(result, show, options, console_of(options))
     return 0
 
 

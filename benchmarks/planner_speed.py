@@ -7,8 +7,6 @@ is printed beside them. The space: a 1 T model (128 layers, hidden 25,600) on 16
 recomputation and ZeRO stage for five global batches.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from benchmarks.command import console_of, parser_of, tell
 from profiles.cluster import Cluster
 from profiles.configurations import Configurations
 from profiles.cost import CostModel, Timings
@@ -139,16 +138,11 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.planner_speed", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("planner_speed", __doc__)
     parser.add_argument("--quick", action="store_true", help="fewer predictions and repeats")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
     result = run(options.quick)
-    show(result, Console(stderr=options.json, highlight=False))
-    if options.json:
-        print(json.dumps(result, indent=2))
+    tell(result, show, options, console_of(options))
     return 0
 
 

@@ -5,7 +5,6 @@ distributed optimizer, and times the other way in the same run: checkpoint, new 
 move of a 70 B model between many ranks, in this process alone.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import console_of, parser_of, tell
 from copus.backends.megatron.geometry import all_pieces
 from copus.job import JobConfig, parse_job
 from copus.reshard.pieces import Pieces
@@ -274,24 +274,21 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reshard", description=__doc__.partition("\n")[0])
+    parser = parser_of("reshard", __doc__)
     parser.add_argument("--quick", action="store_true", help="a small model, few pairs, one restart: whether it works")
     parser.add_argument("--repeats", type=int, default=3, help="times that each pair is moved")
     parser.add_argument("--restarts", type=int, default=6, help="restarts that are measured, of a ring of six pairs")
     parser.add_argument("--plan-only", action="store_true", help="plan the move of a 70 B model in this process")
     parser.add_argument("--ranks", type=int, default=1024, help="with --plan-only: how many; a multiple of 32")
     parser.add_argument("--ranks-per-node", type=int, default=8, help="with --plan-only")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
-    console = Console(stderr=options.json, highlight=False)
+    console = console_of(options)
     if options.plan_only:
         result = plan_only(options.ranks, options.ranks_per_node)
     else:
         repeats, restarts = (1, 1) if options.quick else (options.repeats, options.restarts)
         result = run(options.quick, repeats, restarts, console)
-    show(result, console)
-    if options.json:
-        print(json.dumps(result, indent=2))
+    tell(result, show, options, console)
     return 0
 
 

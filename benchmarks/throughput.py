@@ -7,8 +7,6 @@ precision. Rows that their own publication flags as unreliable, or that reach le
 scored; the column `all` counts them in.
 """
 
-import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass, fields
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import console_of, parser_of, tell
 from benchmarks.published import Published, Sweep, read
 from profiles.cost import CostModel, Timings
 from profiles.cost.accelerator import accelerator
@@ -272,19 +271,14 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("throughput", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with throughput.csv")
     parser.add_argument("--quick", action="store_true", help="every fifth sweep")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
     if not (options.data / "throughput.csv").is_file():
         parser.error(f"--data: {options.data / 'throughput.csv'} is not there")
     result = run(read(options.data), options.quick)
-    show(result, Console(stderr=options.json, highlight=False, width=200))
-    if options.json:
-        print(json.dumps(result, indent=2))
+    tell(result, show, options, console_of(options, width=200))
     return 0
 
 

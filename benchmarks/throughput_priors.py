@@ -8,8 +8,6 @@ guess as one standard deviation of its prior. The result, rounded, stands in `pr
 figure is the second table: tuned without a source, then asked about it.
 """
 
-import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import least_squares
 
+from benchmarks.command import console_of, parser_of, tell
 from benchmarks.published import Sweep, read
 from profiles.cost.accelerator import accelerator
 from profiles.cost.constants import CONSTANTS, NAMES, prior
@@ -147,16 +146,11 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput_priors", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("throughput_priors", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with throughput.csv")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
     result = run(options.data)
-    show(result, Console(stderr=options.json, highlight=False))
-    if options.json:
-        print(json.dumps(result, indent=2))
+    tell(result, show, options, console_of(options))
     return 0
 
 
