@@ -57,6 +57,7 @@ def branch_job(job: JobConfig, samples_consumed: int, sequences: int, lr: float,
             "decay": "constant",
             "reference_batch": job.reference_batch,
             "max_minutes": None,
+            "target_loss": None,
             "evaluate_every_tokens": never,
             "checkpoint_every_tokens": None,
         }

@@ -70,6 +70,8 @@ class Profile(Event):
     """Measurements planned."""
     step_seconds: float | None
     """Median step; None for a failure."""
+    seconds: float = 0.0
+    """What measuring it took, the move to it included."""
     failure: str | None = None
     """Why there is no time."""
 
@@ -240,7 +242,7 @@ class End(Event):
     """The workers stopped."""
 
     type: Literal["end"] = "end"
-    reason: Literal["finished", "interrupted", "max_minutes"]
+    reason: Literal["finished", "interrupted", "max_minutes", "target_loss"]
     """Why."""
     seconds: float
     """Since `start`."""

@@ -66,6 +66,8 @@ class TrainingConfig(Record):
     """Length of the run."""
     max_minutes: PositiveFloat | None = None
     """Stop cleanly, with a checkpoint, after this long."""
+    target_loss: PositiveFloat | None = None
+    """Stop cleanly, with a checkpoint, at the first evaluation whose loss is no more than this, in nats a token."""
     seed: NonNegativeInt = 1234
     """Seed of weights, sample order and dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -30,7 +30,7 @@ from profiles.table import ThroughputTable
 TRIAL_STEPS = 3
 """Steps after a move in which a lack of memory is the move's fault. Buffers and caches have their full size by then."""
 
-EndReason = Literal["finished", "interrupted", "max_minutes"]
+EndReason = Literal["finished", "interrupted", "max_minutes", "target_loss"]
 
 
 class Trainer:
@@ -82,13 +82,15 @@ class Trainer:
             before = state.samples_consumed
             overtime = self._is_overtime(started)
             stopped = self._step(configuration, stop=self._stop_requested() or overtime)
-            if self._passed(before, job.training.evaluate_every_tokens):
-                self._evaluate()
+            reached = self._passed(before, job.training.evaluate_every_tokens) and self._evaluate()
             # What falls due is done before anything is saved or stopped: a resumed run cannot catch up on it.
             if self._passed(before, job.planner.every_samples * job.model.seq_len):
                 self._decide()
             if stopped:
                 reason = self._agree("max_minutes" if overtime else "interrupted")
+                break
+            if reached:
+                reason = "target_loss"
                 break
             if self._passed(before, job.training.checkpoint_every_tokens):
                 self._checkpoint()
@@ -267,12 +269,15 @@ class Trainer:
         except OSError as error:
             print(f"copus: the throughput table could not be told: {error}", file=sys.stderr, flush=True)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """The validation loss, which every rank knows. True where it is what the job was to reach."""
         started = time.perf_counter()
         sequences = self._job.training.evaluate_sequences
         loss = self._backend.evaluate(self._valid, sequences)
         self._evaluated_at = self.state.samples_consumed
         self._report(Evaluate(**self._now(), loss=loss, sequences=sequences, seconds=time.perf_counter() - started))
+        target = self._job.training.target_loss
+        return target is not None and loss <= target
 
     def _checkpoint(self, last: bool = False) -> None:
         """Save, or say why that was not possible and go on; of the `last` one the run depends, so that raises."""

@@ -30,7 +30,7 @@ class Outcome:
     """0, 1 where workers failed, 2 where one without an agent said that the user has to mend something, 128 + signal
     where they were stopped."""
     reason: str
-    """finished, max_minutes, interrupted, killed, failed."""
+    """finished, max_minutes, target_loss, interrupted, killed, failed."""
     status: RunStatus
     """The run's last state."""
     seconds: float

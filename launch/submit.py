@@ -102,6 +102,7 @@ def _conclude(outcome: Outcome, run: Path, console: Console, as_json: bool, *, a
     headline = {
         "finished": f"{place} finished already" if already else f"finished in {duration(outcome.seconds)}",
         "max_minutes": "stopped after training.max_minutes",
+        "target_loss": "stopped at training.target_loss",
         "interrupted": "stopped",
         "killed": "ended at once",
         "failed": "the run failed",

@@ -95,7 +95,8 @@ def _train(run: Path, job: JobConfig, policy: str = "static", stop_after: int | 
         return stop_after is not None and steps >= stop_after
 
     reason = Trainer(job, run, backend, random_batches, random_batches, planner, state, events.append, stop).train()
-    assert reason == ("finished" if stop_after is None else "interrupted")
+    expected = "finished" if stop_after is None else "interrupted"
+    assert reason == (expected if job.training.target_loss is None else "target_loss")
     return events
 
 
@@ -203,6 +204,15 @@ def test_what_is_left_at_the_end_is_trained_on_too(tmp_path: Path) -> None:
     steps = [event for event in events if isinstance(event, Step)]
     assert [step.global_batch for step in steps] == [16] * 20 + [2, 1]
     assert read_state(newest_checkpoint(tmp_path))[1].global_batch == 16
+
+
+@pytest.mark.dist
+def test_a_run_ends_at_its_target_loss(tmp_path: Path) -> None:
+    events = run_ranks(2, _train, tmp_path, _job(target_loss=100.0))[0]
+    assert [event.samples_consumed for event in events if isinstance(event, Evaluate)] == [0, 80]
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert read_state(newest)[0].samples_consumed == 80
 
 
 @pytest.mark.dist

@@ -79,6 +79,7 @@ class _Lead:
         self._tried = run / TRIED
         self._queue: list[Configuration] = []
         self._done = 0
+        self._began = time.monotonic()
         self._measured: Counter[Configuration] = Counter()
         self._note_death()
 
@@ -92,6 +93,7 @@ class _Lead:
             return None
         configuration = self._queue.pop(0)
         trying = {"configuration": configuration.model_dump(), "time": time.time()}
+        self._began = time.monotonic()
         self._tried.write_text(json.dumps(trying), encoding="utf-8")
         return configuration
 
@@ -114,6 +116,7 @@ class _Lead:
                 done=self._done,
                 total=self._done + len(self._queue),
                 step_seconds=measurement.step_seconds if measurement else None,
+                seconds=time.monotonic() - self._began,
                 failure=measurement.failure if measurement else "the profiler has nothing to say of it",
             )
         )
