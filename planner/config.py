@@ -37,11 +37,11 @@ class PlannerConfig(Record):
     the file that `copus calibrate` wrote, RUN/calibration.json: then the c that it measured."""
     noise_source: Literal["auto", "microbatch", "replica", "normlayer"] = "auto"
     """Parts that the noise is measured from. auto: micro-batches on every `noise_every_steps`-th step, replicas on the
-    others (where dp > 1); where a step is one micro-batch, the norm layers, calibrated by halving some. normlayer: the
-    norm layers on every step, calibrated likewise. microbatch: every micro-batch of every step, a lone one always
-    halved. replica: replicas on every step (needs dp > 1)."""
+    others (where dp > 1); where a step is one micro-batch, the norm layers on every `noise_every_steps`-th step,
+    calibrated by halving some. normlayer: the norm layers always, sampled and calibrated likewise. microbatch: every
+    micro-batch of every step, a lone one always halved. replica: replicas on every step (needs dp > 1)."""
     noise_every_steps: PositiveInt = 4
-    """How often `auto` measures micro-batches where a step has several."""
+    """How often micro-batches, or norm layers, are measured."""
     noise_halve_every_steps: PositiveInt = 32
     """How often a lone micro-batch is run as two halves, to calibrate the norm layers; 1 measures halves always."""
     noise_metric: Literal["plain", "adam"] = "plain"

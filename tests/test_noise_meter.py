@@ -102,8 +102,11 @@ def test_which_steps_measure_what() -> None:
     both = "microbatch+normlayer"
     assert _sources(5, 2, 2, 8, noise_every_steps=4) == [both, "replica", "replica", "replica", both]
     assert _sources(3, 1, 2, 8, noise_every_steps=2) == [both, None, both]
-    assert _sources(3, 1, 8, 8, noise_halve_every_steps=2) == [both, "normlayer", both]
-    assert _sources(3, 2, 2, 8, noise_source="normlayer", noise_halve_every_steps=2) == [both, "normlayer", both]
+    assert _sources(3, 1, 8, 8, noise_halve_every_steps=2) == [both, None, both]
+    each = {"noise_every_steps": 1, "noise_halve_every_steps": 2}
+    assert _sources(3, 1, 8, 8, **each) == [both, "normlayer", both]
+    assert _sources(3, 2, 2, 8, noise_source="normlayer", **each) == [both, "normlayer", both]
+    assert _sources(5, 1, 8, 8, noise_every_steps=2, noise_halve_every_steps=4) == [both, None, "normlayer", None, both]
     assert _sources(2, 1, 8, 8, noise_source="microbatch") == ["microbatch"] * 2
     assert _sources(2, 2, 2, 8, noise_source="replica") == ["replica"] * 2
 

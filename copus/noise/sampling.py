@@ -7,18 +7,17 @@ from profiles.configuration import Configuration
 def source_of_step(settings: PlannerConfig, configuration: Configuration, step: int) -> str | None:
     """The source of step number `step` (0 is the first), as `planner.noise_source` wants it.
 
-    Steps with several micro-batches are sampled; between samples the replicas' gradients are compared where there is
-    more than one. A step of one micro-batch has no parts: there the norm layers are measured on every step, and on a
-    few steps the micro-batch is halved, which is what they are calibrated with.
+    Steps are sampled; between samples the replicas' gradients are compared where there is more than one. A step of one
+    micro-batch has no parts: there the norm layers are measured, and on a few steps the micro-batch is halved, which is
+    what they are calibrated with.
     """
     if settings.noise_source in ("microbatch", "replica"):
         return settings.noise_source
-    lone = configuration.layout.dp * configuration.num_microbatches == 1
-    calibrates = step % settings.noise_halve_every_steps == 0
-    if lone:
-        return "microbatch+normlayer" if calibrates else "normlayer"
-    if settings.noise_source == "normlayer":
-        return "microbatch+normlayer" if calibrates else "normlayer"
-    if step % settings.noise_every_steps == 0:
+    sampled = step % settings.noise_every_steps == 0
+    if settings.noise_source == "normlayer" or configuration.layout.dp * configuration.num_microbatches == 1:
+        if step % settings.noise_halve_every_steps == 0:
+            return "microbatch+normlayer"
+        return "normlayer" if sampled else None
+    if sampled:
         return "microbatch+normlayer"
     return "replica" if configuration.layout.dp > 1 else None
