@@ -333,13 +333,24 @@ def main(arguments: list[str] | None = None) -> int:
     Returns the exit code: 0, 1 where workers failed, 2 for what the user has to mend, 128 + signal where stopped.
     """
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that lacks a sign gets a "?"
-    command: Command = tyro.cli(
-        Commands,
-        prog="copus",
-        description=DESCRIPTION,
-        args=_in_full(sys.argv[1:] if arguments is None else arguments),
-        config=(FlagCreatePairsOff, OmitArgPrefixes),
-    )
+    try:
+        command: Command = tyro.cli(
+            Commands,
+            prog="copus",
+            description=DESCRIPTION,
+            args=_in_full(sys.argv[1:] if arguments is None else arguments),
+            config=(FlagCreatePairsOff, OmitArgPrefixes),
+        )
+        return _run(command)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader (`head`, a pager) has seen enough; keep the interpreter's own flush quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(command: Command) -> int:
+    """A command's exit code; what the user has to mend is said in one line."""
     from copus.job import JobError  # after the parsing: --help needs none of it
 
     try:
@@ -349,11 +360,6 @@ def main(arguments: list[str] | None = None) -> int:
     except JobError as error:
         print(f"copus: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader (`head`, a pager) has seen enough; keep the interpreter's own flush quiet too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _in_full(arguments: list[str]) -> list[str]:
