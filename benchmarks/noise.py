@@ -26,7 +26,7 @@ JOB = Path(__file__).parent.parent / "examples" / "shakespeare.yaml"
 
 
 def _job(data: Path | None, ranks: int, layout: str = "") -> JobConfig:
-    """The demo's job on so many ranks, its noise measured as it is by default."""
+    """The demo's job on so many ranks, its noise measured as it is by default after the first steps of a run."""
     degrees = layout or f"{{dp: {ranks}}}"
     overrides = [f"cluster.accelerators_per_node={ranks}", f"training.layout={degrees}", "training.global_batch=16"]
     overrides += [f"data.cache={data}"] if data else []
@@ -34,7 +34,8 @@ def _job(data: Path | None, ranks: int, layout: str = "") -> JobConfig:
     measured_by_default = {
         name: getattr(PlannerConfig(), name) for name in PlannerConfig.model_fields if "noise" in name
     }
-    return job.model_copy(update={"planner": job.planner.model_copy(update=measured_by_default)})
+    settings = {**measured_by_default, "min_noise_samples": 1}
+    return job.model_copy(update={"planner": job.planner.model_copy(update=settings)})
 
 
 def synthetic(quick: bool) -> list[dict[str, Any]]:

@@ -62,5 +62,7 @@ def branch_job(job: JobConfig, samples_consumed: int, sequences: int, lr: float,
             "checkpoint_every_tokens": None,
         }
     )
-    planner = job.planner.model_copy(update={"policy": "static", "every_samples": never, "noise_every_steps": never})
+    planner = job.planner.model_copy(
+        update={"policy": "static", "every_samples": never, "min_noise_samples": 1, "noise_every_steps": never}
+    )
     return job.model_copy(update={"training": training, "planner": planner})

@@ -64,7 +64,7 @@ class PlannerConfig(Record):
     ramp_samples: PositiveInt | None = None
     """Length of the ramp, in sequences; None means half of the job."""
     min_noise_samples: PositiveInt = 20
-    """Optimizer steps to see before the first decision."""
+    """Optimizer steps to see before the first decision; the first so many steps are all measured in full."""
     min_global_batch: PositiveInt = 1
     """Smallest global batch that may be chosen, in sequences."""
     max_global_batch: PositiveInt = 1024

@@ -95,7 +95,8 @@ def test_state_goes_through_json_and_back() -> None:
 
 def _sources(steps: int, dp: int, micro_batch: int, batch: int, **settings: Any) -> list[str | None]:
     configuration = Configuration(layout=Layout(dp=dp), micro_batch=micro_batch, global_batch=batch)
-    return [source_of_step(PlannerConfig(**settings), configuration, step) for step in range(steps)]
+    planner = PlannerConfig(**{"min_noise_samples": 1, **settings})
+    return [source_of_step(planner, configuration, step) for step in range(steps)]
 
 
 def test_which_steps_measure_what() -> None:
@@ -107,6 +108,9 @@ def test_which_steps_measure_what() -> None:
     assert _sources(3, 1, 8, 8, **each) == [both, "normlayer", both]
     assert _sources(3, 2, 2, 8, noise_source="normlayer", **each) == [both, "normlayer", both]
     assert _sources(5, 1, 8, 8, noise_every_steps=2, noise_halve_every_steps=4) == [both, None, "normlayer", None, both]
+    first = {"min_noise_samples": 2, "noise_every_steps": 4, "noise_halve_every_steps": 8}
+    assert _sources(5, 1, 8, 8, **first) == [both, both, None, None, "normlayer"]
+    assert _sources(5, 2, 2, 8, **first) == [both, both, "replica", "replica", both]
     assert _sources(2, 1, 8, 8, noise_source="microbatch") == ["microbatch"] * 2
     assert _sources(2, 2, 2, 8, noise_source="replica") == ["replica"] * 2
 

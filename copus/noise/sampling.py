@@ -9,13 +9,15 @@ def source_of_step(settings: PlannerConfig, configuration: Configuration, step: 
 
     Steps are sampled; between samples the replicas' gradients are compared where there is more than one. A step of one
     micro-batch has no parts: there the norm layers are measured, and on a few steps the micro-batch is halved, which is
-    what they are calibrated with.
+    what they are calibrated with. The first steps of a run are all measured in full: nothing can be decided before
+    there is an estimate, and they are few.
     """
     if settings.noise_source in ("microbatch", "replica"):
         return settings.noise_source
-    sampled = step % settings.noise_every_steps == 0
+    first = step < settings.min_noise_samples
+    sampled = first or step % settings.noise_every_steps == 0
     if settings.noise_source == "normlayer" or configuration.layout.dp * configuration.num_microbatches == 1:
-        if step % settings.noise_halve_every_steps == 0:
+        if first or step % settings.noise_halve_every_steps == 0:
             return "microbatch+normlayer"
         return "normlayer" if sampled else None
     if sampled:
