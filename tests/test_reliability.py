@@ -18,9 +18,9 @@ from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, 
 from copus.loop import Trainer
 from copus.resize import resized
 from profiles.cluster import Cluster
-from profiles.configuration import Configuration
 from profiles.table import ThroughputTable
 from profiles.throughput import Throughput
+from tests.eager_planner import EagerPlanner
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 
@@ -86,25 +86,6 @@ def test_a_move_that_fails_on_one_rank_happens_on_none(layouts: list[dict[str, A
         assert "rank 1: OutOfMemoryError: no room" in said
 
 
-class Planner:
-    """Wants the same move at every decision, unless the throughput says that it cannot run."""
-
-    def __init__(self, job: Any, after: Configuration) -> None:
-        from planner.planner import Planner as Real
-
-        self.throughput = Throughput()
-        self._real = Real(job.planner, job.model, job.cluster, job.training.configuration, self.throughput)
-        self._after = after
-
-        self.forecast, self.observe_loss = self._real.forecast, self._real.observe_loss
-        self.move_costs, self.state = self._real.move_costs, self._real.state
-
-    def decide(self, noise: Any, current: Configuration, samples_consumed: int, step_norms: Any = None) -> Any:
-        decision = self._real.decide(noise, current, samples_consumed, step_norms)
-        known = self.throughput.predict(self._after)
-        return decision if known and known.failure else decision.model_copy(update={"chosen": self._after})
-
-
 def _train(run: Path, table: Path, ruin: str | None) -> list[Event]:
     settings = {"global_batch": 4, "tokens": 16 * 96, "micro_batch": 1, "checkpoint_every_tokens": 16 * 32}
     job = tiny_job(2, {"tp": 2}, **settings)
@@ -121,7 +102,7 @@ def _train(run: Path, table: Path, ruin: str | None) -> list[Event]:
         _fails_on(1, after.layout, "_make_optimizer", torch.OutOfMemoryError("no room"))
     if ruin == "disk":
         _full_disk()
-    planner = Planner(job, after) if dist.get_rank() == 0 else None
+    planner = EagerPlanner(job, after) if dist.get_rank() == 0 else None
     events: list[Event] = []
 
     def batches(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +116,7 @@ def _train(run: Path, table: Path, ruin: str | None) -> list[Event]:
         backend,
         batches,
         random_batches,
-        planner if ruin in ("move", "memory") else planner and planner._real,  # type: ignore[arg-type]
+        planner if ruin in ("move", "memory") else planner and planner.real,  # type: ignore[arg-type]
         TrainerState(),
         events.append,
         lambda: False,

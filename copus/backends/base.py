@@ -115,11 +115,19 @@ class Backend(Protocol):
         """Make groups, model and optimizer from nothing: initial weights, a function of the seed alone."""
 
     def train_step(
-        self, batches: Batches, first_sample: int, rules: StepRules, noise_source: str | None, stop: bool
+        self,
+        batches: Batches,
+        first_sample: int,
+        rules: StepRules,
+        noise_source: str | None,
+        stop: bool,
+        on_trial: bool = False,
     ) -> StepResult:
         """One optimizer step on the global batch that begins at `first_sample`.
 
-        `noise_source` is a name as in `copus.noise.sources`, or None for no parts.
+        `noise_source` is a name as in `copus.noise.sources`, or None for no parts. Where a step `on_trial` finds too
+        little memory on any rank before a weight has changed on any, RankError is raised on all, and `recover` has to
+        come next.
         """
 
     def evaluate(self, batches: Batches, sequences: int) -> float:
@@ -128,6 +136,9 @@ class Backend(Protocol):
     def move(self, configuration: Configuration) -> Moved:
         """Go on in another configuration with the same weights and optimizer state. Raises RankError (copus.agreement)
         where it could not, and goes on in the old configuration."""
+
+    def recover(self, configuration: Configuration) -> Moved:
+        """Go on in another configuration after `train_step` raised RankError, from the weights before that step."""
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state, in a format that every layout can read. Raises RankError where a

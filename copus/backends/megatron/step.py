@@ -1,6 +1,6 @@
 """One optimizer step, and one evaluation, of a built Megatron model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,13 @@ def train_step(
     clip_grad: float,
     noise_source: str | None,
     stop: bool,
+    commit: Callable[[], None],
     device: torch.device,
 ) -> StepResult:
-    """Forward, backward, reduction, one collective for every figure of the step, clipping, Adam."""
+    """Forward, backward, reduction, one collective for every figure of the step, clipping, Adam.
+
+    `commit` is called when that collective has told that every rank has its gradients, before any weight changes.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -43,6 +47,7 @@ def train_step(
     local_sq = _local_grad_sq(optimizer, configuration, device)
     contribution = part_norms.contribution(device)
     loss, grad_sq, stop_votes, totals = _share(configuration, losses, local_sq, stop, contribution, device)
+    commit()
     parts, norm_layer_parts = part_norms.parts(totals, grad_sq)
 
     finite = bool(np.isfinite(grad_sq))
