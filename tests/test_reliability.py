@@ -12,12 +12,14 @@ from copus import worker
 from copus.agreement import RankError, from_first, together
 from copus.backends.base import TrainerState
 from copus.backends.megatron import backend as megatron_backend
+from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import newest_checkpoint, write_checkpoint
 from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.resize import resized
 from profiles.cluster import Cluster
+from profiles.configuration import Configuration
 from profiles.table import ThroughputTable
 from profiles.throughput import Throughput
 from tests.eager_planner import EagerPlanner
@@ -105,16 +107,14 @@ def _train(run: Path, table: Path, ruin: str | None) -> list[Event]:
     planner = EagerPlanner(job, after) if dist.get_rank() == 0 else None
     events: list[Event] = []
 
-    def batches(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if ruin == "memory" and backend.configuration == after:
-            raise torch.OutOfMemoryError("no room")
-        return random_batches(first, count)
+    if ruin == "memory":
+        _no_room_for_the_update(after)
 
     trainer = Trainer(
         job,
         run,
         backend,
-        batches,
+        random_batches,
         random_batches,
         planner if ruin in ("move", "memory") else planner and planner.real,  # type: ignore[arg-type]
         TrainerState(),
@@ -148,8 +148,20 @@ def _no_memory(run: Path, table: Path) -> str:
     return "trained"
 
 
+def _no_room_for_the_update(after: Configuration) -> None:
+    """From now on weights cannot be updated in a configuration, on any rank."""
+    original = megatron_step._set_rules
+
+    def set_rules(*arguments: Any) -> None:
+        original(*arguments)
+        if megatron_step.parallel_state.get_data_parallel_world_size() == after.layout.dp:
+            raise torch.OutOfMemoryError("no room")
+
+    megatron_step._set_rules = set_rules
+
+
 @pytest.mark.dist
-def test_no_memory_in_the_first_steps_after_a_move_is_remembered_and_not_resumed(tmp_path: Path) -> None:
+def test_no_memory_where_weights_may_have_changed_is_remembered_and_not_resumed(tmp_path: Path) -> None:
     """The rank fails, and the engine restarts the job; it comes back in another layout, though it was saved in this."""
     table = tmp_path / "table.jsonl"
     assert run_ranks(2, _no_memory, tmp_path, table) == ["no room"] * 2
