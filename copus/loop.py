@@ -10,14 +10,14 @@ import torch.distributed as dist
 
 from copus.agreement import RankError, is_out_of_memory
 from copus.backends.base import Backend, Batches, StepResult, TrainerState
-from copus.checkpoints import CheckpointError, write_checkpoint
-from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step, Warned
+from copus.events import DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step, Warned
 from copus.job import JobConfig
 from copus.noise.meter import NoiseMeter
 from copus.noise.norm_window import NormWindow
 from copus.noise.sampling import source_of_step
 from copus.noise.sources import split
 from copus.noise.step_estimate import estimate_step
+from copus.saver import Saver
 from copus.schedule import rules_at
 from planner.menu import rung_of
 from planner.planner import Planner
@@ -69,6 +69,7 @@ class Trainer:
         self._norms.restore(state.norms)
         self._steps_since_change = 0
         self._evaluated_at: int | None = None
+        self._saver = Saver(job.training, run, backend, state, report, self._survived)
         self._before: Configuration | None = None
         """What ran before the last move, while there is a way back."""
         self._decision = 0
@@ -94,11 +95,11 @@ class Trainer:
                 reason = self._agree("max_minutes" if overtime else "interrupted")
                 break
             if self._passed(before, job.training.checkpoint_every_tokens):
-                self._checkpoint()
+                self._save()
         if reason != "interrupted" and self._evaluated_at != state.samples_consumed:
             self._evaluate()
         if not self._keep_nothing:
-            self._checkpoint(last=True)
+            self._save(last=True)
         return reason
 
     def _is_overtime(self, started: float) -> bool:
@@ -139,7 +140,15 @@ class Trainer:
         started = time.perf_counter()
         lack = None
         try:
-            result = backend.train_step(self._train, state.samples_consumed, rules, source, stop, self._on_trial())
+            result = backend.train_step(
+                self._train,
+                state.samples_consumed,
+                rules,
+                source,
+                stop,
+                writing=self._saver.is_writing,
+                on_trial=self._on_trial(),
+            )
         except RankError as error:
             lack = error
         except Exception as error:
@@ -176,6 +185,8 @@ class Trainer:
             warning := self._planner.observe_loss(state.samples_consumed, batch, result.loss)
         ):
             self._report(Warned(**self._now(), message=warning))
+        if not result.writing:
+            self._saver.finish()
         return result.stop
 
     def _measure_noise(self, result: StepResult, batch: int, source: str | None) -> None:
@@ -311,23 +322,17 @@ class Trainer:
         self._evaluated_at = self.state.samples_consumed
         self._report(Evaluate(**self._now(), loss=loss, sequences=sequences, seconds=time.perf_counter() - started))
 
-    def _checkpoint(self, last: bool = False) -> None:
-        """Save, or say why that was not possible and go on; of the `last` one the run depends, so that raises."""
-        started = time.perf_counter()
+    def _save(self, last: bool = False) -> None:
+        """Save, or begin to."""
         self.state.noise = self._noise.state()
         self.state.norms = self._norms.state()
         if self._planner is not None:
             self.state.forecast = self._planner.forecast.state()
             self.state.planner = self._planner.state()
-        try:
-            folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
-        except CheckpointError as error:
-            if last:
-                raise
-            self._survived(f"no checkpoint was written, training goes on: {error}")
-            return
-        seconds = time.perf_counter() - started
-        self._report(Checkpoint(**self._now(), path=str(folder.relative_to(self._run)), seconds=seconds, bytes=size))
+        if last:
+            self._saver.write_last()
+        else:
+            self._saver.begin()
 
     def _survived(self, message: str) -> None:
         """Tell of a failure that the job outlives, on rank 0."""

@@ -54,6 +54,8 @@ class StepResult:
     """True where the gradient was not finite: the optimizer did nothing."""
     stop: bool
     """True where any rank asked to stop."""
+    writing: bool = False
+    """True where any rank still writes a checkpoint."""
 
 
 @dataclass
@@ -86,6 +88,21 @@ class Moved:
     """Most memory that any rank used meanwhile; None where nothing moved, or the system does not tell."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of each phase on this rank, in order."""
+
+
+class Save(Protocol):
+    """Weights and optimizer state on their way to disk."""
+
+    files: list[str]
+    """What `write` writes on this rank, relative to the folder."""
+    is_copy: bool
+    """Whether training may go on before `write`: a copy was asked for, and every rank has room for it."""
+
+    def write(self) -> None:
+        """Write this rank's share. Not collective, and fit for a thread of its own; errors are those of `finish`."""
+
+    def finish(self) -> None:
+        """Complete it, when every rank has written. Collective. Raises RankError where a rank could not."""
 
 
 class Backend(Protocol):
@@ -121,11 +138,13 @@ class Backend(Protocol):
         rules: StepRules,
         noise_source: str | None,
         stop: bool,
+        writing: bool = False,
         on_trial: bool = False,
     ) -> StepResult:
         """One optimizer step on the global batch that begins at `first_sample`.
 
-        `noise_source` is a name as in `copus.noise.sources`, or None for no parts. Where a step `on_trial` finds too
+        `noise_source` is a name as in `copus.noise.sources`, or None for no parts. `stop` and `writing` are this rank's
+        part of the result's. Where a step `on_trial` finds too
         little memory on any rank before a weight has changed on any, RankError is raised on all, and `recover` has to
         come next.
         """
@@ -140,9 +159,9 @@ class Backend(Protocol):
     def recover(self, configuration: Configuration) -> Moved:
         """Go on in another configuration after `train_step` raised RankError, from the weights before that step."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state, in a format that every layout can read. Raises RankError where a
-        rank could not."""
+    def begin_save(self, folder: Path, copy: bool) -> Save:
+        """Prepare to write weights and optimizer state, in a format that every layout can read. With `copy` they are
+        those of now, whatever the job does before they are written. Raises RankError where a rank could not."""
 
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read them into what is built, without running any code that the files may ask for."""

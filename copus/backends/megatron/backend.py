@@ -36,7 +36,7 @@ from copus.backends.megatron.samples import SampleReader  # noqa: E402
 
 cpu.adapt()
 upstream.patch_optimizer_loading()
-upstream.use_local_results_queue()
+upstream.save_in_this_process()
 upstream.use_torch_adam()
 
 
@@ -186,6 +186,7 @@ class MegatronBackend:
         rules: StepRules,
         noise_source: str | None,
         stop: bool,
+        writing: bool = False,
         on_trial: bool = False,
     ) -> StepResult:
         """One optimizer step on the global batch that begins at `first_sample`.
@@ -198,7 +199,7 @@ class MegatronBackend:
         """
         with self._world.trial() if on_trial else contextlib.nullcontext() as trial:
             commit = trial.commit if trial is not None else lambda: None
-            result = self._step(batches, first_sample, rules, noise_source, stop, commit)
+            result = self._step(batches, first_sample, rules, noise_source, stop, writing, commit)
         self._optimizer_steps += not result.skipped
         return result
 
@@ -209,6 +210,7 @@ class MegatronBackend:
         rules: StepRules,
         noise_source: str | None,
         stop: bool,
+        writing: bool,
         commit: Callable[[], None],
     ) -> StepResult:
         assert self._part_norms is not None, "build() comes first"
@@ -227,6 +229,7 @@ class MegatronBackend:
             self._job.training.clip_grad,
             noise_source,
             stop,
+            writing,
             commit,
             self.device,
         )
@@ -326,9 +329,10 @@ class MegatronBackend:
         upstream.set_adam_step(self._optimizer, steps)
         self._optimizer_steps = steps
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into an existing, empty folder, in a format that every layout can read."""
-        checkpoint.save(folder, self._chunks, self._optimizer)
+    def begin_save(self, folder: Path, copy: bool) -> checkpoint.Save:
+        """Prepare to write weights and optimizer state into an existing, empty folder, in a format that every layout
+        can read. With `copy` the job may train on, and move, before they are written."""
+        return checkpoint.Save(folder, self._chunks, self._optimizer, copy)
 
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read them into what is built."""
