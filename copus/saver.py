@@ -1,4 +1,4 @@
-"""When a run writes checkpoints, and what it says of them: one at a time, in the background where that was asked for."""
+"""The checkpoints of a run: one at a time, in the background where that was asked for, and each with its event."""
 
 import contextlib
 import time

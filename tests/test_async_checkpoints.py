@@ -1,9 +1,9 @@
 """Checkpoints that are written while training goes on."""
 
+import contextlib
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import CheckpointError, Writing, newest_checkpoint, read_state
 from copus.events import Checkpoint, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
+from copus.manifest import files_of
 from tests.eager_planner import EagerPlanner
 from tests.megatron_jobs import configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
@@ -40,7 +41,7 @@ def test_it_counts_from_the_moment_that_it_is_complete(tmp_path: Path, monkeypat
     let_go.set()
     folder, size = writing.finish()
     assert newest_checkpoint(tmp_path) == folder == tmp_path / "checkpoints" / "samples-000000000200"
-    assert size == sum(path.stat().st_size for path in folder.rglob("*") if path.name != "manifest.json" and path.is_file())
+    assert size == sum((folder / name).stat().st_size for name in files_of(folder))
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "the one before has gone, and not earlier"
 
 
@@ -56,7 +57,7 @@ def test_what_goes_wrong_behind_the_scenes_is_told_in_the_end(tmp_path: Path, mo
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["samples-000000000100"]
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for the death of a process."""
 
 
@@ -98,14 +99,12 @@ def _train(run: Path, every: int, ruin: str, in_background: bool = True, moves: 
 
     def stop() -> bool:
         if ruin == "hangs" and state.samples_consumed == 56:
-            raise Killed
+            raise KilledError
         return False
 
     trainer = Trainer(job, run, backend, random_batches, random_batches, planner, state, events.append, stop)  # type: ignore[arg-type]
-    try:
+    with contextlib.suppress(KilledError):
         trainer.train()
-    except Killed:
-        pass
     return events
 
 

@@ -1,6 +1,5 @@
 """Memory that runs out on one rank in the first steps of a new configuration: the job moves back in place."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,13 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus.agreement import is_out_of_memory
 from copus.backends.base import TrainerState
 from copus.backends.megatron.backend import MegatronBackend
 from copus.events import DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from profiles.configuration import Configuration
-from profiles.table import ThroughputTable
 from tests.eager_planner import EagerPlanner
 from tests.megatron_jobs import backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
