@@ -34,7 +34,11 @@ def spoil(checkpoint: Path, kind: str, chance: random.Random) -> str:
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint of a run, whole: weights and optimizer state."""
-    checkpoint = max((run / "checkpoints").glob("samples-*"))
+    return state_of(max((run / "checkpoints").glob("samples-*")))
+
+
+def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
     with data_only():
         reader = dcp.FileSystemReader(str(checkpoint))
         described = reader.read_metadata().state_dict_metadata

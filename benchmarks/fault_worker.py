@@ -14,6 +14,7 @@ from typing import Any
 import copus.loop
 import copus.worker
 from copus.backends.megatron.backend import MegatronBackend
+from copus.checkpoints import Writing
 from planner.planner import Planner
 from profiles.configuration import Configuration
 from profiles.decision import Decision
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
     run = Path(arguments[0])
     (run / f"worker-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     copus.worker.Planner = ScriptedPlanner  # type: ignore[misc]
-    copus.loop.write_checkpoint = announced(run, "checkpoint", copus.loop.write_checkpoint)
+    Writing._write = announced(run, "checkpoint", Writing._write)  # type: ignore[method-assign]
     copus.loop.Trainer._move = announced(run, "move", copus.loop.Trainer._move)  # type: ignore[method-assign]
     assert MegatronBackend is not None  # imported here and not between two collectives: it takes seconds
     return copus.worker.main(arguments)

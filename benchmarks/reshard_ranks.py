@@ -117,7 +117,9 @@ def _save(backend: MegatronBackend, folder: Path) -> float:
         folder.mkdir()
     dist.barrier()
     started = time.perf_counter()
-    backend.save(folder)
+    save = backend.begin_save(folder, copy=False)
+    save.write()
+    save.finish()
     dist.barrier()
     return time.perf_counter() - started
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -29,7 +30,7 @@ def together(action: Callable[[], Any], catch: type[Exception] | tuple[type[Exce
         raise error
     except catch as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        mine = (rank, one_line(error), type(error).__name__ == "OutOfMemoryError")
+        mine = (rank, one_line(error), is_out_of_memory(error))
     for failed in all_ranks(mine):
         if failed is not None:
             raise RankError(*failed)
@@ -52,6 +53,11 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: the device's, or this process's, of which torch's allocator tells by a RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from copus.agreement import RankError, all_ranks, from_first, together
 from copus.backends.base import Backend, TrainerState
 from copus.durable import sync_folder, write_text
-from copus.manifest import damage, describe, files_of, read_manifest, write_manifest
+from copus.manifest import Entry, damage, describe, files_of, read_manifest, write_manifest
 from profiles.configuration import Configuration
 
 _FOLDER = "checkpoints"
@@ -78,32 +79,97 @@ def read_state(checkpoint: Path) -> tuple[TrainerState, Configuration]:
     return TrainerState(**values["state"]), Configuration.model_validate(values["configuration"])
 
 
-def write_checkpoint(run: Path, backend: Backend, state: TrainerState, keep: int) -> tuple[Path, int]:
-    """Save everything that `--resume` needs; the folder and its size in bytes. Collective over all ranks.
+class Writing:
+    """A checkpoint that is being written: everything that `--resume` needs. A run has one at a time.
 
-    Raises CheckpointError on every rank where the disk of any did not take it (full, gone, …). Older checkpoints beyond
-    `keep` are removed only after that, so that there is always one that verifies.
+    Each rank writes, flushes and checksums its share without the others. Then all complete it together: rank 0 adds the
+    manifest and renames, and before that nothing on disk is a checkpoint.
     """
-    writing = run / _FOLDER / _WRITING
-    final = run / _FOLDER / f"samples-{state.samples_consumed:012d}"
-    values = {"state": asdict(state), "configuration": backend.configuration.model_dump(mode="json")}
-    try:
-        _on_first(lambda: _make_empty(writing))
-        backend.save(writing)
-        _on_first(lambda: write_text(writing / "trainer.json", json.dumps(values)))
-        names = from_first(files_of(writing))
-        shares = all_ranks(together(lambda: describe(writing, names[_rank() :: _ranks()]), OSError))
-        entries = {name: entry for share in shares for name, entry in share.items()}
-        _on_first(lambda: write_manifest(writing, entries))
-        _on_first(lambda: _put_in_place(writing, final))
-    except RankError as error:
+
+    def __init__(self, run: Path, backend: Backend, state: TrainerState, keep: int, in_background: bool) -> None:
+        """Plan it, and begin to write a copy `in_background`, where there is room for one. Collective.
+
+        Raises CheckpointError on every rank where the disk of any did not take it (full, gone, …), and leaves nothing.
+        """
+        self._run, self._keep = run, keep
+        self._folder = run / _FOLDER / _WRITING
+        self._samples = state.samples_consumed
+        values = {"state": asdict(state), "configuration": backend.configuration.model_dump(mode="json")}
+        self._trainer = json.dumps(values)
+        self._entries: dict[str, Entry] = {}
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        try:
+            _on_first(lambda: _make_empty(self._folder))
+            self._save = backend.begin_save(self._folder, copy=in_background)
+        except RankError as error:
+            raise self._failed(error) from None
+        if self._save.is_copy:
+            self._thread = threading.Thread(target=self._write, daemon=True)  # a process that fails does not wait
+            self._thread.start()
+
+    @property
+    def in_background(self) -> bool:
+        """Whether training may go on."""
+        return self._thread is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether `finish` has nothing to wait for on this rank."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def finish(self) -> tuple[Path, int]:
+        """Complete it, when every rank has written its share: the folder and its size in bytes. Collective.
+
+        Raises CheckpointError as above. Older checkpoints beyond `keep` are removed last, so that there is always one
+        that verifies.
+        """
+        if self._thread is None:
+            self._write()
+        else:
+            self._thread.join()
+        final = self._run / _FOLDER / f"samples-{self._samples:012d}"
+        try:
+            self._save.finish()
+            shares = all_ranks(together(self._described))
+            entries = {name: entry for share in shares for name, entry in share.items()}
+            _on_first(lambda: self._commit(entries, final))
+        except RankError as error:
+            raise self._failed(error) from None
+        return final, from_first(sum(entry.bytes for entry in entries.values()))
+
+    def _write(self) -> None:
+        try:
+            self._save.write()
+            self._entries = describe(self._folder, self._save.files)
+        except Exception as error:  # the thread has nobody to tell: `finish` does
+            self._error = error
+
+    def _described(self) -> dict[str, Entry]:
+        if self._error is not None:
+            raise self._error
+        return self._entries
+
+    def _commit(self, entries: dict[str, Entry], final: Path) -> None:
+        """What rank 0 does in the end. `entries` gets the small files that it alone writes."""
+        write_text(self._folder / "trainer.json", self._trainer)
+        entries |= describe(self._folder, [name for name in files_of(self._folder) if name not in entries])
+        write_manifest(self._folder, entries)
+        _put_in_place(self._folder, final)
+        _prune(self._run, self._samples, self._keep)
+
+    def _failed(self, error: RankError) -> CheckpointError:
         if _rank() == 0:
-            shutil.rmtree(writing, ignore_errors=True)
-        raise CheckpointError(str(error)) from None
-    if _rank() == 0:
-        _prune(run, state.samples_consumed, keep)
-    all_ranks(None)  # nobody goes on before it is in place
-    return final, sum(entry.bytes for entry in entries.values())
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return CheckpointError(str(error))
+
+
+def write_checkpoint(run: Path, backend: Backend, state: TrainerState, keep: int) -> tuple[Path, int]:
+    """Save everything that `--resume` needs, while training waits; the folder and its size in bytes. Collective.
+
+    Raises CheckpointError as `Writing` does.
+    """
+    return Writing(run, backend, state, keep, in_background=False).finish()
 
 
 def _on_first(action: Callable[[], None]) -> None:

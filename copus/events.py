@@ -172,6 +172,8 @@ class Checkpoint(Event):
     """Folder, relative to the run directory."""
     seconds: float
     """How long training waited."""
+    background_seconds: float = 0.0
+    """How long it was being written while training went on."""
     bytes: int
     """Its size."""
 

@@ -1,6 +1,8 @@
 """Names of what the ranks run on, for fingerprints of measurements, and the memory that they use."""
 
 import contextlib
+import math
+import os
 import platform
 import time
 from pathlib import Path
@@ -52,6 +54,16 @@ def reset_peak_memory() -> None:
         return
     with contextlib.suppress(OSError):  # Linux: 5 resets the high-water mark of this process (man 5 proc)
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def room_for_a_copy() -> float:
+    """Bytes of the host's memory that this rank may take for a while, next to the others on its node: its part of half
+    of what is available. Infinite where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return math.inf
 
 
 def peak_memory_bytes() -> int | None:

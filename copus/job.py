@@ -104,6 +104,9 @@ class TrainingConfig(Record):
     """Held-out sequences in an evaluation: always the same ones."""
     checkpoint_every_tokens: PositiveInt | None = None
     """Tokens between durable checkpoints; None: only at the end and on an interrupt."""
+    async_checkpoints: bool = True
+    """Write them in the background while training goes on, from a copy in the host's memory: as much again as weights
+    and optimizer state take, for as long as the writing takes. Without room for it training waits."""
     staging_bytes: PositiveInt = 256 * 2**20
     """Most memory of a rank for what it is sending and receiving while the job moves to another layout."""
     keep_checkpoints: PositiveInt = 2

@@ -6,19 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 
-from copus.agreement import RankError
+from copus.agreement import RankError, is_out_of_memory
 from copus.backends.base import Backend, Batches, StepResult, TrainerState
-from copus.checkpoints import CheckpointError, write_checkpoint
-from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step, Warned
+from copus.events import DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step, Warned
 from copus.job import JobConfig
 from copus.noise.meter import NoiseMeter
 from copus.noise.norm_window import NormWindow
 from copus.noise.sampling import source_of_step
 from copus.noise.sources import split
 from copus.noise.step_estimate import estimate_step
+from copus.saver import Saver
 from copus.schedule import rules_at
 from planner.menu import rung_of
 from planner.planner import Planner
@@ -26,6 +25,7 @@ from profiles.configuration import Configuration
 from profiles.decision import Decision
 from profiles.measurement import Measurement
 from profiles.table import ThroughputTable
+from profiles.throughput import OUT_OF_MEMORY
 
 TRIAL_STEPS = 3
 """Steps after a move in which a lack of memory is the move's fault. Buffers and caches have their full size by then."""
@@ -69,7 +69,11 @@ class Trainer:
         self._norms.restore(state.norms)
         self._steps_since_change = 0
         self._evaluated_at: int | None = None
-        self._moved = False
+        self._saver = Saver(job.training, run, backend, state, report, self._survived)
+        self._before: Configuration | None = None
+        """What ran before the last move, while there is a way back."""
+        self._decision = 0
+        """Number of the decision that asked for that move."""
 
     def train(self) -> EndReason:
         """Run to the end of the job, or until somebody asks to stop. Leaves a checkpoint either way."""
@@ -93,11 +97,11 @@ class Trainer:
                 reason = "target_loss"
                 break
             if self._passed(before, job.training.checkpoint_every_tokens):
-                self._checkpoint()
+                self._save()
         if reason != "interrupted" and self._evaluated_at != state.samples_consumed:
             self._evaluate()
         if not self._keep_nothing:
-            self._checkpoint(last=True)
+            self._save(last=True)
         return reason
 
     def _is_overtime(self, started: float) -> bool:
@@ -125,19 +129,37 @@ class Trainer:
         return None
 
     def _step(self, configuration: Configuration, stop: bool) -> bool:
-        """One optimizer step, its events and its share of the noise estimate. True where any rank asked to stop."""
+        """One optimizer step, its events and its share of the noise estimate. True where any rank asked to stop.
+
+        Or, instead, the move back from a configuration that has just been moved to and turns out to need more memory
+        than there is: then nothing was trained on.
+        """
         job, state, backend = self._job, self.state, self._backend
         full, batch = backend.configuration, configuration.global_batch
         backend.move(configuration)  # another one only at the end of the run, for what is left
         source = source_of_step(job.planner, configuration, state.step)
         rules = rules_at(job, state.samples_consumed, batch)
         started = time.perf_counter()
+        lack = None
         try:
-            result = backend.train_step(self._train, state.samples_consumed, rules, source, stop)
-        except torch.OutOfMemoryError:
-            if self._on_trial():  # the others wait for this rank: what helps is a restart, and not to try it again
-                self._record_infeasible(backend.configuration)
+            result = backend.train_step(
+                self._train,
+                state.samples_consumed,
+                rules,
+                source,
+                stop,
+                writing=self._saver.is_writing,
+                on_trial=self._on_trial(),
+            )
+        except RankError as error:
+            lack = error
+        except Exception as error:
+            if self._on_trial() and is_out_of_memory(error):  # too late to go back: a restart helps, elsewhere
+                self._record_infeasible(configuration)
             raise
+        if lack is not None:  # outside of the except block: nothing refers to the step's memory any more
+            self._move_back(configuration, lack)
+            return False
         seconds = time.perf_counter() - started
         backend.move(full)  # what a run that is made longer goes on with
         state.samples_consumed += batch
@@ -165,6 +187,8 @@ class Trainer:
             warning := self._planner.observe_loss(state.samples_consumed, batch, result.loss)
         ):
             self._report(Warned(**self._now(), message=warning))
+        if not result.writing:
+            self._saver.finish()
         return result.stop
 
     def _measure_noise(self, result: StepResult, batch: int, source: str | None) -> None:
@@ -224,7 +248,7 @@ class Trainer:
             self._give_up(after, error)
             return
         dist.barrier()
-        self._steps_since_change, self._moved = 0, True
+        self._steps_since_change, self._before, self._decision = 0, before, decision
         seconds, rung = time.perf_counter() - started, rung_of(before, after)
         if self._planner is not None:
             self._planner.move_costs.observe(rung, seconds)
@@ -244,13 +268,37 @@ class Trainer:
 
     def _on_trial(self) -> bool:
         """Whether the job moved so recently that a lack of memory is the move's fault."""
-        return self._moved and self._steps_since_change < TRIAL_STEPS
+        return self._before is not None and self._steps_since_change < TRIAL_STEPS
+
+    def _move_back(self, tried: Configuration, lack: RankError) -> None:
+        """The configuration that was moved to needs more memory than there is: on with the one before."""
+        assert self._before is not None, "on trial"
+        before, started = self._before, time.perf_counter()
+        moved = self._backend.recover(before)
+        self._survived(f"{tried.label} ran out of memory, the job moved back to {before.label}: {lack}")
+        if self._planner is not None:
+            self._planner.throughput.refuse(tried, OUT_OF_MEMORY)
+            self._record_infeasible(tried)
+        self._steps_since_change, self._before = 0, None  # it ran before: what it lacks now is not for want of trying
+        self._report(
+            Reconfigure(
+                **self._now(),
+                before=tried,
+                after=before,
+                rung=rung_of(tried, before),
+                seconds=time.perf_counter() - started,
+                bytes_moved=moved.bytes_moved,
+                decision=self._decision,
+                peak_bytes=moved.peak_bytes,
+                phases=moved.phases,
+            )
+        )
 
     def _give_up(self, configuration: Configuration, error: RankError) -> None:
         """Never move there again in this job; where memory is what it lacks, in no other either."""
         if self._planner is None:
             return
-        why = "out of memory" if error.out_of_memory else f"could not be built: {error}"
+        why = OUT_OF_MEMORY if error.out_of_memory else f"could not be built: {error}"
         self._planner.throughput.refuse(configuration.layout, why)  # what was built does not depend on the batch
         if error.out_of_memory:
             self._record_infeasible(configuration)
@@ -261,7 +309,7 @@ class Trainer:
             fingerprint=self._backend.fingerprint(),
             model=self._job.model,
             configuration=configuration,
-            failure="out of memory",
+            failure=OUT_OF_MEMORY,
             time=time.time(),
         )
         try:
@@ -279,23 +327,17 @@ class Trainer:
         target = self._job.training.target_loss
         return target is not None and loss <= target
 
-    def _checkpoint(self, last: bool = False) -> None:
-        """Save, or say why that was not possible and go on; of the `last` one the run depends, so that raises."""
-        started = time.perf_counter()
+    def _save(self, last: bool = False) -> None:
+        """Save, or begin to."""
         self.state.noise = self._noise.state()
         self.state.norms = self._norms.state()
         if self._planner is not None:
             self.state.forecast = self._planner.forecast.state()
             self.state.planner = self._planner.state()
-        try:
-            folder, size = write_checkpoint(self._run, self._backend, self.state, self._job.training.keep_checkpoints)
-        except CheckpointError as error:
-            if last:
-                raise
-            self._survived(f"no checkpoint was written, training goes on: {error}")
-            return
-        seconds = time.perf_counter() - started
-        self._report(Checkpoint(**self._now(), path=str(folder.relative_to(self._run)), seconds=seconds, bytes=size))
+        if last:
+            self._saver.write_last()
+        else:
+            self._saver.begin()
 
     def _survived(self, message: str) -> None:
         """Tell of a failure that the job outlives, on rank 0."""

@@ -76,7 +76,7 @@ class Throughput:
         below their smallest number of micro-batches; both times `drift`. Steps of the running job replace them once
         there are 5.
         """
-        refused = self._refused.get(configuration) or self._refused.get(configuration.layout)
+        refused = self._refusal(configuration)
         if refused:
             return refused
         known = self._scaled(self._from_table(configuration))
@@ -99,8 +99,22 @@ class Throughput:
         self._drift = None
 
     def refuse(self, tried: Configuration | Layout, failure: str) -> None:
-        """Predict this failure from now on: the running job tried the configuration, or anything in the layout."""
+        """Predict this failure from now on: the running job tried the configuration, or anything in the layout.
+
+        Of a configuration that ran out of memory, more or larger micro-batches are refused too, unless they ran.
+        """
         self._refused[tried] = Prediction(source="seen", failure=failure)
+
+    def _refusal(self, configuration: Configuration) -> Prediction | None:
+        exact = self._refused.get(configuration) or self._refused.get(configuration.layout)
+        if exact or configuration in self._seen:
+            return exact
+        for tried, refused in self._refused.items():
+            if isinstance(tried, Layout) or refused.failure != OUT_OF_MEMORY or tried.layout != configuration.layout:
+                continue
+            if tried.micro_batch <= configuration.micro_batch and tried.global_batch <= configuration.global_batch:
+                return refused
+        return None
 
     @property
     def drift(self) -> float:

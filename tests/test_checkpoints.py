@@ -2,7 +2,7 @@
 
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -22,12 +22,25 @@ class FilesBackend:
     configuration = TENSOR
     full = False
 
-    def save(self, folder: Path) -> None:
-        (folder / "weights").mkdir()
-        (folder / "weights" / "0.bin").write_bytes(bytes(range(256)) * 8)
-        if self.full:
+    def begin_save(self, folder: Path, copy: bool) -> "FilesSave":
+        return FilesSave(folder, copy, self.full)
+
+
+class FilesSave:
+    files: ClassVar = ["weights/0.bin"]
+
+    def __init__(self, folder: Path, is_copy: bool, full: bool) -> None:
+        self.is_copy = is_copy
+        self._folder, self._full = folder, full
+
+    def write(self) -> None:
+        (self._folder / "weights").mkdir()
+        (self._folder / "weights" / "0.bin").write_bytes(bytes(range(256)) * 8)
+
+    def finish(self) -> None:
+        if self._full:
             raise RankError(1, "OSError: No space left on device")
-        (folder / "common").write_bytes(b"common")
+        (self._folder / "common").write_bytes(b"common")
 
 
 def write(run: Path, samples: int, keep: int = 2, **attributes: Any) -> Path:
@@ -101,7 +114,9 @@ def test_one_that_was_being_written_is_told_of_and_cleared_away(tmp_path: Path) 
 @given(st.integers(0, 2048 + 6 - 1), st.integers(0, 7))
 def test_any_flipped_bit_is_noticed(tmp_path_factory: pytest.TempPathFactory, place: int, bit: int) -> None:
     folder = tmp_path_factory.mktemp("flipped")
-    FilesBackend().save(folder)
+    save = FilesBackend().begin_save(folder, copy=False)
+    save.write()
+    save.finish()
     write_manifest(folder, describe(folder, files_of(folder)))
     expected = read_manifest(folder)
     assert damage(folder, expected) is None

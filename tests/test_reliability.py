@@ -12,6 +12,7 @@ from copus import worker
 from copus.agreement import RankError, from_first, together
 from copus.backends.base import TrainerState
 from copus.backends.megatron import backend as megatron_backend
+from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import newest_checkpoint, write_checkpoint
 from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, Step
@@ -21,6 +22,7 @@ from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.table import ThroughputTable
 from profiles.throughput import Throughput
+from tests.eager_planner import EagerPlanner
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 
@@ -86,25 +88,6 @@ def test_a_move_that_fails_on_one_rank_happens_on_none(layouts: list[dict[str, A
         assert "rank 1: OutOfMemoryError: no room" in said
 
 
-class Planner:
-    """Wants the same move at every decision, unless the throughput says that it cannot run."""
-
-    def __init__(self, job: Any, after: Configuration) -> None:
-        from planner.planner import Planner as Real
-
-        self.throughput = Throughput()
-        self._real = Real(job.planner, job.model, job.cluster, job.training.configuration, self.throughput)
-        self._after = after
-
-        self.forecast, self.observe_loss = self._real.forecast, self._real.observe_loss
-        self.move_costs, self.state = self._real.move_costs, self._real.state
-
-    def decide(self, noise: Any, current: Configuration, samples_consumed: int, step_norms: Any = None) -> Any:
-        decision = self._real.decide(noise, current, samples_consumed, step_norms)
-        known = self.throughput.predict(self._after)
-        return decision if known and known.failure else decision.model_copy(update={"chosen": self._after})
-
-
 def _train(run: Path, table: Path, ruin: str | None) -> list[Event]:
     settings = {"global_batch": 4, "tokens": 16 * 96, "micro_batch": 1, "checkpoint_every_tokens": 16 * 32}
     job = tiny_job(2, {"tp": 2}, **settings)
@@ -121,21 +104,19 @@ def _train(run: Path, table: Path, ruin: str | None) -> list[Event]:
         _fails_on(1, after.layout, "_make_optimizer", torch.OutOfMemoryError("no room"))
     if ruin == "disk":
         _full_disk()
-    planner = Planner(job, after) if dist.get_rank() == 0 else None
+    planner = EagerPlanner(job, after) if dist.get_rank() == 0 else None
     events: list[Event] = []
 
-    def batches(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if ruin == "memory" and backend.configuration == after:
-            raise torch.OutOfMemoryError("no room")
-        return random_batches(first, count)
+    if ruin == "memory":
+        _no_room_for_the_update(after)
 
     trainer = Trainer(
         job,
         run,
         backend,
-        batches,
         random_batches,
-        planner if ruin in ("move", "memory") else planner and planner._real,  # type: ignore[arg-type]
+        random_batches,
+        planner if ruin in ("move", "memory") else planner and planner.real,  # type: ignore[arg-type]
         TrainerState(),
         events.append,
         lambda: False,
@@ -167,8 +148,20 @@ def _no_memory(run: Path, table: Path) -> str:
     return "trained"
 
 
+def _no_room_for_the_update(after: Configuration) -> None:
+    """From now on weights cannot be updated in a configuration, on any rank."""
+    original = megatron_step._set_rules
+
+    def set_rules(*arguments: Any) -> None:
+        original(*arguments)
+        if megatron_step.parallel_state.get_data_parallel_world_size() == after.layout.dp:
+            raise torch.OutOfMemoryError("no room")
+
+    megatron_step._set_rules = set_rules
+
+
 @pytest.mark.dist
-def test_no_memory_in_the_first_steps_after_a_move_is_remembered_and_not_resumed(tmp_path: Path) -> None:
+def test_no_memory_where_weights_may_have_changed_is_remembered_and_not_resumed(tmp_path: Path) -> None:
     """The rank fails, and the engine restarts the job; it comes back in another layout, though it was saved in this."""
     table = tmp_path / "table.jsonl"
     assert run_ranks(2, _no_memory, tmp_path, table) == ["no room"] * 2
@@ -208,8 +201,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(tmp_path: Path) -> 
     assert [event.samples_consumed for event in failures] == [64]
     assert "No space left" in failures[0].message
     assert not failures[0].fatal
-    written = [event.samples_consumed for event in events if isinstance(event, Checkpoint)]
-    assert written == [32, 96, 96]
+    assert [int(event.path[-12:]) for event in events if isinstance(event, Checkpoint)] == [32, 96, 96]
     assert sum(event.global_batch for event in events if isinstance(event, Step)) == 96
 
 

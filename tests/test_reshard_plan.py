@@ -27,23 +27,6 @@ def test_a_range_of_a_flat_tensor_is_its_boxes_in_order(shape: list[int], data: 
     assert len(boxes) <= 2 * len(shape) - 1
 
 
-def _box(data: st.DataObject) -> Box:
-    ranges = [sorted(data.draw(st.sets(st.integers(0, size), min_size=2, max_size=2))) for size in SHAPE]
-    return Box(tuple(low for low, _ in ranges), tuple(high - low for low, high in ranges))
-
-
-@given(st.data())
-def test_subtraction_leaves_exactly_the_rest(data: st.DataObject) -> None:
-    box, cut = _box(data), _box(data)
-    whole = Box((0, 0), SHAPE)
-    seen, expected = np.zeros(SHAPE, int), np.zeros(SHAPE, int)
-    for part in box.subtract(cut):
-        seen[part.slices_in(whole)] += 1
-    expected[box.slices_in(whole)] = 1
-    expected[cut.slices_in(whole)] = 0
-    assert (seen == expected).all()
-
-
 def _grid(rows: int, columns: int, copies: int) -> Pieces:
     """A tensor cut into rows × columns, each cell on `copies` ranks."""
     height, width = SHAPE[0] // rows, SHAPE[1] // columns

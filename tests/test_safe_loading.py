@@ -90,7 +90,9 @@ def _load_forged(folder: Path, forge: str, trace: Path) -> tuple[float, str]:
     """Save, load, then load the forged one. The loss after the honest load, and what the refusal said."""
     backend = backend_of(tiny_job(1))
     backend.train_step(random_batches, 0, RULES, None, False)
-    backend.save(folder)
+    save = backend.begin_save(folder, copy=False)
+    save.write()
+    save.finish()
     backend.load(folder, 1)
     loss = backend.train_step(random_batches, 8, RULES, None, False).loss
     if forge == ".metadata":

@@ -54,6 +54,8 @@ class StepResult:
     """True where the gradient was not finite: the optimizer did nothing."""
     stop: bool
     """True where any rank asked to stop."""
+    writing: bool = False
+    """True where any rank still writes a checkpoint."""
 
 
 @dataclass
@@ -88,6 +90,21 @@ class Moved:
     """Seconds of each phase on this rank, in order."""
 
 
+class Save(Protocol):
+    """Weights and optimizer state on their way to disk."""
+
+    files: list[str]
+    """What `write` writes on this rank, relative to the folder."""
+    is_copy: bool
+    """Whether training may go on before `write`: a copy was asked for, and every rank has room for it."""
+
+    def write(self) -> None:
+        """Write this rank's share. Not collective, and fit for a thread of its own; errors are those of `finish`."""
+
+    def finish(self) -> None:
+        """Complete it, when every rank has written. Collective. Raises RankError where a rank could not."""
+
+
 class Backend(Protocol):
     """A model in training. `build` comes first; every method is collective over all ranks."""
 
@@ -115,11 +132,21 @@ class Backend(Protocol):
         """Make groups, model and optimizer from nothing: initial weights, a function of the seed alone."""
 
     def train_step(
-        self, batches: Batches, first_sample: int, rules: StepRules, noise_source: str | None, stop: bool
+        self,
+        batches: Batches,
+        first_sample: int,
+        rules: StepRules,
+        noise_source: str | None,
+        stop: bool,
+        writing: bool = False,
+        on_trial: bool = False,
     ) -> StepResult:
         """One optimizer step on the global batch that begins at `first_sample`.
 
-        `noise_source` is a name as in `copus.noise.sources`, or None for no parts.
+        `noise_source` is a name as in `copus.noise.sources`, or None for no parts. `stop` and `writing` are this rank's
+        part of the result's. Where a step `on_trial` finds too
+        little memory on any rank before a weight has changed on any, RankError is raised on all, and `recover` has to
+        come next.
         """
 
     def evaluate(self, batches: Batches, sequences: int) -> float:
@@ -129,9 +156,12 @@ class Backend(Protocol):
         """Go on in another configuration with the same weights and optimizer state. Raises RankError (copus.agreement)
         where it could not, and goes on in the old configuration."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state, in a format that every layout can read. Raises RankError where a
-        rank could not."""
+    def recover(self, configuration: Configuration) -> Moved:
+        """Go on in another configuration after `train_step` raised RankError, from the weights before that step."""
+
+    def begin_save(self, folder: Path, copy: bool) -> Save:
+        """Prepare to write weights and optimizer state, in a format that every layout can read. With `copy` they are
+        those of now, whatever the job does before they are written. Raises RankError where a rank could not."""
 
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read them into what is built, without running any code that the files may ask for."""

@@ -25,24 +25,6 @@ class Box:
             return None
         return Box(start, tuple(high - low for low, high in zip(start, stop, strict=True)))
 
-    def subtract(self, cut: "Box") -> list["Box"]:
-        """What is left of this box without `cut`, as disjoint boxes."""
-        inner = self.intersect(cut)
-        if inner is None:
-            return [self]
-        left: list[Box] = []
-        offset, shape = list(self.offset), list(self.shape)
-        for axis in range(len(shape)):
-            below = inner.offset[axis] - offset[axis]
-            above = offset[axis] + shape[axis] - inner.offset[axis] - inner.shape[axis]
-            if below:
-                left.append(Box(tuple(offset), (*shape[:axis], below, *shape[axis + 1 :])))
-            if above:
-                top = (*offset[:axis], inner.offset[axis] + inner.shape[axis], *offset[axis + 1 :])
-                left.append(Box(top, (*shape[:axis], above, *shape[axis + 1 :])))
-            offset[axis], shape[axis] = inner.offset[axis], inner.shape[axis]
-        return left
-
     def slices_in(self, outer: "Box") -> tuple[slice, ...]:
         """Where this box lies inside a tensor that holds `outer`."""
         starts = [a - b for a, b in zip(self.offset, outer.offset, strict=True)]

@@ -1,6 +1,8 @@
 """Megatron-core behind `copus.backends.base.Backend`."""
 
+import contextlib
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from copus.backends.megatron.move_plan import plan_move
 from copus.hardware import PhaseClock, peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig
 from copus.noise.sources import split
+from copus.rejoin import World
 from copus.reshard.execute import Fields, Place, reshard
 from copus.reshard.plan import Plan
 from profiles.configuration import Configuration
@@ -33,7 +36,7 @@ from copus.backends.megatron.samples import SampleReader  # noqa: E402
 
 cpu.adapt()
 upstream.patch_optimizer_loading()
-upstream.use_local_results_queue()
+upstream.save_in_this_process()
 upstream.use_torch_adam()
 
 
@@ -50,6 +53,7 @@ class MegatronBackend:
         self._optimizer: Any = None
         self._part_norms: PartNorms | None = None
         self._optimizer_steps = 0
+        self._world = World(device, job.launch.timeout_seconds)
 
     @property
     def is_built(self) -> bool:
@@ -176,20 +180,45 @@ class MegatronBackend:
         groups.destroy_groups()
 
     def train_step(
-        self, batches: Batches, first_sample: int, rules: StepRules, noise_source: str | None, stop: bool
+        self,
+        batches: Batches,
+        first_sample: int,
+        rules: StepRules,
+        noise_source: str | None,
+        stop: bool,
+        writing: bool = False,
+        on_trial: bool = False,
     ) -> StepResult:
         """One optimizer step on the global batch that begins at `first_sample`.
+
+        A step `on_trial` for which any rank has too little memory raises RankError on all; `recover` has to follow.
 
         Where the configuration has one micro-batch only, and micro-batches are to be measured, the step is run as two
         of half the size: the same gradient, and parts to measure. An odd number of sequences cannot be halved: then
         `parts` is None.
         """
+        with self._world.trial() if on_trial else contextlib.nullcontext() as trial:
+            commit = trial.commit if trial is not None else lambda: None
+            result = self._step(batches, first_sample, rules, noise_source, stop, writing, commit)
+        self._optimizer_steps += not result.skipped
+        return result
+
+    def _step(
+        self,
+        batches: Batches,
+        first_sample: int,
+        rules: StepRules,
+        noise_source: str | None,
+        stop: bool,
+        writing: bool,
+        commit: Callable[[], None],
+    ) -> StepResult:
         assert self._part_norms is not None, "build() comes first"
         configuration = self.configuration
         if split(noise_source)[0] == "microbatch" and configuration.layout.dp * configuration.num_microbatches == 1:
             configuration = halved(configuration)
         self._seed_dropout(first_sample)
-        result = step.train_step(
+        return step.train_step(
             self._chunks,
             self._optimizer,
             self._part_norms,
@@ -200,10 +229,10 @@ class MegatronBackend:
             self._job.training.clip_grad,
             noise_source,
             stop,
+            writing,
+            commit,
             self.device,
         )
-        self._optimizer_steps += not result.skipped
-        return result
 
     def _seed_dropout(self, first_sample: int) -> None:
         """Dropout is a function of seed, samples and rank, so that a resumed run needs no random state to be saved.
@@ -258,6 +287,27 @@ class MegatronBackend:
         clock.end("transfer")
         return Moved(plan.bytes_moved, most_of(peak_memory_bytes(), self.device), clock.seconds)
 
+    def recover(self, configuration: Configuration) -> Moved:
+        """Go on in another configuration after a step on trial raised RankError, from the weights before that step.
+
+        Weights and optimizer state are where they were: it is the move back, but for the process groups, which the
+        step broke: all are made anew. What fails now ends in a restart.
+        """
+        before, steps = self.configuration, self._optimizer_steps
+        reset_peak_memory()
+        clock = PhaseClock()
+        plan = self._plan(before.layout, configuration.layout)
+        held = self._take_state()
+        clock.end("tear_down")
+        groups.forget_groups()
+        self._world.reform()
+        clock.end("groups")
+        self._make_empty(configuration)
+        clock.end("build")
+        self._fill(plan, held, steps)
+        clock.end("transfer")
+        return Moved(plan.bytes_moved, most_of(peak_memory_bytes(), self.device), clock.seconds)
+
     def _plan(self, before: Layout, after: Layout) -> Plan:
         nodes = self._job.cluster.accelerators_per_node
         return plan_move(self._job.model, before, after, self._job.training.precision, nodes)
@@ -279,9 +329,10 @@ class MegatronBackend:
         upstream.set_adam_step(self._optimizer, steps)
         self._optimizer_steps = steps
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into an existing, empty folder, in a format that every layout can read."""
-        checkpoint.save(folder, self._chunks, self._optimizer)
+    def begin_save(self, folder: Path, copy: bool) -> checkpoint.Save:
+        """Prepare to write weights and optimizer state into an existing, empty folder, in a format that every layout
+        can read. With `copy` the job may train on, and move, before they are written."""
+        return checkpoint.Save(folder, self._chunks, self._optimizer, copy)
 
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read them into what is built."""

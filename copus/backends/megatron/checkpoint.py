@@ -7,14 +7,16 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from copus.agreement import one_line, together
+from copus.agreement import all_ranks, one_line, together
 from copus.backends.megatron import cpu, upstream
 from copus.backends.megatron.safe_loading import data_only
 from copus.backends.megatron.sharded import metadata, state_dict, unwrap
+from copus.hardware import room_for_a_copy
 
 cpu.before_import()
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing import serialization  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa: E402
@@ -22,32 +24,86 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa
 )
 
 
-def save(folder: Path, chunks: list[Any], optimizer: Any) -> None:
-    """Write all that is needed to go on, on any layout. `folder` must exist and be empty; every data parallel rank
-    writes a share.
+class Save:
+    """All that is needed to go on, on any layout, on its way to disk: planned here, then written, then finished."""
 
-    Raises RankError, on every rank, where any rank could not write.
-    """
-    with upstream.counted_steps(optimizer):
-        state = state_dict(chunks, optimizer, is_loading=False)
-    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    strategy = FullyParallelSaveStrategyWrapper(
-        serialization.get_default_save_sharded_strategy("torch_dist"), replicas, True
-    )
-    described = metadata()
-    described.pop("dp_cp_group")
+    def __init__(self, folder: Path, chunks: list[Any], optimizer: Any, copy: bool) -> None:
+        """Plan who writes what; every data parallel rank writes a share. Collective. `folder` must exist and be empty.
 
-    def write() -> None:
+        With `copy` what is written is the state of now, copied into the memory of the host, and training may go on.
+        Raises RankError, on every rank, where any rank could not do its part.
+        """
+        with upstream.counted_steps(optimizer):
+            state = state_dict(chunks, optimizer, is_loading=False)
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(
+            serialization.get_default_save_sharded_strategy("torch_dist"), replicas, True
+        )
+        described = metadata()
+        described.pop("dp_cp_group")
+
+        self._request: AsyncRequest = _agreed(
+            lambda: dist_checkpointing.save(
+                state, str(folder), sharded_strategy=strategy, content_metadata=described, async_sharded_save=True
+            )
+        )
+        # Changed in place below: megatron's writer has this list too, and would keep live tensors for as long.
+        self._buckets: list[Any] = self._request.async_fn_args[1] if self._request.async_fn_args else []
+        self.files = [name for _, name, _ in self._buckets]
+        """What `write` writes on this rank, relative to the folder."""
+        self.is_copy = copy and all(all_ranks(self._bytes() < room_for_a_copy()))
+        """Whether training may go on before `write`. False, on every rank, where the memory of any has no room."""
+        _agreed(self._stage)
+
+    def _bytes(self) -> int:
+        return sum(tensor.nbytes for _, _, (_, tensors) in self._buckets for _, tensor in tensors)
+
+    def _stage(self) -> None:
+        """Bring this rank's share into the memory of the host: from a GPU through pinned memory. On a CPU it is there
+        already, and copied if that is wanted."""
+        if self._request.preload_fn is None:
+            return
+        staged = self._request.preload_fn()
+        if self.is_copy:
+            for (_, _, (_, live)), (_, _, (_, tensors)) in zip(self._buckets, staged, strict=True):
+                for index, ((_, original), (item, tensor)) in enumerate(zip(live, tensors, strict=True)):
+                    tensors[index] = (item, tensor.clone() if tensor is original else tensor)
+        self._buckets[:] = staged
+
+    def write(self) -> None:
+        """Write this rank's share. Not collective; what goes wrong is raised by `finish`."""
+        if self._request.async_fn is not None:
+            self._request.async_fn(*self._request.async_fn_args)
+            self._buckets[:] = [None] * len(self._buckets)  # lets go of the copies; the writer counts them once more
+
+    def finish(self) -> None:
+        """Write what describes the shares, when every rank has written its own. Collective.
+
+        Raises RankError, on every rank, where any rank could not write.
+        """
+
+        def finish() -> None:
+            for finalize in self._request.finalize_fns:
+                finalize()
+
+        _agreed(finish)
+
+
+def _agreed(action: Callable[[], Any]) -> Any:
+    """`together`, for what megatron does to the files of a checkpoint."""
+
+    def act() -> Any:
         try:
             with _errors_of_first_rank() as errors:
-                dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=described)
+                result = action()
         except CheckpointException as error:  # raised on every rank; rank 0 knows of whom
             whose = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
             raise OSError(whose or "a rank could not write") from None
         if errors:
             raise errors[0]
+        return result
 
-    together(write, (OSError, RuntimeError))
+    return together(act, (OSError, RuntimeError))
 
 
 @contextmanager
@@ -83,7 +139,7 @@ def _collecting(function: Callable[..., Any], errors: list[Exception]) -> Callab
 
 
 def load(folder: Path, chunks: list[Any], optimizer: Any, optimizer_steps: int) -> None:
-    """Read what `save` wrote, on whatever layout, into a built model and optimizer. Nothing in the files is executed:
+    """Read what a `Save` wrote, on whatever layout, into a built model and optimizer. Nothing in the files is executed:
     raises pickle.UnpicklingError, or RuntimeError of the ranks that met one, where they ask for that."""
     upstream.prime_adam(optimizer)
     state = state_dict(chunks, optimizer, is_loading=True)

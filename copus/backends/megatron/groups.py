@@ -73,6 +73,13 @@ def destroy_groups() -> None:
         _destroy(degrees)
 
 
+def forget_groups() -> None:
+    """Drop every group that `make_groups` made, broken as they are. Not collective."""
+    leave_groups()
+    _groups.clear()
+    _layouts.clear()
+
+
 def _destroy(degrees: tuple[int, ...]) -> None:
     """Destroy the groups that this layout alone uses, in the order in which they were made: the same on every rank.
 

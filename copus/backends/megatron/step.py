@@ -1,6 +1,6 @@
 """One optimizer step, and one evaluation, of a built Megatron model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,14 @@ def train_step(
     clip_grad: float,
     noise_source: str | None,
     stop: bool,
+    writing: bool,
+    commit: Callable[[], None],
     device: torch.device,
 ) -> StepResult:
-    """Forward, backward, reduction, one collective for every figure of the step, clipping, Adam."""
+    """Forward, backward, reduction, one collective for every figure of the step, clipping, Adam.
+
+    `commit` is called when that collective has told that every rank has its gradients, before any weight changes.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -42,7 +47,9 @@ def train_step(
     optimizer.prepare_grads()
     local_sq = _local_grad_sq(optimizer, configuration, device)
     contribution = part_norms.contribution(device)
-    loss, grad_sq, stop_votes, totals = _share(configuration, losses, local_sq, stop, contribution, device)
+    votes = (float(stop), float(writing))
+    loss, grad_sq, votes, totals = _share(configuration, losses, local_sq, votes, contribution, device)
+    commit()
     parts, norm_layer_parts = part_norms.parts(totals, grad_sq)
 
     finite = bool(np.isfinite(grad_sq))
@@ -56,7 +63,8 @@ def train_step(
         parts=parts,
         norm_layer_parts=norm_layer_parts,
         skipped=not finite,
-        stop=stop_votes > 0,
+        stop=votes[0] > 0,
+        writing=votes[1] > 0,
     )
 
 
@@ -77,7 +85,7 @@ def evaluate(
     for chunk in chunks:
         chunk.train()
     nothing = torch.zeros(1, dtype=torch.float64, device=device)
-    loss, *_ = _share(whole, losses, nothing[0], False, nothing, device)
+    loss, *_ = _share(whole, losses, nothing[0], (0.0, 0.0), nothing, device)
     return loss
 
 
@@ -144,21 +152,21 @@ def _share(
     configuration: Configuration,
     losses: list[torch.Tensor],
     local_grad_sq: torch.Tensor,
-    stop: bool,
+    votes: tuple[float, float],
     contribution: torch.Tensor,
     device: torch.device,
-) -> tuple[float, float, float, np.ndarray]:
-    """Add up everything that ranks have to tell each other in a step, in one collective: loss, |g|², stop votes, and
-    what the noise is measured from."""
-    message = torch.zeros(3, dtype=torch.float64, device=device)
+) -> tuple[float, float, tuple[float, float], np.ndarray]:
+    """Add up everything that ranks have to tell each other in a step, in one collective: loss, |g|², votes, and what
+    the noise is measured from."""
+    message = torch.zeros(4, dtype=torch.float64, device=device)
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
         message[0] = torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)
     message[1] = local_grad_sq
-    message[2] = float(stop)
+    message[2], message[3] = votes
     message = torch.cat([message, contribution])
     dist.all_reduce(message)
-    loss, grad_sq, stop_votes, *totals = message.tolist()
-    return loss, grad_sq, stop_votes, np.array(totals)
+    loss, grad_sq, *rest = message.tolist()
+    return loss, grad_sq, (rest[0], rest[1]), np.array(rest[2:])
 
 
 def _clip(optimizer: Any, clip_grad: float, grad_sq: float) -> None:

@@ -9,15 +9,34 @@ from typing import Any
 import torch
 
 
-def use_local_results_queue() -> None:
-    """Give the checkpoint writer a plain queue for its results; enough, since we save synchronously, in this process.
+def save_in_this_process() -> None:
+    """Write the files of a checkpoint, one after the other, in the thread that asks for it.
 
-    filesystem_async.py:51 spawns a manager process that imports `__main__` anew: some 23 s in every rank at the first
-    save, and a hang where `__main__` has no guard.
+    filesystem_async.py:272 forks a process for each file: from a process with the threads of process groups, of
+    autograd and of a GPU, whose locks the child inherits as they happen to be. And filesystem_async.py:51 spawns a
+    manager process for the results that imports `__main__` anew: some 23 s in every rank at the first save, and a hang
+    where `__main__` has no guard.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    def write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
+        written: dict[int, Any] | Exception = {}
+        for index, bucket in enumerate(buckets):
+            answers: queue.Queue[Any] = queue.Queue()
+            working: queue.Queue[int] = queue.Queue()
+            working.put(index)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, bucket, answers, working, use_fsync=True, use_msc=use_msc
+            )
+            _, answer = answers.get()
+            if isinstance(answer, Exception):
+                written = answer
+                break
+            written[index] = answer
+        results.put(written)
+
     filesystem_async._results_queue = queue.Queue()
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write)
 
 
 def use_torch_adam() -> None:

@@ -1,0 +1,155 @@
+"""Out of a step that one rank cannot finish, in the same processes.
+
+The others wait for that rank in a collective, and would until it times out. A note in the key-value store, which is no
+part of the process groups, tells them what happened; breaking the groups' connections wakes them; and all form the
+process group anew. Whoever meets a broken connection and finds no note has lost a peer for another reason: that stays
+an error, and ends in a restart.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from copus.agreement import RankError, is_out_of_memory, one_line
+
+_POLL_SECONDS = 0.1
+"""How often a rank looks for a note while a step is on trial."""
+
+
+class Trial:
+    """A step that no rank has taken before all have their gradients: until `commit` no weight has changed anywhere."""
+
+    def __init__(self) -> None:
+        self.committed = False
+        self.broken = threading.Event()
+        """Set before the groups are broken: what a collective gave after that is no result."""
+        self.breaking = threading.Lock()
+
+    def commit(self) -> None:
+        """From here on the step cannot be taken back. Call it when a collective over all ranks has told that each has
+        its gradients. Raises RuntimeError where that collective was broken off."""
+        if self.broken.is_set():
+            raise RuntimeError("the groups of this step were broken")
+        self.committed = True
+
+
+class World:
+    """The default process group over time: a generation for each time that it was formed."""
+
+    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        """The process group must be there."""
+        self._store: Any = distributed_c10d._get_default_store()
+        self._rank, self._size, self._backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
+        self._device = device
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._generation = 0
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """While it is entered, a rank that runs out of memory before `Trial.commit` takes the others out with it.
+
+        RankError is raised then, on every rank, and `reform` has to come next. Whatever else goes wrong is raised as it
+        is, on the ranks that meet it.
+        """
+        trial = Trial()
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(trial, over), daemon=True)
+        watch.start()
+        try:
+            yield trial
+        except Exception as error:
+            agreed = None if trial.committed else self._agree(error, trial)
+            if agreed is None:
+                raise
+            traceback.clear_frames(error.__traceback__)  # what they refer to is the memory that is lacking
+        else:
+            return
+        finally:
+            over.set()
+            watch.join()
+        raise agreed
+
+    def reform(self) -> None:
+        """Form the default process group again. Every other group is gone. Collective, and needs no group itself."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._generation += 1
+        dist.init_process_group(
+            self._backend,
+            store=dist.PrefixStore(f"copus/world-{self._generation}", self._store),
+            rank=self._rank,
+            world_size=self._size,
+            timeout=self._timeout,
+            device_id=self._device if self._device.type == "cuda" else None,
+        )
+
+    @property
+    def _note(self) -> str:
+        return f"copus/out-of-memory-{self._generation}"
+
+    def _agree(self, error: Exception, trial: Trial) -> RankError | None:
+        """What every rank raises where one of them ran out of memory and all the others have left the step too."""
+        if is_out_of_memory(error):
+            self._store.set(self._note, json.dumps([self._rank, one_line(error)]))
+        elif not self._store.check([self._note]):
+            return None
+        self._break(trial)
+        self._store.set(f"{self._note}/{self._rank}", "left")
+        try:
+            self._store.wait([f"{self._note}/{rank}" for rank in range(self._size)], self._timeout)
+        except RuntimeError:  # somebody is beyond the step, or dead
+            return None
+        rank, message = json.loads(self._store.get(self._note))
+        return RankError(rank, message, out_of_memory=True)
+
+    def _watch(self, trial: Trial, over: threading.Event) -> None:
+        """Wake this rank when there is a note."""
+        while not over.wait(_POLL_SECONDS):
+            if self._store.check([self._note]):
+                self._break(trial)
+                return
+
+    def _break(self, trial: Trial) -> None:
+        """End what waits in any group of this process, once."""
+        with trial.breaking:
+            if trial.broken.is_set():
+                return
+            trial.broken.set()
+        if self._backend == "nccl":
+            distributed_c10d._abort_process_group()
+            return
+        # gloo's groups have no abort (torch 2.13: `Backend::abort` does nothing). What wakes both ends of a connection
+        # is what the death of a process would do to it.
+        _shut_down_connections(_port(self._store))
+
+
+def _port(store: Any) -> int | None:
+    """The TCP port of a store, or of the one behind it; None where it is a file."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return getattr(store, "port", None)
+
+
+def _shut_down_connections(excluded_port: int | None) -> None:
+    """Shut down every TCP connection of this process but those of one port. A worker has none but its groups' and the
+    store's. Linux."""
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:  # the original stays open
+                if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
+                    continue
+                if excluded_port not in (connection.getsockname()[1], connection.getpeername()[1]):
+                    connection.shutdown(socket.SHUT_RDWR)
