@@ -35,9 +35,12 @@ from copus.stop_request import StopRequest
 from copus.tracking import TensorBoardTracker
 from planner.memory_check import MemoryCheck
 from planner.planner import Planner
+from planner.space import candidates
+from profiles.configuration import Configuration
+from profiles.cost import CostModel, Timings, expected
 from profiles.measurement import Measurement
 from profiles.table import ThroughputTable
-from profiles.throughput import Throughput
+from profiles.throughput import Prediction, Throughput
 
 
 def main(arguments: list[str]) -> int:
@@ -89,9 +92,8 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         if profile_only:
             return
         fingerprint = backend.fingerprint()
-        rows = ThroughputTable(job.profile.table).rows(fingerprint) if rank == 0 else []
-        known = Throughput(rows)
-        state = _build_or_resume(job, newest, backend, known)
+        rows = ThroughputTable(job.profile.table).everything(fingerprint) if rank == 0 else []
+        state = _build_or_resume(job, newest, backend, Throughput(row for row in rows if not row.shard))
         done = samples_trained(run)
         if done is not None:
             report(
@@ -117,7 +119,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
             )
         )
         started = time.monotonic()
-        planner = _planner(job, known, rows, state) if rank == 0 else None
+        planner = _planner(job, rows, state) if rank == 0 else None
         trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
         reason = trainer.train()
         report(
@@ -137,13 +139,14 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
     report(Failure(step=0, samples_consumed=0, rank=0, message=line, fatal=False))
 
 
-def _planner(job: JobConfig, known: Throughput, rows: list[Measurement], state: TrainerState) -> Planner:
+def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState) -> Planner:
+    start = job.training.configuration
     planner = Planner(
         job.planner,
         job.model,
         job.cluster,
-        job.training.configuration,
-        known,
+        start,
+        Throughput((row for row in rows if not row.shard), _expected(job, rows, start)),
         number=state.decisions,
         memory=MemoryCheck(job.model, job.cluster, job.training.precision, rows),
         total_samples=job.total_samples,
@@ -151,6 +154,18 @@ def _planner(job: JobConfig, known: Throughput, rows: list[Measurement], state: 
     planner.forecast.restore(state.forecast)
     planner.restore(state.planner)
     return planner
+
+
+def _expected(job: JobConfig, rows: list[Measurement], start: Configuration) -> dict[Configuration, Prediction]:
+    """What the cost model says of the candidates. Nothing for an accelerator that it does not know, and for policies
+    that take every time for a measured one: `goodput` alone weighs how sure it is."""
+    if job.planner.policy != "goodput":
+        return {}
+    space = candidates(job.planner, job.model, job.cluster, start)
+    with contextlib.suppress(ValueError):
+        cost = CostModel().fit(Timings.of(rows, job.cluster))
+        return expected(cost, job.model, job.cluster, job.training.precision, space, rows)
+    return {}
 
 
 def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend, known: Throughput) -> TrainerState:

@@ -23,7 +23,7 @@ def plan(job_file: Path, overrides: list[str], *, as_json: bool = False, all_can
     job = load_job(job_file, overrides)
     training = job.training
     try:
-        rows = ThroughputTable(job.profile.table).rows()
+        rows = ThroughputTable(job.profile.table).everything()
     except OSError as error:
         raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
     try:
@@ -47,6 +47,7 @@ def as_values(job: JobConfig, prospects: "Prospects") -> dict[str, Any]:
         "parameters": job.model.parameters,
         "memory_bytes": prospects.memory_bytes,
         "measured_rows": prospects.measured_rows,
+        "measured_shards": prospects.measured_shards,
         "fingerprint": prospects.fingerprint and prospects.fingerprint.model_dump(mode="json"),
         "start": _values(prospects.start),
         "fastest": [
@@ -73,7 +74,7 @@ def as_values(job: JobConfig, prospects: "Prospects") -> dict[str, Any]:
 
 
 def _values(each: "Expectation") -> dict[str, Any]:
-    from planner.prospects import in_words
+    from planner.memory_check import in_words
 
     values = asdict(each) | {
         "configuration": each.configuration.model_dump(mode="json"),
@@ -106,12 +107,17 @@ def _print(job: JobConfig, prospects: "Prospects", all_candidates: bool) -> None
 
 
 def _heading(job: JobConfig, prospects: "Prospects") -> list[str]:
-    from planner.prospects import in_words
+    from planner.memory_check import in_words
 
     each, cluster = prospects.start, job.cluster
     room = "memory is not checked" if prospects.memory_bytes is None else f"{prospects.memory_bytes / GIB:.1f} GiB each"
     if prospects.fingerprint is None:
         times = "predicted by the cost model; the table has no row of this job"
+    elif not prospects.measured_rows:
+        times = (
+            f"predicted by the cost model from {prospects.measured_shards} shards that one accelerator ran alone; the "
+            "network is taken from its file"
+        )
     else:
         times = (
             f"{prospects.measured_rows} measured rows of {prospects.fingerprint.hardware}; the rest predicted from them"
@@ -242,7 +248,7 @@ def _peak(each: "Expectation") -> str:
 
 
 def _fit(each: "Expectation") -> str:
-    from planner.prospects import in_words
+    from planner.memory_check import in_words
 
     words = in_words(each.chance_to_fit)
     return words if each.chance_to_fit is None or words == "fits" else f"{words} ({each.chance_to_fit:.0%})"

@@ -77,11 +77,11 @@ def profile_alone(run: Path, job: JobConfig, lock: int, interrupts: Interrupts, 
 
 def check_profiler(job: JobConfig) -> None:
     """Raise JobError where a job that trains could not use what its profiler measures."""
-    if job.profile.when != "never" and _profiler(job).shards:
+    if job.profile.when != "never" and _profiler(job).shards and job.planner.policy != "goodput":
         raise JobError(
-            f"profile.profiler({job.profile.profiler}) measures shards without the network, which the planner "
-            "cannot take for steps: it is for `copus profile run`; to train, set profile.profiler: live, or "
-            "profile.when: never"
+            f"profile.profiler({job.profile.profiler}) measures shards without the network, and planner.policy("
+            f"{job.planner.policy}) needs measured steps: set planner.policy: goodput, which weighs how sure the cost "
+            "model is of the rest, or profile.profiler: live"
         )
 
 

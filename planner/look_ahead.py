@@ -1,20 +1,21 @@
 """Makes prospects: asks the throughput table, the cost model and the memory model about every candidate."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from planner.config import PlannerConfig
-from planner.memory_check import memory_bytes
-from planner.prospects import LIKELY, Expectation, Prospects, in_words
+from planner.memory_check import LIKELY, in_words, memory_bytes
+from planner.prospects import Expectation, Prospects
 from planner.space import candidates, noise_measurable
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import RECOMPUTE, Configurations
-from profiles.cost import CostModel, Timings
+from profiles.cost import CostModel, Timings, expected
 from profiles.measurement import Measurement
 from profiles.memory import MemoryModel, Peaks
 from profiles.memory.peaks import OUT_OF_MEMORY
 from profiles.model_shape import ModelShape
-from profiles.throughput import Prediction, Throughput
+from profiles.throughput import DECILE, Prediction, Throughput
 
 
 def look_ahead(
@@ -28,13 +29,13 @@ def look_ahead(
     largest_zero: int = 1,
 ) -> Prospects:
     """Expect something of every candidate: from the table's rows of this job where they reach, else from the models,
-    which learn from them.
+    which learn from them, and from shards that one accelerator ran alone.
 
     `largest_zero` is the largest ZeRO stage that the backend does. Raises ValueError for an accelerator that nothing is
     known about.
     """
     rows = rows_of(table, model, cluster, precision)
-    throughput = Throughput(rows)
+    steps = [row for row in rows if not row.shard]
     cost = CostModel().fit(Timings.of(rows, cluster))
     room = memory_bytes(cluster)
     memory = MemoryModel().fit(Peaks.of(rows, room))
@@ -42,18 +43,17 @@ def look_ahead(
     variants = list(_variants(model, start, largest_zero))
     everything = [*space, *variants]
     arrays = Configurations.of(everything)
-    times = cost.predict(model, cluster, arrays, precision)
+    throughput = Throughput(steps, expected(cost, model, cluster, precision, everything, rows))
     peaks = memory.predict(model, arrays, precision)
     chances = None if room is None else peaks.chance_to_fit(room)
     found = []
     for index, candidate in enumerate(everything):
         known = throughput.predict(candidate)
         chance = _chance(known, None if chances is None else float(chances[index]))
-        seconds, fast, slow = (
-            _measured(known) if known else (float(each[index]) for each in (times.seconds, times.low, times.high))
-        )
+        assert known is not None, "what the table lacks is predicted"
+        seconds, fast, slow = _interval(known)
         peak, low, high = (float(each[index]) for each in (peaks.peak_bytes, peaks.low, peaks.high))
-        if known is not None and known.peak_bytes is not None:
+        if known.peak_bytes is not None:
             peak = low = high = float(known.peak_bytes)
         found.append(
             Expectation(
@@ -61,7 +61,7 @@ def look_ahead(
                 step_seconds=seconds,
                 step_seconds_low=fast,
                 step_seconds_high=slow,
-                source=known.source if known else "predicted",
+                source=known.source,
                 peak_bytes=peak,
                 peak_bytes_low=low,
                 peak_bytes_high=high,
@@ -77,8 +77,9 @@ def look_ahead(
         variants=found[len(space) :],
         memory_bytes=room,
         fingerprint=rows[0].fingerprint if rows else None,
-        measured_rows=len(rows),
-        assumptions=(*times.assumptions, *peaks.assumptions),
+        measured_rows=len(steps),
+        measured_shards=len(rows) - len(steps),
+        assumptions=(*cost.assumptions(model, cluster), *peaks.assumptions),
         covariance=lambda some: cost.covariance(model, cluster, Configurations.of(some), precision),
     )
 
@@ -113,23 +114,26 @@ def _variants(model: ModelShape, start: Configuration, largest_zero: int) -> Ite
                 yield start.model_copy(update={"layout": layout.model_copy(update=changes)})
 
 
-def _measured(known: Prediction) -> tuple[float | None, float | None, float | None]:
+def _interval(known: Prediction) -> tuple[float | None, float | None, float | None]:
     """Duration and its interval; nothing of a failure."""
     seconds, spread = known.step_seconds, known.spread_seconds or 0.0
-    return (None, None, None) if seconds is None else (seconds, max(seconds - spread, 0.0), seconds + spread)
+    if seconds is None:
+        return None, None, None
+    low = seconds * math.exp(-DECILE * known.error) if known.source == "predicted" else max(seconds - spread, 0.0)
+    return seconds, low, seconds + spread
 
 
-def _chance(known: Prediction | None, predicted: float | None) -> float | None:
-    """What ran fits, and what ran out of memory does not."""
-    if predicted is None or known is None:
+def _chance(known: Prediction, predicted: float | None) -> float | None:
+    """Probability to fit: 1 for what ran, 0 for what ran out of memory; None where memory is not checked."""
+    if predicted is None or known.source == "predicted" and not known.failure:
         return predicted
     if known.failure is None:
         return 1.0
     return 0.0 if known.failure == OUT_OF_MEMORY else predicted
 
 
-def _refusal(config: PlannerConfig, candidate: Configuration, known: Prediction | None, chance: float | None) -> str:
-    if known is not None and known.failure:
+def _refusal(config: PlannerConfig, candidate: Configuration, known: Prediction, chance: float | None) -> str:
+    if known.failure:
         return known.failure
     if chance is not None and chance < LIKELY:
         return in_words(chance)

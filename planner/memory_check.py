@@ -14,6 +14,8 @@ from profiles.memory.model import SURE
 from profiles.model_shape import ModelShape
 
 GIB = 2.0**30
+LIKELY = 0.8
+"""A configuration whose chance to fit is smaller is not proposed, nor run before it was measured."""
 
 
 def memory_bytes(cluster: Cluster) -> float | None:
@@ -36,16 +38,17 @@ class MemoryCheck:
         self._model, self._precision = model, precision
         self._memory = MemoryModel().fit(Peaks.of(rows, self.memory_bytes)) if self.memory_bytes else None
 
-    def refusals(self, configurations: Sequence[Configuration]) -> dict[Configuration, str]:
-        """`does not fit: 84.1 of 80.0 GiB` for each that surely does not, with the expected peak."""
+    def refusals(self, configurations: Sequence[Configuration], least: float = SURE) -> dict[Configuration, str]:
+        """`does not fit: 84.1 of 80.0 GiB`, with the expected peak, for each whose chance to fit is below `least`; `may
+        not fit` where it is not sure."""
         if self._memory is None or self.memory_bytes is None or not configurations:
             return {}
         found = self._memory.predict(self._model, Configurations.of(configurations), self._precision)
-        too_much = np.flatnonzero(found.chance_to_fit(self.memory_bytes) < SURE)
+        chances = found.chance_to_fit(self.memory_bytes)
         room = self.memory_bytes / GIB
         return {
-            configurations[index]: f"does not fit: {found.peak_bytes[index] / GIB:.1f} of {room:.1f} GiB"
-            for index in too_much.tolist()
+            configurations[index]: f"{in_words(float(chances[index]))}: {found.peak_bytes[index] / GIB:.1f} of {room:.1f} GiB"
+            for index in np.flatnonzero(chances < least).tolist()
         }
 
     def possible(self, configurations: Sequence[Configuration], start: Configuration) -> list[Configuration]:
@@ -54,3 +57,14 @@ class MemoryCheck:
         refused = self.refusals(configurations)
         chosen = (start.layout, start.micro_batch)
         return [each for each in configurations if each not in refused or (each.layout, each.micro_batch) == chosen]
+
+
+def in_words(chance: float | None) -> str:
+    """`fits`, `should fit`, `may not fit`, `does not fit`; `not checked` where nobody knows the memory."""
+    if chance is None:
+        return "not checked"
+    if chance < SURE:
+        return "does not fit"
+    if chance < LIKELY:
+        return "may not fit"
+    return "fits" if chance >= 1 - SURE else "should fit"

@@ -10,7 +10,7 @@ from planner.efficiency import statistical_efficiency
 from planner.factor_check import FactorCheck
 from planner.forecast import NoiseForecast
 from planner.goodput import goodput
-from planner.memory_check import MemoryCheck
+from planner.memory_check import LIKELY, MemoryCheck
 from planner.menu import Menu, rung_of
 from planner.move_costs import MoveCosts
 from planner.norm_test import plug_in_batch
@@ -34,10 +34,6 @@ FORECAST_REACH = 2
 """A decision shows the noise scale that is expected when this many times the tokens will have been seen."""
 UNKNOWN_DECISIONS = 200
 """Length of a job whose length is not known, in decisions."""
-STEP_SPREAD = 1.2816
-"""The 90th percentile of a normal distribution, in standard deviations: what spreads are measured in."""
-STEPS_TIMED = 5
-"""Steps that a measured or seen time is at least the median of."""
 CHECK_HALF_LIVES = 4
 """Stretch on each side of a change of batch that c is checked on, in half-lives of the noise scale."""
 
@@ -61,7 +57,7 @@ class Planner:
         self.throughput = throughput
         self.candidates = candidates(config, model, cluster, start)
         """Configurations that may be chosen."""
-        self._does_not_fit = memory.refusals(self.candidates) if memory else {}
+        self._may_not_fit = memory.refusals(self.candidates, LIKELY) if memory else {}
         self.policy = make_policy(config)
         self.number = number
         """Number of the next decision; a resumed job sets it."""
@@ -211,9 +207,11 @@ class Planner:
     def _refusal(self, configuration: Configuration, prediction: Prediction | None) -> str:
         """Why a candidate may not be chosen whatever the noise; empty where it may."""
         if prediction is None:
-            return self._does_not_fit.get(configuration, "not measured")
+            return self._may_not_fit.get(configuration, "not measured")
         if prediction.failure:
             return prediction.failure
+        if prediction.source == "predicted" and configuration in self._may_not_fit:
+            return self._may_not_fit[configuration]
         step_seconds, spread_seconds = prediction.step_seconds, prediction.spread_seconds
         if step_seconds and spread_seconds and spread_seconds > MAX_RELATIVE_SPREAD * step_seconds:
             return f"throughput too uncertain: a step takes {step_seconds:.3g} ± {spread_seconds:.2g} s"
@@ -230,12 +228,12 @@ class Planner:
     ) -> Situation:
         """The decision as arrays of one run."""
         assert noise.value is not None
-        error, unseen = zip(*(_uncertainty(score) for score in eligible), strict=True)
+        errors = [self.throughput.error_beside(score.configuration, mine.configuration) for score in eligible]
         return Situation(
             menu=Menu.of([score.configuration for score in eligible]),
             samples_per_second=np.array([[score.samples_per_second for score in eligible]], float),
-            throughput_error=np.array([error]),
-            unseen=np.array([unseen]),
+            throughput_error=np.array([errors]),
+            unseen=np.array([[score.source != "seen" for score in eligible]]),
             current=np.array([eligible.index(mine)]),
             noise_scale=np.array([noise.value]),
             critical_batch=np.array([critical_batch]),
@@ -278,23 +276,15 @@ class Planner:
     def state(self) -> dict[str, Any]:
         """What a resumed job needs beside the number of the next decision and the forecast, as plain values."""
         outlook = self._outlook.state() | {"observed_at": self._observed_at}
-        return {"outlook": outlook, "move_costs": self.move_costs.state()}
+        return {"outlook": outlook, "move_costs": self.move_costs.state(), "throughput": self.throughput.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; an empty dict changes nothing."""
         self.move_costs.restore(state.get("move_costs", {}))
+        self.throughput.restore(state.get("throughput", {}))
         if outlook := state.get("outlook"):
             self._outlook.restore(outlook)
             self._observed_at = outlook["observed_at"]
-
-
-def _uncertainty(score: CandidateScore) -> tuple[float, bool]:
-    """Relative standard error of a predicted throughput, and whether running the candidate would teach it."""
-    if not score.step_seconds or not score.step_seconds_spread:
-        return 0.0, False
-    deviation = score.step_seconds_spread / score.step_seconds / STEP_SPREAD
-    timed = score.source in ("measured", "seen")
-    return deviation / math.sqrt(STEPS_TIMED) if timed else deviation, score.source != "seen"
 
 
 def _rank(score: CandidateScore) -> tuple[float, int]:

@@ -11,13 +11,9 @@ from planner.config import PlannerConfig
 from planner.goodput import goodput
 from profiles.configuration import Configuration
 from profiles.measurement import Fingerprint
-from profiles.memory.model import SURE
 
 NOISE_SCALES = 2.0 ** np.arange(-2, 24.01, 0.25)
 """Noise scales that the best configuration is looked up for, sequences."""
-
-LIKELY = 0.8
-"""A configuration whose chance to fit is smaller is not proposed."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,9 @@ class Prospects:
     fingerprint: Fingerprint | None
     """Whose measured rows were used; None where there are none."""
     measured_rows: int
-    """How many."""
+    """How many steps were measured."""
+    measured_shards: int
+    """How many shards one accelerator ran alone."""
     assumptions: tuple[str, ...]
     """What was taken for granted."""
     covariance: Callable[[Sequence[Configuration]], NDArray[np.float64]]
@@ -151,17 +149,6 @@ class Prospects:
         starts = [0, *(i for i in range(1, len(winners)) if winners[i] is not winners[i - 1])]
         edges = [0.0, *(float(NOISE_SCALES[i - 1] * NOISE_SCALES[i]) ** 0.5 for i in starts[1:]), math.inf]
         return [NoiseRange(edges[k], edges[k + 1], winners[i]) for k, i in enumerate(starts)]
-
-
-def in_words(chance: float | None) -> str:
-    """`fits`, `should fit`, `may not fit`, `does not fit`; `not checked` where nobody knows the memory."""
-    if chance is None:
-        return "not checked"
-    if chance < SURE:
-        return "does not fit"
-    if chance < LIKELY:
-        return "may not fit"
-    return "fits" if chance >= 1 - SURE else "should fit"
 
 
 def _log_sd(each: Expectation) -> float:

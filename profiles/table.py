@@ -34,9 +34,9 @@ class ThroughputTable:
         """What one accelerator measured of single shards, for the same fingerprint; else as `rows`."""
         return [row for row in self._read(fingerprint) if row.shard]
 
-    def everything(self) -> list[Measurement]:
-        """All rows, of whatever fingerprint, steps and shards; else as `rows`."""
-        return self._read(None)
+    def everything(self, fingerprint: Fingerprint | None = None) -> list[Measurement]:
+        """Steps and shards; else as `rows`."""
+        return self._read(fingerprint)
 
     def _read(self, fingerprint: Fingerprint | None) -> list[Measurement]:
         self.skipped = 0

@@ -1,11 +1,11 @@
 """How long a step of a configuration takes, from measured rows and from the steps of the job itself."""
 
 import math
-from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
-from typing import Literal
+from statistics import quantiles
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -13,6 +13,7 @@ from profiles.affine import AffineFit, Point, fit_affine
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Measurement
+from profiles.online import OnlineCorrection
 from profiles.record import Record
 
 OUT_OF_MEMORY = "out of memory"
@@ -20,9 +21,13 @@ OUT_OF_MEMORY = "out of memory"
 FAR = 4
 """A count beyond this many times the largest measured one is called extrapolated."""
 SEEN_STEPS = 5
-"""Live steps after which they replace the table."""
-SEEN_MEMORY = 20
-"""Live steps that are looked back on; older ones are forgotten."""
+"""Live steps after which a configuration's time is called seen."""
+DECILE = 1.2816
+"""The 90th percentile of a normal distribution, in standard deviations: what spreads are measured in."""
+STEPS_TIMED = 5
+"""Steps that a measured time is taken to be the median of: no fewer are timed, and neighbours resemble each other."""
+UNKNOWN_ERROR = 1.0
+"""Standard error of the logarithm of a time of which nothing is known but a first step."""
 
 
 class Prediction(Record):
@@ -32,9 +37,12 @@ class Prediction(Record):
     """Duration of an optimizer step; None for a failure."""
     spread_seconds: NonNegativeFloat | None = None
     """Half-width of its interval (10th to 90th percentile); None for a failure."""
-    source: Literal["measured", "interpolated", "extrapolated", "seen"]
+    error: NonNegativeFloat = 0.0
+    """Standard error of the logarithm of `step_seconds`: of single steps it is the spread that says how much they
+    differ."""
+    source: Literal["measured", "interpolated", "extrapolated", "predicted", "seen"]
     """measured: its own rows; interpolated, extrapolated: the line through the rows of its layout and micro-batch;
-    seen: the steps of this job."""
+    predicted: the cost model; seen: the steps of this job."""
     peak_bytes: NonNegativeInt | None = None
     """Largest memory in use on any rank; None where it was not measured."""
     failure: str | None = None
@@ -52,7 +60,10 @@ def half_spread(seconds: Sequence[float]) -> float:
 class Throughput:
     """Step times of configurations that share one fingerprint (model, software, hardware)."""
 
-    def __init__(self, rows: Iterable[Measurement] = ()) -> None:
+    def __init__(
+        self, rows: Iterable[Measurement] = (), predicted: Mapping[Configuration, Prediction] | None = None
+    ) -> None:
+        """`predicted` is what is expected of configurations that the rows say nothing of."""
         by_configuration: defaultdict[Configuration, list[Measurement]] = defaultdict(list)
         for row in rows:
             by_configuration[row.configuration].append(row)
@@ -65,38 +76,61 @@ class Throughput:
         for (layout, micro_batch), group in self._groups.items():
             if group.failure:
                 self._failing[layout].append((micro_batch, group))
-        self._seen: defaultdict[Configuration, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN_MEMORY))
-        self._drift: float | None = None
+        self._predicted = predicted or {}
+        self._live = OnlineCorrection()
+        self._before: dict[Configuration, Prediction] = {}
         self._refused: dict[Configuration | Layout, Prediction] = {}
 
     def predict(self, configuration: Configuration) -> Prediction | None:
         """The duration of a step, or None where nothing is known.
 
         Its own rows first; else the line through the rows of the same layout and micro-batch (`profiles.affine`), never
-        below their smallest number of micro-batches; both times `drift`. Steps of the running job replace them once
-        there are 5.
+        below their smallest number of micro-batches; else what was given as predicted. The steps of the running job
+        correct all of it (`profiles.online`).
         """
         refused = self._refusal(configuration)
         if refused:
             return refused
-        known = self._scaled(self._from_table(configuration))
-        seen = self._seen.get(configuration)
-        if seen and (len(seen) >= SEEN_STEPS or known is None or known.failure):
-            # The statistics of a `Measurement`, so that live and measured times can be compared.
-            return Prediction(
-                step_seconds=median(seen),
-                spread_seconds=half_spread(seen),
-                source="seen",
-                peak_bytes=known.peak_bytes if known else None,
-            )
-        return known
+        known = self._before.get(configuration) or self._expected(configuration)
+        if known is None or known.step_seconds is None or not self._before:
+            return known
+        steps = self._live.steps(configuration)
+        seconds = known.step_seconds * self._live.factor(configuration)
+        seen = steps >= SEEN_STEPS or (steps > 0 and known.error >= UNKNOWN_ERROR)
+        spread = DECILE * self._live.noise if seen else (known.spread_seconds or 0.0) / known.step_seconds
+        return known.model_copy(
+            update={
+                "step_seconds": seconds,
+                "spread_seconds": spread * seconds,
+                "error": self._live.error(configuration, known.error),
+                "source": "seen" if seen else known.source,
+            }
+        )
+
+    def error_beside(self, configuration: Configuration, running: Configuration) -> float:
+        """Standard error of the logarithm of the ratio of two times: what slows both down alike is not in it. 0 where
+        one is not known."""
+        if configuration == running:
+            return 0.0
+        one, other = (self._before.get(each) or self._expected(each) for each in (configuration, running))
+        return self._live.error(configuration, one.error, running, other.error) if one and other else 0.0
 
     def observe(self, configuration: Configuration, step_seconds: float) -> None:
         """Feed the duration of an ordinary step of the running job. Raises ValueError unless positive and finite."""
         if not 0 < step_seconds < math.inf:
             raise ValueError(f"step_seconds({step_seconds}) has to be positive and finite")
-        self._seen[configuration].append(step_seconds)
-        self._drift = None
+        before = self._before.get(configuration) or self._expected(configuration)
+        if before is None or before.step_seconds is None:
+            before = Prediction(
+                step_seconds=step_seconds,
+                spread_seconds=0.0,
+                error=UNKNOWN_ERROR,
+                source="seen",
+                peak_bytes=before.peak_bytes if before else None,
+            )
+        assert before.step_seconds is not None
+        self._before[configuration] = before
+        self._live.observe(configuration, before.step_seconds, step_seconds, before.error)
 
     def refuse(self, tried: Configuration | Layout, failure: str) -> None:
         """Predict this failure from now on: the running job tried the configuration, or anything in the layout.
@@ -107,7 +141,7 @@ class Throughput:
 
     def _refusal(self, configuration: Configuration) -> Prediction | None:
         exact = self._refused.get(configuration) or self._refused.get(configuration.layout)
-        if exact or configuration in self._seen:
+        if exact or configuration in self._before:
             return exact
         for tried, refused in self._refused.items():
             if isinstance(tried, Layout) or refused.failure != OUT_OF_MEMORY or tried.layout != configuration.layout:
@@ -116,34 +150,25 @@ class Throughput:
                 return refused
         return None
 
-    @property
-    def drift(self) -> float:
-        """How much slower steps are now than the table says: the median of seen ÷ table over the configurations seen.
+    def state(self) -> dict[str, Any]:
+        """What the running job taught, as plain values for a checkpoint."""
+        before = [(each.model_dump(), known.model_dump()) for each, known in self._before.items()]
+        return {"before": before, "live": self._live.state()}
 
-        1 while nothing has been seen. Without it a machine that is busier than while it was profiled would make every
-        configuration look better than the one that runs.
-        """
-        if self._drift is None:
-            ratios = [
-                median(steps) / known.step_seconds
-                for configuration, steps in self._seen.items()
-                if len(steps) >= SEEN_STEPS
-                and (known := self._from_table(configuration)) is not None
-                and known.step_seconds is not None
-            ]
-            self._drift = median(ratios) if ratios else 1.0
-        return self._drift
-
-    def _scaled(self, known: Prediction | None) -> Prediction | None:
-        if known is None or known.step_seconds is None or known.spread_seconds is None or self.drift == 1:
-            return known
-        times = {"step_seconds": known.step_seconds * self.drift, "spread_seconds": known.spread_seconds * self.drift}
-        return known.model_copy(update=times)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave; an empty dict changes nothing."""
+        for each, known in state.get("before", ()):
+            self._before[Configuration.model_validate(each)] = Prediction.model_validate(known)
+        self._live.restore(state.get("live", {}))
 
     def counts(self, layout: Layout, micro_batch: int) -> list[int]:
         """Numbers of micro-batches that were measured without failure, ascending."""
         group = self._groups.get((layout, micro_batch))
         return group.counts if group else []
+
+    def _expected(self, configuration: Configuration) -> Prediction | None:
+        """Without the steps of the running job."""
+        return self._from_table(configuration) or self._predicted.get(configuration)
 
     def _from_table(self, configuration: Configuration) -> Prediction | None:
         own = self._measured.get(configuration)
@@ -155,9 +180,11 @@ class Throughput:
             return group.failure
         if group is None or group.line is None or n < group.counts[0]:
             return None if group and group.counts else self._failure_of_smaller(configuration)
+        seconds, spread = group.line.step_seconds(n), group.line.spread_seconds(n)
         return Prediction(
-            step_seconds=group.line.step_seconds(n),
-            spread_seconds=group.line.spread_seconds(n),
+            step_seconds=seconds,
+            spread_seconds=spread,
+            error=spread / seconds / DECILE,
             source="interpolated" if n <= FAR * group.counts[-1] else "extrapolated",
             peak_bytes=group.peak_bytes,
         )
@@ -215,9 +242,11 @@ def _combine(rows: Sequence[Measurement]) -> Prediction:
     within = _median([(spread, count) for _, spread, count in timed])
     between = _median([(abs(seconds - step_seconds), count) for seconds, _, count in timed])
     peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None]
+    spread = math.hypot(within, between)
     return Prediction(
         step_seconds=step_seconds,
-        spread_seconds=math.hypot(within, between),
+        spread_seconds=spread,
+        error=spread / step_seconds / DECILE / math.sqrt(STEPS_TIMED),
         source="measured",
         peak_bytes=max(peaks, default=None),
     )

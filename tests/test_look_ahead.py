@@ -13,7 +13,8 @@ from test_cli import HEAVY, imported
 from copus.job import load_job
 from launch.plan import as_values
 from planner.look_ahead import look_ahead, rows_of
-from planner.prospects import Prospects, in_words
+from planner.memory_check import in_words
+from planner.prospects import Prospects
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement

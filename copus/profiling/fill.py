@@ -142,7 +142,7 @@ class _Lead:
         except (ValueError, KeyError, TypeError):  # the write itself was cut off
             self._tried.unlink()
             return
-        rows = self._table.shards(self._task.fingerprint) + self._table.rows(self._task.fingerprint)
+        rows = self._table.everything(self._task.fingerprint)
         if not any(row.configuration == configuration and row.time >= trying["time"] for row in rows):
             self._table.add(
                 Measurement(

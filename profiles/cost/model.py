@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import least_squares
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from profiles.cluster import Cluster
 from profiles.configurations import Configurations
@@ -87,8 +87,8 @@ class CostModel:
         software.
 
         Maximum of the posterior: robust least squares of the logarithms' errors, correlated as in
-        `profiles.cost.residual`, with the constants' priors. Raises ValueError for a time that is not positive and
-        finite.
+        `profiles.cost.residual`, with the constants' priors. Shards that were timed alone say something of compute,
+        launch and optimizer, and nothing of the network. Raises ValueError for a time that is not positive and finite.
         """
         fitted = CostModel(self._how)
         fitted._links = self._links
@@ -103,6 +103,7 @@ class CostModel:
         )
         means = np.concatenate([np.tile(self._prior(each.cluster)[0], (len(each.step_seconds), 1)) for each in known])
         sd = self._prior(known[0].cluster)[1]
+        shard = np.concatenate([np.full(len(each.step_seconds), each.shard) for each in known])
         logs = np.log(seconds)
         places = np.concatenate([coordinates(each.model, each.cluster, each.configurations) for each in known])
         noisy = covariance(places, places, self._how) + self._how.noise_sd**2 * np.eye(len(logs))
@@ -110,17 +111,22 @@ class CostModel:
 
         def misses(z: Floats) -> Floats:
             return np.concatenate(
-                [solve_triangular(lower, logs - _log_seconds(done, means + sd * z), lower=True, check_finite=False), z]
+                [
+                    solve_triangular(
+                        lower, logs - _log_seconds(done, means + sd * z, shard), lower=True, check_finite=False
+                    ),
+                    z,
+                ]
             )
 
         best = least_squares(
             misses, np.zeros(len(NAMES)), loss="soft_l1", f_scale=ROBUST, max_nfev=60, xtol=1e-5, ftol=1e-6
         )
         fitted._z = best.x
-        residual = logs - _log_seconds(done, means + sd * best.x)
+        residual = logs - _log_seconds(done, means + sd * best.x, shard)
         # A row that is far off is taken for a bad measurement: it may keep its miss to itself.
         noisy += np.diag(np.maximum((residual / OUTLIER) ** 2 - np.diag(noisy), 0.0))
-        moves = jacobian(done, means, sd, best.x)
+        moves = jacobian(done, means, sd, best.x, shard)
         whole = cho_factor(noisy + moves @ moves.T)
         solved = cho_solve(cho_factor(noisy), residual)
         misfit = float(residual @ solved + best.x @ best.x)
@@ -163,7 +169,7 @@ class CostModel:
             low=np.concatenate([piece.low for piece in pieces]),
             high=np.concatenate([piece.high for piece in pieces]),
             breakdown={name: np.concatenate([piece.breakdown[name] for piece in pieces]) for name in names},
-            assumptions=self._assumptions(model, cluster),
+            assumptions=self.assumptions(model, cluster),
         )
 
     def _piece(
@@ -181,7 +187,7 @@ class CostModel:
             nothing = np.full(len(c), np.nan)
             return Predicted(seconds, nothing, nothing, breakdown, ())
         variances, freedom = self._variance(done, coordinates(model, cluster, c), mean, sd)
-        half = student.ppf(0.5 + coverage / 2, freedom) * np.sqrt(variances)
+        half = float(stdtrit(freedom, 0.5 + coverage / 2)) * np.sqrt(variances)
         return Predicted(seconds, seconds * np.exp(-half), seconds * np.exp(half), breakdown, ())
 
     def _variance(self, done: Work, places: Floats, mean: Floats, sd: Floats) -> tuple[Floats, float]:
@@ -223,7 +229,8 @@ class CostModel:
     def _work(self, model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Work:
         return work(model, cluster, self._device(cluster), c, precision)
 
-    def _assumptions(self, model: ModelShape, cluster: Cluster) -> tuple[str, ...]:
+    def assumptions(self, model: ModelShape, cluster: Cluster) -> tuple[str, ...]:
+        """What every prediction takes for granted, in words."""
         device = self._device(cluster)
         said = [
             f"{device.name}: {device.inside_node.kind} inside a node, {device.between_nodes.kind} between nodes",
@@ -241,16 +248,16 @@ def _cut(c: Configurations, where: slice) -> Configurations:
     return Configurations(**{field.name: getattr(c, field.name)[where] for field in fields(c)})
 
 
-def _log_seconds(done: Work, log_constants: Floats) -> Floats:
-    return np.log(step_seconds(done, log_constants.T))
+def _log_seconds(done: Work, log_constants: Floats, shard: NDArray[np.bool_] | None = None) -> Floats:
+    return np.log(step_seconds(done, log_constants.T, shard))
 
 
-def jacobian(done: Work, mean: Floats, sd: Floats, z: Floats) -> Floats:
+def jacobian(done: Work, mean: Floats, sd: Floats, z: Floats, shard: NDArray[np.bool_] | None = None) -> Floats:
     """∂ log seconds / ∂ z, by secants (`STEP`): N × constants."""
     columns = []
     for index in range(len(z)):
         shift = np.zeros(len(z))
         shift[index] = STEP
-        up, down = (_log_seconds(done, mean + sd * (z + sign * shift)) for sign in (1, -1))
+        up, down = (_log_seconds(done, mean + sd * (z + sign * shift), shard) for sign in (1, -1))
         columns.append((up - down) / (2 * STEP))
     return np.stack(columns, axis=1)

@@ -8,7 +8,8 @@ from profiles.cost.work import Floats, Work
 
 PARTS = ("compute", "launch", "tp", "cp", "ep", "p2p", "bubble", "dp", "optimizer")
 """Parts of a step, as in `Predicted.breakdown`."""
-
+OWN = ("compute", "launch", "optimizer")
+"""Those that a rank does by itself: what one accelerator takes for its shard alone."""
 
 ROUND = 0.1
 """Share of a communication that shows even under ample work: its first message has nothing to hide under."""
@@ -77,10 +78,13 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     }
 
 
-def step_seconds(w: Work, log_constants: NDArray[np.float64]) -> Floats:
-    """Seconds of a step."""
-    total: Floats = sum(parts(w, log_constants).values(), start=np.zeros(len(w)))
-    return total
+def step_seconds(w: Work, log_constants: NDArray[np.float64], shard: NDArray[np.bool_] | None = None) -> Floats:
+    """Seconds of a step; where `shard` is true, of the parts of it that a rank does by itself."""
+    found = parts(w, log_constants)
+    total: Floats = sum(found.values(), start=np.zeros(len(w)))
+    if shard is None:
+        return total
+    return np.where(shard, sum((found[name] for name in OWN), start=np.zeros(len(w))), total)
 
 
 def _slower(a: Floats, b: Floats) -> Floats:

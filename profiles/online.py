@@ -1,0 +1,202 @@
+"""What the steps of the running job say about predicted step times: how far these are off, and how sure that is."""
+
+import math
+from collections import Counter, deque
+from itertools import pairwise
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+
+RECENT = 20
+"""Steps that the noise of a step is judged by."""
+NOISE = 0.05
+"""Noise of a step (standard deviation of its logarithm) before there are so many, and never less than a tenth of it."""
+SETTLED = 5
+"""Steps after which one that is far off counts for less."""
+FREEDOM = 4.0
+"""Configurations that the assumed sizes of effects are worth: how soon what was seen sets the width of intervals."""
+
+
+class Effects(NamedTuple):
+    """Standard deviations of the logarithms of what makes a step longer or shorter than predicted."""
+
+    machine: float = 0.15
+    """Everything runs slower: contention, heat."""
+    layout: float = 0.02
+    """A layout does, at all batches."""
+    passes: float = 0.015
+    """A layout and micro-batch do."""
+    configuration: float = 0.015
+    """One configuration does, besides the error of its own prediction."""
+
+
+_Effect = tuple[Layout | None, int | None, int | None]
+"""Layout, micro-batch, global batch; None for all of them."""
+
+
+class OnlineCorrection:
+    """Logarithm of seen ÷ predicted = machine + layout + layout and micro-batch + configuration + noise of the step.
+
+    A Kalman filter: all effects are normal, and wander back to 0 (an Ornstein-Uhlenbeck process), so that what has not
+    run for long falls back to the prediction. Steps of one configuration therefore say most about itself, less about
+    others of its layout, and about other layouts only how the machine is. Where effects come out larger than they were
+    assumed to be, all intervals widen by as much (as in `profiles.cost.model`).
+    """
+
+    def __init__(self, half_life_steps: float = 1000.0, effects: Effects | None = None) -> None:
+        """Raises ValueError unless all are positive."""
+        sizes = effects or Effects()
+        if not min(half_life_steps, *sizes) > 0:
+            raise ValueError("half_life_steps and the sizes of effects have to be positive")
+        self._keep = 0.5 ** (1 / half_life_steps)
+        self._sizes = sizes
+        self._places: dict[_Effect, int] = {}
+        self._prior = np.zeros(0)
+        self._mean = np.zeros(0)
+        self._covariance = np.zeros((0, 0))
+        self._steps: Counter[Configuration] = Counter()
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._last: Configuration | None = None
+
+    def observe(
+        self,
+        configuration: Configuration,
+        predicted_seconds: float,
+        step_seconds: float,
+        error: float = 0.0,
+        count: float = 1.0,
+    ) -> None:
+        """Feed an ordinary step, or the mean of `count`; `error` is the standard error of the prediction's logarithm.
+
+        Raises ValueError unless both times are positive and finite.
+        """
+        if not (0 < predicted_seconds < math.inf and 0 < step_seconds < math.inf):
+            raise ValueError(
+                f"predicted_seconds({predicted_seconds}) and step_seconds({step_seconds}) have to be positive and finite"
+            )
+        if self._last not in (None, configuration):
+            self._recent.clear()
+        self._last = configuration
+        self._recent.append(math.log(step_seconds))
+        keep = self._keep**count
+        self._mean = self._mean * keep
+        self._covariance = self._covariance * keep**2 + np.diag(self._prior * (1 - keep**2))
+        effects = _effects(configuration)
+        for effect, variance in zip(effects, self._variances(error), strict=True):
+            self._add(effect, variance)
+        places = [self._places[effect] for effect in effects]
+        towards = self._covariance[:, places].sum(axis=1)
+        own = float(towards[places].sum())
+        off = math.log(step_seconds / predicted_seconds) - float(self._mean[places].sum())
+        noise = self.noise**2 / count
+        if self._steps[configuration] >= SETTLED:
+            # A pause (a checkpoint, a slow disk) is no news about the configuration; a change that stays still gets
+            # through.
+            noise *= 1 + off * off / (9 * (own + noise))
+        gain = towards / (own + noise)
+        self._mean = self._mean + gain * off
+        self._covariance = self._covariance - np.outer(gain, towards)
+        self._steps[configuration] += max(1, round(count))
+
+    def steps(self, configuration: Configuration) -> int:
+        """Steps seen of it."""
+        return self._steps[configuration]
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the logarithm of a step, from how much successive ones differ: neither a drift nor a
+        pause changes it."""
+        jumps = [abs(after - before) for before, after in pairwise(self._recent)]
+        if len(jumps) < SETTLED:
+            return NOISE
+        return max(median(jumps) / (0.6745 * math.sqrt(2)), NOISE / 10)
+
+    def factor(self, configuration: Configuration) -> float:
+        """What to multiply the prediction by; 1 while nothing has been seen."""
+        known = [self._places[effect] for effect in _effects(configuration) if effect in self._places]
+        return math.exp(float(self._mean[known].sum()))
+
+    def error(
+        self,
+        configuration: Configuration,
+        error: float = 0.0,
+        beside: Configuration | None = None,
+        error_beside: float = 0.0,
+    ) -> float:
+        """Standard error of the logarithm of a corrected prediction, whose own is `error`.
+
+        With `beside` of its ratio to that of another configuration: what both share, such as the machine, cancels.
+        """
+        signs = dict.fromkeys(_effects(configuration), 1.0)
+        priors = dict(zip(signs, self._variances(error), strict=True))
+        if beside is not None:
+            priors |= dict(zip(_effects(beside), self._variances(error_beside), strict=True))
+            for effect in _effects(beside):
+                signs[effect] = signs.get(effect, 0.0) - 1.0
+        unknown = sum(sign**2 * priors[effect] for effect, sign in signs.items() if effect not in self._places)
+        known = [(self._places[effect], sign) for effect, sign in signs.items() if sign and effect in self._places]
+        if known:
+            places, weights = np.array([place for place, _ in known]), np.array([sign for _, sign in known])
+            unknown += float(weights @ self._covariance[np.ix_(places, places)] @ weights)
+        return math.sqrt(max(unknown, 0.0) * self._excess)
+
+    @property
+    def _excess(self) -> float:
+        """How much larger squared effects are than they were assumed to be, at least 1."""
+        if not self._steps:
+            return 1.0
+        return max(1.0, (FREEDOM + float(self._mean**2 @ (1 / self._prior))) / (FREEDOM + len(self._steps)))
+
+    def _variances(self, error: float) -> list[float]:
+        machine, layout, passes, configuration = (size**2 for size in self._sizes)
+        return [machine, layout, passes, configuration + error**2]
+
+    def _add(self, effect: _Effect, variance: float) -> None:
+        if effect in self._places:
+            return
+        size = len(self._prior)
+        self._places[effect] = size
+        self._prior = np.append(self._prior, variance)
+        self._mean = np.append(self._mean, 0.0)
+        self._covariance = np.pad(self._covariance, (0, 1))
+        self._covariance[size, size] = variance
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as plain values for a checkpoint."""
+        return {
+            "effects": [(layout and layout.model_dump(), *batches) for layout, *batches in self._places],
+            "prior": self._prior.tolist(),
+            "mean": self._mean.tolist(),
+            "covariance": self._covariance.tolist(),
+            "steps": [(each.model_dump(), steps) for each, steps in self._steps.items()],
+            "recent": list(self._recent),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave; an empty dict changes nothing."""
+        if not state:
+            return
+        effects = [
+            (None if layout is None else Layout.model_validate(layout), micro_batch, global_batch)
+            for layout, micro_batch, global_batch in state["effects"]
+        ]
+        self._places = {effect: place for place, effect in enumerate(effects)}
+        self._prior, self._mean = np.array(state["prior"]), np.array(state["mean"])
+        self._covariance = np.array(state["covariance"]).reshape(len(effects), len(effects))
+        self._steps = Counter({Configuration.model_validate(each): steps for each, steps in state["steps"]})
+        self._recent = deque(state["recent"], maxlen=RECENT)
+
+
+def _effects(configuration: Configuration) -> tuple[_Effect, _Effect, _Effect, _Effect]:
+    """What bears on a configuration, as in `Effects`."""
+    layout, micro_batch = configuration.layout, configuration.micro_batch
+    return (
+        (None, None, None),
+        (layout, None, None),
+        (layout, micro_batch, None),
+        (layout, micro_batch, configuration.global_batch),
+    )

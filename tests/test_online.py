@@ -1,0 +1,128 @@
+"""Live steps correct predictions, as far as they can tell, and are forgotten."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.online import OnlineCorrection
+
+TP2, DP4, PP2 = Layout(tp=2, dp=2), Layout(dp=4), Layout(pp=2, dp=2)
+
+
+def of(layout: Layout, batch: int = 16, micro_batch: int = 1) -> Configuration:
+    return Configuration(layout=layout, micro_batch=micro_batch, global_batch=batch)
+
+
+RUNS = of(DP4)
+
+
+def fed(steps: int, seconds: float, configuration: Configuration = RUNS, half_life: float = 1000.0) -> OnlineCorrection:
+    """A correction that saw that many steps, predicted as 1 s."""
+    live = OnlineCorrection(half_life)
+    for _ in range(steps):
+        live.observe(configuration, 1.0, seconds)
+    return live
+
+
+def feed(live: OnlineCorrection, configuration: Configuration, seconds: float, steps: int = 30) -> None:
+    for _ in range(steps):
+        live.observe(configuration, 1.0, seconds)
+
+
+def test_nothing_seen_changes_nothing() -> None:
+    live = OnlineCorrection()
+    assert live.factor(RUNS) == 1.0
+    assert live.error(RUNS) > 0.15
+    assert live.error(RUNS, 0.0, of(TP2)) < 0.05, "a slow machine slows both"
+
+
+def test_own_steps_count_fully_and_others_mostly() -> None:
+    live = fed(100, 1.3)
+    assert live.factor(RUNS) == pytest.approx(1.3, rel=0.01)
+    assert 1.2 < live.factor(of(TP2)) < live.factor(of(DP4, 32)) < 1.3
+    assert live.error(RUNS) < 0.02 < live.error(of(TP2)) < 0.15
+
+
+def test_who_is_to_blame_shows_when_another_layout_runs() -> None:
+    """DP4 takes 30 % longer than the table says, TP2 does not: so it is not the machine, and all batches of DP4 do."""
+    live = fed(30, 1.3)
+    assert live.factor(of(TP2)) > 1.2
+    feed(live, of(TP2), 1.0)
+    assert live.factor(RUNS) == pytest.approx(1.3, rel=0.05)
+    assert live.factor(of(TP2)) == pytest.approx(1.0, rel=0.02)
+    for batch, micro_batch in ((32, 1), (64, 1), (64, 4)):
+        others = [live.factor(of(layout, batch, micro_batch)) for layout in (TP2, DP4)]
+        assert others[1] / others[0] > 1.1, "the family is mended, its batches that never ran too"
+    assert live.error(of(PP2)) > 0.05, "what is 30 % off twice may be off again"
+
+
+def test_a_pause_is_ignored_and_a_change_is_followed() -> None:
+    live = fed(50, 1.0)
+    live.observe(RUNS, 1.0, 30.0)
+    assert live.factor(RUNS) == pytest.approx(1.0, rel=0.01)
+    feed(live, RUNS, 1.4, 60)
+    assert live.factor(RUNS) == pytest.approx(1.4, rel=0.03)
+    assert live.factor(of(TP2)) == pytest.approx(1.4, rel=0.15)
+
+
+def test_a_machine_that_slows_down_bit_by_bit_is_followed() -> None:
+    live, rng = OnlineCorrection(), np.random.default_rng(1)
+    for step in range(600):
+        live.observe(RUNS, 1.0, math.exp(0.3 * step / 600 + 0.03 * rng.normal()))
+        if step > 100:
+            assert abs(math.log(live.factor(RUNS)) - 0.3 * step / 600) < 0.06
+
+
+def test_what_has_not_run_for_long_is_forgotten() -> None:
+    live = fed(50, 1.5, half_life=10)
+    then = live.factor(RUNS), live.error(RUNS, 0.0, of(TP2))
+    feed(live, of(TP2), 1.0, 400)
+    assert live.factor(RUNS) < 1.02 < then[0]
+    assert live.factor(of(TP2)) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1])
+def test_the_interval_is_honest(noise: float) -> None:
+    """Effects of the sizes that are assumed: 80 % intervals of seen and unseen times, and of ratios, hold 80 %."""
+    rng = np.random.default_rng(0)
+    ran, other = of(TP2), of(DP4, 64, 4)
+    inside = {"own": 0, "other": 0, "ratio": 0}
+    repeats = 300
+    for _ in range(repeats):
+        machine = 0.15 * rng.normal()
+        true = {each: machine + math.hypot(0.02, 0.015, 0.015) * rng.normal() for each in (RUNS, ran, other)}
+        live = OnlineCorrection()
+        for configuration in (RUNS, ran):
+            for _ in range(25):
+                live.observe(configuration, 1.0, math.exp(true[configuration] + noise * rng.normal()))
+        for name, configuration in (("own", ran), ("other", other)):
+            off = math.log(live.factor(configuration)) - true[configuration]
+            inside[name] += abs(off) < 1.2816 * live.error(configuration)
+        off = math.log(live.factor(other) / live.factor(ran)) - (true[other] - true[ran])
+        inside["ratio"] += abs(off) < 1.2816 * live.error(other, 0.0, ran)
+    assert all(0.72 < count / repeats < 0.97 for count in inside.values()), inside
+
+
+def test_it_survives_a_checkpoint() -> None:
+    live, resumed = fed(30, 1.3), OnlineCorrection()
+    feed(live, of(TP2), 1.1)
+    resumed.restore(json.loads(json.dumps(live.state())))
+    resumed.restore({})
+    for each in (live, resumed):
+        feed(each, of(TP2), 1.2, 3)
+    for configuration in (RUNS, of(TP2), of(TP2, 32), of(PP2)):
+        assert resumed.factor(configuration) == live.factor(configuration)
+        assert resumed.error(configuration, 0.1, RUNS) == live.error(configuration, 0.1, RUNS)
+    assert resumed.steps(RUNS) == 30
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, np.inf, np.nan])
+def test_impossible_times_are_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="positive and finite"):
+        OnlineCorrection().observe(RUNS, 1.0, seconds)
+    with pytest.raises(ValueError, match="positive"):
+        OnlineCorrection(half_life_steps=0)
