@@ -90,6 +90,64 @@ class Plot:
 
 
 @dataclass
+class Watch:
+    """Watch a run while it goes on, wherever its workers are; ends when the run ends. Ctrl-C leaves; the run goes on.
+
+    Example: copus watch shakespeare
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs."""
+    once: bool = False
+    """Print one frame and end."""
+    json: bool = False
+    """Print one frame as a JSON object and end."""
+
+    def run(self) -> int:
+        from launch.watch import watch
+
+        return watch(self.run_name, once=self.once, as_json=self.json)
+
+
+@dataclass
+class Runs:
+    """List the runs in a folder, and what each is doing: running, stalled, finished, stopped, failed, crashed.
+
+    Example: copus runs /shared/runs --json
+    """
+
+    folder: Positional[Annotated[Path | None, arg(metavar="[FOLDER]", help_behavior_hint="")]] = None
+    """Folder with run directories; ./runs if it is not given."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        from launch.runs import runs
+
+        return runs(self.folder, as_json=self.json)
+
+
+@dataclass
+class Report:
+    """Write a run, or a comparison of several, as one HTML page that needs nothing else: no network, no other file.
+
+    Example: copus report shakespeare · copus report with-moves without-moves --output both.html
+    """
+
+    run_names: Positional[Annotated[list[str], arg(metavar="RUN [RUN …]", name="runs")]]
+    """Run directories, or their names below ./runs."""
+    output: Annotated[Path | None, arg(metavar="FILE.html")] = None
+    """File to write; RUN/report.html if it is not given, and comparison.html in this folder for several runs."""
+    json: bool = False
+    """Print the file's path as a JSON object."""
+
+    def run(self) -> int:
+        from launch.report import report
+
+        return report(self.run_names, self.output, as_json=self.json)
+
+
+@dataclass
 class Data:
     """Fetch and tokenize the text of a job, unless that is done already, and print where it lies.
 
@@ -316,7 +374,10 @@ Commands = (
     | Annotated[Data, subcommand("data")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[Watch, subcommand("watch")]
+    | Annotated[Runs, subcommand("runs")]
     | Annotated[Explain, subcommand("explain")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Simulate, subcommand("simulate")]

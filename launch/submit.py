@@ -112,9 +112,9 @@ def _conclude(outcome: Outcome, run: Path, console: Console, as_json: bool, *, a
         lines.append(f"  go on       {resume}   ({newest})")
     lines += [
         f"  run         {place}",
+        f"  report      copus report {place}",
         f"  decisions   copus explain {place}",
         f"  curves      tensorboard --logdir {place}/tensorboard",
-        f"  picture     copus plot {place}",
     ]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
     return outcome.exit_code
