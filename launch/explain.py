@@ -16,8 +16,10 @@ from profiles.decision import CandidateScore, Decision
 
 BEST = 20
 """Candidates shown, unless all are asked for. The chosen and the current one are always there."""
-COLUMNS = ("layout", "micro-batch", "global batch", "samples/s", "±", "source", "efficiency", "goodput", "vs current")
-COLUMNS += ("memory", "move", "saves", "verdict")
+COLUMNS = (
+    *("layout", "micro-batch", "global batch", "samples/s", "±", "source", "efficiency", "goodput", "vs current"),
+    *("memory", "move", "saves", "verdict"),
+)
 WORDS = ("layout", "source", "verdict")
 """The columns that are not figures."""
 

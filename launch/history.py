@@ -28,8 +28,10 @@ from launch.wording import told
 from profiles.configuration import Configuration
 from profiles.decision import Decision
 
-KINDS = ("start", "profile", "step", "noise", "decision", "reconfigure", "evaluate", "checkpoint", "warning", "failure")
-KINDS += ("restart", "end")
+KINDS = (
+    *("start", "profile", "step", "noise", "decision", "reconfigure", "evaluate", "checkpoint", "warning", "failure"),
+    *("restart", "end"),
+)
 
 PauseKind = Literal["measuring", "starting", "evaluating", "moving", "checkpoints", "planning", "down"]
 

@@ -6,7 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copus.events import DecisionMade, Event, Noise, Profile, Reconfigure, Start, Step
+from copus.events import DecisionMade, Event, Profile, Reconfigure, Start, Step
 from launch.follow import Follower
 from launch.run_directory import find_run
 from launch.run_state import state_of

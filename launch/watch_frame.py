@@ -1,6 +1,7 @@
 """One frame of `copus watch`: a `Watched` as something that rich can print."""
 
 import time
+from itertools import pairwise
 
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -56,22 +57,22 @@ def sparkline(values: list[float], width: int) -> str:
         return ""
     width = min(width, len(values))
     cuts = [place * len(values) // width for place in range(width + 1)]
-    means = [sum(values[low:high]) / (high - low) for low, high in zip(cuts, cuts[1:], strict=False)]
+    means = [sum(values[low:high]) / (high - low) for low, high in pairwise(cuts)]
     least, span = min(means), max(means) - min(means)
     return "".join(BARS[round((mean - least) / span * (len(BARS) - 1)) if span else 0] for mean in means)
 
 
 def _heading(watched: Watched) -> Text:
     status, state = watched.status, watched.state
-    parts = [(shown(watched.run), "bold"), "   ", (state.name, STYLES.get(state.name, "") + " bold")]
+    heading = Text.assemble((shown(watched.run), "bold"), "   ", (state.name, STYLES.get(state.name, "") + " bold"))
     if state.why:
-        parts.append((f" {state.why}", "dim"))
+        heading.append(f" {state.why}", "dim")
     if status.start and status.time is not None:
         until = time.time() if state.alive else status.time
-        parts.append(f"   {duration(max(0.0, until - status.start.time))} since the start")
+        heading.append(f"   {duration(max(0.0, until - status.start.time))} since the start")
         if state.alive and status.remaining_seconds is not None:
-            parts.append(f"   {duration(status.remaining_seconds)} to go at this speed")
-    return Text.assemble(*parts)
+            heading.append(f"   {duration(status.remaining_seconds)} to go at this speed")
+    return heading
 
 
 def _samples(watched: Watched) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,15 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe"),
 )
+
+CONNECT = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD_CLOEXEC, 10) for number in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Chromium reads from descriptor 3 and writes to 4: put the pipes there, whatever numbers they have here."""
 
 
 class Browser:
@@ -106,10 +116,11 @@ def browser(profile: Path) -> Iterator[Browser]:
     in_read, in_write = os.pipe()
     out_read, out_write = os.pipe()
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-    # Chromium reads from descriptor 3 and writes to 4; the shell puts the pipes there, whatever numbers they have here.
-    shell = ["sh", "-c", f'exec "$@" 3<&{in_read} 4>&{out_write}', "sh", *command]
     process = subprocess.Popen(
-        shell, pass_fds=(in_read, out_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", CONNECT, str(in_read), str(out_write), *command],
+        pass_fds=(in_read, out_write),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     os.close(in_read)
     os.close(out_write)

@@ -1,6 +1,7 @@
 """`copus report`: a run, or several, as one HTML page that needs no network and no other file.
 
-Drawn with plotly (kept well, zooms, tells values): its 4 MB of JavaScript are the page's price for needing nothing else.
+Drawn with plotly, which is well kept, zooms and tells values; its 5 MB of JavaScript, in the page, are the price of
+needing nothing else.
 """
 
 import json

@@ -54,9 +54,8 @@ TOKENS = Axis("tokens trained on", lambda tokens, seconds: tokens, ".4~s")
 
 def time_axis(longest_seconds: float) -> Axis:
     """Time since training began."""
-    for limit, unit, name in ((180, 1, "seconds"), (3 * 3600, 60, "minutes"), (math.inf, 3600, "hours")):
-        if longest_seconds < limit:
-            break
+    units = ((180, 1, "seconds"), (3 * 3600, 60, "minutes"), (math.inf, 3600, "hours"))
+    unit, name = next((unit, name) for limit, unit, name in units if longest_seconds < limit)
     return Axis(f"{name} since training began", lambda tokens, seconds: seconds / unit)
 
 
@@ -183,8 +182,8 @@ def goodput(history: History, rows: Sequence[GoodputAt], axis: Axis, shades: Map
     )
     layout = _layout(axis, "samples/s", height=560)
     layout["yaxis"] |= {"domain": [0.70, 1.0], "rangemode": "tozero"}
-    layout["yaxis2"] = _axis("efficiency (%)") | {"domain": [0.36, 0.64], "range": [0, 105]}
-    layout["yaxis3"] = _axis("goodput") | {"domain": [0.0, 0.30], "rangemode": "tozero"}
+    layout["yaxis2"] = _axis("efficiency (%)") | {"gridcolor": GRID, "domain": [0.36, 0.64], "range": [0, 105]}
+    layout["yaxis3"] = _axis("goodput") | {"gridcolor": GRID, "domain": [0.0, 0.30], "rangemode": "tozero"}
     layout["xaxis"] |= {"anchor": "y3"}
     _mark(layout, history, axis, shades)
     return {"data": data, "layout": layout}
@@ -242,7 +241,7 @@ def timeline(history: History, axis: Axis, shades: Mapping[str, str]) -> Figure:
         "type": "category",
         "categoryorder": "array",
         "categoryarray": [*lanes, "training"],
-        "showgrid": False,
+        "gridcolor": PAGE,
         "title": {"text": ""},
         "automargin": True,
     }
@@ -392,15 +391,11 @@ def marks(history: History, axis: Axis, shades: Mapping[str, str]) -> list[Figur
         else:
             stretches.append((label, *ends))
     for label, first, last in stretches if len(stretches) <= MOST_MOVES else []:
-        shapes.append({"type": "rect", "xref": "x", "yref": "paper", "x0": _short(first, 7), "x1": _short(last, 7)})
-        shapes[-1] |= {
-            "ysizemode": "pixel",
-            "yanchor": 0,
-            "y0": 0,
-            "y1": 6,
-            "fillcolor": shades.get(label, MUTED),
-            "line": {"width": 0},
-        }
+        shapes.append(
+            {"type": "rect", "xref": "x", "x0": _short(first, 7), "x1": _short(last, 7), "line": {"width": 0}}
+        )
+        shapes[-1] |= {"fillcolor": shades.get(label, MUTED)}
+        shapes[-1] |= {"yref": "paper", "ysizemode": "pixel", "yanchor": 0, "y0": 0, "y1": 6}
     return shapes
 
 
@@ -416,14 +411,13 @@ def _layout(axis: Axis, y_title: str, *, height: int) -> Figure:
         "hoverlabel": {"bgcolor": PAGE, "bordercolor": GRID, "font": {"color": INK}},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         "xaxis": _axis(axis.title) | {"showgrid": False, "hoverformat": axis.form},
-        "yaxis": _axis(y_title),
+        "yaxis": _axis(y_title) | {"gridcolor": GRID},
     }
 
 
 def _axis(title: str) -> Figure:
     return {
         "title": {"text": title, "font": {"color": MUTED}, "standoff": 10},
-        "gridcolor": GRID,
         "linecolor": GRID,
         "tickfont": {"color": MUTED},
         "zeroline": False,

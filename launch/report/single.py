@@ -27,7 +27,6 @@ from launch.report.series import (
 )
 from launch.run_state import RunState, state_of
 from launch.status import count, noise_interval
-from launch.wording import told
 from planner.config import PlannerConfig
 from planner.goodput import Objective
 from planner.wording import duration, percent
@@ -145,7 +144,8 @@ def _gain_words(history: History, gain: float | None) -> str:
     rate = first_throughput(history)
     return (
         f"The dashed line is what {first} would have reached at the noise of each moment, at {rate:.3g} samples/s: the "
-        f"best that it showed, or was measured at. Over the run, and less the time of moves, the difference is {gain:+.0%}."
+        "best that it showed, or was measured at. Over the run, and less the time of moves, the difference is "
+        f"{gain:+.0%}."
     )
 
 
