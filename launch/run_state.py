@@ -16,7 +16,7 @@ StateName = Literal[
 HEARD_SECONDS = 30.0
 """A run whose lock is not seen to be held, as on another machine, is alive when it wrote something this lately."""
 STALLED_SECONDS = 60.0
-"""A run that has been silent for so long, and for ten times its longest step or evaluation, is stalled."""
+"""A run that has been silent for so long, and for ten times its last step or evaluation, is stalled."""
 ENDING_SECONDS = 60.0
 """The lock may outlast the last event by this; when it is held for longer, workers are being started again."""
 
@@ -64,8 +64,12 @@ def _alive(run: Path, status: RunStatus, silent: float | None) -> RunState:
         return RunState("stopping", "the workers are ending", alive=True)
     if status.end is not None or status.failure is not None or status.time is None:
         return RunState("starting", "its workers", alive=True)
-    seconds = [status.step.seconds if status.step else 0.0, status.evaluation.seconds if status.evaluation else 0.0]
-    if silent is not None and silent > max(STALLED_SECONDS, 10 * max(seconds)):
+    seconds = max(
+        status.step.seconds if status.step else 0.0,
+        status.evaluation.seconds if status.evaluation else 0.0,
+        (status.profile.step_seconds or 0.0) if status.profile else 0.0,
+    )
+    if silent is not None and silent > max(STALLED_SECONDS, 10 * seconds):
         return RunState("stalled", f"no event for {duration(silent)}", alive=True)
     if (run / "stop").exists():
         return RunState("stopping", "at the next step, with a checkpoint", alive=True)

@@ -86,7 +86,9 @@ def test_torn_lines_unknown_events_and_a_missing_log(tmp_path: Path) -> None:
     run = write_told_run(tmp_path / "told")
     whole = (run / "events.jsonl").read_bytes()
     before = len(read_history(run).steps)
-    (run / "events.jsonl").write_bytes(b'{"type":"telepathy"}\nnonsense\n{"type":"decision","decision":[]}\n' + whole[:-40])
+    (run / "events.jsonl").write_bytes(
+        b'{"type":"telepathy"}\nnonsense\n{"type":"decision","decision":[]}\n' + whole[:-40]
+    )
     assert len(read_history(run).steps) == before
     (run / "events.jsonl").unlink()
     assert read_history(run).steps == []

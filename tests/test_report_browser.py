@@ -50,9 +50,8 @@ def test_a_report_is_drawn_and_asks_for_nothing(tab: Browser, report: Path, widt
     assert tab.evaluate(INVALID) == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.evaluate("document.title") == "told"  # the hostile text of the run did not run
-    background, ink = tab.evaluate(
-        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.xtick text')).fill]"
-    )
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    ink = tab.evaluate("getComputedStyle(document.querySelector('.xtick text')).fill")
     assert (brightness(background) < brightness(ink)) == dark
     assert tab.requests == [report.as_uri()]
     assert tab.complaints == []
@@ -70,7 +69,9 @@ def test_a_comparison_is_drawn(tab: Browser, tmp_path: Path) -> None:
 
 def test_the_browser_would_have_told(tab: Browser, tmp_path: Path) -> None:
     path = tmp_path / "bad.html"
-    path.write_text("<img src='http://example.invalid/x.png'><script>console.error('oh'); throw new Error('no')</script>")
+    path.write_text(
+        "<img src='http://example.invalid/x.png'><script>console.error('oh'); throw new Error('no')</script>"
+    )
     tab.open(path)
     assert "http://example.invalid/x.png" in tab.requests
     assert any("oh" in complaint for complaint in tab.complaints)
