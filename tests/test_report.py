@@ -188,7 +188,7 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     (runs[1] / "job.yaml").write_text(yaml.safe_dump(values))
     text = page(runs)
     assert "planner.policy" in text
-    assert "+100%" in text  # twice the time to the same loss
+    assert "+100 %" in text  # twice the time to the same loss
     values["model"]["vocab"] = 5
     (runs[1] / "job.yaml").write_text(yaml.safe_dump(values))
     assert "cannot be compared: model.vocab is not the same" in page(runs)

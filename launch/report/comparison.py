@@ -126,7 +126,7 @@ def _equal_loss(named: dict[str, History], jobs: dict[str, dict[str, Any]]) -> t
     for place, (name, at) in enumerate(found.items()):
         assert at is not None  # every run has reached the target, by its choice
         assert first is not None
-        against = "–" if at is first or first.seconds <= 0 else f"{at.seconds / first.seconds - 1:+.0%}"
+        against = "–" if at is first or first.seconds <= 0 else f"{100 * (at.seconds / first.seconds - 1):+.0f} %"
         texts = [name, f"{target:.3f}", duration(at.seconds), against, count(at.tokens)]
         rows.append(Row(texts, figures.palette(place)))
     columns = [Column("run", "name"), Column("loss"), Column("time"), Column("against the first"), Column("tokens")]

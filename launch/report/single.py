@@ -35,8 +35,16 @@ MOST_ROWS = 60
 """Moves, and notices, that have a row."""
 SECRET = re.compile(r"secret|password|passwd|credential|private|api_?key|access_?key|(^|_)token$", re.IGNORECASE)
 """Names of settings whose text is left out: plugins have settings of their own."""
-SHARE_COLOURS = {"training": "var(--c2)", "repeated": "var(--c5)", "measuring": "var(--c4)", "moving": "var(--accent)"}
-SHARE_COLOURS |= {"evaluating": "var(--noise)", "checkpoints": "var(--c1)", "down": "var(--bad)"}
+SHARE_COLOURS = {
+    **{
+        "training": "var(--ink)",
+        "measuring": "var(--accent)",
+        "starting": "var(--accent)",
+        "evaluating": "var(--noise)",
+    },
+    **{"repeated": "var(--bad)", "down": "var(--bad)"},
+}
+"""Of kinds of time; the others are faint. None is a layout's."""
 
 
 def single(history: History) -> Content:
@@ -108,7 +116,7 @@ def summary(history: History, state: RunState, gain: float | None) -> list[str]:
     total = status.start.total_samples * history.seq_len
     amount = f"{count(history.tokens)} tokens"
     if history.tokens < total:
-        amount += f" of {count(total)} ({status.fraction:.0%})"
+        amount += f" of {count(total)} ({percent(status.fraction)})"
     sentences = [f"Trained on {amount} in {duration(history.end)}, on {status.start.hardware}.{_losses(history)}"]
     first, last = history.spans[0].configuration.label, history.spans[-1].configuration.label
     if history.moves:
@@ -120,7 +128,7 @@ def summary(history: History, state: RunState, gain: float | None) -> list[str]:
     if gain is not None:
         words = "more" if gain >= 0 else "less"
         sentences.append(
-            f"By its own measurements it made {abs(gain):.0%} {words} progress than its first configuration would have "
+            f"By its own measurements it made {100 * abs(gain):.0f} % {words} progress than its first configuration would have "
             "in the same time (an estimate: that run was not trained)."
         )
     if state.alive:
@@ -145,7 +153,7 @@ def _gain_words(history: History, gain: float | None) -> str:
     return (
         f"The dashed line is what {first} would have reached at the noise of each moment, at {rate:.3g} samples/s: the "
         "best that it showed, or was measured at. Over the run, and less the time of moves, the difference is "
-        f"{gain:+.0%}."
+        f"{100 * gain:+.0f} %."
     )
 
 
@@ -162,15 +170,15 @@ def _tiles(history: History, gain: float | None) -> list[dict[str, str]]:
         tiles.append(("training loss", "–" if status.step.loss is None else f"{status.step.loss:.3f}", "last step"))
     if history.noise:
         last = history.noise[-1]
-        interval = noise_interval(last.value, last.low, last.high).partition(" ")[2]
-        tiles.append(("noise scale", f"{last.value:.3g}", f"sequences {interval}"))
+        interval = noise_interval(last.value, last.low, last.high).partition(" ")[2].strip("[]")
+        tiles.append(("noise scale", f"{last.value:.3g}", f"{interval} sequences"))
     if status.configuration:
         tiles.append(("batch", str(status.configuration.global_batch), status.configuration.layout.label))
     moves = len(history.moves)
     seconds = sum(move.event.seconds for move in history.moves)
     tiles.append(("moves", str(moves), f"took {duration(seconds)}" if moves else ""))
     if gain is not None:
-        tiles.append(("adapting", f"{gain:+.0%}", "progress, estimated"))
+        tiles.append(("adapting", f"{100 * gain:+.0f} %", "progress, estimated"))
     return [{"name": name, "value": value, "note": note} for name, value, note in tiles]
 
 
