@@ -1,16 +1,17 @@
-"""Whether a run is alive, and how it ended, from its events and its lock alone."""
+"""Whether a run is alive, and how it ended, from its events, its lock and its engine."""
 
-import fcntl
-import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from launch.engines import EngineState, engine_state
+from launch.run_directory import lock_holder
 from launch.status import RunStatus, duration
 
 StateName = Literal[
-    "starting", "measuring", "running", "stopping", "stalled", "finished", "stopped", "failed", "crashed"
+    "queued", "starting", "measuring", "running", "stopping", "stalled", "finished", "stopped", "failed", "crashed"
 ]
 
 HEARD_SECONDS = 30.0
@@ -33,13 +34,19 @@ class RunState:
     """Whether it may go on without anybody's doing."""
 
 
-def state_of(run: Path, status: RunStatus, now: float | None = None) -> RunState:
-    """The state of a run whose events gave `status`."""
+def state_of(
+    run: Path, status: RunStatus, now: float | None = None, ask: Callable[[Path], EngineState] = engine_state
+) -> RunState:
+    """The state of a run whose events gave `status`. `ask` is how its engine is asked."""
     now = time.time() if now is None else now
     silent = now - status.time if status.time is not None else None
-    held = is_held(run)
-    ended = _ended(status)
-    if held or (ended is None and silent is not None and silent < HEARD_SECONDS):
+    held, ended = lock_holder(run) is not None, _ended(status)
+    if not held and ended is not None and ended.name == "finished":
+        return ended  # no engine starts that again
+    known = ask(run)
+    if known.phase == "queued":
+        return RunState("queued", known.words, alive=True)
+    if held or known.phase == "running" or (ended is None and silent is not None and silent < HEARD_SECONDS):
         return _alive(run, status, silent)
     if ended is not None:
         return ended
@@ -76,21 +83,3 @@ def _alive(run: Path, status: RunStatus, silent: float | None) -> RunState:
     if status.profile is not None:
         return RunState("measuring", "the throughput of this machine", alive=True)
     return RunState("running", alive=True)
-
-
-def is_held(run: Path) -> bool:
-    """Whether somebody on this machine, or on one that shares the lock, keeps workers in the run.
-
-    Looks by taking the lock for an instant, shared, so that several may look at once.
-    """
-    try:
-        descriptor = os.open(run / "lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

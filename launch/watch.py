@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copus.events import DecisionMade, Event, Profile, Reconfigure, Start, Step
+from launch.engines import EngineState, engine_state
 from launch.follow import Follower
 from launch.run_directory import find_run
 from launch.run_state import state_of
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 REFRESH_SECONDS = 1.0
 """Time between two looks at the run."""
+ASK_SECONDS = 15.0
+"""Time between two questions to the engine of a run."""
 LAST_EVENTS = 6
 """Events shown in words."""
 ALTERNATIVES = 5
@@ -41,7 +44,8 @@ class Watched:
         """The newest."""
         self.predicted: float | None = None
         """Samples a second that were expected of the configuration that runs, before it ran."""
-        self.state = state_of(run, self.status)
+        self._asked: tuple[float, EngineState] | None = None
+        self.state = state_of(run, self.status, ask=self._ask)
         self._losses_at: list[int] = []
         self._measured: dict[Configuration, float] = {}
         self._unsaid: deque[str] = deque(maxlen=1000)
@@ -51,7 +55,14 @@ class Watched:
         self.status.update(events)
         for event in events:
             self._take(event)
-        self.state = state_of(self.run, self.status)
+        self.state = state_of(self.run, self.status, ask=self._ask)
+
+    def _ask(self, run: Path) -> EngineState:
+        """What the engine says: a scheduler is not to be asked every second, but for a run that is ending."""
+        ending = self.status.end is not None or self.status.failure is not None
+        if ending or self._asked is None or time.monotonic() > self._asked[0] + ASK_SECONDS:
+            self._asked = (time.monotonic(), engine_state(run))
+        return self._asked[1]
 
     def _take(self, event: Event) -> None:
         match event:

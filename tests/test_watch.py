@@ -15,6 +15,7 @@ from rich.console import Console
 from told_run import HOSTILE, WIDE, evaluate, told_events, write_told_run
 
 from copus.events import End, Event, Failure, Profile, Reconfigure
+from launch.engines.base import EngineState, Phase
 from launch.follow import Follower
 from launch.run_directory import lock_run
 from launch.run_state import state_of
@@ -64,6 +65,26 @@ def test_states(tmp_path: Path, events: list[Event], silent: float, held: bool, 
         state = state_of(run, status, NOW)
     assert state.name == expected
     assert state.alive == (expected in ("starting", "measuring", "running", "stalled", "stopping"))
+
+
+@pytest.mark.parametrize(
+    ("events", "phase", "expected"),
+    [
+        ([], "queued", "queued"),
+        ([start(), step(4), ended("interrupted")], "queued", "queued"),  # requeued
+        ([start(), step(4), ended("finished")], "queued", "finished"),
+        ([], "running", "starting"),
+        ([start(), step(4)], "running", "stalled"),
+        ([start(), step(4)], "ended", "crashed"),
+        ([start(), step(4)], "unknown", "crashed"),
+    ],
+)
+def test_an_engine_with_a_queue_is_asked(tmp_path: Path, events: list[Event], phase: Phase, expected: str) -> None:
+    run = write_timed_run(tmp_path, *((NOW - 500, event) for event in events))
+    state = state_of(run, status_of(run), NOW, ask=lambda _: EngineState(phase, "job 7: Resources"))
+    assert state.name == expected
+    if phase == expected:
+        assert state.why == "job 7: Resources"
 
 
 def test_looking_does_not_hold_the_lock(tmp_path: Path) -> None:
