@@ -29,6 +29,7 @@ class Command(Protocol):
 class Submit:
     """Train a job; it moves to a better batch and layout while it runs. Ctrl-C stops it with a checkpoint.
 
+    On an engine with a queue (slurm, kubernetes) Ctrl-C only leaves it alone; `copus cancel RUN` stops it there.
     Examples: copus submit examples/shakespeare.yaml --set training.seed=7 · copus submit --resume shakespeare
     """
 
@@ -38,13 +39,60 @@ class Submit:
     """Override a field of the job file."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """Go on with this run (a path, or a name below ./runs), exactly where it was."""
+    engine: Annotated[str | None, arg(metavar="ENGINE")] = None
+    """Where to run, instead of the job's launch.engine: local, slurm, or a plugin's; leaves out launch.options."""
+    dry_run: bool = False
+    """Print what would be done (a command, a script, a manifest) and do nothing."""
+    detach: bool = False
+    """Return as soon as the job is queued, where the engine has a queue."""
     json: bool = False
     """Print the result as one JSON object on stdout, and the progress on stderr."""
 
     def run(self) -> int:
-        from launch.submit import submit
+        from launch.submit import Manner, submit
 
-        return submit(self.job, self.overrides, self.resume, as_json=self.json)
+        manner = Manner(self.engine, self.dry_run, self.detach, self.json)
+        return submit(self.job, self.overrides, self.resume, manner)
+
+
+@dataclass
+class Logs:
+    """Print what the workers of a run wrote, and go on printing with --follow until it has ended.
+
+    Example: copus logs shakespeare --follow --rank 0
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs."""
+    rank: Annotated[int | None, arg(metavar="N")] = None
+    """Only the lines of this rank; without it those of all ranks, and of what starts them."""
+    follow: Annotated[bool, arg(aliases=["-f"])] = False
+    """Wait for more lines until the run has ended."""
+
+    def run(self) -> int:
+        from launch.logs import logs
+
+        return logs(self.run_name, self.rank, follow=self.follow)
+
+
+@dataclass
+class Cancel:
+    """Stop a run for good: at the next step, with a checkpoint, or at once. `copus submit --resume RUN` goes on.
+
+    Example: copus cancel shakespeare
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs."""
+    now: bool = False
+    """End the workers at once, without a checkpoint."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        from launch.cancel import cancel
+
+        return cancel(self.run_name, now=self.now, as_json=self.json)
 
 
 @dataclass
@@ -87,6 +135,64 @@ class Plot:
         from launch.plot import plot
 
         return plot(self.run_name, self.output, as_json=self.json)
+
+
+@dataclass
+class Watch:
+    """Watch a run while it goes on, wherever its workers are; ends when the run ends. Ctrl-C leaves; the run goes on.
+
+    Example: copus watch shakespeare
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs."""
+    once: bool = False
+    """Print one frame and end."""
+    json: bool = False
+    """Print one frame as a JSON object and end."""
+
+    def run(self) -> int:
+        from launch.watch import watch
+
+        return watch(self.run_name, once=self.once, as_json=self.json)
+
+
+@dataclass
+class Runs:
+    """List the runs in a folder, and what each is doing: running, stalled, finished, stopped, failed, crashed.
+
+    Example: copus runs /shared/runs --json
+    """
+
+    folder: Positional[Annotated[Path | None, arg(metavar="[FOLDER]", help_behavior_hint="")]] = None
+    """Folder with run directories; ./runs if it is not given."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        from launch.runs import runs
+
+        return runs(self.folder, as_json=self.json)
+
+
+@dataclass
+class Report:
+    """Write a run, or a comparison of several, as one HTML page that needs nothing else: no network, no other file.
+
+    Example: copus report shakespeare · copus report with-moves without-moves --output both.html
+    """
+
+    run_names: Positional[Annotated[list[str], arg(metavar="RUN [RUN …]", name="runs")]]
+    """Run directories, or their names below ./runs."""
+    output: Annotated[Path | None, arg(metavar="FILE.html")] = None
+    """File to write; RUN/report.html if it is not given, and comparison.html in this folder for several runs."""
+    json: bool = False
+    """Print the file's path as a JSON object."""
+
+    def run(self) -> int:
+        from launch.report import report
+
+        return report(self.run_names, self.output, as_json=self.json)
 
 
 @dataclass
@@ -313,10 +419,15 @@ class Simulate:
 
 Commands = (
     Annotated[Submit, subcommand("submit")]
+    | Annotated[Logs, subcommand("logs")]
+    | Annotated[Cancel, subcommand("cancel")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[Watch, subcommand("watch")]
+    | Annotated[Runs, subcommand("runs")]
     | Annotated[Explain, subcommand("explain")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Simulate, subcommand("simulate")]

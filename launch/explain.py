@@ -16,6 +16,12 @@ from profiles.decision import CandidateScore, Decision
 
 BEST = 20
 """Candidates shown, unless all are asked for. The chosen and the current one are always there."""
+COLUMNS = (
+    *("layout", "micro-batch", "global batch", "samples/s", "±", "source", "efficiency", "goodput", "vs current"),
+    *("memory", "move", "saves", "verdict"),
+)
+WORDS = ("layout", "source", "verdict")
+"""The columns that are not figures."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,28 @@ def shown_candidates(decision: Decision, all_candidates: bool) -> list[Candidate
     ]
 
 
+def cells(candidate: CandidateScore) -> list[str]:
+    """What a table says of a candidate, in the order of `COLUMNS`."""
+    spread = None
+    if candidate.samples_per_second and candidate.step_seconds and candidate.step_seconds_spread is not None:
+        spread = candidate.samples_per_second * candidate.step_seconds_spread / candidate.step_seconds
+    return [
+        candidate.configuration.layout.label,
+        str(candidate.configuration.micro_batch),
+        str(candidate.configuration.global_batch),
+        _number(candidate.samples_per_second, ".1f"),
+        _number(spread, ".1f"),
+        candidate.source,
+        _number(candidate.efficiency, ".3f"),
+        _number(candidate.goodput, ".2f"),
+        _number(candidate.gain, "+.1%"),
+        "–" if candidate.peak_bytes is None else f"{candidate.peak_bytes / 2**30:.2f} GiB",
+        "–" if candidate.move_seconds is None else duration(candidate.move_seconds),
+        "–" if candidate.saved_seconds is None else duration(candidate.saved_seconds),
+        candidate.verdict,
+    ]
+
+
 def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
     from rich import box
     from rich.console import Console
@@ -145,35 +173,12 @@ def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
     decision = explanation.decision
     rows = shown_candidates(decision, all_candidates)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layout")
-    for name in ("micro-batch", "global batch", "samples/s", "±"):
-        table.add_column(name, justify="right")
-    table.add_column("source")
-    for name in ("efficiency", "goodput", "vs current", "memory", "move", "saves"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in WORDS else "right")
     for candidate in rows:
-        configuration = candidate.configuration
-        spread = None
-        if candidate.samples_per_second and candidate.step_seconds and candidate.step_seconds_spread is not None:
-            spread = candidate.samples_per_second * candidate.step_seconds_spread / candidate.step_seconds
-        chosen, current = configuration == decision.chosen, configuration == decision.current
-        table.add_row(
-            configuration.layout.label,
-            str(configuration.micro_batch),
-            str(configuration.global_batch),
-            _number(candidate.samples_per_second, ".1f"),
-            _number(spread, ".1f"),
-            Text(candidate.source),
-            _number(candidate.efficiency, ".3f"),
-            _number(candidate.goodput, ".2f"),
-            _number(candidate.gain, "+.1%"),
-            "–" if candidate.peak_bytes is None else f"{candidate.peak_bytes / 2**30:.2f} GiB",
-            "–" if candidate.move_seconds is None else duration(candidate.move_seconds),
-            "–" if candidate.saved_seconds is None else duration(candidate.saved_seconds),
-            Text(candidate.verdict),
-            style="bold green" if chosen else "cyan" if current else "",
-        )
+        chosen, current = candidate.configuration == decision.chosen, candidate.configuration == decision.current
+        style = "bold green" if chosen else "cyan" if current else ""
+        table.add_row(*map(Text, cells(candidate)), style=style)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a file or a pipe has no width to fit into
@@ -186,12 +191,18 @@ def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
 
 
 def _heading(run: Path, explanation: Explanation) -> list[str]:
+    why = f" ({explanation.why})" if explanation.why else ""
+    first = f"{shown(run)}: decision {explanation.decision.number} of {explanation.first}–{explanation.last}{why}"
+    return [first, *(f"  {name:<10} {value}" for name, value in facts(run, explanation))]
+
+
+def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:
+    """When, on what, by which rule, with what outcome, and what came of it: name and value."""
     decision, event = explanation.decision, explanation.event
     try:
         when = f"{count(event.samples_consumed * load_job(run / 'job.yaml').model.seq_len)} tokens"
     except JobError:  # the run is from another version; what it decided can still be read
         when = f"{event.samples_consumed} sequences"
-    why = f" ({explanation.why})" if explanation.why else ""
     noise, factor = decision.noise, decision.critical_batch_factor
     interval = noise_interval(noise.value, noise.low, noise.high)
     interval = f"= {interval} sequences" if noise.value is not None else "is unknown"
@@ -203,16 +214,15 @@ def _heading(run: Path, explanation: Explanation) -> list[str]:
     if decision.switch:
         gain = "" if decision.predicted_gain is None else f", predicted goodput {decision.predicted_gain:+.1%}"
         outcome = f"{decision.current.label} → {decision.chosen.label}{gain}"
-    lines = [
-        f"{shown(run)}: decision {decision.number} of {explanation.first}–{explanation.last}{why}",
-        f"  when       step {event.step}, {when}",
-        f"  noise      B_simple {interval} after {noise.samples} steps",
-        f"  critical   φ = {factor:g} · B_simple {critical}",
+    rows = [
+        ("when", f"step {event.step}, {when}"),
+        ("noise", f"B_simple {interval} after {noise.samples} steps"),
+        ("critical", f"φ = {factor:g} · B_simple {critical}"),
         *_forecast(decision),
-        f"  objective  {decision.objective}: goodput = {formula}, efficiency = 1 / (1 + batch/φ)",
-        f"  policy     {decision.policy}, thought for {event.seconds * 1000:.0f} ms",
-        f"  outcome    {outcome}",
-        f"  reason     {decision.reason}",
+        ("objective", f"{decision.objective}: goodput = {formula}, efficiency = 1 / (1 + batch/φ)"),
+        ("policy", f"{decision.policy}, thought for {event.seconds * 1000:.0f} ms"),
+        ("outcome", outcome),
+        ("reason", decision.reason),
     ]
     predicted, seen = explanation.predicted_step_seconds, explanation.seen_step_seconds
     if seen is None:
@@ -222,19 +232,20 @@ def _heading(run: Path, explanation: Explanation) -> list[str]:
         if predicted:
             seen_text += f", {seen / predicted - 1:+.1%}"
     predicted_text = "no prediction" if predicted is None else f"predicted {predicted * 1000:.0f} ms"
-    return [*lines, f"  chosen     {predicted_text}, {seen_text}"]
+    return [*rows, ("chosen", f"{predicted_text}, {seen_text}")]
 
 
-def _forecast(decision: Decision) -> list[str]:
+def _forecast(decision: Decision) -> list[tuple[str, str]]:
     """The line about the noise scale to come; none where nothing is known."""
     found = decision.forecast
     if found is None:
         return []
-    return [
-        f"  forecast   B_simple ∝ tokens^{found.exponent:.2f} [{found.exponent_low:.2f} to {found.exponent_high:.2f}], "
+    words = (
+        f"B_simple ∝ tokens^{found.exponent:.2f} [{found.exponent_low:.2f} to {found.exponent_high:.2f}], "
         f"{noise_interval(found.value, found.low, found.high)} at {count(found.tokens)} tokens, "
         f"from {found.points} points"
-    ]
+    )
+    return [("forecast", words)]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,11 @@ from copus.events import DecisionMade, Event, Start, parse_event
 class Follower:
     """Reads what was appended to `events.jsonl` since it last looked. A torn last line is waited for."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, idle_decisions: bool = True) -> None:
+        """Without `idle_decisions`, those that moved nothing are left out once a newer one is there: they are long."""
         self._path = run / "events.jsonl"
         self._offset = 0
+        self._idle_decisions = idle_decisions
 
     def read(self) -> list[Event]:
         """The new events, in order."""
@@ -26,7 +28,22 @@ class Follower:
             return []
         whole = appended[: appended.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [event for event in map(parse_event, whole.splitlines()) if event is not None]
+        lines = whole.splitlines()
+        if not self._idle_decisions:
+            lines = _without_idle_decisions(lines)
+        return [event for event in map(parse_event, lines) if event is not None]
+
+
+def _without_idle_decisions(lines: list[bytes]) -> list[bytes]:
+    """Without decisions that another decision follows before any move."""
+    kept, following = [], ""
+    for line in reversed(lines):
+        kind = _kind(line)
+        if kind != "decision" or following != "decision":
+            kept.append(line)
+        if kind in ("decision", "reconfigure"):
+            following = kind
+    return kept[::-1]
 
 
 def without_replays(events: Iterable[Event]) -> list[Event]:
@@ -34,12 +51,18 @@ def without_replays(events: Iterable[Event]) -> list[Event]:
 
     A run that dies after its newest checkpoint resumes from there, so the log holds the samples in between twice.
     """
-    history: list[Event] = []
-    for event in events:
+    events = list(events)
+    lost = done_again(events)
+    return [event for place, event in enumerate(events) if place not in lost]
+
+
+def done_again(events: Sequence[Event]) -> set[int]:
+    """Places of the events that no longer count: those that a later `start` has fewer samples than."""
+    lost: set[int] = set()
+    for place, event in enumerate(events):
         if isinstance(event, Start):
-            history = [earlier for earlier in history if earlier.samples_consumed <= event.samples_consumed]
-        history.append(event)
-    return history
+            lost |= {earlier for earlier in range(place) if events[earlier].samples_consumed > event.samples_consumed}
+    return lost
 
 
 class EventLine(NamedTuple):

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copus.events import Evaluate, Noise, Reconfigure, Start, Step, read_events
 from copus.job import JobError
-from launch.follow import without_replays
+from launch.history import read_history
 from launch.run_directory import find_run, shown
 from profiles.configuration import Configuration
 
@@ -76,43 +75,22 @@ def plot(run_text: str, output: Path | None, *, as_json: bool = False) -> int:
 
 
 def series_of(run: Path) -> Series:
-    """Read what is drawn from the events of a run."""
-    series = Series()
-    seq_len, tokens = 1, 0.0
-    for event in without_replays(read_events(run)):
-        if isinstance(event, Start):
-            seq_len = event.seq_len
-            _begin_span(series, event.samples_consumed * seq_len, event.configuration)
-        tokens = event.samples_consumed * seq_len
-        match event:
-            case Step():
-                if event.loss is not None:
-                    series.training.append((tokens, event.loss))
-                series.batch.append((tokens, event.global_batch))
-                series.throughput.append((tokens, event.global_batch / event.seconds, len(series.spans)))
-            case Noise() if event.value is not None and event.value > 0 and event.low is not None:
-                high = float("nan") if event.high is None else event.high
-                series.noise.append((tokens, event.value, event.low, high))
-            case Evaluate() if event.loss is not None:
-                series.validation.append((tokens, event.loss))
-            case Reconfigure():
-                series.moves.append((tokens, event.rung == "layout"))
-                _begin_span(series, tokens, event.after)
-    _end_span(series, tokens)
-    return series
-
-
-def _begin_span(series: Series, tokens: float, configuration: Configuration) -> None:
-    _end_span(series, tokens)
-    if series.spans and series.spans[-1][2] == configuration:  # a resume: the span goes on
-        return
-    series.spans.append((tokens, tokens, configuration))
-
-
-def _end_span(series: Series, tokens: float) -> None:
-    if series.spans:
-        first, _, configuration = series.spans[-1]
-        series.spans[-1] = (first, tokens, configuration)
+    """What is drawn of a run."""
+    history = read_history(run)
+    open_ended = float("nan")
+    return Series(
+        training=[(step.tokens, step.loss) for step in history.steps if step.loss is not None],
+        validation=[(each.tokens, each.loss) for each in history.evaluations],
+        noise=[
+            (each.tokens, each.value, each.low, open_ended if each.high is None else each.high)
+            for each in history.noise
+            if each.low is not None
+        ],
+        batch=[(step.tokens, step.batch) for step in history.steps],
+        throughput=[(step.tokens, step.batch / step.duration, step.span) for step in history.steps],
+        spans=[(span.first_tokens, span.last_tokens, span.configuration) for span in history.spans],
+        moves=[(move.tokens, move.event.rung == "layout") for move in history.moves],
+    )
 
 
 def draw(series: Series, title: str) -> "Figure":

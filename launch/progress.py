@@ -13,7 +13,8 @@ from rich.text import Text
 
 from copus.events import Branch, Evaluate, Event, Failure, Profile, Reconfigure, Restart, Warned
 from launch.run_directory import shown
-from launch.status import RunStatus, branched, count, duration, measured, moved, noise_interval
+from launch.status import RunStatus, branched, count, duration, measured, noise_interval
+from launch.wording import loss, told
 
 LINE_SECONDS = 10.0
 """Time between plain lines."""
@@ -35,6 +36,8 @@ class Progress:
         self._console = console
         self._run = run
         self._status = status
+        self.waiting = "starting the workers"
+        """What is shown until the workers have begun."""
         self._began = time.monotonic()
         self._next_line = self._began
         self._live = (
@@ -63,30 +66,22 @@ class Progress:
 
     def show(self, events: list[Event]) -> None:
         """Show the status as it is after these new events."""
+        seq_len = self._status.start.seq_len if self._status.start else None
         for event in events:
-            if isinstance(event, Reconfigure):
-                self.say(moved(event))
-            elif isinstance(event, Failure) and (not event.fatal or event is self._status.failure):
-                self.say(event.message if not event.fatal else f"rank {event.rank} failed: {event.message}")
-            elif isinstance(event, Restart):
-                self.say(self._restarted(event))
-            elif isinstance(event, Warned):
-                self.say(f"warning: {event.message}")
-            elif isinstance(event, Branch) and not self._live:
-                self.say(branched(event))
-            elif isinstance(event, Profile) and not self._live:
-                self.say(measured(event))
-            elif isinstance(event, Evaluate) and not self._live:
-                self.say(f"validation loss {loss(event.loss)} at {self._tokens(event.samples_consumed)} tokens")
+            if self._tells(event):
+                self.say(told(event, seq_len) or "")
         if self._live:
             self._live.refresh()
         else:
             self._plain()
 
-    def _restarted(self, event: Restart) -> str:
-        where = event.resumed_from or "the beginning: there is no checkpoint that verifies"
-        how = f"restarted (attempt {event.attempt})" if event.attempt else "resumed"
-        return f"{how} on {event.ranks} ranks from {where}; {event.samples_repeated} sequences are trained on again"
+    def _tells(self, event: Event) -> bool:
+        """Whether an event gets a line that stays; of fatal failures only the first, the others follow from it."""
+        if isinstance(event, Failure):
+            return not event.fatal or event is self._status.failure
+        if isinstance(event, Branch | Profile | Evaluate):  # the panel shows these
+            return not self._live
+        return isinstance(event, Reconfigure | Restart | Warned)
 
     def _plain(self) -> None:
         if time.monotonic() < self._next_line or self._status.profile or self._status.branch:
@@ -106,7 +101,7 @@ class Progress:
         if status.branch:
             return [("", branched(status.branch))]
         if status.start is None:
-            return [("", "starting the workers")]
+            return [("", self.waiting)]
         step, noise, evaluation = status.step, status.noise, status.evaluation
         facts = [
             ("", f"{status.fraction:.1%}"),
@@ -150,8 +145,3 @@ def _bar(fraction: float, text: str) -> Table:
     bar = Table.grid(padding=(0, 1))
     bar.add_row(ProgressBar(total=1.0, completed=fraction, width=40), Text(text))
     return bar
-
-
-def loss(value: float | None) -> str:
-    """Nats a token."""
-    return "not finite" if value is None else f"{value:.3f}"

@@ -43,6 +43,10 @@ class RunStatus:
         self.last_change: str | None = None
         self.failure: Failure | None = None
         self.end: End | None = None
+        self.moves: list[Reconfigure] = []
+        """Those that count: not what a restart went back behind."""
+        self.time: float | None = None
+        """When the newest event was written."""
         self.samples_consumed = 0
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)
 
@@ -59,9 +63,11 @@ class RunStatus:
     def _take(self, event: Event) -> None:
         if not isinstance(event, Failure):  # it may come from a rank that does not count samples
             self.samples_consumed = event.samples_consumed
+        self.time = event.time
         match event:
             case Start():
                 self.forget_ending()  # an attempt that the agent restarted
+                self.moves = [move for move in self.moves if move.samples_consumed <= event.samples_consumed]
                 self.start = event
                 self.configuration = event.configuration
             case Profile():
@@ -79,6 +85,7 @@ class RunStatus:
                 self.last_change = f"decision {event.decision.number}: {event.decision.reason}"
             case Reconfigure():
                 self.configuration = event.after
+                self.moves.append(event)
                 self.last_change = moved(event)
                 self._recent.clear()
             case Checkpoint():

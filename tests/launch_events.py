@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from copus.events import DecisionMade, EventLog, Noise, Reconfigure, Start, Step
+from copus.events import DecisionMade, Event, EventLog, Noise, Reconfigure, Start, Step
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 from profiles.layout import Layout
@@ -111,4 +111,12 @@ def write_run(folder: Path, *events: Any) -> Path:
     for event in events:
         log.write(event)
     log.close()
+    return folder
+
+
+def write_timed_run(folder: Path, *events: tuple[float, Event]) -> Path:
+    """A run directory with these events at these times, seconds since the epoch."""
+    write_run(folder)
+    lines = [event.model_copy(update={"time": when}).model_dump_json() + "\n" for when, event in events]
+    (folder / "events.jsonl").write_text("".join(lines))
     return folder

@@ -9,16 +9,21 @@ import pytest
 from launch_events import DATA, TENSOR, decision, reconfigure, start, step, write_run
 from launch_jobs import copus_here, copus_process
 
-HEAVY = ("torch", "megatron", "numpy", "matplotlib", "tokenizers", "tensorboard", "duckdb")
+HEAVY = ("torch", "megatron", "numpy", "matplotlib", "plotly", "jinja2", "tokenizers", "tensorboard", "duckdb")
 COMMANDS = (
     "submit",
+    "logs",
+    "cancel",
     "data",
     "profile",
     "profile run",
     "profile show",
     "profile import",
     "plan",
+    "watch",
+    "runs",
     "explain",
+    "report",
     "plot",
     "calibrate",
     "simulate",

@@ -90,7 +90,7 @@ def test_submit_trains_and_says_where_to_look(tmp_path: Path, copus: Copus) -> N
     run = tmp_path / "runs" / "small"
     assert yaml.safe_load((run / "job.yaml").read_text())["training"]["seed"] == 7
     assert "finished" in result.stdout
-    for command in ("copus explain runs/small", "tensorboard --logdir runs/small", "copus plot runs/small"):
+    for command in ("copus explain runs/small", "tensorboard --logdir runs/small", "copus report runs/small"):
         assert command in result.stdout
     assert "\x1b" not in result.stdout + result.stderr  # no terminal, no control codes
 

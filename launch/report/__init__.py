@@ -1,0 +1,42 @@
+"""`copus report`: a run, or several, as one HTML page that needs no network and no other file.
+
+Drawn with plotly, which is well kept, zooms and tells values; its 5 MB of JavaScript, in the page, are the price of
+needing nothing else.
+"""
+
+import json
+from pathlib import Path
+
+from copus.job import JobError
+from launch.run_directory import find_run, shown, write_atomically
+
+
+def report(run_texts: list[str], output: Path | None, *, as_json: bool = False) -> int:
+    """Write the page. Raises JobError where a run does not exist or the file cannot be written."""
+    runs = list(dict.fromkeys(find_run(text) for text in run_texts))
+    if not runs:
+        raise JobError("nothing to report: give a run, or several to compare them")
+    if output is None:
+        output = runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html")
+    if output.suffix not in (".html", ".htm"):
+        raise JobError(f"--output {output}: expected a name that ends in .html")
+    try:
+        write_atomically(output.absolute(), page(runs))
+        output.chmod(0o644)
+    except OSError as error:
+        raise JobError(f"--output {output}: {error.strerror}") from None
+    print(json.dumps({"output": str(output.absolute())}) if as_json else shown(output.absolute()))
+    return 0
+
+
+def page(runs: list[Path]) -> str:
+    """The page of a run, or the comparison of several."""
+    from launch.history import read_history
+    from launch.report.comparison import comparison
+    from launch.report.render import render
+    from launch.report.single import single
+
+    histories = [read_history(run) for run in runs]
+    return (
+        render("run.html", single(histories[0])) if len(runs) == 1 else render("comparison.html", comparison(histories))
+    )

@@ -1,0 +1,141 @@
+"""What the page says that compares several runs."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from launch.history import History
+from launch.report import figures
+from launch.report.render import Column, Content, Row, Table
+from launch.report.series import reached, time_shares
+from launch.report.single import job_values
+from launch.run_state import state_of
+from launch.status import count
+from planner.wording import duration, percent
+
+SAME_LOSS = (
+    "data.source",
+    "data.held_out",
+    "data.tokenizer",
+    "model.vocab",
+    "model.seq_len",
+    "training.evaluate_sequences",
+)
+"""What has to be the same for two held-out losses to be about the same text."""
+NEVER = ("name", "launch.runs", "data.cache", "profile.table")
+"""Differences that say nothing."""
+
+
+def comparison(histories: Sequence[History]) -> Content:
+    """The page of several runs."""
+    named = dict(zip(names([history.run for history in histories]), histories, strict=True))
+    jobs = {name: flat(job_values(history.run)) for name, history in named.items()}
+    equal, why_not = _equal_loss(named, jobs)
+    content = Content("Comparison of " + ", ".join(named), _summary(named, equal))
+    content.values = {"results": _results(named), "equal": equal, "differences": _differences(jobs)}
+    nothing = "None of these runs has trained a step yet."
+    content.reasons = {
+        "loss-time": nothing,
+        "loss-tokens": nothing,
+        "batch": nothing,
+        "equal": why_not,
+        "differences": "The job files are the same, but for names and places of files.",
+    }
+    trained = {name: history for name, history in named.items() if history.steps}
+    if trained:
+        time = figures.time_axis(max(history.end for history in trained.values()))
+        content.figures = {
+            "loss-time": figures.compared_loss(named, time),
+            "loss-tokens": figures.compared_loss(named, figures.TOKENS),
+            "batch": figures.compared_batch(named, time),
+        }
+    return content
+
+
+def names(runs: Sequence[Path]) -> list[str]:
+    """Names that tell the runs apart: the folder's, with those above it where they are alike."""
+    depth = 1
+    while len({run.parts[-depth:] for run in runs}) < len(runs):
+        depth += 1
+    return ["/".join(run.parts[-depth:]) for run in runs]
+
+
+def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = flat(value, f"{before}{name}.") if isinstance(value, dict) and value else {f"{before}{name}": value}
+        result |= inner
+    return result
+
+
+def differences(jobs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Field → its value in each job, for the fields that are not the same in all."""
+    fields = dict.fromkeys(field for job in jobs.values() for field in job)
+    found = {}
+    for field in fields:
+        texts = ["–" if field not in job else str(job[field]) for job in jobs.values()]
+        if field not in NEVER and len(set(texts)) > 1:
+            found[field] = texts
+    return found
+
+
+def _differences(jobs: dict[str, dict[str, Any]]) -> Table | None:
+    rows = [Row([field, *texts]) for field, texts in differences(jobs).items()]
+    return Table([Column("field", "name"), *(Column(name, "words") for name in jobs)], rows) if rows else None
+
+
+def _results(named: dict[str, History]) -> Table:
+    columns = [Column("run", "name"), Column("state", "name"), *map(Column, ("tokens", "time", "samples/s"))]
+    columns += map(Column, ("validation", "at first", "moves"))
+    columns += [Column("at the end", "name"), Column("productive time")]
+    rows = []
+    for place, (name, history) in enumerate(named.items()):
+        evaluations, shares = history.evaluations, time_shares(history)
+        training = sum(step.duration for step in history.steps)
+        ran = history.status.configuration
+        productive = [share.share for share in shares if share.kind == "training"]
+        texts = [
+            name,
+            state_of(history.run, history.status).name,
+            count(history.tokens),
+            duration(max(0.0, history.end)),
+            f"{sum(step.batch for step in history.steps) / training:.3g}" if training else "–",
+            f"{evaluations[-1].loss:.3f}" if evaluations else "–",
+            f"{evaluations[0].loss:.3f}" if evaluations else "–",
+            str(len(history.moves)),
+            ran.label if ran else "–",
+            percent(productive[0]) if productive else "–",
+        ]
+        rows.append(Row(texts, figures.palette(place)))
+    return Table(columns, rows)
+
+
+def _equal_loss(named: dict[str, History], jobs: dict[str, dict[str, Any]]) -> tuple[Table | None, str]:
+    """Time and tokens to the lowest held-out loss that all runs reached; or why that cannot be said."""
+    for field in SAME_LOSS:
+        if len(list(groupby(str(job.get(field)) for job in jobs.values()))) > 1:
+            return None, f"The held-out losses cannot be compared: {field} is not the same in these runs."
+    if any(len(history.evaluations) < 2 for history in named.values()):
+        return None, "At least two evaluations of every run are needed to say when it reached a loss."
+    target = max(min(each.loss for each in history.evaluations) for history in named.values())
+    found = {name: reached(history.evaluations, target) for name, history in named.items()}
+    first = next(iter(found.values()))
+    rows = []
+    for place, (name, at) in enumerate(found.items()):
+        assert at is not None  # every run has reached the target, by its choice
+        assert first is not None
+        against = "–" if at is first or first.seconds <= 0 else f"{100 * (at.seconds / first.seconds - 1):+.0f} %"
+        texts = [name, f"{target:.3f}", duration(at.seconds), against, count(at.tokens)]
+        rows.append(Row(texts, figures.palette(place)))
+    columns = [Column("run", "name"), Column("loss"), Column("time"), Column("against the first"), Column("tokens")]
+    return Table(columns, rows), ""
+
+
+def _summary(named: dict[str, History], equal: Table | None) -> list[str]:
+    if equal is None:
+        return []
+    times = {row.cells[0]: row.cells[2] for row in equal.rows}
+    words = ", ".join(f"{name} after {time}" for name, time in times.items())
+    return [f"A validation loss of {equal.rows[0].cells[1]}, the lowest that all of them reached: {words}."]

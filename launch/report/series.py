@@ -1,0 +1,273 @@
+"""What the plots of a report show, as numbers: pure functions of a run's history."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple, TypeVar
+
+from launch.history import History, LossAt, MoveAt, StepAt
+from launch.plot import smoothed
+from planner.efficiency import statistical_efficiency
+from planner.goodput import Objective, goodput
+from profiles.decision import Decision
+
+MOST_POINTS = 1500
+"""Points that a curve keeps: as many as a screen can show."""
+SMOOTHING = 0.01
+"""Half-life of the smoothed loss, as a share of the tokens trained on."""
+
+Row = TypeVar("Row")
+
+
+def thinned(rows: Sequence[Row], most: int = MOST_POINTS) -> list[Row]:
+    """At most so many rows, evenly spaced, with the first and the last one."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]
+
+
+def smoothed_loss(steps: Sequence[StepAt]) -> list[LossAt]:
+    """Exponential mean of the training loss, each sequence counted alike, with a half-life in tokens: a change of batch
+    does not change what it looks back on."""
+    half_life = max(1.0, SMOOTHING * (steps[-1].tokens - steps[0].tokens)) if steps else 1.0
+    total = weight = before = 0.0
+    rows = []
+    for step in steps:
+        if step.loss is None:
+            continue
+        kept = 0.5 ** ((step.tokens - before) / half_life)
+        total, weight, before = kept * total + step.batch * step.loss, kept * weight + step.batch, step.tokens
+        rows.append(LossAt(step.tokens, step.seconds, total / weight))
+    return rows
+
+
+class GoodputAt(NamedTuple):
+    """Goodput and what it is the product of, at a step."""
+
+    tokens: float
+    seconds: float
+    throughput: float
+    """Sequences a second, running median of the steps of this configuration."""
+    efficiency: float | None
+    """1 / (1 + B/φ), with the noise scale of that moment; None while it was unknown."""
+    goodput: float | None
+    """Useful sequences a second (times √B for an lr-aware job)."""
+    unmoved: float | None
+    """The same for the configuration that the run began in: its median throughput, at the noise of this moment."""
+
+
+def decomposition(history: History, factor: float, objective: Objective) -> list[GoodputAt]:
+    """Throughput × statistical efficiency over the run, with φ = factor · B_simple."""
+    steps = history.steps
+    rates = smoothed([(step.tokens, step.batch / step.duration, step.span) for step in steps])
+    first = first_throughput(history)
+    noise, place, rows = None, 0, list[GoodputAt]()
+    for step, rate in zip(steps, rates, strict=True):
+        while place < len(history.noise) and history.noise[place].tokens <= step.tokens:
+            noise = history.noise[place].value
+            place += 1
+        efficiency = score = unmoved = None
+        if noise is not None:
+            efficiency = statistical_efficiency(step.batch, factor * noise)
+            score = goodput(rate, step.batch, factor * noise, objective)
+            if first is not None:
+                unmoved = goodput(first, steps[0].batch, factor * noise, objective)
+        rows.append(GoodputAt(step.tokens, step.seconds, rate, efficiency, score, unmoved))
+    return rows
+
+
+def first_throughput(history: History) -> float | None:
+    """Sequences a second of the configuration that the run began in: what it showed (median of its steps), or what the
+    profiler of this run had measured, whichever is faster, so that a gain over it is not flattered. None without any.
+    """
+    if not history.spans:
+        return None
+    first = history.spans[0].configuration
+    rates = [step.batch / step.duration for step in history.steps if step.span == 0]
+    known = [median(rates)] if rates else []
+    known += [
+        first.global_batch / each.step_seconds
+        for each in history.measured
+        if each.step_seconds and each.configuration == first
+    ]
+    return max(known, default=None)
+
+
+def adapting_gain(history: History, rows: Sequence[GoodputAt]) -> float | None:
+    """Useful sequences of the steps over those of the first configuration in the same time, minus 1.
+
+    By the formula of Goodput and the noise that this run measured, less the time that moving took: an estimate, since
+    the run without moves was not trained. None without moves, or while the noise is unknown.
+    """
+    if not history.moves:
+        return None
+    known = [
+        (row.goodput, row.unmoved, step.duration)
+        for row, step in zip(rows, history.steps, strict=True)
+        if row.goodput is not None and row.unmoved is not None
+    ]
+    if not known:
+        return None
+    moving = sum(pause.end - pause.begin for pause in history.pauses if pause.kind == "moving")
+    done = sum(score * seconds for score, _, seconds in known)
+    unmoved = sum(score * seconds for _, score, seconds in known) + known[-1][1] * moving
+    return done / unmoved - 1 if unmoved > 0 else None
+
+
+@dataclass(frozen=True)
+class Share:
+    """A kind of time."""
+
+    kind: str
+    seconds: float
+    share: float
+    """Of all the time, 0 to 1."""
+
+
+KIND_WORDS = {
+    "training": "training steps that count",
+    "repeated": "steps that were done again after a restart",
+    "measuring": "measuring throughput before training",
+    "starting": "starting up before training",
+    "evaluating": "evaluating held-out loss",
+    "moving": "moving to another configuration",
+    "checkpoints": "writing checkpoints",
+    "planning": "the planner deciding",
+    "down": "down: from the last sign of life to the workers' return",
+    "other": "everything else: fetching data, writing events, waiting",
+}
+"""Kinds of time, in the order in which they are shown. The first is the productive one."""
+
+
+def time_shares(history: History) -> list[Share]:
+    """Where the time went, from the first event to the last; it sums up to 1. Empty without events that took time."""
+    total = history.end - history.begin
+    if total <= 0:
+        return []
+    seconds = dict.fromkeys(KIND_WORDS, 0.0)
+    seconds["training"] = sum(step.duration for step in history.steps)
+    seconds["repeated"] = history.repeated_seconds
+    for pause in history.pauses:
+        seconds[pause.kind] += pause.end - pause.begin
+    seconds["other"] = max(0.0, total - sum(seconds.values()))
+    whole = max(total, sum(seconds.values()))  # clocks of two machines may differ by a little
+    return [Share(kind, spent, spent / whole) for kind, spent in seconds.items() if spent > 0]
+
+
+class LinePoint(NamedTuple):
+    """The fastest micro-batch of a layout at a global batch, as the planner predicted it."""
+
+    batch: int
+    rate: float
+    """Sequences a second."""
+    spread: float
+    """Half-width of its interval."""
+    micro_batch: int
+    source: str
+    """measured, interpolated, extrapolated, seen."""
+
+
+def predicted_lines(decision: Decision) -> dict[str, list[LinePoint]]:
+    """Layout → its line over the global batch."""
+    best: dict[str, dict[int, LinePoint]] = {}
+    for each in decision.candidates:
+        rate = each.samples_per_second
+        if rate is None or not each.step_seconds:
+            continue
+        configuration = each.configuration
+        spread = rate * (each.step_seconds_spread or 0.0) / each.step_seconds
+        point = LinePoint(configuration.global_batch, rate, spread, configuration.micro_batch, each.source)
+        line = best.setdefault(configuration.layout.label, {})
+        if point.batch not in line or line[point.batch].rate < rate:
+            line[point.batch] = point
+    return {layout: [line[batch] for batch in sorted(line)] for layout, line in best.items()}
+
+
+def profiled_lines(history: History) -> dict[str, list[LinePoint]]:
+    """The same from what this run measured before training, where the planner has decided nothing yet."""
+    best: dict[str, dict[int, LinePoint]] = {}
+    for event in history.measured:
+        if event.step_seconds is None:
+            continue
+        configuration = event.configuration
+        rate = configuration.global_batch / event.step_seconds
+        point = LinePoint(configuration.global_batch, rate, 0.0, configuration.micro_batch, "measured")
+        line = best.setdefault(configuration.layout.label, {})
+        if point.batch not in line or line[point.batch].rate < rate:
+            line[point.batch] = point
+    return {layout: [line[batch] for batch in sorted(line)] for layout, line in best.items()}
+
+
+class SeenPoint(NamedTuple):
+    """What the steps of the run were like in a configuration."""
+
+    layout: str
+    batch: int
+    micro_batch: int
+    rate: float
+    """Median, sequences a second."""
+    steps: int
+
+
+def seen_points(history: History) -> list[SeenPoint]:
+    """One for each configuration that ran, in the order in which the run came to them."""
+    rates: dict[tuple[str, int, int], list[float]] = {}
+    for step in history.steps:
+        if 0 <= step.span < len(history.spans):
+            configuration = history.spans[step.span].configuration
+            key = (configuration.layout.label, configuration.global_batch, configuration.micro_batch)
+            rates.setdefault(key, []).append(step.batch / step.duration)
+    return [SeenPoint(*key, median(found), len(found)) for key, found in rates.items()]
+
+
+class MoveOutcome(NamedTuple):
+    """A move, what was expected of it, and what was seen."""
+
+    move: MoveAt
+    reason: str
+    """Why the planner wanted it; empty where its decision is not there."""
+    predicted_seconds: float | None
+    """Step time that was expected."""
+    seen_seconds: float | None
+    """Median step time until the next move."""
+    steps: int
+
+
+def move_outcomes(history: History) -> list[MoveOutcome]:
+    """One for each move."""
+    durations: dict[int, list[float]] = {}
+    for step in history.steps:
+        durations.setdefault(step.span, []).append(step.duration)
+    outcomes = []
+    for move in history.moves:
+        made = history.decision(move.event.decision)
+        scores = made.candidates if made else []
+        score = next((each for each in scores if each.configuration == move.event.after), None)
+        seen = durations.get(move.span, [])
+        outcomes.append(
+            MoveOutcome(
+                move,
+                made.reason if made else "",
+                score.step_seconds if score else None,
+                median(seen) if seen else None,
+                len(seen),
+            )
+        )
+    return outcomes
+
+
+def reached(evaluations: Sequence[LossAt], target: float) -> LossAt | None:
+    """Where the held-out loss first came down to `target`, on the straight line between two evaluations."""
+    before = None
+    for each in evaluations:
+        if each.loss <= target:
+            if before is None or before.loss == each.loss:
+                return each
+            part = (before.loss - target) / (before.loss - each.loss)
+            return LossAt(
+                before.tokens + part * (each.tokens - before.tokens),
+                before.seconds + part * (each.seconds - before.seconds),
+                target,
+            )
+        before = each
+    return None

@@ -1,0 +1,300 @@
+"""What the page of one run says."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from copus.job import JobError
+from launch.explain import BEST, COLUMNS, WORDS, Explanation, cells, explanation_of, shown_candidates
+from launch.explain import facts as decision_facts
+from launch.history import History
+from launch.report import figures
+from launch.report.render import Column, Content, Row, Table
+from launch.report.series import (
+    KIND_WORDS,
+    GoodputAt,
+    adapting_gain,
+    decomposition,
+    first_throughput,
+    move_outcomes,
+    predicted_lines,
+    profiled_lines,
+    seen_points,
+    time_shares,
+)
+from launch.run_state import RunState, state_of
+from launch.status import count, noise_interval
+from planner.config import PlannerConfig
+from planner.goodput import Objective
+from planner.wording import duration, percent
+
+MOST_ROWS = 60
+"""Moves, and notices, that have a row."""
+SECRET = re.compile(r"secret|password|passwd|credential|private|api_?key|access_?key|(^|_)token$", re.IGNORECASE)
+"""Names of settings whose text is left out: plugins have settings of their own."""
+SHARE_COLOURS = {
+    **{
+        "training": "var(--ink)",
+        "measuring": "var(--accent)",
+        "starting": "var(--accent)",
+        "evaluating": "var(--noise)",
+    },
+    **{"repeated": "var(--bad)", "down": "var(--bad)"},
+}
+"""Of kinds of time; the others are faint. None is a layout's."""
+
+
+def single(history: History) -> Content:
+    """The page of a run."""
+    state = state_of(history.run, history.status)
+    explanation = _last_decision(history)
+    factor, objective = rules(history, explanation)
+    rows = decomposition(history, factor, objective)
+    gain = adapting_gain(history, rows)
+    lines = predicted_lines(explanation.decision) if explanation else {}
+    lines_from = ", as the planner predicted it in its last decision" if lines else ""
+    lines = lines or profiled_lines(history)
+    shades = figures.colours(list(dict.fromkeys([*history.layouts(), *lines])))
+    shares = time_shares(history)
+    content = Content(history.run.name, summary(history, state, gain))
+    content.values = {
+        "state": state,
+        "tiles": _tiles(history, gain),
+        "shades": shades,
+        "factor": factor,
+        "objective": objective,
+        "gain_words": _gain_words(history, gain),
+        "moves": _moves(history, shades),
+        "moves_left_out": max(0, len(history.moves) - MOST_ROWS),
+        "shares": _shares(history),
+        "productive": percent(shares[0].share) if shares and shares[0].kind == "training" else "none",
+        "lines_from": lines_from,
+        "decision": _candidates(explanation, shades) if explanation else None,
+        "decision_facts": decision_facts(history.run, explanation) if explanation else [],
+        "decision_left_out": max(0, len(explanation.decision.candidates) - BEST) if explanation else 0,
+        "notices": _notices(history),
+        "notices_left_out": max(0, len(history.notices) - MOST_ROWS),
+        "environment": environment(history),
+        "job_text": job_text(history.run),
+    }
+    _draw(content, history, rows, shades)
+    if lines:
+        content.figures["lines"] = figures.lines(lines, seen_points(history), shades)
+    return content
+
+
+def _draw(content: Content, history: History, rows: Sequence[GoodputAt], shades: dict[str, str]) -> None:
+    """Every figure that there is something to draw for, and a reason for every other."""
+    time = figures.time_axis(history.end)
+    nothing = "No step has been trained yet, so there is nothing to draw."
+    content.reasons |= dict.fromkeys(("loss-time", "loss-tokens", "noise", "goodput", "timeline", "shares"), nothing)
+    content.reasons["decision"] = "The planner has decided nothing yet."
+    content.reasons["lines"] = "Nothing was measured in this run, and the planner has decided nothing yet."
+    if not history.steps:
+        return
+    content.figures["timeline"] = figures.timeline(history, time, shades)
+    if any(step.loss is not None for step in history.steps):
+        content.figures["loss-time"] = figures.loss(history, time, shades)
+        content.figures["loss-tokens"] = figures.loss(history, figures.TOKENS, shades)
+    else:
+        content.reasons |= dict.fromkeys(("loss-time", "loss-tokens"), "No loss of this run was finite.")
+    content.figures["goodput"] = figures.goodput(history, rows, time, shades)
+    if history.noise:
+        content.figures["noise"] = figures.noise(history, figures.TOKENS, shades)
+    else:
+        content.reasons["noise"] = "The noise scale was not known yet: it takes some steps until it has an interval."
+
+
+def summary(history: History, state: RunState, gain: float | None) -> list[str]:
+    """The result in a few sentences."""
+    status = history.status
+    if status.start is None or not history.steps:
+        return ["Nothing has been trained yet."]
+    total = status.start.total_samples * history.seq_len
+    amount = f"{count(history.tokens)} tokens"
+    if history.tokens < total:
+        amount += f" of {count(total)} ({percent(status.fraction)})"
+    sentences = [f"Trained on {amount} in {duration(history.end)}, on {status.start.hardware}.{_losses(history)}"]
+    first, last = history.spans[0].configuration.label, history.spans[-1].configuration.label
+    if history.moves:
+        seconds = sum(move.event.seconds for move in history.moves)
+        times = "once" if len(history.moves) == 1 else f"{len(history.moves)} times"
+        sentences.append(f"The job moved {times}, from {first} to {last}, in {duration(seconds)} altogether.")
+    else:
+        sentences.append(f"It ran in {first} throughout.")
+    if gain is not None:
+        words = "more" if gain >= 0 else "less"
+        sentences.append(
+            f"By its own measurements it made {100 * abs(gain):.0f} % {words} progress than its first configuration would "
+            "have in the same time (an estimate: that run was not trained)."
+        )
+    if state.alive:
+        sentences.append("The run is still going on; this is how far it was when the page was written.")
+    return sentences
+
+
+def _losses(history: History) -> str:
+    evaluations = history.evaluations
+    if len(evaluations) > 1:
+        return f" Validation loss went from {evaluations[0].loss:.3f} to {evaluations[-1].loss:.3f} nats a token."
+    if evaluations:
+        return f" Validation loss, evaluated once, was {evaluations[0].loss:.3f} nats a token."
+    return ""
+
+
+def _gain_words(history: History, gain: float | None) -> str:
+    if gain is None:
+        return ""
+    first = history.spans[0].configuration.label
+    rate = first_throughput(history)
+    return (
+        f"The dashed line is what {first} would have reached at the noise of each moment, at {rate:.3g} samples/s: the "
+        "best that it showed, or was measured at. Over the run, and less the time of moves, the difference is "
+        f"{100 * gain:+.0f} %."
+    )
+
+
+def _tiles(history: History, gain: float | None) -> list[dict[str, str]]:
+    status, evaluations = history.status, history.evaluations
+    tiles = [("tokens", count(history.tokens), f"{len(history.steps)} steps")]
+    measured = -history.begin
+    tiles.append(
+        ("time", duration(max(0.0, history.end)), f"after {duration(measured)} before training" * (measured > 0))
+    )
+    if evaluations:
+        tiles.append(("validation loss", f"{evaluations[-1].loss:.3f}", f"at first {evaluations[0].loss:.3f}"))
+    elif status.step:
+        tiles.append(("training loss", "–" if status.step.loss is None else f"{status.step.loss:.3f}", "last step"))
+    if history.noise:
+        last = history.noise[-1]
+        interval = noise_interval(last.value, last.low, last.high).partition(" ")[2].strip("[]")
+        tiles.append(("noise scale", f"{last.value:.3g}", f"{interval} sequences"))
+    if status.configuration:
+        tiles.append(("batch", str(status.configuration.global_batch), status.configuration.layout.label))
+    moves = len(history.moves)
+    seconds = sum(move.event.seconds for move in history.moves)
+    tiles.append(("moves", str(moves), f"took {duration(seconds)}" if moves else ""))
+    if gain is not None:
+        tiles.append(("adapting", f"{100 * gain:+.0f} %", "progress, estimated"))
+    return [{"name": name, "value": value, "note": note} for name, value, note in tiles]
+
+
+def _moves(history: History, shades: dict[str, str]) -> Table | None:
+    names = ("at", "tokens", "took", "sent", "step predicted", "step seen", "off by")
+    columns = [Column("to", "name"), Column("from", "name"), *map(Column, names), Column("why", "words")]
+    rows = []
+    for outcome in move_outcomes(history)[-MOST_ROWS:]:
+        move, event = outcome.move, outcome.move.event
+        predicted, seen = outcome.predicted_seconds, outcome.seen_seconds
+        texts = [
+            event.after.label,
+            event.before.label,
+            duration(move.seconds),
+            count(move.tokens),
+            _milliseconds(event.seconds) if event.seconds < 0.1 else duration(event.seconds),
+            f"{event.bytes_moved / 1e6:.0f} MB" if event.bytes_moved else "–",
+            _milliseconds(predicted),
+            _milliseconds(seen),
+            f"{100 * (seen / predicted - 1):+z.0f} %" if predicted and seen else "–",
+            outcome.reason,
+        ]
+        rows.append(Row(texts, shades.get(event.after.layout.label, "")))
+    return Table(columns, rows) if rows else None
+
+
+def _shares(history: History) -> Table | None:
+    rows = []
+    for share in time_shares(history):
+        colour = SHARE_COLOURS.get(share.kind, "var(--faint)")
+        texts = [KIND_WORDS[share.kind], duration(share.seconds), percent(share.share)]
+        rows.append(Row(texts, colour, width=round(100 * share.share, 3)))
+    return Table([Column("time", "words"), Column(""), Column("share")], rows) if rows else None
+
+
+def _candidates(explanation: Explanation, shades: dict[str, str]) -> Table:
+    decision = explanation.decision
+    columns = [
+        Column(name, "words" if name == "verdict" else "name" if name in WORDS else "number") for name in COLUMNS
+    ]
+    rows = []
+    for each in shown_candidates(decision, all_candidates=False):
+        mark = "chosen" if each.configuration == decision.chosen else ""
+        mark = mark or ("current" if each.configuration == decision.current else "")
+        rows.append(Row(cells(each), shades.get(each.configuration.layout.label, ""), mark))
+    return Table(columns, rows)
+
+
+def _notices(history: History) -> Table | None:
+    columns = [Column("at"), Column("tokens"), Column("what", "words")]
+    rows = [
+        Row([duration(each.seconds), count(each.tokens), each.text])
+        for each in sorted(history.notices, key=lambda each: each.seconds)[-MOST_ROWS:]
+    ]
+    return Table(columns, rows) if rows else None
+
+
+def environment(history: History) -> list[tuple[str, str]]:
+    """What the run ran on and with. Only what is named here: nothing of any process's environment."""
+    start = history.status.start
+    rows = [("run directory", str(history.run))]
+    if start:
+        rows += [("hardware", start.hardware), ("software", start.software)]
+        rows.append(("ranks", str(start.configuration.layout.accelerators)))
+        rows.append(("sequence", f"{start.seq_len} tokens"))
+    values = job_values(history.run)
+    for section, name in (("model", "layers"), ("model", "hidden"), ("training", "precision"), ("training", "seed")):
+        inner = values.get(section)
+        if isinstance(inner, dict) and name in inner:
+            rows.append((f"{section}.{name}", str(inner[name])))
+    policy = values.get("planner")
+    if isinstance(policy, dict) and "policy" in policy:
+        rows.append(("policy", str(policy["policy"])))
+    return rows
+
+
+def rules(history: History, explanation: Explanation | None) -> tuple[float, Objective]:
+    """c and the objective that the planner scores with: of its last decision, else of the job file."""
+    if explanation is not None:
+        return explanation.decision.critical_batch_factor, explanation.decision.objective
+    try:
+        planner = PlannerConfig.model_validate(job_values(history.run).get("planner") or {})
+    except ValueError:  # of another version
+        planner = PlannerConfig()
+    return planner.critical_batch_factor, planner.objective
+
+
+def job_values(run: Path) -> dict[str, Any]:
+    """The job file as plain values, whatever version wrote it; texts of secret settings are left out."""
+    try:
+        values = yaml.safe_load((run / "job.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return _without_secrets(values) if isinstance(values, dict) else {}
+
+
+def job_text(run: Path) -> str:
+    """The same as YAML."""
+    return yaml.safe_dump(job_values(run), sort_keys=False, allow_unicode=True)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            name: "(left out)" if isinstance(inner, str) and SECRET.search(str(name)) else _without_secrets(inner)
+            for name, inner in value.items()
+        }
+    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _last_decision(history: History) -> Explanation | None:
+    try:
+        return explanation_of(history.run, max(history.decisions)) if history.decisions else None
+    except JobError:  # of another version
+        return None
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1000:.{1 if seconds < 0.01 else 0}f} ms"

@@ -1,0 +1,146 @@
+"""One frame of `copus watch`: a `Watched` as something that rich can print."""
+
+import time
+from itertools import pairwise
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from launch.run_directory import shown
+from launch.runs import STYLES
+from launch.status import branched, count, duration, measured, noise_interval
+from launch.watch import Watched
+from launch.wording import loss
+from profiles.decision import CandidateScore
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def frame(watched: Watched, width: int) -> RenderableType:
+    """State and progress, curve of the loss, figures, goodput against the alternatives, last events."""
+    status = watched.status
+    parts: list[RenderableType] = [_heading(watched)]
+    if status.profile:
+        parts.append(_bar(status.profile.done / status.profile.total, measured(status.profile)))
+    elif status.branch:
+        parts.append(_bar(status.branch.done / status.branch.total, branched(status.branch)))
+    elif status.start:
+        tokens, total = (count(samples * status.start.seq_len) for samples in _samples(watched))
+        parts += [_bar(status.fraction, f"{status.fraction:.1%}  {tokens} of {total} tokens"), Text()]
+        parts.append(_loss(watched, min(width, 100)))
+        parts.append(_figures(watched))
+    if alternatives := watched.alternatives():
+        parts += [_rule("goodput, as the last decision saw it"), _goodput(watched, alternatives)]
+    if watched.told:
+        parts.append(_rule("last events"))
+        parts += [Text(line, overflow="ellipsis", no_wrap=True) for line in watched.told]
+    return Group(*parts)
+
+
+def headline(watched: Watched) -> str:
+    """Run and state in a line."""
+    status, state = watched.status, watched.state
+    words = [f"{shown(watched.run)}: {state.name}" + (f" ({state.why})" if state.why else "")]
+    if status.start:
+        words.append(f"{count(status.samples_consumed * status.start.seq_len)} tokens ({status.fraction:.1%})")
+    if status.step:
+        words.append(f"loss {loss(status.step.loss)}")
+    return ", ".join(words)
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The values as bars of eighths, the means of equal shares of them, at most `width`."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    cuts = [place * len(values) // width for place in range(width + 1)]
+    means = [sum(values[low:high]) / (high - low) for low, high in pairwise(cuts)]
+    least, span = min(means), max(means) - min(means)
+    return "".join(BARS[round((mean - least) / span * (len(BARS) - 1)) if span else 0] for mean in means)
+
+
+def _heading(watched: Watched) -> Text:
+    status, state = watched.status, watched.state
+    heading = Text.assemble((shown(watched.run), "bold"), "   ", (state.name, STYLES.get(state.name, "") + " bold"))
+    if state.why:
+        heading.append(f" {state.why}", "dim")
+    if status.start and status.time is not None:
+        until = time.time() if state.alive else status.time
+        heading.append(f"   {duration(max(0.0, until - status.start.time))} since the start")
+        if state.alive and status.remaining_seconds is not None:
+            heading.append(f"   {duration(status.remaining_seconds)} to go at this speed")
+    return heading
+
+
+def _samples(watched: Watched) -> tuple[int, int]:
+    assert watched.status.start is not None
+    return watched.status.samples_consumed, watched.status.start.total_samples
+
+
+def _bar(fraction: float, text: str) -> Table:
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(ProgressBar(total=1.0, completed=fraction, width=40), Text(text))
+    return bar
+
+
+def _loss(watched: Watched, width: int) -> Table:
+    status = watched.status
+    words = loss(status.step.loss) if status.step else "…"
+    if status.evaluation:
+        words += f"   validation {loss(status.evaluation.loss)}"
+        if status.first_evaluation and status.first_evaluation is not status.evaluation:
+            words += f" (at first {loss(status.first_evaluation.loss)})"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text("loss", style="dim"), Text(sparkline(watched.losses, max(10, width - 60))), Text(words))
+    return grid
+
+
+def _figures(watched: Watched) -> Table:
+    status, configuration = watched.status, watched.status.configuration
+    noise = status.noise
+    seen = "…" if status.samples_per_second is None else f"{status.samples_per_second:.3g}"
+    if watched.predicted is not None:
+        seen += f" ({watched.predicted:.3g} predicted)"
+    facts = [
+        ("noise", noise_interval(noise.value, noise.low, noise.high) if noise else "unknown yet"),
+        ("batch", str(configuration.global_batch) if configuration else "…"),
+        ("layout", configuration.layout.label if configuration else "…"),
+        ("samples/s", seen),
+        ("micro-batch", str(configuration.micro_batch) if configuration else "…"),
+        ("moves", _moves(watched)),
+    ]
+    grid = Table.grid(padding=(0, 2))
+    cells = [cell for name, value in facts for cell in (Text(name, style="dim"), Text(value))]
+    grid.add_row(*cells[:6])
+    grid.add_row(*cells[6:])
+    return grid
+
+
+def _moves(watched: Watched) -> str:
+    moves = watched.status.moves
+    return f"{len(moves)} in {duration(sum(move.seconds for move in moves))}" if moves else "none"
+
+
+def _goodput(watched: Watched, alternatives: list[CandidateScore]) -> Table:
+    most = max((each.goodput or 0.0 for each in alternatives), default=0.0)
+    grid = Table.grid(padding=(0, 2))
+    for _ in range(5):
+        grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+    for each in alternatives:
+        running = each.configuration == watched.status.configuration
+        share = (each.goodput or 0.0) / most if most > 0 else 0.0
+        rate = "" if each.samples_per_second is None else f"{each.samples_per_second:.3g} samples/s"
+        efficiency = "" if each.efficiency is None else f"× {each.efficiency:.2f}"
+        cells = [each.configuration.label, "█" * round(share * 12), f"{each.goodput or 0.0:.3g}", rate, efficiency]
+        # What was running when the planner decided may have moved since: say what runs now, not what it said then.
+        words = "running" if running else "moved away from" if each.verdict in ("CHOSEN", "current") else each.verdict
+        grid.add_row(*map(Text, [*cells, words]), style="bold" if running else "")
+    return grid
+
+
+def _rule(title: str) -> Rule:
+    return Rule(title, align="left", style="dim")

@@ -1,0 +1,113 @@
+"""A run read once: what counts, and when it happened."""
+
+from pathlib import Path
+
+import pytest
+from launch_events import DATA, SEQ_LEN, TENSOR, decision, noise, reconfigure, start, step, write_timed_run
+from told_run import BEGAN, WIDE, evaluate, write_told_run
+
+from copus.events import Checkpoint, End, Failure, Profile, Restart
+from launch.history import History, read_history
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> History:
+    return read_history(write_told_run(tmp_path / "told"))
+
+
+def test_what_was_done_again_is_there_once_and_its_time_is_known(told: History) -> None:
+    samples = [round(row.tokens / SEQ_LEN) for row in told.steps]
+    assert samples == sorted(set(samples))
+    assert len(told.steps) == 15 + 10 + 3 + 12
+    assert told.repeated_seconds == pytest.approx(3 * 0.11)
+    assert [span.configuration for span in told.spans] == [TENSOR, DATA, WIDE]
+    assert [told.spans[row.span].configuration.global_batch for row in told.steps] == [row.batch for row in told.steps]
+    assert [move.event.after for move in told.moves] == [DATA, WIDE]
+
+
+def test_time_begins_with_training_and_pauses_have_their_place(told: History) -> None:
+    assert told.begin == pytest.approx(-6.0)
+    assert told.steps[0].seconds == pytest.approx(0.6)  # after the evaluation, 0.5 s
+    kinds = [pause.kind for pause in told.pauses]
+    assert kinds.count("evaluating") == 3
+    assert (kinds.count("measuring"), kinds.count("down"), kinds.count("moving")) == (1, 1, 2)
+    measuring = told.pauses[kinds.index("measuring")]
+    assert (measuring.begin, measuring.end) == (pytest.approx(-6.0), pytest.approx(0.0))
+    down = told.pauses[kinds.index("down")]
+    assert down.end - down.begin == pytest.approx(4.0)  # from the failure to the start
+    assert all(pause.begin <= pause.end <= told.end + 1e-6 for pause in told.pauses)
+
+
+def test_the_clock_stands_still_between_a_stop_and_its_resume(tmp_path: Path) -> None:
+    night = 40_000.0
+    ended = End(step=1, samples_consumed=4, reason="interrupted", seconds=1.0)
+    again = Restart(step=1, samples_consumed=4, attempt=0, resumed_from="x", samples_repeated=0, ranks=2)
+    run = write_timed_run(
+        tmp_path,
+        (BEGAN, start()),
+        (BEGAN + 1, step(4, 1.0)),
+        (BEGAN + 1, ended),
+        (BEGAN + night, again),
+        (BEGAN + night + 2, start(4, resumed_from="x")),
+        (BEGAN + night + 3, step(8, 1.0)),
+    )
+    history = read_history(run)
+    assert [row.seconds for row in history.steps] == [pytest.approx(1.0), pytest.approx(4.0)]
+    assert [(pause.kind, pause.end - pause.begin) for pause in history.pauses] == [("starting", pytest.approx(2.0))]
+    assert len(history.spans) == 1
+
+
+def test_a_resume_after_a_crash_may_measure_first(tmp_path: Path) -> None:
+    measured = Profile(step=0, samples_consumed=0, configuration=DATA, done=1, total=1, step_seconds=0.1)
+    again = Restart(step=1, samples_consumed=4, attempt=0, resumed_from="x", samples_repeated=0, ranks=2)
+    run = write_timed_run(
+        tmp_path,
+        (BEGAN, start()),
+        (BEGAN + 1, step(4, 1.0)),
+        (BEGAN + 9000, measured),
+        (BEGAN + 9005, again),
+        (BEGAN + 9005, start(4, resumed_from="x")),
+        (BEGAN + 9006, step(8, 1.0)),
+    )
+    history = read_history(run)
+    assert history.steps[-1].seconds == pytest.approx(7.0)
+    assert [(pause.kind, pause.end - pause.begin) for pause in history.pauses] == [("measuring", pytest.approx(5.0))]
+
+
+def test_decisions_are_read_one_by_one(told: History) -> None:
+    assert sorted(told.decisions) == [0, 1, 2]
+    made = told.decision(1)
+    assert made is not None
+    assert made.chosen == WIDE
+    assert told.decision(7) is None
+
+
+def test_torn_lines_unknown_events_and_a_missing_log(tmp_path: Path) -> None:
+    run = write_told_run(tmp_path / "told")
+    whole = (run / "events.jsonl").read_bytes()
+    before = len(read_history(run).steps)
+    (run / "events.jsonl").write_bytes(
+        b'{"type":"telepathy"}\nnonsense\n{"type":"decision","decision":[]}\n' + whole[:-40]
+    )
+    assert len(read_history(run).steps) == before
+    (run / "events.jsonl").unlink()
+    assert read_history(run).steps == []
+
+
+def test_a_log_cut_anywhere_can_be_read(tmp_path: Path) -> None:
+    whole = (write_told_run(tmp_path / "told") / "events.jsonl").read_bytes()
+    cut = write_timed_run(tmp_path / "cut")
+    for length in range(0, len(whole), 1777):
+        (cut / "events.jsonl").write_bytes(whole[:length])
+        history = read_history(cut)
+        assert history.end >= history.begin
+
+
+def test_notices_are_in_words(tmp_path: Path) -> None:
+    failure = Failure(step=0, samples_consumed=0, rank=1, message="disk full", fatal=False)
+    saved = Checkpoint(step=1, samples_consumed=4, path="x", seconds=0.1, bytes=1)
+    events = [start(), step(4), noise(4), saved, failure, decision(0, 4, TENSOR, DATA), evaluate(4, None)]
+    events.append(reconfigure(0, 4, TENSOR, DATA))
+    history = read_history(write_timed_run(tmp_path, *((BEGAN + place, event) for place, event in enumerate(events))))
+    assert [notice.text for notice in history.notices] == ["disk full"]
+    assert history.evaluations == []

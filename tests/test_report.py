@@ -1,0 +1,240 @@
+"""`copus report`: the numbers behind the plots, and what the page says where there is little to say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from launch_events import SEQ_LEN, TOTAL_SAMPLES, noise, start, step, write_run, write_timed_run
+from launch_jobs import copus_here
+from told_run import HOSTILE, evaluate, told_events, write_told_run
+
+from launch.history import History, LossAt, StepAt, read_history
+from launch.report import page
+from launch.report.comparison import differences, flat, names
+from launch.report.series import (
+    adapting_gain,
+    decomposition,
+    first_throughput,
+    move_outcomes,
+    predicted_lines,
+    profiled_lines,
+    reached,
+    seen_points,
+    smoothed_loss,
+    thinned,
+    time_shares,
+)
+from launch.report.single import job_values, single
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> History:
+    return read_history(write_told_run(tmp_path / "told"))
+
+
+@given(rows=st.lists(st.integers(), max_size=60), most=st.integers(2, 20))
+def test_thinning_keeps_the_ends_and_the_order(rows: list[int], most: int) -> None:
+    places = list(range(len(rows)))
+    kept = thinned(places, most)
+    assert len(kept) == min(len(rows), most)
+    assert kept == sorted(set(kept))
+    assert kept[:1] + kept[-1:] == places[:1] + places[-1:]
+
+
+def test_the_smoothed_loss_counts_sequences_and_not_steps() -> None:
+    def steps(batches: list[int], losses: list[float | None]) -> list[StepAt]:
+        ends = [sum(batches[: place + 1]) for place in range(len(batches))]
+        return [StepAt(end, end, loss, 1.0, batch, 0) for end, loss, batch in zip(ends, losses, batches, strict=True)]
+
+    assert [row.loss for row in smoothed_loss(steps([4] * 9, [3.0] * 9))] == pytest.approx([3.0] * 9)
+    one = smoothed_loss(steps([1, 1, 2] + [4] * 300, [2.0, 4.0, 6.0] + [1.0] * 300))
+    two = smoothed_loss(steps([1, 1, 2] + [8] * 150, [2.0, 4.0, 6.0] + [1.0] * 150))
+    assert one[0].loss == 2.0
+    assert one[-1].loss == pytest.approx(two[-1].loss, abs=1e-3)
+    assert len(smoothed_loss(steps([4, 4], [None, 2.0]))) == 1
+    assert smoothed_loss([]) == []
+
+
+def test_goodput_is_the_product_of_its_parts(told: History) -> None:
+    rows = decomposition(told, 2.0, "plain")
+    assert [row.efficiency is None for row in rows] == [row.tokens <= 20 * SEQ_LEN for row in rows]
+    last = rows[-1]
+    assert last.throughput == pytest.approx(16 / 0.2)
+    assert last.efficiency == pytest.approx(1 / (1 + 16 / (2 * 12.0)))
+    assert last.goodput == pytest.approx(80 * 0.6)
+    assert last.unmoved == pytest.approx(50 / (1 + 4 / 24))  # 4 sequences in the 0.08 s that were measured
+    aware = decomposition(told, 2.0, "lr-aware")[-1]
+    assert aware.goodput == pytest.approx(80 * 0.6 * 4)
+
+
+def test_the_gain_of_adapting_is_over_the_best_known_speed_of_the_first_configuration(told: History) -> None:
+    assert first_throughput(told) == pytest.approx(4 / 0.08)  # it showed 4 / 0.1
+    rows = decomposition(told, 2.0, "plain")
+    gain = adapting_gain(told, rows)
+    known = [(row, step) for row, step in zip(rows, told.steps, strict=True) if row.goodput]
+    done = sum((row.goodput or 0) * step.duration for row, step in known)
+    unmoved = 50 / (1 + 4 / 24) * (sum(step.duration for _, step in known) + 2.501)
+    assert gain == pytest.approx(done / unmoved - 1)
+    told.moves.clear()
+    assert adapting_gain(told, rows) is None
+
+
+def test_shares_of_time_are_all_of_it(told: History) -> None:
+    shares = {share.kind: share for share in time_shares(told)}
+    assert sum(share.share for share in shares.values()) == pytest.approx(1)
+    assert shares["training"].seconds == pytest.approx(15 * 0.1 + 13 * 0.11 + 12 * 0.2)
+    assert shares["repeated"].seconds == pytest.approx(0.33)
+    assert shares["measuring"].seconds == pytest.approx(6.0)
+    assert shares["moving"].seconds == pytest.approx(2.501)
+    assert shares["down"].seconds == pytest.approx(4.0)
+    assert time_shares(History(Path("none"))) == []
+
+
+def test_lines_have_the_fastest_micro_batch_of_each_batch(told: History) -> None:
+    made = told.decision(2)
+    assert made is not None
+    lines = predicted_lines(made)
+    assert [(point.batch, round(point.rate)) for point in lines["TP1·PP2·DP1"]] == [(4, 27), (8, 32)]
+    assert lines["TP1·PP1·DP2"][0].spread == pytest.approx(16.0)
+    measured = profiled_lines(told)
+    assert {name: [round(point.rate) for point in line] for name, line in measured.items()} == {
+        "TP2·PP1·DP1": [50],
+        "TP1·PP1·DP2": [80],
+    }
+    assert [(point.layout, point.batch, point.steps) for point in seen_points(told)] == [
+        ("TP2·PP1·DP1", 4, 15),
+        ("TP1·PP1·DP2", 8, 13),
+        ("TP1·PP1·DP2", 16, 12),
+    ]
+
+
+def test_moves_are_predicted_against_seen(told: History) -> None:
+    first, second = move_outcomes(told)
+    assert (first.predicted_seconds, first.seen_seconds, first.steps) == (0.1, pytest.approx(0.11), 13)
+    assert (second.predicted_seconds, second.seen_seconds, second.steps) == (0.1, pytest.approx(0.2), 12)
+    assert first.reason == HOSTILE
+    told.decisions.clear()
+    assert move_outcomes(told)[0].predicted_seconds is None
+
+
+def test_when_a_loss_was_reached() -> None:
+    rows = [LossAt(0, 0, 8.0), LossAt(100, 10, 6.0), LossAt(200, 30, 7.0), LossAt(300, 40, 5.0)]
+    assert reached(rows, 7.0) == LossAt(50, 5, 7.0)
+    assert reached(rows, 5.5) == LossAt(275, 37.5, 5.5)
+    assert reached(rows, 9.0) == rows[0]
+    assert reached(rows, 4.0) is None
+
+
+def test_the_page_says_what_happened(told: History) -> None:
+    content = single(told)
+    text = " ".join(content.summary)
+    assert f"of {TOTAL_SAMPLES * SEQ_LEN / 1000:.1f} k" in text
+    assert "from 8.200 to 4.500" in text
+    assert "moved 2 times, from TP2·PP1·DP1 B4 m1 to TP1·PP1·DP2 B16 m2, in 2.5 s" in text
+    assert "that run was not trained" in text
+    assert set(content.figures) == {"loss-time", "loss-tokens", "noise", "goodput", "timeline", "lines"}
+    assert [row.mark for row in content.values["decision"].rows].count("chosen") == 1
+    shades = content.values["shades"]
+    assert len(set(shades.values())) == len(shades) == 3
+    for name, figure in content.figures.items():
+        assert figure["layout"]["yaxis"]["title"]["text"] or name == "timeline"
+        drawn = [trace["line"]["color"] for trace in figure["data"] if trace["name"] in shades and "line" in trace]
+        assert all(colour in shades.values() for colour in drawn)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8, 30, 36, 37, 60, 64, 70, 90])
+def test_a_run_can_be_looked_at_whatever_is_there_of_it(tmp_path: Path, length: int) -> None:
+    run = write_timed_run(tmp_path / "run", *told_events()[:length])
+    with open(run / "events.jsonl", "a") as log:
+        log.write('{"type":"step","st')
+    content = single(read_history(run))
+    expected = {"loss-time", "loss-tokens", "noise", "goodput", "timeline", "lines"}
+    assert set(content.figures) | set(content.reasons) >= expected
+    assert content.summary[0]
+    assert page([run]).count("</html>") == 1
+
+
+def test_a_run_in_which_no_loss_was_finite_or_evaluated_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", start(), evaluate(0, 8.0), step(4, loss=None), noise(4))
+    content = single(read_history(run))
+    assert content.reasons["loss-time"] == "No loss of this run was finite."
+    assert "evaluated once, was 8.000" in content.summary[0]
+    assert content.summary[1] == "It ran in TP2·PP1·DP1 B4 m1 throughout."
+
+
+def test_nothing_of_the_run_becomes_part_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COPUS_TEST_SECRET", "tell nobody")
+    run = write_told_run(tmp_path / "<b>bold")
+    for text in (page([run]), page([run, write_told_run(tmp_path / "other")])):
+        body = text.partition('<script type="application/json"')[0]
+        assert "&lt;b&gt;bold" in body
+        assert [tag for tag in ("<script", "<img", "<b>") if tag in body] == []
+        assert [secret for secret in ("tell nobody", "hunter2") if secret in text] == []
+        values = re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)
+        assert values is not None
+        assert "<" not in values[1]
+        json.loads(values[1])
+    assert job_values(run)["profile"]["options"] == {"api_key": "(left out)", "depth": 3}
+
+
+def test_runs_are_compared(tmp_path: Path) -> None:
+    runs = [write_told_run(tmp_path / "fast"), write_told_run(tmp_path / "slow", slower=2.0)]
+    values = yaml.safe_load((runs[1] / "job.yaml").read_text())
+    values["planner"]["policy"] = "static"
+    (runs[1] / "job.yaml").write_text(yaml.safe_dump(values))
+    text = page(runs)
+    assert "planner.policy" in text
+    assert "+100 %" in text  # twice the time to the same loss
+    values["model"]["vocab"] = 5
+    (runs[1] / "job.yaml").write_text(yaml.safe_dump(values))
+    assert "cannot be compared: model.vocab is not the same" in page(runs)
+    once = write_timed_run(tmp_path / "once", *told_events()[:20])
+    (once / "job.yaml").write_text((runs[0] / "job.yaml").read_text())
+    assert "At least two evaluations" in page([runs[0], once])
+    empty = [write_run(tmp_path / name) for name in ("none", "nor this")]
+    assert "None of these runs has trained a step yet" in page(empty)
+
+
+def test_jobs_differ_in_fields() -> None:
+    one, two = flat({"name": "a", "x": {"y": 1, "z": {}}}), flat({"name": "b", "x": {"y": 2, "z": {}}, "w": None})
+    assert one == {"name": "a", "x.y": 1, "x.z": {}}
+    assert differences({"one": one, "two": two}) == {"x.y": ["1", "2"], "w": ["–", "None"]}
+    assert names([Path("/a/runs/x"), Path("/b/runs/x")]) == ["a/runs/x", "b/runs/x"]
+
+
+def test_the_file_is_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_told_run(tmp_path / "told")
+    assert copus_here("report", str(run)) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    written = (run / "report.html").read_text()
+    assert written.startswith("<!DOCTYPE html>")
+    assert copus_here("report", str(run), str(run), "--output", str(tmp_path / "x.html"), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "x.html")}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["told", "x.html"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["two"], "no run two: neither two nor runs/two is a folder with a job.yaml"),
+        (["told", "--output", "a.pdf"], "--output a.pdf: expected a name that ends in .html"),
+        (["told", "--output", "no/such/a.html"], "--output no/such/a.html: No such file or directory"),
+    ],
+)
+def test_user_errors(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    write_told_run(tmp_path / "told")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert copus_here("report", *arguments) == 2
+    assert capsys.readouterr() == ("", f"copus: {message}\n")
+    assert sorted(tmp_path.rglob("*")) == before
