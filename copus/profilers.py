@@ -1,12 +1,10 @@
 """Which profilers are installed: those that come with copus, and plugins."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from copus.plugins import added, load
 from profiles.profiler import Processes, ProfilerType
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
 
 GROUP = "copus.profilers"
 """The entry points of plugins."""
@@ -46,15 +44,10 @@ class Installed:
 
     def load(self) -> ProfilerType:
         """Import it. Raises ValueError, in one line, where that fails or it is no profiler."""
-        import importlib
-
-        module, _, attribute = self.place.partition(":")
         try:
-            found: Any = importlib.import_module(module)
-            for name in attribute.split("."):
-                found = getattr(found, name)
-        except Exception as error:  # a stranger's module may raise anything
-            raise ValueError(f"profiler {self.name} ({self.source}): {type(error).__name__}: {error}") from error
+            found = load(self.place)
+        except ValueError as error:
+            raise ValueError(f"profiler {self.name} ({self.source}): {error}") from error
         fits = getattr(found, "processes", None) in ("one", "all") and getattr(found, "shards", None) in (True, False)
         if not callable(found) or not fits:
             raise ValueError(
@@ -66,11 +59,9 @@ class Installed:
 
 def installed() -> dict[str, Installed]:
     """All of them by name, the built-in ones first. A plugin cannot take the name of a built-in one."""
-    from importlib.metadata import entry_points
-
     found = {name: find_profiler(name) for name in BUILT_IN}
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        found.setdefault(entry.name, Installed(entry.name, entry.value, _distribution(entry)))
+    for name, (place, source) in added(GROUP).items():
+        found.setdefault(name, Installed(name, place, source))
     return found
 
 
@@ -96,7 +87,3 @@ def find_profiler(name: str) -> Installed:
         listed = ", ".join(f"{each.name} ({each.source})" for each in known.values())
         raise ValueError(f"no profiler {name!r} is installed; there are {listed}")
     return known[name]
-
-
-def _distribution(entry: "EntryPoint") -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown distribution"

@@ -6,7 +6,6 @@ Stops at the next step, with a checkpoint, when the file `RUN/stop` appears or o
 after a finished run. A run directory with a plan of branches (`copus calibrate`) runs these instead.
 """
 
-import contextlib
 import os
 import sys
 import time
@@ -26,13 +25,13 @@ from copus.branch_runs import run_branches
 from copus.branches import read_plan
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.data.prepared import prepared_path
-from copus.events import End, Event, EventLog, Failure, Restart, Start, samples_trained
+from copus.events import End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
 from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.stop_request import StopRequest
-from copus.tracking import TensorBoardTracker
+from copus.tracking.fan_out import FanOut
 from planner.memory_check import MemoryCheck
 from planner.planner import Planner
 from profiles.measurement import Measurement
@@ -193,7 +192,7 @@ def _start_process_group(job: JobConfig) -> torch.device:
 
 @dataclass
 class _Reporter:
-    """Where events go on rank 0: the log and TensorBoard. Elsewhere (no run) nowhere."""
+    """Where events go on rank 0: the log, and the trackers of the job. Elsewhere (no run) nowhere."""
 
     run: Path | None
     job: JobConfig
@@ -202,23 +201,17 @@ class _Reporter:
         if self.run is None:
             return lambda event: None
         self._log = EventLog(self.run)
-        self._blind = False
-        self._tracker = TensorBoardTracker(self.run, self.job.model.seq_len)
+        self._trackers = FanOut(self.run, self.job)
         return self._write
 
     def _write(self, event: Event) -> None:
-        stamped = self._log.write(event)
-        try:
-            self._tracker.write(stamped)
-        except OSError as error:  # a full disk: TensorBoard's pictures are not worth the training
-            if not self._blind:
-                print(f"copus: tensorboard/ is not written any more: {error}", file=sys.stderr, flush=True)
-            self._blind = True
+        for line in self._trackers.write(self._log.write(event)):
+            self._log.write(Warned(step=event.step, samples_consumed=event.samples_consumed, message=line))
 
     def __exit__(self, *exception: Any) -> None:
         if self.run is not None:
-            with contextlib.suppress(OSError):
-                self._tracker.close()
+            for line in self._trackers.close():
+                print(f"copus: {line}", file=sys.stderr, flush=True)
             self._log.close()
 
 

@@ -18,6 +18,7 @@ from launch.profile import check_profiler, profile_alone
 from launch.progress import SteadyConsole
 from launch.run_directory import create_run, discard_run, find_run, lock_run, portable, shown, write_job
 from launch.status import RunStatus, count, duration
+from launch.tracking import check_trackers
 
 
 def submit(job_file: Path | None, overrides: list[str], resume: str | None, *, as_json: bool = False) -> int:
@@ -31,6 +32,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, *, a
     engine = engine_of(job)
     check(job)
     check_profiler(job)
+    check_trackers(job)
     with Interrupts() as interrupts:
         run = create_run(job)
         with lock_run(run) as lock:
@@ -55,6 +57,7 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
         return _conclude(Outcome(0, "finished", status, 0.0), run, console, as_json, already=True)
     engine = engine_of(job)
     check(job)
+    check_trackers(job)
     with Interrupts() as interrupts, lock_run(run) as lock:
         if job != before:
             write_job(run, job)
