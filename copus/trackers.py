@@ -30,7 +30,12 @@ def make_tracker(name: str, options: dict[str, Any]) -> "Tracker":
             listed += [f"{known} ({source})" for known, (_, source) in plugins.items() if known not in BUILT_IN]
             raise ValueError(f"no tracker {name!r} is installed; there are {', '.join(listed)}")
         place = plugins[name][0]
-    tracker: Tracker = load(place)(options)
+    try:
+        tracker: Tracker = load(place)(options)
+    except ValueError:
+        raise
+    except Exception as error:  # a stranger's class may raise anything
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
     missing = [method for method in ("start", "write", "close") if not callable(getattr(tracker, method, None))]
     if missing:
         raise ValueError(f"{place} is no tracker: it lacks {' and '.join(missing)}")

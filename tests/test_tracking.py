@@ -25,6 +25,7 @@ from profiles.noise_scale import NoiseScale
 SEQ_LEN = 32
 """Of the job in launch_jobs."""
 LOSS = 2.5
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def at(samples: int, time: float = 0.0) -> dict[str, Any]:
@@ -226,6 +227,20 @@ def test_a_plugin_gets_the_figures_by_tokens(tmp_path: Path, plugins: None) -> N
     assert kinds == [event.type for event in EVERYTHING if event.type != "warning"] + ["closed"]
     (step,) = (each for each in Recorder.told if each[0] == "step")
     assert (step[1], step[2]["loss/train"]) == (4 * SEQ_LEN, LOSS)
+
+
+def test_the_example_of_the_documentation_works(tmp_path: Path, plugins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "tracking.md").read_text()
+    (code,) = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    (tmp_path / "site" / "my_package.py").write_text(code)
+    (line,) = re.findall(r'^jsonl = "(.+)"$', text, re.MULTILINE)
+    entries = tmp_path / "site" / "plugins-1.0.dist-info" / "entry_points.txt"
+    entries.write_text(f"[copus.trackers]\njsonl = {line}\n")
+    with pytest.raises(JobError, match=r"tracking\.jsonl: the jsonl tracker takes `file` and nothing else, got nothing"):
+        job_with(jsonl={})
+    file = tmp_path / "figures.jsonl"
+    assert follow(tmp_path, job_with(jsonl={"file": str(file)}), [a_step(4)]) == []
+    assert json.loads(file.read_text())["tokens"] == 4 * SEQ_LEN
 
 
 def test_nothing_is_started_before_there_is_something_to_show(tmp_path: Path, plugins: None) -> None:
