@@ -150,7 +150,7 @@ class JobConfig(Record):
     """How throughput is learned."""
     launch: LaunchConfig = LaunchConfig()
     """How processes are started."""
-    tracking: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"tensorboard": {}})
+    tracking: dict[str, dict[str, Any]] = Field(default={"tensorboard": {}})
     """Where else figures go: name of a tracker → its options, `{tensorboard: {}, wandb: {mode: offline}}`. Built in:
     `tensorboard`, `wandb`, `mlflow`, `prometheus`; plugins by their names. `{}`: nowhere."""
 

@@ -236,7 +236,7 @@ def test_the_example_of_the_documentation_works(tmp_path: Path, plugins: None, m
     (line,) = re.findall(r'^jsonl = "(.+)"$', text, re.MULTILINE)
     entries = tmp_path / "site" / "plugins-1.0.dist-info" / "entry_points.txt"
     entries.write_text(f"[copus.trackers]\njsonl = {line}\n")
-    with pytest.raises(JobError, match=r"tracking\.jsonl: the jsonl tracker takes `file` and nothing else, got nothing"):
+    with pytest.raises(JobError, match=r"tracking\.jsonl: the jsonl tracker takes `file` and nothing else, got no"):
         job_with(jsonl={})
     file = tmp_path / "figures.jsonl"
     assert follow(tmp_path, job_with(jsonl={"file": str(file)}), [a_step(4)]) == []

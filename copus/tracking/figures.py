@@ -131,10 +131,10 @@ def _of_decision(event: DecisionMade) -> dict[str, float | None]:
     current, chosen = scores.get(decision.current), scores.get(decision.chosen)
     return {
         "noise/critical_batch": decision.critical_batch,
-        "goodput/current": current and current.goodput,
-        "goodput/chosen": chosen and chosen.goodput,
+        "goodput/current": current.goodput if current else None,
+        "goodput/chosen": chosen.goodput if chosen else None,
         "goodput/gain": decision.predicted_gain,
-        "goodput/efficiency": chosen and chosen.efficiency,
+        "goodput/efficiency": chosen.efficiency if chosen else None,
     }
 
 
