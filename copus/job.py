@@ -167,7 +167,10 @@ class JobConfig(Record):
         _located("model", lambda: check_model(self.model))
         _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
         for name, options in self.tracking.items():
-            _located(f"tracking.{name}", lambda name=name, options=options: make_tracker(name, options))
+            _located(
+                f"tracking.{_shortened(name, spell=str)}",
+                lambda name=name, options=options: make_tracker(name, options),
+            )
         _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
         _located("training", lambda: check_configuration(self.training.configuration))
         for index, layout in enumerate(self.planner.layouts or []):

@@ -210,7 +210,7 @@ class _Reporter:
 
     def __exit__(self, *exception: Any) -> None:
         if self.run is not None:
-            for line in self._trackers.close():
+            for line in self._trackers.close(failed=exception[0] is not None):
                 print(f"copus: {line}", file=sys.stderr, flush=True)
             self._log.close()
 

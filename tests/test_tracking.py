@@ -149,6 +149,7 @@ def test_tensorboard_is_the_default_and_a_name_alone_has_no_options() -> None:
             "tracking.mlflow: tracking_uri: has a password in it",
         ),
         ({"prometheus": {"folder": "here"}}, "tracking.prometheus: folder: has to be an absolute path, got here"),
+        ({"a\nb": {}}, "tracking.a�b: no tracker 'a\\nb' is installed"),
         (["tensorboard"], "tracking: input should be a valid dictionary, got ['tensorboard']"),
     ],
 )
@@ -270,6 +271,19 @@ def test_one_that_waits_holds_nobody_up(tmp_path: Path, plugins: None, monkeypat
         Stuck.release.set()
     assert lines == ["tracking.stuck is switched off: it is 3 events behind"]
     assert time.monotonic() - started < 20
+
+
+def test_one_that_is_not_done_at_the_end_is_left_behind(
+    tmp_path: Path, plugins: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copus.tracking.fan_out, "FAILED_SECONDS", 0.1)
+    Stuck.release.clear()
+    trackers = FanOut(tmp_path, job_with(stuck={}))
+    try:
+        assert trackers.write(a_step(4)) == []
+        assert trackers.close(failed=True) == ["tracking.stuck is switched off: it was not done in time after the end"]
+    finally:
+        Stuck.release.set()
 
 
 def read_tensorboard(run: Path) -> EventAccumulator:

@@ -16,8 +16,9 @@ from copus.tracking.figures import Figures
 
 BACKLOG = 2_000
 """Events that a tracker may lie behind before it is given up: minutes to hours without a network."""
-CLOSING_SECONDS = 30.0
-"""Time that the trackers have together, at the end, for what they have not sent."""
+CLOSING_SECONDS, FAILED_SECONDS = 30.0, 2.0
+"""Time that the trackers have together, at the end, for what they have not sent; and where the workers failed, so that
+the restart need not wait for them."""
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
@@ -43,9 +44,9 @@ class FanOut:
         tokens = event.samples_consumed * self._job.model.seq_len
         return [line for channel in self._channels for line in channel.write(event, tokens, figures)]
 
-    def close(self) -> list[str]:
+    def close(self, failed: bool = False) -> list[str]:
         """Wait, though not for long, until everything is sent. A line for each tracker with which that failed."""
-        deadline = time.monotonic() + CLOSING_SECONDS
+        deadline = time.monotonic() + (FAILED_SECONDS if failed else CLOSING_SECONDS)
         channels = self._channels or []
         for channel in channels:
             channel.end()
@@ -79,7 +80,7 @@ class _Channel:
     def wait(self, deadline: float) -> list[str]:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive() and self._trouble is None:
-            self._trouble = f"it was not done {CLOSING_SECONDS:g} s after the end"
+            self._trouble = "it was not done in time after the end"
         return self._complaint()
 
     def _complaint(self) -> list[str]:

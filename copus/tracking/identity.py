@@ -1,8 +1,9 @@
 """The id under which a tracking service knows a run, so that a resumed run goes on there."""
 
-import os
 import secrets
 from pathlib import Path
+
+from copus.durable import replace_text
 
 
 def remembered(path: Path) -> str | None:
@@ -14,10 +15,8 @@ def remembered(path: Path) -> str | None:
 
 
 def remember(path: Path, identity: str) -> None:
-    """Write it down, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(f"{identity}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write it down."""
+    replace_text(path, f"{identity}\n")
 
 
 def fresh() -> str:

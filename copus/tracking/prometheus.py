@@ -1,12 +1,12 @@
 """A text file for Prometheus, as node_exporter's textfile collector reads it. Nothing listens on any socket."""
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeFloat, field_validator
 
+from copus.durable import replace_text
 from copus.events import Event, Reconfigure, Start
 from copus.tracking.figures import FIGURES
 from profiles.record import Record
@@ -70,13 +70,7 @@ class PrometheusTracker:
 
     def _replace(self, running: bool) -> None:
         self._written_at = time.monotonic()
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")  # not *.prom: the collector passes it by
-        try:
-            temporary.write_text(self._text(running), encoding="utf-8")
-            os.replace(temporary, self._path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_text(self._path, self._text(running))
 
     def _text(self, running: bool) -> str:
         lines = []
