@@ -18,7 +18,7 @@ GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-insp
 	tyro docstring-parser typeguard
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format gpu-check gpu-wheels clean
+.PHONY: help install demo test test-slow lint format docs gpu-check gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,13 @@ lint: install  ## ruff and mypy
 format: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(VENV)/.docs  ## build the documentation into build/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS)) $(PIP_FLAGS) --editable '.[docs]'
+	@touch $@
 
 # Two steps, each with its own limit, so that the whole stays under 8 minutes. The benchmark also runs when a test has
 # failed: its numbers help to see why. On a machine without CUDA both say so and succeed.

@@ -1,4 +1,4 @@
-"""Writing so that it survives a loss of power: contents first, then the names."""
+"""Writing so that it survives a loss of power (contents first, then the names), or so that nobody sees half of it."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,17 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file (UTF-8): readers see the old text or the new, never half of it. Does not wait for the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

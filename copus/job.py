@@ -16,12 +16,14 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from copus.backends.megatron.limits import check_configuration, check_layout, check_model
 from copus.engines import check_options, load_engine
 from copus.profilers import check_profiler
+from copus.trackers import make_tracker
 from planner.config import PlannerConfig
 from profiles.cluster import Cluster
 from profiles.config import ProfileConfig
@@ -156,6 +158,17 @@ class JobConfig(Record):
     """How throughput is learned."""
     launch: LaunchConfig = LaunchConfig()
     """How processes are started."""
+    tracking: dict[str, dict[str, Any]] = Field(default={"tensorboard": {}})
+    """Where else figures go: name of a tracker → its options, `{tensorboard: {}, wandb: {mode: offline}}`. Built in:
+    `tensorboard`, `wandb`, `mlflow`, `prometheus`; plugins by their names. `{}`: nowhere."""
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _without_options(cls, value: Any) -> Any:
+        """`wandb:` alone, which YAML reads as null, has no options."""
+        return (
+            {name: {} if each is None else each for name, each in value.items()} if isinstance(value, dict) else value
+        )
 
     @model_validator(mode="after")
     def _check_arithmetic(self) -> "JobConfig":
@@ -163,6 +176,11 @@ class JobConfig(Record):
         _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
         _located("launch.engine", lambda: load_engine(self.launch.engine))
         _located("launch.options", lambda: check_options(self.launch.engine, self.launch.options))
+        for name, options in self.tracking.items():
+            _located(
+                f"tracking.{_shortened(name, spell=str)}",
+                lambda name=name, options=options: make_tracker(name, options),
+            )
         _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
         _located("training", lambda: check_configuration(self.training.configuration))
         for index, layout in enumerate(self.planner.layouts or []):

@@ -26,13 +26,13 @@ from copus.branch_runs import run_branches
 from copus.branches import read_plan
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.data.prepared import prepared_path
-from copus.events import End, Event, EventLog, Failure, Restart, Start, samples_trained
+from copus.events import End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
 from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.stop_request import StopRequest
-from copus.tracking import TensorBoardTracker
+from copus.tracking.fan_out import FanOut
 from planner.memory_check import MemoryCheck
 from planner.planner import Planner
 from planner.space import candidates
@@ -208,7 +208,7 @@ def _start_process_group(job: JobConfig) -> torch.device:
 
 @dataclass
 class _Reporter:
-    """Where events go on rank 0: the log and TensorBoard. Elsewhere (no run) nowhere."""
+    """Where events go on rank 0: the log, and the trackers of the job. Elsewhere (no run) nowhere."""
 
     run: Path | None
     job: JobConfig
@@ -217,23 +217,17 @@ class _Reporter:
         if self.run is None:
             return lambda event: None
         self._log = EventLog(self.run)
-        self._blind = False
-        self._tracker = TensorBoardTracker(self.run, self.job.model.seq_len)
+        self._trackers = FanOut(self.run, self.job)
         return self._write
 
     def _write(self, event: Event) -> None:
-        stamped = self._log.write(event)
-        try:
-            self._tracker.write(stamped)
-        except OSError as error:  # a full disk: TensorBoard's pictures are not worth the training
-            if not self._blind:
-                print(f"copus: tensorboard/ is not written any more: {error}", file=sys.stderr, flush=True)
-            self._blind = True
+        for line in self._trackers.write(self._log.write(event)):
+            self._log.write(Warned(step=event.step, samples_consumed=event.samples_consumed, message=line))
 
     def __exit__(self, *exception: Any) -> None:
         if self.run is not None:
-            with contextlib.suppress(OSError):
-                self._tracker.close()
+            for line in self._trackers.close(failed=exception[0] is not None):
+                print(f"copus: {line}", file=sys.stderr, flush=True)
             self._log.close()
 
 

@@ -23,6 +23,7 @@ from launch.progress import SteadyConsole
 from launch.queued import detached, follow_job, hand_over
 from launch.run_directory import create_run, discard_run, find_run, lock_run, next_run, portable, shown, write_job
 from launch.status import RunStatus, count, duration
+from launch.tracking import check_trackers
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     engine = engine_of(job)
     check(job)
     check_profiler(job)
+    check_trackers(job)
     if manner.dry_run:
         return _describe(engine, next_run(job), job, manner)
     with Interrupts() as interrupts:
@@ -78,6 +80,7 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
         return _conclude(Outcome(0, "finished", status, 0.0), run, console, manner, already=True)
     engine = engine_of(job)
     check(job)
+    check_trackers(job)
     if manner.dry_run:
         return _describe(engine, run, job, manner)
     with Interrupts() as interrupts:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from copus.backends.base import TrainerState
 from copus.backends.megatron.backend import MegatronBackend
@@ -16,7 +15,6 @@ from copus.checkpoints import newest_checkpoint, read_state
 from copus.events import DecisionMade, Evaluate, Event, Noise, Reconfigure, Step
 from copus.job import JobConfig
 from copus.loop import Trainer
-from copus.tracking import TensorBoardTracker
 from planner.planner import Planner
 from profiles.configuration import Configuration
 from profiles.measurement import Measurement
@@ -222,32 +220,3 @@ def test_checkpoints_are_kept_and_pruned(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["samples-000000000120", "samples-000000000160"]
     assert json.loads((tmp_path / "checkpoints" / names[-1] / "trainer.json").read_text())["state"]["step"] == 40
-
-
-def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
-    tracker = TensorBoardTracker(tmp_path, seq_len=16)
-    step = Step(
-        step=3,
-        samples_consumed=12,
-        loss=2.5,
-        grad_norm=0.5,
-        lr=1e-3,
-        beta2=0.95,
-        seconds=0.25,
-        global_batch=4,
-        time=1.0,
-    )
-    tracker.write(step)
-    tracker.write(Evaluate(step=3, samples_consumed=12, loss=2.25, sequences=8, seconds=0.1, time=1.0))
-    tracker.close()
-    read = EventAccumulator(str(tmp_path / "tensorboard"))
-    read.Reload()
-    for tag, value in (
-        ("loss/train", 2.5),
-        ("loss/validation", 2.25),
-        ("speed/samples_per_second", 16.0),
-        ("optimizer/beta2", 0.95),
-    ):
-        (scalar,) = read.Scalars(tag)
-        assert scalar.step == 192
-        assert scalar.value == pytest.approx(value)

@@ -1,0 +1,41 @@
+"""What a tracker is: another place where the figures of a run are shown. docs/tracking.md walks through writing one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from copus.events import Event
+
+if TYPE_CHECKING:
+    from copus.job import JobConfig
+
+
+class Tracker(Protocol):
+    """Takes the figures of a run, on rank 0, in a thread of its own: it may wait, but training never waits for it.
+
+    Whatever it raises switches it off for the rest of the run, with one warning, and nothing else happens.
+    """
+
+    def start(self, run: Path, job: "JobConfig") -> None:
+        """Open a place for the run in this directory. After a restart, or `--resume`, that is the place of before.
+
+        Called before anything else, when there is something to show. What is sent as configuration is the job file.
+        """
+
+    def write(self, event: Event, tokens: int, figures: dict[str, float]) -> None:
+        """Take an event, the tokens trained on by then (the x-axis), and what it says as named, finite numbers.
+
+        `copus.tracking.figures.FIGURES` has the names. Only called where there are figures.
+        """
+
+    def close(self) -> None:
+        """Send what is left. Called at the end, also after an error, and also where `start` failed."""
+
+
+class TrackerType(Protocol):
+    """What an entry point of the group `copus.trackers` names: most often the tracker's class."""
+
+    def __call__(self, options: dict[str, Any]) -> Tracker:
+        """Make one from its options in the job file. Raises ValueError where these are wrong.
+
+        Also called where the job file is only checked: it opens nothing, and imports nothing that is slow.
+        """

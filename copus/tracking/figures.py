@@ -1,0 +1,149 @@
+"""What an event says as named numbers: the one place, so that every tracker shows the same."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from copus.events import (
+    Checkpoint,
+    DecisionMade,
+    End,
+    Evaluate,
+    Event,
+    Failure,
+    Noise,
+    Reconfigure,
+    Restart,
+    Start,
+    Step,
+    parse_event,
+)
+from copus.tracking.productive_time import ProductiveTime
+from profiles.configuration import Configuration
+
+FIGURES: dict[str, str] = {
+    "loss/train": "Mean training loss of the last step, nats a token.",
+    "loss/validation": "Held-out loss, nats a token.",
+    "optimizer/lr": "Learning rate.",
+    "optimizer/beta2": "Adam's β2.",
+    "optimizer/grad_norm": "Norm of the gradient before clipping.",
+    "batch/global_batch": "Global batch, sequences.",
+    "batch/micro_batch": "Micro-batch, sequences.",
+    "layout/tp": "Tensor parallel degree.",
+    "layout/pp": "Pipeline parallel degree.",
+    "layout/dp": "Data parallel degree.",
+    "speed/step_seconds": "Duration of the last step.",
+    "speed/samples_per_second": "Throughput of the last step, sequences a second.",
+    "noise/scale": "Gradient noise scale B_simple, sequences.",
+    "noise/low": "Lower end of its 90 % interval, sequences.",
+    "noise/high": "Upper end of its 90 % interval, sequences.",
+    "noise/critical_batch": "Critical batch φ at the last decision, sequences.",
+    "goodput/chosen": "Predicted Goodput of what runs from the last decision on, useful sequences a second.",
+    "goodput/current": "Predicted Goodput of what ran before the last decision.",
+    "goodput/gain": "Goodput of the chosen configuration over that of the one before, minus 1.",
+    "goodput/efficiency": "Statistical efficiency 1 / (1 + B/φ) of the chosen batch.",
+    "moves/total": "Moves to another batch or layout so far.",
+    "moves/seconds_total": "Time without training because of moves so far, seconds.",
+    "moves/bytes_total": "Bytes of weights and optimizer state that moves have sent so far.",
+    "checkpoint/seconds": "How long training waited for the last checkpoint.",
+    "checkpoint/bytes": "Size of the last checkpoint.",
+    "failures/total": "Failures so far, those that the job outlived included.",
+    "restarts/total": "Restarts from a checkpoint so far.",
+    "time/productive_fraction": "Share of the time since the first start that went into steps that still count.",
+}
+"""Name → what it is. Names that end in `total` only grow in a run, over its restarts too."""
+
+_REMEMBERED = tuple(
+    f'{{"type":"{kind}"'.encode() for kind in ("start", "step", "reconfigure", "failure", "restart", "end")
+)
+"""How the lines of the log begin that `Figures.catch_up` needs; parsing the others would take far longer."""
+
+
+class Figures:
+    """Turns events into figures. Feed it every event, in order."""
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[str, float] = defaultdict(float)
+        self._productive = ProductiveTime()
+
+    def catch_up(self, run: Path) -> None:
+        """Count what the run's log tells of, so that a resumed run does not begin at 0."""
+        try:
+            with open(run / "events.jsonl", "rb") as lines:
+                for line in lines:
+                    if line.startswith(_REMEMBERED) and (event := parse_event(line)) is not None:
+                        self.of(event)
+        except FileNotFoundError:
+            return
+
+    def of(self, event: Event) -> dict[str, float]:
+        """What the event has to show; empty for most."""
+        self._productive.add(event)
+        found = self._found(event)
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+    def _found(self, event: Event) -> dict[str, float | None]:
+        match event:
+            case Step():
+                return {
+                    "loss/train": event.loss,
+                    "optimizer/lr": event.lr,
+                    "optimizer/beta2": event.beta2,
+                    "optimizer/grad_norm": event.grad_norm,
+                    "batch/global_batch": event.global_batch,
+                    "speed/step_seconds": event.seconds,
+                    "speed/samples_per_second": event.global_batch / event.seconds,
+                    "time/productive_fraction": self._productive.fraction,
+                }
+            case Evaluate():
+                return {"loss/validation": event.loss}
+            case Noise():
+                return {"noise/scale": event.value, "noise/low": event.low, "noise/high": event.high}
+            case DecisionMade():
+                return _of_decision(event)
+            case Start():
+                return _of_configuration(event.configuration)
+            case Reconfigure():
+                moves = {
+                    "moves/total": self._count("moves/total", 1),
+                    "moves/seconds_total": self._count("moves/seconds_total", event.seconds),
+                    "moves/bytes_total": self._count("moves/bytes_total", event.bytes_moved),
+                }
+                return moves | _of_configuration(event.after)
+            case Checkpoint():
+                return {"checkpoint/seconds": event.seconds, "checkpoint/bytes": event.bytes}
+            case Failure():
+                return {"failures/total": self._count("failures/total", 1)}
+            case Restart():
+                return {"restarts/total": self._count("restarts/total", 1)}
+            case End():
+                return {"time/productive_fraction": self._productive.fraction}
+            case _:
+                return {}
+
+    def _count(self, name: str, more: float) -> float | None:
+        self._counts[name] += more
+        return self._counts[name]
+
+
+def _of_decision(event: DecisionMade) -> dict[str, float | None]:
+    decision = event.decision
+    scores = {each.configuration: each for each in decision.candidates}
+    current, chosen = scores.get(decision.current), scores.get(decision.chosen)
+    return {
+        "noise/critical_batch": decision.critical_batch,
+        "goodput/current": current.goodput if current else None,
+        "goodput/chosen": chosen.goodput if chosen else None,
+        "goodput/gain": decision.predicted_gain,
+        "goodput/efficiency": chosen.efficiency if chosen else None,
+    }
+
+
+def _of_configuration(configuration: Configuration) -> dict[str, float | None]:
+    layout = configuration.layout
+    return {
+        "batch/global_batch": configuration.global_batch,
+        "batch/micro_batch": configuration.micro_batch,
+        "layout/tp": layout.tp,
+        "layout/pp": layout.pp,
+        "layout/dp": layout.dp,
+    }

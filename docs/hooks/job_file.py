@@ -1,0 +1,127 @@
+"""The reference of the job file, from the pydantic models and their docstrings."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from copus.job import JobConfig
+from copus.tracking.mlflow import MlflowOptions
+from copus.tracking.prometheus import PrometheusOptions
+from copus.tracking.tensorboard import TensorBoardOptions
+from copus.tracking.wandb import WandbOptions
+from profiles.record import Record
+
+TRACKERS = {
+    "tensorboard": TensorBoardOptions,
+    "wandb": WandbOptions,
+    "mlflow": MlflowOptions,
+    "prometheus": PrometheusOptions,
+}
+UNITS = (  # the end of a name → its unit: quantities carry it (docs/design.md)
+    ("tokens", "tokens"),
+    ("seconds", "seconds"),
+    ("minutes", "minutes"),
+    ("bytes", "bytes"),
+    ("samples", "sequences"),
+    ("sequences", "sequences"),
+    ("batch", "sequences"),
+    ("ramp_start", "sequences"),
+    ("ramp_increment", "sequences"),
+    ("seq_len", "tokens"),
+    ("vocab", "tokens"),
+    ("steps", "steps"),
+)
+
+
+def sections(model: type[Record] = JobConfig, place: str = "") -> Iterator[tuple[str, type[Record]]]:
+    """Place in the job file → its model, for the file itself, its sections, and theirs."""
+    yield place, model
+    for name, field in model.model_fields.items():
+        inner = _record(field.annotation)
+        if inner is not None:
+            yield from sections(inner, f"{place}.{name}" if place else name)
+    if model is JobConfig:
+        yield from ((f"tracking.{name}", options) for name, options in TRACKERS.items())
+
+
+def page(models: Iterator[tuple[str, type[Record]]] | None = None) -> str:
+    """All sections as headings and tables."""
+    parts = []
+    for place, model in models or sections():
+        parts.append(f"## `{place}`" if place else "## The file")
+        parts.append(" ".join((model.__doc__ or "").split()))
+        if model.model_fields:
+            rows = [_row(name, field, place) for name, field in model.model_fields.items()]
+            head = "| field | type | default | unit | meaning |\n|---|---|---|---|---|"
+            parts.append("\n".join([head, *rows]))
+    return "\n\n".join(parts)
+
+
+def _row(name: str, field: FieldInfo, place: str) -> str:
+    inner = _record(field.annotation)
+    kind = spell(field.annotation, field.metadata)
+    if inner is not None:
+        where = f"{place}.{name}" if place else name
+        kind = f"[{kind}](#{where.replace('.', '')})"
+    elif name == "tracking":
+        kind = "tracker → options"
+    cells = [f"`{name}`", kind, _default(field), unit(name, field), field.description or ""]
+    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+
+
+def unit(name: str, field: FieldInfo) -> str:
+    """What a number counts, from the end of its name; empty for what is no quantity."""
+    if "int" not in spell(field.annotation, []) and "number" not in spell(field.annotation, []):
+        return ""
+    return next((each for end, each in UNITS if name == end or name.endswith(f"_{end}")), "")
+
+
+def spell(annotation: Any, metadata: list[Any]) -> str:
+    """A type as a person writes values of it, with its limits: `int > 0`, `` `fp32` or `bf16` ``, `list of path`."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        kinds = [spell(each, metadata) for each in inner if each is not NoneType]
+        return " or ".join(kinds + ["null"] * (NoneType in inner))
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in inner)
+    if hasattr(annotation, "__metadata__"):
+        return spell(inner[0], list(annotation.__metadata__))
+    if origin is list:
+        return f"list of {spell(inner[0], [])}"
+    if origin is tuple:
+        return f"[{', '.join(spell(each, []) for each in inner)}]"
+    if origin is dict or annotation is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, Record):
+        return annotation.__name__
+    names = {int: "int", float: "number", str: "text", bool: "`true` or `false`", Path: "path"}
+    return " ".join([names[annotation], *_limits(metadata)])
+
+
+def _limits(metadata: list[Any]) -> Iterator[str]:
+    for each in metadata:
+        if isinstance(each, FieldInfo):
+            yield from _limits(each.metadata)
+        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
+            if getattr(each, name, None) is not None:
+                yield f"{sign} {getattr(each, name)}"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True)
+    value = list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Record):
+        return "all its defaults" if not any(each.is_required() for each in type(value).model_fields.values()) else ""
+    text = yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True, allow_unicode=True)
+    return f"`{text.partition(chr(10))[0]}`"
+
+
+def _record(annotation: Any) -> type[Record] | None:
+    """The model of a field that is a section of its own."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Record) else None
