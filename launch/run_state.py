@@ -8,7 +8,7 @@ from typing import Literal
 
 from launch.engines import EngineState, engine_state
 from launch.run_directory import lock_holder
-from launch.status import RunStatus, duration
+from launch.status import LIMITS, RunStatus, duration
 
 StateName = Literal[
     "queued", "starting", "measuring", "running", "stopping", "stalled", "finished", "stopped", "failed", "crashed"
@@ -60,7 +60,7 @@ def _ended(status: RunStatus) -> RunState | None:
     if status.end is not None:
         if status.end.reason == "finished":
             return RunState("finished")
-        return RunState("stopped", {"max_minutes": "training.max_minutes was up"}.get(status.end.reason, "interrupted"))
+        return RunState("stopped", LIMITS.get(status.end.reason, "interrupted"))
     if status.failure is not None:
         return RunState("failed", f"rank {status.failure.rank}: {status.failure.message}")
     return None

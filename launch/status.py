@@ -22,6 +22,8 @@ from profiles.configuration import Configuration
 
 RECENT_STEPS = 20
 """Steps that the shown throughput is the mean of; forgotten at a move, which is no step time."""
+LIMITS = {"max_minutes": "training.max_minutes was up", "target_loss": "training.target_loss was reached"}
+"""Why a run stopped before all of its tokens, where the job file said so."""
 
 
 class RunStatus:

@@ -22,7 +22,7 @@ from launch.profile import check_profiler, profile_alone
 from launch.progress import SteadyConsole
 from launch.queued import detached, follow_job, hand_over
 from launch.run_directory import create_run, discard_run, find_run, lock_run, next_run, portable, shown, write_job
-from launch.status import RunStatus, count, duration
+from launch.status import LIMITS, RunStatus, count, duration
 from launch.tracking import check_trackers
 
 
@@ -173,8 +173,7 @@ def _conclude(outcome: Outcome, run: Path, console: Console, manner: Manner, *, 
         return outcome.exit_code
     headline = {
         "finished": f"{place} finished already" if already else f"finished in {duration(outcome.seconds)}",
-        "max_minutes": "stopped after training.max_minutes",
-        "target_loss": "stopped at training.target_loss",
+        **{limit: f"stopped: {reached}" for limit, reached in LIMITS.items()},
         "interrupted": "stopped",
         "killed": "ended at once",
         "failed": "the run failed",

@@ -14,7 +14,7 @@ from copus.events import (
     Start,
     Warned,
 )
-from launch.status import branched, count, duration, measured, moved
+from launch.status import LIMITS, branched, count, duration, measured, moved
 
 
 def told(event: Event, seq_len: int | None = None) -> str | None:
@@ -44,7 +44,7 @@ def told(event: Event, seq_len: int | None = None) -> str | None:
             again = f"{event.samples_repeated} sequences are trained on again"
             return f"{how} on {event.ranks} ranks from {where}; {again}"
         case End():
-            return {"max_minutes": "stopped after training.max_minutes"}.get(event.reason, event.reason)
+            return f"stopped: {LIMITS[event.reason]}" if event.reason in LIMITS else event.reason
     return None
 
 
