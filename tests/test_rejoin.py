@@ -1,6 +1,7 @@
 """Leaving a step that one rank cannot finish, and forming the groups anew: without a model."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ def _sum() -> float:
     return ones.item()
 
 
+def _step(world: World, error: Exception | None, group: Any) -> None:
+    with world.trial():
+        if error is not None:
+            raise error
+        dist.all_reduce(torch.ones(1000), group=group)
+
+
 def _rounds(victims: list[int]) -> list[str]:
     """What every rank is told where victims run out of memory while the others wait, each round in another way."""
     _on_tcp()
@@ -36,12 +44,9 @@ def _rounds(victims: list[int]) -> list[str]:
     for number, victim in enumerate(victims):
         pair = dist.new_group([victim, (victim + 1) % size])
         dist.barrier()
-        with pytest.raises(RankError) as caught, world.trial():
-            if rank == victim:
-                raise torch.OutOfMemoryError(f"round {number}")
-            if rank == (victim + 1) % size and number % 2:
-                dist.all_reduce(torch.ones(1000), group=pair)
-            dist.all_reduce(torch.ones(1000))
+        waits_for_victim = pair if rank == (victim + 1) % size and number % 2 else None
+        with pytest.raises(RankError) as caught:
+            _step(world, torch.OutOfMemoryError(f"round {number}") if rank == victim else None, waits_for_victim)
         assert caught.value.out_of_memory
         said.append(str(caught.value))
         world.reform()
