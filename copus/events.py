@@ -219,7 +219,8 @@ class Failure(Event):
     message: str
     """One line."""
     fatal: bool = True
-    """False where the job goes on: a move was taken back, a checkpoint was skipped or could not be written."""
+    """False where the job goes on: a move was taken back, memory ran out after one and the job moved back, a checkpoint
+    was skipped or could not be written."""
 
 
 class Restart(Event):

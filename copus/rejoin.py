@@ -53,7 +53,7 @@ class World:
         self._rank, self._size, self._backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
         self._device = device
         self._timeout = timedelta(seconds=timeout_seconds)
-        self._generation = 0
+        self._generation = self._trials = 0
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[Trial]:
@@ -62,6 +62,7 @@ class World:
         RankError is raised then, on every rank, and `reform` has to come next. Whatever else goes wrong is raised as it
         is, on the ranks that meet it.
         """
+        self._trials += 1
         trial = Trial()
         over = threading.Event()
         watch = threading.Thread(target=self._watch, args=(trial, over), daemon=True)
@@ -96,7 +97,8 @@ class World:
 
     @property
     def _note(self) -> str:
-        return f"copus/out-of-memory-{self._generation}"
+        """Of this step alone: who is a step ahead must not take it for his."""
+        return f"copus/out-of-memory-{self._generation}-{self._trials}"
 
     def _agree(self, error: Exception, trial: Trial) -> RankError | None:
         """What every rank raises where one of them ran out of memory and all the others have left the step too."""
@@ -115,10 +117,11 @@ class World:
 
     def _watch(self, trial: Trial, over: threading.Event) -> None:
         """Wake this rank when there is a note."""
-        while not over.wait(_POLL_SECONDS):
-            if self._store.check([self._note]):
-                self._break(trial)
-                return
+        with contextlib.suppress(RuntimeError):  # the store is gone, and its rank with it
+            while not over.wait(_POLL_SECONDS):
+                if self._store.check([self._note]):
+                    self._break(trial)
+                    return
 
     def _break(self, trial: Trial) -> None:
         """End what waits in any group of this process, once."""

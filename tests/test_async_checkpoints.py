@@ -144,6 +144,7 @@ def test_a_kill_while_one_is_written_costs_that_one(undisturbed: tuple[Path, lis
     assert largest_difference(state_of(tmp_path / name), state_of(undisturbed[0] / name)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_one_that_is_due_waits_for_the_one_before(tmp_path: Path) -> None:
     events = run_ranks(2, _train, tmp_path, 12, "slow")[0]
@@ -153,6 +154,7 @@ def test_one_that_is_due_waits_for_the_one_before(tmp_path: Path) -> None:
     assert len(list((tmp_path / "checkpoints").iterdir())) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_full_disk_in_the_background_is_a_warning(tmp_path: Path) -> None:
     events = run_ranks(2, _train, tmp_path, 24, "full")[0]

@@ -131,6 +131,14 @@ def _losses(events: list[Event]) -> list[tuple[int, float | None]]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("ranks", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        pytest.param(2, TWO_RANKS[:1], id="2 ranks"),
+        pytest.param(4, FOUR_RANKS[:1], id="4 ranks"),
+        pytest.param(2, TWO_RANKS[1:], id="2 ranks, one move back after the other", marks=pytest.mark.slow),
+        pytest.param(4, FOUR_RANKS[1:], id="4 ranks, in the backward pass", marks=pytest.mark.slow),
+    ],
+)
 def test_the_job_moves_back_in_place(ranks: int, cases: list[Case], tmp_path: Path) -> None:
     run_ranks(ranks, _there_and_back, cases, tmp_path)

@@ -256,3 +256,16 @@ def test_old_steps_are_forgotten():
 def test_an_impossible_step_is_refused(step):
     with pytest.raises(ValueError, match="step_seconds"):
         Throughput().observe(configuration(1), step)
+
+
+def test_a_configuration_without_memory_rules_out_larger_ones_of_its_layout():
+    throughput = Throughput([row(n, 1.0 * n, micro_batch=m) for n in (1, 2, 4) for m in (1, 2)])
+    throughput.observe(configuration(4), 1.0)
+    throughput.refuse(configuration(2, micro_batch=1), "out of memory")
+    assert throughput.predict(configuration(2)).failure == "out of memory"
+    assert throughput.predict(configuration(3)).failure == "out of memory"
+    assert throughput.predict(configuration(1, micro_batch=2)).failure == "out of memory", "as many sequences at once"
+    assert throughput.predict(configuration(1)).failure is None
+    assert throughput.predict(configuration(4)).failure is None, "it ran"
+    throughput.refuse(configuration(1, micro_batch=4), "could not be built")
+    assert throughput.predict(configuration(2, layout=TP2)) is None

@@ -20,7 +20,7 @@ def save_in_this_process() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     def write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
-        written: dict[int, Any] | Exception = {}
+        written: dict[int, Any] = {}
         for index, bucket in enumerate(buckets):
             answers: queue.Queue[Any] = queue.Queue()
             working: queue.Queue[int] = queue.Queue()
@@ -30,8 +30,8 @@ def save_in_this_process() -> None:
             )
             _, answer = answers.get()
             if isinstance(answer, Exception):
-                written = answer
-                break
+                results.put(answer)
+                return
             written[index] = answer
         results.put(written)
 
