@@ -1,5 +1,7 @@
 """Our rule: move when that finishes the job sooner, at the pessimistic end of what is known."""
 
+import math
+
 import numpy as np
 from scipy.special import ndtr
 
@@ -7,6 +9,7 @@ from planner.menu import Floats
 from planner.plan import seconds_to_go
 from planner.situation import Choice, Situation
 from planner.wording import duration, percent
+from profiles.throughput import DECILE
 
 PESSIMISM = 0.67
 """Standard errors of log φ and of the throughput that a gain has to survive: the ends of the 50 % intervals."""
@@ -120,7 +123,7 @@ class Goodput:
         goodputs = situation.goodput(situation.outlook.at(situation.samples_consumed))[0]
         gain = goodputs[index] / goodputs[here] - 1
         if choice.exploring is not None and choice.exploring[0]:
-            return f"{label} has never run and may be faster: trying it is worth its cost"
+            return f"{label} is worth a trial: {self._unsure(situation, index)}"
         cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
         saved = duration(float(choice.saved_seconds[0, index]))
         paid = f", {duration(cost)} of moving paid" if cost else ""
@@ -137,7 +140,24 @@ class Goodput:
         cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
         if cost > 0 and choice.saved_seconds[0, index] + cost > 0:
             return f"gain {percent(gain)} is below its cost of {duration(float(cost))}"
-        return f"gain {percent(gain)} is within the error"
+        return self._unsure(situation, index)
+
+    def _unsure(self, situation: Situation, index: int) -> str:
+        """`gain 41 % (−3 to 90 %): its speed is known to ±30 %`: 80 % interval, and what does most to widen it."""
+        here = int(situation.current[0])
+        phi = [situation.outlook.at(situation.samples_consumed, sigmas) for sigmas in (-DECILE, 0.0, DECILE)]
+        ratios = [float(np.log(found[0, index] / found[0, here])) for found in map(situation.goodput, phi)]
+        speed = DECILE * float(situation.throughput_error[0, index])
+        noise = max(abs(ratios[0] - ratios[1]), abs(ratios[2] - ratios[1]))
+        half = math.hypot(speed, noise)
+        low, gain, high = (percent(math.expm1(ratios[1] + by * half)) for by in (-1, 0, 1))
+        if speed >= noise:
+            never = ", it has never run" if situation.unseen[0, index] else ""
+            what = f"its speed beside the current one's is known to ±{percent(math.expm1(speed))}{never}"
+        else:
+            error = percent(math.expm1(abs(math.log(phi[2][0] / phi[1][0]))))
+            what = f"the critical batch is known to ±{error}"
+        return f"gain {gain} ({low} to {high}): {what}"
 
 
 def _saved(now: Situation, value: Floats, costs: Floats) -> Floats:

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter, deque
-from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -12,13 +11,13 @@ from profiles.configuration import Configuration
 from profiles.layout import Layout
 
 RECENT = 20
-"""Steps that the noise of a step is judged by."""
+"""Steps that the noise of a step is judged by, and in which a configuration is new."""
 NOISE = 0.1
 """Noise of a step (standard deviation of its logarithm) before there are so many."""
 LEAST_NOISE = 0.005
 """What it is at least."""
 SETTLED = 5
-"""Steps that it takes to know a configuration, or the noise."""
+"""Steps that it takes to know the noise."""
 FAR = 3.0
 """Standard deviations that are far."""
 PAUSE = 2
@@ -34,22 +33,24 @@ class Effects(NamedTuple):
     machine: float = 0.15
     """Everything runs slower: contention, heat. It comes and goes."""
     layout: float = 0.02
-    """A layout does, at all batches. It comes and goes: contention for what this layout needs."""
+    """A layout does, at all batches."""
     passes: float = 0.01
-    """A layout and micro-batch do, for good."""
+    """A layout and micro-batch do."""
     configuration: float = 0.01
-    """One configuration does, besides the error of its own prediction, for good."""
+    """One configuration does, besides the error of its own prediction."""
 
 
 _Effect = tuple[Layout | None, int | None, int | None]
 """Layout, micro-batch, global batch; None for all of them."""
+MACHINE: _Effect = (None, None, None)
+"""The effect that is shared by all configurations."""
 
 
 class OnlineCorrection:
     """Logarithm of seen ÷ predicted = machine + layout + layout and micro-batch + configuration + noise of the step.
 
-    A Kalman filter: all effects are normal; those of the machine and of layouts wander back to 0 (Ornstein-Uhlenbeck
-    processes), so that how things were is forgotten, and what was wrong in the table is not. Steps of one configuration
+    A Kalman filter: all effects are normal; that of the machine wanders, and back to 0 (an Ornstein-Uhlenbeck process),
+    so that how the machine was is forgotten, and what was wrong in the table is not. Steps of one configuration
     therefore say most about itself, less about others of its layout, and about other layouts only how the machine is.
     Where effects come out larger than they were assumed to be, all intervals widen by as much (as in
     `profiles.cost.model`).
@@ -68,8 +69,8 @@ class OnlineCorrection:
         self._mean = np.zeros(0)
         self._covariance = np.zeros((0, 0))
         self._steps: Counter[Configuration] = Counter()
-        self._recent: deque[float] = deque(maxlen=RECENT)
-        self._last: Configuration | None = None
+        self._jumps: deque[float] = deque(maxlen=RECENT)
+        self._last: tuple[Configuration, float] | None = None
         self._far = 0.0
 
     def observe(
@@ -88,10 +89,9 @@ class OnlineCorrection:
             raise ValueError(
                 f"predicted_seconds({predicted_seconds}) and step_seconds({step_seconds}) have to be positive and finite"
             )
-        if self._last not in (None, configuration):
-            self._recent.clear()
-        self._last = configuration
-        self._recent.append(math.log(step_seconds))
+        if self._last and self._last[0] == configuration:
+            self._jumps.append(abs(math.log(step_seconds / self._last[1])))
+        self._last = configuration, step_seconds
         keep = np.where(self._wanders, self._keep**count, 1.0)
         self._mean = self._mean * keep
         self._covariance = self._covariance * np.outer(keep, keep) + np.diag(self._prior * (1 - keep**2))
@@ -109,7 +109,7 @@ class OnlineCorrection:
             return
         if self._far:
             self._far = 0.0
-            blamed = places[1:] if self._steps[configuration] <= PAUSE + SETTLED else places[:2]
+            blamed = places[1:] if self._steps[configuration] <= RECENT else places[:1]
             share = self._prior[blamed] / self._prior[blamed].sum()
             self._covariance[blamed, blamed] += off * off * share
             towards = self._covariance[:, places].sum(axis=1)
@@ -126,10 +126,9 @@ class OnlineCorrection:
     def noise(self) -> float:
         """Standard deviation of the logarithm of a step, from how much successive ones differ: neither a drift nor a
         pause changes it."""
-        jumps = [abs(after - before) for before, after in pairwise(self._recent)]
-        if len(jumps) < SETTLED:
+        if len(self._jumps) < SETTLED:
             return NOISE
-        return max(median(jumps) / (0.6745 * math.sqrt(2)), LEAST_NOISE)
+        return max(median(self._jumps) / (0.6745 * math.sqrt(2)), LEAST_NOISE)
 
     def factor(self, configuration: Configuration) -> float:
         """What to multiply the prediction by; 1 while nothing has been seen."""
@@ -176,7 +175,7 @@ class OnlineCorrection:
             return
         size = len(self._prior)
         self._places[effect] = size
-        self._wanders = np.append(self._wanders, effect[1] is None)
+        self._wanders = np.append(self._wanders, effect == MACHINE)
         self._prior = np.append(self._prior, variance)
         self._mean = np.append(self._mean, 0.0)
         self._covariance = np.pad(self._covariance, (0, 1))
@@ -190,8 +189,8 @@ class OnlineCorrection:
             "mean": self._mean.tolist(),
             "covariance": self._covariance.tolist(),
             "steps": [(each.model_dump(), steps) for each, steps in self._steps.items()],
-            "recent": list(self._recent),
-            "last": self._last and self._last.model_dump(),
+            "jumps": list(self._jumps),
+            "last": self._last and (self._last[0].model_dump(), self._last[1]),
             "far": self._far,
         }
 
@@ -204,12 +203,12 @@ class OnlineCorrection:
             for layout, micro_batch, global_batch in state["effects"]
         ]
         self._places = {effect: place for place, effect in enumerate(effects)}
-        self._wanders = np.array([micro_batch is None for _, micro_batch, _ in effects], dtype=bool)
+        self._wanders = np.array([effect == MACHINE for effect in effects], dtype=bool)
         self._prior, self._mean = np.array(state["prior"]), np.array(state["mean"])
         self._covariance = np.array(state["covariance"]).reshape(len(effects), len(effects))
         self._steps = Counter({Configuration.model_validate(each): steps for each, steps in state["steps"]})
-        self._recent = deque(state["recent"], maxlen=RECENT)
-        self._last = state["last"] and Configuration.model_validate(state["last"])
+        self._jumps = deque(state["jumps"], maxlen=RECENT)
+        self._last = state["last"] and (Configuration.model_validate(state["last"][0]), state["last"][1])
         self._far = state["far"]
 
 
@@ -217,7 +216,7 @@ def _effects(configuration: Configuration) -> tuple[_Effect, _Effect, _Effect, _
     """What bears on a configuration, as in `Effects`."""
     layout, micro_batch = configuration.layout, configuration.micro_batch
     return (
-        (None, None, None),
+        MACHINE,
         (layout, None, None),
         (layout, micro_batch, None),
         (layout, micro_batch, configuration.global_batch),
