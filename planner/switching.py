@@ -1,5 +1,7 @@
 """Our rule: move when that finishes the job sooner, at the pessimistic end of what is known."""
 
+import math
+
 import numpy as np
 from scipy.special import ndtr
 
@@ -7,6 +9,7 @@ from planner.menu import Floats
 from planner.plan import seconds_to_go
 from planner.situation import Choice, Situation
 from planner.wording import duration, percent
+from profiles.throughput import DECILE
 
 PESSIMISM = 0.67
 """Standard errors of log φ and of the throughput that a gain has to survive: the ends of the 50 % intervals."""
@@ -51,28 +54,24 @@ class Goodput:
         now, menu = situation, situation.menu
         stages = self._stages(now)
         *_, value = seconds_to_go(stages, menu, now.move_seconds)
-        here = now.current[:, None]
-        current = np.take_along_axis(value, np.broadcast_to(here, (3, *here.shape)), axis=2)
         if not now.started:  # nobody pays, and nothing is known but the prior: weigh the ends against each other
             regret = value / value.min(axis=2, keepdims=True)
             return Choice((regret * np.array([0.25, 0.5, 0.25])[:, None, None]).sum(axis=0).argmin(axis=1))
         costs = menu.move_seconds(now.current, now.move_seconds)
-        saved = current - costs - value
-        expected = saved[1]
+        saved = _saved(now, value, costs)
+        expected, tried = saved[1], np.full(costs.shape, -np.inf)
+        if now.throughput_error.any():
+            slow = np.exp(self.pessimism * _error_beside_current(now))
+            *_, slower = seconds_to_go(stages * slow, menu, now.move_seconds)
+            saved = _saved(now, slower, costs)
+            tried = self._worth_of_trials(now, stages[:, 1], costs)
         least = saved.min(axis=0)
         sure = np.maximum(least, expected - costs - SWAY * (expected - least))
-        threshold = SMALLEST_SAVING * current[1]
-        exploring = np.zeros(len(expected), bool)
-        if now.throughput_error.any():
-            deviation, tried = self._trials(now, stages[:, 1], costs)
-            sure = sure - self.pessimism * deviation
-            worth = np.where(sure > threshold, expected, np.where(tried > threshold, tried, -np.inf))
-            index = _largest(worth, menu.global_batch)
-            exploring = np.take_along_axis(sure, index[:, None], 1)[:, 0] <= threshold[:, 0]
-        else:
-            worth = np.where(sure > threshold, expected, -np.inf)
-            index = _largest(worth, menu.global_batch)
+        threshold = SMALLEST_SAVING * np.take_along_axis(value[1], now.current[:, None], axis=1)
+        worth = np.where(sure > threshold, expected, np.where(tried > threshold, tried, -np.inf))
+        index = _largest(worth, menu.global_batch)
         moves = np.take_along_axis(worth, index[:, None], 1)[:, 0] > -np.inf
+        exploring = np.take_along_axis(sure, index[:, None], 1)[:, 0] <= threshold[:, 0]
         return Choice(np.where(moves, index, now.current), sure, exploring & moves)
 
     def _stages(self, now: Situation) -> Floats:
@@ -95,16 +94,14 @@ class Goodput:
             found.append(progress[..., None] / rate)
         return np.stack(found)
 
-    def _trials(self, now: Situation, stages: Floats, costs: Floats) -> tuple[Floats, Floats]:
-        """Standard error of what each candidate saves, and what trying it is worth: seconds, shapes (R, C).
+    def _worth_of_trials(self, now: Situation, stages: Floats, costs: Floats) -> Floats:
+        """What trying each candidate is worth: seconds, shape (R, C); −∞ for what has run.
 
         `stages` are those for the expected φ, shape (K, R, C). What is compared with is the best batch of the layout
         that runs, which costs nothing; a candidate is kept for as long as it would beat that if it were one standard
         error faster than predicted.
         """
-        own = np.take_along_axis(now.throughput_error, now.current[:, None], 1)
-        other = np.arange(len(now.menu)) != now.current[:, None]
-        error = np.where(other, np.hypot(now.throughput_error, own), 0.0)
+        error = _error_beside_current(now)
         here = np.where(now.same_layout(), stages, np.inf).min(axis=2, keepdims=True)
         kept = np.logical_and.accumulate(stages * (1 - np.minimum(error, 0.9)) < here, axis=0)
         kept[0] = True
@@ -112,7 +109,7 @@ class Goodput:
         saved = ((here - stages) * kept).sum(axis=0) - costs
         loss = np.maximum(stages[0] - here[0], 0.0) + stages[0] * error
         worth = _worth_trying(saved, deviation, -2 * costs - loss)
-        return deviation, np.where(now.unseen & (now.throughput_error > 0), worth, -np.inf)
+        return np.where(now.unseen & (now.throughput_error > 0), worth, -np.inf)
 
     def reason(self, situation: Situation, choice: Choice) -> str:
         """What the first run does and what for, as a clause."""
@@ -126,7 +123,7 @@ class Goodput:
         goodputs = situation.goodput(situation.outlook.at(situation.samples_consumed))[0]
         gain = goodputs[index] / goodputs[here] - 1
         if choice.exploring is not None and choice.exploring[0]:
-            return f"{label} has never run and may be faster: trying it is worth its cost"
+            return f"{label} is worth a trial: {self._unsure(situation, index)}"
         cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
         saved = duration(float(choice.saved_seconds[0, index]))
         paid = f", {duration(cost)} of moving paid" if cost else ""
@@ -143,7 +140,37 @@ class Goodput:
         cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
         if cost > 0 and choice.saved_seconds[0, index] + cost > 0:
             return f"gain {percent(gain)} is below its cost of {duration(float(cost))}"
-        return f"gain {percent(gain)} is within the error"
+        return self._unsure(situation, index)
+
+    def _unsure(self, situation: Situation, index: int) -> str:
+        """`gain 41 % (−3 to 90 %): its speed is known to ±30 %`: 80 % interval, and what does most to widen it."""
+        here = int(situation.current[0])
+        phi = [situation.outlook.at(situation.samples_consumed, sigmas) for sigmas in (-DECILE, 0.0, DECILE)]
+        ratios = [float(np.log(found[0, index] / found[0, here])) for found in map(situation.goodput, phi)]
+        speed = DECILE * float(situation.throughput_error[0, index])
+        noise = max(abs(ratios[0] - ratios[1]), abs(ratios[2] - ratios[1]))
+        half = math.hypot(speed, noise)
+        low, gain, high = (percent(math.expm1(ratios[1] + by * half)) for by in (-1, 0, 1))
+        if speed >= noise:
+            never = ", it has never run" if situation.unseen[0, index] else ""
+            what = f"its speed beside the current one's is known to ±{percent(math.expm1(speed))}{never}"
+        else:
+            error = percent(math.expm1(abs(math.log(phi[2][0] / phi[1][0]))))
+            what = f"the critical batch is known to ±{error}"
+        return f"gain {gain} ({low} to {high}): {what}"
+
+
+def _saved(now: Situation, value: Floats, costs: Floats) -> Floats:
+    """What moving to each candidate saves, the move paid, where `value` are the seconds to go: shape (…, R, C)."""
+    here = np.broadcast_to(now.current[:, None], (*value.shape[:-1], 1))
+    return np.take_along_axis(value, here, axis=-1) - costs - value
+
+
+def _error_beside_current(now: Situation) -> Floats:
+    """Relative standard error of the ratio of each candidate's time to that of what runs, shape (R, C)."""
+    own = np.take_along_axis(now.throughput_error, now.current[:, None], 1)
+    other = np.arange(len(now.menu)) != now.current[:, None]
+    return np.where(other, np.hypot(now.throughput_error, own), 0.0)
 
 
 def _largest(worth: Floats, batch: Floats) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter, deque
-from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -12,11 +11,18 @@ from profiles.configuration import Configuration
 from profiles.layout import Layout
 
 RECENT = 20
-"""Steps that the noise of a step is judged by."""
-NOISE = 0.05
-"""Noise of a step (standard deviation of its logarithm) before there are so many, and never less than a tenth of it."""
+"""Steps that the noise of a step is judged by, and in which a configuration is new."""
+NOISE = 0.1
+"""Noise of a step (standard deviation of its logarithm) before there are so many."""
+LEAST_NOISE = 0.005
+"""What it is at least."""
 SETTLED = 5
-"""Steps after which one that is far off counts for less."""
+"""Steps that it takes to know the noise."""
+FAR = 3.0
+"""Standard deviations that are far."""
+PAUSE = 2
+"""Steps in a row that are far off, and mean nothing: a checkpoint, a slow disk. After more of them the table is wrong
+about a configuration that is new, or the machine has changed under one that is not."""
 FREEDOM = 4.0
 """Configurations that the assumed sizes of effects are worth: how soon what was seen sets the width of intervals."""
 
@@ -25,29 +31,32 @@ class Effects(NamedTuple):
     """Standard deviations of the logarithms of what makes a step longer or shorter than predicted."""
 
     machine: float = 0.15
-    """Everything runs slower: contention, heat."""
+    """Everything runs slower: contention, heat. It comes and goes."""
     layout: float = 0.02
     """A layout does, at all batches."""
-    passes: float = 0.015
+    passes: float = 0.01
     """A layout and micro-batch do."""
-    configuration: float = 0.015
+    configuration: float = 0.01
     """One configuration does, besides the error of its own prediction."""
 
 
 _Effect = tuple[Layout | None, int | None, int | None]
 """Layout, micro-batch, global batch; None for all of them."""
+MACHINE: _Effect = (None, None, None)
+"""The effect that is shared by all configurations."""
 
 
 class OnlineCorrection:
     """Logarithm of seen ÷ predicted = machine + layout + layout and micro-batch + configuration + noise of the step.
 
-    A Kalman filter: all effects are normal, and wander back to 0 (an Ornstein-Uhlenbeck process), so that what has not
-    run for long falls back to the prediction. Steps of one configuration therefore say most about itself, less about
-    others of its layout, and about other layouts only how the machine is. Where effects come out larger than they were
-    assumed to be, all intervals widen by as much (as in `profiles.cost.model`).
+    A Kalman filter: all effects are normal; that of the machine wanders, and back to 0 (an Ornstein-Uhlenbeck process),
+    so that how the machine was is forgotten, and what was wrong in the table is not. Steps of one configuration
+    therefore say most about itself, less about others of its layout, and about other layouts only how the machine is.
+    Where effects come out larger than they were assumed to be, all intervals widen by as much (as in
+    `profiles.cost.model`).
     """
 
-    def __init__(self, half_life_steps: float = 1000.0, effects: Effects | None = None) -> None:
+    def __init__(self, half_life_steps: float = 10_000.0, effects: Effects | None = None) -> None:
         """Raises ValueError unless all are positive."""
         sizes = effects or Effects()
         if not min(half_life_steps, *sizes) > 0:
@@ -55,12 +64,14 @@ class OnlineCorrection:
         self._keep = 0.5 ** (1 / half_life_steps)
         self._sizes = sizes
         self._places: dict[_Effect, int] = {}
+        self._wanders = np.zeros(0, dtype=bool)
         self._prior = np.zeros(0)
         self._mean = np.zeros(0)
         self._covariance = np.zeros((0, 0))
         self._steps: Counter[Configuration] = Counter()
-        self._recent: deque[float] = deque(maxlen=RECENT)
-        self._last: Configuration | None = None
+        self._jumps: deque[float] = deque(maxlen=RECENT)
+        self._last: tuple[Configuration, float] | None = None
+        self._far = 0.0
 
     def observe(
         self,
@@ -78,13 +89,12 @@ class OnlineCorrection:
             raise ValueError(
                 f"predicted_seconds({predicted_seconds}) and step_seconds({step_seconds}) have to be positive and finite"
             )
-        if self._last not in (None, configuration):
-            self._recent.clear()
-        self._last = configuration
-        self._recent.append(math.log(step_seconds))
-        keep = self._keep**count
+        if self._last and self._last[0] == configuration:
+            self._jumps.append(abs(math.log(step_seconds / self._last[1])))
+        self._last = configuration, step_seconds
+        keep = np.where(self._wanders, self._keep**count, 1.0)
         self._mean = self._mean * keep
-        self._covariance = self._covariance * keep**2 + np.diag(self._prior * (1 - keep**2))
+        self._covariance = self._covariance * np.outer(keep, keep) + np.diag(self._prior * (1 - keep**2))
         effects = _effects(configuration)
         for effect, variance in zip(effects, self._variances(error), strict=True):
             self._add(effect, variance)
@@ -93,27 +103,32 @@ class OnlineCorrection:
         own = float(towards[places].sum())
         off = math.log(step_seconds / predicted_seconds) - float(self._mean[places].sum())
         noise = self.noise**2 / count
-        if self._steps[configuration] >= SETTLED:
-            # A pause (a checkpoint, a slow disk) is no news about the configuration; a change that stays still gets
-            # through.
-            noise *= 1 + off * off / (9 * (own + noise))
+        self._steps[configuration] += 1
+        self._far = self._far + count if abs(off) > FAR * math.sqrt(own + noise) else 0.0
+        if 0 < self._far <= PAUSE:
+            return
+        if self._far:
+            self._far = 0.0
+            blamed = places[1:] if self._steps[configuration] <= RECENT else places[:1]
+            share = self._prior[blamed] / self._prior[blamed].sum()
+            self._covariance[blamed, blamed] += off * off * share
+            towards = self._covariance[:, places].sum(axis=1)
+            own = float(towards[places].sum())
         gain = towards / (own + noise)
         self._mean = self._mean + gain * off
         self._covariance = self._covariance - np.outer(gain, towards)
-        self._steps[configuration] += max(1, round(count))
 
     def steps(self, configuration: Configuration) -> int:
-        """Steps seen of it."""
+        """How often it was fed."""
         return self._steps[configuration]
 
     @property
     def noise(self) -> float:
         """Standard deviation of the logarithm of a step, from how much successive ones differ: neither a drift nor a
         pause changes it."""
-        jumps = [abs(after - before) for before, after in pairwise(self._recent)]
-        if len(jumps) < SETTLED:
+        if len(self._jumps) < SETTLED:
             return NOISE
-        return max(median(jumps) / (0.6745 * math.sqrt(2)), NOISE / 10)
+        return max(median(self._jumps) / (0.6745 * math.sqrt(2)), LEAST_NOISE)
 
     def factor(self, configuration: Configuration) -> float:
         """What to multiply the prediction by; 1 while nothing has been seen."""
@@ -160,6 +175,7 @@ class OnlineCorrection:
             return
         size = len(self._prior)
         self._places[effect] = size
+        self._wanders = np.append(self._wanders, effect == MACHINE)
         self._prior = np.append(self._prior, variance)
         self._mean = np.append(self._mean, 0.0)
         self._covariance = np.pad(self._covariance, (0, 1))
@@ -173,7 +189,9 @@ class OnlineCorrection:
             "mean": self._mean.tolist(),
             "covariance": self._covariance.tolist(),
             "steps": [(each.model_dump(), steps) for each, steps in self._steps.items()],
-            "recent": list(self._recent),
+            "jumps": list(self._jumps),
+            "last": self._last and (self._last[0].model_dump(), self._last[1]),
+            "far": self._far,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -185,17 +203,20 @@ class OnlineCorrection:
             for layout, micro_batch, global_batch in state["effects"]
         ]
         self._places = {effect: place for place, effect in enumerate(effects)}
+        self._wanders = np.array([effect == MACHINE for effect in effects], dtype=bool)
         self._prior, self._mean = np.array(state["prior"]), np.array(state["mean"])
         self._covariance = np.array(state["covariance"]).reshape(len(effects), len(effects))
         self._steps = Counter({Configuration.model_validate(each): steps for each, steps in state["steps"]})
-        self._recent = deque(state["recent"], maxlen=RECENT)
+        self._jumps = deque(state["jumps"], maxlen=RECENT)
+        self._last = state["last"] and (Configuration.model_validate(state["last"][0]), state["last"][1])
+        self._far = state["far"]
 
 
 def _effects(configuration: Configuration) -> tuple[_Effect, _Effect, _Effect, _Effect]:
     """What bears on a configuration, as in `Effects`."""
     layout, micro_batch = configuration.layout, configuration.micro_batch
     return (
-        (None, None, None),
+        MACHINE,
         (layout, None, None),
         (layout, micro_batch, None),
         (layout, micro_batch, configuration.global_batch),

@@ -313,3 +313,23 @@ def test_rows_of_a_table_become_timings_without_the_failures() -> None:
     assert [(each.precision, each.step_seconds.tolist()) for each in found] == [("bf16", [1.0, 3.0]), ("fp32", [2.0])]
     assert found[0].configurations[1] == SPACE[3]
     assert CostModel().fit(found).rows == 3
+
+
+def test_shards_teach_the_work_of_a_rank_and_nothing_of_the_network() -> None:
+    """A machine whose products take twice as long, and whose network is as the file says: known from one accelerator."""
+    slower = MEAN + np.log(2.0) * np.isin(NAMES, ("products", "half_speed_dimension", "attention"))
+    chosen = np.random.default_rng(0).choice(len(SPACE), 24, replace=False)
+    alone = np.ones(len(chosen), dtype=bool)
+    seconds = step_seconds(MATRIX.take(chosen), slower, alone)
+    assert (seconds < step_seconds(MATRIX.take(chosen), slower)).all()
+    fitted = CostModel().fit([Timings(MODEL, CLUSTER, "bf16", SPACE.take(chosen), seconds, shard=True)])
+    truth = step_seconds(MATRIX, slower)
+    found, blind = (each.predict(MODEL, CLUSTER, SPACE, "bf16") for each in (fitted, CostModel()))
+    off = np.abs(np.log(found.seconds / truth))
+    assert np.median(off) < 0.05 < np.median(np.abs(np.log(blind.seconds / truth)))
+    assert ((found.low < truth) & (truth < found.high)).mean() > 0.9
+    width, before = (np.log(each.high / each.low) for each in (found, blind))
+    assert (width < before).all()
+    network = sum(found.breakdown[name] for name in ("tp", "p2p", "dp")) / found.seconds
+    most, least = network > np.quantile(network, 0.9), network < np.quantile(network, 0.1)
+    assert width[most].mean() > 1.2 * width[least].mean(), "the network is as little known as before"

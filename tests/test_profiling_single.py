@@ -1,18 +1,23 @@
 """One accelerator as any rank of many: the shard is the one that the rank has, and its work is measured alone."""
 
-import numpy as np
+import json
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
-from test_profiles_table import HERE, MODEL
+from launch_jobs import copus_here, write_job
+from test_planner_decision import noise
+from test_profiles_table import HERE
 
-from copus.backends.base import StepRules
+from copus.backends.base import StepRules, TrainerState
 from copus.backends.megatron.backend import MegatronBackend
+from copus.job import load_job
 from copus.profiling.single import SingleProfiler, stage_ranks, world_of_one
-from profiles.configuration import Configuration
+from copus.worker import _planner
 from profiles.layout import Layout
 from profiles.measurement import Measurement
 from profiles.profiler import Task
-from profiles.shards import steps_from_shards
+from profiles.table import ThroughputTable
 from tests.megatron_jobs import backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 
@@ -101,38 +106,48 @@ def test_the_first_and_the_last_stage_are_measured() -> None:
     assert stage_ranks(Layout(tp=2, pp=4, dp=2)) == [0, 15]
 
 
-def shard(seconds: float, **layout: int) -> Measurement:
-    return Measurement(
-        fingerprint=HERE,
-        model=MODEL,
-        configuration=Configuration(layout=Layout(**layout), micro_batch=1, global_batch=8),
-        step_seconds=seconds,
-        shard=True,
-        time=0.0,
+@pytest.mark.dist
+def test_a_cluster_is_planned_from_one_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`copus profile run` in one process, then `copus plan` and the planner of a job that trains: 4 ranks, nothing of
+    them was there."""
+    small = {"layers": 2, "hidden": 32, "ffn_hidden": 48, "heads": 4, "kv_heads": 4, "seq_len": 16, "vocab": 250}
+    file = write_job(
+        tmp_path,
+        model=small,
+        cluster={"accelerators_per_node": 4},
+        training={"layout": {"tp": 2, "dp": 2}, "global_batch": 4},
+        planner={
+            "policy": "goodput",
+            "min_global_batch": 4,
+            "max_global_batch": 8,
+            "max_micro_batch": 1,
+            "layouts": [{"tp": 2, "dp": 2}, {"pp": 2, "dp": 2}, {"dp": 4}],
+        },
+        profile={"profiler": "single", "warmup_steps": 1, "steps": 2},
     )
+    monkeypatch.chdir(tmp_path)
+    assert copus_here("plan", str(file), "--json") == 0
+    before = json.loads(capsys.readouterr().out)
+    assert copus_here("profile", "run", str(file), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["measured"] > 0
+    assert copus_here("plan", str(file), "--json") == 0
+    after = json.loads(capsys.readouterr().out)
+    assert (after["measured_rows"], after["measured_shards"]) == (0, 6)
+    assert "shards timed alone" in " ".join(after["assumptions"])
 
+    def width(found: dict) -> list[float]:
+        return [each["step_seconds_high"] / each["step_seconds_low"] for each in found["candidates"]]
 
-def test_the_network_is_added_and_the_bubble_grows_with_the_work() -> None:
-    """Twice the predicted work: the bubble doubles, the network does not."""
-    rows = [shard(2.0, pp=2), shard(3.0, dp=2)]
-    parts = {
-        "compute": [0.8, 3.0],
-        "launch": [0.1, 0],
-        "optimizer": [0.1, 0],
-        "bubble": [0.25, 0],
-        "tp": [0, 0],
-        "dp": [0.5, 0.7],
-    }
-    breakdown = {name: np.array(values, dtype=float) for name, values in parts.items()}
-    assert steps_from_shards(rows, breakdown) == pytest.approx([2.0 + 0.5 + 0.5, 3.7])
-
-
-def test_what_is_no_shard_is_refused() -> None:
-    breakdown = {"compute": np.ones(1)}
-    with pytest.raises(ValueError, match="not the time of a shard"):
-        steps_from_shards([shard(1.0).model_copy(update={"shard": False})], breakdown)
-    with pytest.raises(ValueError, match="nothing that the shards' times could replace"):
-        steps_from_shards([shard(1.0)], {"dp": np.ones(1)})
+    assert all(now < then for now, then in zip(width(after), width(before), strict=True))
+    job = load_job(file)
+    rows = ThroughputTable(job.profile.table).everything()
+    planner = _planner(job, rows, TrainerState())
+    times = {each["label"]: each["step_seconds"] for each in after["candidates"]}
+    decision = planner.decide(noise(16.0, 12.0, 20.0), job.training.configuration, 1000)
+    assert {score.source for score in decision.candidates} == {"predicted"}
+    assert {score.configuration.label: score.step_seconds for score in decision.candidates} == pytest.approx(times)
 
 
 def test_options_are_refused() -> None:

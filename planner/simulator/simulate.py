@@ -10,6 +10,7 @@ from planner.outlook import Outlook
 from planner.plan import Plan, plan_run
 from planner.policy import Policy
 from planner.situation import Situation
+from profiles.online import OnlineCorrection
 
 DRAWS = 1024
 """Errors of noise estimates that a seed makes; a longer run begins anew with the first."""
@@ -38,9 +39,11 @@ class Runs:
     correlation: float = 0.0
     """Correlation of the errors of successive estimates."""
     throughput_error: float = 0.0
-    """Standard deviation of the logarithm of predicted throughputs; running a configuration shows its own."""
+    """Standard deviation of the logarithm of predicted throughputs; steps correct them as in a job
+    (`profiles.online`)."""
     drift: float = 0.0
-    """Standard deviation that the logarithm of every layout's throughput reaches by the end, as a random walk."""
+    """Standard deviation that the logarithm of the machine's speed reaches by the end, as a random walk, and a quarter
+    of it for what each layout does besides."""
     start: Indices | None = None
     """What runs first, shape (R,), and is left at the cost of a move; None where the policy picks it, for nothing."""
 
@@ -76,14 +79,20 @@ class _State:
     seconds: Floats
     moves: Indices
     current: Indices
+    table: Floats
+    """Samples a second of each configuration before anything has run, shape (C,)."""
     believed: Floats
     error: Floats
     actual: Floats
     unseen: np.ndarray = field(repr=False)
+    live: list[OnlineCorrection] | None
+    """What each run's steps taught; None where throughputs are known."""
 
     def keep(self, rows: np.ndarray) -> "_State":
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return _State(**{n: v[rows] if isinstance(v, np.ndarray) else v.take(rows) for n, v in found.items()})
+        live, table = found.pop("live"), found.pop("table")
+        taken = {n: v[rows] if isinstance(v, np.ndarray) else v.take(rows) for n, v in found.items()}
+        return _State(**taken, table=table, live=live and [live[row] for row in np.flatnonzero(rows)])
 
 
 def simulate(
@@ -186,10 +195,12 @@ def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
         seconds=np.zeros(count),
         moves=np.zeros((count, 3), np.int64),
         current=np.zeros(count, np.int64),
+        table=believed,
         believed=rows,
         error=np.full((count, size), runs.throughput_error),
         actual=actual,
         unseen=np.ones((count, size), bool),
+        live=[OnlineCorrection() for _ in range(count)] if runs.throughput_error or runs.drift else None,
     )
 
 
@@ -210,9 +221,11 @@ def _walks(runs: Runs, menu: Menu) -> Floats | None:
     if not runs.drift:
         return None
     layouts = int(menu.layout.max()) + 1
+    share = np.array([0.25] * layouts + [1.0])
     per_decision = runs.drift / np.sqrt(np.maximum(runs.planned_samples / runs.every_samples, 1.0))
-    steps = np.stack([np.random.default_rng([s, 2]).normal(size=(DRAWS, layouts)) for s in runs.seed.tolist()])
-    return np.asarray(np.cumsum(steps, axis=1) * per_decision[:, None, None])
+    steps = [np.random.default_rng([s, 2]).normal(size=(DRAWS, layouts + 1)) * share for s in runs.seed.tolist()]
+    walks = np.cumsum(np.stack(steps), axis=1) * per_decision[:, None, None]
+    return np.asarray(walks[:, :, :-1] + walks[:, :, -1:])
 
 
 def _pay(menu: Menu, state: _State, index: Indices) -> None:
@@ -243,9 +256,22 @@ def _advance(menu: Menu, state: _State, walk: Floats | None, objective: Objectiv
     state.progress = state.progress + np.minimum(step, left)
     state.samples = state.samples + samples
     state.seconds = state.seconds + samples / rate
-    state.believed[rows, state.current], state.error[rows, state.current] = rate, 0.0
     state.unseen[rows, state.current] = False
+    if state.live is not None:
+        _learn(menu, state, rate, samples / batch)
     return np.asarray(finished)
+
+
+def _learn(menu: Menu, state: _State, rate: Floats, steps: Floats) -> None:
+    """Correct what each run believes of throughputs by the steps that it made, at samples a second of `rate`."""
+    assert state.live is not None
+    own = state.runs.throughput_error
+    for row, (live, current, seen, count) in enumerate(zip(state.live, state.current, rate, steps, strict=True)):
+        running = menu.configurations[current]
+        live.observe(running, 1 / state.table[current], 1 / seen, own, max(float(count), 1.0))
+        for index, configuration in enumerate(menu.configurations):
+            state.believed[row, index] = state.table[index] / live.factor(configuration)
+            state.error[row, index] = live.error(configuration, own, running, own) if index != current else 0.0
 
 
 def _read(grid: Floats, progress: Floats) -> Floats:

@@ -57,6 +57,7 @@ class _Rows:
     solved: Floats
     whole: tuple[Floats, bool]
     spread: float
+    shards: int
 
 
 class CostModel:
@@ -131,7 +132,7 @@ class CostModel:
         solved = cho_solve(cho_factor(noisy), residual)
         misfit = float(residual @ solved + best.x @ best.x)
         spread = np.sqrt((self._how.freedom + misfit) / (self._how.freedom + len(logs)))
-        fitted._rows = _Rows(places, residual, moves, solved, whole, float(spread))
+        fitted._rows = _Rows(places, residual, moves, solved, whole, float(spread), int(shard.sum()))
         return fitted
 
     @property
@@ -235,13 +236,20 @@ class CostModel:
         said = [
             f"{device.name}: {device.inside_node.kind} inside a node, {device.between_nodes.kind} between nodes",
             "causal attention; ranks in the order tensor, context, data, pipeline; all nodes alike",
-            f"constants fitted to {self.rows} rows"
-            if self.rows
-            else "constants from data sheets and publications: no rows",
+            self._learned_from(),
         ]
         if model.experts:
             said.append("tokens spread evenly over the experts")
         return tuple(said)
+
+    def _learned_from(self) -> str:
+        if not self._rows:
+            return "constants from data sheets and publications: no rows"
+        alone = self._rows.shards
+        if not alone:
+            return f"constants fitted to {self.rows} rows"
+        said = f"{alone} shards timed alone, the network as its file says"
+        return f"constants fitted to {said}" if alone == self.rows else f"constants fitted to {self.rows} rows, {said}"
 
 
 def _cut(c: Configurations, where: slice) -> Configurations:
