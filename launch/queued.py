@@ -43,7 +43,7 @@ def follow_job(engine: QueuedEngine, run: Path, interrupts: Interrupts, console:
                 state, before = engine_state(run), state
                 next_question = time.monotonic() + STATE_SECONDS
                 ended = ended + 1 if state.phase == "ended" else 0
-                progress.waiting = state.words
+                progress.waiting, progress.held = state.words, state.phase == "queued"
                 if state.words != before.words:
                     progress.say(state.words)
             show_new(follower, status, progress)

@@ -52,6 +52,8 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     check_profiler(job)
     if manner.dry_run:
         return _describe(engine, next_run(job), job, manner)
+    if isinstance(engine, QueuedEngine):
+        engine.ready()
     with Interrupts() as interrupts:
         run = create_run(job)
         with lock_run(run) as lock:
@@ -80,6 +82,8 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
     check(job)
     if manner.dry_run:
         return _describe(engine, run, job, manner)
+    if isinstance(engine, QueuedEngine):
+        engine.ready()
     with Interrupts() as interrupts:
         with lock_run(run) as lock:
             check_not_queued(run)
