@@ -53,7 +53,9 @@ class Cluster:
         settings = SHORT | {
             "name": name,
             "training.tokens": str(tokens),
-            "data": yaml.safe_dump({"source": ["text"], "held_out": ["held"], "cache": "cache"}, default_flow_style=True),
+            "data": yaml.safe_dump(
+                {"source": ["text"], "held_out": ["held"], "cache": "cache"}, default_flow_style=True
+            ),
             "launch.options": yaml.safe_dump(options, default_flow_style=True),
         }
         arguments = ["submit", str(ROOT / "examples" / "shakespeare.yaml"), "--engine", "slurm"]
@@ -105,7 +107,9 @@ def tell(run: Path) -> None:
     """Print the run's story: every event that is no step."""
     for event in read_events(run):
         if not isinstance(event, Step):
-            more = event.model_dump(include={"resumed_from", "ranks", "samples_repeated", "path", "reason", "message", "loss"})
+            more = event.model_dump(
+                include={"resumed_from", "ranks", "samples_repeated", "path", "reason", "message", "loss"}
+            )
             print(f"  {event.type:<10} step {event.step:<4} samples {event.samples_consumed:<5} {more or ''}")
 
 
@@ -159,7 +163,7 @@ def test_a_lost_node_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
 
 def test_the_time_limit_is_a_requeue_and_cancel_the_end(cluster: Cluster) -> None:
     run = cluster.folder / "runs" / "long"
-    cluster.copus(*cluster.job("long", 10**9, time_limit="1", checkpoint_seconds=20), "--detach")
+    cluster.copus(*cluster.job("long", 10**9, time_limit="2", checkpoint_seconds=90), "--detach")
     said = cluster.copus("submit", "--resume", "long", exit_code=2)
     assert "copus cancel" in said
     wait_for_event(run, End, 1)
@@ -168,7 +172,9 @@ def test_the_time_limit_is_a_requeue_and_cancel_the_end(cluster: Cluster) -> Non
     assert "its time limit is near" in seen(run, Warned)[0].message
     first, second = seen(run, End)[0], seen(run, Start)[1]
     assert first.reason == "interrupted"
-    assert second.samples_consumed == first.samples_consumed > 0  # the checkpoint was made on the signal: nothing is lost
+    assert (
+        second.samples_consumed == first.samples_consumed > 0
+    )  # the checkpoint was made on the signal: nothing is lost
     print(cluster.copus("cancel", "long"))
     wait_for_event(run, End, 2)
     wait_for("the end of the job", lambda: cluster.run(["squeue", "--noheader"]) == "", 30)

@@ -127,7 +127,7 @@ class QueuedEngine(Engine):
     names it.
     """
 
-    def ready(self) -> None:  # noqa: B027 (not every scheduler needs something here)
+    def ready(self) -> None:
         """Raise JobError where nothing can be submitted from this machine. Asked before data is prepared for hours."""
 
     @abstractmethod

@@ -7,6 +7,7 @@ The batch script (`describe`) runs `launch.engines.slurm_job` on the first node,
 node by `srun`, and sends the job back into the queue.
 """
 
+import re
 import shlex
 import shutil
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from copus.job import JobConfig, JobError
 from launch.engines.agent import agent_environment
 from launch.engines.base import EngineState, QueuedEngine
-from launch.engines.slurm_commands import ENDED, queue_entry, slurm
+from launch.engines.slurm_commands import ALIVE, QUEUED, queue_entry, slurm
 from launch.engines.slurm_options import SlurmOptions, check_directive
 from launch.engines.ticket import Ticket, read_ticket
 from launch.process import module_root
@@ -63,13 +64,13 @@ class SlurmEngine(QueuedEngine):
         name, entry = f"Slurm job {ticket.job_id}", queue_entry(ticket.job_id)
         if entry is None:
             return EngineState("ended", f"{name} has ended")
-        if entry.state in ENDED:
+        doing = ALIVE.get(entry.state)
+        if doing is None:
             return EngineState("ended", f"{name} has ended: {entry.state}")
-        if entry.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+        if doing in QUEUED:
             reason = "" if entry.reason == "None" else f": {entry.reason}"  # None: Slurm has not looked at it yet
-            return EngineState("queued", f"{name} waits{reason}")
-        what = "runs" if entry.state == "RUNNING" else entry.state.lower()
-        return EngineState("running", f"{name} {what} on {entry.nodes}")
+            return EngineState("queued", f"{name} {doing}{reason}")
+        return EngineState("running", f"{name} {doing} on {entry.nodes}")
 
     def cancel(self, run: Path, *, now: bool) -> str:
         """RUN/stop for workers that run; `scancel` for a job that waits, or `now`."""
@@ -143,7 +144,7 @@ def _directive(name: str, value: str | int | bool | None) -> str:
     if value is True:
         return f"--{name}"
     text = str(value)
-    return f'--{name}="{text}"' if " " in text else f"--{name}={text}"
+    return f"--{name}={text}" if re.fullmatch(r"[\w./:%@,+=-]+", text) else f'--{name}="{text}"'
 
 
 def _check_path(where: str, path: Path) -> None:

@@ -8,10 +8,24 @@ from copus.job import JobError
 
 ANSWER_SECONDS = 10.0
 """How long Slurm's controller may take to answer."""
-ENDED = frozenset(
-    "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY DEADLINE BOOT_FAIL PREEMPTED REVOKED".split()
-)
-"""States that a job does not leave by itself."""
+ALIVE = {
+    "PENDING": "waits",
+    "REQUEUED": "waits",
+    "REQUEUE_FED": "waits",
+    "REQUEUE_HOLD": "is held in the queue",
+    "RESV_DEL_HOLD": "is held in the queue",
+    "SPECIAL_EXIT": "is held in the queue",
+    "CONFIGURING": "gets its nodes ready",
+    "RUNNING": "runs",
+    "SUSPENDED": "is suspended",
+    "STOPPED": "is stopped",
+    "SIGNALING": "is signalled",
+    "RESIZING": "is resized",
+    "STAGE_OUT": "is ending",
+    "COMPLETING": "is ending",
+}
+"""States that a job leaves again, in words. All others are ends."""
+QUEUED = ("waits", "is held in the queue")
 
 
 @dataclass(frozen=True)
@@ -19,7 +33,7 @@ class QueueEntry:
     """A job as `squeue` shows it."""
 
     state: str
-    """PENDING, RUNNING, COMPLETING, …"""
+    """PENDING, RUNNING, COMPLETING, …: `ALIVE`, or how it ended."""
     reason: str
     """Why it waits; `None` where it does not."""
     nodes: str

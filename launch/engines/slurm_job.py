@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from copus.events import EventLog, Warned
 from copus.job import JobConfig, JobError, load_job
@@ -67,8 +66,8 @@ class Attempt:
         self._stop = run / "stop"
         self._why: str | None = None
         self._given_up = False
-        for number, why in ((signal.SIGUSR1, "its time limit is near"), (signal.SIGTERM, "Slurm takes its nodes")):
-            signal.signal(number, lambda number, frame, why=why: self._ask(why))
+        signal.signal(signal.SIGUSR1, lambda number, frame: self._ask("its time limit is near"))
+        signal.signal(signal.SIGTERM, lambda number, frame: self._ask("Slurm takes its nodes"))
 
     def run(self) -> int:
         """Run the workers and conclude."""
@@ -96,7 +95,11 @@ class Attempt:
         return [
             *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
             *(f"--cpus-per-task={cpus_per_node(self._options, self._job)}", "--mpi=none", "--kill-on-bad-exit=1"),
-            *(f"--wait={LAST_AGENT_SECONDS}", "--open-mode=append", f"--output={self._run}/logs/slurm-{session}.node-%t.log"),
+            *(
+                f"--wait={LAST_AGENT_SECONDS}",
+                "--open-mode=append",
+                f"--output={self._run}/logs/slurm-{session}.node-%t.log",
+            ),
             *python_module("launch.engines.slurm_node", self._run, session, endpoint),
             *(f"{name}={address}" for name, address in addresses.items()),
         ]

@@ -9,9 +9,10 @@ from launch.engines.base import EngineOptions
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:,@+=()/-]*$", max_length=200)]
 """A name as Slurm's administrators give them: nothing that a shell, or Slurm's own parser, takes for more than that."""
-OURS = frozenset(
-    "array chdir cpus-per-task error export job-name nodes ntasks ntasks-per-node open-mode output parsable requeue "
-    "no-requeue signal wrap partition account qos time gres".split()
+OURS = (
+    *("job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "array", "wrap", "parsable"),
+    *("requeue", "no-requeue", "signal", "chdir", "output", "error", "open-mode", "export"),
+    *("partition", "account", "qos", "time", "gres"),
 )
 """Options of sbatch that are set from elsewhere."""
 
