@@ -61,9 +61,12 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
             if code:  # it has said why
                 discard_run(run)
                 return code
-            outcome: Outcome | Queued | None = profile_alone(run, job, lock, interrupts, console)
-            if outcome is None or outcome.exit_code == 0:
+            outcome: Outcome | Queued
+            measured = profile_alone(run, job, lock, interrupts, console)
+            if measured is None or measured.exit_code == 0:
                 outcome = _launch(engine, run, job, lock, interrupts, console, partial(discard_run, run))
+            else:
+                outcome = measured
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
     return _conclude(outcome, run, console, manner)
