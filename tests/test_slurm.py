@@ -22,7 +22,7 @@ from slurm_cluster import install, slurm_cluster, wait_for
 from copus.events import Checkpoint, End, Event, Restart, Start, Step, Warned, read_events
 from launch.follow import without_replays
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {
@@ -95,7 +95,7 @@ def cluster() -> Iterator[Cluster]:
             yield Cluster(Path(folder), environment)
 
 
-def wait_for_event(run: Path, kind: type[Event], count: int, seconds: float = 120) -> None:
+def wait_for_event(run: Path, kind: type[Event], count: int, seconds: float = 240) -> None:
     wait_for(f"{count} × {kind.__name__}", lambda: len(seen(run, kind)) >= count, seconds)
 
 
@@ -147,7 +147,7 @@ def test_a_lost_node_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
     with cluster.running(*cluster.job("lost", 38_400)) as following:
         wait_for_event(run, Checkpoint, 1)
         kill_node(run, f"{_job_id(run)}-0", 1)
-        output, _ = following.communicate(timeout=240)
+        output, _ = following.communicate(timeout=480)
     tell(run)
     print(output)
     assert following.returncode == 0, "\n".join(log.read_text() for log in sorted((run / "logs").glob("*.log")))
@@ -163,7 +163,7 @@ def test_a_lost_node_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
 
 def test_the_time_limit_is_a_requeue_and_cancel_the_end(cluster: Cluster) -> None:
     run = cluster.folder / "runs" / "long"
-    cluster.copus(*cluster.job("long", 10**9, time_limit="2", checkpoint_seconds=90), "--detach")
+    cluster.copus(*cluster.job("long", 10**9, time_limit="5", checkpoint_seconds=290), "--detach")
     said = cluster.copus("submit", "--resume", "long", exit_code=2)
     assert "copus cancel" in said
     wait_for_event(run, End, 1)

@@ -31,7 +31,7 @@ LOCK_SECONDS = 120.0
 until its processes are gone."""
 REQUEUE = "requeue\n"
 """What is in RUN/stop where this job goes on later; the user's stop has nothing in it."""
-LAST_AGENT_SECONDS = 45
+LAST_AGENT_SECONDS = 35
 """An agent waits 30 s for its workers to checkpoint before it kills them. After this `srun` gives up the nodes that it
 hears nothing of: to kill the rest on a failure is not enough where Slurm's daemon of the step is dead."""
 FIRST_PORT, PORTS = 18_000, 12_000
