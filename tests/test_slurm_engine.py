@@ -150,6 +150,7 @@ def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
         ({"sbatch": {"comment": 'a" --wrap="id'}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"comment": "a\n#SBATCH --wrap=id"}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"Mem ": "1"}}, "launch.options: sbatch: 'Mem ' is no long option of sbatch"),
+        ({"python": "venv/bin/python"}, "launch.options: python: 'venv/bin/python' is neither an absolute path nor"),
         ({"python": "a\nb"}, "launch.options: python: a line with control characters"),
     ],
 )

@@ -119,7 +119,7 @@ class Attempt:
         done = code == 0 and status.end is not None and status.end.reason != "interrupted"
         if done or self._stopped_by_user():
             return code
-        why = self._why if code == 0 else f"its workers failed (srun: {code})"
+        why = self._why or (f"its workers failed (srun: {code})" if code else "its workers were stopped")
         fruitless = 0 if self._checkpoint_samples() > counted.checkpoint_samples else counted.fruitless + 1
         if fruitless > self._options.max_requeues:
             return self._give_up(counted)
@@ -128,10 +128,7 @@ class Attempt:
             _say(f"Slurm ends this attempt ({entry.state if entry else 'gone'})")
             return code or 1
         limit = f", {fruitless} of {self._options.max_requeues} without a new checkpoint" if fruitless else ""
-        self._tell(
-            f"Slurm job {self._job_id} goes back into the queue: {why or 'its workers were stopped'} "
-            f"(requeue {self._attempt + 1}{limit})"
-        )
+        self._tell(f"Slurm job {self._job_id} goes back into the queue: {why} (requeue {self._attempt + 1}{limit})")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how Slurm ends this process
         slurm("scontrol", "requeue", self._job_id)
         time.sleep(LOCK_SECONDS)
