@@ -165,7 +165,8 @@ def _tiles(history: History, gain: float | None) -> list[dict[str, str]]:
         ("time", duration(max(0.0, history.end)), f"after {duration(measured)} before training" * (measured > 0))
     )
     if evaluations:
-        tiles.append(("validation loss", f"{evaluations[-1].loss:.3f}", f"at first {evaluations[0].loss:.3f}"))
+        note = f"at first {evaluations[0].loss:.3f}" if len(evaluations) > 1 else "evaluated once"
+        tiles.append(("validation loss", f"{evaluations[-1].loss:.3f}", note))
     elif status.step:
         tiles.append(("training loss", "–" if status.step.loss is None else f"{status.step.loss:.3f}", "last step"))
     if history.noise:
@@ -230,7 +231,7 @@ def _candidates(explanation: Explanation, shades: dict[str, str]) -> Table:
 def _notices(history: History) -> Table | None:
     columns = [Column("at"), Column("tokens"), Column("what", "words")]
     rows = [
-        Row([duration(each.seconds), count(each.tokens), each.text])
+        Row([duration(each.seconds), count(each.tokens) if each.tokens else "–", each.text])
         for each in sorted(history.notices, key=lambda each: each.seconds)[-MOST_ROWS:]
     ]
     return Table(columns, rows) if rows else None
