@@ -1,6 +1,7 @@
 """A whole run, read once: what happened, by tokens and by time."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,11 @@ KINDS = (
     *("start", "profile", "step", "noise", "decision", "reconfigure", "evaluate", "checkpoint", "warning", "failure"),
     *("restart", "end"),
 )
+
+ENVELOPE = re.compile(
+    rb'(\{"type":.*?),\s*"decision":\s*\{"number":\s*(\d+),.*\},\s*("seconds":[^,{}]+)\}\s*$', re.DOTALL
+)
+"""What a decision's line has before and behind the decision, which is a thousand times as long as all other lines."""
 
 PauseKind = Literal["measuring", "starting", "evaluating", "moving", "checkpoints", "planning", "down"]
 
@@ -131,7 +137,7 @@ class History:
     end: float = 0.0
     """When the last one was."""
     decisions: dict[int, bytes] = field(default_factory=dict)
-    """Number → line of the log. Most are never looked at, and validating one takes milliseconds."""
+    """Number → line of the log, for those that moved the job, and the newest."""
 
     @property
     def seq_len(self) -> int:
@@ -165,7 +171,7 @@ class _Thought(Event):
 def read_history(run: Path) -> History:
     """Read the log of a run. Torn lines and unknown events are passed over; without a log everything is empty."""
     history = History(run)
-    events = [event for line in event_lines(run, *KINDS) if (event := _parsed(line)) is not None]
+    events = _events(run)
     history.status.update(events)
     history.first_start = next((event for event in events if isinstance(event, Start)), None)
     sessions = _sessions(events)
@@ -184,12 +190,33 @@ def read_history(run: Path) -> History:
     return history
 
 
+def _events(run: Path) -> list[Event]:
+    """All events; of decisions that moved nothing, but for the newest, only that they were taken: they are long."""
+    events: list[Event] = []
+    thought: _Thought | None = None
+    for line in event_lines(run, *KINDS):
+        event = _parsed(line)
+        if event is None:
+            continue
+        if isinstance(event, _Thought):
+            if thought is not None:
+                thought.line = b""
+            thought = event
+        elif isinstance(event, Reconfigure):
+            thought = None
+        events.append(event)
+    return events
+
+
 def _parsed(line: EventLine) -> Event | None:
     if line.kind != "decision":
         return parse_event(line.text)
     try:
-        values = json.loads(line.text)
-        values["number"] = values["decision"]["number"]
+        if match := ENVELOPE.match(line.text):
+            values = json.loads(match[1] + b"," + match[3] + b"}") | {"number": int(match[2])}
+        else:  # another program wrote it
+            values = json.loads(line.text)
+            values["number"] = values["decision"]["number"]
         return _Thought.model_validate(values | {"line": line.text})
     except (ValueError, KeyError, TypeError):
         return None
@@ -274,7 +301,7 @@ def _take(history: History, event: Event, seconds: float) -> None:
                 _end_span(history, tokens, seconds - event.seconds)
             _begin_span(history, event.after, tokens, seconds)
             history.moves.append(MoveAt(tokens, seconds, event, len(history.spans) - 1))
-        case _Thought():
+        case _Thought() if event.line:
             history.decisions[event.number] = event.line
         case Failure() | Restart() | Warned():
             history.notices.append(Notice(tokens, seconds, told(event) or ""))

@@ -1,9 +1,10 @@
 """A run read once: what counts, and when it happened."""
 
+import json
 from pathlib import Path
 
 import pytest
-from launch_events import DATA, SEQ_LEN, TENSOR, decision, noise, reconfigure, start, step, write_timed_run
+from launch_events import DATA, SEQ_LEN, TENSOR, decision, noise, reconfigure, start, step, write_run, write_timed_run
 from told_run import BEGAN, WIDE, evaluate, write_told_run
 
 from copus.events import Checkpoint, End, Failure, Profile, Restart
@@ -80,6 +81,27 @@ def test_decisions_are_read_one_by_one(told: History) -> None:
     assert made is not None
     assert made.chosen == WIDE
     assert told.decision(7) is None
+
+
+def test_a_log_that_another_program_wrote_is_read_alike(told: History) -> None:
+    path = told.run / "events.jsonl"
+    lines = [
+        json.dumps(json.loads(line), sort_keys=True) for line in path.read_text().splitlines()
+    ]  # type is not first
+    path.write_text("\n".join(lines) + "\n")
+    again = read_history(told.run)
+    assert again.decision(1) == told.decision(1)
+    assert (again.steps, again.pauses, again.moves) == (told.steps, told.pauses, told.moves)
+    assert [pause.kind for pause in told.pauses].count("planning") == 3
+
+
+def test_decisions_that_moved_nothing_are_not_kept_but_the_newest_is(tmp_path: Path) -> None:
+    stays = [decision(number, 4, TENSOR, TENSOR) for number in (0, 1)]
+    moved = [decision(2, 4, TENSOR, DATA), reconfigure(2, 4, TENSOR, DATA)]
+    more = [decision(number, 4, DATA, DATA) for number in (3, 4)]
+    history = read_history(write_run(tmp_path, start(), *stays, *moved, *more, step(8)))
+    assert sorted(history.decisions) == [2, 4]
+    assert sum(pause.kind == "planning" for pause in history.pauses) == 5
 
 
 def test_torn_lines_unknown_events_and_a_missing_log(tmp_path: Path) -> None:

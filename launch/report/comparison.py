@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.history import History
-from launch.report import figures
+from launch.report import compared, style
 from launch.report.render import Column, Content, Row, Table
 from launch.report.series import reached, time_shares
 from launch.report.single import job_values
@@ -44,11 +44,11 @@ def comparison(histories: Sequence[History]) -> Content:
     }
     trained = {name: history for name, history in named.items() if history.steps}
     if trained:
-        time = figures.time_axis(max(history.end for history in trained.values()))
+        time = style.time_axis(max(history.end for history in trained.values()))
         content.figures = {
-            "loss-time": figures.compared_loss(named, time),
-            "loss-tokens": figures.compared_loss(named, figures.TOKENS),
-            "batch": figures.compared_batch(named, time),
+            "loss-time": compared.loss(named, time),
+            "loss-tokens": compared.loss(named, style.TOKENS),
+            "batch": compared.batch(named, time),
         }
     return content
 
@@ -108,7 +108,7 @@ def _results(named: dict[str, History]) -> Table:
             ran.label if ran else "–",
             percent(productive[0]) if productive else "–",
         ]
-        rows.append(Row(texts, figures.palette(place)))
+        rows.append(Row(texts, style.palette(place)))
     return Table(columns, rows)
 
 
@@ -128,7 +128,7 @@ def _equal_loss(named: dict[str, History], jobs: dict[str, dict[str, Any]]) -> t
         assert first is not None
         against = "–" if at is first or first.seconds <= 0 else f"{100 * (at.seconds / first.seconds - 1):+.0f} %"
         texts = [name, f"{target:.3f}", duration(at.seconds), against, count(at.tokens)]
-        rows.append(Row(texts, figures.palette(place)))
+        rows.append(Row(texts, style.palette(place)))
     columns = [Column("run", "name"), Column("loss"), Column("time"), Column("against the first"), Column("tokens")]
     return Table(columns, rows), ""
 

@@ -1,29 +1,27 @@
-"""The plots of a report, as plotly's plain figures: `{"data": […], "layout": {…}}`.
+"""The plots of a report, as plotly's plain figures: `{"data": […], "layout": {…}}`."""
 
-Colours are names of the page's own CSS variables, `var(--ink)`: the page puts in what they are in its light or dark
-style. Text that comes from a run goes through `text`, since plotly reads tags in it.
-"""
-
-import html
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 from launch.history import History, LossAt
-from launch.report.series import (
-    KIND_WORDS,
-    GoodputAt,
-    LinePoint,
-    SeenPoint,
-    smoothed_loss,
-    thinned,
+from launch.report.series import KIND_WORDS, GoodputAt, LinePoint, SeenPoint, smoothed_loss, thinned
+from launch.report.style import (
+    ACCENT,
+    FAINT,
+    GRID,
+    INK,
+    MUTED,
+    NOISE,
+    PAGE,
+    TOKENS,
+    Axis,
+    Figure,
+    plot_layout,
+    powers_of_two,
+    quiet_axis,
+    short,
+    text,
 )
 
-Figure = dict[str, Any]
-INK, MUTED, FAINT, GRID = "var(--ink)", "var(--muted)", "var(--faint)", "var(--grid)"
-ACCENT, NOISE, PAGE = "var(--accent)", "var(--noise)", "var(--page)"
-PALETTE = 8
-"""Colours for layouts and for runs: the CSS variables `--c0` to `--c7`."""
 MOST_MOVES = 120
 """Moves that are marked; of more only those to another layout are, as long as they are not too many either."""
 MOST_LINES = 10
@@ -39,63 +37,29 @@ LANES = {
 """Kinds of pauses that have a lane in the timeline, from the bottom up; a decision takes milliseconds and has none."""
 
 
-class Axis(NamedTuple):
-    """What runs along x: tokens, or time in the unit that suits the length of the run."""
-
-    title: str
-    place: Callable[[float, float], float]
-    """Where something is, from its tokens and its seconds."""
-    form: str = ".4~g"
-    """How a place is written, in d3's way."""
-
-
-TOKENS = Axis("tokens trained on", lambda tokens, seconds: tokens, ".4~s")
-
-
-def time_axis(longest_seconds: float) -> Axis:
-    """Time since training began."""
-    units = ((180, 1, "seconds"), (3 * 3600, 60, "minutes"), (math.inf, 3600, "hours"))
-    unit, name = next((unit, name) for limit, unit, name in units if longest_seconds < limit)
-    return Axis(f"{name} since training began", lambda tokens, seconds: seconds / unit)
-
-
-def colours(layouts: Sequence[str]) -> dict[str, str]:
-    """One colour for each layout, the same in every plot."""
-    return {layout: palette(place) for place, layout in enumerate(layouts)}
-
-
-def palette(place: int) -> str:
-    """A colour by its number; they repeat."""
-    return f"var(--c{place % PALETTE})"
-
-
-def text(words: str) -> str:
-    """Text as plotly shows it letter by letter."""
-    return html.escape(words)
-
-
 def loss(history: History, axis: Axis, shades: Mapping[str, str]) -> Figure:
     """Training loss, smoothed, and validation loss."""
     steps = [step for step in history.steps if step.loss is not None]
     raw, smooth = thinned([LossAt(step.tokens, step.seconds, step.loss or 0.0) for step in steps]), smoothed_loss(steps)
     data = [
-        _line(raw, axis, "training", FAINT, 1),
-        _line(thinned(smooth), axis, "smoothed", ACCENT, 2),
+        curve(raw, axis, "training", FAINT, 1),
+        curve(thinned(smooth), axis, "smoothed", ACCENT, 2),
     ]
     if history.evaluations:
-        data.append(_line(history.evaluations, axis, "validation", INK, 2, markers=True))
-    layout = _layout(axis, "loss (nats a token)", height=360)
+        data.append(curve(history.evaluations, axis, "validation", INK, 2, markers=True))
+    layout = plot_layout(axis, "loss (nats a token)", height=360)
     _mark(layout, history, axis, shades)
     return {"data": data, "layout": layout}
 
 
-def _line(rows: Sequence[LossAt], axis: Axis, name: str, colour: str, width: float, *, markers: bool = False) -> Figure:
+def curve(rows: Sequence[LossAt], axis: Axis, name: str, colour: str, width: float, *, markers: bool = False) -> Figure:
+    """A line through losses."""
     line: Figure = {
         "type": "scatter",
         "mode": "lines+markers" if markers else "lines",
         "name": name,
-        "x": [_short(axis.place(row.tokens, row.seconds), 7) for row in rows],
-        "y": [_short(row.loss) for row in rows],
+        "x": [short(axis.place(row.tokens, row.seconds), 7) for row in rows],
+        "y": [short(row.loss) for row in rows],
         "line": {"color": colour, "width": width},
     }
     return line | {"marker": {"color": colour, "size": 6}} if markers else line
@@ -110,7 +74,7 @@ def noise(history: History, axis: Axis, shades: Mapping[str, str]) -> Figure:
     banded = [row for row in rows if row.low is not None]
     data: list[Figure] = []
     if banded:
-        places = [_short(axis.place(row.tokens, row.seconds), 7) for row in banded]
+        places = [short(axis.place(row.tokens, row.seconds), 7) for row in banded]
         high = [top * 10 if row.high is None else row.high for row in banded]
         low = [max(row.low or 0.0, floor / 10) for row in banded]
         data.append(
@@ -119,7 +83,7 @@ def noise(history: History, axis: Axis, shades: Mapping[str, str]) -> Figure:
                 "mode": "lines",
                 "name": "90 % interval",
                 "x": [*places, *reversed(places)],
-                "y": [_short(value) for value in (*high, *reversed(low))],
+                "y": [short(value) for value in (*high, *reversed(low))],
                 "fill": "toself",
                 "fillcolor": NOISE,
                 "opacity": 0.25,
@@ -150,13 +114,13 @@ def noise(history: History, axis: Axis, shades: Mapping[str, str]) -> Figure:
                 "type": "scatter",
                 "mode": "lines",
                 "name": name,
-                "x": [_short(place, 7) for place in places],
-                "y": [_short(height) for height in heights],
+                "x": [short(place, 7) for place in places],
+                "y": [short(height) for height in heights],
                 "line": {"color": colour, "width": width, "shape": shape},
             }
         )
-    layout = _layout(axis, "sequences", height=380)
-    layout["yaxis"] |= _powers_of_two(floor, top)
+    layout = plot_layout(axis, "sequences", height=380)
+    layout["yaxis"] |= powers_of_two(floor, top)
     _mark(layout, history, axis, shades)
     return {"data": data, "layout": layout}
 
@@ -164,33 +128,33 @@ def noise(history: History, axis: Axis, shades: Mapping[str, str]) -> Figure:
 def goodput(history: History, rows: Sequence[GoodputAt], axis: Axis, shades: Mapping[str, str]) -> Figure:
     """Throughput, statistical efficiency and their product, one below the other."""
     kept = thinned(list(zip(rows, history.steps, strict=True)))
-    places = [_short(axis.place(row.tokens, row.seconds), 7) for row, _ in kept]
+    places = [short(axis.place(row.tokens, row.seconds), 7) for row, _ in kept]
     data: list[Figure] = []
     for layout_name, colour in shades.items():
         mine = [history.spans[step.span].configuration.layout.label == layout_name for _, step in kept]
         if any(mine):
-            rates = [_short(row.throughput) if here else None for (row, _), here in zip(kept, mine, strict=True)]
+            rates = [short(row.throughput) if here else None for (row, _), here in zip(kept, mine, strict=True)]
             data.append(_panel(places, rates, text(layout_name), colour, "y", legend=True))
-    efficiency = [None if row.efficiency is None else _short(100 * row.efficiency) for row, _ in kept]
+    efficiency = [None if row.efficiency is None else short(100 * row.efficiency) for row, _ in kept]
     data.append(_panel(places, efficiency, "efficiency", NOISE, "y2"))
     if any(row.unmoved is not None for row, _ in kept) and history.moves:
-        unmoved = [None if row.unmoved is None else _short(row.unmoved) for row, _ in kept]
+        unmoved = [None if row.unmoved is None else short(row.unmoved) for row, _ in kept]
         data.append(_panel(places, unmoved, "had it stayed in its first configuration", MUTED, "y3", legend=True))
         data[-1]["line"]["dash"] = "dash"
     data.append(
-        _panel(places, [None if r.goodput is None else _short(r.goodput) for r, _ in kept], "goodput", INK, "y3")
+        _panel(places, [None if r.goodput is None else short(r.goodput) for r, _ in kept], "goodput", INK, "y3")
     )
-    layout = _layout(axis, "samples/s", height=560)
+    layout = plot_layout(axis, "samples/s", height=560)
     layout["yaxis"] |= {"domain": [0.70, 1.0], "rangemode": "tozero"}
-    layout["yaxis2"] = _axis("efficiency (%)") | {"gridcolor": GRID, "domain": [0.36, 0.64], "range": [0, 105]}
-    layout["yaxis3"] = _axis("goodput") | {"gridcolor": GRID, "domain": [0.0, 0.30], "rangemode": "tozero"}
+    layout["yaxis2"] = quiet_axis("efficiency (%)") | {"gridcolor": GRID, "domain": [0.36, 0.64], "range": [0, 105]}
+    layout["yaxis3"] = quiet_axis("goodput") | {"gridcolor": GRID, "domain": [0.0, 0.30], "rangemode": "tozero"}
     layout["xaxis"] |= {"anchor": "y3"}
     _mark(layout, history, axis, shades)
     return {"data": data, "layout": layout}
 
 
 def _panel(
-    places: list[float], values: list[Any], name: str, colour: str, axis: str, *, legend: bool = False
+    places: list[float], values: list[float | None], name: str, colour: str, axis: str, *, legend: bool = False
 ) -> Figure:
     return {
         "type": "scatter",
@@ -236,7 +200,7 @@ def timeline(history: History, axis: Axis, shades: Mapping[str, str]) -> Figure:
         pauses = [pause for pause in history.pauses if pause.kind == kind]
         bars = [(pause.begin, pause.end, text(pause.text)) for pause in thinned(pauses)]
         data.append(_bars(bars, axis, lane, ACCENT if kind == "moving" else MUTED, KIND_WORDS[kind]))
-    layout = _layout(axis, "", height=130 + 34 * (len(lanes) + 1))
+    layout = plot_layout(axis, "", height=130 + 34 * (len(lanes) + 1))
     layout["yaxis"] |= {
         "type": "category",
         "categoryorder": "array",
@@ -257,8 +221,8 @@ def _bars(stretches: list[tuple[float, float, str]], axis: Axis, lane: str, colo
         "orientation": "h",
         "name": name,
         "y": [lane] * len(stretches),
-        "base": [_short(begin, 7) for begin in begins],
-        "x": [_short(length) for length in lengths],
+        "base": [short(begin, 7) for begin in begins],
+        "x": [short(length) for length in lengths],
         "hovertext": [f"{words}<br>{end - begin:.3g} s" for begin, end, words in stretches],
         "hoverinfo": "text",
         "marker": {"color": colour, "line": {"color": colour, "width": 1.5}},  # the line keeps milliseconds visible
@@ -279,7 +243,7 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
                 "mode": "lines+markers",
                 "name": text(layout_name),
                 "x": [point.batch for point in points],
-                "y": [_short(point.rate) for point in points],
+                "y": [short(point.rate) for point in points],
                 "line": {"color": shades[layout_name], "width": 2},
                 "marker": {
                     "size": 8,
@@ -300,7 +264,7 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
                 "mode": "markers",
                 "name": "seen in this run",
                 "x": [point.batch for point in seen],
-                "y": [_short(point.rate) for point in seen],
+                "y": [short(point.rate) for point in seen],
                 "marker": {
                     "symbol": "diamond",
                     "size": 12,
@@ -316,10 +280,10 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
         )
     batches = sorted({point.batch for points in predicted.values() for point in points} | {p.batch for p in seen})
     rates = [point.rate for points in predicted.values() for point in points] + [point.rate for point in seen]
-    layout = _layout(Axis("global batch (sequences)", TOKENS.place), "samples/s", height=420)
+    layout = plot_layout(Axis("global batch (sequences)", TOKENS.place), "samples/s", height=420)
     layout["xaxis"] |= {"type": "log", "tickvals": batches, "ticktext": [str(batch) for batch in batches]}
     if max(rates) > 6 * min(rates):
-        layout["yaxis"] |= _powers_of_two(min(rates) / 1.3, max(rates) * 1.3)
+        layout["yaxis"] |= powers_of_two(min(rates) / 1.3, max(rates) * 1.3)
     else:
         layout["yaxis"] |= {"rangemode": "tozero"}
     layout["hovermode"] = "closest"
@@ -328,40 +292,6 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
 
 def _is_measured(point: LinePoint) -> bool:
     return point.source in ("measured", "seen")
-
-
-def compared_loss(histories: Mapping[str, History], axis: Axis) -> Figure:
-    """The validation losses of several runs over one another, with their smoothed training losses faint behind."""
-    data: list[Figure] = []
-    for place, (name, history) in enumerate(histories.items()):
-        smooth = _line(thinned(smoothed_loss(history.steps)), axis, f"{text(name)}, training", palette(place), 1.5)
-        data.append(smooth | {"opacity": 0.45, "legendgroup": str(place), "showlegend": not history.evaluations})
-        if history.evaluations:
-            held_out = _line(history.evaluations, axis, text(name), palette(place), 2.5, markers=True)
-            data.append(held_out | {"legendgroup": str(place)})
-    return {"data": data, "layout": _layout(axis, "loss (nats a token)", height=400)}
-
-
-def compared_batch(histories: Mapping[str, History], axis: Axis) -> Figure:
-    """The batches of several runs."""
-    data: list[Figure] = []
-    batches: list[float] = []
-    for place, (name, history) in enumerate(histories.items()):
-        steps = thinned(history.steps)
-        batches += [step.batch for step in steps]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": text(name),
-                "x": [_short(axis.place(step.tokens, step.seconds), 7) for step in steps],
-                "y": [step.batch for step in steps],
-                "line": {"color": palette(place), "width": 2.5, "shape": "vh"},
-            }
-        )
-    layout = _layout(axis, "global batch (sequences)", height=300)
-    layout["yaxis"] |= _powers_of_two(min(batches) / 1.6, max(batches) * 1.6)
-    return {"data": data, "layout": layout}
 
 
 def _mark(layout: Figure, history: History, axis: Axis, shades: Mapping[str, str]) -> None:
@@ -378,7 +308,7 @@ def marks(history: History, axis: Axis, shades: Mapping[str, str]) -> list[Figur
         moves = [move for move in moves if move.event.rung == "layout"]
     shapes: list[Figure] = []
     for move in moves if len(moves) <= MOST_MOVES else []:
-        place = _short(axis.place(move.tokens, move.seconds), 7)
+        place = short(axis.place(move.tokens, move.seconds), 7)
         line = {"color": MUTED, "width": 1, "dash": "solid" if move.event.rung == "layout" else "dot"}
         shapes.append({"type": "line", "xref": "x", "yref": "paper", "x0": place, "x1": place, "y0": 0, "y1": 1})
         shapes[-1] |= {"line": line, "layer": "below"}
@@ -391,51 +321,7 @@ def marks(history: History, axis: Axis, shades: Mapping[str, str]) -> list[Figur
         else:
             stretches.append((label, *ends))
     for label, first, last in stretches if len(stretches) <= MOST_MOVES else []:
-        shapes.append(
-            {"type": "rect", "xref": "x", "x0": _short(first, 7), "x1": _short(last, 7), "line": {"width": 0}}
-        )
+        shapes.append({"type": "rect", "xref": "x", "x0": short(first, 7), "x1": short(last, 7), "line": {"width": 0}})
         shapes[-1] |= {"fillcolor": shades.get(label, MUTED)}
         shapes[-1] |= {"yref": "paper", "ysizemode": "pixel", "yanchor": 0, "y0": 0, "y1": 6}
     return shapes
-
-
-def _layout(axis: Axis, y_title: str, *, height: int) -> Figure:
-    """What every plot has: quiet axes, the legend above, no frame."""
-    return {
-        "height": height,
-        "margin": {"l": 64, "r": 16, "t": 36, "b": 48},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "var(--sans)", "size": 13, "color": INK},
-        "hovermode": "x unified",
-        "hoverlabel": {"bgcolor": PAGE, "bordercolor": GRID, "font": {"color": INK}},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
-        "xaxis": _axis(axis.title) | {"showgrid": False, "hoverformat": axis.form},
-        "yaxis": _axis(y_title) | {"gridcolor": GRID},
-    }
-
-
-def _axis(title: str) -> Figure:
-    return {
-        "title": {"text": title, "font": {"color": MUTED}, "standoff": 10},
-        "linecolor": GRID,
-        "tickfont": {"color": MUTED},
-        "zeroline": False,
-    }
-
-
-def _powers_of_two(floor: float, top: float) -> Figure:
-    """A log axis with ticks at powers of two, not more than ten of them."""
-    exponents = range(math.ceil(math.log2(floor)), math.floor(math.log2(top)) + 1)
-    kept = [2.0**exponent for exponent in exponents[:: len(exponents) // 10 + 1]]
-    return {
-        "type": "log",
-        "range": [math.log10(floor), math.log10(top)],
-        "tickvals": kept,
-        "ticktext": [f"{value:g}" for value in kept],
-    }
-
-
-def _short(value: float, digits: int = 5) -> float:
-    """Enough digits for a screen: they are most of the page's own size."""
-    return float(f"{value:.{digits}g}")

@@ -11,7 +11,7 @@ from copus.job import JobError
 from launch.explain import BEST, COLUMNS, WORDS, Explanation, cells, explanation_of, shown_candidates
 from launch.explain import facts as decision_facts
 from launch.history import History
-from launch.report import figures
+from launch.report import figures, style
 from launch.report.render import Column, Content, Row, Table
 from launch.report.series import (
     KIND_WORDS,
@@ -57,7 +57,7 @@ def single(history: History) -> Content:
     lines = predicted_lines(explanation.decision) if explanation else {}
     lines_from = ", as the planner predicted it in its last decision" if lines else ""
     lines = lines or profiled_lines(history)
-    shades = figures.colours(list(dict.fromkeys([*history.layouts(), *lines])))
+    shades = style.colours(list(dict.fromkeys([*history.layouts(), *lines])))
     shares = time_shares(history)
     content = Content(history.run.name, summary(history, state, gain))
     content.values = {
@@ -88,7 +88,7 @@ def single(history: History) -> Content:
 
 def _draw(content: Content, history: History, rows: Sequence[GoodputAt], shades: dict[str, str]) -> None:
     """Every figure that there is something to draw for, and a reason for every other."""
-    time = figures.time_axis(history.end)
+    time = style.time_axis(history.end)
     nothing = "No step has been trained yet, so there is nothing to draw."
     content.reasons |= dict.fromkeys(("loss-time", "loss-tokens", "noise", "goodput", "timeline", "shares"), nothing)
     content.reasons["decision"] = "The planner has decided nothing yet."
@@ -98,12 +98,12 @@ def _draw(content: Content, history: History, rows: Sequence[GoodputAt], shades:
     content.figures["timeline"] = figures.timeline(history, time, shades)
     if any(step.loss is not None for step in history.steps):
         content.figures["loss-time"] = figures.loss(history, time, shades)
-        content.figures["loss-tokens"] = figures.loss(history, figures.TOKENS, shades)
+        content.figures["loss-tokens"] = figures.loss(history, style.TOKENS, shades)
     else:
         content.reasons |= dict.fromkeys(("loss-time", "loss-tokens"), "No loss of this run was finite.")
     content.figures["goodput"] = figures.goodput(history, rows, time, shades)
     if history.noise:
-        content.figures["noise"] = figures.noise(history, figures.TOKENS, shades)
+        content.figures["noise"] = figures.noise(history, style.TOKENS, shades)
     else:
         content.reasons["noise"] = "The noise scale was not known yet: it takes some steps until it has an interval."
 
@@ -128,8 +128,8 @@ def summary(history: History, state: RunState, gain: float | None) -> list[str]:
     if gain is not None:
         words = "more" if gain >= 0 else "less"
         sentences.append(
-            f"By its own measurements it made {100 * abs(gain):.0f} % {words} progress than its first configuration would "
-            "have in the same time (an estimate: that run was not trained)."
+            f"By its own measurements it made {100 * abs(gain):.0f} % {words} progress than its first configuration "
+            "would have in the same time (an estimate: that run was not trained)."
         )
     if state.alive:
         sentences.append("The run is still going on; this is how far it was when the page was written.")
@@ -165,7 +165,8 @@ def _tiles(history: History, gain: float | None) -> list[dict[str, str]]:
         ("time", duration(max(0.0, history.end)), f"after {duration(measured)} before training" * (measured > 0))
     )
     if evaluations:
-        tiles.append(("validation loss", f"{evaluations[-1].loss:.3f}", f"at first {evaluations[0].loss:.3f}"))
+        note = f"at first {evaluations[0].loss:.3f}" if len(evaluations) > 1 else "evaluated once"
+        tiles.append(("validation loss", f"{evaluations[-1].loss:.3f}", note))
     elif status.step:
         tiles.append(("training loss", "–" if status.step.loss is None else f"{status.step.loss:.3f}", "last step"))
     if history.noise:
@@ -230,7 +231,7 @@ def _candidates(explanation: Explanation, shades: dict[str, str]) -> Table:
 def _notices(history: History) -> Table | None:
     columns = [Column("at"), Column("tokens"), Column("what", "words")]
     rows = [
-        Row([duration(each.seconds), count(each.tokens), each.text])
+        Row([duration(each.seconds), count(each.tokens) if each.tokens else "–", each.text])
         for each in sorted(history.notices, key=lambda each: each.seconds)[-MOST_ROWS:]
     ]
     return Table(columns, rows) if rows else None
