@@ -10,6 +10,7 @@ from rich.console import Console
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized
 from launch.attend import Outcome, attend
+from launch.check import check_start
 from launch.data import check, prepare
 from launch.engines import engine_of
 from launch.follow import Follower
@@ -31,6 +32,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, *, a
     engine = engine_of(job)
     check(job)
     check_profiler(job)
+    check_start(job)
     with Interrupts() as interrupts:
         run = create_run(job)
         with lock_run(run) as lock:

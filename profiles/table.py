@@ -1,5 +1,6 @@
 """The throughput table: an append-only file of measurements, one JSON object a line, shared by all jobs."""
 
+import errno
 import os
 import warnings
 from collections.abc import Iterable
@@ -38,9 +39,25 @@ class ThroughputTable:
         """All rows, of whatever fingerprint, steps and shards; else as `rows`."""
         return self._read(None)
 
+    def check(self) -> None:
+        """Raise OSError where no table can be read from the path, or none written there."""
+        if self.path.exists():
+            if not self.path.is_file():  # opening a pipe waits for a writer
+                raise OSError(errno.EINVAL, "not a regular file", str(self.path))
+            usable = os.access(self.path, os.R_OK)
+            folder = self.path
+        else:
+            folder = next(parent for parent in self.path.absolute().parents if parent.exists())
+            if not folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+            usable = os.access(folder, os.W_OK | os.X_OK)
+        if not usable:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
     def _read(self, fingerprint: Fingerprint | None) -> list[Measurement]:
         self.skipped = 0
         found = []
+        self.check()
         try:
             lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from copus.job import JobConfig, JobError
+from launch.engines.this_machine import check_this_machine
 from launch.process import die_with_parent, python_environment, python_module
 
 
@@ -21,6 +22,7 @@ class LocalEngine:
         """Raise JobError where the job needs more than this machine."""
         if job.cluster.nodes != 1:
             raise JobError(f"cluster.nodes({job.cluster.nodes}): launch.engine(local) runs on one machine")
+        check_this_machine(job)
 
     def start(self, run: Path, job: JobConfig, lock: int, *, profile_only: bool = False) -> "LocalWorkers":
         """Start the agent. Raises nothing that the user can mend: a worker that cannot start is seen in its log."""
