@@ -171,7 +171,7 @@ def running(job: JobConfig, small_disk_bytes: int | None = None) -> Iterator[Run
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "copus-faults", str(checkpoints)], check=True)
     try:
         with lock_run(folder) as lock:
-            workers = LocalEngine(["-m", "benchmarks.fault_worker"]).start(folder, job, lock)
+            workers = LocalEngine(worker=["-m", "benchmarks.fault_worker"]).start(folder, job, lock)
             try:
                 yield Run(folder, workers)
             finally:

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from copus.backends.megatron.limits import check_configuration, check_layout, check_model
+from copus.engines import check_options, load_engine
 from copus.job_text import parse_job_text, read_job_text
 from copus.profilers import check_profiler
 from planner.config import PlannerConfig
@@ -119,8 +120,10 @@ class TrainingConfig(Record):
 class LaunchConfig(Record):
     """How processes are started."""
 
-    engine: Literal["local"] = "local"
-    """Where to run: local = this machine, through torch's elastic agent."""
+    engine: str = "local"
+    """Where to run: `local` (this machine, through torch's elastic agent), `slurm`, or an engine that a plugin adds."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What that engine wants to know, such as a partition; each engine has its own."""
     runs: UserPath = Path("runs")
     """Folder that run directories are made in."""
     threads_per_rank: int = Field(default=1, gt=0, le=1024)
@@ -156,6 +159,8 @@ class JobConfig(Record):
     def _check_arithmetic(self) -> "JobConfig":
         _located("model", lambda: check_model(self.model))
         _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
+        _located("launch.engine", lambda: load_engine(self.launch.engine))
+        _located("launch.options", lambda: check_options(self.launch.engine, self.launch.options))
         _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
         _located("training", lambda: check_configuration(self.training.configuration))
         for index, layout in enumerate(self.planner.layouts or []):
@@ -248,8 +253,8 @@ def _misread(written: Any, read: Any, place: str) -> Iterator[str]:
         yield f"{place}: input should be a finite number, got {written!r}"
 
 
-def load_job(path: Path, overrides: list[str] | None = None) -> JobConfig:
-    """Read a job file; `overrides` are `section.field=value` with the value in YAML.
+def load_job(path: Path, overrides: list[str] | None = None, engine: str | None = None) -> JobConfig:
+    """Read a job file; `overrides` are `section.field=value` with the value in YAML, `engine` is for `launch.engine`.
 
     Raises JobError, one line, for everything that a user can get wrong: no file, no YAML, unknown keys, wrong types,
     impossible arithmetic.
@@ -263,6 +268,8 @@ def load_job(path: Path, overrides: list[str] | None = None) -> JobConfig:
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise JobError(f"{path}: a job file is a mapping of sections, got {type(values).__name__}")
+    if engine is not None:
+        _choose_engine(values, engine)
     for override in overrides or []:
         apply_override(values, override)
     return parse_job(values, str(path))
@@ -273,6 +280,15 @@ def _parse_yaml(text: str, where: str) -> Any:
         return parse_job_text(text)
     except ValueError as error:
         raise JobError(f"{where}: {error}") from None
+
+
+def _choose_engine(values: dict[str, Any], engine: str) -> None:
+    """Put another engine into the values of a job file. The options in the file are those of the file's own engine."""
+    launch = values.get("launch") or {}
+    if not isinstance(launch, dict):
+        return  # the validation says so
+    same = launch.get("engine", "local") == engine
+    values["launch"] = {name: value for name, value in launch.items() if same or name != "options"} | {"engine": engine}
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

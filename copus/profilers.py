@@ -1,12 +1,10 @@
 """Which profilers are installed: those that come with copus, and plugins."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from copus.plugins import Plugin, find_plugin, plugins
 from profiles.profiler import Processes, ProfilerType
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
 
 GROUP = "copus.profilers"
 """The entry points of plugins."""
@@ -17,20 +15,14 @@ BUILT_IN: dict[str, tuple[str, Processes, bool]] = {
     "single": ("copus.profiling.single:SingleProfiler", "one", True),
     "published": ("profiles.published:PublishedProfiler", "one", False),
 }
-"""Name → where it is, `processes` and `shards`. Not entry points: a checkout that is not installed has none."""
+"""Name → where it is, `processes` and `shards`."""
 BUILT_IN_OPTIONS: dict[str, tuple[str, ...]] = {"live": (), "single": (), "published": ("csv",)}
 
 
 @dataclass(frozen=True)
-class Installed:
+class Installed(Plugin):
     """A profiler that can be named in `profile.profiler`."""
 
-    name: str
-    """As in the job file."""
-    place: str
-    """`module:attribute`."""
-    source: str
-    """`built in`, or the distribution that has it, with its version."""
     known: tuple[Processes, bool] | None = None
     """`processes` and `shards`, where they are known without importing it."""
 
@@ -46,15 +38,10 @@ class Installed:
 
     def load(self) -> ProfilerType:
         """Import it. Raises ValueError, in one line, where that fails or it is no profiler."""
-        import importlib
-
-        module, _, attribute = self.place.partition(":")
         try:
-            found: Any = importlib.import_module(module)
-            for name in attribute.split("."):
-                found = getattr(found, name)
-        except Exception as error:  # a stranger's module may raise anything
-            raise ValueError(f"profiler {self.name} ({self.source}): {type(error).__name__}: {error}") from error
+            found = super().load()
+        except ValueError as error:
+            raise ValueError(f"profiler {error}") from error
         fits = getattr(found, "processes", None) in ("one", "all") and getattr(found, "shards", None) in (True, False)
         if not callable(found) or not fits:
             raise ValueError(
@@ -66,12 +53,7 @@ class Installed:
 
 def installed() -> dict[str, Installed]:
     """All of them by name, the built-in ones first. A plugin cannot take the name of a built-in one."""
-    from importlib.metadata import entry_points
-
-    found = {name: find_profiler(name) for name in BUILT_IN}
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        found.setdefault(entry.name, Installed(entry.name, entry.value, _distribution(entry)))
-    return found
+    return {name: _known(plugin) for name, plugin in plugins(GROUP, _places()).items()}
 
 
 def check_profiler(name: str, options: dict[str, Any]) -> None:
@@ -88,15 +70,13 @@ def check_profiler(name: str, options: dict[str, Any]) -> None:
 
 def find_profiler(name: str) -> Installed:
     """The profiler of that name; only plugins are looked for on disk. Raises ValueError that lists what there is."""
-    if name in BUILT_IN:
-        place, processes, shards = BUILT_IN[name]
-        return Installed(name, place, "built in", (processes, shards))
-    known = installed()
-    if name not in known:
-        listed = ", ".join(f"{each.name} ({each.source})" for each in known.values())
-        raise ValueError(f"no profiler {name!r} is installed; there are {listed}")
-    return known[name]
+    return _known(find_plugin("profiler", name, GROUP, _places()))
 
 
-def _distribution(entry: "EntryPoint") -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown distribution"
+def _places() -> dict[str, str]:
+    return {name: place for name, (place, _, _) in BUILT_IN.items()}
+
+
+def _known(plugin: Plugin) -> Installed:
+    known = BUILT_IN[plugin.name][1:] if plugin.name in BUILT_IN else None
+    return Installed(plugin.name, plugin.place, plugin.source, known)

@@ -101,14 +101,14 @@ def _powers_of_two(largest: int) -> list[int]:
     return [2**exponent for exponent in range(largest.bit_length())]
 
 
-def load_resized(job_file: Path, overrides: list[str]) -> JobConfig:
+def load_resized(job_file: Path, overrides: list[str], engine: str | None = None) -> JobConfig:
     """`load_job`, where `--set cluster.…` may change the number of accelerators without naming a layout: one that fits
     is chosen. Raises JobError."""
     of_cluster = [override for override in overrides if override.startswith("cluster.")]
     others = [override for override in overrides if override not in of_cluster]
     if not of_cluster or any(override.startswith("training.layout") for override in others):
-        return load_job(job_file, overrides)
-    job = load_job(job_file, others)
+        return load_job(job_file, overrides, engine)
+    job = load_job(job_file, others, engine)
     values: dict[str, Any] = {"cluster": job.cluster.model_dump(mode="json")}
     for override in of_cluster:
         apply_override(values, override)
@@ -119,5 +119,5 @@ def load_resized(job_file: Path, overrides: list[str]) -> JobConfig:
         place = ".".join(map(str, ("cluster", *first["loc"])))
         raise JobError(f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}") from None
     if cluster.accelerators == job.cluster.accelerators:
-        return load_job(job_file, overrides)
+        return load_job(job_file, overrides, engine)
     return resized(job, cluster)

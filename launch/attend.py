@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from copus.job import JobConfig
-from launch.engines import Engine, Workers
+from launch.engines import AttendedEngine, Workers
 from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.progress import Progress
@@ -30,7 +30,7 @@ class Outcome:
     """0, 1 where workers failed, 2 where one without an agent said that the user has to mend something, 128 + signal
     where they were stopped."""
     reason: str
-    """finished, max_minutes, interrupted, killed, failed."""
+    """finished, max_minutes, interrupted, killed, failed; queued where the job goes on without this command."""
     status: RunStatus
     """The run's last state."""
     seconds: float
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def attend(
-    engine: Engine,
+    engine: AttendedEngine,
     run: Path,
     job: JobConfig,
     lock: int,
@@ -59,9 +59,9 @@ def attend(
             while (code := workers.poll()) is None:
                 if interrupts.count > heard:
                     heard = _interrupt(interrupts, heard, run, workers, progress)
-                _show_new(follower, status, progress)
+                show_new(follower, status, progress)
                 time.sleep(POLL_SECONDS)
-            _show_new(follower, status, progress)
+            show_new(follower, status, progress)
             seconds = progress.elapsed_seconds
     finally:
         if workers.poll() is None:  # this command itself failed: do not leave them behind
@@ -78,7 +78,8 @@ def attend(
     return Outcome(0, reason, status, seconds)
 
 
-def _show_new(follower: Follower, status: RunStatus, progress: Progress) -> None:
+def show_new(follower: Follower, status: RunStatus, progress: Progress) -> None:
+    """Take in and show what was written since the last look."""
     events = follower.read()
     status.update(events)
     progress.show(events)
@@ -103,9 +104,13 @@ def _explain_failure(code: int, workers: Workers, status: RunStatus) -> None:
     else:
         who = "the workers" if rank is None else f"rank {rank}"
         what = f"{who} ended without saying why (exit code {code})"
-    lines = [f"copus: {what}", f"  logs: {shown(workers.logs)}"]
     log = workers.error_log(rank) if rank is not None else None
-    if log is not None:
-        last = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-        lines += [f"  last lines of {shown(log)}:", *(f"    {line}" for line in last)]
-    print("\n".join(lines), file=sys.stderr)
+    print("\n".join([f"copus: {what}", f"  logs: {shown(workers.logs)}", *last_lines(log)]), file=sys.stderr)
+
+
+def last_lines(log: Path | None) -> list[str]:
+    """The end of a log with its heading, for a message; nothing where there is no log."""
+    if log is None:
+        return []
+    last = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+    return [f"  last lines of {shown(log)}:", *(f"    {line}" for line in last)]

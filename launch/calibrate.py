@@ -13,7 +13,7 @@ from copus.events import Branch, read_events
 from copus.job import JobConfig, JobError, dump_job, load_job
 from launch.attend import Outcome, attend
 from launch.data import check, prepare
-from launch.engines import engine_of
+from launch.engines import attended_engine_of, check_not_queued
 from launch.interrupts import Interrupts
 from launch.progress import SteadyConsole
 from launch.run_directory import find_run, lock_run, shown, write_atomically, write_job
@@ -44,11 +44,12 @@ def calibrate(
     checkpoint = _find_checkpoint(run, checkpoint_text)
     branches = _plan(job, checkpoint, _multiples(multiples_text), tokens, orders)
     folder = run / "calibration" / f"{checkpoint.name}-{branches.sequences}"
-    engine = engine_of(job)
+    engine = attended_engine_of(job, "copus calibrate")
     check(job)
     console = SteadyConsole(stderr=True, highlight=False)
     console.print(_announcement(job, run, branches), markup=False, soft_wrap=True)
     with Interrupts() as interrupts, lock_run(run) as lock:
+        check_not_queued(run)
         code = prepare(job, run / "job.yaml", interrupts)
         if code:
             return code

@@ -29,6 +29,7 @@ class Command(Protocol):
 class Submit:
     """Train a job; it moves to a better batch and layout while it runs. Ctrl-C stops it with a checkpoint.
 
+    On an engine with a queue (slurm, kubernetes) Ctrl-C only leaves it alone; `copus cancel RUN` stops it there.
     Examples: copus submit examples/shakespeare.yaml --set training.seed=7 · copus submit --resume shakespeare
     """
 
@@ -38,13 +39,60 @@ class Submit:
     """Override a field of the job file."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """Go on with this run (a path, or a name below ./runs), exactly where it was."""
+    engine: Annotated[str | None, arg(metavar="ENGINE")] = None
+    """Where to run, instead of the job's launch.engine: local, slurm, or a plugin's; leaves out launch.options."""
+    dry_run: bool = False
+    """Print what would be done (a command, a script, a manifest) and do nothing."""
+    detach: bool = False
+    """Return as soon as the job is queued, where the engine has a queue."""
     json: bool = False
     """Print the result as one JSON object on stdout, and the progress on stderr."""
 
     def run(self) -> int:
-        from launch.submit import submit
+        from launch.submit import Manner, submit
 
-        return submit(self.job, self.overrides, self.resume, as_json=self.json)
+        manner = Manner(self.engine, self.dry_run, self.detach, self.json)
+        return submit(self.job, self.overrides, self.resume, manner)
+
+
+@dataclass
+class Logs:
+    """Print what the workers of a run wrote, and go on printing with --follow until it has ended.
+
+    Example: copus logs shakespeare --follow --rank 0
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs."""
+    rank: Annotated[int | None, arg(metavar="N")] = None
+    """Only the lines of this rank; without it those of all ranks, and of what starts them."""
+    follow: Annotated[bool, arg(aliases=["-f"])] = False
+    """Wait for more lines until the run has ended."""
+
+    def run(self) -> int:
+        from launch.logs import logs
+
+        return logs(self.run_name, self.rank, follow=self.follow)
+
+
+@dataclass
+class Cancel:
+    """Stop a run for good: at the next step, with a checkpoint, or at once. `copus submit --resume RUN` goes on.
+
+    Example: copus cancel shakespeare
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs."""
+    now: bool = False
+    """End the workers at once, without a checkpoint."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        from launch.cancel import cancel
+
+        return cancel(self.run_name, now=self.now, as_json=self.json)
 
 
 @dataclass
@@ -313,6 +361,8 @@ class Simulate:
 
 Commands = (
     Annotated[Submit, subcommand("submit")]
+    | Annotated[Logs, subcommand("logs")]
+    | Annotated[Cancel, subcommand("cancel")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]

@@ -20,17 +20,14 @@ def python_module(module: str, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def python_environment() -> dict[str, str]:
-    """Environment in which modules are found where this command's own are, whatever folder it was typed in.
+def module_environment() -> dict[str, str]:
+    """What makes Python find modules where this command's own are, whatever folder it was typed in.
 
     `python -m` looks in the current folder first; a folder `profiles` or `launch` of the user's would hide ours.
     """
     root = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
-    return os.environ | {
-        "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root]),
-    }
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])}
 
 
 def die_with_parent() -> Callable[[], None] | None:
@@ -53,7 +50,7 @@ def run_module(command: list[str], interrupts: Interrupts) -> int:
 
     All that it prints goes to stderr: it is progress, and stdout is for this command's own result.
     """
-    child = subprocess.Popen(command, env=python_environment(), stdout=2, preexec_fn=die_with_parent())
+    child = subprocess.Popen(command, env=os.environ | module_environment(), stdout=2, preexec_fn=die_with_parent())
     passed_on = 0
     while child.poll() is None:
         if interrupts.count > passed_on:

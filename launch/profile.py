@@ -9,7 +9,7 @@ from copus.job import JobConfig, JobError, load_job
 from copus.profilers import TRIED, Installed, find_profiler
 from launch.attend import Outcome, attend
 from launch.data import check, prepare
-from launch.engines import LocalEngine, engine_of
+from launch.engines import LocalEngine, attended_engine_of
 from launch.interrupts import Interrupts
 from launch.process import python_module
 from launch.progress import SteadyConsole
@@ -32,7 +32,7 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
     console = SteadyConsole(stderr=True, highlight=False)
     alone = _profiler(job).processes == "one"
     if not alone:
-        engine = engine_of(job)
+        engine = attended_engine_of(job, "copus profile")
         check(job)
     with Interrupts() as interrupts:
         run = create_run(job, suffix="-profile")

@@ -35,6 +35,8 @@ class Progress:
         self._console = console
         self._run = run
         self._status = status
+        self.waiting = "starting the workers"
+        """What is shown until the workers have begun."""
         self._began = time.monotonic()
         self._next_line = self._began
         self._live = (
@@ -106,7 +108,7 @@ class Progress:
         if status.branch:
             return [("", branched(status.branch))]
         if status.start is None:
-            return [("", "starting the workers")]
+            return [("", self.waiting)]
         step, noise, evaluation = status.step, status.noise, status.evaluation
         facts = [
             ("", f"{status.fraction:.1%}"),

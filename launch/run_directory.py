@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,22 +50,30 @@ def portable(job: JobConfig) -> JobConfig:
 
 def create_run(job: JobConfig, suffix: str = "") -> Path:
     """Make `launch.runs/NAME`, or NAME-2, NAME-3 … where that is taken, with the resolved job in it. Absolute path."""
-    runs = job.launch.runs.expanduser().absolute()
-    base = job.name + suffix
-    number = 1
     try:
-        runs.mkdir(parents=True, exist_ok=True)
-        while True:
-            run = runs / (base if number == 1 else f"{base}-{number}")
+        for run in _names(job, suffix):
+            run.parent.mkdir(parents=True, exist_ok=True)
             try:
                 run.mkdir()
                 break
             except FileExistsError:
-                number += 1
+                continue
         write_job(run, job)
     except OSError as error:
         raise JobError(f"launch.runs({job.launch.runs}): {error.strerror}: {error.filename}") from None
     return run
+
+
+def next_run(job: JobConfig) -> Path:
+    """The folder that `create_run` would make now. Makes nothing."""
+    return next(run for run in _names(job, "") if not run.exists())
+
+
+def _names(job: JobConfig, suffix: str) -> Iterator[Path]:
+    runs = job.launch.runs.expanduser().absolute()
+    base = job.name + suffix
+    yield runs / base
+    yield from (runs / f"{base}-{number}" for number in itertools.count(2))
 
 
 def write_job(run: Path, job: JobConfig) -> None:
@@ -108,24 +118,50 @@ def shown(path: Path) -> str:
 
 
 @contextmanager
-def lock_run(run: Path) -> Iterator[int]:
-    """Hold the run: nobody else can start workers in it. Gives the lock's descriptor; raises JobError where it is held.
+def lock_run(run: Path, holder: str | None = None, wait_seconds: float = 0.5) -> Iterator[int]:
+    """Hold the run: nobody else can start workers in it. Gives the lock's descriptor.
 
-    The lock lasts as long as any process has the descriptor open, so a launcher that dies leaves it with the workers'
-    agent.
+    Raises JobError where it is held by others for longer than `wait_seconds` (somebody who only looks, `lock_holder`,
+    has it for a moment). They are told who has it: `holder`, else this process. The lock lasts as long as any process
+    has the descriptor open, so a launcher that dies leaves it with the workers' agent.
     """
+    holder = holder or f"process {os.getpid()}"
     descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip()
-            raise JobError(f"{shown(run)}: its workers are still running (launched by process {holder})") from None
+        end = time.monotonic() + wait_seconds
+        while not _try_lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() > end:
+                raise JobError(f"{shown(run)}: its workers are still running (launched by {_written(descriptor)})")
+            time.sleep(0.05)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def lock_holder(run: Path) -> str | None:
+    """Who holds the run, in words; None where nobody does."""
+    try:
+        descriptor = os.open(run / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return None if _try_lock(descriptor, fcntl.LOCK_SH) else _written(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _written(descriptor: int) -> str:
+    return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "somebody"
 
 
 def request_stop(run: Path) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +15,45 @@ from copus.resize import load_resized
 from launch.attend import Outcome, attend
 from launch.check import check_start
 from launch.data import check, prepare
-from launch.engines import engine_of
+from launch.engines import AttendedEngine, Engine, QueuedEngine, check_not_queued, engine_of, engine_state
+from launch.engines.ticket import clear_ticket
 from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.profile import check_profiler, profile_alone
 from launch.progress import SteadyConsole
-from launch.run_directory import create_run, discard_run, find_run, lock_run, portable, shown, write_job
+from launch.queued import detached, follow_job, hand_over
+from launch.run_directory import create_run, discard_run, find_run, lock_run, next_run, portable, shown, write_job
 from launch.status import RunStatus, count, duration
 
 
-def submit(job_file: Path | None, overrides: list[str], resume: str | None, *, as_json: bool = False) -> int:
+@dataclass(frozen=True)
+class Manner:
+    """How a job is submitted."""
+
+    engine: str | None = None
+    """Instead of the job's `launch.engine`."""
+    dry_run: bool = False
+    """Only say what would be done."""
+    detach: bool = False
+    """Leave a queued job alone as soon as it is queued."""
+    as_json: bool = False
+    """The result as JSON on stdout."""
+
+
+def submit(job_file: Path | None, overrides: list[str], resume: str | None, manner: Manner) -> int:
     """Train, or go on training. Returns the exit code; raises JobError, and leaves nothing, where the user errs."""
-    console = SteadyConsole(stderr=as_json, highlight=False)
+    console = SteadyConsole(stderr=manner.as_json, highlight=False)
     if resume is not None:
-        return _resume(find_run(resume), job_file, overrides, console, as_json)
+        return _resume(find_run(resume), job_file, overrides, console, manner)
     if job_file is None:
         raise JobError("nothing to train: give a job file, or --resume RUN")
-    job = portable(load_job(job_file, overrides))
+    job = portable(load_job(job_file, overrides, manner.engine))
     engine = engine_of(job)
     check(job)
     check_profiler(job)
     check_start(job)
+    if manner.dry_run:
+        return _describe(engine, next_run(job), job, manner)
     with Interrupts() as interrupts:
         run = create_run(job)
         with lock_run(run) as lock:
@@ -42,29 +63,74 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, *, a
                 return code
             outcome = profile_alone(run, job, lock, interrupts, console)
             if outcome is None or outcome.exit_code == 0:
-                outcome = attend(engine, run, job, lock, interrupts, console)
-    return _conclude(outcome, run, console, as_json)
+                outcome = _launch(engine, run, job, lock, interrupts, console, partial(discard_run, run))
+        outcome = outcome or _queued(engine, run, interrupts, console, manner)
+    return _conclude(outcome, run, console, manner)
 
 
-def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Console, as_json: bool) -> int:
+def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Console, manner: Manner) -> int:
     before = load_job(run / "job.yaml")
-    job = portable(load_resized(job_file or run / "job.yaml", overrides)).model_copy(update={"name": before.name})
+    job = portable(load_resized(job_file or run / "job.yaml", overrides, manner.engine))
+    job = job.model_copy(update={"name": before.name})
     _check_same_training(run, before, job)
     status = RunStatus()
     status.update(Follower(run).read())
     finished = status.end is not None and status.end.reason == "finished"
     if finished and status.start is not None and job.total_samples <= status.start.total_samples:
-        return _conclude(Outcome(0, "finished", status, 0.0), run, console, as_json, already=True)
+        return _conclude(Outcome(0, "finished", status, 0.0), run, console, manner, already=True)
     engine = engine_of(job)
     check(job)
-    with Interrupts() as interrupts, lock_run(run) as lock:
-        if job != before:
-            write_job(run, job)
-        code = prepare(job, run / "job.yaml", interrupts)
-        if code:
-            return code
-        outcome = attend(engine, run, job, lock, interrupts, console)
-    return _conclude(outcome, run, console, as_json)
+    if manner.dry_run:
+        return _describe(engine, run, job, manner)
+    with Interrupts() as interrupts:
+        with lock_run(run) as lock:
+            check_not_queued(run)
+            if job != before:
+                write_job(run, job)
+            code = prepare(job, run / "job.yaml", interrupts)
+            if code:
+                return code
+            undo = partial(write_job, run, before)
+            outcome = _launch(engine, run, job, lock, interrupts, console, undo, resume=True)
+        outcome = outcome or _queued(engine, run, interrupts, console, manner)
+    return _conclude(outcome, run, console, manner)
+
+
+def _launch(
+    engine: Engine,
+    run: Path,
+    job: JobConfig,
+    lock: int,
+    interrupts: Interrupts,
+    console: Console,
+    undo: Callable[[], None],
+    *,
+    resume: bool = False,
+) -> Outcome | None:
+    """Run the job to its end, or hand it to a scheduler (None then) and `undo` where that refuses it."""
+    if isinstance(engine, QueuedEngine):
+        try:
+            hand_over(engine, run, job, resume=resume)
+        except JobError:
+            undo()
+            raise
+        return None
+    assert isinstance(engine, AttendedEngine), "there are two kinds"
+    clear_ticket(run)
+    return attend(engine, run, job, lock, interrupts, console)
+
+
+def _queued(engine: Engine, run: Path, interrupts: Interrupts, console: Console, manner: Manner) -> Outcome:
+    """What becomes of a job that was handed over, or that it was, where nobody stays to see it."""
+    assert isinstance(engine, QueuedEngine), "others are attended to the end"
+    return detached(run) if manner.detach else follow_job(engine, run, interrupts, console)
+
+
+def _describe(engine: Engine, run: Path, job: JobConfig, manner: Manner) -> int:
+    """Print what would be done, so that the engine's own tools can read it."""
+    text = engine.describe(run, job)
+    print(json.dumps({"engine": job.launch.engine, "run": str(run), "description": text}) if manner.as_json else text)
+    return 0
 
 
 def _check_same_training(run: Path, before: JobConfig, after: JobConfig) -> None:
@@ -82,12 +148,12 @@ def _check_same_training(run: Path, before: JobConfig, after: JobConfig) -> None
             raise JobError(f"{shown(run)}: {name} is {value} in this run and cannot become {kept(after)[name]}")
 
 
-def _conclude(outcome: Outcome, run: Path, console: Console, as_json: bool, *, already: bool = False) -> int:
+def _conclude(outcome: Outcome, run: Path, console: Console, manner: Manner, *, already: bool = False) -> int:
     """Say how it ended, where the run lies, and what looks at it."""
     status, place = outcome.status, shown(run)
     resume = f"copus submit --resume {place}"
     tokens = status.samples_consumed * status.start.seq_len if status.start else 0
-    if as_json:
+    if manner.as_json:
         result = {
             "run": str(run),
             "reason": outcome.reason,
@@ -100,6 +166,9 @@ def _conclude(outcome: Outcome, run: Path, console: Console, as_json: bool, *, a
         }
         json.dump(result, sys.stdout)
         print()
+        return outcome.exit_code
+    if outcome.reason == "queued":
+        console.print(_left_alone(run), markup=False, soft_wrap=True)
         return outcome.exit_code
     headline = {
         "finished": f"{place} finished already" if already else f"finished in {duration(outcome.seconds)}",
@@ -120,6 +189,18 @@ def _conclude(outcome: Outcome, run: Path, console: Console, as_json: bool, *, a
     ]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
     return outcome.exit_code
+
+
+def _left_alone(run: Path) -> str:
+    """Where to look at a job that goes on without this command."""
+    place = shown(run)
+    lines = [
+        f"{engine_state(run).words}; it goes on without this command",
+        f"  run         {place}",
+        f"  logs        copus logs {place} --follow",
+        f"  stop        copus cancel {place}",
+    ]
+    return "\n".join(lines)
 
 
 def _losses(status: RunStatus) -> str:

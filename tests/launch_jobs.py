@@ -63,7 +63,7 @@ class DirectEngine(LocalEngine):
     """The local engine without its agent: one worker, and no torch."""
 
     def __init__(self, worker: list[str]) -> None:
-        super().__init__(worker)
+        super().__init__(worker=worker)
         self.worker = worker
 
     def command(self, run: Path, job: JobConfig, session: str, profile_only: bool) -> list[str]:
@@ -78,9 +78,10 @@ def copus_here(*arguments: str, worker: list[str] | None = None, how: str = "dir
     with pytest.MonkeyPatch.context() as patch:
         if worker is not None:
             command = [str(WORKER), *worker]
-            engine = LocalEngine(command) if how == "agent" else DirectEngine(command)
-            for module in (launch.submit, launch.profile, launch.calibrate):
-                patch.setattr(module, "engine_of", lambda job: engine)
+            engine = LocalEngine(worker=command) if how == "agent" else DirectEngine(command)
+            patch.setattr(launch.submit, "engine_of", lambda job: engine)
+            for module in (launch.profile, launch.calibrate):
+                patch.setattr(module, "attended_engine_of", lambda job, command: engine)
         return launch.cli.main(list(arguments))
 
 

@@ -73,9 +73,13 @@ def bomb(lines: int, width: int, form: str) -> str:
 
 TYPES = [
     Bad("a word for a number", "training.tokens: input should be a valid integer", ("training.tokens=many",)),
-    Bad("a list for a number", "training.global_batch: input should be a valid integer", ("training.global_batch=[4]",)),
+    Bad(
+        "a list for a number", "training.global_batch: input should be a valid integer", ("training.global_batch=[4]",)
+    ),
     Bad("a number for a section", "training: input should be a valid dictionary", ("training=5",)),
-    Bad("true for a number", "training.micro_batch: input should be a number, got True", ("training.micro_batch=true",)),
+    Bad(
+        "true for a number", "training.micro_batch: input should be a number, got True", ("training.micro_batch=true",)
+    ),
     Bad("a mapping for a path", "launch.runs: ", ("launch.runs={a: b}",)),
     Bad("a mapping for a list", "data.held_out: input should be a valid list", ("data.held_out={a: b}",)),
     Bad("bytes that are no text", "name: ", ("name=!!binary /w==",)),
@@ -83,35 +87,55 @@ TYPES = [
     Bad("an unknown key", "training.epochs: unknown key", ("training.epochs=3",)),
     Bad("an unknown choice", "planner.policy: input should be", ("planner.policy=best",)),
     Bad("an unknown engine", "launch.engine", ("launch.engine=cloud",)),
-    Bad("an unknown profiler", "profile: no profiler 'crystal' is installed; there are live", ("profile.profiler=crystal",)),
+    Bad(
+        "an unknown profiler",
+        "profile: no profiler 'crystal' is installed; there are live",
+        ("profile.profiler=crystal",),
+    ),
     Bad("options of an unknown profiler", "no profiler 'crystal'", ("profile={profiler: crystal, options: {a: 1}}",)),
-    Bad("an unknown option of a profiler", "profile: options: the live profiler takes none, got colour",
-        ("profile.options={colour: red}",)),
+    Bad(
+        "an unknown option of a profiler",
+        "profile: options: the live profiler takes none, got colour",
+        ("profile.options={colour: red}",),
+    ),
     Bad("no section of that name", "name is not a section", ("name.first=1",)),
     Bad("no value", "--set training.lr: expected section.field=value", ("training.lr",)),
     Bad("a line break in an override", "--set training.lr�a: expected", ("training.lr\na",)),
-]  # fmt: skip
+]
 
 ARITHMETIC = [
     Bad("ranks that are not there", "tp(4) × pp(1) × cp(1) × dp(2) = 8 ≠ 2", ("training.layout={tp: 4, dp: 2}",)),
     Bad("heads that cannot be split", "model.kv_heads(1) ÷ tp(2) is not whole: 0.5", ("model.kv_heads=1",)),
     Bad("layers that cannot be split", "model.layers(5) ÷ pp·vp(2)", ("model.layers=5", "training.layout={pp: 2}")),
     Bad("an odd width", "hidden(66) ÷ heads(4) is not whole", ("model.hidden=66",)),
-    Bad("a micro-batch that does not divide", "global_batch(4) ÷ (dp(1) × micro_batch(3))", ("training.micro_batch=3",)),
+    Bad(
+        "a micro-batch that does not divide", "global_batch(4) ÷ (dp(1) × micro_batch(3))", ("training.micro_batch=3",)
+    ),
     Bad("limits that exclude every layout", "planner: tp(3), global batches", ("planner.tp=3",)),
-    Bad("limits that exclude every batch", "planner: global batches from 33 to 63, multiples of batch_multiple(1)",
-        ("planner={min_global_batch: 33, max_global_batch: 63}",)),
+    Bad(
+        "limits that exclude every batch",
+        "planner: global batches from 33 to 63, multiples of batch_multiple(1)",
+        ("planner={min_global_batch: 33, max_global_batch: 63}",),
+    ),
     Bad("limits in the wrong order", "min_global_batch(2048) is larger than", ("planner.min_global_batch=2048",)),
-    Bad("no accelerator", "cluster.accelerators_per_node: input should be greater than 0, got 0",
-        ("cluster.accelerators_per_node=0",)),
+    Bad(
+        "no accelerator",
+        "cluster.accelerators_per_node: input should be greater than 0, got 0",
+        ("cluster.accelerators_per_node=0",),
+    ),
     Bad("a negative size", "model.hidden: input should be greater than 0, got -64", ("model.hidden=-64",)),
     Bad("not a number", "training.lr: input should be greater than 0, got nan", ("training.lr=.nan",)),
     Bad("not a number, where any will do", "planner.min_gain: ", ("planner.min_gain=.nan",)),
     Bad("infinite", "training.lr: input should be a finite number, got inf", ("training.lr=.inf",)),
-    Bad("a batch longer than the run", "global_batch(4096) is more than the whole run", ("training.global_batch=4096",)),
-    Bad("a machine too many", "cluster.nodes(2): launch.engine(local) runs on one machine",
-        ("cluster.nodes=2", "training.layout={tp: 2, dp: 2}")),
-]  # fmt: skip
+    Bad(
+        "a batch longer than the run", "global_batch(4096) is more than the whole run", ("training.global_batch=4096",)
+    ),
+    Bad(
+        "a machine too many",
+        "cluster.nodes(2): launch.engine(local) runs on one machine",
+        ("cluster.nodes=2", "training.layout={tp: 2, dp: 2}"),
+    ),
+]
 
 SIZES = [
     Bad("10^30 layers", "model.layers: input should be less than or equal to", (f"model.layers={HUGE}",)),
@@ -122,21 +146,35 @@ SIZES = [
     Bad("a number of 10,000 hexadecimal digits", "digits", (f"training.tokens=0x{'f' * 10_000}",)),
     Bad("a number of 10,000 digits in quotes", "training.tokens: ", (f"training.tokens='{'1' * 10_000}'",)),
     Bad("10^5 layers", "model.layers: ", ("model.layers=100000",)),
-    Bad("a model larger than the machine", "this machine has",
-        ("model.layers=10000", "model.hidden=65536", "model.ffn_hidden=262144")),
-    Bad("a micro-batch larger than the machine", "training.micro_batch(1073741824)",
-        ("training={micro_batch: 1073741824, global_batch: 1073741824, tokens: 34359738368, layout: {tp: 2}}",)),
-    Bad("ten thousand ranks", "more than 8 ranks for each of this machine's",
-        ("cluster.accelerators_per_node=10000", "training={layout: {dp: 10000}, global_batch: 10000, tokens: 320000, "
-         "evaluate_sequences: 10000}", "planner.policy=static")),
+    Bad(
+        "a model larger than the machine",
+        "this machine has",
+        ("model.layers=10000", "model.hidden=65536", "model.ffn_hidden=262144"),
+    ),
+    Bad(
+        "a micro-batch larger than the machine",
+        "training.micro_batch(1073741824)",
+        ("training={micro_batch: 1073741824, global_batch: 1073741824, tokens: 34359738368, layout: {tp: 2}}",),
+    ),
+    Bad(
+        "ten thousand ranks",
+        "more than 8 ranks for each of this machine's",
+        (
+            "cluster.accelerators_per_node=10000",
+            "training={layout: {dp: 10000}, global_batch: 10000, tokens: 320000, evaluate_sequences: 10000}",
+            "planner.policy=static",
+        ),
+    ),
     Bad("a million ranks", "cluster.accelerators_per_node: ", ("cluster.accelerators_per_node=1000000",)),
     Bad("10^10 passes over the text", "times the 100000 tokens", (f"training.tokens={10**15}",)),
-    Bad("10^10 evaluations", "training.evaluate_sequences(20000000000)", (f"training.evaluate_sequences={2 * 10**10}",)),
+    Bad(
+        "10^10 evaluations", "training.evaluate_sequences(20000000000)", (f"training.evaluate_sequences={2 * 10**10}",)
+    ),
     Bad("a vocabulary of 10^15", "model.vocab: ", (f"model.vocab={10**15}",)),
     Bad("a timeout of 10^300 s", "launch.timeout_seconds: ", ("launch.timeout_seconds=1e300",)),
     Bad("10^9 threads", "launch.threads_per_rank: ", ("launch.threads_per_rank=1000000000",)),
     Bad("a seed of 10^30", "training.seed: ", (f"training.seed={HUGE}",)),
-]  # fmt: skip
+]
 
 NAMES = [
     Bad("a command in the name", "name: string should match pattern", prepare=named("; touch pwned; rm -rf .")),
@@ -159,15 +197,25 @@ YAML = [
     Bad("half a file", "not YAML: ", prepare=rewritten(lambda text: text + "planner: {policy: copus")),
     Bad("a key that stands twice", "the key 'name' stands twice, line ", prepare=appended("name: other\n")),
     Bad("two documents", "not YAML: expected a single document", prepare=appended("---\nname: other\n")),
-    Bad("a Python object", "not YAML: could not determine a constructor",
-        prepare=appended("planner: !!python/object/apply:os.system ['touch pwned']\n")),
+    Bad(
+        "a Python object",
+        "not YAML: could not determine a constructor",
+        prepare=appended("planner: !!python/object/apply:os.system ['touch pwned']\n"),
+    ),
     Bad("a Python name", "not YAML: could not determine a constructor", ("training.lr=!!python/name:os.system",)),
     Bad("a tag that nobody knows", "not YAML: could not determine a constructor", ("training.lr=!secret x",)),
     Bad("an explosion of lists", "its aliases stand for more than", prepare=appended(bomb(9, 9, "[{}]"))),
     Bad("an explosion of keys", "its aliases stand for more than", prepare=appended(bomb(9, 9, "{{<<: [{}]}}"))),
-    Bad("an explosion in options", "its aliases stand for more than",
-        prepare=appended(f"x: {{{', '.join(bomb(12, 9, '[{}]').splitlines())}}}\n")),
-    Bad("a value that contains itself", "a value that contains itself", prepare=appended("planner: {layouts: &a [*a]}\n")),
+    Bad(
+        "an explosion in options",
+        "its aliases stand for more than",
+        prepare=appended(f"x: {{{', '.join(bomb(12, 9, '[{}]').splitlines())}}}\n"),
+    ),
+    Bad(
+        "a value that contains itself",
+        "a value that contains itself",
+        prepare=appended("planner: {layouts: &a [*a]}\n"),
+    ),
     Bad("brackets in brackets", "not YAML: too many brackets", prepare=rewritten(lambda text: "[" * 600)),
     Bad("a file too long", "a job file has at most 262144", prepare=appended("#" * 300_000)),
     Bad("a date that there is not", "not YAML: month must be in 1..12", ("name=2024-13-45",)),
@@ -176,47 +224,99 @@ YAML = [
     Bad("binary", "not YAML: ", prepare=rewritten(lambda text: b"\x7fELF\x02\x01\x01\0\0")),
     Bad("a folder", "job.yaml: Is a directory", prepare=replaced("job.yaml", Path.mkdir)),
     Bad("a pipe", "job.yaml: not a regular file", prepare=replaced("job.yaml", os.mkfifo)),
-    Bad("a device", "job.yaml: not a regular file", prepare=replaced("job.yaml", lambda path: path.symlink_to("/dev/zero"))),
+    Bad(
+        "a device",
+        "job.yaml: not a regular file",
+        prepare=replaced("job.yaml", lambda path: path.symlink_to("/dev/zero")),
+    ),
     Bad("nothing", "job.yaml: No such file or directory", prepare=replaced("job.yaml", lambda path: None)),
-]  # fmt: skip
+]
 
 FILES = [
     Bad("text that is not there", "/nope.txt (the only corpus with a name", ("data.source=[nope.txt]",)),
-    Bad("a corpus with a misspelt name", "data.source: no such file or folder: shakespear ",
-        ("data.source=shakespear",)),
+    Bad(
+        "a corpus with a misspelt name", "data.source: no such file or folder: shakespear ", ("data.source=shakespear",)
+    ),
     Bad("no text at all", "data.source: an empty list", ("data.source=[]",)),
     Bad("an empty corpus", "data.source: no text in", ("data.source=[empty]",), replaced("empty", Path.touch)),
-    Bad("blank text", "data.source: no text in", ("data.source=[blank]",),
-        replaced("blank", lambda path: path.write_text(" \n\t\n"))),
-    Bad("a folder without text", "data.source: no .txt, .md, .text, .jsonl file in the folder",
-        ("data.source=[images]",), replaced("images", Path.mkdir)),
-    Bad("binary text", "/binary.txt: not UTF-8 text", ("data.source=[binary.txt, one.txt]",),
-        replaced("binary.txt", lambda path: path.write_bytes(bytes(range(256))))),
-    Bad("UTF-16 text", "not UTF-8 text", ("data.source=[wide.txt, one.txt]",),
-        replaced("wide.txt", lambda path: path.write_text("to be", encoding="utf-16"))),
-    Bad("a pipe for text", "/pipe is neither a regular file nor a folder", ("data.source=[pipe]",),
-        replaced("pipe", os.mkfifo)),
-    Bad("JSONL that is none", "/bad.jsonl:2: not JSON", ("data.source=[bad.jsonl]",),
-        replaced("bad.jsonl", lambda path: path.write_text('{"text": "a"}\n{"text\n'))),
-    Bad("JSONL without text", 'expected an object with a string "text"', ("data.source=[bad.jsonl]",),
-        replaced("bad.jsonl", lambda path: path.write_text('{"txet": "a"}\n'))),
+    Bad(
+        "blank text",
+        "data.source: no text in",
+        ("data.source=[blank]",),
+        replaced("blank", lambda path: path.write_text(" \n\t\n")),
+    ),
+    Bad(
+        "a folder without text",
+        "data.source: no .txt, .md, .text, .jsonl file in the folder",
+        ("data.source=[images]",),
+        replaced("images", Path.mkdir),
+    ),
+    Bad(
+        "binary text",
+        "/binary.txt: not UTF-8 text",
+        ("data.source=[binary.txt, one.txt]",),
+        replaced("binary.txt", lambda path: path.write_bytes(bytes(range(256)))),
+    ),
+    Bad(
+        "UTF-16 text",
+        "not UTF-8 text",
+        ("data.source=[wide.txt, one.txt]",),
+        replaced("wide.txt", lambda path: path.write_text("to be", encoding="utf-16")),
+    ),
+    Bad(
+        "a pipe for text",
+        "/pipe is neither a regular file nor a folder",
+        ("data.source=[pipe]",),
+        replaced("pipe", os.mkfifo),
+    ),
+    Bad(
+        "JSONL that is none",
+        "/bad.jsonl:2: not JSON",
+        ("data.source=[bad.jsonl]",),
+        replaced("bad.jsonl", lambda path: path.write_text('{"text": "a"}\n{"text\n')),
+    ),
+    Bad(
+        "JSONL without text",
+        'expected an object with a string "text"',
+        ("data.source=[bad.jsonl]",),
+        replaced("bad.jsonl", lambda path: path.write_text('{"txet": "a"}\n')),
+    ),
     Bad("one work alone", "data.held_out: the source is one work (one)", ("data.source=[one.txt]", "data.held_out=[]")),
-    Bad("held-out works that there are not", "data.held_out: 'hamlet' matches none of the 2 works",
-        ("data.held_out=[hamlet]",)),
+    Bad(
+        "held-out works that there are not",
+        "data.held_out: 'hamlet' matches none of the 2 works",
+        ("data.held_out=[hamlet]",),
+    ),
     Bad("everything held out", "data.held_out: ['*'] takes all 2 works", ("data.held_out=['*']",)),
     Bad("a vocabulary without bytes", "model.vocab(100) is less than 256 bytes", ("model.vocab=100",)),
     Bad("a tokenizer that is not there", "nope.json: No such file", ("data.tokenizer=nope.json",)),
-    Bad("a garbage tokenizer", "data.tokenizer: cannot read", ("data.tokenizer=garbage.json",),
-        replaced("garbage.json", lambda path: path.write_bytes(b"\0\xff{]"))),
-    Bad("a tokenizer of another kind", "data.tokenizer: cannot read", ("data.tokenizer=other.json",),
-        replaced("other.json", lambda path: path.write_text('{"version": "1.0", "model": {"type": "Magic"}}'))),
+    Bad(
+        "a garbage tokenizer",
+        "data.tokenizer: cannot read",
+        ("data.tokenizer=garbage.json",),
+        replaced("garbage.json", lambda path: path.write_bytes(b"\0\xff{]")),
+    ),
+    Bad(
+        "a tokenizer of another kind",
+        "data.tokenizer: cannot read",
+        ("data.tokenizer=other.json",),
+        replaced("other.json", lambda path: path.write_text('{"version": "1.0", "model": {"type": "Magic"}}')),
+    ),
     Bad("a folder for a tokenizer", "not a regular file", ("data.tokenizer=.",)),
     Bad("a pipe for a tokenizer", "not a regular file", ("data.tokenizer=pipe",), replaced("pipe", os.mkfifo)),
     Bad("a device for a tokenizer", "not a regular file", ("data.tokenizer=/dev/zero",)),
-    Bad("a calibration that is not there", "planner.critical_batch_factor: ", ("planner.critical_batch_factor=nope.json",)),
+    Bad(
+        "a calibration that is not there",
+        "planner.critical_batch_factor: ",
+        ("planner.critical_batch_factor=nope.json",),
+    ),
     Bad("a calibration that is none", "not a file of `copus calibrate`", ("planner.critical_batch_factor=one.txt",)),
-    Bad("a pipe for a calibration", "not a regular file", ("planner.critical_batch_factor=pipe",),
-        replaced("pipe", os.mkfifo)),
+    Bad(
+        "a pipe for a calibration",
+        "not a regular file",
+        ("planner.critical_batch_factor=pipe",),
+        replaced("pipe", os.mkfifo),
+    ),
     Bad("a folder for a table", "profile.table(", ("profile.table=.",)),
     Bad("a pipe for a table", "profile.table(", ("profile.table=pipe",), replaced("pipe", os.mkfifo)),
     Bad("a table below a file", "profile.table(", ("profile.table=one.txt/table.jsonl",)),
@@ -227,7 +327,7 @@ FILES = [
     Bad("NUL in a path", "launch.runs: a path has no NUL character in it", ('launch.runs="a\\0b"',)),
     Bad("a lone surrogate in a path", "launch.runs: ", ('launch.runs="a\\ud800b"',)),
     Bad("a path of 5,000 letters", "profile.table: ", (f"profile.table={'x' * 5000}",)),
-]  # fmt: skip
+]
 
 ALL = [*TYPES, *ARITHMETIC, *SIZES, *NAMES, *YAML, *FILES]
 

@@ -12,6 +12,8 @@ from launch_jobs import copus_here, copus_process
 HEAVY = ("torch", "megatron", "numpy", "matplotlib", "tokenizers", "tensorboard", "duckdb")
 COMMANDS = (
     "submit",
+    "logs",
+    "cancel",
     "data",
     "profile",
     "profile run",

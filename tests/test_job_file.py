@@ -128,7 +128,7 @@ def test_the_padded_vocabulary_is_divided_not_the_given_one(tmp_path: Path) -> N
         ("training.betas=[0.9, 1.0]", "training.betas.1: input should be less than 1, got 1.0"),
         ("training.layout=5", "training.layout: input should be a valid dictionary or instance of Layout, got 5"),
         ("training.decay=cubic", "training.decay: input should be 'constant', 'cosine' or 'linear', got 'cubic'"),
-        ("launch.engine=cloud", "launch.engine: input should be 'local', got 'cloud'"),
+        ("launch.options={partition: long}", "launch.options: partition: unknown key"),
         ("planner.policy=best",
             "planner.policy: input should be 'copus', 'goodput', "
             "'static', 'norm-test', 'cbs' or 'ramp', got 'best'"),

@@ -1,9 +1,40 @@
-"""What every engine offers."""
+"""What every engine offers.
 
+There are two kinds. An `AttendedEngine` starts workers that live below the launcher: it stands by them until they are
+gone. A `QueuedEngine` hands the job to a scheduler and gets its id; the job then lives without the launcher, which only
+reads the run directory and may leave.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
+
+from pydantic import ConfigDict
 
 from copus.job import JobConfig
+from launch.engines.log_files import lines_of
+from launch.engines.ticket import Ticket
+from profiles.record import Record
+
+Phase = Literal["queued", "running", "ended", "unknown"]
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What an engine knows of a run."""
+
+    phase: Phase
+    """`queued` waits to be started, also between two attempts; `unknown` where the engine cannot be asked."""
+    words: str
+    """The same for people, with the engine's id and reason: `Slurm job 12 waits: Resources`."""
+
+
+class EngineOptions(Record):
+    """What an engine takes in `launch.options`. This one takes nothing; engines add their fields."""
+
+    model_config = ConfigDict(strict=True)
 
 
 class Workers(Protocol):
@@ -31,15 +62,79 @@ class Workers(Protocol):
         """File with what a rank wrote to stderr in its last attempt, if there is one."""
 
 
-class Engine(Protocol):
-    """Starts the workers of a job."""
+class Engine(ABC):
+    """Where the workers of a job run. One object a command, made from the job's `launch.options`."""
 
+    Options: ClassVar[type[EngineOptions]] = EngineOptions
+    """What it takes in `launch.options`; the job file is refused where they do not validate."""
+    options: EngineOptions
+
+    def __init__(self, options: EngineOptions | None = None) -> None:
+        self.options = options or self.Options()
+
+    @abstractmethod
     def check(self, job: JobConfig) -> None:
-        """Raise JobError where this engine cannot run the job. Leaves nothing behind."""
+        """Raise JobError where this engine cannot run the job. Leaves nothing behind, and starts nothing."""
 
+    @abstractmethod
+    def describe(self, run: Path, job: JobConfig) -> str:
+        """What would be done, exactly, as text that the engine's own tools take: a script, a manifest, a command line.
+
+        `run` need not exist. Nothing of the user's environment is in it but what COPUS sets.
+        """
+
+    @abstractmethod
+    def state(self, run: Path) -> EngineState:
+        """What became of the run. Answers within seconds; JobError where the engine cannot be asked."""
+
+    @abstractmethod
+    def cancel(self, run: Path, *, now: bool) -> str:
+        """Stop the run for good, with a checkpoint, or at once where `now`. What was done, in words.
+
+        Does not wait for the end. Raises JobError where nothing of the run is queued or running.
+        """
+
+    def log_files(self, run: Path) -> list[Path]:
+        """What the agents and workers of the last submission printed; their number may grow."""
+        return sorted((run / "logs").glob("*.log"))
+
+    def logs(self, run: Path, rank: int | None, *, follow: bool) -> Iterator[str]:
+        """Lines of the last submission's logs, of one rank where one is named; with `follow` until the run has ended.
+
+        Lines of a rank begin with `[rankN]:` (the agents see to that).
+        """
+        alive = (lambda: self.state(run).phase in ("queued", "running")) if follow else None
+        return lines_of(lambda: self.log_files(run), rank, alive)
+
+
+class AttendedEngine(Engine):
+    """Starts workers below the launcher, which follows them and stops them."""
+
+    @abstractmethod
     def start(self, run: Path, job: JobConfig, lock: int, *, profile_only: bool = False) -> Workers:
-        """Start `copus.worker RUN` on every accelerator of the job.
+        """Start `copus.worker RUN` on every accelerator of the job; in a run that has a checkpoint they resume.
 
         `lock` is the descriptor of the run's lock: what keeps the workers alive keeps it open too, so that a run stays
         locked when its launcher dies first. `profile_only` makes the workers fill the throughput table and end.
         """
+
+
+class QueuedEngine(Engine):
+    """Hands jobs to a scheduler.
+
+    The launcher holds the run's lock while it calls `submit` or `resume`, writes what they return to RUN/engine.json,
+    and only then lets go of the lock: a job that is started at once waits for it, and goes on only where the file
+    names it.
+    """
+
+    @abstractmethod
+    def submit(self, run: Path, job: JobConfig) -> Ticket:
+        """Queue the job. Raises JobError, with the scheduler's own words in one line, where that is refused."""
+
+    def resume(self, run: Path, job: JobConfig) -> Ticket:
+        """Queue a job again that has ended: its workers go on from the newest checkpoint that verifies."""
+        return self.submit(run, job)
+
+    def error_log(self, run: Path) -> Path | None:
+        """File to show the end of where the job failed and no worker said why."""
+        return next(reversed(self.log_files(run)), None)

@@ -4,25 +4,34 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from copus.job import JobConfig, JobError
+from launch.engines.agent import WORKER, agent_arguments, agent_environment, command_line
+from launch.engines.base import AttendedEngine, EngineOptions, EngineState
 from launch.engines.this_machine import check_this_machine
-from launch.process import die_with_parent, python_environment, python_module
+from launch.process import die_with_parent, module_environment, python_module
+from launch.run_directory import lock_holder, request_stop, shown
 
 
-class LocalEngine:
+class LocalEngine(AttendedEngine):
     """One agent process, in a session of its own so that a terminal's Ctrl-C reaches only the launcher."""
 
-    def __init__(self, worker: list[str] | None = None) -> None:
+    def __init__(self, options: EngineOptions | None = None, worker: Sequence[str] = WORKER) -> None:
         """`worker` is what the agent runs, before the run directory: another program than copus.worker in tests."""
-        self._worker = worker or ["-m", "copus.worker"]
+        super().__init__(options)
+        self._worker = worker
 
     def check(self, job: JobConfig) -> None:
         """Raise JobError where the job needs more than this machine."""
         if job.cluster.nodes != 1:
             raise JobError(f"cluster.nodes({job.cluster.nodes}): launch.engine(local) runs on one machine")
         check_this_machine(job)
+
+    def describe(self, run: Path, job: JobConfig) -> str:
+        """The agent's command line, and what its environment has beside this command's own."""
+        return command_line(self.settings(job) | module_environment(), self.command(run, job, "SESSION", False))
 
     def start(self, run: Path, job: JobConfig, lock: int, *, profile_only: bool = False) -> "LocalWorkers":
         """Start the agent. Raises nothing that the user can mend: a worker that cannot start is seen in its log."""
@@ -32,7 +41,7 @@ class LocalEngine:
         with open(logs / f"{session}.agent.log", "ab") as output:
             agent = subprocess.Popen(
                 self.command(run, job, session, profile_only),
-                env=self.environment(job),
+                env=os.environ | self.settings(job) | module_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -44,27 +53,68 @@ class LocalEngine:
 
     def command(self, run: Path, job: JobConfig, session: str, profile_only: bool) -> list[str]:
         """The agent's command line. The rendezvous is on the loopback interface, on a port that the system picks."""
-        return [
-            *python_module("torch.distributed.run"),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", session),
-            *("--local-addr", "127.0.0.1", "--nnodes", "1"),
-            *("--nproc-per-node", str(job.cluster.accelerators_per_node)),
-            *("--max-restarts", str(job.launch.max_restarts)),
-            *("--log-dir", str(run / "logs"), "--redirects", "3"),
-            *self._worker,
-            str(run),
-            *(["--profile-only"] if profile_only else []),
-        ]
+        local = "127.0.0.1"
+        place = {"endpoint": f"{local}:0", "session": session, "address": local}
+        arguments = agent_arguments(run, job, **place, logs=run / "logs", worker=self._worker)
+        return [*python_module("torch.distributed.run"), *arguments, *(["--profile-only"] if profile_only else [])]
 
-    def environment(self, job: JobConfig) -> dict[str, str]:
-        """Environment of the agent and the workers. An interface that the user chose for gloo stays."""
-        settings = {"OMP_NUM_THREADS": str(job.launch.threads_per_rank)}
-        # torch 2.13 hosts one store for all restarts, without telling their keys apart: restarted ranks find each
-        # other's old addresses ("Connection refused"). Without sharing, every restart has a store of its own.
-        settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        if job.cluster.accelerator == "cpu":
-            settings["CUDA_VISIBLE_DEVICES"] = ""  # also where there are GPUs
-        return {"GLOO_SOCKET_IFNAME": "lo"} | python_environment() | settings
+    def settings(self, job: JobConfig) -> dict[str, str]:
+        """What is set in the workers' environment. An interface that the user chose for gloo stays."""
+        return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")} | agent_environment(job)
+
+    def state(self, run: Path) -> EngineState:
+        """Running as long as somebody holds the run's lock."""
+        holder = lock_holder(run)
+        if holder is None:
+            return EngineState("ended", "no workers are running")
+        return EngineState("running", f"its workers are running (launched by {holder})")
+
+    def cancel(self, run: Path, *, now: bool) -> str:
+        """Make RUN/stop; with `now` kill the agent and what is below it."""
+        if lock_holder(run) is None:
+            raise JobError(f"{shown(run)}: nothing to cancel: no workers are running")
+        if now:
+            _kill_holders(run)
+            return "its workers were ended; a resume goes on from the newest checkpoint"
+        request_stop(run)
+        return "its workers stop at the next step, with a checkpoint"
+
+    def log_files(self, run: Path) -> list[Path]:
+        """The agent's output, which has that of its workers in it."""
+        return sorted((run / "logs").glob("*.agent.log"))[-1:]
+
+
+def _kill_holders(run: Path) -> None:
+    """Kill what keeps the workers alive: processes that hold the run's lock, but for the launcher, and all below."""
+    import psutil
+
+    lock = str((run / "lock").resolve())
+    launcher = (run / "lock").read_text().strip().rpartition(" ")[2]
+    for process in psutil.process_iter():
+        try:
+            holds = str(process.pid) != launcher and any(file.path == lock for file in process.open_files())
+        except psutil.Error:  # gone, or another user's
+            continue
+        if holds:
+            kill_family(process.pid)
+
+
+def kill_family(pid: int) -> None:
+    """Kill a process first, so that it restarts nothing, then what is below it, one by one, and wait for these."""
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+        family = parent.children(recursive=True)
+        parent.kill()
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.kill()  # psutil looks at the start time too: never a stranger with a recycled id
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=10)
 
 
 class LocalWorkers:
@@ -84,21 +134,9 @@ class LocalWorkers:
         self._agent.terminate()
 
     def kill(self) -> None:
-        """Kill the agent first, so that it restarts nothing, then its workers, one by one: each has its own session."""
-        import psutil
-
-        try:
-            family = psutil.Process(self._agent.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            family = []
-        self._agent.kill()
-        for process in family:
-            try:
-                process.kill()  # psutil looks at the start time too: never a stranger with a recycled id
-            except psutil.NoSuchProcess:
-                continue
+        """Kill the agent and its workers; each of them has its own session."""
+        kill_family(self._agent.pid)
         self._agent.wait()
-        psutil.wait_procs(family, timeout=10)
 
     def failed_rank(self) -> int | None:
         """The rank under "Root Cause" in the agent's last words."""

@@ -1,0 +1,50 @@
+"""torch's elastic agent (`torch.distributed.run`), which starts, watches and restarts the workers of one node."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from copus.job import JobConfig
+
+WORKER = ("-m", "copus.worker")
+"""What the agent runs, before the run directory."""
+
+
+def agent_arguments(
+    run: Path, job: JobConfig, *, endpoint: str, session: str, address: str, logs: Path, worker: Sequence[str] = WORKER
+) -> list[str]:
+    """Arguments of `python -m torch.distributed.run` on each node.
+
+    `endpoint` is where the agents meet, HOST:PORT; `session` tells this attempt from others there; `address` is this
+    node's, for the others. What the workers print goes to files below `logs`, and to the agent's output, each line
+    after `[rankN]:`.
+    """
+    return [
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", session),
+        *("--local-addr", address, "--nnodes", str(job.cluster.nodes)),
+        *("--nproc-per-node", str(job.cluster.accelerators_per_node)),
+        *("--max-restarts", str(job.launch.max_restarts)),
+        *("--log-dir", str(logs), "--tee", "3"),
+        *worker,
+        str(run),
+    ]
+
+
+def agent_environment(job: JobConfig) -> dict[str, str]:
+    """What the agent and its workers need in their environment, whatever the engine."""
+    settings = {
+        "OMP_NUM_THREADS": str(job.launch.threads_per_rank),
+        # torch 2.13 hosts one store for all restarts, without telling their keys apart: restarted ranks find each
+        # other's old addresses ("Connection refused"). Without sharing, every restart has a store of its own.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank${rank}]:",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if job.cluster.accelerator == "cpu":
+        settings["CUDA_VISIBLE_DEVICES"] = ""  # also where there are GPUs
+    return settings
+
+
+def command_line(environment: Mapping[str, str], command: Sequence[str]) -> str:
+    """A command with its environment, as it can be pasted into a shell."""
+    return shlex.join(["env", *(f"{name}={value}" for name, value in environment.items()), *command])
