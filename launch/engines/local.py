@@ -54,9 +54,9 @@ class LocalEngine(AttendedEngine):
     def command(self, run: Path, job: JobConfig, session: str, profile_only: bool) -> list[str]:
         """The agent's command line. The rendezvous is on the loopback interface, on a port that the system picks."""
         local = "127.0.0.1"
-        place = {"endpoint": f"{local}:0", "session": session, "address": local}
+        place = {"backend": "loopback", "endpoint": f"{local}:0", "session": session, "address": local}
         arguments = agent_arguments(run, job, **place, logs=run / "logs", worker=self._worker)
-        return [*python_module("torch.distributed.run"), *arguments, *(["--profile-only"] if profile_only else [])]
+        return [*python_module("copus.agent"), *arguments, *(["--profile-only"] if profile_only else [])]
 
     def settings(self, job: JobConfig) -> dict[str, str]:
         """What is set in the workers' environment. An interface that the user chose for gloo stays."""
