@@ -8,7 +8,10 @@ from copus.plugins import find_plugin
 
 GROUP = "copus.engines"
 """The entry points of plugins: each names a subclass of `launch.engines.base.AttendedEngine` or `QueuedEngine`."""
-BUILT_IN = {"local": "launch.engines.local:LocalEngine"}
+BUILT_IN = {
+    "kubernetes": "launch.engines.kubernetes:KubernetesEngine",
+    "local": "launch.engines.local:LocalEngine",
+}
 """Name → where it is, as text: this package imports nothing of `launch`."""
 
 

@@ -40,19 +40,16 @@ class ThroughputTable:
         return self._read(None)
 
     def check(self) -> None:
-        """Raise OSError where no table can be read from the path, or none written there."""
+        """Raise OSError where no table can be read from the path, or surely none made there."""
         if self.path.exists():
             if not self.path.is_file():  # opening a pipe waits for a writer
                 raise OSError(errno.EINVAL, "not a regular file", str(self.path))
-            usable = os.access(self.path, os.R_OK)
-            folder = self.path
-        else:
-            folder = next(parent for parent in self.path.absolute().parents if parent.exists())
-            if not folder.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-            usable = os.access(folder, os.W_OK | os.X_OK)
-        if not usable:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+            if not os.access(self.path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
+            return
+        above = next(parent for parent in self.path.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
 
     def _read(self, fingerprint: Fingerprint | None) -> list[Measurement]:
         self.skipped = 0
