@@ -61,6 +61,8 @@ class Node:
         if _stopped_by_user(self._run):
             return 0
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PET_")}
+        if self._job.cluster.nodes == 1:
+            environment = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} | environment
         agent = subprocess.Popen(
             self.command(dict(os.environ)),
             env=environment | module_environment(),

@@ -59,8 +59,9 @@ class LocalEngine(AttendedEngine):
         return [*python_module("copus.agent"), *arguments, *(["--profile-only"] if profile_only else [])]
 
     def settings(self, job: JobConfig) -> dict[str, str]:
-        """What is set in the workers' environment. An interface that the user chose for gloo stays."""
-        return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")} | agent_environment(job)
+        """What is set in the workers' environment. Interfaces that the user chose stay."""
+        interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        return {name: os.environ.get(name, "lo") for name in interfaces} | agent_environment(job)
 
     def state(self, run: Path) -> EngineState:
         """Running as long as somebody holds the run's lock."""
