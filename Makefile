@@ -18,7 +18,7 @@ GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-insp
 	tyro docstring-parser typeguard
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format gpu-check gpu-wheels clean
+.PHONY: help install demo test test-slow test-slurm lint format gpu-check gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,10 @@ test: install  ## the default test suite
 
 test-slow: install  ## what the default suite leaves out for its length
 	$(BIN)/python -m pytest -m slow
+
+# Output is not captured: the events of the jobs are what one wants to see.
+test-slurm: install  ## jobs on a Slurm cluster of two nodes, installed (Debian, root) and started here: 3 minutes
+	$(BIN)/python -m pytest -m slurm -s -rs tests/test_slurm.py
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check

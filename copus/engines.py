@@ -11,6 +11,7 @@ GROUP = "copus.engines"
 BUILT_IN = {
     "kubernetes": "launch.engines.kubernetes:KubernetesEngine",
     "local": "launch.engines.local:LocalEngine",
+    "slurm": "launch.engines.slurm:SlurmEngine",
 }
 """Name → where it is, as text: this package imports nothing of `launch`."""
 

@@ -20,12 +20,17 @@ def python_module(module: str, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
+def module_root() -> Path:
+    """The folder that this distribution's packages lie in."""
+    return Path(__file__).resolve().parent.parent
+
+
 def module_environment() -> dict[str, str]:
     """What makes Python find modules where this command's own are, whatever folder it was typed in.
 
     `python -m` looks in the current folder first; a folder `profiles` or `launch` of the user's would hide ours.
     """
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(module_root())
     inherited = os.environ.get("PYTHONPATH")
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])}
 

@@ -36,7 +36,10 @@ class Progress:
         self._run = run
         self._status = status
         self.waiting = "starting the workers"
-        """What is shown until the workers have begun."""
+        """What is shown until the workers have begun, and while they are `held`."""
+        self.held = False
+        """Whether the job waits in a queue, maybe again."""
+        self._said = ""
         self._began = time.monotonic()
         self._next_line = self._began
         self._live = (
@@ -60,8 +63,10 @@ class Progress:
         return time.monotonic() - self._began
 
     def say(self, line: str) -> None:
-        """One line that stays."""
-        self._console.print(Text(line), soft_wrap=True)
+        """One line that stays. The same line again is left out: a queue may be long."""
+        if line != self._said:
+            self._console.print(Text(line), soft_wrap=True)
+        self._said = line
 
     def show(self, events: list[Event]) -> None:
         """Show the status as it is after these new events."""
@@ -107,7 +112,7 @@ class Progress:
             return [("", measured(status.profile))]
         if status.branch:
             return [("", branched(status.branch))]
-        if status.start is None:
+        if status.start is None or self.held:
             return [("", self.waiting)]
         step, noise, evaluation = status.step, status.noise, status.evaluation
         facts = [

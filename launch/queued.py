@@ -3,13 +3,14 @@
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from copus.job import JobConfig
 from launch.attend import POLL_SECONDS, Outcome, last_lines, show_new
-from launch.engines import EngineState, QueuedEngine, Ticket, engine_state
+from launch.engines import EngineState, QueuedEngine, engine_state
 from launch.engines.ticket import write_ticket
 from launch.follow import Follower
 from launch.interrupts import Interrupts
@@ -23,19 +24,29 @@ LOOKS = 2
 """Times in a row that a scheduler has to say that a job has ended: what was written last may come late."""
 
 
-def hand_over(engine: QueuedEngine, run: Path, job: JobConfig, *, resume: bool) -> Ticket:
+@dataclass(frozen=True)
+class Queued:
+    """A job that was handed over, seen from when that was."""
+
+    follower: Follower
+    """Has read what earlier attempts wrote."""
+    status: RunStatus
+    """What that amounts to, without how they ended."""
+
+
+def hand_over(engine: QueuedEngine, run: Path, job: JobConfig, *, resume: bool) -> Queued:
     """Queue a job and note which it is in RUN/engine.json. Hold the run's lock. Raises JobError where it is refused."""
+    queued = Queued(Follower(run), RunStatus())
+    queued.status.update(queued.follower.read())
+    queued.status.forget_ending()
     clear_stop(run)
-    ticket = engine.resume(run, job) if resume else engine.submit(run, job)
-    write_ticket(run, ticket)
-    return ticket
+    write_ticket(run, engine.resume(run, job) if resume else engine.submit(run, job))
+    return queued
 
 
-def follow_job(engine: QueuedEngine, run: Path, interrupts: Interrupts, console: Console) -> Outcome:
+def follow_job(engine: QueuedEngine, run: Path, queued: Queued, interrupts: Interrupts, console: Console) -> Outcome:
     """Show a queued job until it has ended, or until an interrupt: that ends this command, and never the job."""
-    follower, status = Follower(run), RunStatus()
-    status.update(follower.read())
-    status.forget_ending()
+    follower, status = queued.follower, queued.status
     state, next_question, ended = EngineState("unknown", ""), 0.0, 0
     with Progress(console, run, status) as progress:
         while ended < LOOKS and not interrupts.count:
@@ -43,7 +54,7 @@ def follow_job(engine: QueuedEngine, run: Path, interrupts: Interrupts, console:
                 state, before = engine_state(run), state
                 next_question = time.monotonic() + STATE_SECONDS
                 ended = ended + 1 if state.phase == "ended" else 0
-                progress.waiting = state.words
+                progress.waiting, progress.held = state.words, state.phase == "queued"
                 if state.words != before.words:
                     progress.say(state.words)
             show_new(follower, status, progress)
@@ -57,13 +68,6 @@ def follow_job(engine: QueuedEngine, run: Path, interrupts: Interrupts, console:
         return Outcome(1, "failed", status, seconds)
     code = 128 + signal.SIGTERM if status.end.reason == "interrupted" else 0
     return Outcome(code, status.end.reason, status, seconds)
-
-
-def detached(run: Path) -> Outcome:
-    """The outcome of a job that was queued and is not followed."""
-    status = RunStatus()
-    status.update(Follower(run).read())
-    return Outcome(0, "queued", status, 0.0)
 
 
 def _explain_failure(engine: QueuedEngine, run: Path, state: EngineState, status: RunStatus) -> None:

@@ -165,8 +165,8 @@ def _written(descriptor: int) -> str:
 
 
 def request_stop(run: Path) -> None:
-    """Ask the workers to stop at the next step, with a checkpoint."""
-    (run / "stop").touch()
+    """Ask the workers to stop at the next step, with a checkpoint; for good, also where they were to go on later."""
+    (run / "stop").write_text("")
 
 
 def clear_stop(run: Path) -> None:

@@ -21,7 +21,7 @@ from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.profile import check_profiler, profile_alone
 from launch.progress import SteadyConsole
-from launch.queued import detached, follow_job, hand_over
+from launch.queued import Queued, follow_job, hand_over
 from launch.run_directory import create_run, discard_run, find_run, lock_run, next_run, portable, shown, write_job
 from launch.status import RunStatus, count, duration
 
@@ -54,6 +54,8 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     check_start(job)
     if manner.dry_run:
         return _describe(engine, next_run(job), job, manner)
+    if isinstance(engine, QueuedEngine):
+        engine.ready()
     with Interrupts() as interrupts:
         run = create_run(job)
         with lock_run(run) as lock:
@@ -61,10 +63,14 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
             if code:  # it has said why
                 discard_run(run)
                 return code
-            outcome = profile_alone(run, job, lock, interrupts, console)
-            if outcome is None or outcome.exit_code == 0:
+            outcome: Outcome | Queued
+            measured = profile_alone(run, job, lock, interrupts, console)
+            if measured is None or measured.exit_code == 0:
                 outcome = _launch(engine, run, job, lock, interrupts, console, partial(discard_run, run))
-        outcome = outcome or _queued(engine, run, interrupts, console, manner)
+            else:
+                outcome = measured
+        if isinstance(outcome, Queued):
+            outcome = _follow(engine, run, outcome, interrupts, console, manner)
     return _conclude(outcome, run, console, manner)
 
 
@@ -82,6 +88,8 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
     check(job)
     if manner.dry_run:
         return _describe(engine, run, job, manner)
+    if isinstance(engine, QueuedEngine):
+        engine.ready()
     with Interrupts() as interrupts:
         with lock_run(run) as lock:
             check_not_queued(run)
@@ -92,7 +100,8 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
                 return code
             undo = partial(write_job, run, before)
             outcome = _launch(engine, run, job, lock, interrupts, console, undo, resume=True)
-        outcome = outcome or _queued(engine, run, interrupts, console, manner)
+        if isinstance(outcome, Queued):
+            outcome = _follow(engine, run, outcome, interrupts, console, manner)
     return _conclude(outcome, run, console, manner)
 
 
@@ -106,24 +115,27 @@ def _launch(
     undo: Callable[[], None],
     *,
     resume: bool = False,
-) -> Outcome | None:
-    """Run the job to its end, or hand it to a scheduler (None then) and `undo` where that refuses it."""
+) -> Outcome | Queued:
+    """Run the job to its end, or hand it to a scheduler and `undo` where that refuses it."""
     if isinstance(engine, QueuedEngine):
         try:
-            hand_over(engine, run, job, resume=resume)
+            return hand_over(engine, run, job, resume=resume)
         except JobError:
             undo()
             raise
-        return None
     assert isinstance(engine, AttendedEngine), "there are two kinds"
     clear_ticket(run)
     return attend(engine, run, job, lock, interrupts, console)
 
 
-def _queued(engine: Engine, run: Path, interrupts: Interrupts, console: Console, manner: Manner) -> Outcome:
-    """What becomes of a job that was handed over, or that it was, where nobody stays to see it."""
+def _follow(
+    engine: Engine, run: Path, queued: Queued, interrupts: Interrupts, console: Console, manner: Manner
+) -> Outcome:
+    """What becomes of a job that was handed over; only that it was, where nobody stays to see it."""
     assert isinstance(engine, QueuedEngine), "others are attended to the end"
-    return detached(run) if manner.detach else follow_job(engine, run, interrupts, console)
+    if manner.detach:
+        return Outcome(0, "queued", queued.status, 0.0)
+    return follow_job(engine, run, queued, interrupts, console)
 
 
 def _describe(engine: Engine, run: Path, job: JobConfig, manner: Manner) -> int:

@@ -127,6 +127,9 @@ class QueuedEngine(Engine):
     names it.
     """
 
+    def ready(self) -> None:
+        """Raise JobError where nothing can be submitted from this machine. Asked before data is prepared for hours."""
+
     @abstractmethod
     def submit(self, run: Path, job: JobConfig) -> Ticket:
         """Queue the job. Raises JobError, with the scheduler's own words in one line, where that is refused."""

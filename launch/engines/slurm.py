@@ -1,0 +1,160 @@
+"""Slurm, through its own programs.
+
+Not through submitit: it pickles Python functions and requeues these; here a requeue is a worker that finds its
+checkpoint, and what is left is one `sbatch`.
+
+The batch script (`describe`) runs `launch.engines.slurm_job` on the first node, which runs one elastic agent on each
+node by `srun`, and sends the job back into the queue.
+"""
+
+import re
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from copus.job import JobConfig, JobError
+from launch.engines.agent import agent_environment
+from launch.engines.base import EngineState, QueuedEngine
+from launch.engines.slurm_commands import ALIVE, QUEUED, queue_entry, slurm
+from launch.engines.slurm_options import SlurmOptions, check_directive
+from launch.engines.ticket import Ticket, read_ticket
+from launch.process import module_root
+from launch.run_directory import request_stop, shown, write_atomically
+
+SCRIPT = "slurm.sh"
+"""In the run directory: what was submitted."""
+
+
+class SlurmEngine(QueuedEngine):
+    """`sbatch`, `squeue`, `scontrol` and `scancel` on this machine; run directory and data on a file system that the
+    nodes share with it."""
+
+    Options = SlurmOptions
+    options: SlurmOptions
+
+    def check(self, job: JobConfig) -> None:
+        """Raise JobError where the paths of the job cannot be given to Slurm."""
+        _check_path("launch.runs", job.launch.runs.expanduser().absolute())
+
+    def ready(self) -> None:
+        """Raise JobError where Slurm's programs are not on this machine."""
+        for program in ("sbatch", "squeue", "scontrol", "scancel"):
+            if shutil.which(program) is None:
+                raise JobError(f"launch.engine(slurm): {program} is not on the PATH of this machine")
+
+    def describe(self, run: Path, job: JobConfig) -> str:
+        """The batch script."""
+        return "\n".join(["#!/bin/bash", *self._directives(run, job), "", *self._commands(run, job)])
+
+    def submit(self, run: Path, job: JobConfig) -> Ticket:
+        """`sbatch RUN/slurm.sh`."""
+        (run / "logs").mkdir(exist_ok=True)
+        write_atomically(run / SCRIPT, self.describe(run, job) + "\n")
+        answer = slurm("sbatch", "--parsable", str(run / SCRIPT)).strip()
+        job_id, _, cluster = answer.partition(";")
+        return Ticket(engine="slurm", job_id=job_id, submitted=time.time(), place=cluster or None)
+
+    def state(self, run: Path) -> EngineState:
+        """What `squeue` says."""
+        ticket = read_ticket(run)
+        if ticket is None:
+            return EngineState("ended", "it was never queued")
+        name, entry = f"Slurm job {ticket.job_id}", queue_entry(ticket.job_id)
+        if entry is None:
+            return EngineState("ended", f"{name} has ended")
+        doing = ALIVE.get(entry.state)
+        if doing is None:
+            return EngineState("ended", f"{name} has ended: {entry.state}")
+        if doing in QUEUED:
+            reason = "" if entry.reason == "None" else f": {entry.reason}"  # None: Slurm has not looked at it yet
+            return EngineState("queued", f"{name} {doing}{reason}")
+        return EngineState("running", f"{name} {doing} on {entry.nodes}")
+
+    def cancel(self, run: Path, *, now: bool) -> str:
+        """RUN/stop for workers that run; `scancel` for a job that waits, or `now`."""
+        ticket, state = read_ticket(run), self.state(run)
+        if ticket is None or state.phase == "ended":
+            raise JobError(f"{shown(run)}: nothing to cancel: {state.words}")
+        request_stop(run)
+        if state.phase == "running" and not now:
+            return f"the workers of Slurm job {ticket.job_id} stop at the next step, with a checkpoint"
+        slurm("scancel", ticket.job_id)
+        return f"Slurm job {ticket.job_id} was cancelled"
+
+    def log_files(self, run: Path) -> list[Path]:
+        """The batch script's output, and that of each node in each attempt (`slurm-JOB-ATTEMPT.node-N.log`)."""
+        ticket = read_ticket(run)
+        if ticket is None:
+            return []
+        attempts = (run / "logs").glob(f"slurm-{ticket.job_id}-*.node-*.log")
+        return [*(run / "logs").glob(f"slurm-{ticket.job_id}.log"), *sorted(attempts, key=_attempt_and_node)]
+
+    def error_log(self, run: Path) -> Path | None:
+        """The batch script's output: what started the workers, and why it gave up."""
+        return next(iter(self.log_files(run)), None)
+
+    def _directives(self, run: Path, job: JobConfig) -> list[str]:
+        options, ranks = self.options, job.cluster.accelerators_per_node
+        _check_path("the run directory", run)
+        gres = options.gres or (f"gpu:{ranks}" if job.cluster.accelerator != "cpu" else None)
+        settings: dict[str, str | int | bool | None] = {
+            "job-name": f"copus-{job.name}",
+            "nodes": job.cluster.nodes,
+            "ntasks-per-node": 1,
+            "cpus-per-task": cpus_per_node(options, job),
+            "gres": gres,
+            "partition": options.partition,
+            "account": options.account,
+            "qos": options.qos,
+            "time": options.time_limit,
+            **options.sbatch,
+            "requeue": True,
+            "signal": f"B:USR1@{options.checkpoint_seconds}",
+            "chdir": str(run),
+            "output": f"{run}/logs/slurm-%j.log",
+            "open-mode": "append",
+        }
+        return [f"#SBATCH {_directive(name, value)}" for name, value in settings.items() if value not in (None, False)]
+
+    def _commands(self, run: Path, job: JobConfig) -> list[str]:
+        environment = agent_environment(job)
+        if self.options.interface:
+            environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.options.interface)
+        exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+        if job.cluster.nodes == 1 and not self.options.interface:  # several nodes cannot meet on the loopback interface
+            exports.append('export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"')
+        root = shlex.quote(str(module_root()))
+        python = self.options.python or sys.executable
+        return [
+            *self.options.setup,
+            *exports,
+            f'export PYTHONSAFEPATH=1 PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+            "exec " + shlex.join([python, "-m", "launch.engines.slurm_job", str(run)]),
+        ]
+
+
+def cpus_per_node(options: SlurmOptions, job: JobConfig) -> int:
+    """CPUs that the job takes on each node."""
+    return options.cpus_per_node or job.cluster.accelerators_per_node * job.launch.threads_per_rank
+
+
+def _directive(name: str, value: str | int | bool | None) -> str:
+    if value is True:
+        return f"--{name}"
+    text = str(value)
+    return f"--{name}={text}" if re.fullmatch(r"[\w./:%@,+=-]+", text) else f'--{name}="{text}"'
+
+
+def _check_path(where: str, path: Path) -> None:
+    try:
+        check_directive(where, str(path))
+    except ValueError as error:
+        raise JobError(f"launch.engine(slurm): {error}") from None
+
+
+def _attempt_and_node(log: Path) -> tuple[int, int]:
+    """From `slurm-JOB-ATTEMPT.node-N.log`."""
+    attempt, _, node = log.stem.partition(".node-")
+    return int(attempt.rpartition("-")[2]), int(node)

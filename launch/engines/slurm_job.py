@@ -1,0 +1,185 @@
+"""The first node of a Slurm job: `python -m launch.engines.slurm_job RUN`, from the batch script.
+
+Holds the run's lock, runs one elastic agent on each node by `srun`, and decides what follows when they are gone:
+
+- trained to the end, or stopped by the user (`RUN/stop`): the job ends;
+- stopped because the time limit is near (SIGUSR1) or Slurm wants the nodes (SIGTERM), or failed: back into the queue;
+- requeued again and again without a new checkpoint in between (`max_requeues`): the job fails.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from copus.events import EventLog, Warned
+from copus.job import JobConfig, JobError, load_job
+from launch.engines.requeues import Requeues, count_attempt
+from launch.engines.slurm import cpus_per_node
+from launch.engines.slurm_commands import node_addresses, queue_entry, slurm
+from launch.engines.slurm_options import SlurmOptions
+from launch.engines.ticket import read_ticket
+from launch.follow import Follower
+from launch.process import python_module
+from launch.run_directory import lock_run
+from launch.status import RunStatus
+
+LOCK_SECONDS = 120.0
+"""How long to wait for the run: the launcher has it until it has written the job's id down, and an attempt that died
+until its processes are gone."""
+REQUEUE = "requeue\n"
+"""What is in RUN/stop where this job goes on later; the user's stop has nothing in it."""
+LAST_AGENT_SECONDS = 45
+"""An agent waits 30 s for its workers to checkpoint before it kills them. After this `srun` gives up the nodes that it
+hears nothing of: to kill the rest on a failure is not enough where Slurm's daemon of the step is dead."""
+FIRST_PORT, PORTS = 18_000, 12_000
+"""Below the ports that Linux gives away by itself."""
+
+
+def main(arguments: list[str]) -> int:
+    """One attempt. Returns the exit code of the batch script."""
+    run = Path(arguments[0])
+    job_id, attempt = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    here = os.environ["SLURMD_NODENAME"]
+    try:
+        job = load_job(run / "job.yaml")
+        with lock_run(run, f"Slurm job {job_id} on {here}", LOCK_SECONDS):
+            ticket = read_ticket(run)
+            if ticket is None or ticket.job_id != job_id:
+                raise JobError(f"{run} does not belong to Slurm job {job_id} (engine.json): it is left alone")
+            return Attempt(run, job, job_id, attempt, here).run()
+    except JobError as error:
+        _say(str(error))
+        return 1
+
+
+class Attempt:
+    """The workers of a job, from their start to the decision what follows."""
+
+    def __init__(self, run: Path, job: JobConfig, job_id: str, attempt: int, here: str) -> None:
+        """Takes SIGUSR1 and SIGTERM over. `here` is this node's name in Slurm."""
+        self._run, self._job = run, job
+        self._options = SlurmOptions.model_validate(job.launch.options)
+        self._job_id, self._attempt, self._here = job_id, attempt, here
+        self._stop = run / "stop"
+        self._why: str | None = None
+        self._given_up = False
+        signal.signal(signal.SIGUSR1, lambda number, frame: self._ask("its time limit is near"))
+        signal.signal(signal.SIGTERM, lambda number, frame: self._ask("Slurm takes its nodes"))
+
+    def run(self) -> int:
+        """Run the workers and conclude."""
+        if self._stopped_by_user():
+            _say("the run was stopped before this attempt began")
+            return 0
+        self._stop.unlink(missing_ok=True)
+        counted = count_attempt(self._run, self._job_id, self._attempt, self._checkpoint_samples())
+        if counted.fruitless > self._options.max_requeues:
+            return self._give_up(counted)
+        _say(f"attempt {self._attempt} of Slurm job {self._job_id}, on {os.environ.get('SLURM_JOB_NODELIST')}")
+        step = subprocess.Popen(self._srun())
+        while step.poll() is None:
+            time.sleep(0.2)
+        return self._conclude(step.returncode, counted)
+
+    def _srun(self) -> list[str]:
+        """One agent on each node; when one fails all are ended."""
+        nodes, session = self._job.cluster.nodes, f"{self._job_id}-{self._attempt}"
+        addresses, endpoint = {self._here: "127.0.0.1"}, "127.0.0.1:0"
+        if nodes > 1:  # only then has anything to be reached from elsewhere
+            found = node_addresses(os.environ["SLURM_JOB_NODELIST"])
+            addresses = {self._here: found[self._here]} | found
+            endpoint = f"{addresses[self._here]}:{self._options.port or port_of(self._job_id)}"
+        return [
+            *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
+            *(f"--cpus-per-task={cpus_per_node(self._options, self._job)}", "--mpi=none", "--kill-on-bad-exit=1"),
+            *(
+                f"--wait={LAST_AGENT_SECONDS}",
+                "--open-mode=append",
+                f"--output={self._run}/logs/slurm-{session}.node-%t.log",
+            ),
+            *python_module("launch.engines.slurm_node", self._run, session, endpoint),
+            *(f"{name}={address}" for name, address in addresses.items()),
+        ]
+
+    def _ask(self, why: str) -> None:
+        """Ask the workers for a checkpoint, on a signal. The user's request to stop for good stays."""
+        self._why = self._why or why
+        try:
+            with open(self._stop, "x") as file:
+                file.write(REQUEUE)
+        except FileExistsError:
+            pass
+
+    def _conclude(self, code: int, counted: Requeues) -> int:
+        """What follows from the end of the workers."""
+        status = self._status()
+        done = code == 0 and status.end is not None and status.end.reason != "interrupted"
+        if done or self._stopped_by_user():
+            return code
+        why = self._why if code == 0 else f"its workers failed (srun: {code})"
+        fruitless = 0 if self._checkpoint_samples() > counted.checkpoint_samples else counted.fruitless + 1
+        if fruitless > self._options.max_requeues:
+            return self._give_up(counted)
+        entry = queue_entry(self._job_id)
+        if entry is None or entry.state != "RUNNING":  # cancelled, or preempted: Slurm decides, and has done so
+            _say(f"Slurm ends this attempt ({entry.state if entry else 'gone'})")
+            return code or 1
+        limit = f", {fruitless} of {self._options.max_requeues} without a new checkpoint" if fruitless else ""
+        self._tell(
+            f"Slurm job {self._job_id} goes back into the queue: {why or 'its workers were stopped'} "
+            f"(requeue {self._attempt + 1}{limit})"
+        )
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how Slurm ends this process
+        slurm("scontrol", "requeue", self._job_id)
+        time.sleep(LOCK_SECONDS)
+        return 1
+
+    def _give_up(self, counted: Requeues) -> int:
+        self._tell(
+            f"Slurm job {self._job_id} fails: {self._options.max_requeues} requeues without a new checkpoint "
+            f"(launch.options.max_requeues; attempts in all: {counted.attempt + 1})"
+        )
+        return 1
+
+    def _stopped_by_user(self) -> bool:
+        try:
+            return self._stop.read_text() != REQUEUE
+        except FileNotFoundError:
+            return False
+
+    def _status(self) -> RunStatus:
+        status = RunStatus()
+        status.update(Follower(self._run).read())
+        return status
+
+    def _checkpoint_samples(self) -> int:
+        checkpoint = self._status().checkpoint
+        return checkpoint.samples_consumed if checkpoint else 0
+
+    def _tell(self, message: str) -> None:
+        """Into the log of the job and into the run's events: the workers are gone, nobody else writes there."""
+        _say(message)
+        status = self._status()
+        log = EventLog(self._run)
+        log.write(
+            Warned(
+                step=status.step.step if status.step else 0, samples_consumed=status.samples_consumed, message=message
+            )
+        )
+        log.close()
+
+
+def port_of(job_id: str) -> int:
+    """A port that jobs which run at the same time hardly share."""
+    return FIRST_PORT + int(job_id) % PORTS
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} copus: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

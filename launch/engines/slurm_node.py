@@ -1,0 +1,38 @@
+"""One node of a Slurm job: `srun python -m launch.engines.slurm_node RUN SESSION ENDPOINT NODE=ADDRESS …`.
+
+Becomes torch's elastic agent. The first of the nodes hosts the agents' meeting point.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from copus.job import load_job
+from launch.engines.agent import agent_arguments
+from launch.process import python_module
+
+
+def main(arguments: list[str]) -> None:
+    """Replace this process by the agent of this node."""
+    run, session, endpoint, *nodes = arguments
+    addresses = dict(node.split("=", 1) for node in nodes)
+    here = os.environ["SLURMD_NODENAME"]
+    job = load_job(Path(run) / "job.yaml")
+    agent = agent_arguments(
+        Path(run),
+        job,
+        endpoint=endpoint,
+        session=session,
+        address=addresses[here],
+        logs=Path(run) / "logs" / f"slurm-{session}.node-{os.environ['SLURM_NODEID']}",
+    )
+    hosts = here == next(iter(addresses))
+    # An agent that is alone again gives up after this long, and the job goes back into the queue: where Slurm's own
+    # daemon of the step dies, nobody else notices.
+    settings = f"is_host={int(hosts)},join_timeout={job.launch.timeout_seconds:.0f}"
+    command = python_module("torch.distributed.run", "--rdzv-conf", settings, *agent)
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,186 @@
+"""The demo, shortened, on a real Slurm cluster of two nodes on this machine: `make test-slurm`, about three minutes.
+
+Each test is one story of a job, told by its events; they are printed.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from data_text import prose, write_works
+from slurm_cluster import install, slurm_cluster, wait_for
+
+from copus.events import Checkpoint, End, Event, Restart, Start, Step, Warned, read_events
+from launch.follow import without_replays
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = {
+    "model": "{layers: 2, hidden: 64, ffn_hidden: 128, heads: 4, kv_heads: 2, seq_len: 32, vocab: 300}",
+    "cluster": "{nodes: 2, accelerators_per_node: 1}",
+    "training.layout": "{dp: 2}",
+    "training.global_batch": "4",
+    "training.warmup_tokens": "0",
+    "training.evaluate_sequences": "8",
+    "training.evaluate_every_tokens": "100_000",
+    "training.checkpoint_every_tokens": "6400",  # 50 steps
+    "launch.timeout_seconds": "20",
+    "planner.policy": "static",
+    "profile.when": "never",
+}
+
+
+class Cluster:
+    """The `copus` command and Slurm's programs in a folder, with the cluster of this module."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.environment = os.environ | environment | {"PYTHONPATH": str(ROOT)}
+        write_works(folder / "text", first=prose(1, 3000), second=prose(2, 3000), held=prose(3, 1000))
+
+    def job(self, name: str, tokens: int, **options: object) -> list[str]:
+        """Arguments of `copus submit`: the demo with a smaller model and a text of this machine."""
+        settings = SHORT | {
+            "name": name,
+            "training.tokens": str(tokens),
+            "data": yaml.safe_dump(
+                {"source": ["text"], "held_out": ["held"], "cache": "cache"}, default_flow_style=True
+            ),
+            "launch.options": yaml.safe_dump(options, default_flow_style=True),
+        }
+        arguments = ["submit", str(ROOT / "examples" / "shakespeare.yaml"), "--engine", "slurm"]
+        return [*arguments, *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))]
+
+    def copus(self, *arguments: str, exit_code: int = 0) -> str:
+        """Run the command to its end. What it printed."""
+        return self.run([sys.executable, "-m", "launch.cli", *arguments], exit_code)
+
+    @contextmanager
+    def running(self, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+        """The command while it runs; what is left of it is killed."""
+        command = [sys.executable, "-m", "launch.cli", *arguments]
+        out: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=self.folder, env=self.environment, **out) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def run(self, command: list[str], exit_code: int = 0) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == exit_code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    why_not = install()
+    if why_not:
+        pytest.skip(f"no Slurm here: {why_not}")
+    with tempfile.TemporaryDirectory(prefix="copus-slurm-") as folder:
+        os.chmod(folder, 0o755)  # munge refuses folders that others might write to
+        with slurm_cluster(Path(folder)) as environment:
+            yield Cluster(Path(folder), environment)
+
+
+def wait_for_event(run: Path, kind: type[Event], count: int, seconds: float = 120) -> None:
+    wait_for(f"{count} × {kind.__name__}", lambda: len(seen(run, kind)) >= count, seconds)
+
+
+def seen(run: Path, kind: type[Event]) -> list[Event]:
+    return [event for event in read_events(run) if isinstance(event, kind)]
+
+
+def tell(run: Path) -> None:
+    """Print the run's story: every event that is no step."""
+    for event in read_events(run):
+        if not isinstance(event, Step):
+            more = event.model_dump(
+                include={"resumed_from", "ranks", "samples_repeated", "path", "reason", "message", "loss"}
+            )
+            print(f"  {event.type:<10} step {event.step:<4} samples {event.samples_consumed:<5} {more or ''}")
+
+
+def kill_node(run: Path, session: str, node: int) -> None:
+    """Kill the step of a job on one node: Slurm's daemon of the step, the agent, and its worker."""
+    logs = f"{run}/logs/slurm-{session}.node-{node}"
+    agents = [process for process in psutil.process_iter(["cmdline"]) if logs in (process.info["cmdline"] or [])]
+    assert agents, f"nothing runs with {logs}"
+    agent = min(agents, key=lambda process: process.create_time())
+    step = agent.parent()
+    assert step is not None
+    assert "slurmstepd" in step.name()
+    for process in (step, agent, *agent.children(recursive=True)):
+        process.kill()
+
+
+def test_slurm_takes_the_script_of_a_dry_run(cluster: Cluster) -> None:
+    arguments = cluster.job("dry", 6400, partition="main", time_limit="0:10:00", sbatch={"comment": "two words"})
+    script = cluster.copus(*arguments, "--dry-run")
+    assert script.startswith("#!/bin/bash\n#SBATCH ")
+    (cluster.folder / "dry.sh").write_text(script)
+    assert "to start at" in cluster.run(["sbatch", "--test-only", "dry.sh"])
+    assert not (cluster.folder / "runs").exists()
+
+
+def test_a_refused_job_leaves_nothing(cluster: Cluster) -> None:
+    said = cluster.copus(*cluster.job("refused", 6400, partition="nowhere"), exit_code=2)
+    assert said.splitlines()[-1].startswith("copus: sbatch: ")
+    assert "invalid partition" in said
+    assert not (cluster.folder / "runs" / "refused").exists()
+
+
+def test_a_lost_node_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
+    run = cluster.folder / "runs" / "lost"
+    with cluster.running(*cluster.job("lost", 38_400)) as following:
+        wait_for_event(run, Checkpoint, 1)
+        kill_node(run, f"{_job_id(run)}-0", 1)
+        output, _ = following.communicate(timeout=240)
+    tell(run)
+    print(output)
+    assert following.returncode == 0, "\n".join(log.read_text() for log in sorted((run / "logs").glob("*.log")))
+    assert "goes back into the queue" in output
+    assert "finished" in output
+    assert [event.resumed_from is None for event in seen(run, Start)] == [True, False]
+    assert [event.ranks for event in seen(run, Restart)] == [2]
+    steps = [event for event in without_replays(read_events(run)) if isinstance(event, Step)]
+    assert [event.samples_consumed for event in steps] == list(range(4, 1200 + 1, 4))
+    nodes = cluster.copus("logs", "lost")
+    assert re.findall(r"==> slurm-\d+-(\d)\.node-(\d)\.log <==", nodes)[:2] == [("0", "0"), ("0", "1")]
+
+
+def test_the_time_limit_is_a_requeue_and_cancel_the_end(cluster: Cluster) -> None:
+    run = cluster.folder / "runs" / "long"
+    cluster.copus(*cluster.job("long", 10**9, time_limit="2", checkpoint_seconds=90), "--detach")
+    said = cluster.copus("submit", "--resume", "long", exit_code=2)
+    assert "copus cancel" in said
+    wait_for_event(run, End, 1)
+    wait_for_event(run, Start, 2)
+    tell(run)
+    assert "its time limit is near" in seen(run, Warned)[0].message
+    first, second = seen(run, End)[0], seen(run, Start)[1]
+    assert first.reason == "interrupted"
+    assert (
+        second.samples_consumed == first.samples_consumed > 0
+    )  # the checkpoint was made on the signal: nothing is lost
+    print(cluster.copus("cancel", "long"))
+    wait_for_event(run, End, 2)
+    wait_for("the end of the job", lambda: cluster.run(["squeue", "--noheader"]) == "", 30)
+    assert "COMPLETED" in cluster.run(["scontrol", "show", "job", _job_id(run)])
+    assert len(seen(run, Start)) == 2
+
+
+def _job_id(run: Path) -> str:
+    return re.findall(r'"job_id": "(\d+)"', (run / "engine.json").read_text())[0]

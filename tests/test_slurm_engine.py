@@ -1,0 +1,369 @@
+"""The Slurm engine without Slurm: programs of its names in a folder on PATH. With a real one: tests/test_slurm.py."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch_events import start
+from launch_jobs import copus_command, copus_here, write_job
+
+import launch.queued
+from copus.events import Checkpoint, End, EventLog, Warned, read_events
+from copus.job import JobConfig, JobError, load_job
+from launch.engines import Ticket, engine_of, engine_state, slurm_job
+from launch.engines.requeues import count_attempt
+from launch.engines.slurm import SlurmEngine
+from launch.engines.slurm_commands import QueueEntry
+from launch.engines.slurm_job import REQUEUE, Attempt
+
+FAKE = """#!/bin/sh
+echo "$(basename $0) $*" >> {folder}/asked
+cat {folder}/$(basename $0).says
+exit $(cat {folder}/$(basename $0).exits)
+"""
+Says = Callable[..., None]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
+    """Slurm's programs, that say what one tells them to. What they were asked is in the file `asked`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def says(program: str, text: str, code: int = 0) -> None:
+        (folder / f"{program}.says").write_text(text)
+        (folder / f"{program}.exits").write_text(str(code))
+
+    for program in ("sbatch", "squeue", "scontrol", "scancel"):
+        (folder / program).write_text(FAKE.format(folder=folder))
+        (folder / program).chmod(0o755)
+        says(program, "")
+    says("sbatch", "12;main\n")
+    says("squeue", "PENDING|Priority|\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return says
+
+
+def asked(folder: Path) -> list[str]:
+    path = folder / "bin" / "asked"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def job_file(folder: Path, **options: Any) -> Path:
+    return write_job(folder, launch={"engine": "slurm", "options": options})
+
+
+def queued(folder: Path, **options: Any) -> Path:
+    """A run that was queued."""
+    job_file(folder, **options)
+    assert copus_here("submit", "job.yaml", "--detach") == 0
+    return folder / "runs" / "small"
+
+
+def complaint(folder: Path, **options: Any) -> str:
+    job_file(folder)
+    with pytest.raises(JobError) as caught:
+        load_job(folder / "job.yaml", [f"launch.options={json.dumps(options)}"])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_script_is_what_the_job_file_says(tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]) -> None:
+    options = {
+        "partition": "long",
+        "time_limit": "1-00:00:00",
+        "checkpoint_seconds": 300,
+        "sbatch": {"comment": "two; words", "exclusive": True, "mem": "8G", "contiguous": False},
+        "interface": "ib0",
+    }
+    path = job_file(tmp_path, **options)
+    more = [
+        "--set",
+        "cluster={nodes: 2, accelerators_per_node: 8, accelerator: h100}",
+        "--set",
+        "training.layout={dp: 16}",
+    ]
+    more += ["--set", "training={global_batch: 16, tokens: 12800, layout: {dp: 16}}"]
+    before = sorted(tmp_path.rglob("*"))
+    assert copus_here("submit", str(path), "--dry-run", *more) == 0
+    script = capfd.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert asked(tmp_path) == []
+    directives = re.findall(r"^#SBATCH (.*)$", script, flags=re.MULTILINE)
+    assert directives == [
+        "--job-name=copus-small",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=8",
+        "--gres=gpu:8",
+        "--partition=long",
+        "--time=1-00:00:00",
+        '--comment="two; words"',
+        "--exclusive",
+        "--mem=8G",
+        "--requeue",
+        "--signal=B:USR1@300",
+        f"--chdir={tmp_path}/runs/small",
+        f"--output={tmp_path}/runs/small/logs/slurm-%j.log",
+        "--open-mode=append",
+    ]
+    assert "export NCCL_SOCKET_IFNAME=ib0" in script
+    assert "export GLOO_SOCKET_IFNAME=ib0" in script
+    assert "GLOO_SOCKET_IFNAME:-lo" not in script  # several nodes do not meet on the loopback interface
+
+
+def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
+    """Run the batch script, with a Python of an awkward name that prints what it gets."""
+    folder = tmp_path / "a & b; touch c"
+    folder.mkdir()
+    python = folder / "it's $(touch d) `touch e`"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$OMP_NUM_THREADS" "$SET_UP"\n')
+    python.chmod(0o755)
+    path = job_file(folder, python=str(python), setup=["export SET_UP='by the user'"])
+    job = load_job(path, [f"launch.runs={json.dumps(str(folder))}"])
+    script = engine_of(job).describe(folder / "small", job)
+    assert f'#SBATCH --chdir="{folder}/small"' in script
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert done.stdout.splitlines() == ["-m", "launch.engines.slurm_job", str(folder / "small"), "1", "by the user"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partitoin": "main"}, "launch.options: partitoin: unknown key"),
+        ({"partition": "main --wrap=id"}, "launch.options: partition: string should match pattern"),
+        ({"partition": "$(id)"}, "launch.options: partition: string should match pattern"),
+        ({"account": "a\nb"}, "launch.options: account: string should match pattern"),
+        ({"time_limit": 14400}, "launch.options: time_limit: 14400 is a number: put it in quotes"),
+        ({"time_limit": "soon"}, "launch.options: time_limit: string should match pattern"),
+        ({"max_requeues": "3"}, "launch.options: max_requeues: input should be a valid integer, got '3'"),
+        ({"sbatch": {"output": "x"}}, "launch.options: sbatch: output is set by COPUS or by a field of its own"),
+        ({"sbatch": {"comment": 'a" --wrap="id'}}, "launch.options: sbatch: sbatch.comment"),
+        ({"sbatch": {"comment": "a\n#SBATCH --wrap=id"}}, "launch.options: sbatch: sbatch.comment"),
+        ({"sbatch": {"Mem ": "1"}}, "launch.options: sbatch: 'Mem ' is no long option of sbatch"),
+        ({"python": "a\nb"}, "launch.options: python: a line with control characters"),
+    ],
+)
+def test_options_that_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    assert message in complaint(tmp_path, **options)
+
+
+@pytest.mark.parametrize("folder", ['a"b', "a$(id)b", "a%jb", "a'b", "a\nb"])
+def test_folders_that_slurm_cannot_be_told_are_refused(tmp_path: Path, folder: str, slurm: Says) -> None:
+    path = job_file(tmp_path)
+    job = load_job(path, [f"launch.runs={json.dumps(str(tmp_path / folder))}"])
+    with pytest.raises(JobError, match=r"launch.runs.* cannot stand in an option of sbatch"):
+        engine_of(job)
+
+
+def test_submit_writes_the_id_down_and_resume_waits_for_the_end(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = queued(tmp_path)
+    ticket = json.loads((run / "engine.json").read_text())
+    assert (ticket["engine"], ticket["job_id"], ticket["place"]) == ("slurm", "12", "main")
+    assert asked(tmp_path)[0] == f"sbatch --parsable {run}/slurm.sh"
+    said = capfd.readouterr().out
+    assert "Slurm job 12 waits: Priority; it goes on without this command" in said
+    assert "copus cancel runs/small" in said
+
+    assert copus_here("submit", "--resume", "small", "--detach") == 2
+    assert "runs/small: Slurm job 12 waits: Priority; `copus cancel runs/small` stops it" in capfd.readouterr().err
+    slurm("squeue", "", 1)
+    assert copus_here("submit", "--resume", "small", "--engine", "local") == 2  # nobody can say
+    slurm("squeue", "slurm_load_jobs error: Invalid job id specified\n", 1)
+    slurm("sbatch", "13\n")
+    assert copus_here("submit", "--resume", "small", "--detach") == 0
+    assert json.loads((run / "engine.json").read_text())["job_id"] == "13"
+
+
+def test_what_sbatch_refuses_leaves_nothing(tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]) -> None:
+    job_file(tmp_path)
+    slurm(
+        "sbatch", "sbatch: error: invalid partition specified: nowhere\nsbatch: error: Batch job submission failed\n", 1
+    )
+    assert copus_here("submit", "job.yaml") == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith("copus: sbatch: error: invalid partition specified")
+    assert errors.count("\n") == 1
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_machine_without_slurm(tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = queued(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    state = engine_state(run)
+    assert (state.phase, state.words) == ("unknown", "launch.engine(slurm): squeue is not on the PATH of this machine")
+    assert copus_here("submit", "job.yaml", "--dry-run") == 0
+    assert copus_here("submit", "job.yaml") == 2
+    assert not (tmp_path / "runs" / "small-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("squeue", "phase", "words"),
+    [
+        ("PENDING|None|\n", "queued", "Slurm job 12 waits"),
+        ("PENDING|BeginTime|\n", "queued", "Slurm job 12 waits: BeginTime"),
+        ("RUNNING|None|n[1-2]\n", "running", "Slurm job 12 runs on n[1-2]"),
+        ("COMPLETING|None|n1\n", "running", "Slurm job 12 is ending on n1"),
+        ("TIMEOUT|TimeLimit|n1\n", "ended", "Slurm job 12 has ended: TIMEOUT"),
+        ("", "ended", "Slurm job 12 has ended"),
+    ],
+)
+def test_states(tmp_path: Path, slurm: Says, squeue: str, phase: str, words: str) -> None:
+    run = queued(tmp_path)
+    slurm("squeue", squeue)
+    state = engine_state(run)
+    assert (state.phase, state.words) == (phase, words)
+
+
+def test_cancel_asks_workers_and_takes_waiting_jobs_away(tmp_path: Path, slurm: Says) -> None:
+    run = queued(tmp_path)
+    slurm("squeue", "RUNNING|None|n1\n")
+    (run / "stop").write_text(REQUEUE)
+    assert copus_here("cancel", "small") == 0
+    assert (run / "stop").read_text() == ""  # for good, also where it was about to be requeued
+    assert "scancel 12" not in asked(tmp_path)
+    assert copus_here("cancel", "small", "--now") == 0
+    assert "scancel 12" in asked(tmp_path)
+    slurm("squeue", "")
+    assert copus_here("cancel", "small") == 2
+
+
+def test_ctrl_c_leaves_the_job_alone(tmp_path: Path, slurm: Says) -> None:
+    job_file(tmp_path)
+    command = copus_command("submit", "job.yaml")
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "Slurm job 12 waits: Priority\n"
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "it goes on without this command" in output
+    assert not any(line.startswith("scancel") for line in asked(tmp_path))
+    assert not (tmp_path / "runs" / "small" / "stop").exists()
+
+
+@pytest.mark.parametrize(("end", "code"), [("finished", 0), ("interrupted", 143), (None, 1)])
+def test_following_to_the_end(
+    tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], end: Any, code: int
+) -> None:
+    run = queued(tmp_path)
+    slurm("squeue", "COMPLETED|None|n1\n")
+    monkeypatch.setattr(launch.queued, "STATE_SECONDS", 0)
+    log = EventLog(run)
+    log.write(End(step=0, samples_consumed=0, reason="interrupted", seconds=1.0))  # of an attempt before
+
+    def submit(engine: SlurmEngine, run: Path, job: JobConfig) -> Ticket:
+        (run / "logs" / "slurm-12.log").write_text("the last words\n")
+        if end:
+            log.write(start())
+            log.write(End(step=3, samples_consumed=12, reason=end, seconds=1.0))
+        return Ticket(engine="slurm", job_id="12", submitted=0.0)
+
+    monkeypatch.setattr(SlurmEngine, "submit", submit)
+    assert copus_here("submit", "--resume", "small") == code
+    output, errors = capfd.readouterr()
+    assert ("finished in" in output) == (end == "finished")
+    assert ("the last words" in errors) == (end is None)
+
+
+def attempt(run: Path, job: Path, number: int = 0) -> Attempt:
+    return Attempt(run, load_job(job), "12", number, "n1")
+
+
+@pytest.fixture
+def node(tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run on the first node of its job, which takes `scontrol requeue` for done."""
+    monkeypatch.setattr(slurm_job, "queue_entry", lambda job_id: QueueEntry("RUNNING", "None", "n1"))
+    monkeypatch.setattr(slurm_job, "LOCK_SECONDS", 0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    run = queued(tmp_path, max_requeues=1)
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def conclude(run: Path, code: int, number: int = 0, *, signalled: bool = False) -> str:
+    """Let an attempt end. The last event's message, where there is a warning."""
+    one = attempt(run, run / "job.yaml", number)
+    counted = count_attempt(run, "12", number, one._checkpoint_samples())
+    if signalled:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    one._conclude(code, counted)
+    warnings = [event.message for event in read_events(run) if isinstance(event, Warned)]
+    return warnings[-1] if warnings else ""
+
+
+def requeues(folder: Path) -> int:
+    return asked(folder).count("scontrol requeue 12")
+
+
+def test_a_signal_asks_for_a_checkpoint_and_then_a_requeue(tmp_path: Path, node: Path) -> None:
+    said = conclude(node, 0, signalled=True)
+    assert (node / "stop").read_text() == REQUEUE
+    assert "its time limit is near (requeue 1" in said
+    assert requeues(tmp_path) == 1
+
+
+def test_the_users_stop_is_no_requeue(tmp_path: Path, node: Path) -> None:
+    (node / "stop").touch()
+    assert conclude(node, 0, signalled=True) == ""
+    assert (node / "stop").read_text() == ""
+    assert requeues(tmp_path) == 0
+
+
+def test_a_finished_job_is_not_requeued_and_a_failed_one_a_limited_number_of_times(tmp_path: Path, node: Path) -> None:
+    assert "its workers failed (srun: 1) (requeue 1, 1 of 1 without a new checkpoint)" in conclude(node, 1)
+    assert "fails: 1 requeues without a new checkpoint" in conclude(node, 1, 1)
+    assert requeues(tmp_path) == 1
+
+    log = EventLog(node)
+    log.write(Checkpoint(step=3, samples_consumed=12, path="checkpoints/samples-12", seconds=0.1, bytes=1))
+    assert "(requeue 3, 1 of 1" in conclude(node, 1, 2)  # the attempt before left a checkpoint: the count begins anew
+    log.write(End(step=9, samples_consumed=36, reason="finished", seconds=1.0))
+    conclude(node, 0, 3)
+    assert requeues(tmp_path) == 2
+
+
+def test_requeues_by_slurm_itself_are_counted_too(tmp_path: Path) -> None:
+    """A node dies: the attempt on it writes nothing down, and Slurm asks nobody."""
+    assert [count_attempt(tmp_path, "12", number, 5).fruitless for number in (0, 1, 2, 4)] == [0, 1, 2, 4]
+    assert count_attempt(tmp_path, "12", 5, 6).fruitless == 0
+    assert count_attempt(tmp_path, "12", 6, 6).fruitless == 1
+    assert count_attempt(tmp_path, "13", 0, 6).fruitless == 0
+
+
+def test_a_job_that_the_run_does_not_belong_to_leaves_it_alone(
+    node: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "11")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    assert slurm_job.main([str(node)]) == 1
+    assert "does not belong to Slurm job 11" in capfd.readouterr().err
+    assert not (node / "requeues.json").exists()
+
+
+def test_logs_of_the_last_job_in_order_and_of_one_rank(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = queued(tmp_path)
+    for name in ("11", "12", "12-0.node-0", "12-10.node-0", "12-2.node-0"):
+        (run / "logs" / f"slurm-{name}.log").write_text(f"of {name}\n[rank0]:hello from {name}\n")
+    capfd.readouterr()
+    assert copus_here("logs", "small") == 0
+    shown = re.findall(r"==> slurm-(\S+)\.log <==", capfd.readouterr().out)
+    assert shown == ["12", "12-0.node-0", "12-2.node-0", "12-10.node-0"]
+    assert copus_here("logs", "small", "--rank", "0") == 0
+    assert capfd.readouterr().out.splitlines()[:2] == ["hello from 12", "hello from 12-0.node-0"]
+    assert copus_here("logs", "small", "--rank", "7") == 0
+    assert capfd.readouterr().out == ""
