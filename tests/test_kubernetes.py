@@ -242,7 +242,7 @@ class TestNode:
 
     def attempt(self, run: Path, monkeypatch: pytest.MonkeyPatch, *worker: str) -> int:
         command = [sys.executable, str(WORKER), *worker, str(run)]
-        monkeypatch.setattr(node.Node, "command", lambda self, environment: command)
+        monkeypatch.setattr(node.Node, "command", lambda self: command)
         return node.main([str(run)])
 
     def when_training(self, run: Path, do) -> None:
@@ -291,14 +291,16 @@ class TestNode:
         with lock_run(run):
             assert self.attempt(run, monkeypatch) == 2
 
-    def test_nodes_meet_where_the_runtime_says(self, run: Path) -> None:
+    def test_nodes_meet_where_the_runtime_says(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         two = ["cluster={nodes: 2, accelerators_per_node: 2, accelerator: h100-sxm}", "training.layout={tp: 2, dp: 2}"]
         environment = {"PET_MASTER_ADDR": "j-node-0-0.j", "PET_MASTER_PORT": "29500", "POD_IP": "10.1.2.3"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
         for rank, hosts in ((0, "is_host=1"), (1, "is_host=0")):
-            said = " ".join(node.Node(run, load_job(run / "job.yaml", two), "j", rank).command(environment))
+            said = " ".join(node.Node(run, load_job(run / "job.yaml", two), "j", rank).command())
             assert "--rdzv-endpoint j-node-0-0.j:29500 --rdzv-id j --local-addr 10.1.2.3 --nnodes 2" in said
             assert hosts in said
-        alone = " ".join(node.Node(run, load_job(run / "job.yaml"), "j", 0).command(environment))
+        alone = " ".join(node.Node(run, load_job(run / "job.yaml"), "j", 0).command())
         assert "copus.agent --rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in alone
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import functools
 import socket
 import threading
 from collections.abc import Iterator
@@ -18,11 +19,11 @@ SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatus
 LOADERS = {"torch.load", "np.load", "numpy.load"}
 
 
-def sources(root: Path = ROOT) -> Iterator[tuple[str, ast.Module]]:
+@functools.cache
+def sources() -> list[tuple[str, ast.Module]]:
     """Every file of the product with its tree."""
-    for folder in FOLDERS:
-        for path in sorted((root / folder).rglob("*.py")):
-            yield str(path.relative_to(root)), ast.parse(path.read_text())
+    paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [(str(path.relative_to(ROOT)), ast.parse(path.read_text())) for path in paths]
 
 
 def dotted(node: ast.AST) -> str:

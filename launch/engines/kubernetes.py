@@ -8,6 +8,7 @@ that every command reads a run as if it were here.
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -102,7 +103,7 @@ class KubernetesEngine(QueuedEngine):
             return self._cluster(ticket).logs(ticket.job_id)
         return super().logs(run, rank, follow=follow)
 
-    def _manifest(self, run: Path, job: JobConfig) -> dict[str, object]:
+    def _manifest(self, run: Path, job: JobConfig) -> dict[str, Any]:
         before = read_ticket(run)
         name = job_name(run, before.job_id if before else None)
         try:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import yaml
@@ -61,18 +62,15 @@ class Cluster:
                 self._namespace, label_selector=f"{LABEL}={name}", _request_timeout=SECONDS
             ),
         )
-        for pod in pods.items if pods else []:
-            yield f"==> {pod.metadata.name} ({pod.status.phase}) <=="
+        for pod in pods.items:
+            name, phase = pod.metadata.name, pod.status.phase
+            yield f"==> {name} ({phase}) <=="
+            read = partial(self._pods.read_namespaced_pod_log, name, self._namespace, _request_timeout=SECONDS)
             try:
-                text = self._ask(
-                    f"pod {pod.metadata.name}",
-                    lambda pod=pod: self._pods.read_namespaced_pod_log(
-                        pod.metadata.name, self._namespace, container="node", _request_timeout=SECONDS
-                    ),
-                )
+                text = self._ask(f"pod {name}", partial(read, container="node"))
             except JobError as error:  # it has not begun to print
                 text = str(error)
-            yield from (text or "").splitlines()
+            yield from text.splitlines()
 
     @property
     def _kind(self) -> dict[str, Any]:

@@ -60,12 +60,10 @@ class Node:
         """Run the agent; its output goes to the pod's log and to the run's."""
         if _stopped_by_user(self._run):
             return 0
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("PET_")}
-        if self._job.cluster.nodes == 1:
-            environment = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} | environment
+        interfaces = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
         agent = subprocess.Popen(
-            self.command(dict(os.environ)),
-            env=environment | module_environment(),
+            self.command(),
+            env=(interfaces if self._job.cluster.nodes == 1 else {}) | os.environ | module_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             preexec_fn=die_with_parent(),
@@ -82,16 +80,16 @@ class Node:
         over = code == 0 and status.end is not None and status.end.reason != "interrupted"
         return 0 if over or (code == 0 and _stopped_by_user(self._run)) else AGAIN
 
-    def command(self, environment: dict[str, str]) -> list[str]:
+    def command(self) -> list[str]:
         """The agent's command line, from what the runtime has put into the environment."""
         logs = self._run / "logs" / f"{self._name}.node-{self._rank}"
         common: dict[str, Any] = {"session": self._name, "logs": logs}
         if self._job.cluster.nodes == 1:  # then nothing has to be reached from elsewhere
             here = "127.0.0.1"
-            place = {"backend": "loopback", "endpoint": f"{here}:0", "address": here}
+            place: dict[str, Any] = {"backend": "loopback", "endpoint": f"{here}:0", "address": here}
             return [*python_module("copus.agent"), *agent_arguments(self._run, self._job, **common, **place)]
-        endpoint = f"{environment['PET_MASTER_ADDR']}:{environment['PET_MASTER_PORT']}"
-        place = {"endpoint": endpoint, "address": environment["POD_IP"]}
+        endpoint = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
+        place = {"endpoint": endpoint, "address": os.environ["POD_IP"]}
         # An agent that is alone again gives up after this long, and its pod is started anew with the others.
         settings = f"is_host={int(self._rank == 0)},join_timeout={self._job.launch.timeout_seconds:.0f}"
         arguments = agent_arguments(self._run, self._job, **common, **place)
