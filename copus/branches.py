@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from pydantic import PositiveInt
-
 from copus.job import JobConfig
 from profiles.configuration import Configuration
-from profiles.record import Record
+from profiles.record import PositiveInt, Record
 
 _FILE = "branches.json"
 

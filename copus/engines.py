@@ -9,6 +9,7 @@ from copus.plugins import find_plugin
 GROUP = "copus.engines"
 """The entry points of plugins: each names a subclass of `launch.engines.base.AttendedEngine` or `QueuedEngine`."""
 BUILT_IN = {
+    "kubernetes": "launch.engines.kubernetes:KubernetesEngine",
     "local": "launch.engines.local:LocalEngine",
     "slurm": "launch.engines.slurm:SlurmEngine",
 }

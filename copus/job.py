@@ -12,9 +12,7 @@ import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -22,6 +20,7 @@ from pydantic import (
 
 from copus.backends.megatron.limits import check_configuration, check_layout, check_model
 from copus.engines import check_options, load_engine
+from copus.job_text import parse_job_text, read_job_text
 from copus.profilers import check_profiler
 from copus.trackers import make_tracker
 from planner.config import PlannerConfig
@@ -30,11 +29,15 @@ from profiles.config import ProfileConfig
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
-from profiles.record import Record
+from profiles.record import NonNegativeInt, PositiveInt, Record, UserPath, UserPathText
 
 
 class JobError(Exception):
     """What the user has to mend, in one line. The command prints it and exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        """What a person wrote may be in the message: it stays on one line, and tells a terminal nothing."""
+        super().__init__(_shortened(message, 1000, lambda text: " ".join(text.splitlines())))
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -44,13 +47,13 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class DataConfig(Record):
     """Text, and how it becomes tokens. `copus data` prepares it; `copus submit` does so too when it has not been."""
 
-    source: str | list[Path] = "shakespeare"
+    source: UserPathText | list[UserPath] = "shakespeare"
     """`shakespeare` (fetched once, hash-checked), or text files, JSONL files (a `text` a line) and folders of them."""
     held_out: list[str] = Field(default_factory=list)
     """Works kept for validation, by name (`hamlet`) or shell pattern. Whole works, never offsets."""
-    tokenizer: Path | None = None
+    tokenizer: UserPath | None = None
     """A `tokenizer.json`; None trains a byte-level BPE of `model.vocab` tokens on the training part."""
-    cache: Path = Path("~/.cache/copus")
+    cache: UserPath = Path("~/.cache/copus")
     """Where fetched text and prepared data are kept, by a digest of all that they depend on."""
 
 
@@ -71,7 +74,7 @@ class TrainingConfig(Record):
     """Stop cleanly, with a checkpoint, after this long."""
     target_loss: PositiveFloat | None = None
     """Stop cleanly, with a checkpoint, at the first evaluation whose loss is no more than this, in nats a token."""
-    seed: NonNegativeInt = 1234
+    seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed of weights, sample order and dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model; bf16 keeps fp32 master weights and gradients."""
@@ -128,14 +131,14 @@ class LaunchConfig(Record):
     """Where to run: `local` (this machine, through torch's elastic agent), `slurm`, or an engine that a plugin adds."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What that engine wants to know, such as a partition; each engine has its own."""
-    runs: Path = Path("runs")
+    runs: UserPath = Path("runs")
     """Folder that run directories are made in."""
-    threads_per_rank: PositiveInt = 1
+    threads_per_rank: int = Field(default=1, gt=0, le=1024)
     """OMP_NUM_THREADS of each rank."""
     max_restarts: NonNegativeInt = 3
     """Times that the elastic agent may restart the workers after a failure, each time from the newest checkpoint that
     verifies."""
-    timeout_seconds: PositiveFloat = 600.0
+    timeout_seconds: float = Field(default=600.0, gt=0, le=30 * 86_400)
     """A collective that takes longer than this is taken for a hang."""
 
 
@@ -280,11 +283,11 @@ def load_job(path: Path, overrides: list[str] | None = None, engine: str | None 
     impossible arithmetic.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_job_text(path)
     except OSError as error:
         raise JobError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise JobError(f"{path}: not YAML: {error}") from None
+    except ValueError as error:
+        raise JobError(f"{path}: {error}") from None
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise JobError(f"{path}: a job file is a mapping of sections, got {type(values).__name__}")
@@ -295,22 +298,11 @@ def load_job(path: Path, overrides: list[str] | None = None, engine: str | None 
     return parse_job(values, str(path))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once: of two `training` sections, PyYAML drops the first without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that there is not
-        raise JobError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+        return parse_job_text(text)
+    except ValueError as error:
+        raise JobError(f"{where}: {error}") from None
 
 
 def _choose_engine(values: dict[str, Any], engine: str) -> None:
@@ -325,16 +317,17 @@ def _choose_engine(values: dict[str, Any], engine: str) -> None:
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Put `section.field=value` into the values of a job file. Raises JobError where it is not that."""
     key, equals, text = override.partition("=")
+    said = f"--set {_shortened(override, 120, str)}"
     if not equals or not key:
-        raise JobError(f"--set {override}: expected section.field=value")
+        raise JobError(f"{said}: expected section.field=value")
     *sections, field = key.split(".")
     for depth, section in enumerate(sections, start=1):
         inner = values.get(section) or {}
         if not isinstance(inner, dict):
-            raise JobError(f"--set {override}: {'.'.join(sections[:depth])} is not a section")
+            raise JobError(f"{said}: {'.'.join(sections[:depth])} is not a section")
         values[section] = dict(inner)  # a copy: a YAML anchor may share it with another section
         values = values[section]
-    values[field] = _parse_yaml(text, f"--set {override}")
+    values[field] = _parse_yaml(text, said)
 
 
 def dump_job(job: JobConfig) -> str:

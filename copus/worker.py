@@ -29,6 +29,7 @@ from copus.data.prepared import prepared_path
 from copus.events import End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
+from copus.loopback import LOOPBACK, host_store, join_store
 from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.stop_request import StopRequest
@@ -199,11 +200,20 @@ def _start_process_group(job: JobConfig) -> torch.device:
             )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device, **_meeting_place(timeout))
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=timeout, **_meeting_place(timeout))
     return device
+
+
+def _meeting_place(timeout: timedelta) -> dict[str, Any]:
+    """The store in which the ranks find each other where all are on this machine; else nothing: torch opens its own."""
+    if os.environ["MASTER_ADDR"] != LOOPBACK:
+        return {}
+    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    store = host_store(port, timeout) if rank == 0 else join_store(port, timeout)
+    return {"store": store, "rank": rank, "world_size": int(os.environ["WORLD_SIZE"])}
 
 
 @dataclass

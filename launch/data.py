@@ -4,17 +4,22 @@ import json
 import tempfile
 from pathlib import Path
 
-from copus.job import JobConfig, load_job
+from copus.job import JobConfig, JobError, load_job
 from launch.interrupts import Interrupts
 from launch.process import python_module, run_module
 from launch.run_directory import portable, write_job
+from profiles.table import ThroughputTable
 
 
 def check(job: JobConfig) -> None:
-    """Raise JobError where the text or the tokenizer of a job is wrong. Writes nothing."""
+    """Raise JobError where the text, the tokenizer or the throughput table of a job is wrong. Writes nothing."""
     from copus.data.prepared import check_data
 
     check_data(job)
+    try:
+        ThroughputTable(job.profile.table).check()
+    except OSError as error:
+        raise JobError(f"profile.table({job.profile.table}): {error.strerror}: {error.filename}") from None
 
 
 def prepare(job: JobConfig, job_file: Path, interrupts: Interrupts) -> int:

@@ -65,10 +65,10 @@ def plot(run_text: str, output: Path | None, *, as_json: bool = False) -> int:
     run = find_run(run_text)
     output = output or run / "plot.png"
     check_output("--output", output)
-    need_matplotlib("copus plot")
     series = series_of(run)
     if not series.training:
         raise JobError(f"{shown(run)}: no step has been trained yet, there is nothing to draw")
+    need_matplotlib("copus plot")
     save(draw(series, title=run.name), output, "--output")
     print(json.dumps({"output": str(output)}) if as_json else shown(output.absolute()))
     return 0

@@ -1,5 +1,7 @@
 """The run directory: making one, finding one, locking one, and asking its workers to stop."""
 
+import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -80,16 +82,31 @@ def write_job(run: Path, job: JobConfig) -> None:
 
 
 def discard_run(run: Path) -> None:
-    """Remove a run directory in which nothing has run yet."""
+    """Remove a run directory in which nothing has run yet, and the folder of runs where it was the only one."""
     shutil.rmtree(run)
+    with contextlib.suppress(OSError):
+        run.parent.rmdir()
 
 
 def find_run(text: str) -> Path:
     """A run directory from what a person typed: a path, or a name below ./runs. Raises JobError where there is none."""
-    for path in (Path(text).expanduser(), Path("runs") / text):
-        if (path / "job.yaml").is_file():
-            return path.absolute()
+    try:
+        for path in (Path(text).expanduser(), Path("runs") / text):
+            if text and (path / "job.yaml").is_file():
+                _check_events(path)
+                return path.absolute()
+    except (OSError, RuntimeError) as error:  # a name that is too long; `~` of a user that there is not
+        raise JobError(f"no run {text[:80]}: {getattr(error, 'strerror', error)}") from None
     raise JobError(f"no run {text}: neither {text} nor {Path('runs') / text} is a folder with a job.yaml")
+
+
+def _check_events(run: Path) -> None:
+    """Raise JobError where the event log is there and cannot be read. A run that has not started has none."""
+    events = run / "events.jsonl"
+    if events.exists() and not events.is_file():  # opening a pipe waits for a writer
+        raise JobError(f"{shown(events.absolute())}: not a regular file")
+    if events.exists() and not os.access(events, os.R_OK):
+        raise JobError(f"{shown(events.absolute())}: {os.strerror(errno.EACCES)}")
 
 
 def shown(path: Path) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized
 from launch.attend import Outcome, attend
+from launch.check import check_start
 from launch.data import check, prepare
 from launch.engines import AttendedEngine, Engine, QueuedEngine, check_not_queued, engine_of, engine_state
 from launch.engines.ticket import clear_ticket
@@ -52,6 +53,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     check(job)
     check_profiler(job)
     check_trackers(job)
+    check_start(job)
     if manner.dry_run:
         return _describe(engine, next_run(job), job, manner)
     if isinstance(engine, QueuedEngine):

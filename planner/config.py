@@ -6,16 +6,14 @@ from typing import Any, Literal
 from pydantic import (
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 
 from profiles.calibration import read_factor
 from profiles.layout import Layout
-from profiles.record import Record
+from profiles.record import NonNegativeInt, PositiveInt, Record
 
 
 class PlannerConfig(Record):

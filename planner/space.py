@@ -1,5 +1,6 @@
 """The configurations that may be chosen."""
 
+import math
 from collections.abc import Iterator
 
 from planner.config import PlannerConfig
@@ -18,15 +19,33 @@ def candidates(config: PlannerConfig, model: ModelShape, cluster: Cluster, start
     `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the limits of
     `config`.
     """
-    found = [
+    found = list(_within_limits(config, model, cluster, start.layout))
+    return found if start in found else [start, *found]
+
+
+def check_limits(config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout) -> None:
+    """Raise ValueError where the limits of the job file leave nothing to choose."""
+    if next(_within_limits(config, model, cluster, start), None) is None:
+        pins = [("tp", config.tp), ("max_pp", config.max_pp), ("layouts", config.layouts and len(config.layouts))]
+        said = [f"{name}({value})" for name, value in pins if value is not None]
+        batches = f"global batches from {config.min_global_batch} to {config.max_global_batch}"
+        raise ValueError(
+            f"{', '.join([*said, batches])}, multiples of batch_multiple({config.batch_multiple}), leave no "
+            f"configuration of {cluster.accelerators} accelerators; to keep the one of the job file, set policy: static"
+        )
+
+
+def _within_limits(
+    config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout
+) -> Iterator[Configuration]:
+    return (
         Configuration(layout=layout, micro_batch=micro_batch, global_batch=global_batch)
-        for layout in dict.fromkeys(config.layouts or layouts(model, cluster, start.layout))
+        for layout in dict.fromkeys(config.layouts or layouts(model, cluster, start))
         if _allowed(layout, config)
         for global_batch in _doubling(config.batch_multiple, config.min_global_batch, config.max_global_batch)
         for micro_batch in _doubling(1, 1, config.max_micro_batch)
         if _fits(layout, micro_batch, global_batch)
-    ]
-    return found if start in found else [start, *found]
+    )
 
 
 def _allowed(layout: Layout, config: PlannerConfig) -> bool:
@@ -76,7 +95,9 @@ def _fits(layout: Layout, micro_batch: int, global_batch: int) -> bool:
 
 
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    """Ascending."""
+    low = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*low, *(number // divisor for divisor in low)})
 
 
 def _doubling(first: int, low: int, high: int) -> Iterator[int]:

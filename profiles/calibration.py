@@ -53,9 +53,13 @@ class Calibration(Record):
 def read_factor(path: Path) -> float:
     """c from a calibration file. Raises ValueError, one line, where there is no such file or it has no c."""
     try:
-        found = Calibration.model_validate_json(path.expanduser().read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: neither a number nor a calibration file ({error.strerror})") from None
+        path = path.expanduser()
+        if path.exists() and not path.is_file():  # opening a pipe waits for a writer
+            raise ValueError(f"{path}: neither a number nor a calibration file (not a regular file)")
+        found = Calibration.model_validate_json(path.read_bytes())
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~` of a user that there is not
+        why = getattr(error, "strerror", error)
+        raise ValueError(f"{path}: neither a number nor a calibration file ({why})") from None
     except ValidationError:
         raise ValueError(f"{path}: not a file of `copus calibrate`") from None
     if found.critical_batch_factor is None:

@@ -1,6 +1,6 @@
 """The machine."""
 
-from pydantic import PositiveInt
+from pydantic import Field
 
 from profiles.record import Record
 
@@ -8,9 +8,9 @@ from profiles.record import Record
 class Cluster(Record):
     """Accelerators that the job may use. On a machine without GPUs an accelerator is one CPU core (one rank each)."""
 
-    nodes: PositiveInt = 1
+    nodes: int = Field(default=1, gt=0, le=100_000)
     """Machines."""
-    accelerators_per_node: PositiveInt
+    accelerators_per_node: int = Field(gt=0, le=10_000)
     """Accelerators, and so ranks, on each machine."""
     accelerator: str = "cpu"
     """Kind of accelerator: `cpu` trains on CPU cores, also where there are GPUs; any other name (h100-sxm, a100-80g, …)

@@ -3,25 +3,25 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from profiles.record import Record
+from profiles.record import Record, UserPath
 
 
 class ProfileConfig(Record):
     """How throughput is learned."""
 
-    table: Path = Path("~/.cache/copus/throughput.jsonl")
+    table: UserPath = Path("~/.cache/copus/throughput.jsonl")
     """Throughput table (append-only JSONL) that is read, and that new measurements are added to."""
     when: Literal["missing", "always", "never"] = "missing"
     """Measure before training: what the table lacks, everything again, or nothing."""
     budget_seconds: PositiveFloat = 120.0
     """Stop measuring after this long; what is left stays unmeasured and is never chosen."""
-    warmup_steps: PositiveInt = 1
+    warmup_steps: int = Field(default=1, gt=0, le=1000)
     """Steps run and not counted before each measurement."""
-    steps: PositiveInt = Field(default=3, ge=2)
+    steps: int = Field(default=3, ge=2, le=1000)
     """Steps timed for each measurement, in each round."""
-    rounds: PositiveInt = 3
+    rounds: int = Field(default=3, gt=0, le=1000)
     """Most times that a configuration is measured. After the first round only those are measured again that may still
     turn out to be the fastest at some global batch; measuring ends when there are none."""
     settled_within: float = Field(default=0.02, ge=0)

@@ -1,9 +1,9 @@
 """What the planner chooses: a layout, a micro-batch and a global batch."""
 
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
 from profiles.layout import Layout
-from profiles.record import Record
+from profiles.record import PositiveInt, Record
 
 
 class Configuration(Record):

@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
 from profiles.cluster import Cluster
 from profiles.model_shape import ModelShape
-from profiles.record import Record
+from profiles.record import PositiveInt, Record
 
 
 class Layout(Record):

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from profiles.record import Record
 
@@ -14,27 +14,27 @@ move."""
 class ModelShape(Record):
     """A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention."""
 
-    layers: PositiveInt
+    layers: int = Field(gt=0, le=10_000)
     """Number of transformer layers."""
-    hidden: PositiveInt
+    hidden: int = Field(gt=0, le=2**20)
     """Width of the residual stream."""
-    ffn_hidden: PositiveInt
+    ffn_hidden: int = Field(gt=0, le=2**24)
     """Width inside the MLP (of each of gate and up, when gated)."""
-    heads: PositiveInt
+    heads: int = Field(gt=0, le=2**16)
     """Attention heads; the head width is hidden ÷ heads."""
-    kv_heads: PositiveInt
+    kv_heads: int = Field(gt=0, le=2**16)
     """Key/value heads (grouped-query attention); equal to `heads` for multi-head attention."""
-    seq_len: PositiveInt
+    seq_len: int = Field(gt=0, le=2**30)
     """Tokens in a sequence."""
-    vocab: PositiveInt
+    vocab: int = Field(gt=0, le=2**24)
     """Tokens in the vocabulary, before padding."""
     gated_mlp: bool = True
     """SwiGLU (True) or GELU (False)."""
     tied_embeddings: bool = False
     """Whether the output layer shares the input embedding."""
-    experts: NonNegativeInt = 0
+    experts: int = Field(default=0, ge=0, le=2**20)
     """Experts of each MLP, every one `ffn_hidden` wide; 0 for a dense model. The MLPs of all layers are alike."""
-    experts_per_token: PositiveInt = 1
+    experts_per_token: int = Field(default=1, gt=0, le=2**20)
     """Experts that the router sends a token to; 1 for a dense model."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
     """Epsilon of RMSNorm."""

@@ -1,6 +1,44 @@
-"""The base of every value that is written down or passed between packages."""
+"""The base of every value that is written down or passed between packages, and what its fields are made of."""
 
-from pydantic import BaseModel, ConfigDict
+import os
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MOST = 2**53
+"""No count is larger: up to here every whole number is a float too, so no quotient or product of some overflows."""
+
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+"""A count from 1 on."""
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+"""A count from 0 on."""
+
+
+_PathOrText = TypeVar("_PathOrText", Path, str)
+
+
+def _check_path(path: _PathOrText) -> _PathOrText:
+    """Refuse what no file system takes, here, where the field is known; it would fail in the middle of something."""
+    if "\0" in str(path):
+        raise ValueError("a path has no NUL character in it")
+    try:
+        os.fsencode(path)
+        expanded = Path(path).expanduser()
+    except UnicodeEncodeError:
+        raise ValueError("a path has no lone surrogate in it") from None
+    except RuntimeError:
+        raise ValueError(f"there is no user {Path(path).parts[0]!r}") from None
+    longest = max((len(os.fsencode(part)) for part in expanded.parts), default=0)
+    if longest > 255 or len(os.fsencode(expanded)) > 4095:
+        raise ValueError("a path has at most 4095 bytes, and 255 between two slashes")
+    return path
+
+
+UserPath = Annotated[Path, AfterValidator(_check_path)]
+"""A path that a person wrote, `~` not yet expanded."""
+UserPathText = Annotated[str, AfterValidator(_check_path)]
+"""The same where it may also be a name of something else."""
 
 
 class Record(BaseModel):

@@ -1,5 +1,6 @@
 """The throughput table: an append-only file of measurements, one JSON object a line, shared by all jobs."""
 
+import errno
 import os
 import warnings
 from collections.abc import Iterable
@@ -38,9 +39,22 @@ class ThroughputTable:
         """Steps and shards; else as `rows`."""
         return self._read(fingerprint)
 
+    def check(self) -> None:
+        """Raise OSError where no table can be read from the path, or surely none made there."""
+        if self.path.exists():
+            if not self.path.is_file():  # opening a pipe waits for a writer
+                raise OSError(errno.EINVAL, "not a regular file", str(self.path))
+            if not os.access(self.path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
+            return
+        above = next(parent for parent in self.path.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+
     def _read(self, fingerprint: Fingerprint | None) -> list[Measurement]:
         self.skipped = 0
         found = []
+        self.check()
         try:
             lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:

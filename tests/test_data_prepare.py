@@ -145,7 +145,7 @@ def test_failure_leaves_nothing(job, monkeypatch):
     monkeypatch.setattr(prepare_module, "encode", fail)
     with pytest.raises(JobError, match=r"data\.cache: cannot write /somewhere: No space left on device"):
         prepare(job)
-    assert list(prepared_path(job).parent.iterdir()) == []
+    assert not job.data.cache.exists()
     assert not is_prepared(job)
 
 
@@ -220,7 +220,7 @@ def test_command(job, tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{prepared_path(job)}\n")
     failed = run(dump_job(job).replace("work3", "work33"))
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.startswith("data.held_out: 'work33' matches none of the 8 works")
+    assert failed.stderr.startswith("copus: data.held_out: 'work33' matches none of the 8 works")
     assert failed.stderr.count("\n") == 1
 
 

@@ -1,6 +1,7 @@
 """The `copus` command with all of it real: text, data, two gloo ranks under the elastic agent; interrupt and resume."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from security_checks import SECRETS, listening, with_secrets
 
 from copus.events import Checkpoint, End, Evaluate, Start, Step, read_events
 
@@ -45,7 +47,10 @@ def _steps(run: Path) -> list[Step]:
 
 @pytest.mark.dist
 def test_an_interrupted_job_ends_like_one_that_was_not(tmp_path: Path) -> None:
-    """SIGINT → checkpoint, exit code 130; `--resume` → the same losses as the run that nobody touched."""
+    """SIGINT → checkpoint, exit code 130; `--resume` → the same losses as the run that nobody touched.
+
+    Meanwhile it listens on no address but loopback, and of the secrets in its environment it writes none.
+    """
     job = _write_job(tmp_path)
     whole = subprocess.run([*COPUS, "submit", str(job)], cwd=tmp_path, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
@@ -53,12 +58,14 @@ def test_an_interrupted_job_ends_like_one_that_was_not(tmp_path: Path) -> None:
     assert len(expected) == 150
 
     second = tmp_path / "runs/tiny-2"
-    with subprocess.Popen([*COPUS, "submit", str(job)], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    command, environment = [*COPUS, "submit", str(job)], os.environ | SECRETS
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 200
         while len(_steps(second)) < 20:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        assert listening(process.pid) == {"127.0.0.1"}
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -85,3 +92,5 @@ def test_an_interrupted_job_ends_like_one_that_was_not(tmp_path: Path) -> None:
     assert len(losses) >= 3
     assert again[-1].loss is not None
     assert again[-1].loss < 0.8 * (again[0].loss or 0)
+    assert (second / "logs").is_dir()
+    assert with_secrets(tmp_path) == []

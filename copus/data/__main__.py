@@ -22,18 +22,25 @@ def main(arguments: list[str]) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         job = load_job(Path(arguments[0]))
-        check_data(job)  # before the first bar, so that one line is all that a mistake prints
-        with Progress(*columns, console=console) as bars:
-            stages = {}
+        check_data(job)
+        bars = Progress(*columns, console=console)
+        stages = {}
 
-            def show(stage: str, done: int, total: int) -> None:
-                if stage not in stages:
-                    stages[stage] = bars.add_task(stage, total=total)
-                bars.update(stages[stage], completed=done, total=total)
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total)
 
+        bars.start()
+        try:
             folder = prepare(job, show)
+        except BaseException:
+            bars.live.transient = True  # one line is all that a mistake prints
+            bars.live.stop()
+            raise
+        bars.stop()
     except JobError as error:
-        print(error, file=sys.stderr)
+        print(f"copus: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,5 +1,6 @@
 """Makes the prepared data of a job: reads, splits by work, drops what leaks, trains the tokenizer, encodes, writes."""
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -67,6 +68,9 @@ def prepare(job: JobConfig, progress: Progress = lambda stage, done, total: None
         raise JobError(f"data.cache: cannot write {error.filename or temporary}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # where the first data of a cache could not be made: they are empty
+            folder.parent.rmdir()
+            job.data.cache.expanduser().rmdir()
     sync_folder(folder.parent)
     return folder
 

@@ -24,6 +24,8 @@ FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.json", "
 """What a prepared folder holds; training adds `indices/`, the sample orders that it has used."""
 
 Side = Literal["train", "valid"]
+MOST_PASSES = 10_000
+"""Times that a side of the data may be gone over."""
 
 
 class Source(Record):
@@ -154,10 +156,24 @@ def check_vocabulary(job: JobConfig) -> None:
 
 
 def check_length(job: JobConfig, manifest: Manifest) -> None:
-    """Raises JobError where a side of the data is shorter than one sequence."""
+    """Raises JobError where a side of the data is shorter than one sequence, or would be gone over absurdly often: the
+    order of every pass is a file."""
     seq_len = job.model.seq_len
+    wanted = {
+        "train": (f"training.tokens({job.training.tokens})", job.training.tokens),
+        "valid": (
+            f"training.evaluate_sequences({job.training.evaluate_sequences}) × model.seq_len({seq_len})",
+            job.training.evaluate_sequences * seq_len,
+        ),
+    }
     for side in get_args(Side):
         tokens = manifest.tokens(side)
+        what, amount = wanted[side]
+        if amount > MOST_PASSES * tokens > 0:
+            raise JobError(
+                f"{what} is {amount / tokens:.3g} times the {tokens} tokens of the data's {side} side: at most "
+                f"{MOST_PASSES}"
+            )
         if tokens < seq_len + 1:
             raise JobError(f"data: the {side} side has {tokens} tokens < model.seq_len({seq_len}) + 1 = {seq_len + 1}")
 

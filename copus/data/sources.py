@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ def source_files(source: str | list[Path]) -> list[Path]:
 def _files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
+    if path.exists() and not path.is_dir():
+        raise JobError(f"data.source: {path} is neither a regular file nor a folder")
     if not path.is_dir():
         raise JobError(f"data.source: no such file or folder: {path} (the only corpus with a name is `shakespeare`)")
     suffixes = (*TEXT_SUFFIXES, ".jsonl")
@@ -67,6 +70,8 @@ def file_sha256(path: Path) -> str:
     """Hash of a file's content; read once in a process for as long as its size and time stay. Raises JobError."""
     try:
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe has no end, and a device neither
+            raise JobError(f"data: {path}: not a regular file")
         return _hash(path, status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise JobError(f"data: {path}: {error.strerror}") from None

@@ -11,16 +11,24 @@ WORKER = ("-m", "copus.worker")
 
 
 def agent_arguments(
-    run: Path, job: JobConfig, *, endpoint: str, session: str, address: str, logs: Path, worker: Sequence[str] = WORKER
+    run: Path,
+    job: JobConfig,
+    *,
+    endpoint: str,
+    session: str,
+    address: str,
+    logs: Path,
+    worker: Sequence[str] = WORKER,
+    backend: str = "c10d",
 ) -> list[str]:
     """Arguments of `python -m torch.distributed.run` on each node.
 
     `endpoint` is where the agents meet, HOST:PORT; `session` tells this attempt from others there; `address` is this
-    node's, for the others. What the workers print goes to files below `logs`, and to the agent's output, each line
-    after `[rankN]:`.
+    node's, for the others; `backend` is torch's `c10d`, or `loopback` (`copus.agent`). What the workers print goes to
+    files below `logs`, and to the agent's output, each line after `[rankN]:`.
     """
     return [
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", session),
+        *("--rdzv-backend", backend, "--rdzv-endpoint", endpoint, "--rdzv-id", session),
         *("--local-addr", address, "--nnodes", str(job.cluster.nodes)),
         *("--nproc-per-node", str(job.cluster.accelerators_per_node)),
         *("--max-restarts", str(job.launch.max_restarts)),

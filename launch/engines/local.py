@@ -10,6 +10,7 @@ from pathlib import Path
 from copus.job import JobConfig, JobError
 from launch.engines.agent import WORKER, agent_arguments, agent_environment, command_line
 from launch.engines.base import AttendedEngine, EngineOptions, EngineState
+from launch.engines.this_machine import check_this_machine
 from launch.process import die_with_parent, module_environment, python_module
 from launch.run_directory import lock_holder, request_stop, shown
 
@@ -26,6 +27,7 @@ class LocalEngine(AttendedEngine):
         """Raise JobError where the job needs more than this machine."""
         if job.cluster.nodes != 1:
             raise JobError(f"cluster.nodes({job.cluster.nodes}): launch.engine(local) runs on one machine")
+        check_this_machine(job)
 
     def describe(self, run: Path, job: JobConfig) -> str:
         """The agent's command line, and what its environment has beside this command's own."""
@@ -52,13 +54,14 @@ class LocalEngine(AttendedEngine):
     def command(self, run: Path, job: JobConfig, session: str, profile_only: bool) -> list[str]:
         """The agent's command line. The rendezvous is on the loopback interface, on a port that the system picks."""
         local = "127.0.0.1"
-        place = {"endpoint": f"{local}:0", "session": session, "address": local}
+        place = {"backend": "loopback", "endpoint": f"{local}:0", "session": session, "address": local}
         arguments = agent_arguments(run, job, **place, logs=run / "logs", worker=self._worker)
-        return [*python_module("torch.distributed.run"), *arguments, *(["--profile-only"] if profile_only else [])]
+        return [*python_module("copus.agent"), *arguments, *(["--profile-only"] if profile_only else [])]
 
     def settings(self, job: JobConfig) -> dict[str, str]:
-        """What is set in the workers' environment. An interface that the user chose for gloo stays."""
-        return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")} | agent_environment(job)
+        """What is set in the workers' environment. Interfaces that the user chose stay."""
+        interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        return {name: os.environ.get(name, "lo") for name in interfaces} | agent_environment(job)
 
     def state(self, run: Path) -> EngineState:
         """Running as long as somebody holds the run's lock."""

@@ -1,12 +1,13 @@
-"""Reading a checkpoint without running anybody's code.
+"""Reading checkpoints and indices without running anybody's code.
 
-A pickle can name any function and call it. Checksums are no help: whoever makes the file makes the checksum. Three
-places unpickle when megatron-core 0.16.1 loads a `torch_dist` checkpoint, and each is closed here:
+A pickle can name any function and call it. Checksums are no help: whoever makes the file makes the checksum. Four
+places unpickle when megatron-core 0.16.1 loads a `torch_dist` checkpoint or opens a dataset, and each is closed here:
 
 - `common.pt`: torch.load, safe by default, unless an environment variable says otherwise;
 - `.metadata`: plain pickle.load (torch/distributed/checkpoint/filesystem.py, `read_metadata`);
 - objects among the tensors: torch.load with weights_only=False (default_planner.py, `load_bytes`), which a forged
-  `.metadata` can ask for.
+  `.metadata` can ask for;
+- the order of the samples, `.npy` files in the data's cache: numpy.load with allow_pickle (gpt_dataset.py:579-599).
 """
 
 import pickle
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint import filesystem
 
@@ -77,3 +79,18 @@ def data_only() -> Iterator[None]:
         yield
     finally:
         torch.load, filesystem.pickle = load, original
+
+
+@contextmanager
+def arrays_only() -> Iterator[None]:
+    """While it is entered, `.npy` files are read in this process as plain arrays; others raise ValueError."""
+    load = np.load
+
+    def plain(*arguments: Any, **options: Any) -> Any:
+        return load(*arguments, **{**options, "allow_pickle": False})
+
+    np.load = plain
+    try:
+        yield
+    finally:
+        np.load = load

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from copus.backends.megatron import cpu
+from copus.backends.megatron.safe_loading import arrays_only
 from copus.data.prepared import Manifest, read_manifest
 from copus.job import JobError
 
@@ -117,7 +118,11 @@ class SampleReader:
         config.path_to_cache = os.fspath(folder)
         indices = np.arange(len(self._documents), dtype=np.int32)
         # the second argument is bookkeeping; a name instead of the path lets the folder be moved
-        dataset = GPTDataset(self._documents, self._split.name, indices, None, self._split, config)
+        try:
+            with arrays_only():
+                dataset = GPTDataset(self._documents, self._split.name, indices, None, self._split, config)
+        except ValueError as error:
+            raise JobError(f"data.cache: {folder} has no order of samples in it: {error}; remove it") from None
         assert len(dataset) == self.samples_per_epoch, (len(dataset), self.samples_per_epoch)
         return dataset
 

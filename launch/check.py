@@ -1,0 +1,20 @@
+"""What nobody wants of a new run, said before it starts. A run that goes on on other ranks may have come to it."""
+
+from copus.job import JobConfig, JobError
+from planner.space import check_limits
+
+
+def check_start(job: JobConfig) -> None:
+    """Raise JobError for a step longer than the run, and for a planner that has nothing to choose from."""
+    training = job.training
+    if training.global_batch > job.total_samples:
+        raise JobError(
+            f"training.global_batch({training.global_batch}) is more than the whole run: training.tokens"
+            f"({training.tokens}) ÷ model.seq_len({job.model.seq_len}) = {job.total_samples} sequences"
+        )
+    if job.planner.policy == "static":
+        return
+    try:
+        check_limits(job.planner, job.model, job.cluster, training.layout)
+    except ValueError as error:
+        raise JobError(f"planner: {error}") from None

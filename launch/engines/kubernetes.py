@@ -1,0 +1,118 @@
+"""Kubernetes, through Kubeflow Trainer: a job is a TrainJob on a runtime with torch's policy.
+
+The pods run `launch.engines.kubernetes_node`, which is torch's elastic agent and what follows from its end. The run
+directory and the data lie on a volume that is mounted at the same place in the pods and on the machine that submits, so
+that every command reads a run as if it were here.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from copus.job import JobConfig, JobError
+from launch.engines.base import EngineState, QueuedEngine
+from launch.engines.kubernetes_api import Cluster
+from launch.engines.kubernetes_manifest import job_name, train_job
+from launch.engines.kubernetes_options import KubernetesOptions
+from launch.engines.ticket import Ticket, read_ticket
+from launch.run_directory import request_stop, shown
+
+
+class KubernetesEngine(QueuedEngine):
+    """A TrainJob for each submission; a resume is another one."""
+
+    Options = KubernetesOptions
+    options: KubernetesOptions
+
+    def check(self, job: JobConfig) -> None:
+        """Raise JobError where something that the pods read or write is not on the volume."""
+        source = job.data.source
+        places = {"launch.runs": job.launch.runs, "data.cache": job.data.cache, "profile.table": job.profile.table}
+        if isinstance(source, list):
+            places |= {f"data.source.{index}": path for index, path in enumerate(source)}
+        if job.data.tokenizer:
+            places["data.tokenizer"] = job.data.tokenizer
+        for field, place in places.items():
+            path = place.expanduser().absolute()
+            if not path.is_relative_to(self.options.mount) or ".." in path.parts:
+                raise JobError(
+                    f"{field}({path}) is not below launch.options.mount({self.options.mount}), where the pods have the "
+                    f"volume of claim {self.options.claim}"
+                )
+
+    def ready(self) -> None:
+        """Raise JobError without the client or a cluster."""
+        self._cluster(None)
+
+    def describe(self, run: Path, job: JobConfig) -> str:
+        """The manifest, as `kubectl create -f -` takes it."""
+        return yaml.safe_dump(self._manifest(run, job), sort_keys=False).rstrip()
+
+    def submit(self, run: Path, job: JobConfig) -> Ticket:
+        """Make the TrainJob."""
+        (run / "logs").mkdir(exist_ok=True)
+        manifest = self._manifest(run, job)
+        self._cluster(None).create(manifest)
+        name = manifest["metadata"]["name"]
+        return Ticket(engine="kubernetes", job_id=name, submitted=time.time(), place=self.options.namespace)
+
+    def state(self, run: Path) -> EngineState:
+        """By the conditions of the TrainJob, then by the jobs below it."""
+        ticket = read_ticket(run)
+        if ticket is None:
+            return EngineState("ended", "it was never queued")
+        name, status = f"TrainJob {ticket.job_id}", self._cluster(ticket).status(ticket.job_id)
+        if status is None:
+            return EngineState("ended", f"{name} is gone")
+        for condition in status.get("conditions") or []:
+            kind, why = condition.get("type"), condition.get("message") or condition.get("reason") or ""
+            if condition.get("status") != "True":
+                continue
+            if kind in ("Complete", "Failed"):
+                return EngineState("ended", f"{name} has ended: {'complete' if kind == 'Complete' else why}")
+            if kind == "Suspended":
+                return EngineState("queued", f"{name} waits: {why}")
+        jobs = status.get("jobsStatus") or []
+        if any(job.get("ready") for job in jobs):
+            return EngineState("running", f"{name} runs")
+        return EngineState("queued", f"{name} waits for its pods")
+
+    def cancel(self, run: Path, *, now: bool) -> str:
+        """RUN/stop for workers that run; a job that waits, or `now`, is deleted."""
+        ticket, state = read_ticket(run), self.state(run)
+        if ticket is None or state.phase == "ended":
+            raise JobError(f"{shown(run)}: nothing to cancel: {state.words}")
+        request_stop(run)
+        if state.phase == "running" and not now:
+            return f"the workers of TrainJob {ticket.job_id} stop at the next step, with a checkpoint"
+        self._cluster(ticket).delete(ticket.job_id)
+        return f"TrainJob {ticket.job_id} was deleted"
+
+    def log_files(self, run: Path) -> list[Path]:
+        """What each node of the last submission printed."""
+        ticket = read_ticket(run)
+        return sorted((run / "logs").glob(f"{ticket.job_id}.node-*.log")) if ticket else []
+
+    def logs(self, run: Path, rank: int | None, *, follow: bool) -> Iterator[str]:
+        """As the nodes wrote them into the run directory; where none came so far, what the cluster has of the pods."""
+        ticket = read_ticket(run)
+        if ticket is not None and not follow and not self.log_files(run):
+            return self._cluster(ticket).logs(ticket.job_id)
+        return super().logs(run, rank, follow=follow)
+
+    def _manifest(self, run: Path, job: JobConfig) -> dict[str, Any]:
+        before = read_ticket(run)
+        name = job_name(run, before.job_id if before else None)
+        try:
+            return train_job(name, run, job, self.options)
+        except ImportError:
+            raise JobError("launch.engine(kubernetes) needs its models: pip install 'copus[kubernetes]'") from None
+        except ValueError as error:  # the models': a toleration, say
+            raise JobError(f"launch.options: {' '.join(str(error).split())}") from None
+
+    def _cluster(self, ticket: Ticket | None) -> Cluster:
+        """The cluster, and the namespace that a job is in."""
+        return Cluster(ticket.place if ticket and ticket.place else self.options.namespace, self.options.context)

@@ -1,0 +1,79 @@
+"""What the Kubernetes engine takes in `launch.options`."""
+
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from launch.engines.base import EngineOptions
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+"""A name of an object in Kubernetes."""
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Quantity = str | int
+"""As Kubernetes writes it: 8, "500m", "64Gi"."""
+SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+"""Variables that are surely secret by their name: a manifest is no place for their values."""
+
+
+class KubernetesOptions(EngineOptions):
+    """What the job runs in, and where it may run."""
+
+    image: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=500)
+    """Container image with copus, torch and megatron-core in it."""
+    claim: Name
+    """PersistentVolumeClaim (ReadWriteMany for several nodes) that runs and data lie on."""
+    mount: str = Field(pattern=r"^/[A-Za-z0-9._/-]*$")
+    """Where the claim is mounted, in the pods and on the machine that submits: an absolute path. launch.runs, data and
+    profile.table have to be below it."""
+    namespace: Name = "default"
+    """Namespace of the job, and of the claim."""
+    context: str | None = None
+    """Context of the kubeconfig; else the current one, or that of the pod that submits."""
+    runtime: Name = "torch-distributed"
+    """ClusterTrainingRuntime that the job is built on: one with torch's policy."""
+    python: str = "python3"
+    """Python in the image."""
+    accelerator_resource: str = Field(default="nvidia.com/gpu", pattern=r"^[a-z0-9./-]+$")
+    """What the cluster calls an accelerator."""
+    resources: dict[str, Quantity] = Field(default_factory=dict)
+    """Resources of a node of the job, requested and limited alike: {memory: 64Gi}. Accelerators and CPUs follow from
+    the job unless they are named."""
+    env: dict[EnvironmentName, str] = Field(default_factory=dict)
+    """Environment variables. No secrets: everybody who may read jobs can read these."""
+    secrets: dict[EnvironmentName, Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")]] = Field(
+        default_factory=dict
+    )
+    """Environment variables from secrets in the namespace: {WANDB_API_KEY: SECRET/KEY}."""
+    service_account: Name | None = None
+    """Service account of the pods; else the namespace's."""
+    image_pull_secrets: list[Name] = Field(default_factory=list)
+    """Secrets that the image is pulled with."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels that nodes need to have."""
+    tolerations: list[dict[Literal["key", "operator", "value", "effect", "tolerationSeconds"], str | int]] = Field(
+        default_factory=list
+    )
+    """Taints of nodes that the pods put up with: [{key: gpu, operator: Exists}]."""
+    grace_seconds: int = Field(default=120, gt=0, le=86_400)
+    """Time for a checkpoint when a pod is evicted: its terminationGracePeriodSeconds."""
+
+    @field_validator("mount")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if ".." in PurePosixPath(value).parts or value.rstrip("/") == "":
+            raise ValueError(f"{value!r} is no folder to mount a volume at")
+        return value.rstrip("/")
+
+    @field_validator("env")
+    @classmethod
+    def _not_secret(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if SECRET.search(name):
+                raise ValueError(
+                    f"{name} looks like a secret: name the one in the cluster, secrets: {{{name}: SECRET/KEY}}"
+                )
+            if name.startswith("PET_"):
+                raise ValueError(f"{name} is set by the training runtime")
+        return value

@@ -1,0 +1,39 @@
+"""What this machine can surely not do: said before anything starts, instead of by a machine that stands still."""
+
+import os
+
+from copus.job import JobConfig, JobError
+
+RANKS_PER_CORE = 8
+"""More ranks than this for each core of the machine are a mistake."""
+GIB = 2**30
+
+
+def check_this_machine(job: JobConfig) -> None:
+    """Raise JobError for more ranks or, where the ranks share the machine's memory, a larger model than it can hold."""
+    cores = os.cpu_count() or 1
+    ranks = job.cluster.accelerators_per_node
+    if ranks > RANKS_PER_CORE * cores:
+        raise JobError(
+            f"cluster.accelerators_per_node({ranks}) is more than {RANKS_PER_CORE} ranks for each of this machine's "
+            f"{cores} CPU cores"
+        )
+    if job.cluster.accelerator != "cpu":
+        return
+    memory, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), least_bytes(job)
+    if needed > memory:
+        raise JobError(
+            f"model: {job.model.parameters} parameters with training.micro_batch({job.training.micro_batch}) × "
+            f"model.seq_len({job.model.seq_len}) tokens take at least {needed / GIB:.3g} GiB, and this machine has "
+            f"{memory / GIB:.3g} GiB"
+        )
+
+
+def least_bytes(job: JobConfig) -> int:
+    """Less memory than all ranks together can do with: weights, gradients and Adam's moments in fp32, once where the
+    optimizer is sharded, and the inputs of all layers and the logits of one micro-batch in each replica."""
+    model, training = job.model, job.training
+    replicas = training.layout.dp
+    state = model.parameters * (8 * replicas + 8 * (1 if training.layout.zero else replicas))
+    tokens = training.micro_batch * model.seq_len
+    return state + 2 * replicas * tokens * (model.layers * model.hidden + model.padded_vocab)

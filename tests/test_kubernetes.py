@@ -1,0 +1,340 @@
+"""The Kubernetes engine: its manifest by the models of Kubeflow's API, its requests to a server that stands for a
+cluster, and what a pod does when it is evicted. No real cluster was ever asked."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from kubernetes_api import FakeCluster, fake_cluster
+from launch_jobs import WORKER, copus_here, write_job
+from test_end_to_end import _write_job as write_tiny_job
+
+from copus.events import End, Start, Step, read_events
+from copus.job import load_job
+from launch.engines import engine_state
+from launch.engines import kubernetes_node as node
+from launch.engines.agent import agent_environment
+from launch.engines.kubernetes_manifest import job_name
+from launch.engines.ticket import Ticket, read_ticket, write_ticket
+from launch.run_directory import create_run, lock_run
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "shakespeare.yaml"
+
+
+def on_volume(folder: Path, **options: object) -> list[str]:
+    """What `copus submit` needs for a cluster whose volume is mounted at this folder."""
+    given = {"image": "registry.example/copus:1", "claim": "copus-runs", "mount": str(folder), **options}
+    settings = {
+        "data.cache": folder / "cache",
+        "launch.runs": folder / "runs",
+        "profile.table": folder / "table.jsonl",
+        "launch.options": json.dumps(given),
+    }
+    return [
+        "--engine",
+        "kubernetes",
+        *(part for each in settings.items() for part in ("--set", "=".join(map(str, each)))),
+    ]
+
+
+def manifest(folder: Path, capfd: pytest.CaptureFixture[str], *arguments: str, **options: object) -> dict:
+    """What a dry run prints."""
+    code = copus_here("submit", *(arguments or [str(EXAMPLE)]), *on_volume(folder, **options), "--dry-run")
+    output, errors = capfd.readouterr()
+    assert code == 0, errors
+    return yaml.safe_load(output)
+
+
+def test_the_manifest_is_one_that_kubeflow_takes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+    found = manifest(
+        tmp_path,
+        capfd,
+        namespace="research",
+        resources={"memory": "64Gi"},
+        env={"NCCL_DEBUG": "INFO"},
+        secrets={"WANDB_API_KEY": "wandb/key"},
+        service_account="trainer",
+        node_selector={"pool": "gpu"},
+        tolerations=[{"key": "gpu", "operator": "Exists", "tolerationSeconds": 60}],
+        image_pull_secrets=["registry"],
+        grace_seconds=300,
+    )
+    model = TrainerV1alpha1TrainJob.from_dict(found)
+    assert model is not None
+    assert model.to_dict() == found  # nothing is there that the models do not know
+    assert (found["apiVersion"], found["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    assert found["metadata"]["namespace"] == "research"
+    trainer = found["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (1, 2)
+    assert [*trainer["command"], *trainer["args"]] == [
+        *("python3", "-m", "launch.engines.kubernetes_node", str(tmp_path / "runs" / "shakespeare"))
+    ]
+    assert trainer["resourcesPerNode"]["limits"] == {"cpu": "2", "memory": "64Gi"}
+    environment = {each["name"]: each for each in trainer["env"]}
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]["value"] == "1"
+    assert environment["COPUS_JOB"]["value"] == found["metadata"]["name"]
+    assert environment["WANDB_API_KEY"]["valueFrom"]["secretKeyRef"] == {"name": "wandb", "key": "key"}
+    (patch,) = found["spec"]["runtimePatches"]
+    (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 300
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "copus-runs"
+    assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == str(tmp_path)
+    assert (pod["serviceAccountName"], pod["nodeSelector"]) == ("trainer", {"pool": "gpu"})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_gpus_are_asked_for_by_the_nodes_of_the_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cluster = ["--set", "cluster={nodes: 2, accelerators_per_node: 4, accelerator: h100-sxm}"]
+    layout = ["--set", "training.layout={tp: 2, dp: 4}", "--set", "training.global_batch=8"]
+    trainer = manifest(tmp_path, capfd, str(EXAMPLE), *cluster, *layout)["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
+    assert trainer["resourcesPerNode"]["limits"] == {"cpu": "4", "nvidia.com/gpu": "4"}
+
+
+def test_nothing_of_the_environment_is_in_a_manifest(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "canary")
+    assert "canary" not in json.dumps(manifest(tmp_path, capfd))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image": None}, "launch.options: image: "),
+        ({"image": "a; rm -rf /"}, "launch.options: image: "),
+        ({"claim": "$(id)"}, "launch.options: claim: "),
+        ({"mount": "/"}, "launch.options: mount: "),
+        ({"mount": "/elsewhere"}, "is not below launch.options.mount(/elsewhere)"),
+        ({"namespace": "a/b"}, "launch.options: namespace: "),
+        ({"env": {"HF_TOKEN": "abc"}}, "launch.options: env: HF_TOKEN looks like a secret"),
+        ({"env": {"PET_NNODES": "2"}}, "PET_NNODES is set by the training runtime"),
+        ({"secrets": {"HF_TOKEN": "abc"}}, "launch.options: secrets.HF_TOKEN: "),
+        ({"tolerations": [{"kee": "gpu"}]}, "launch.options: tolerations.0.kee"),
+        ({"grace_seconds": "long"}, "launch.options: grace_seconds: "),
+        ({"gpu": 8}, "launch.options: gpu: unknown key"),
+    ],
+)
+def test_options_that_are_wrong_are_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], options: dict[str, object], words: str
+) -> None:
+    assert copus_here("submit", str(EXAMPLE), *on_volume(tmp_path, **options), "--dry-run") == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1
+    assert words in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_are_names_of_hosts() -> None:
+    for name in ("shakespeare", "A.Long_Name" * 9, "0", "..."):
+        found = job_name(Path("/runs") / name, None)
+        assert len(f"{found}-node-0-0") <= 63
+        assert found.replace("-", "").isalnum()
+        assert found == found.lower()
+        assert found == job_name(Path("/runs") / name, None)
+        assert found != job_name(Path("/runs") / name, found)
+
+
+class TestCluster:
+    """Submitting, looking, cancelling and resuming, with a server that answers as a cluster does."""
+
+    @pytest.fixture
+    def cluster(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
+        write_job(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        with fake_cluster(tmp_path) as (server, config):
+            monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(config))
+            yield server
+
+    def submit(self, folder: Path, *arguments: str) -> int:
+        return copus_here("submit", *arguments, *on_volume(folder), "--detach")
+
+    def test_from_submission_to_the_end(
+        self, tmp_path: Path, cluster: FakeCluster, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.submit(tmp_path, "job.yaml") == 0, capfd.readouterr().err
+        run = tmp_path / "runs" / "small"
+        (name,) = cluster.jobs
+        assert read_ticket(run) == Ticket(
+            engine="kubernetes", job_id=name, submitted=read_ticket(run).submitted, place="default"
+        )
+        assert engine_state(run).phase == "queued"
+
+        job = cluster.jobs[name]
+        job["status"] = {"jobsStatus": [{"name": "node", "ready": 1, "active": 1}]}
+        assert engine_state(run).words == f"TrainJob {name} runs"
+        assert copus_here("submit", "--resume", "small") == 2
+        assert f"TrainJob {name} runs" in capfd.readouterr().err
+        cluster.pods = {f"{name}-node-0-0": "[rank0]:hello\n[rank1]:world\n"}
+        assert copus_here("logs", "small") == 0
+        assert capfd.readouterr().out.splitlines()[-2:] == ["[rank0]:hello", "[rank1]:world"]
+
+        assert copus_here("cancel", "small") == 0  # the workers stop by themselves
+        assert (run / "stop").read_text() == ""
+        assert name in cluster.jobs
+        job["status"]["conditions"] = [
+            {"type": "Failed", "status": "True", "reason": "F", "message": "too many restarts"}
+        ]
+        assert engine_state(run).words == f"TrainJob {name} has ended: too many restarts"
+        assert copus_here("cancel", "small") == 2
+
+        assert copus_here("submit", "--resume", "small", "--detach") == 0, capfd.readouterr().err
+        assert not (run / "stop").exists()
+        assert len(cluster.jobs) == 2
+        again = read_ticket(run)
+        assert again is not None
+        assert again.job_id != name
+        assert copus_here("cancel", "small", "--now") == 0
+        assert list(cluster.jobs) == [name]
+        assert engine_state(run).phase == "ended"
+        kind = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
+        assert {f"POST {kind}", f"GET {kind}/{name}", f"DELETE {kind}/{again.job_id}"} <= set(cluster.asked)
+
+    def test_what_the_cluster_refuses_is_one_line_and_leaves_nothing(
+        self, tmp_path: Path, cluster: FakeCluster, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        cluster.refusal = (403, 'trainjobs is forbidden: User "jane"\ncannot create resource')
+        assert self.submit(tmp_path, "job.yaml") == 2
+        said = capfd.readouterr().err
+        assert 'forbidden: User "jane" cannot create resource' in said
+        assert said.count("\n") == 1
+        assert not (tmp_path / "runs").exists()
+
+    def test_a_cluster_that_is_down_is_not_taken_for_an_end(
+        self, tmp_path: Path, cluster: FakeCluster, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.submit(tmp_path, "job.yaml") == 0
+        monkeypatch.setattr("launch.engines.kubernetes_api.SECONDS", 0.5)
+        cluster.shutdown()
+        cluster.server_close()
+        state = engine_state(tmp_path / "runs" / "small")
+        assert state.phase == "unknown"
+        assert "does not answer" in state.words
+
+
+class TestNode:
+    """A pod of one node, with a worker that only counts."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        path = write_job(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        run = create_run(load_job(path, ["launch.runs=runs"]))
+        (run / "logs").mkdir()
+        write_ticket(run, Ticket(engine="kubernetes", job_id="copus-small-1", submitted=0.0))
+        monkeypatch.setenv("COPUS_JOB", "copus-small-1")
+        handler = signal.getsignal(signal.SIGTERM)
+        yield run
+        signal.signal(signal.SIGTERM, handler)
+
+    def attempt(self, run: Path, monkeypatch: pytest.MonkeyPatch, *worker: str) -> int:
+        command = [sys.executable, str(WORKER), *worker, str(run)]
+        monkeypatch.setattr(node.Node, "command", lambda self: command)
+        return node.main([str(run)])
+
+    def when_training(self, run: Path, do) -> None:
+        """Do something once some steps are made."""
+
+        def wait() -> None:
+            while sum(isinstance(event, Step) for event in read_events(run)) < 3:
+                time.sleep(0.02)
+            do()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def test_a_finished_run_is_a_success(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.attempt(run, monkeypatch, "--steps", "3") == 0
+        assert (run / "logs" / "copus-small-1.node-0.log").exists()
+
+    def test_an_evicted_pod_leaves_a_checkpoint_and_goes_on(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.when_training(run, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert self.attempt(run, monkeypatch, "--steps", "100000") == node.AGAIN
+        done = int((run / "checkpoints" / "done").read_text())
+        assert self.attempt(run, monkeypatch, "--steps", str(done + 2)) == 0
+        assert [event.step for event in read_events(run) if isinstance(event, Step)] == list(range(1, done + 3))
+        assert [event.resumed_from for event in read_events(run) if isinstance(event, Start)] == [
+            None,
+            "checkpoints/done",
+        ]
+        assert [event.reason for event in read_events(run) if isinstance(event, End)] == ["interrupted", "finished"]
+
+    def test_a_run_that_the_user_stops_is_not_started_again(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.when_training(run, (run / "stop").touch)
+        assert self.attempt(run, monkeypatch, "--steps", "100000") == 0
+        assert self.attempt(run, monkeypatch, "--steps", "100000") == 0  # a pod that comes back finds it stopped
+        assert sum(isinstance(event, Start) for event in read_events(run)) == 1
+
+    def test_workers_that_fail_are_started_again(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.attempt(run, monkeypatch, "--fail-at", "2") == node.AGAIN
+
+    def test_the_run_of_another_job_is_left_alone(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(node, "SECONDS", 0.1)
+        monkeypatch.setenv("COPUS_JOB", "copus-small-2")
+        assert self.attempt(run, monkeypatch) == 2
+        assert "does not belong to TrainJob copus-small-2" in capfd.readouterr().err
+        monkeypatch.setenv("COPUS_JOB", "copus-small-1")
+        with lock_run(run):
+            assert self.attempt(run, monkeypatch) == 2
+
+    def test_nodes_meet_where_the_runtime_says(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        two = ["cluster={nodes: 2, accelerators_per_node: 2, accelerator: h100-sxm}", "training.layout={tp: 2, dp: 2}"]
+        environment = {"PET_MASTER_ADDR": "j-node-0-0.j", "PET_MASTER_PORT": "29500", "POD_IP": "10.1.2.3"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        for rank, hosts in ((0, "is_host=1"), (1, "is_host=0")):
+            said = " ".join(node.Node(run, load_job(run / "job.yaml", two), "j", rank).command())
+            assert "--rdzv-endpoint j-node-0-0.j:29500 --rdzv-id j --local-addr 10.1.2.3 --nnodes 2" in said
+            assert hosts in said
+        alone = " ".join(node.Node(run, load_job(run / "job.yaml"), "j", 0).command())
+        assert "copus.agent --rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in alone
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_pods_train_and_go_on_after_one_is_evicted(tmp_path: Path) -> None:
+    """What runs in the pods, for real: two nodes of a rank each, on this machine and in what the runtime gives them."""
+    job = load_job(
+        write_tiny_job(tmp_path), ["cluster={nodes: 2, accelerators_per_node: 1}", f"launch.runs={tmp_path}"]
+    )
+    run = create_run(job)
+    (run / "logs").mkdir()
+    write_ticket(run, Ticket(engine="kubernetes", job_id="copus-tiny-1", submitted=0.0))
+    subprocess.run([sys.executable, "-m", "copus.data", str(run / "job.yaml")], cwd=tmp_path, check=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def attempt() -> list[subprocess.Popen[bytes]]:
+        given = {"COPUS_JOB": "copus-tiny-1", "POD_IP": "127.0.0.1", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}
+        given |= {"PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        given |= agent_environment(job)
+        command = [sys.executable, "-m", "launch.engines.kubernetes_node", str(run)]
+        environments = [os.environ | given | {"PET_NODE_RANK": str(rank)} for rank in (0, 1)]
+        return [subprocess.Popen(command, env=each, cwd=tmp_path) for each in environments]
+
+    pods = attempt()
+    while sum(isinstance(event, Step) for event in read_events(run)) < 20:
+        assert all(pod.poll() is None for pod in pods)
+        time.sleep(0.05)
+    pods[1].terminate()
+    assert [pod.wait(timeout=120) for pod in pods] == [node.AGAIN, node.AGAIN]
+    assert [pod.wait(timeout=300) for pod in attempt()] == [0, 0]
+    assert [event.reason for event in read_events(run) if isinstance(event, End)] == ["interrupted", "finished"]
+    steps = [event.step for event in read_events(run) if isinstance(event, Step)]
+    assert steps == list(range(1, 151))
+    logs = [(run / "logs" / f"copus-tiny-1.node-{rank}.log").stat().st_size >= 0 for rank in (0, 1)]
+    assert logs == [True, True]
