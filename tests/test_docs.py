@@ -107,6 +107,20 @@ def test_commands_and_flags_exist(page: Path) -> None:
         assert flags <= commands.help_of(name).flags | {"--help"}, f"{page.name}: {line}"
 
 
+# Benchmarks
+
+
+def test_the_page_of_benchmarks_has_every_benchmark_and_every_kept_result() -> None:
+    page = (DOCS / "benchmarks.md").read_text()
+    named = set(re.findall(r"python -m benchmarks\.([a-z_]+)", page))
+    programs = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+    # Those that only a benchmark starts, in processes of its own, and the one that `make gpu-check` is for.
+    inner = {name for name in programs if name.endswith(("_ranks", "_worker"))} | {"gpu_check"}
+    assert named == programs - inner
+    for result in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert f"`{result.name}`" in page, f"{result.name} is kept, and not on the page"
+
+
 # Fields of the job file
 
 
@@ -129,8 +143,8 @@ def fields() -> dict[str, set[str]]:
 def field_names() -> set[str]:
     """`training.layout.tp` and the like, options of trackers included."""
     named = {f"{place}.{name}".strip(".") for place, names in fields().items() for name in names}
-    options = {f"tracking.{name}.{field}" for name, model in job_file.TRACKERS.items() for field in model.model_fields}
-    return named | options | {f"tracking.{name}" for name in job_file.TRACKERS}
+    options = {f"{place}.{field}" for place, model in job_file.OPTIONS.items() for field in model.model_fields}
+    return named | options | set(job_file.OPTIONS)
 
 
 def test_the_reference_has_every_field_with_its_default_and_meaning() -> None:
@@ -146,7 +160,7 @@ def test_the_reference_has_every_field_with_its_default_and_meaning() -> None:
 
 
 def test_the_reference_has_the_options_of_every_built_in_tracker() -> None:
-    assert set(job_file.TRACKERS) == set(BUILT_IN)
+    assert {place for place in job_file.OPTIONS if place.startswith("tracking.")} == {f"tracking.{n}" for n in BUILT_IN}
     assert "| `mode` | `online` or `offline` | `online` |" in job_file.page()
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from launch_events import DATA, TENSOR, decision, reconfigure
 from launch_jobs import JOB, copus_here, write_job
+from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import copus.trackers
@@ -357,9 +358,8 @@ def test_prometheus_file_while_the_run_goes_on_and_in_the_collectors_folder(tmp_
 
 
 def test_prometheus_own_parser_reads_the_file(tmp_path: Path) -> None:
-    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus_client is not installed")
     assert follow(tmp_path, job_with(prometheus={}), EVERYTHING) == []
-    families = list(parser.text_string_to_metric_families((tmp_path / "metrics.prom").read_text()))
+    families = list(text_string_to_metric_families((tmp_path / "metrics.prom").read_text()))
     values = {sample.name: sample.value for family in families for sample in family.samples}
     assert values == {name: value for name, (_, _, value) in read_metrics(tmp_path / "metrics.prom").items()}
 

@@ -15,12 +15,13 @@ from copus.tracking.tensorboard import TensorBoardOptions
 from copus.tracking.wandb import WandbOptions
 from profiles.record import Record
 
-TRACKERS = {
-    "tensorboard": TensorBoardOptions,
-    "wandb": WandbOptions,
-    "mlflow": MlflowOptions,
-    "prometheus": PrometheusOptions,
+OPTIONS: dict[str, type[Record]] = {
+    "tracking.tensorboard": TensorBoardOptions,
+    "tracking.wandb": WandbOptions,
+    "tracking.mlflow": MlflowOptions,
+    "tracking.prometheus": PrometheusOptions,
 }
+"""Place → model of options that only their plugin knows, and the job file's own model has as a mapping."""
 UNITS = (  # the end of a name → its unit: quantities carry it (docs/design.md)
     ("tokens", "tokens"),
     ("seconds", "seconds"),
@@ -45,7 +46,7 @@ def sections(model: type[Record] = JobConfig, place: str = "") -> Iterator[tuple
         if inner is not None:
             yield from sections(inner, f"{place}.{name}" if place else name)
     if model is JobConfig:
-        yield from ((f"tracking.{name}", options) for name, options in TRACKERS.items())
+        yield from OPTIONS.items()
 
 
 def page(models: Iterator[tuple[str, type[Record]]] | None = None) -> str:
