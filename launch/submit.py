@@ -52,7 +52,8 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     engine = engine_of(job)
     check(job)
     check_profiler(job)
-    check_trackers(job)
+    if not engine.own_software:
+        check_trackers(job)
     check_start(job)
     if manner.dry_run:
         return _describe(engine, next_run(job), job, manner)
@@ -88,7 +89,8 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
         return _conclude(Outcome(0, "finished", status, 0.0), run, console, manner, already=True)
     engine = engine_of(job)
     check(job)
-    check_trackers(job)
+    if not engine.own_software:
+        check_trackers(job)
     if manner.dry_run:
         return _describe(engine, run, job, manner)
     if isinstance(engine, QueuedEngine):

@@ -13,6 +13,8 @@ from copus.tracking.mlflow import MlflowOptions
 from copus.tracking.prometheus import PrometheusOptions
 from copus.tracking.tensorboard import TensorBoardOptions
 from copus.tracking.wandb import WandbOptions
+from launch.engines.kubernetes_options import KubernetesOptions
+from launch.engines.slurm_options import SlurmOptions
 from profiles.record import Record
 
 OPTIONS: dict[str, type[Record]] = {
@@ -20,6 +22,8 @@ OPTIONS: dict[str, type[Record]] = {
     "tracking.wandb": WandbOptions,
     "tracking.mlflow": MlflowOptions,
     "tracking.prometheus": PrometheusOptions,
+    "launch.options (slurm)": SlurmOptions,
+    "launch.options (kubernetes)": KubernetesOptions,
 }
 """Place → model of options that only their plugin knows, and the job file's own model has as a mapping."""
 UNITS = (  # the end of a name → its unit: quantities carry it (docs/design.md)

@@ -68,6 +68,8 @@ class Engine(ABC):
     Options: ClassVar[type[EngineOptions]] = EngineOptions
     """What it takes in `launch.options`; the job file is refused where they do not validate."""
     options: EngineOptions
+    own_software: ClassVar[bool] = False
+    """Whether workers run another installation than this command's, an image say: nothing here tells what it has."""
 
     def __init__(self, options: EngineOptions | None = None) -> None:
         self.options = options or self.Options()

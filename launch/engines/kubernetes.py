@@ -26,6 +26,7 @@ class KubernetesEngine(QueuedEngine):
 
     Options = KubernetesOptions
     options: KubernetesOptions
+    own_software = True
 
     def check(self, job: JobConfig) -> None:
         """Raise JobError where something that the pods read or write is not on the volume."""
