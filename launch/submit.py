@@ -214,6 +214,7 @@ def _left_alone(run: Path) -> str:
     lines = [
         f"{engine_state(run).words}; it goes on without this command",
         f"  run         {place}",
+        f"  watch       copus watch {place}",
         f"  logs        copus logs {place} --follow",
         f"  stop        copus cancel {place}",
     ]
