@@ -34,7 +34,6 @@ SHORT = {
     "training.evaluate_sequences": "8",
     "training.evaluate_every_tokens": "100_000",
     "training.checkpoint_every_tokens": "6400",  # 50 steps
-    "launch.timeout_seconds": "20",
     "planner.policy": "static",
     "profile.when": "never",
 }
@@ -113,16 +112,17 @@ def tell(run: Path) -> None:
             print(f"  {event.type:<10} step {event.step:<4} samples {event.samples_consumed:<5} {more or ''}")
 
 
-def kill_node(run: Path, session: str, node: int) -> None:
-    """Kill the step of a job on one node: Slurm's daemon of the step, the agent, and its worker."""
+def kill_step(run: Path, session: str, node: int) -> None:
+    """Kill all that a job runs on one node: the agent and its worker.
+
+    Slurm's own daemon of the step is left: without it nobody reports the death, and the other agent only notices after
+    `launch.timeout_seconds`.
+    """
     logs = f"{run}/logs/slurm-{session}.node-{node}"
-    agents = [process for process in psutil.process_iter(["cmdline"]) if logs in (process.info["cmdline"] or [])]
-    assert agents, f"nothing runs with {logs}"
-    agent = min(agents, key=lambda process: process.create_time())
-    step = agent.parent()
-    assert step is not None
-    assert "slurmstepd" in step.name()
-    for process in (step, agent, *agent.children(recursive=True)):
+    found = [process for process in psutil.process_iter(["cmdline"]) if logs in (process.info["cmdline"] or [])]
+    assert found, f"nothing runs with {logs}"
+    agent = min(found, key=lambda process: process.create_time())
+    for process in (agent, *agent.children(recursive=True)):
         process.kill()
 
 
@@ -142,11 +142,11 @@ def test_a_refused_job_leaves_nothing(cluster: Cluster) -> None:
     assert not (cluster.folder / "runs" / "refused").exists()
 
 
-def test_a_lost_node_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
+def test_a_lost_step_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
     run = cluster.folder / "runs" / "lost"
     with cluster.running(*cluster.job("lost", 38_400)) as following:
         wait_for_event(run, Checkpoint, 1)
-        kill_node(run, f"{_job_id(run)}-0", 1)
+        kill_step(run, f"{_job_id(run)}-0", 1)
         output, _ = following.communicate(timeout=480)
     tell(run)
     print(output)

@@ -286,7 +286,7 @@ def attempt(run: Path, job: Path, number: int = 0) -> Attempt:
 def node(tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run on the first node of its job, which takes `scontrol requeue` for done."""
     monkeypatch.setattr(slurm_job, "queue_entry", lambda job_id: QueueEntry("RUNNING", "None", "n1"))
-    monkeypatch.setattr(slurm_job, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(slurm_job, "ENDING_SECONDS", 0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     run = queued(tmp_path, max_requeues=1)
     yield run
