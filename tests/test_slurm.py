@@ -22,7 +22,7 @@ from slurm_cluster import install, slurm_cluster, wait_for
 from copus.events import Checkpoint, End, Event, Restart, Start, Step, Warned, read_events
 from launch.follow import without_replays
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {
@@ -34,7 +34,6 @@ SHORT = {
     "training.evaluate_sequences": "8",
     "training.evaluate_every_tokens": "100_000",
     "training.checkpoint_every_tokens": "6400",  # 50 steps
-    "launch.timeout_seconds": "20",
     "planner.policy": "static",
     "profile.when": "never",
 }
@@ -95,7 +94,7 @@ def cluster() -> Iterator[Cluster]:
             yield Cluster(Path(folder), environment)
 
 
-def wait_for_event(run: Path, kind: type[Event], count: int, seconds: float = 120) -> None:
+def wait_for_event(run: Path, kind: type[Event], count: int, seconds: float = 240) -> None:
     wait_for(f"{count} × {kind.__name__}", lambda: len(seen(run, kind)) >= count, seconds)
 
 
@@ -113,16 +112,17 @@ def tell(run: Path) -> None:
             print(f"  {event.type:<10} step {event.step:<4} samples {event.samples_consumed:<5} {more or ''}")
 
 
-def kill_node(run: Path, session: str, node: int) -> None:
-    """Kill the step of a job on one node: Slurm's daemon of the step, the agent, and its worker."""
+def kill_step(run: Path, session: str, node: int) -> None:
+    """Kill all that a job runs on one node: the agent and its worker.
+
+    Slurm's own daemon of the step is left: without it nobody reports the death, and the other agent only notices after
+    `launch.timeout_seconds`.
+    """
     logs = f"{run}/logs/slurm-{session}.node-{node}"
-    agents = [process for process in psutil.process_iter(["cmdline"]) if logs in (process.info["cmdline"] or [])]
-    assert agents, f"nothing runs with {logs}"
-    agent = min(agents, key=lambda process: process.create_time())
-    step = agent.parent()
-    assert step is not None
-    assert "slurmstepd" in step.name()
-    for process in (step, agent, *agent.children(recursive=True)):
+    found = [process for process in psutil.process_iter(["cmdline"]) if logs in (process.info["cmdline"] or [])]
+    assert found, f"nothing runs with {logs}"
+    agent = min(found, key=lambda process: process.create_time())
+    for process in (agent, *agent.children(recursive=True)):
         process.kill()
 
 
@@ -142,12 +142,12 @@ def test_a_refused_job_leaves_nothing(cluster: Cluster) -> None:
     assert not (cluster.folder / "runs" / "refused").exists()
 
 
-def test_a_lost_node_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
+def test_a_lost_step_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
     run = cluster.folder / "runs" / "lost"
     with cluster.running(*cluster.job("lost", 38_400)) as following:
         wait_for_event(run, Checkpoint, 1)
-        kill_node(run, f"{_job_id(run)}-0", 1)
-        output, _ = following.communicate(timeout=240)
+        kill_step(run, f"{_job_id(run)}-0", 1)
+        output, _ = following.communicate(timeout=480)
     tell(run)
     print(output)
     assert following.returncode == 0, "\n".join(log.read_text() for log in sorted((run / "logs").glob("*.log")))
@@ -163,9 +163,9 @@ def test_a_lost_node_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
 
 def test_the_time_limit_is_a_requeue_and_cancel_the_end(cluster: Cluster) -> None:
     run = cluster.folder / "runs" / "long"
-    cluster.copus(*cluster.job("long", 10**9, time_limit="2", checkpoint_seconds=90), "--detach")
+    cluster.copus(*cluster.job("long", 10**9, time_limit="5", checkpoint_seconds=240), "--detach")
     said = cluster.copus("submit", "--resume", "long", exit_code=2)
-    assert "copus cancel" in said
+    assert "Slurm job" in said  # nobody else trains in this run now
     wait_for_event(run, End, 1)
     wait_for_event(run, Start, 2)
     tell(run)

@@ -150,6 +150,7 @@ def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
         ({"sbatch": {"comment": 'a" --wrap="id'}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"comment": "a\n#SBATCH --wrap=id"}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"Mem ": "1"}}, "launch.options: sbatch: 'Mem ' is no long option of sbatch"),
+        ({"python": "venv/bin/python"}, "launch.options: python: 'venv/bin/python' is neither an absolute path nor"),
         ({"python": "a\nb"}, "launch.options: python: a line with control characters"),
     ],
 )
@@ -285,7 +286,7 @@ def attempt(run: Path, job: Path, number: int = 0) -> Attempt:
 def node(tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run on the first node of its job, which takes `scontrol requeue` for done."""
     monkeypatch.setattr(slurm_job, "queue_entry", lambda job_id: QueueEntry("RUNNING", "None", "n1"))
-    monkeypatch.setattr(slurm_job, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(slurm_job, "ENDING_SECONDS", 0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     run = queued(tmp_path, max_requeues=1)
     yield run

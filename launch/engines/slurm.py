@@ -128,6 +128,7 @@ class SlurmEngine(QueuedEngine):
         root = shlex.quote(str(module_root()))
         python = self.options.python or sys.executable
         return [
+            "trap '' USR1  # until slurm_job listens: a signal that comes too early must not end it",
             *self.options.setup,
             *exports,
             f'export PYTHONSAFEPATH=1 PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"',

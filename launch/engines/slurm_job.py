@@ -31,7 +31,9 @@ LOCK_SECONDS = 120.0
 until its processes are gone."""
 REQUEUE = "requeue\n"
 """What is in RUN/stop where this job goes on later; the user's stop has nothing in it."""
-LAST_AGENT_SECONDS = 45
+ENDING_SECONDS = 120.0
+"""How long to wait for the end that was asked for."""
+LAST_AGENT_SECONDS = 35
 """An agent waits 30 s for its workers to checkpoint before it kills them. After this `srun` gives up the nodes that it
 hears nothing of: to kill the rest on a failure is not enough where Slurm's daemon of the step is dead."""
 FIRST_PORT, PORTS = 18_000, 12_000
@@ -65,7 +67,6 @@ class Attempt:
         self._job_id, self._attempt, self._here = job_id, attempt, here
         self._stop = run / "stop"
         self._why: str | None = None
-        self._given_up = False
         signal.signal(signal.SIGUSR1, lambda number, frame: self._ask("its time limit is near"))
         signal.signal(signal.SIGTERM, lambda number, frame: self._ask("Slurm takes its nodes"))
 
@@ -92,14 +93,11 @@ class Attempt:
             found = node_addresses(os.environ["SLURM_JOB_NODELIST"])
             addresses = {self._here: found[self._here]} | found
             endpoint = f"{addresses[self._here]}:{self._options.port or port_of(self._job_id)}"
+        log = f"{self._run}/logs/slurm-{session}.node-%t.log"
         return [
             *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
-            *(f"--cpus-per-task={cpus_per_node(self._options, self._job)}", "--mpi=none", "--kill-on-bad-exit=1"),
-            *(
-                f"--wait={LAST_AGENT_SECONDS}",
-                "--open-mode=append",
-                f"--output={self._run}/logs/slurm-{session}.node-%t.log",
-            ),
+            *(f"--cpus-per-task={cpus_per_node(self._options, self._job)}", "--mpi=none"),
+            *("--kill-on-bad-exit=1", f"--wait={LAST_AGENT_SECONDS}", "--open-mode=append", f"--output={log}"),
             *python_module("launch.engines.slurm_node", self._run, session, endpoint),
             *(f"{name}={address}" for name, address in addresses.items()),
         ]
@@ -119,7 +117,7 @@ class Attempt:
         done = code == 0 and status.end is not None and status.end.reason != "interrupted"
         if done or self._stopped_by_user():
             return code
-        why = self._why if code == 0 else f"its workers failed (srun: {code})"
+        why = self._why or (f"its workers failed (srun: {code})" if code else "its workers were stopped")
         fruitless = 0 if self._checkpoint_samples() > counted.checkpoint_samples else counted.fruitless + 1
         if fruitless > self._options.max_requeues:
             return self._give_up(counted)
@@ -128,13 +126,10 @@ class Attempt:
             _say(f"Slurm ends this attempt ({entry.state if entry else 'gone'})")
             return code or 1
         limit = f", {fruitless} of {self._options.max_requeues} without a new checkpoint" if fruitless else ""
-        self._tell(
-            f"Slurm job {self._job_id} goes back into the queue: {why or 'its workers were stopped'} "
-            f"(requeue {self._attempt + 1}{limit})"
-        )
+        self._tell(f"Slurm job {self._job_id} goes back into the queue: {why} (requeue {self._attempt + 1}{limit})")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how Slurm ends this process
         slurm("scontrol", "requeue", self._job_id)
-        time.sleep(LOCK_SECONDS)
+        time.sleep(ENDING_SECONDS)
         return 1
 
     def _give_up(self, counted: Requeues) -> int:

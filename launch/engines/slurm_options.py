@@ -42,7 +42,8 @@ class SlurmOptions(EngineOptions):
     """Shell commands that the batch script runs first: module load …, source …/activate. The only field that is run
     as it stands."""
     python: str | None = None
-    """Python on the nodes, with copus installed; else the one that submits."""
+    """Python on the nodes, with what copus needs: an absolute path, or a name on their PATH; else the one that
+    submits."""
     interface: Word | None = None
     """Network interface that gloo and NCCL connect the nodes by, as `ib0`; else they choose."""
     port: int | None = Field(default=None, ge=1024, le=65535)
@@ -64,6 +65,13 @@ class SlurmOptions(EngineOptions):
             if name in OURS:
                 raise ValueError(f"{name} is set by COPUS or by a field of its own")
             check_directive(f"sbatch.{name}", str(setting))
+        return value
+
+    @field_validator("python")
+    @classmethod
+    def _from_anywhere(cls, value: str | None) -> str | None:
+        if value is not None and "/" in value and not value.startswith("/"):
+            raise ValueError(f"{value!r} is neither an absolute path nor a name on PATH")
         return value
 
     @field_validator("setup", "python")

@@ -1,0 +1,143 @@
+"""What holds for every engine: how one is named, what a dry run is, logs, cancelling. On the local one, mostly."""
+
+import json
+import shlex
+import signal
+import threading
+import time
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch_jobs import copus_here, write_job
+from test_launch_submit import LONG, steps_seen, submitted, wait_for, worker_is_gone
+
+from copus.events import End, read_events
+from copus.job import JobError, load_job
+from launch.engines import engine_of, engine_state
+from launch.engines.base import EngineOptions, EngineState, QueuedEngine
+from launch.engines.log_files import lines_of
+
+
+class ElsewhereEngine(QueuedEngine):
+    """A plugin's."""
+
+    class Options(EngineOptions):
+        queue: str
+
+    def check(self, job: Any) -> None: ...
+    def describe(self, run: Path, job: Any) -> str:
+        return f"elsewhere {self.options.queue}"
+
+    def state(self, run: Path) -> EngineState:
+        return EngineState("ended", "gone")
+
+    def cancel(self, run: Path, *, now: bool) -> str: ...
+    def submit(self, run: Path, job: Any) -> Any: ...
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [EntryPoint(name, f"test_engines:{place}", "copus.engines") for name, place in PLUGINS.items()]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries if group == "copus.engines" else [])
+
+
+PLUGINS = {"elsewhere": "ElsewhereEngine", "broken": "Nothing", "other": "json", "local": "ElsewhereEngine"}
+
+
+def test_a_plugin_is_an_engine_with_options_of_its_own(tmp_path: Path, plugin: None) -> None:
+    path = write_job(tmp_path)
+    job = load_job(path, ["launch.options.queue=long"], engine="elsewhere")
+    assert engine_of(job).describe(tmp_path, job) == "elsewhere long"
+    assert type(engine_of(load_job(path))).__name__ == "LocalEngine"  # a plugin does not take a built-in one's name
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("cloud", "launch.engine: no engine 'cloud' is installed; there are local (built in), slurm (built in), "),
+        ("elsewhere", "launch.options: queue: Field required"),
+        ("broken", "launch.engine: broken (unknown distribution): AttributeError: "),
+        ("other", "launch.engine: other (unknown distribution): test_engines:json is no engine"),
+    ],
+)
+def test_engines_that_are_refused(tmp_path: Path, plugin: None, engine: str, message: str) -> None:
+    path = write_job(tmp_path)
+    with pytest.raises(JobError) as caught:
+        load_job(path, engine=engine)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_are_the_files_own_engines(tmp_path: Path, plugin: None) -> None:
+    path = write_job(tmp_path, launch={"engine": "elsewhere", "options": {"queue": "long"}})
+    assert load_job(path, engine="elsewhere").launch.options == {"queue": "long"}
+    assert load_job(path, engine="local").launch.options == {}
+
+
+def test_a_dry_run_shows_the_command_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    write_job(tmp_path, launch={"threads_per_rank": 3})
+    before = sorted(tmp_path.rglob("*"))
+    assert copus_here("submit", "job.yaml", "--dry-run") == 0
+    words = shlex.split(capfd.readouterr().out)
+    assert words[0] == "env"
+    assert "OMP_NUM_THREADS=3" in words
+    assert words[-3:] == ["-m", "copus.worker", str(tmp_path / "runs" / "small")]
+    assert words[words.index("--nproc-per-node") + 1] == "2"
+    assert "secret" not in " ".join(words)
+    assert copus_here("submit", "job.yaml", "--dry-run", "--json") == 0
+    assert set(json.loads(capfd.readouterr().out)) == {"engine", "run", "description"}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_cancel_stops_a_local_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_job(tmp_path)
+    run = tmp_path / "runs" / "small"
+    worker = [*LONG, *(["--ignore-stop"] if now else [])]
+    with submitted(tmp_path, "job.yaml", worker=worker) as process:
+        wait_for(lambda: steps_seen(run) > 2)
+        state = engine_state(run)
+        assert (state.phase, state.words) == ("running", f"its workers are running (launched by process {process.pid})")
+        assert copus_here("cancel", "small", *(["--now"] if now else [])) == 0
+        process.communicate(timeout=90)
+    assert process.returncode == (1 if now else 128 + signal.SIGTERM)
+    assert worker_is_gone(run)
+    assert [event.reason for event in read_events(run) if isinstance(event, End)] == ([] if now else ["interrupted"])
+    assert engine_state(run).phase == "ended"
+    assert copus_here("cancel", "small") == 2  # there is nothing any more
+
+
+def test_the_state_of_what_is_no_run_is_unknown(tmp_path: Path) -> None:
+    assert engine_state(tmp_path).phase == "unknown"
+    (tmp_path / "job.yaml").write_text("launch: {engine: cloud}")
+    assert "no engine 'cloud'" in engine_state(tmp_path).words
+
+
+def test_logs_that_grow_are_followed_to_the_end(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.log", tmp_path / "b.log"
+    first.write_text("[rank0]:one\n[rank1]:eins\n[rank0]:tw")
+    alive = [True]
+
+    def write() -> None:
+        with open(first, "a") as file:
+            file.write("o\n")
+        second.write_text("[rank0]:three\n[rank0]:torn")
+        alive.clear()
+
+    writer = threading.Timer(0.2, write)
+    writer.start()
+    began = time.monotonic()
+    lines = list(lines_of(lambda: sorted(tmp_path.glob("*.log")), 0, lambda: bool(alive)))
+    writer.join()
+    assert lines == ["one", "two", "three", "torn"]
+    assert time.monotonic() - began > 0.2
+    everything = list(lines_of(lambda: sorted(tmp_path.glob("*.log")), None, None))
+    assert everything[0] == "==> a.log <=="
+    assert everything[4:6] == ["==> b.log <==", "[rank0]:three"]
