@@ -49,8 +49,8 @@ def look_ahead(
     found = []
     for index, candidate in enumerate(everything):
         known = throughput.predict(candidate)
-        chance = _chance(known, None if chances is None else float(chances[index]))
         assert known is not None, "what the table lacks is predicted"
+        chance = _chance(known, None if chances is None else float(chances[index]))
         seconds, fast, slow = _interval(known)
         peak, low, high = (float(each[index]) for each in (peaks.peak_bytes, peaks.low, peaks.high))
         if known.peak_bytes is not None:
@@ -125,7 +125,7 @@ def _interval(known: Prediction) -> tuple[float | None, float | None, float | No
 
 def _chance(known: Prediction, predicted: float | None) -> float | None:
     """Probability to fit: 1 for what ran, 0 for what ran out of memory; None where memory is not checked."""
-    if predicted is None or known.source == "predicted" and not known.failure:
+    if predicted is None or (known.source == "predicted" and not known.failure):
         return predicted
     if known.failure is None:
         return 1.0

@@ -47,7 +47,9 @@ class MemoryCheck:
         chances = found.chance_to_fit(self.memory_bytes)
         room = self.memory_bytes / GIB
         return {
-            configurations[index]: f"{in_words(float(chances[index]))}: {found.peak_bytes[index] / GIB:.1f} of {room:.1f} GiB"
+            configurations[
+                index
+            ]: f"{in_words(float(chances[index]))}: {found.peak_bytes[index] / GIB:.1f} of {room:.1f} GiB"
             for index in np.flatnonzero(chances < least).tolist()
         }
 

@@ -33,7 +33,7 @@ class Goodput:
 
     where V(i) may still move later. It is made when `saved` is positive
 
-    - at both ends of the interval of φ, and of the throughputs: then it is sure; or
+    - at both ends of the interval of φ, and at the slow end of that of the candidates' throughputs: then it is sure; or
     - as expected, even if the way back had to be paid too: then little is lost where the expectation was wrong.
 
     Of several the one with the largest expected saving. So a batch, which costs nothing, follows φ at once, a layout

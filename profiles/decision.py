@@ -20,7 +20,8 @@ class CandidateScore(Record):
     step_seconds_spread: float | None
     """Half-width of the prediction's interval."""
     source: str
-    """Where the prediction comes from: measured, interpolated, extrapolated, seen (live steps), none."""
+    """Where the prediction comes from: measured, interpolated, extrapolated, predicted (cost model), seen (live
+    steps), none."""
     samples_per_second: float | None
     """Predicted throughput, sequences a second."""
     efficiency: float | None

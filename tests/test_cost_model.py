@@ -316,7 +316,7 @@ def test_rows_of_a_table_become_timings_without_the_failures() -> None:
 
 
 def test_shards_teach_the_work_of_a_rank_and_nothing_of_the_network() -> None:
-    """A machine whose products take twice as long, and whose network is as the file says: known from one accelerator."""
+    """Products take twice as long, and the network is as the file says: known from one accelerator."""
     slower = MEAN + np.log(2.0) * np.isin(NAMES, ("products", "half_speed_dimension", "attention"))
     chosen = np.random.default_rng(0).choice(len(SPACE), 24, replace=False)
     alone = np.ones(len(chosen), dtype=bool)

@@ -20,7 +20,9 @@ def of(layout: Layout, batch: int = 16, micro_batch: int = 1) -> Configuration:
 RUNS = of(DP4)
 
 
-def fed(steps: int, seconds: float, configuration: Configuration = RUNS, half_life: float = 10_000.0) -> OnlineCorrection:
+def fed(
+    steps: int, seconds: float, configuration: Configuration = RUNS, half_life: float = 10_000.0
+) -> OnlineCorrection:
     """A correction that saw that many steps, predicted as 1 s."""
     live = OnlineCorrection(half_life)
     for _ in range(steps):

@@ -2,7 +2,7 @@
 
 The framework builds the very layers, buffers and schedule that this rank would have among all of them; only the process
 groups are not real (`copus.profiling.solo`). So what is measured is the rank's own work, launches included, and nothing
-that it would wait for. `profiles.shards` adds that.
+that it would wait for. The cost model adds that.
 """
 
 import statistics
