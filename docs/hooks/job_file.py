@@ -15,7 +15,7 @@ from copus.tracking.tensorboard import TensorBoardOptions
 from copus.tracking.wandb import WandbOptions
 from launch.engines.kubernetes_options import KubernetesOptions
 from launch.engines.slurm_options import SlurmOptions
-from profiles.record import Record
+from profiles.record import MOST, Record
 
 OPTIONS: dict[str, type[Record]] = {
     "tracking.tensorboard": TensorBoardOptions,
@@ -112,7 +112,7 @@ def _limits(metadata: list[Any]) -> Iterator[str]:
         if isinstance(each, FieldInfo):
             yield from _limits(each.metadata)
         for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
-            if getattr(each, name, None) is not None:
+            if getattr(each, name, None) not in (None, MOST):  # nobody needs to be told that
                 yield f"{sign} {getattr(each, name)}"
 
 
