@@ -20,6 +20,7 @@ class CriticalBatch:
     """
 
     name = "cbs"
+    weighs_error = False
 
     def __init__(self, layout: CbsLayout = "present") -> None:
         self.layout = layout

@@ -39,6 +39,7 @@ class NormTest:
     """
 
     name = "norm-test"
+    weighs_error = False
 
     def __init__(self, form: NormTestForm, eta: float, every: int) -> None:
         self.form = form

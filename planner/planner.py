@@ -213,7 +213,8 @@ class Planner:
         if prediction.source == "predicted" and configuration in self._may_not_fit:
             return self._may_not_fit[configuration]
         step_seconds, spread_seconds = prediction.step_seconds, prediction.spread_seconds
-        if step_seconds and spread_seconds and spread_seconds > MAX_RELATIVE_SPREAD * step_seconds:
+        uncertain = step_seconds and spread_seconds and spread_seconds > MAX_RELATIVE_SPREAD * step_seconds
+        if uncertain and not (prediction.source == "predicted" and self.policy.weighs_error):
             return f"throughput too uncertain: a step takes {step_seconds:.3g} ± {spread_seconds:.2g} s"
         return "" if self._noise_measurable(configuration) else "noise cannot be measured: one part a step"
 

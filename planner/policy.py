@@ -18,6 +18,8 @@ class Policy(Protocol):
 
     name: str
     """As in `planner.policy` of the job file."""
+    weighs_error: bool
+    """Whether it looks at how well a throughput is known. One that does may try what the cost model alone knows of."""
 
     def choose(self, situation: Situation) -> Choice:
         """The candidate that each run uses from now on."""
@@ -33,6 +35,7 @@ class Static:
     """Keeps the configuration that runs."""
 
     name = "static"
+    weighs_error = False
 
     def choose(self, situation: Situation) -> Choice:
         """The current configuration."""
@@ -57,6 +60,7 @@ class Copus:
     """The best Goodput, when it improves on the current one by `min_gain` (COPUS, 2604.26687: 10 %)."""
 
     name = "copus"
+    weighs_error = False
 
     def __init__(self, min_gain: float) -> None:
         self.min_gain = min_gain

@@ -15,6 +15,7 @@ class Ramp:
     """
 
     name = "ramp"
+    weighs_error = False
 
     def __init__(self, start: int, increment: int, samples: int | None) -> None:
         """`samples` is the length of the ramp in sequences; None for half of the job."""

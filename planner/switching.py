@@ -45,6 +45,7 @@ class Goodput:
     """
 
     name = "goodput"
+    weighs_error = True
 
     def __init__(self, pessimism: float = PESSIMISM) -> None:
         self.pessimism = pessimism
