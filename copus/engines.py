@@ -9,9 +9,9 @@ from copus.plugins import find_plugin
 GROUP = "copus.engines"
 """The entry points of plugins: each names a subclass of `launch.engines.base.AttendedEngine` or `QueuedEngine`."""
 BUILT_IN = {
-    "kubernetes": "launch.engines.kubernetes:KubernetesEngine",
     "local": "launch.engines.local:LocalEngine",
     "slurm": "launch.engines.slurm:SlurmEngine",
+    "kubernetes": "launch.engines.kubernetes:KubernetesEngine",
 }
 """Name → where it is, as text: this package imports nothing of `launch`."""
 

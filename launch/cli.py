@@ -40,7 +40,7 @@ class Submit:
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """Go on with this run (a path, or a name below ./runs), exactly where it was."""
     engine: Annotated[str | None, arg(metavar="ENGINE")] = None
-    """Where to run, instead of the job's launch.engine: local, slurm, or a plugin's; leaves out launch.options."""
+    """Where to run, not launch.engine: local, slurm, kubernetes, or a plugin's; leaves out launch.options."""
     dry_run: bool = False
     """Print what would be done (a command, a script, a manifest) and do nothing."""
     detach: bool = False
