@@ -43,7 +43,7 @@ test-slow: install  ## what the default suite leaves out for its length
 	$(BIN)/python -m pytest -m slow
 
 # Output is not captured: the events of the jobs are what one wants to see.
-test-slurm: install  ## jobs on a Slurm cluster of two nodes, installed (Debian, root) and started here: 3 minutes
+test-slurm: install  ## jobs on a Slurm cluster of two nodes, installed (Debian, root) and started here: 3 to 8 minutes
 	$(BIN)/python -m pytest -m slurm -s -rs tests/test_slurm.py
 
 lint: install  ## ruff and mypy

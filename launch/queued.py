@@ -48,16 +48,21 @@ def follow_job(engine: QueuedEngine, run: Path, queued: Queued, interrupts: Inte
     """Show a queued job until it has ended, or until an interrupt: that ends this command, and never the job."""
     follower, status = queued.follower, queued.status
     state, next_question, ended = EngineState("unknown", ""), 0.0, 0
+    last_start = status.start
     with Progress(console, run, status) as progress:
         while ended < LOOKS and not interrupts.count:
             if time.monotonic() >= next_question:
                 state, before = engine_state(run), state
                 next_question = time.monotonic() + STATE_SECONDS
                 ended = ended + 1 if state.phase == "ended" else 0
-                progress.waiting, progress.held = state.words, state.phase == "queued"
+                progress.waiting = state.words
+                if state.phase == "queued":
+                    progress.held, last_start = True, status.start
+                    status.forget_ending()  # that of an attempt, not of the job
                 if state.words != before.words:
                     progress.say(state.words)
             show_new(follower, status, progress)
+            progress.held = progress.held and status.start is last_start  # until the workers are up again
             time.sleep(POLL_SECONDS)
         show_new(follower, status, progress)
         seconds = progress.elapsed_seconds

@@ -1,4 +1,4 @@
-"""The demo, shortened, on a real Slurm cluster of two nodes on this machine: `make test-slurm`, about three minutes.
+"""The demo, shortened, on a real Slurm cluster of two nodes on this machine: `make test-slurm`, three minutes where nothing else runs.
 
 Each test is one story of a job, told by its events; they are printed.
 """
@@ -19,7 +19,7 @@ import yaml
 from data_text import prose, write_works
 from slurm_cluster import install, slurm_cluster, wait_for
 
-from copus.events import Checkpoint, End, Event, Restart, Start, Step, Warned, read_events
+from copus.events import Checkpoint, End, Event, Noise, Restart, Start, Step, Warned, read_events
 from launch.follow import without_replays
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -103,9 +103,9 @@ def seen(run: Path, kind: type[Event]) -> list[Event]:
 
 
 def tell(run: Path) -> None:
-    """Print the run's story: every event that is no step."""
+    """Print the run's story: every event that is not of one step."""
     for event in read_events(run):
-        if not isinstance(event, Step):
+        if not isinstance(event, Step | Noise):
             more = event.model_dump(
                 include={"resumed_from", "ranks", "samples_repeated", "path", "reason", "message", "loss"}
             )
@@ -157,8 +157,9 @@ def test_a_lost_step_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
     assert [event.ranks for event in seen(run, Restart)] == [2]
     steps = [event for event in without_replays(read_events(run)) if isinstance(event, Step)]
     assert [event.samples_consumed for event in steps] == list(range(4, 1200 + 1, 4))
-    nodes = cluster.copus("logs", "lost")
-    assert re.findall(r"==> slurm-\d+-(\d)\.node-(\d)\.log <==", nodes)[:2] == [("0", "0"), ("0", "1")]
+    nodes = re.findall(r"==> slurm-\d+-(\d\.node-\d)\.log <==", cluster.copus("logs", "lost"))
+    assert nodes == sorted(nodes)
+    assert {"0.node-0", "1.node-0", "1.node-1"} <= set(nodes)  # the node that was killed may have said nothing
 
 
 def test_the_time_limit_is_a_requeue_and_cancel_the_end(cluster: Cluster) -> None:
