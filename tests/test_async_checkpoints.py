@@ -80,8 +80,8 @@ def _ruin(what: str, state: TrainerState) -> None:
 
     def ruined(self: checkpoint.Save) -> None:
         calls.append(1)
-        begun = state.samples_consumed
-        while what == "slow" and state.samples_consumed < begun + 8 and threading.current_thread().daemon:
+        until = min(state.samples_consumed + 8, SAMPLES)
+        while what == "slow" and state.samples_consumed < until and threading.current_thread().daemon:
             time.sleep(0.001)
         if what == "hangs" and len(calls) == 2:
             time.sleep(600)
