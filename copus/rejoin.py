@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from copus.agreement import RankError, is_out_of_memory, one_line
+from copus.agreement import RankError, from_first, is_out_of_memory, one_line
 
 _POLL_SECONDS = 0.1
 """How often a rank looks for a note while a step is on trial."""
@@ -48,11 +48,10 @@ class World:
     """The default process group over time: a generation for each time that it was formed."""
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
-        """The process group must be there."""
-        self._store: Any = distributed_c10d._get_default_store()
-        self._rank, self._size, self._backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
+        """Nothing is asked of the process group before the first trial."""
         self._device = device
         self._timeout = timedelta(seconds=timeout_seconds)
+        self._store: Any = None
         self._generation = self._trials = 0
 
     @contextlib.contextmanager
@@ -60,8 +59,10 @@ class World:
         """While it is entered, a rank that runs out of memory before `Trial.commit` takes the others out with it.
 
         RankError is raised then, on every rank, and `reform` has to come next. Whatever else goes wrong is raised as it
-        is, on the ranks that meet it.
+        is, on the ranks that meet it. Collective.
         """
+        if self._store is None:
+            self._begin()
         self._trials += 1
         trial = Trial()
         over = threading.Event()
@@ -88,17 +89,24 @@ class World:
         self._generation += 1
         dist.init_process_group(
             self._backend,
-            store=dist.PrefixStore(f"copus/world-{self._generation}", self._store),
+            store=dist.PrefixStore(f"{self._name}/generation-{self._generation}", self._store),
             rank=self._rank,
             world_size=self._size,
             timeout=self._timeout,
             device_id=self._device if self._device.type == "cuda" else None,
         )
 
+    def _begin(self) -> None:
+        self._store = distributed_c10d._get_default_store()
+        self._rank, self._size, self._backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
+        # Of its own among all worlds of these processes: what one left in the store means nothing to another.
+        number = from_first(self._store.add("copus/worlds", 1) if self._rank == 0 else None)
+        self._name = f"copus/world-{number}"
+
     @property
     def _note(self) -> str:
         """Of this step alone: who is a step ahead must not take it for his."""
-        return f"copus/out-of-memory-{self._generation}-{self._trials}"
+        return f"{self._name}/out-of-memory-{self._generation}-{self._trials}"
 
     def _agree(self, error: Exception, trial: Trial) -> RankError | None:
         """What every rank raises where one of them ran out of memory and all the others have left the step too."""

@@ -45,6 +45,18 @@ def test_it_counts_from_the_moment_that_it_is_complete(tmp_path: Path, monkeypat
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "the one before has gone, and not earlier"
 
 
+def test_training_waits_where_there_is_no_room_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_copy(self: FilesBackend, folder: Path, copy: bool) -> FilesSave:
+        assert copy
+        return FilesSave(folder, is_copy=False, full=False)
+
+    monkeypatch.setattr(FilesBackend, "begin_save", without_copy)
+    writing = _writing(tmp_path, 100)
+    assert not writing.in_background
+    assert newest_checkpoint(tmp_path) is None
+    assert writing.finish()[0] == newest_checkpoint(tmp_path)
+
+
 def test_what_goes_wrong_behind_the_scenes_is_told_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: FilesSave) -> None:
         raise OSError(28, "No space left on device")
@@ -68,8 +80,8 @@ def _ruin(what: str, state: TrainerState) -> None:
 
     def ruined(self: checkpoint.Save) -> None:
         calls.append(1)
-        begun = state.samples_consumed
-        while what == "slow" and state.samples_consumed < begun + 8 and threading.current_thread().daemon:
+        until = min(state.samples_consumed + 8, SAMPLES)
+        while what == "slow" and state.samples_consumed < until and threading.current_thread().daemon:
             time.sleep(0.001)
         if what == "hangs" and len(calls) == 2:
             time.sleep(600)

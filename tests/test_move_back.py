@@ -46,9 +46,9 @@ def _run_out(backend: MegatronBackend, case: Case, in_step: int) -> None:
     configuration, the `in_step`-th."""
     train_step, steps = backend.train_step, []
 
-    def ruined(*arguments: Any) -> Any:
+    def ruined(*arguments: Any, **options: Any) -> Any:
         if backend.configuration != case.after or dist.get_rank() != case.victim:
-            return train_step(*arguments)
+            return train_step(*arguments, **options)
         steps.append(1)
         calls = []
 
@@ -63,7 +63,7 @@ def _run_out(backend: MegatronBackend, case: Case, in_step: int) -> None:
                 layer.register_forward_hook(fail)
             else:
                 next(layer.parameters()).register_hook(fail)
-        return train_step(*arguments)
+        return train_step(*arguments, **options)
 
     backend.train_step = ruined  # type: ignore[method-assign]
 
