@@ -87,7 +87,8 @@ class OnlineCorrection:
         """
         if not (0 < predicted_seconds < math.inf and 0 < step_seconds < math.inf):
             raise ValueError(
-                f"predicted_seconds({predicted_seconds}) and step_seconds({step_seconds}) have to be positive and finite"
+                f"predicted_seconds({predicted_seconds}) and step_seconds({step_seconds}) have to be positive and "
+                "finite"
             )
         if self._last and self._last[0] == configuration:
             self._jumps.append(abs(math.log(step_seconds / self._last[1])))

@@ -11,9 +11,10 @@ from test_profiles_table import HERE
 
 from copus.backends.base import StepRules, TrainerState
 from copus.backends.megatron.backend import MegatronBackend
-from copus.job import load_job
+from copus.job import JobError, load_job
 from copus.profiling.single import SingleProfiler, stage_ranks, world_of_one
 from copus.worker import _planner
+from launch.profile import check_profiler
 from profiles.layout import Layout
 from profiles.measurement import Measurement
 from profiles.profiler import Task
@@ -148,6 +149,14 @@ def test_a_cluster_is_planned_from_one_accelerator(
     decision = planner.decide(noise(16.0, 12.0, 20.0), job.training.configuration, 1000)
     assert {score.source for score in decision.candidates} == {"predicted"}
     assert {score.configuration.label: score.step_seconds for score in decision.candidates} == pytest.approx(times)
+
+
+def test_only_goodput_trains_on_what_one_accelerator_said() -> None:
+    job = tiny_job(2)
+    single = job.model_copy(update={"profile": job.profile.model_copy(update={"profiler": "single"})})
+    with pytest.raises(JobError, match=r"planner\.policy\(copus\) needs measured steps: set planner\.policy: goodput"):
+        check_profiler(single)
+    check_profiler(single.model_copy(update={"planner": job.planner.model_copy(update={"policy": "goodput"})}))
 
 
 def test_options_are_refused() -> None:

@@ -90,6 +90,20 @@ def test_wrong_throughputs_are_learned_by_running():
     assert ours.seconds.mean() < greedy.seconds.mean()
 
 
+def test_a_drift_is_followed(monkeypatch: pytest.MonkeyPatch):
+    """The machine's speed wanders: who corrects all throughputs by the steps is faster than who believes what he has
+    seen of one configuration and the old table of the others."""
+
+    def one_by_one(menu, state, rate, steps):
+        rows = np.arange(len(rate))
+        state.believed[rows, state.current], state.error[rows, state.current] = rate, 0.0
+
+    drifting = runs_of(geometric(8.0, 64.0), seeds=8, cost=1.0, drift=0.2)
+    corrected = simulate(MENU, SPEED, drifting, Goodput()).seconds.mean()
+    monkeypatch.setattr("planner.simulator.simulate._learn", one_by_one)
+    assert corrected < simulate(MENU, SPEED, drifting, Goodput()).seconds.mean()
+
+
 def test_drift_and_correlated_errors_are_survived():
     phi = geometric(8.0, 64.0)
     steady = simulate(MENU, SPEED, runs_of(phi), Goodput())
