@@ -164,7 +164,7 @@ def test_a_lost_step_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
 
 def test_the_time_limit_is_a_requeue_and_cancel_the_end(cluster: Cluster) -> None:
     run = cluster.folder / "runs" / "long"
-    cluster.copus(*cluster.job("long", 10**9, time_limit="5", checkpoint_seconds=240), "--detach")
+    cluster.copus(*cluster.job("long", 10**7, time_limit="5", checkpoint_seconds=240), "--detach")
     said = cluster.copus("submit", "--resume", "long", exit_code=2)
     assert "Slurm job" in said  # nobody else trains in this run now
     wait_for_event(run, End, 1)
