@@ -38,16 +38,19 @@ JOB = Path(__file__).with_name("time_to_target.yaml")
 OUT = Path("build/time-to-target")
 BATCHES = "8,16,32"
 Settings = dict[str, Any]
+WHOLE_TABLE: Settings = {"profile.budget_seconds": 20}
+"""For policies that can only choose what was measured. `goodput` takes the cost model's word for the rest."""
 ADAPTIVE: dict[str, Settings] = {
-    "cbs-pessimistic": {"planner.policy": "cbs", "planner.cbs_layout": "pessimistic"},
-    "cbs-optimistic": {"planner.policy": "cbs", "planner.cbs_layout": "optimistic"},
-    "copus": {"planner.policy": "copus"},
+    "cbs-pessimistic": {"planner.policy": "cbs", "planner.cbs_layout": "pessimistic", **WHOLE_TABLE},
+    "cbs-optimistic": {"planner.policy": "cbs", "planner.cbs_layout": "optimistic", **WHOLE_TABLE},
+    "copus": {"planner.policy": "copus", **WHOLE_TABLE},
     "goodput": {"planner.policy": "goodput"},
+    "goodput-unmeasured": {"planner.policy": "goodput", "profile.when": "never"},
     "goodput-lr-aware": {"planner.policy": "goodput", "planner.objective": "lr-aware"},
     "goodput-lr-constant": {"planner.policy": "goodput", "training.lr_batch_exponent": 0},
     "goodput-lr-linear": {"planner.policy": "goodput", "training.lr_batch_exponent": 1},
 }
-"""Policies that measure throughput before they train."""
+"""Policies that choose a layout, and have to learn how fast they are."""
 
 
 @dataclass(frozen=True)

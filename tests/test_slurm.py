@@ -1,4 +1,4 @@
-"""The demo, shortened, on a real Slurm cluster of two nodes on this machine: `make test-slurm`, three minutes where nothing else runs.
+"""The demo, shortened, on a real Slurm cluster of two nodes on this machine: `make test-slurm`.
 
 Each test is one story of a job, told by its events; they are printed.
 """
