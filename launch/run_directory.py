@@ -169,6 +169,11 @@ def request_stop(run: Path) -> None:
     (run / "stop").write_text("")
 
 
+def stop_requested(run: Path) -> bool:
+    """Whether somebody asked for that since the launcher took the run."""
+    return (run / "stop").exists()
+
+
 def clear_stop(run: Path) -> None:
-    """Take the request back."""
+    """Take the request back, once: where a launcher has just taken the run. What comes later is meant for it."""
     (run / "stop").unlink(missing_ok=True)

@@ -22,7 +22,17 @@ from launch.interrupts import Interrupts
 from launch.profile import check_profiler, profile_alone
 from launch.progress import SteadyConsole
 from launch.queued import Queued, follow_job, hand_over
-from launch.run_directory import create_run, discard_run, find_run, lock_run, next_run, portable, shown, write_job
+from launch.run_directory import (
+    clear_stop,
+    create_run,
+    discard_run,
+    find_run,
+    lock_run,
+    next_run,
+    portable,
+    shown,
+    write_job,
+)
 from launch.status import LIMITS, RunStatus, count, duration
 from launch.tracking import check_trackers
 
@@ -98,6 +108,7 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
     with Interrupts() as interrupts:
         with lock_run(run) as lock:
             check_not_queued(run)
+            clear_stop(run)
             if job != before:
                 write_job(run, job)
             code = prepare(job, run / "job.yaml", interrupts)
