@@ -61,7 +61,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     job = portable(load_job(job_file, overrides, manner.engine))
     engine = engine_of(job)
     check(job)
-    check_profiler(job)
+    check_profiler(job, engine)
     if not engine.own_software:
         check_trackers(job)
     check_start(job)

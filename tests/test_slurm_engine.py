@@ -199,6 +199,19 @@ def test_what_sbatch_refuses_leaves_nothing(tmp_path: Path, slurm: Says, capfd: 
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_machine_that_submits_is_not_measured(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job_file(tmp_path)
+    alone = ["--set", "profile.profiler=single", "--set", "planner.policy=goodput"]
+    assert copus_here("submit", "job.yaml", "--detach", *alone) == 2
+    said = capfd.readouterr().err
+    assert "launch.engine(slurm) trains on others: run `copus profile run` on one of those" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+    assert copus_here("submit", "job.yaml", "--detach", *alone, "--set", "profile.when=never") == 0
+
+
 def test_a_machine_without_slurm(tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch) -> None:
     run = queued(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
