@@ -111,10 +111,11 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
             clear_stop(run)
             if job != before:
                 write_job(run, job)
+            undo = partial(write_job, run, before)
             code = prepare(job, run / "job.yaml", interrupts)
             if code:
+                undo()
                 return code
-            undo = partial(write_job, run, before)
             outcome = _launch(engine, run, job, lock, interrupts, console, undo, resume=True)
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)

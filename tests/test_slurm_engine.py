@@ -14,6 +14,7 @@ from launch_events import start
 from launch_jobs import copus_command, copus_here, write_job
 
 import launch.queued
+import launch.submit
 from copus.events import Checkpoint, End, EventLog, Warned, read_events
 from copus.job import JobConfig, JobError, load_job
 from launch.engines import Ticket, engine_of, engine_state, slurm_job
@@ -21,6 +22,7 @@ from launch.engines.requeues import count_attempt
 from launch.engines.slurm import SlurmEngine
 from launch.engines.slurm_commands import QueueEntry
 from launch.engines.slurm_job import REQUEUE, Attempt
+from launch.run_directory import write_job as rewrite_job
 
 FAKE = """#!/bin/sh
 echo "$(basename $0) $*" >> {folder}/asked
@@ -147,6 +149,10 @@ def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
         ({"time_limit": "soon"}, "launch.options: time_limit: string should match pattern"),
         ({"max_requeues": "3"}, "launch.options: max_requeues: input should be a valid integer, got '3'"),
         ({"sbatch": {"output": "x"}}, "launch.options: sbatch: output is set by COPUS or by a field of its own"),
+        (
+            {"sbatch": {"clusters": "b"}},
+            "clusters: jobs are queued, watched and cancelled on this machine's own cluster",
+        ),
         ({"sbatch": {"comment": 'a" --wrap="id'}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"comment": "a\n#SBATCH --wrap=id"}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"Mem ": "1"}}, "launch.options: sbatch: 'Mem ' is no long option of sbatch"),
@@ -171,7 +177,7 @@ def test_submit_writes_the_id_down_and_resume_waits_for_the_end(
 ) -> None:
     run = queued(tmp_path)
     ticket = json.loads((run / "engine.json").read_text())
-    assert (ticket["engine"], ticket["job_id"], ticket["place"]) == ("slurm", "12", "main")
+    assert (ticket["engine"], ticket["job_id"]) == ("slurm", "12")
     assert asked(tmp_path)[0] == f"sbatch --parsable {run}/slurm.sh"
     said = capfd.readouterr().out
     assert "Slurm job 12 waits: Priority; it goes on without this command" in said
@@ -185,6 +191,27 @@ def test_submit_writes_the_id_down_and_resume_waits_for_the_end(
     slurm("sbatch", "13\n")
     assert copus_here("submit", "--resume", "small", "--detach") == 0
     assert json.loads((run / "engine.json").read_text())["job_id"] == "13"
+
+
+def test_the_queue_that_the_job_is_in_is_asked_whatever_the_job_file_says(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = queued(tmp_path)
+    rewrite_job(run, load_job(run / "job.yaml", engine="local"))
+    capfd.readouterr()
+    assert copus_here("submit", "--resume", "small") == 2
+    assert "runs/small: Slurm job 12 waits: Priority" in capfd.readouterr().err
+
+
+def test_a_resume_whose_data_cannot_be_prepared_changes_nothing(
+    tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = queued(tmp_path)
+    slurm("squeue", "")
+    before = (run / "job.yaml").read_text()
+    monkeypatch.setattr(launch.submit, "prepare", lambda *arguments: 2)
+    assert copus_here("submit", "--resume", "small", "--engine", "local") == 2
+    assert (run / "job.yaml").read_text() == before
 
 
 def test_what_sbatch_refuses_leaves_nothing(tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]) -> None:
@@ -326,6 +353,29 @@ def test_a_signal_asks_for_a_checkpoint_and_then_a_requeue(tmp_path: Path, node:
     said = conclude(node, 0, signalled=True)
     assert (node / "stop").read_text() == REQUEUE
     assert "its time limit is near (requeue 1" in said
+    assert requeues(tmp_path) == 1
+
+
+def test_a_controller_that_is_slow_does_not_end_the_job(
+    tmp_path: Path, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question fails once: where the job stands, and the requeue."""
+    silent = {"squeue", "scontrol"}
+
+    def answers(program: str, ask: Callable[..., Any]) -> Callable[..., Any]:
+        def once_silent(*arguments: str) -> Any:
+            if program in silent:
+                silent.remove(program)
+                raise JobError(f"{program} did not answer in 10 s")
+            return ask(*arguments)
+
+        return once_silent
+
+    monkeypatch.setattr(slurm_job, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(slurm_job, "queue_entry", answers("squeue", slurm_job.queue_entry))
+    monkeypatch.setattr(slurm_job, "slurm", answers("scontrol", slurm_job.slurm))
+    conclude(node, 1)
+    assert not silent
     assert requeues(tmp_path) == 1
 
 

@@ -53,8 +53,8 @@ class SlurmEngine(QueuedEngine):
         (run / "logs").mkdir(exist_ok=True)
         write_atomically(run / SCRIPT, self.describe(run, job) + "\n")
         answer = slurm("sbatch", "--parsable", str(run / SCRIPT)).strip()
-        job_id, _, cluster = answer.partition(";")
-        return Ticket(engine="slurm", job_id=job_id, submitted=time.time(), place=cluster or None)
+        job_id = answer.partition(";")[0]  # a federation's name may follow: its ids are known in all of it
+        return Ticket(engine="slurm", job_id=job_id, submitted=time.time())
 
     def state(self, run: Path) -> EngineState:
         """What `squeue` says."""
