@@ -18,7 +18,7 @@ from kubernetes_api import FakeCluster, fake_cluster
 from launch_jobs import WORKER, copus_here, write_job
 from test_end_to_end import _write_job as write_tiny_job
 
-from copus.events import End, Start, Step, read_events
+from copus.events import REQUEUED, End, Start, Step, read_events
 from copus.job import load_job
 from launch.engines import engine_state
 from launch.engines import kubernetes_node as node
@@ -258,11 +258,13 @@ class TestNode:
     def test_a_finished_run_is_a_success(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.attempt(run, monkeypatch, "--steps", "3") == 0
         assert (run / "logs" / "copus-small-1.node-0.log").exists()
+        assert REQUEUED not in node.Node(run, load_job(run / "job.yaml"), "copus-small-2", 0).environment()
 
     def test_an_evicted_pod_leaves_a_checkpoint_and_goes_on(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.when_training(run, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert self.attempt(run, monkeypatch, "--steps", "100000") == node.AGAIN
         done = int((run / "checkpoints" / "done").read_text())
+        assert REQUEUED in node.Node(run, load_job(run / "job.yaml"), "copus-small-1", 0).environment()
         assert self.attempt(run, monkeypatch, "--steps", str(done + 2)) == 0
         assert [event.step for event in read_events(run) if isinstance(event, Step)] == list(range(1, done + 3))
         assert [event.resumed_from for event in read_events(run) if isinstance(event, Start)] == [

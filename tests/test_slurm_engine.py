@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 from collections.abc import Callable
@@ -15,13 +16,14 @@ from launch_jobs import copus_command, copus_here, write_job
 
 import launch.queued
 import launch.submit
-from copus.events import Checkpoint, End, EventLog, Warned, read_events
+from copus.events import REQUEUED, Checkpoint, End, EventLog, Warned, read_events
 from copus.job import JobConfig, JobError, load_job
-from launch.engines import Ticket, engine_of, engine_state, slurm_job
+from launch.engines import Ticket, engine_of, engine_state, slurm_job, slurm_node
 from launch.engines.requeues import count_attempt
 from launch.engines.slurm import SlurmEngine
 from launch.engines.slurm_commands import QueueEntry
 from launch.engines.slurm_job import REQUEUE, Attempt
+from launch.run_directory import request_pause
 from launch.run_directory import write_job as rewrite_job
 
 FAKE = """#!/bin/sh
@@ -151,7 +153,7 @@ def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
         ({"sbatch": {"output": "x"}}, "launch.options: sbatch: output is set by COPUS or by a field of its own"),
         (
             {"sbatch": {"clusters": "b"}},
-            "clusters: jobs are queued, watched and cancelled on this machine's own cluster",
+            "clusters: jobs are queued, watched and cancelled on this machine's own",
         ),
         ({"sbatch": {"comment": 'a" --wrap="id'}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"comment": "a\n#SBATCH --wrap=id"}}, "launch.options: sbatch: sbatch.comment"),
@@ -377,6 +379,34 @@ def test_a_controller_that_is_slow_does_not_end_the_job(
     conclude(node, 1)
     assert not silent
     assert requeues(tmp_path) == 1
+
+
+def test_a_request_that_cannot_be_written_is_not_the_users(tmp_path: Path) -> None:
+    """On a full disk a file can be made and not be written; here no file may grow."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            request_pause(tmp_path, REQUEUE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("session", "requeued"), [("12-0", False), ("12-1", True)])
+def test_a_node_that_is_alone_meets_on_the_loopback_interface(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, session: str, requeued: bool
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("os.execve", lambda *arguments: started.extend(arguments))
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    job_file(tmp_path)
+    slurm_node.main([str(tmp_path), session, "127.0.0.1:0", "n1=127.0.0.1"])
+    _, command, environment = started
+    assert "copus.agent --rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in " ".join(command)
+    assert "--local-addr 127.0.0.1" in " ".join(command)
+    assert (REQUEUED in environment) == requeued
 
 
 def test_the_users_stop_is_no_requeue(tmp_path: Path, node: Path) -> None:

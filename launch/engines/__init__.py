@@ -30,8 +30,11 @@ def attended_engine_of(job: JobConfig, command: str) -> AttendedEngine:
 
 
 def engine_of_run(run: Path, name: str | None = None) -> Engine:
-    """The engine that a run was given to last, as its job file says; with `name` that one, with the file's options where
-    they are its own. Raises JobError where the job file no longer says which, or the options do not fit."""
+    """The engine that a run was given to last, as its job file says; with `name` that one.
+
+    It gets the file's options where they are its own. Raises JobError where the job file no longer says which, or it
+    does not take the options.
+    """
     try:
         values = yaml.safe_load((run / "job.yaml").read_text(encoding="utf-8"))
         launch = values.get("launch", {})

@@ -124,7 +124,7 @@ class SlurmEngine(QueuedEngine):
             environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.options.interface)
         exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
         if job.cluster.nodes == 1 and not self.options.interface:  # several nodes cannot meet on the loopback interface
-            exports.append('export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"')
+            exports += [f'export {name}="${{{name}:-lo}}"' for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
         root = shlex.quote(str(module_root()))
         python = self.options.python or sys.executable
         return [

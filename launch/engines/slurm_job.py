@@ -25,7 +25,7 @@ from launch.engines.slurm_options import SlurmOptions
 from launch.engines.ticket import read_ticket
 from launch.follow import Follower
 from launch.process import python_module
-from launch.run_directory import lock_run
+from launch.run_directory import lock_run, request_pause
 from launch.status import RunStatus
 
 LOCK_SECONDS = 120.0
@@ -111,10 +111,9 @@ class Attempt:
         """Ask the workers for a checkpoint, on a signal. The user's request to stop for good stays."""
         self._why = self._why or why
         try:
-            with open(self._stop, "x") as file:
-                file.write(REQUEUE)
-        except FileExistsError:
-            pass
+            request_pause(self._run, REQUEUE)
+        except OSError as error:  # a full disk, which would take no checkpoint either
+            _say(f"the workers cannot be asked for a checkpoint: {error.strerror}")
 
     def _conclude(self, code: int, counted: Requeues) -> int:
         """What follows from the end of the workers."""
