@@ -3,6 +3,7 @@ cluster, and what a pod does when it is evicted. No real cluster was ever asked.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,12 +141,11 @@ def test_options_that_are_wrong_are_one_line(
 
 def test_names_are_names_of_hosts() -> None:
     for name in ("shakespeare", "A.Long_Name" * 9, "0", "..."):
-        found = job_name(Path("/runs") / name, None)
+        found = job_name(Path("/runs") / name, "0123abcd")
         assert len(f"{found}-node-0-0") <= 63
         assert found.replace("-", "").isalnum()
         assert found == found.lower()
-        assert found == job_name(Path("/runs") / name, None)
-        assert found != job_name(Path("/runs") / name, found)
+        assert found.endswith("-0123abcd")
 
 
 class TestCluster:
@@ -202,6 +202,14 @@ class TestCluster:
         assert engine_state(run).phase == "ended"
         kind = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
         assert {f"POST {kind}", f"GET {kind}/{name}", f"DELETE {kind}/{again.job_id}"} <= set(cluster.asked)
+
+    def test_a_run_of_the_same_name_as_one_that_was_removed_is_another_job(
+        self, tmp_path: Path, cluster: FakeCluster
+    ) -> None:
+        for number in (1, 2):
+            assert self.submit(tmp_path, "job.yaml") == 0
+            assert len(cluster.jobs) == number
+            shutil.rmtree(tmp_path / "runs" / "small")
 
     def test_what_the_cluster_refuses_is_one_line_and_leaves_nothing(
         self, tmp_path: Path, cluster: FakeCluster, capfd: pytest.CaptureFixture[str]

@@ -320,6 +320,24 @@ def test_following_to_the_end(
     assert ("the last words" in errors) == (end is None)
 
 
+def test_followed_logs_ask_seldom_and_survive_a_controller_that_is_slow(
+    tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = queued(tmp_path)
+    engine = engine_of(load_job(run / "job.yaml"))
+    clock = [1000.0]
+    monkeypatch.setattr("launch.engines.base.time.monotonic", lambda: clock[0])
+    before = len(asked(tmp_path))
+    alive = engine._aliveness(run)
+    slurm("squeue", "squeue: error: no answer", 1)
+    assert [alive(), alive()] == [True, True]
+    slurm("squeue", "COMPLETED|None|n1\n")
+    assert alive()
+    clock[0] += 10.0
+    assert not alive()
+    assert len(asked(tmp_path)) == before + 2
+
+
 def attempt(run: Path, job: Path, number: int = 0) -> Attempt:
     return Attempt(run, load_job(job), "12", number, "n1")
 
