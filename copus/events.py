@@ -21,6 +21,8 @@ from profiles.decision import Decision
 from profiles.noise_scale import NoiseScale
 
 SCHEMA_VERSION = 1
+REQUEUED = "COPUS_REQUEUED"
+"""Environment variable that an engine sets where a scheduler has started the workers again: `Restart.requeued`."""
 
 
 class Event(BaseModel):
@@ -232,7 +234,9 @@ class Restart(Event):
 
     type: Literal["restart"] = "restart"
     attempt: int
-    """Times that the elastic agent has restarted the workers since they were submitted; 0 after `--resume`."""
+    """Times that the elastic agent has restarted the workers since it was started itself; 0 after `--resume`."""
+    requeued: bool = False
+    """Whether a scheduler had started the agent again, after a failure or a preemption: nobody typed `--resume`."""
     resumed_from: str | None
     """Checkpoint that the run goes on from; None for the beginning."""
     samples_repeated: int

@@ -26,7 +26,7 @@ from copus.branch_runs import run_branches
 from copus.branches import read_plan
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.data.prepared import prepared_path
-from copus.events import End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
+from copus.events import REQUEUED, End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
 from copus.loopback import LOOPBACK, host_store, join_store
@@ -102,6 +102,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
                     step=state.step,
                     samples_consumed=state.samples_consumed,
                     attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+                    requeued=REQUEUED in os.environ,
                     resumed_from=None if newest is None else str(newest.relative_to(run)),
                     samples_repeated=max(0, done - state.samples_consumed),
                     ranks=dist.get_world_size(),

@@ -13,7 +13,7 @@ from launch.engines import AttendedEngine, Workers
 from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.progress import Progress
-from launch.run_directory import clear_stop, request_stop, shown
+from launch.run_directory import request_stop, shown, stop_requested
 from launch.status import RunStatus
 
 POLL_SECONDS = 0.2
@@ -48,11 +48,15 @@ def attend(
     *,
     profile_only: bool = False,
 ) -> Outcome:
-    """Start the workers and stay until they are gone. One interrupt stops them with a checkpoint, a second kills."""
+    """Start the workers and stay until they are gone. One interrupt stops them with a checkpoint, a second kills.
+
+    Starts none where the run was asked to stop while it got ready.
+    """
     follower, status = Follower(run), RunStatus()
     status.update(follower.read())
     status.forget_ending()
-    clear_stop(run)
+    if stop_requested(run):
+        return Outcome(128 + signal.SIGTERM, "interrupted", status, 0.0)
     workers = engine.start(run, job, lock, profile_only=profile_only)
     heard = 0
     try:
@@ -73,7 +77,8 @@ def attend(
     if code or not ended:
         _explain_failure(code, workers, status)
         return Outcome(2 if code == 2 else 1, "failed", status, seconds)
-    reason = status.end.reason if status.end else "interrupted" if heard else "finished"
+    stopped = heard > 0 or stop_requested(run)
+    reason = status.end.reason if status.end else "interrupted" if stopped else "finished"
     if reason == "interrupted":  # without a signal to this command: somebody else asked the workers to stop
         return Outcome(128 + (interrupts.signal or signal.SIGTERM), reason, status, seconds)
     return Outcome(0, reason, status, seconds)

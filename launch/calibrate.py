@@ -16,7 +16,7 @@ from launch.data import check, prepare
 from launch.engines import attended_engine_of, check_not_queued
 from launch.interrupts import Interrupts
 from launch.progress import SteadyConsole
-from launch.run_directory import find_run, lock_run, shown, write_atomically, write_job
+from launch.run_directory import clear_stop, find_run, lock_run, shown, write_atomically, write_job
 from launch.status import count, duration
 from profiles.calibration import Calibration
 from profiles.configuration import Configuration
@@ -54,6 +54,7 @@ def calibrate(
         if code:
             return code
         _set_up(folder, job, branches)
+        clear_stop(folder)
         if len(_results(folder, branches)) < len(branches.seeds) * len(branches.configurations):
             outcome = attend(engine, folder, job, lock, interrupts, console)
             if outcome.exit_code or outcome.reason != "finished":

@@ -23,10 +23,15 @@ def check(job: JobConfig) -> None:
 
 
 def prepare(job: JobConfig, job_file: Path, interrupts: Interrupts) -> int:
-    """Prepare the job's data unless it is there, with `job_file` as what the process reads. Returns its exit code."""
+    """Prepare the job's data unless it is there, with `job_file` as what the process reads. Returns its exit code.
+
+    The file `stop` beside that one ends it, as an interrupt does.
+    """
     from copus.data.prepared import is_prepared
 
-    return 0 if is_prepared(job) else run_module(python_module("copus.data", job_file), interrupts)
+    if is_prepared(job):
+        return 0
+    return run_module(python_module("copus.data", job_file), interrupts, stop=job_file.with_name("stop"))
 
 
 def data(job_file: Path, overrides: list[str], *, as_json: bool = False) -> int:

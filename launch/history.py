@@ -226,7 +226,7 @@ def _sessions(events: Sequence[Event]) -> list[int]:
     """Where the workers were launched by a person, again: after an end, or by a resume (which may measure first)."""
     places = [place for place in range(1, len(events)) if isinstance(events[place - 1], End)]
     for place, event in enumerate(events):
-        if isinstance(event, Restart) and event.attempt == 0:
+        if isinstance(event, Restart) and event.attempt == 0 and not event.requeued:
             while place > 0 and isinstance(events[place - 1], Profile):
                 place -= 1
             if place > 0 and place not in places:

@@ -50,18 +50,26 @@ def die_with_parent() -> Callable[[], None] | None:
     return ask
 
 
-def run_module(command: list[str], interrupts: Interrupts) -> int:
-    """Run a command in the foreground; SIGINT and SIGTERM end it too. Returns its exit code (128 + signal).
+def run_module(command: list[str], interrupts: Interrupts, stop: Path | None = None) -> int:
+    """Run a command in the foreground; SIGINT and SIGTERM end it too, and so does the file `stop` once it is there.
+
+    Returns its exit code (128 + signal).
 
     All that it prints goes to stderr: it is progress, and stdout is for this command's own result.
     """
     child = subprocess.Popen(command, env=os.environ | module_environment(), stdout=2, preexec_fn=die_with_parent())
-    passed_on = 0
+    passed_on, stopped = 0, False
     while child.poll() is None:
         if interrupts.count > passed_on:
             passed_on = interrupts.count
             child.terminate() if passed_on == 1 else child.kill()
+        if stop is not None and not stopped and stop.exists():
+            stopped = True
+            print("copus: stopping: `copus cancel` asked for it", file=sys.stderr)
+            child.terminate()
         time.sleep(0.05)
     if interrupts.signal:
         return 128 + interrupts.signal
+    if stopped:
+        return 128 + signal.SIGTERM
     return child.returncode if child.returncode >= 0 else 128 - child.returncode

@@ -9,7 +9,7 @@ from copus.job import JobConfig, JobError, load_job
 from copus.profilers import TRIED, Installed, find_profiler
 from launch.attend import Outcome, attend
 from launch.data import check, prepare
-from launch.engines import LocalEngine, attended_engine_of
+from launch.engines import AttendedEngine, Engine, LocalEngine, attended_engine_of
 from launch.interrupts import Interrupts
 from launch.process import python_module
 from launch.progress import SteadyConsole
@@ -75,9 +75,18 @@ def profile_alone(run: Path, job: JobConfig, lock: int, interrupts: Interrupts, 
             return outcome
 
 
-def check_profiler(job: JobConfig) -> None:
+def check_profiler(job: JobConfig, engine: Engine) -> None:
     """Raise JobError where a job that trains could not use what its profiler measures."""
-    if job.profile.when != "never" and _profiler(job).shards and job.planner.policy != "goodput":
+    if job.profile.when == "never":
+        return
+    profiler = _profiler(job)
+    if profiler.processes == "one" and not isinstance(engine, AttendedEngine):
+        raise JobError(
+            f"profile.profiler({job.profile.profiler}) measures the machine where it is started, and launch.engine("
+            f"{job.launch.engine}) trains on others: run `copus profile run` on one of those, then set profile.when: "
+            "never; or set profile.profiler: live"
+        )
+    if profiler.shards and job.planner.policy != "goodput":
         raise JobError(
             f"profile.profiler({job.profile.profiler}) measures shards without the network, and planner.policy("
             f"{job.planner.policy}) needs measured steps: set planner.policy: goodput, which weighs how sure the cost "

@@ -15,7 +15,7 @@ from launch.engines.ticket import write_ticket
 from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.progress import Progress
-from launch.run_directory import clear_stop, shown
+from launch.run_directory import shown
 from launch.status import RunStatus
 
 STATE_SECONDS = 3.0
@@ -39,7 +39,6 @@ def hand_over(engine: QueuedEngine, run: Path, job: JobConfig, *, resume: bool) 
     queued = Queued(Follower(run), RunStatus())
     queued.status.update(queued.follower.read())
     queued.status.forget_ending()
-    clear_stop(run)
     write_ticket(run, engine.resume(run, job) if resume else engine.submit(run, job))
     return queued
 

@@ -169,6 +169,26 @@ def request_stop(run: Path) -> None:
     (run / "stop").write_text("")
 
 
+def request_pause(run: Path, mark: str) -> None:
+    """The same for a run that goes on later, as `mark` in the file says. A request to stop for good stays as it is.
+
+    Raises OSError where nothing can be written: nothing is asked then. An empty file would ask to stop for good.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=run, prefix=".stop.")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(mark)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, run / "stop")  # whole from its first moment, and never over another one
+    finally:
+        os.unlink(temporary)
+
+
+def stop_requested(run: Path) -> bool:
+    """Whether somebody asked for that since the launcher took the run."""
+    return (run / "stop").exists()
+
+
 def clear_stop(run: Path) -> None:
-    """Take the request back."""
+    """Take the request back, once: where a launcher has just taken the run. What comes later is meant for it."""
     (run / "stop").unlink(missing_ok=True)

@@ -22,7 +22,17 @@ from launch.interrupts import Interrupts
 from launch.profile import check_profiler, profile_alone
 from launch.progress import SteadyConsole
 from launch.queued import Queued, follow_job, hand_over
-from launch.run_directory import create_run, discard_run, find_run, lock_run, next_run, portable, shown, write_job
+from launch.run_directory import (
+    clear_stop,
+    create_run,
+    discard_run,
+    find_run,
+    lock_run,
+    next_run,
+    portable,
+    shown,
+    write_job,
+)
 from launch.status import LIMITS, RunStatus, count, duration
 from launch.tracking import check_trackers
 
@@ -51,7 +61,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     job = portable(load_job(job_file, overrides, manner.engine))
     engine = engine_of(job)
     check(job)
-    check_profiler(job)
+    check_profiler(job, engine)
     if not engine.own_software:
         check_trackers(job)
     check_start(job)
@@ -98,12 +108,14 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
     with Interrupts() as interrupts:
         with lock_run(run) as lock:
             check_not_queued(run)
+            clear_stop(run)
             if job != before:
                 write_job(run, job)
+            undo = partial(write_job, run, before)
             code = prepare(job, run / "job.yaml", interrupts)
             if code:
+                undo()
                 return code
-            undo = partial(write_job, run, before)
             outcome = _launch(engine, run, job, lock, interrupts, console, undo, resume=True)
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)

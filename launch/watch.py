@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from copus.events import DecisionMade, Event, Profile, Reconfigure, Start, Step
 from launch.engines import EngineState, engine_state
+from launch.engines.ticket import FILE as TICKET
 from launch.follow import Follower
 from launch.run_directory import find_run
 from launch.run_state import state_of
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 REFRESH_SECONDS = 1.0
 """Time between two looks at the run."""
-ASK_SECONDS = 15.0
-"""Time between two questions to the engine of a run."""
+ASK_SECONDS = 10.0
+"""Time between two questions to a scheduler."""
 LAST_EVENTS = 6
 """Events shown in words."""
 ALTERNATIVES = 5
@@ -44,7 +45,8 @@ class Watched:
         """The newest."""
         self.predicted: float | None = None
         """Samples a second that were expected of the configuration that runs, before it ran."""
-        self._asked: tuple[float, EngineState] | None = None
+        self._known: EngineState | None = None
+        self._next_question = 0.0
         self.state = state_of(run, self.status, ask=self._ask)
         self._losses_at: list[int] = []
         self._measured: dict[Configuration, float] = {}
@@ -58,11 +60,15 @@ class Watched:
         self.state = state_of(self.run, self.status, ask=self._ask)
 
     def _ask(self, run: Path) -> EngineState:
-        """What the engine says: a scheduler is not to be asked every second, but for a run that is ending."""
-        ending = self.status.end is not None or self.status.failure is not None
-        if ending or self._asked is None or time.monotonic() > self._asked[0] + ASK_SECONDS:
-            self._asked = (time.monotonic(), engine_state(run))
-        return self._asked[1]
+        """What the engine says. A scheduler is not asked every second, and one that is slow said nothing new."""
+        if not (run / TICKET).exists():  # no scheduler has the run
+            return engine_state(run)
+        if self._known is None or time.monotonic() >= self._next_question:
+            state = engine_state(run)
+            if self._known is None or state.phase != "unknown":
+                self._known = state
+            self._next_question = time.monotonic() + ASK_SECONDS
+        return self._known
 
     def _take(self, event: Event) -> None:
         match event:

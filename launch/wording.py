@@ -40,7 +40,8 @@ def told(event: Event, seq_len: int | None = None) -> str | None:
             return f"rank {event.rank} failed: {event.message}" if event.fatal else event.message
         case Restart():
             where = event.resumed_from or "the beginning: there is no checkpoint that verifies"
-            how = f"restarted (attempt {event.attempt})" if event.attempt else "resumed"
+            how = "requeued" if event.requeued else "resumed"
+            how = f"restarted (attempt {event.attempt})" if event.attempt else how
             again = f"{event.samples_repeated} sequences are trained on again"
             return f"{how} on {event.ranks} ranks from {where}; {again}"
         case End():

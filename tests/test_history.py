@@ -75,6 +75,23 @@ def test_a_resume_after_a_crash_may_measure_first(tmp_path: Path) -> None:
     assert [(pause.kind, pause.end - pause.begin) for pause in history.pauses] == [("measuring", pytest.approx(5.0))]
 
 
+@pytest.mark.parametrize("requeued", [True, False])
+def test_the_time_until_a_scheduler_starts_a_dead_job_again_is_downtime(tmp_path: Path, requeued: bool) -> None:
+    values = {"attempt": 0, "resumed_from": "x", "samples_repeated": 0, "ranks": 2}
+    run = write_timed_run(
+        tmp_path,
+        (BEGAN, start()),
+        (BEGAN + 1, step(4, 1.0)),
+        (BEGAN + 121, Restart(step=1, samples_consumed=4, requeued=requeued, **values)),
+        (BEGAN + 121, start(4, resumed_from="x")),
+        (BEGAN + 122, step(8, 1.0)),
+    )
+    history = read_history(run)
+    assert history.steps[-1].seconds == pytest.approx(122.0 if requeued else 2.0)
+    down = [pause.end - pause.begin for pause in history.pauses if pause.kind == "down"]
+    assert down == ([pytest.approx(120.0)] if requeued else [])
+
+
 def test_decisions_are_read_one_by_one(told: History) -> None:
     assert sorted(told.decisions) == [0, 1, 2]
     made = told.decision(1)

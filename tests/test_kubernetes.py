@@ -3,6 +3,7 @@ cluster, and what a pod does when it is evicted. No real cluster was ever asked.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from kubernetes_api import FakeCluster, fake_cluster
 from launch_jobs import WORKER, copus_here, write_job
 from test_end_to_end import _write_job as write_tiny_job
 
-from copus.events import End, Start, Step, read_events
+from copus.events import REQUEUED, End, Start, Step, read_events
 from copus.job import load_job
 from launch.engines import engine_state
 from launch.engines import kubernetes_node as node
@@ -140,12 +141,11 @@ def test_options_that_are_wrong_are_one_line(
 
 def test_names_are_names_of_hosts() -> None:
     for name in ("shakespeare", "A.Long_Name" * 9, "0", "..."):
-        found = job_name(Path("/runs") / name, None)
+        found = job_name(Path("/runs") / name, "0123abcd")
         assert len(f"{found}-node-0-0") <= 63
         assert found.replace("-", "").isalnum()
         assert found == found.lower()
-        assert found == job_name(Path("/runs") / name, None)
-        assert found != job_name(Path("/runs") / name, found)
+        assert found.endswith("-0123abcd")
 
 
 class TestCluster:
@@ -203,6 +203,14 @@ class TestCluster:
         kind = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
         assert {f"POST {kind}", f"GET {kind}/{name}", f"DELETE {kind}/{again.job_id}"} <= set(cluster.asked)
 
+    def test_a_run_of_the_same_name_as_one_that_was_removed_is_another_job(
+        self, tmp_path: Path, cluster: FakeCluster
+    ) -> None:
+        for number in (1, 2):
+            assert self.submit(tmp_path, "job.yaml") == 0
+            assert len(cluster.jobs) == number
+            shutil.rmtree(tmp_path / "runs" / "small")
+
     def test_what_the_cluster_refuses_is_one_line_and_leaves_nothing(
         self, tmp_path: Path, cluster: FakeCluster, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -258,11 +266,13 @@ class TestNode:
     def test_a_finished_run_is_a_success(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.attempt(run, monkeypatch, "--steps", "3") == 0
         assert (run / "logs" / "copus-small-1.node-0.log").exists()
+        assert REQUEUED not in node.Node(run, load_job(run / "job.yaml"), "copus-small-2", 0).environment()
 
     def test_an_evicted_pod_leaves_a_checkpoint_and_goes_on(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.when_training(run, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert self.attempt(run, monkeypatch, "--steps", "100000") == node.AGAIN
         done = int((run / "checkpoints" / "done").read_text())
+        assert REQUEUED in node.Node(run, load_job(run / "job.yaml"), "copus-small-1", 0).environment()
         assert self.attempt(run, monkeypatch, "--steps", str(done + 2)) == 0
         assert [event.step for event in read_events(run) if isinstance(event, Step)] == list(range(1, done + 3))
         assert [event.resumed_from for event in read_events(run) if isinstance(event, Start)] == [

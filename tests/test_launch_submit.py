@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,11 @@ import pytest
 import yaml
 from launch_jobs import copus_command, copus_here, write_job
 
+import launch.submit
 from copus.events import End, Start, Step, read_events
+from launch.engines import LocalEngine
+from launch.interrupts import Interrupts
+from launch.process import run_module
 
 LONG = ["--steps", "100000"]
 
@@ -220,6 +225,31 @@ def test_user_errors_are_one_line_and_leave_nothing(
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("stage", ["prepare", "profile_alone"])
+def test_a_cancel_while_the_run_gets_ready_starts_no_workers(
+    tmp_path: Path, copus: Copus, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    write_job(tmp_path)
+    run = tmp_path / "runs" / "small"
+
+    def cancelled(*arguments: object) -> int | None:
+        print(LocalEngine().cancel(run, now=True))
+        return 0 if stage == "prepare" else None
+
+    monkeypatch.setattr(launch.submit, stage, cancelled)
+    result = copus("submit", "job.yaml", worker=["--steps", "3"])
+    assert result.returncode == 128 + signal.SIGTERM
+    assert "it has no workers yet, and starts none" in result.stdout
+    assert not (run / "worker-0.pid").exists()
+
+
+def test_a_cancel_ends_data_preparation(tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    with Interrupts() as interrupts:
+        code = run_module([sys.executable, "-c", "import time; time.sleep(60)"], interrupts, stop=tmp_path / "stop")
+    assert code == 128 + signal.SIGTERM
 
 
 def test_failed_data_preparation_leaves_no_run(tmp_path: Path, copus: Copus) -> None:

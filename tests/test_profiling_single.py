@@ -14,6 +14,7 @@ from copus.backends.megatron.backend import MegatronBackend
 from copus.job import JobError, load_job
 from copus.profiling.single import SingleProfiler, stage_ranks, world_of_one
 from copus.worker import _planner
+from launch.engines import LocalEngine
 from launch.profile import check_profiler
 from profiles.layout import Layout
 from profiles.measurement import Measurement
@@ -155,8 +156,9 @@ def test_only_goodput_trains_on_what_one_accelerator_said() -> None:
     job = tiny_job(2)
     single = job.model_copy(update={"profile": job.profile.model_copy(update={"profiler": "single"})})
     with pytest.raises(JobError, match=r"planner\.policy\(copus\) needs measured steps: set planner\.policy: goodput"):
-        check_profiler(single)
-    check_profiler(single.model_copy(update={"planner": job.planner.model_copy(update={"policy": "goodput"})}))
+        check_profiler(single, LocalEngine())
+    goodput = single.model_copy(update={"planner": job.planner.model_copy(update={"policy": "goodput"})})
+    check_profiler(goodput, LocalEngine())
 
 
 def test_options_are_refused() -> None:

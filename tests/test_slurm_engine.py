@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 from collections.abc import Callable
@@ -14,13 +15,16 @@ from launch_events import start
 from launch_jobs import copus_command, copus_here, write_job
 
 import launch.queued
-from copus.events import Checkpoint, End, EventLog, Warned, read_events
+import launch.submit
+from copus.events import REQUEUED, Checkpoint, End, EventLog, Warned, read_events
 from copus.job import JobConfig, JobError, load_job
-from launch.engines import Ticket, engine_of, engine_state, slurm_job
+from launch.engines import Ticket, engine_of, engine_state, slurm_job, slurm_node
 from launch.engines.requeues import count_attempt
 from launch.engines.slurm import SlurmEngine
 from launch.engines.slurm_commands import QueueEntry
 from launch.engines.slurm_job import REQUEUE, Attempt
+from launch.run_directory import request_pause
+from launch.run_directory import write_job as rewrite_job
 
 FAKE = """#!/bin/sh
 echo "$(basename $0) $*" >> {folder}/asked
@@ -147,6 +151,10 @@ def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
         ({"time_limit": "soon"}, "launch.options: time_limit: string should match pattern"),
         ({"max_requeues": "3"}, "launch.options: max_requeues: input should be a valid integer, got '3'"),
         ({"sbatch": {"output": "x"}}, "launch.options: sbatch: output is set by COPUS or by a field of its own"),
+        (
+            {"sbatch": {"clusters": "b"}},
+            "clusters: jobs are queued, watched and cancelled on this machine's own",
+        ),
         ({"sbatch": {"comment": 'a" --wrap="id'}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"comment": "a\n#SBATCH --wrap=id"}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"Mem ": "1"}}, "launch.options: sbatch: 'Mem ' is no long option of sbatch"),
@@ -171,7 +179,7 @@ def test_submit_writes_the_id_down_and_resume_waits_for_the_end(
 ) -> None:
     run = queued(tmp_path)
     ticket = json.loads((run / "engine.json").read_text())
-    assert (ticket["engine"], ticket["job_id"], ticket["place"]) == ("slurm", "12", "main")
+    assert (ticket["engine"], ticket["job_id"]) == ("slurm", "12")
     assert asked(tmp_path)[0] == f"sbatch --parsable {run}/slurm.sh"
     said = capfd.readouterr().out
     assert "Slurm job 12 waits: Priority; it goes on without this command" in said
@@ -187,6 +195,27 @@ def test_submit_writes_the_id_down_and_resume_waits_for_the_end(
     assert json.loads((run / "engine.json").read_text())["job_id"] == "13"
 
 
+def test_the_queue_that_the_job_is_in_is_asked_whatever_the_job_file_says(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = queued(tmp_path)
+    rewrite_job(run, load_job(run / "job.yaml", engine="local"))
+    capfd.readouterr()
+    assert copus_here("submit", "--resume", "small") == 2
+    assert "runs/small: Slurm job 12 waits: Priority" in capfd.readouterr().err
+
+
+def test_a_resume_whose_data_cannot_be_prepared_changes_nothing(
+    tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = queued(tmp_path)
+    slurm("squeue", "")
+    before = (run / "job.yaml").read_text()
+    monkeypatch.setattr(launch.submit, "prepare", lambda *arguments: 2)
+    assert copus_here("submit", "--resume", "small", "--engine", "local") == 2
+    assert (run / "job.yaml").read_text() == before
+
+
 def test_what_sbatch_refuses_leaves_nothing(tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]) -> None:
     job_file(tmp_path)
     slurm(
@@ -197,6 +226,19 @@ def test_what_sbatch_refuses_leaves_nothing(tmp_path: Path, slurm: Says, capfd: 
     assert errors.startswith("copus: sbatch: error: invalid partition specified")
     assert errors.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_machine_that_submits_is_not_measured(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job_file(tmp_path)
+    alone = ["--set", "profile.profiler=single", "--set", "planner.policy=goodput"]
+    assert copus_here("submit", "job.yaml", "--detach", *alone) == 2
+    said = capfd.readouterr().err
+    assert "launch.engine(slurm) trains on others: run `copus profile run` on one of those" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+    assert copus_here("submit", "job.yaml", "--detach", *alone, "--set", "profile.when=never") == 0
 
 
 def test_a_machine_without_slurm(tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +320,24 @@ def test_following_to_the_end(
     assert ("the last words" in errors) == (end is None)
 
 
+def test_followed_logs_ask_seldom_and_survive_a_controller_that_is_slow(
+    tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = queued(tmp_path)
+    engine = engine_of(load_job(run / "job.yaml"))
+    clock = [1000.0]
+    monkeypatch.setattr("launch.engines.base.time.monotonic", lambda: clock[0])
+    before = len(asked(tmp_path))
+    alive = engine._aliveness(run)
+    slurm("squeue", "squeue: error: no answer", 1)
+    assert [alive(), alive()] == [True, True]
+    slurm("squeue", "COMPLETED|None|n1\n")
+    assert alive()
+    clock[0] += 10.0
+    assert not alive()
+    assert len(asked(tmp_path)) == before + 2
+
+
 def attempt(run: Path, job: Path, number: int = 0) -> Attempt:
     return Attempt(run, load_job(job), "12", number, "n1")
 
@@ -314,6 +374,57 @@ def test_a_signal_asks_for_a_checkpoint_and_then_a_requeue(tmp_path: Path, node:
     assert (node / "stop").read_text() == REQUEUE
     assert "its time limit is near (requeue 1" in said
     assert requeues(tmp_path) == 1
+
+
+def test_a_controller_that_is_slow_does_not_end_the_job(
+    tmp_path: Path, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question fails once: where the job stands, and the requeue."""
+    silent = {"squeue", "scontrol"}
+
+    def answers(program: str, ask: Callable[..., Any]) -> Callable[..., Any]:
+        def once_silent(*arguments: str) -> Any:
+            if program in silent:
+                silent.remove(program)
+                raise JobError(f"{program} did not answer in 10 s")
+            return ask(*arguments)
+
+        return once_silent
+
+    monkeypatch.setattr(slurm_job, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(slurm_job, "queue_entry", answers("squeue", slurm_job.queue_entry))
+    monkeypatch.setattr(slurm_job, "slurm", answers("scontrol", slurm_job.slurm))
+    conclude(node, 1)
+    assert not silent
+    assert requeues(tmp_path) == 1
+
+
+def test_a_request_that_cannot_be_written_is_not_the_users(tmp_path: Path) -> None:
+    """On a full disk a file can be made and not be written; here no file may grow."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            request_pause(tmp_path, REQUEUE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("session", "requeued"), [("12-0", False), ("12-1", True)])
+def test_a_node_that_is_alone_meets_on_the_loopback_interface(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, session: str, requeued: bool
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("os.execve", lambda *arguments: started.extend(arguments))
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    job_file(tmp_path)
+    slurm_node.main([str(tmp_path), session, "127.0.0.1:0", "n1=127.0.0.1"])
+    _, command, environment = started
+    assert "copus.agent --rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in " ".join(command)
+    assert "--local-addr 127.0.0.1" in " ".join(command)
+    assert (REQUEUED in environment) == requeued
 
 
 def test_the_users_stop_is_no_requeue(tmp_path: Path, node: Path) -> None:

@@ -15,6 +15,7 @@ from launch_jobs import copus_command, copus_here
 from rich.console import Console
 from told_run import HOSTILE, WIDE, evaluate, told_events, write_told_run
 
+import launch.watch
 from copus.events import End, Event, Failure, Profile, Reconfigure
 from launch.engines.base import EngineState, Phase
 from launch.follow import Follower
@@ -86,6 +87,31 @@ def test_an_engine_with_a_queue_is_asked(tmp_path: Path, events: list[Event], ph
     assert state.name == expected
     if phase == expected:
         assert state.why == "job 7: Resources"
+
+
+def test_a_scheduler_is_not_asked_at_every_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A requeued job keeps its end while it waits; a run without a scheduler is looked at each time."""
+    run = write_timed_run(tmp_path, (NOW - 500, start()), (NOW - 500, ended("interrupted")))
+    questions: list[Path] = []
+
+    def asked(run: Path) -> EngineState:
+        questions.append(run)
+        return EngineState("queued", "job 7: Resources")
+
+    monkeypatch.setattr(launch.watch, "engine_state", asked)
+    for expected in (4, 1):
+        watched = Watched(run)
+        for _ in range(3):
+            watched.update(Follower(run).read())
+        assert watched.state.name == "queued"
+        assert len(questions) == expected
+        questions.clear()
+        (run / "engine.json").touch()
+    monkeypatch.setattr(launch.watch, "ASK_SECONDS", 0)
+    watched = Watched(run)
+    monkeypatch.setattr(launch.watch, "engine_state", lambda run: EngineState("unknown", "no answer"))
+    watched.update([])
+    assert watched.state.name == "queued"  # as it said last
 
 
 def test_looking_does_not_hold_the_lock(tmp_path: Path) -> None:

@@ -29,20 +29,28 @@ def attended_engine_of(job: JobConfig, command: str) -> AttendedEngine:
     return engine
 
 
-def engine_of_run(run: Path) -> Engine:
-    """The engine that a run was given to last. Raises JobError where its job file no longer says which."""
+def engine_of_run(run: Path, name: str | None = None) -> Engine:
+    """The engine that a run was given to last, as its job file says; with `name` that one.
+
+    It gets the file's options where they are its own. Raises JobError where the job file no longer says which, or it
+    does not take the options.
+    """
     try:
         values = yaml.safe_load((run / "job.yaml").read_text(encoding="utf-8"))
         launch = values.get("launch", {})
-        return _engine(launch.get("engine", "local"), launch.get("options", {}))
+        named = launch.get("engine", "local")
+        return _engine(name or named, launch.get("options", {}) if name in (None, named) else {})
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise JobError(f"{shown(run)}/job.yaml: launch: {' '.join(str(error).split())}") from None
 
 
-def engine_state(run: Path) -> EngineState:
-    """Queued, running, ended or unknown, in words too. Quick, and raises nothing: it is for lists of runs."""
+def engine_state(run: Path, name: str | None = None) -> EngineState:
+    """Queued, running, ended or unknown, in words too. Quick, and raises nothing: it is for lists of runs.
+
+    Asks the engine of `engine_of_run`.
+    """
     try:
-        return engine_of_run(run).state(run)
+        return engine_of_run(run, name).state(run)
     except (JobError, OSError) as error:
         return EngineState("unknown", str(error))
 
@@ -52,9 +60,10 @@ def check_not_queued(run: Path) -> None:
 
     Raises JobError where one waits, or runs, or nobody can say.
     """
-    if read_ticket(run) is None:
+    ticket = read_ticket(run)
+    if ticket is None:
         return
-    state = engine_state(run)
+    state = engine_state(run, ticket.engine)  # the job file may name another one since
     if state.phase == "unknown":
         raise JobError(f"{shown(run)}: {state.words}; where its job is surely gone, remove {shown(run)}/{FILE}")
     if state.phase != "ended":

@@ -5,15 +5,17 @@ gone. A `QueuedEngine` hands the job to a scheduler and gets its id; the job the
 reads the run directory and may leave.
 """
 
+import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
 from pydantic import ConfigDict
 
-from copus.job import JobConfig
+from copus.job import JobConfig, JobError
 from launch.engines.log_files import lines_of
 from launch.engines.ticket import Ticket
 from profiles.record import Record
@@ -70,6 +72,8 @@ class Engine(ABC):
     options: EngineOptions
     own_software: ClassVar[bool] = False
     """Whether workers run another installation than this command's, an image say: nothing here tells what it has."""
+    ask_seconds: ClassVar[float] = 0.0
+    """Least time between two questions of `logs` whether a run is alive."""
 
     def __init__(self, options: EngineOptions | None = None) -> None:
         self.options = options or self.Options()
@@ -105,8 +109,23 @@ class Engine(ABC):
 
         Lines of a rank begin with `[rankN]:` (the agents see to that).
         """
-        alive = (lambda: self.state(run).phase in ("queued", "running")) if follow else None
-        return lines_of(lambda: self.log_files(run), rank, alive)
+        return lines_of(lambda: self.log_files(run), rank, self._aliveness(run) if follow else None)
+
+    def _aliveness(self, run: Path) -> Callable[[], bool]:
+        """Whether a run is alive, for somebody who asks all the time. One that cannot be asked after is."""
+        next_question, alive = -math.inf, True
+
+        def ask() -> bool:
+            nonlocal next_question, alive
+            if time.monotonic() >= next_question:
+                try:
+                    alive = self.state(run).phase != "ended"
+                except (JobError, OSError):
+                    alive = True
+                next_question = time.monotonic() + self.ask_seconds
+            return alive
+
+        return ask
 
 
 class AttendedEngine(Engine):
@@ -128,6 +147,8 @@ class QueuedEngine(Engine):
     and only then lets go of the lock: a job that is started at once waits for it, and goes on only where the file
     names it.
     """
+
+    ask_seconds = 10.0
 
     def ready(self) -> None:
         """Raise JobError where nothing can be submitted from this machine. Asked before data is prepared for hours."""

@@ -5,6 +5,7 @@ directory and the data lie on a volume that is mounted at the same place in the 
 that every command reads a run as if it were here.
 """
 
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from launch.engines.kubernetes_manifest import job_name, train_job
 from launch.engines.kubernetes_options import KubernetesOptions
 from launch.engines.ticket import Ticket, read_ticket
 from launch.run_directory import request_stop, shown
+
+DRY = "xxxxxxxx"
+"""At the end of the name in a dry run; eight random digits (hexadecimal) stand there in the cluster."""
 
 
 class KubernetesEngine(QueuedEngine):
@@ -50,12 +54,12 @@ class KubernetesEngine(QueuedEngine):
 
     def describe(self, run: Path, job: JobConfig) -> str:
         """The manifest, as `kubectl create -f -` takes it."""
-        return yaml.safe_dump(self._manifest(run, job), sort_keys=False).rstrip()
+        return yaml.safe_dump(self._manifest(run, job, DRY), sort_keys=False).rstrip()
 
     def submit(self, run: Path, job: JobConfig) -> Ticket:
-        """Make the TrainJob."""
+        """Make the TrainJob, by a name that no other has: that of a removed run may still be in the cluster."""
         (run / "logs").mkdir(exist_ok=True)
-        manifest = self._manifest(run, job)
+        manifest = self._manifest(run, job, secrets.token_hex(len(DRY) // 2))
         self._cluster(None).create(manifest)
         name = manifest["metadata"]["name"]
         return Ticket(engine="kubernetes", job_id=name, submitted=time.time(), place=self.options.namespace)
@@ -104,11 +108,9 @@ class KubernetesEngine(QueuedEngine):
             return self._cluster(ticket).logs(ticket.job_id)
         return super().logs(run, rank, follow=follow)
 
-    def _manifest(self, run: Path, job: JobConfig) -> dict[str, Any]:
-        before = read_ticket(run)
-        name = job_name(run, before.job_id if before else None)
+    def _manifest(self, run: Path, job: JobConfig, suffix: str) -> dict[str, Any]:
         try:
-            return train_job(name, run, job, self.options)
+            return train_job(job_name(run, suffix), run, job, self.options)
         except ImportError:
             raise JobError("launch.engine(kubernetes) needs its models: pip install 'copus[kubernetes]'") from None
         except ValueError as error:  # the models': a toleration, say

@@ -1,6 +1,5 @@
 """The TrainJob (trainer.kubeflow.org/v1alpha1) of a job, built with the models of Kubeflow's API."""
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ VOLUME = "copus"
 MODULE = "launch.engines.kubernetes_node"
 
 
-def job_name(run: Path, before: str | None) -> str:
-    """A name for the job of a run; another one where the run belonged to the job `before`."""
-    digest = hashlib.sha256(f"{run} {before}".encode()).hexdigest()[:8]
+def job_name(run: Path, suffix: str) -> str:
+    """A name for a job of a run, one that a host can have; `suffix`, letters and digits, tells it from others."""
     plain = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")
-    return f"{f'copus-{plain}'[: LONGEST - 9].rstrip('-')}-{digest}"
+    return f"{f'copus-{plain}'[: LONGEST - 1 - len(suffix)].rstrip('-')}-{suffix}"
 
 
 def train_job(name: str, run: Path, job: JobConfig, options: KubernetesOptions) -> dict[str, Any]:

@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from copus.events import REQUEUED
 from copus.job import JobConfig, JobError, load_job
 from launch.engines.agent import agent_arguments
 from launch.engines.ticket import read_ticket
 from launch.follow import Follower
 from launch.process import die_with_parent, module_environment, python_module
-from launch.run_directory import lock_run
+from launch.run_directory import lock_run, request_pause
 from launch.status import RunStatus
 
 AGAIN = 75
@@ -54,22 +55,22 @@ class Node:
     def __init__(self, run: Path, job: JobConfig, name: str, rank: int) -> None:
         """Takes SIGTERM over: the agent would give its workers 30 seconds, and a checkpoint may take longer."""
         self._run, self._job, self._name, self._rank = run, job, name, rank
+        self._log = run / "logs" / f"{name}.node-{rank}.log"
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def run(self) -> int:
         """Run the agent; its output goes to the pod's log and to the run's."""
         if _stopped_by_user(self._run):
             return 0
-        interfaces = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
         agent = subprocess.Popen(
             self.command(),
-            env=(interfaces if self._job.cluster.nodes == 1 else {}) | os.environ | module_environment(),
+            env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             preexec_fn=die_with_parent(),
         )
         assert agent.stdout is not None
-        with open(self._run / "logs" / f"{self._name}.node-{self._rank}.log", "ab", buffering=0) as log:
+        with open(self._log, "ab", buffering=0) as log:
             for line in agent.stdout:
                 log.write(line)
                 sys.stdout.buffer.write(line)
@@ -95,13 +96,19 @@ class Node:
         arguments = agent_arguments(self._run, self._job, **common, **place)
         return [*python_module("torch.distributed.run", "--rdzv-conf", settings), *arguments]
 
+    def environment(self) -> dict[str, str]:
+        """The agent's. A log of this job means that Kubernetes has started the pod before."""
+        interfaces = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
+        requeued = {REQUEUED: "1"} if self._log.exists() else {}
+        alone = interfaces if self._job.cluster.nodes == 1 else {}
+        return alone | os.environ | module_environment() | requeued
+
     def _on_sigterm(self, number: int, frame: Any) -> None:
         """The pod is evicted: ask all workers for a checkpoint. A request of the user's to stop for good stays."""
         try:
-            with open(self._run / "stop", "x") as file:
-                file.write(EVICTED)
-        except FileExistsError:
-            pass
+            request_pause(self._run, EVICTED)
+        except OSError as error:
+            print(f"copus: the workers cannot be asked for a checkpoint: {error.strerror}", file=sys.stderr)
 
 
 def _wait_for_ticket(run: Path, name: str) -> None:

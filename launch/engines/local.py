@@ -71,13 +71,15 @@ class LocalEngine(AttendedEngine):
         return EngineState("running", f"its workers are running (launched by {holder})")
 
     def cancel(self, run: Path, *, now: bool) -> str:
-        """Make RUN/stop; with `now` kill the agent and what is below it."""
+        """Make RUN/stop, which a launcher that still gets ready minds too; with `now` kill the agent and what is below
+        it."""
         if lock_holder(run) is None:
             raise JobError(f"{shown(run)}: nothing to cancel: no workers are running")
-        if now:
-            _kill_holders(run)
-            return "its workers were ended; a resume goes on from the newest checkpoint"
         request_stop(run)
+        if now and not _kill_holders(run):
+            return "it has no workers yet, and starts none"
+        if now:
+            return "its workers were ended; a resume goes on from the newest checkpoint"
         return "its workers stop at the next step, with a checkpoint"
 
     def log_files(self, run: Path) -> list[Path]:
@@ -85,12 +87,16 @@ class LocalEngine(AttendedEngine):
         return sorted((run / "logs").glob("*.agent.log"))[-1:]
 
 
-def _kill_holders(run: Path) -> None:
-    """Kill what keeps the workers alive: processes that hold the run's lock, but for the launcher, and all below."""
+def _kill_holders(run: Path) -> int:
+    """Kill what keeps the workers alive: processes that hold the run's lock, but for the launcher, and all below.
+
+    Returns how many held it.
+    """
     import psutil
 
     lock = str((run / "lock").resolve())
     launcher = (run / "lock").read_text().strip().rpartition(" ")[2]
+    killed = 0
     for process in psutil.process_iter():
         try:
             holds = str(process.pid) != launcher and any(file.path == lock for file in process.open_files())
@@ -98,6 +104,8 @@ def _kill_holders(run: Path) -> None:
             continue
         if holds:
             kill_family(process.pid)
+            killed += 1
+    return killed
 
 
 def kill_family(pid: int) -> None:

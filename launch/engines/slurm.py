@@ -53,8 +53,8 @@ class SlurmEngine(QueuedEngine):
         (run / "logs").mkdir(exist_ok=True)
         write_atomically(run / SCRIPT, self.describe(run, job) + "\n")
         answer = slurm("sbatch", "--parsable", str(run / SCRIPT)).strip()
-        job_id, _, cluster = answer.partition(";")
-        return Ticket(engine="slurm", job_id=job_id, submitted=time.time(), place=cluster or None)
+        job_id = answer.partition(";")[0]  # a federation's name may follow: its ids are known in all of it
+        return Ticket(engine="slurm", job_id=job_id, submitted=time.time())
 
     def state(self, run: Path) -> EngineState:
         """What `squeue` says."""
@@ -124,7 +124,7 @@ class SlurmEngine(QueuedEngine):
             environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.options.interface)
         exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
         if job.cluster.nodes == 1 and not self.options.interface:  # several nodes cannot meet on the loopback interface
-            exports.append('export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"')
+            exports += [f'export {name}="${{{name}:-lo}}"' for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
         root = shlex.quote(str(module_root()))
         python = self.options.python or sys.executable
         return [

@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from copus.events import EventLog, Warned
 from copus.job import JobConfig, JobError, load_job
@@ -23,7 +25,7 @@ from launch.engines.slurm_options import SlurmOptions
 from launch.engines.ticket import read_ticket
 from launch.follow import Follower
 from launch.process import python_module
-from launch.run_directory import lock_run
+from launch.run_directory import lock_run, request_pause
 from launch.status import RunStatus
 
 LOCK_SECONDS = 120.0
@@ -33,11 +35,14 @@ REQUEUE = "requeue\n"
 """What is in RUN/stop where this job goes on later; the user's stop has nothing in it."""
 ENDING_SECONDS = 120.0
 """How long to wait for the end that was asked for."""
+PATIENCE_SECONDS, RETRY_SECONDS = 60.0, 5.0
+"""How long to ask Slurm again where it does not answer, and how often: a controller that is slow must not end a job."""
 LAST_AGENT_SECONDS = 35
 """An agent waits 30 s for its workers to checkpoint before it kills them. After this `srun` gives up the nodes that it
 hears nothing of: to kill the rest on a failure is not enough where Slurm's daemon of the step is dead."""
 FIRST_PORT, PORTS = 18_000, 12_000
 """Below the ports that Linux gives away by itself."""
+Answer = TypeVar("Answer")
 
 
 def main(arguments: list[str]) -> int:
@@ -90,7 +95,7 @@ class Attempt:
         nodes, session = self._job.cluster.nodes, f"{self._job_id}-{self._attempt}"
         addresses, endpoint = {self._here: "127.0.0.1"}, "127.0.0.1:0"
         if nodes > 1:  # only then has anything to be reached from elsewhere
-            found = node_addresses(os.environ["SLURM_JOB_NODELIST"])
+            found = _patiently(lambda: node_addresses(os.environ["SLURM_JOB_NODELIST"]))
             addresses = {self._here: found[self._here]} | found
             endpoint = f"{addresses[self._here]}:{self._options.port or port_of(self._job_id)}"
         log = f"{self._run}/logs/slurm-{session}.node-%t.log"
@@ -106,10 +111,9 @@ class Attempt:
         """Ask the workers for a checkpoint, on a signal. The user's request to stop for good stays."""
         self._why = self._why or why
         try:
-            with open(self._stop, "x") as file:
-                file.write(REQUEUE)
-        except FileExistsError:
-            pass
+            request_pause(self._run, REQUEUE)
+        except OSError as error:  # a full disk, which would take no checkpoint either
+            _say(f"the workers cannot be asked for a checkpoint: {error.strerror}")
 
     def _conclude(self, code: int, counted: Requeues) -> int:
         """What follows from the end of the workers."""
@@ -121,14 +125,14 @@ class Attempt:
         fruitless = 0 if self._checkpoint_samples() > counted.checkpoint_samples else counted.fruitless + 1
         if fruitless > self._options.max_requeues:
             return self._give_up(counted)
-        entry = queue_entry(self._job_id)
+        entry = _patiently(lambda: queue_entry(self._job_id))
         if entry is None or entry.state != "RUNNING":  # cancelled, or preempted: Slurm decides, and has done so
             _say(f"Slurm ends this attempt ({entry.state if entry else 'gone'})")
             return code or 1
         limit = f", {fruitless} of {self._options.max_requeues} without a new checkpoint" if fruitless else ""
         self._tell(f"Slurm job {self._job_id} goes back into the queue: {why} (requeue {self._attempt + 1}{limit})")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how Slurm ends this process
-        slurm("scontrol", "requeue", self._job_id)
+        _patiently(lambda: slurm("scontrol", "requeue", self._job_id))
         time.sleep(ENDING_SECONDS)
         return 1
 
@@ -170,6 +174,19 @@ class Attempt:
 def port_of(job_id: str) -> int:
     """A port that jobs which run at the same time hardly share."""
     return FIRST_PORT + int(job_id) % PORTS
+
+
+def _patiently(ask: Callable[[], Answer]) -> Answer:
+    """Slurm's answer, asked for until it comes. Raises the last JobError where it does not."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except JobError as error:
+            if time.monotonic() > end:
+                raise
+            _say(f"{error}; asking again")
+            time.sleep(RETRY_SECONDS)
 
 
 def _say(line: str) -> None:

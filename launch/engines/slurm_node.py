@@ -1,12 +1,14 @@
 """One node of a Slurm job: `srun python -m launch.engines.slurm_node RUN SESSION ENDPOINT NODE=ADDRESS …`.
 
-Becomes torch's elastic agent. The first of the nodes hosts the agents' meeting point.
+Becomes torch's elastic agent. The first of the nodes hosts the agents' meeting point; a node that is alone meets nobody
+and listens on the loopback interface only.
 """
 
 import os
 import sys
 from pathlib import Path
 
+from copus.events import REQUEUED
 from copus.job import load_job
 from launch.engines.agent import agent_arguments
 from launch.process import python_module
@@ -18,6 +20,7 @@ def main(arguments: list[str]) -> None:
     addresses = dict(node.split("=", 1) for node in nodes)
     here = os.environ["SLURMD_NODENAME"]
     job = load_job(Path(run) / "job.yaml")
+    alone = job.cluster.nodes == 1
     agent = agent_arguments(
         Path(run),
         job,
@@ -25,13 +28,16 @@ def main(arguments: list[str]) -> None:
         session=session,
         address=addresses[here],
         logs=Path(run) / "logs" / f"slurm-{session}.node-{os.environ['SLURM_NODEID']}",
+        backend="loopback" if alone else "c10d",
     )
     hosts = here == next(iter(addresses))
     # An agent that is alone again gives up after this long, and the job goes back into the queue: where Slurm's own
     # daemon of the step dies, nobody else notices.
     settings = f"is_host={int(hosts)},join_timeout={job.launch.timeout_seconds:.0f}"
-    command = python_module("torch.distributed.run", "--rdzv-conf", settings, *agent)
-    os.execv(command[0], command)
+    several = python_module("torch.distributed.run", "--rdzv-conf", settings, *agent)
+    command = python_module("copus.agent", *agent) if alone else several
+    requeued = session.rpartition("-")[2] != "0"
+    os.execve(command[0], command, os.environ | ({REQUEUED: "1"} if requeued else {}))
 
 
 if __name__ == "__main__":

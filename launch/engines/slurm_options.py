@@ -15,6 +15,8 @@ OURS = (
     *("partition", "account", "qos", "time", "gres"),
 )
 """Options of sbatch that are set from elsewhere."""
+ELSEWHERE = ("clusters", "cluster")
+"""Options that would queue the job where `squeue` and `scancel` do not look for it."""
 
 
 class SlurmOptions(EngineOptions):
@@ -64,6 +66,8 @@ class SlurmOptions(EngineOptions):
                 raise ValueError(f"{name!r} is no long option of sbatch")
             if name in OURS:
                 raise ValueError(f"{name} is set by COPUS or by a field of its own")
+            if name in ELSEWHERE:
+                raise ValueError(f"{name}: jobs are queued, watched and cancelled on this machine's own cluster only")
             check_directive(f"sbatch.{name}", str(setting))
         return value
 

@@ -21,7 +21,7 @@ class Ticket(Record):
     submitted: float
     """Seconds since the epoch."""
     place: str | None = None
-    """Where the id means something, for an engine with several such places: a cluster, a namespace."""
+    """Where the id means something, for an engine with several such places: a namespace."""
 
 
 def write_ticket(run: Path, ticket: Ticket) -> None:
