@@ -197,9 +197,8 @@ def gains(runs: Sequence[dict[str, Any]], clock: str) -> dict[str, dict[str, flo
 
 
 def _copus(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "launch.cli", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"copus {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return done.stdout

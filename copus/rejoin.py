@@ -142,7 +142,7 @@ class World:
             return
         # gloo's groups have no abort (torch 2.13: `Backend::abort` does nothing). What wakes both ends of a connection
         # is what the death of a process would do to it.
-        _shut_down_connections(_port(self._store))
+        _shut_down_accepted(_port(self._store))
 
 
 def _port(store: Any) -> int | None:
@@ -152,15 +152,28 @@ def _port(store: Any) -> int | None:
     return getattr(store, "port", None)
 
 
-def _shut_down_connections(excluded_port: int | None) -> None:
-    """Shut down every TCP connection of this process but those of one port. A worker has none but its groups' and the
-    store's. Linux."""
-    for entry in list(Path("/proc/self/fd").iterdir()):
-        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
-            if not os.readlink(entry).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as connection:  # the original stays open
-                if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
+def _shut_down_accepted(excluded_port: int | None) -> None:
+    """Shut down every TCP connection that this process accepted on a port it listens on, but for one port. Linux.
+
+    Of any two ranks in a gloo group one has accepted the other's connection, so together the ranks break them all.
+    What a tracker has opened to its server is none of them.
+    """
+    connected: list[tuple[socket.socket, int]] = []
+    listening: set[int] = set()
+    with contextlib.ExitStack() as opened:
+        for entry in list(Path("/proc/self/fd").iterdir()):
+            with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+                if not os.readlink(entry).startswith("socket:"):
                     continue
-                if excluded_port not in (connection.getsockname()[1], connection.getpeername()[1]):
-                    connection.shutdown(socket.SHUT_RDWR)
+                each = opened.enter_context(socket.socket(fileno=os.dup(int(entry.name))))  # the original stays open
+                if each.type != socket.SOCK_STREAM or each.family not in (socket.AF_INET, socket.AF_INET6):
+                    continue
+                port = each.getsockname()[1]
+                if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    listening.add(port)
+                else:
+                    connected.append((each, port))
+        for each, port in connected:
+            if port in listening and port != excluded_port:
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)

@@ -10,6 +10,7 @@ import numpy as np
 from copus.events import Noise, Reconfigure, Start, read_events
 from copus.job import JobConfig, JobError, load_job
 from launch.follow import without_replays
+from launch.plot import check_output, need_matplotlib
 from launch.run_directory import find_run, shown
 from planner.look_ahead import look_ahead
 from planner.menu import Floats, Menu
@@ -52,6 +53,9 @@ def simulate(
 ) -> int:
     """Print a table of policies. Raises JobError for what is missing: a noise scale, measured times, a policy."""
     job = load_job(job_file, overrides)
+    if output is not None:  # before minutes of simulation
+        check_output("--plot", output)
+        need_matplotlib("copus simulate --plot")
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise JobError(f"--policy {unknown[0]}: expected one of {', '.join(VARIANTS)}")

@@ -4,23 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from copus.job import JobError
-from launch.plot import GRID, INK, LAYOUTS, MUTED
+from launch.plot import GRID, INK, LAYOUTS, MUTED, save
 from planner.plan import Plan
 from planner.simulator.compare import Row, Setting
 from planner.simulator.trajectory import grid
 
 
 def draw(output: Path, setting: Setting, plan: Plan, rows: list[Row]) -> None:
-    """Batches over progress above, times to target below. Raises JobError without matplotlib, or where the file cannot
-    be written."""
-    if output.suffix not in (".png", ".svg", ".pdf"):
-        raise JobError(f"--plot {output}: expected a name that ends in .png, .svg or .pdf")
-    try:
-        import matplotlib
-    except ImportError:
-        raise JobError("copus simulate --plot needs matplotlib: pip install 'copus[plot]'") from None
-    matplotlib.use("Agg")
+    """Batches over progress above, times to target below. Raises JobError where the file cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), layout="constrained")
@@ -47,7 +38,4 @@ def draw(output: Path, setting: Setting, plan: Plan, rows: list[Row]) -> None:
     below.axvline(1.0, color=MUTED, linestyle=":")
     below.invert_yaxis()
     below.set_xlabel("time to target ÷ that of the best fixed configuration")
-    try:
-        figure.savefig(output, dpi=130)
-    except OSError as error:
-        raise JobError(f"--plot {output}: {error.strerror}") from None
+    save(figure, output, "--plot")

@@ -153,12 +153,18 @@ class Throughput:
     def state(self) -> dict[str, Any]:
         """What the running job taught, as plain values for a checkpoint."""
         before = [(each.model_dump(), known.model_dump()) for each, known in self._before.items()]
-        return {"before": before, "live": self._live.state()}
+        refused = [
+            ("layout" if isinstance(tried, Layout) else "configuration", tried.model_dump(), why.failure)
+            for tried, why in self._refused.items()
+        ]
+        return {"before": before, "refused": refused, "live": self._live.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; an empty dict changes nothing."""
         for each, known in state.get("before", ()):
             self._before[Configuration.model_validate(each)] = Prediction.model_validate(known)
+        for kind, tried, failure in state.get("refused", ()):
+            self.refuse((Layout if kind == "layout" else Configuration).model_validate(tried), failure)
         self._live.restore(state.get("live", {}))
 
     def counts(self, layout: Layout, micro_batch: int) -> list[int]:

@@ -145,6 +145,7 @@ def test_what_is_written_is_what_was_when_it_began(undisturbed: tuple[Path, list
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_kill_while_one_is_written_costs_that_one(undisturbed: tuple[Path, list[Event]], tmp_path: Path) -> None:
     first = run_ranks(2, _train, tmp_path, 24, "hangs")[0]
     assert [event.path[-2:] for event in first if isinstance(event, Checkpoint)] == ["24"]

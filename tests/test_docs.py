@@ -156,7 +156,7 @@ def test_the_reference_has_every_field_with_its_default_and_meaning() -> None:
         assert all(len(meaning) > 5 for *_, meaning in rows)
     assert "| `global_batch` | int > 0 | **required** | sequences |" in tables["training"]
     assert "| `recompute` | `none` or `selective` or `full` | `none` |  |" in tables["training.layout"]
-    assert "| `timeout_seconds` | number > 0 | `600.0` | seconds |" in tables["launch"]
+    assert "| `timeout_seconds` | number > 0 ≤ 2592000 | `600.0` | seconds |" in tables["launch"]
 
 
 def test_the_reference_has_the_options_of_every_built_in_tracker() -> None:

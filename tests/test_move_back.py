@@ -135,7 +135,7 @@ def _losses(events: list[Event]) -> list[tuple[int, float | None]]:
     ("ranks", "cases"),
     [
         pytest.param(2, TWO_RANKS[:1], id="2 ranks"),
-        pytest.param(4, FOUR_RANKS[:1], id="4 ranks"),
+        pytest.param(4, FOUR_RANKS[:1], id="4 ranks", marks=pytest.mark.slow),
         pytest.param(2, TWO_RANKS[1:], id="2 ranks, one move back after the other", marks=pytest.mark.slow),
         pytest.param(4, FOUR_RANKS[1:], id="4 ranks, in the backward pass", marks=pytest.mark.slow),
     ],

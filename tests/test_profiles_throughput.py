@@ -223,8 +223,12 @@ def test_what_the_job_taught_survives_a_checkpoint():
     first, resumed = Throughput([row(2, 1.0), row(4, 2.0)]), Throughput([row(2, 1.0), row(4, 2.0)])
     observed(first, configuration(2), 1.4, 7)
     observed(first, configuration(1, TP2), 9.0, 2)
+    first.refuse(configuration(8), "out of memory")
+    first.refuse(Layout(pp=2), "could not be built")
     resumed.restore(json.loads(json.dumps(first.state())))
     resumed.restore({})
+    assert resumed.predict(configuration(8)).failure == "out of memory"
+    assert resumed.predict(configuration(1, Layout(pp=2))).failure == "could not be built"
     for each in (configuration(2), configuration(4), configuration(1, TP2)):
         assert resumed.predict(each) == first.predict(each)
 

@@ -85,7 +85,10 @@ CHECKS = [shells, yaml_loads, unpicklings, whole_environments]
 ALLOWED = {
     "yaml_loads": {"copus/job_text.py"},  # with a subclass of SafeLoader
     "unpicklings": {"copus/backends/megatron/safe_loading.py", "copus/backends/megatron/checkpoint.py"},
-    "whole_environments": {"benchmarks/live_profiler.py", "benchmarks/reshard.py"},  # for env=, one line on
+    "whole_environments": {
+        *("benchmarks/live_profiler.py", "benchmarks/reshard.py"),  # for env=, one line on
+        "copus/tracking/fan_out.py",  # to take secrets out of a text
+    },
 }
 
 

@@ -81,6 +81,7 @@ def test_moves_are_paid():
     assert paid.seconds == pytest.approx(free.seconds + 7.0 * free.moves[:, 2])
 
 
+@pytest.mark.slow
 def test_wrong_throughputs_are_learned_by_running():
     """With throughputs 30 % off, who plans on trying loses less than who believes the table."""
     phi = geometric(8.0, 64.0)
