@@ -50,11 +50,11 @@ def calibrate(
     console.print(_announcement(job, run, branches), markup=False, soft_wrap=True)
     with Interrupts() as interrupts, lock_run(run) as lock:
         check_not_queued(run)
+        clear_stop(run)
         code = prepare(job, run / "job.yaml", interrupts)
         if code:
             return code
-        _set_up(folder, job, branches)
-        clear_stop(folder)
+        _set_up(run, folder, job, branches)
         if len(_results(folder, branches)) < len(branches.seeds) * len(branches.configurations):
             outcome = attend(engine, folder, job, lock, interrupts, console)
             if outcome.exit_code or outcome.reason != "finished":
@@ -139,13 +139,18 @@ def _announcement(job: JobConfig, run: Path, branches: Branches) -> str:
     )
 
 
-def _set_up(folder: Path, job: JobConfig, branches: Branches) -> None:
-    """Make the calibration's run directory; what another model or other rules left there is removed."""
+def _set_up(run: Path, folder: Path, job: JobConfig, branches: Branches) -> None:
+    """Make the calibration's run directory; what another model or other rules left there is removed.
+
+    Its workers stop when the run is asked to: that is what `copus cancel` takes.
+    """
     if (folder / "job.yaml").is_file() and (folder / "job.yaml").read_text(encoding="utf-8") != dump_job(job):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_job(folder, job)
     write_atomically(plan_path(folder), plan_text(branches))
+    clear_stop(folder)
+    (folder / "stop").symlink_to(run / "stop")
 
 
 def _results(folder: Path, branches: Branches) -> dict[tuple[Configuration, int], Branch]:

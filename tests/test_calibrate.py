@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from launch_jobs import copus_here, write_job
 from test_end_to_end import _write_job as write_tiny_job
 
+import launch.calibrate
 from copus.backends.base import TrainerState
 from copus.branches import Branches, read_plan
 from copus.events import Branch, Evaluate, Event, Noise, Step, read_events
@@ -64,6 +66,17 @@ def test_a_calibration_that_failed_goes_on_after_its_last_branch(run: Path) -> N
     done = [event.done for event in read_events(folder) if isinstance(event, Branch)]
     assert done == [1, 2, 3, 4, 5, 6, 7, 8]
     assert copus_here("calibrate", "small", "--orders", "2", worker=["--crash-at", "1"]) == 0, "nothing is left to run"
+
+
+def test_a_cancelled_run_starts_no_branches_until_it_is_calibrated_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "stop").touch()  # of an earlier command
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.calibrate, "prepare", lambda *arguments: 0 if copus_here("cancel", "small") == 0 else 1)
+        assert copus_here("calibrate", "small", worker=[]) == 128 + signal.SIGTERM
+    assert not list(run.rglob("events.jsonl"))
+    assert copus_here("calibrate", "small", worker=[]) == 0
 
 
 def test_more_orders_keep_what_was_run_and_other_rules_do_not(run: Path) -> None:
