@@ -39,9 +39,10 @@ class Goodput:
     Of several the one with the largest expected saving. So a batch, which costs nothing, follows φ at once, a layout
     waits until the rest of the job pays for it, and an estimate that swings within its interval moves nothing dear.
 
-    A candidate that was never run may be worth trying although it is not sure to pay: with X the saving if one stays
-    there, normal around its expectation, and f = −(there + back + what the trial loses), going there is worth E[max(X,
-    f)] (expected improvement; Howard 1966, value of information). Once it has run there is nothing more to learn.
+    Where nothing is sure, a candidate that was never run may be worth trying: with X the saving if one stays there, its
+    time log-normal around its expectation, and f = −(there + back + what the trial loses), going there is worth
+    E[max(X, f)] (expected improvement; Howard 1966, value of information). Once it has run there is nothing more to
+    learn.
     """
 
     name = "goodput"
@@ -69,10 +70,11 @@ class Goodput:
         least = saved.min(axis=0)
         sure = np.maximum(least, expected - costs - SWAY * (expected - least))
         threshold = SMALLEST_SAVING * np.take_along_axis(value[1], now.current[:, None], axis=1)
-        worth = np.where(sure > threshold, expected, np.where(tried > threshold, tried, -np.inf))
+        certain = np.where(sure > threshold, expected, -np.inf)
+        exploring = ~np.isfinite(certain).any(axis=1)
+        worth = np.where(exploring[:, None], np.where(tried > threshold, tried, -np.inf), certain)
         index = _largest(worth, menu.global_batch)
         moves = np.take_along_axis(worth, index[:, None], 1)[:, 0] > -np.inf
-        exploring = np.take_along_axis(sure, index[:, None], 1)[:, 0] <= threshold[:, 0]
         return Choice(np.where(moves, index, now.current), sure, exploring & moves)
 
     def _stages(self, now: Situation) -> Floats:
@@ -100,16 +102,14 @@ class Goodput:
 
         `stages` are those for the expected φ, shape (K, R, C). What is compared with is the best batch of the layout
         that runs, which costs nothing; a candidate is kept for as long as it would beat that if it were one standard
-        error faster than predicted.
+        error faster than predicted. The trial itself is taken to be one standard error slower.
         """
         error = _error_beside_current(now)
         here = np.where(now.same_layout(), stages, np.inf).min(axis=2, keepdims=True)
-        kept = np.logical_and.accumulate(stages * (1 - np.minimum(error, 0.9)) < here, axis=0)
+        kept = np.logical_and.accumulate(stages * np.exp(-error) < here, axis=0)
         kept[0] = True
-        deviation = (stages * kept).sum(axis=0) * error
-        saved = ((here - stages) * kept).sum(axis=0) - costs
-        loss = np.maximum(stages[0] - here[0], 0.0) + stages[0] * error
-        worth = _worth_trying(saved, deviation, -2 * costs - loss)
+        loss = np.maximum(stages[0] * np.exp(error) - here[0], 0.0)
+        worth = worth_trying((here * kept).sum(axis=0) - costs, (stages * kept).sum(axis=0), error, -2 * costs - loss)
         return np.where(now.unseen & (now.throughput_error > 0), worth, -np.inf)
 
     def reason(self, situation: Situation, choice: Choice) -> str:
@@ -180,9 +180,13 @@ def _largest(worth: Floats, batch: Floats) -> np.ndarray:
     return np.where(worth >= best, batch, np.inf).argmin(axis=1)
 
 
-def _worth_trying(saved: Floats, deviation: Floats, floor: Floats) -> Floats:
-    """E[max(X, floor)] for normal X with mean `saved`."""
-    spread = np.maximum(deviation, 1e-300)
-    z = np.clip((saved - floor) / spread, -40.0, 40.0)
-    density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
-    return floor + (saved - floor) * ndtr(z) + spread * density
+def worth_trying(seconds: Floats, median: Floats, error: Floats, floor: Floats) -> Floats:
+    """E[max(`seconds` − T, `floor`)], where log T is normal around the logarithm of `median` with this standard error.
+
+    However little is known, a time is never negative: the most that a trial can show to be saved is `seconds`. The sum
+    is that of a put option (Black and Scholes 1973).
+    """
+    strike = np.maximum(seconds - floor, 1e-300)
+    spread = np.maximum(error, 1e-9)
+    d = np.clip(np.log(strike / median) / spread, -1e6, 1e6)
+    return floor + strike * ndtr(d) - median * np.exp(np.minimum(spread**2 / 2, 300.0)) * ndtr(d - spread)

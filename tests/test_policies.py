@@ -14,7 +14,7 @@ from planner.config import PlannerConfig
 from planner.policy import Copus, make_policy
 from planner.ramp import Ramp
 from planner.situation import Choice
-from planner.switching import Goodput
+from planner.switching import Goodput, worth_trying
 from profiles.configuration import Configuration
 
 BATCHES = (2, 4, 8, 16, 32, 64)
@@ -139,6 +139,28 @@ def test_trying_what_never_ran_pays_when_it_may_be_much_faster():
     )
     dear = situation_of(slower, current, 1000.0, moves=(0, 0, 1e4), throughput_error=guess)
     assert chosen(Goodput(), dear) == current, "the way there costs more than it may be worth"
+
+
+def test_what_is_sure_comes_before_any_trial():
+    """From a bad place the way leads to what is known to be good; a wild guess is not tried from there."""
+    current, good, wild = of(TP2, 1, 2), of(DP2, 1, 64), of(TP2, 1, 64)
+    table = {current: 5.0, good: 100.0, wild: 20.0}
+    now = situation_of(table, current, 1000.0, moves=(0, 0, 1.0), throughput_error=[0.0, 0.02, 2.0])
+    choice = Goodput().choose(now)
+    assert now.menu.configurations[int(choice.index[0])] == good
+    assert not choice.exploring[0]
+
+
+@pytest.mark.parametrize("error", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("seconds", "floor"), [(100.0, -10.0), (60.0, -10.0), (10.0, -20.0), (-5.0, -10.0), (-20.0, -10.0)]
+)
+def test_what_a_trial_is_worth_by_sampling(error, seconds, floor):
+    times = 100.0 * np.exp(error * np.random.default_rng(1).standard_normal(400_000))
+    sampled = np.maximum(seconds - times, floor)
+    worth = worth_trying(*map(np.array, (seconds, 100.0, error, floor)))
+    assert worth == pytest.approx(sampled.mean(), abs=4 * sampled.std() / 400_000**0.5 + 1e-9)
+    assert floor <= worth <= max(seconds, floor)
 
 
 def test_cbs_follows_the_critical_batch_in_the_layout_of_its_end():
