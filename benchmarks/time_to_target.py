@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from scipy import stats
 
 from benchmarks.command import console_of, parser_of, tell
@@ -247,9 +247,10 @@ def run_all(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def show(result: dict[str, Any], console: Console) -> None:
     """A line for each policy."""
     table = Table(
-        "policy", title="time to the target loss: medians over seeds; gain over the best fixed, 90 % interval"
+        Column("policy", no_wrap=True),
+        title="time to the target loss: medians over seeds; gain over the best fixed, 90 % interval",
     )
-    for column in ("there", "seconds", "profiling", "tokens", "moves", "gain %", "gain % without profiling"):
+    for column in ("seeds", "seconds", "profiling", "tokens", "moves", "gain %", "without profiling"):
         table.add_column(column, justify="right")
     by_policy: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in result["runs"]:

@@ -87,6 +87,7 @@ ALLOWED = {
     "unpicklings": {"copus/backends/megatron/safe_loading.py", "copus/backends/megatron/checkpoint.py"},
     "whole_environments": {
         *("benchmarks/live_profiler.py", "benchmarks/reshard.py"),  # for env=, one line on
+        *("launch/engines/kubernetes_node.py", "launch/engines/slurm_node.py"),  # the workers', passed on
         "copus/tracking/fan_out.py",  # to take secrets out of a text
     },
 }
