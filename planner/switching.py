@@ -71,7 +71,7 @@ class Goodput:
         sure = np.maximum(least, expected - costs - SWAY * (expected - least))
         threshold = SMALLEST_SAVING * np.take_along_axis(value[1], now.current[:, None], axis=1)
         certain = np.where(sure > threshold, expected, -np.inf)
-        exploring = ~np.isfinite(certain).any(axis=1)
+        exploring = np.asarray(~np.isfinite(certain).any(axis=1))
         worth = np.where(exploring[:, None], np.where(tried > threshold, tried, -np.inf), certain)
         index = _largest(worth, menu.global_batch)
         moves = np.take_along_axis(worth, index[:, None], 1)[:, 0] > -np.inf
