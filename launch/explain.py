@@ -2,9 +2,10 @@
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from copus.events import DecisionMade, Event, Reconfigure, Start, Step, parse_event
 from copus.job import JobError, load_job
@@ -14,6 +15,9 @@ from launch.status import count, noise_interval
 from planner.wording import duration
 from profiles.decision import CandidateScore, Decision
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 BEST = 20
 """Candidates shown, unless all are asked for. The chosen and the current one are always there."""
 COLUMNS = (
@@ -22,6 +26,10 @@ COLUMNS = (
 )
 WORDS = ("layout", "source", "verdict")
 """The columns that are not figures."""
+DISPENSABLE = ("memory", "±", "source", "efficiency", "move", "goodput", "saves")
+"""Columns that a narrow terminal goes without, the first one first; `--json` has them."""
+VERDICT_WIDTH = 24
+"""Room for the verdict beside its longest word; it is wrapped."""
 
 
 @dataclass(frozen=True)
@@ -164,24 +172,37 @@ def cells(candidate: CandidateScore) -> list[str]:
     ]
 
 
-def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
+def _table(decision: Decision, rows: list[CandidateScore], left_out: Collection[str]) -> "Table":
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in COLUMNS:
+        if name not in left_out:
+            table.add_column(name, justify="left" if name in WORDS else "right", no_wrap=name != "verdict")
+    for candidate in rows:
+        chosen, current = candidate.configuration == decision.chosen, candidate.configuration == decision.current
+        style = "bold green" if chosen else "cyan" if current else ""
+        told = zip(COLUMNS, cells(candidate), strict=True)
+        table.add_row(*(Text(cell) for name, cell in told if name not in left_out), style=style)
+    return table
+
+
+def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
+    from rich.console import Console
+    from rich.measure import Measurement
     from rich.text import Text
 
     decision = explanation.decision
     rows = shown_candidates(decision, all_candidates)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in WORDS else "right")
-    for candidate in rows:
-        chosen, current = candidate.configuration == decision.chosen, candidate.configuration == decision.current
-        style = "bold green" if chosen else "cyan" if current else ""
-        table.add_row(*map(Text, cells(candidate)), style=style)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a file or a pipe has no width to fit into
+    for gone in range(len(DISPENSABLE) + 1):
+        table = _table(decision, rows, DISPENSABLE[:gone])
+        if Measurement.get(console, console.options, table).minimum + VERDICT_WIDTH <= console.width:
+            break
     console.print(Text("\n".join(_heading(run, explanation))), soft_wrap=True)
     console.print(table)
     if len(rows) < len(decision.candidates):

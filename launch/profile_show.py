@@ -55,7 +55,9 @@ def show(places: list[str], wanted: Filter, picture: Path | None, *, as_json: bo
         return 0
     if not found:
         print(
-            f"nothing in {', '.join(shown(table) for table in tables)}" + " that fits the filter" * (wanted != Filter())
+            f"nothing in {', '.join(shown(table) for table in tables)}"
+            + " that fits the filter" * (wanted != Filter())
+            + "; copus profile JOB.yaml measures"
         )
     for position, members in enumerate(groups(found).values()):
         print("\n" * (position > 0) + "\n".join(_group_lines(members)))

@@ -64,7 +64,7 @@ def test_a_job_shows_its_table_and_its_model_alone(
     monkeypatch.chdir(tmp_path)
     table_of(tmp_path / "table.jsonl", row())
     assert copus_here("profile", "show", "job.yaml") == 0
-    assert capsys.readouterr().out == "nothing in table.jsonl that fits the filter\n"
+    assert capsys.readouterr().out == "nothing in table.jsonl that fits the filter; copus profile JOB.yaml measures\n"
     assert copus_here("profile", "show", str(job), "--model", MODEL.digest[:6]) == 0
     assert "TP1·PP1·DP2" in capsys.readouterr().out
 

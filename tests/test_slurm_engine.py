@@ -84,7 +84,7 @@ def test_the_script_is_what_the_job_file_says(tmp_path: Path, slurm: Says, capfd
         "partition": "long",
         "time_limit": "1-00:00:00",
         "checkpoint_seconds": 300,
-        "sbatch": {"comment": "two; words", "exclusive": True, "mem": "8G", "contiguous": False},
+        "sbatch": {"comment": "two; words", "exclusive": True, "mem": 0, "contiguous": False},
         "interface": "ib0",
     }
     path = job_file(tmp_path, **options)
@@ -111,7 +111,7 @@ def test_the_script_is_what_the_job_file_says(tmp_path: Path, slurm: Says, capfd
         "--time=1-00:00:00",
         '--comment="two; words"',
         "--exclusive",
-        "--mem=8G",
+        "--mem=0",
         "--requeue",
         "--signal=B:USR1@300",
         f"--chdir={tmp_path}/runs/small",

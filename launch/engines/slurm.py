@@ -116,7 +116,11 @@ class SlurmEngine(QueuedEngine):
             "output": f"{run}/logs/slurm-%j.log",
             "open-mode": "append",
         }
-        return [f"#SBATCH {_directive(name, value)}" for name, value in settings.items() if value not in (None, False)]
+        return [
+            f"#SBATCH {_directive(name, value)}"
+            for name, value in settings.items()
+            if value is not None and value is not False
+        ]
 
     def _commands(self, run: Path, job: JobConfig) -> list[str]:
         environment = agent_environment(job)

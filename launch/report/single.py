@@ -129,7 +129,7 @@ def summary(history: History, state: RunState, gain: float | None) -> list[str]:
         words = "more" if gain >= 0 else "less"
         sentences.append(
             f"By its own measurements it made {100 * abs(gain):.0f} % {words} progress than its first configuration "
-            "would have in the same time (an estimate: that run was not trained)."
+            "(not: than the best fixed one) would have in the same time (an estimate: that run was not trained)."
         )
     if state.alive:
         sentences.append("The run is still going on; this is how far it was when the page was written.")
