@@ -182,6 +182,7 @@ def _train_then_branch(folder: Path, job: JobConfig, more: JobConfig) -> tuple[l
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_branch_is_the_run_going_on(tmp_path: Path) -> None:
     """With a constant learning rate the branch at the run's own batch ends where the run itself does; and what one
     branch did to weights and moments is gone in the next."""

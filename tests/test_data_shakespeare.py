@@ -71,6 +71,7 @@ def test_table_is_right_about_which_texts_are_one_work(documents):
             assert share < 0.005, pair
 
 
+@pytest.mark.slow
 def test_prepared_corpus_trains_on_nothing_that_is_held_out(cache, documents):
     folder = prepare(make_job(cache, {"source": "shakespeare"}, vocab=4096))
     manifest = read_manifest(folder)

@@ -94,6 +94,7 @@ def test_a_lack_of_memory_is_noted_and_what_all_ranks_know_of_ends_nothing(tmp_p
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_the_table_predicts_every_candidate_afterwards(tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
     events, rows = run_ranks(2, _profile, table)[0]
