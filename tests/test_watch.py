@@ -253,6 +253,8 @@ def test_ctrl_c_leaves_a_watch_and_says_nothing(tmp_path: Path) -> None:
             stdout=other,
             stderr=subprocess.PIPE,
             env={**os.environ, "TERM": "xterm"},
+            # A shell starts what runs in its background with Ctrl-C ignored, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         os.close(other)
         seen = b""
