@@ -41,7 +41,7 @@ from profiles.configuration import Configuration
 from profiles.cost import CostModel, Timings, expected
 from profiles.measurement import Measurement
 from profiles.table import ThroughputTable
-from profiles.throughput import Prediction, Throughput
+from profiles.throughput import Expected, Throughput
 
 
 def main(arguments: list[str]) -> int:
@@ -158,16 +158,16 @@ def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState) -> Pl
     return planner
 
 
-def _expected(job: JobConfig, rows: list[Measurement], start: Configuration) -> dict[Configuration, Prediction]:
+def _expected(job: JobConfig, rows: list[Measurement], start: Configuration) -> Expected:
     """What the cost model says of the candidates. Nothing for an accelerator that it does not know, and for policies
     that take every time for a measured one: `goodput` alone weighs how sure it is."""
     if job.planner.policy != "goodput":
-        return {}
+        return Expected()
     space = candidates(job.planner, job.model, job.cluster, start)
     with contextlib.suppress(ValueError):
         cost = CostModel().fit(Timings.of(rows, job.cluster))
         return expected(cost, job.model, job.cluster, job.training.precision, space, rows)
-    return {}
+    return Expected()
 
 
 def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend, known: Throughput) -> TrainerState:

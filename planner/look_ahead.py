@@ -80,7 +80,7 @@ def look_ahead(
         measured_rows=len(steps),
         measured_shards=len(rows) - len(steps),
         assumptions=(*cost.assumptions(model, cluster), *peaks.assumptions),
-        covariance=lambda some: cost.covariance(model, cluster, Configurations.of(some), precision),
+        covariance=lambda some: cost.errors(model, cluster, Configurations.of(some), precision).covariance(),
     )
 
 

@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter, deque
+from collections.abc import Callable
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from profiles.configuration import Configuration
-from profiles.layout import Layout
 
 RECENT = 20
 """Steps that the noise of a step is judged by, and in which a configuration is new."""
@@ -26,6 +27,9 @@ about a configuration that is new, or the machine has changed under one that is 
 FREEDOM = 4.0
 """Configurations that the assumed sizes of effects are worth: how soon what was seen sets the width of intervals."""
 
+Covariance = Callable[[Configuration, Configuration], float]
+"""Of the logarithms of two configurations' prediction errors."""
+
 
 class Effects(NamedTuple):
     """Standard deviations of the logarithms of what makes a step longer or shorter than predicted."""
@@ -40,34 +44,40 @@ class Effects(NamedTuple):
     """One configuration does, besides the error of its own prediction."""
 
 
-_Effect = tuple[Layout | None, int | None, int | None]
-"""Layout, micro-batch, global batch; None for all of them."""
-MACHINE: _Effect = (None, None, None)
-"""The effect that is shared by all configurations."""
+def independent(one: Configuration, other: Configuration) -> float:
+    """The covariance of predictions that were each measured for themselves."""
+    return 0.0
 
 
 class OnlineCorrection:
-    """Logarithm of seen ÷ predicted = machine + layout + layout and micro-batch + configuration + noise of the step.
+    """Logarithm of seen ÷ predicted = machine + miss of the configuration + noise of the step.
 
-    A Kalman filter: all effects are normal; that of the machine wanders, and back to 0 (an Ornstein-Uhlenbeck process),
-    so that how the machine was is forgotten, and what was wrong in the table is not. Steps of one configuration
-    therefore say most about itself, less about others of its layout, and about other layouts only how the machine is.
-    Where effects come out larger than they were assumed to be, all intervals widen by as much (as in
-    `profiles.cost.model`).
+    The machine wanders, and back to 0 (an Ornstein-Uhlenbeck process): how it was is forgotten, and what was wrong in
+    the table is not. The misses are a Gaussian process: those of one layout are alike, and so are those of predictions
+    that come from one cost model (`shared`). A Kalman filter follows the machine and the misses of what has run; from
+    these the process tells the others. So steps of one configuration say most about itself, less about others of its
+    layout, and about other layouts how the machine is and how wrong the cost model. Where misses come out larger than
+    they were assumed to be, all intervals widen by as much (as in `profiles.cost.model`).
     """
 
-    def __init__(self, half_life_steps: float = 10_000.0, effects: Effects | None = None) -> None:
-        """Raises ValueError unless all are positive."""
+    def __init__(
+        self,
+        half_life_steps: float = 10_000.0,
+        effects: Effects | None = None,
+        shared: Covariance = independent,
+    ) -> None:
+        """`shared` is the covariance of the errors of two predictions. Raises ValueError unless all are positive."""
         sizes = effects or Effects()
         if not min(half_life_steps, *sizes) > 0:
             raise ValueError("half_life_steps and the sizes of effects have to be positive")
         self._keep = 0.5 ** (1 / half_life_steps)
         self._sizes = sizes
-        self._places: dict[_Effect, int] = {}
-        self._wanders = np.zeros(0, dtype=bool)
-        self._prior = np.zeros(0)
-        self._mean = np.zeros(0)
-        self._covariance = np.zeros((0, 0))
+        self._shared = shared
+        self._places: dict[Configuration, int] = {}
+        self._know(np.zeros((0, 0)))
+        # The state of the filter: the machine, and the misses in the order of `_places`.
+        self._mean = np.zeros(1)
+        self._covariance = np.array([[sizes.machine**2]])
         self._steps: Counter[Configuration] = Counter()
         self._jumps: deque[float] = deque(maxlen=RECENT)
         self._last: tuple[Configuration, float] | None = None
@@ -93,16 +103,12 @@ class OnlineCorrection:
         if self._last and self._last[0] == configuration:
             self._jumps.append(abs(math.log(step_seconds / self._last[1])))
         self._last = configuration, step_seconds
-        keep = np.where(self._wanders, self._keep**count, 1.0)
-        self._mean = self._mean * keep
-        self._covariance = self._covariance * np.outer(keep, keep) + np.diag(self._prior * (1 - keep**2))
-        effects = _effects(configuration)
-        for effect, variance in zip(effects, self._variances(error), strict=True):
-            self._add(effect, variance)
-        places = [self._places[effect] for effect in effects]
-        towards = self._covariance[:, places].sum(axis=1)
-        own = float(towards[places].sum())
-        off = math.log(step_seconds / predicted_seconds) - float(self._mean[places].sum())
+        self._wander(count)
+        if configuration not in self._places:
+            self._add(configuration, error)
+        place = 1 + self._places[configuration]
+        towards, own = self._towards(place)
+        off = math.log(step_seconds / predicted_seconds) - float(self._mean[0] + self._mean[place])
         noise = self.noise**2 / count
         self._steps[configuration] += 1
         self._far = self._far + count if abs(off) > FAR * math.sqrt(own + noise) else 0.0
@@ -110,11 +116,9 @@ class OnlineCorrection:
             return
         if self._far:
             self._far = 0.0
-            blamed = places[1:] if self._steps[configuration] <= RECENT else places[:1]
-            share = self._prior[blamed] / self._prior[blamed].sum()
-            self._covariance[blamed, blamed] += off * off * share
-            towards = self._covariance[:, places].sum(axis=1)
-            own = float(towards[places].sum())
+            blamed = place if self._steps[configuration] <= RECENT else 0
+            self._covariance[blamed, blamed] += off * off
+            towards, own = self._towards(place)
         gain = towards / (own + noise)
         self._mean = self._mean + gain * off
         self._covariance = self._covariance - np.outer(gain, towards)
@@ -133,8 +137,7 @@ class OnlineCorrection:
 
     def factor(self, configuration: Configuration) -> float:
         """What to multiply the prediction by; 1 while nothing has been seen."""
-        known = [self._places[effect] for effect in _effects(configuration) if effect in self._places]
-        return math.exp(float(self._mean[known].sum()))
+        return math.exp(float(self._weights(configuration) @ self._mean))
 
     def error(
         self,
@@ -147,45 +150,107 @@ class OnlineCorrection:
 
         With `beside` of its ratio to that of another configuration: what both share, such as the machine, cancels.
         """
-        signs = dict.fromkeys(_effects(configuration), 1.0)
-        priors = dict(zip(signs, self._variances(error), strict=True))
+        if configuration == beside:
+            return 0.0
+        weights = self._weights(configuration)
+        unknown = self._unknown(configuration, configuration, error)
         if beside is not None:
-            priors |= dict(zip(_effects(beside), self._variances(error_beside), strict=True))
-            for effect in _effects(beside):
-                signs[effect] = signs.get(effect, 0.0) - 1.0
-        unknown = sum(sign**2 * priors[effect] for effect, sign in signs.items() if effect not in self._places)
-        known = [(self._places[effect], sign) for effect, sign in signs.items() if sign and effect in self._places]
-        if known:
-            places, weights = np.array([place for place, _ in known]), np.array([sign for _, sign in known])
-            unknown += float(weights @ self._covariance[np.ix_(places, places)] @ weights)
-        return math.sqrt(max(unknown, 0.0) * self._excess)
+            weights = weights - self._weights(beside)
+            unknown += self._unknown(beside, beside, error_beside) - 2 * self._unknown(configuration, beside)
+        variance = unknown + float(weights @ self._covariance @ weights)
+        return math.sqrt(max(variance, 0.0) * self._excess)
+
+    def _weights(self, configuration: Configuration) -> NDArray[np.float64]:
+        """What its expectation takes of each part of the state: the whole machine, and misses as the process says."""
+        weights = self._weights_known.get(configuration)
+        if weights is None:
+            place = self._places.get(configuration)
+            weights = np.zeros(len(self._mean))
+            if place is None:
+                weights[1:] = self._near(configuration) @ self._inverse
+            else:
+                weights[1 + place] = 1.0
+            weights[0] = 1.0
+            self._weights_known[configuration] = weights
+        return weights
+
+    def _unknown(self, one: Configuration, other: Configuration, error: float = 0.0) -> float:
+        """The covariance of two misses that is left when all misses of what has run are known; `error` is that of the
+        prediction where both are the same."""
+        if one in self._places or other in self._places:
+            return 0.0
+        prior = self._variance(error) if one == other else self._alike(one, other)
+        return prior - float(self._weights(one)[1:] @ self._near(other))
 
     @property
     def _excess(self) -> float:
-        """How much larger squared effects are than they were assumed to be, at least 1."""
-        if not self._steps:
+        """How much larger squared misses are than they were assumed to be, at least 1."""
+        if not self._places:
             return 1.0
-        return max(1.0, (FREEDOM + float(self._mean**2 @ (1 / self._prior))) / (FREEDOM + len(self._steps)))
+        machine, misses = self._mean[0] / self._sizes.machine, self._mean[1:]
+        squares = float(machine**2 + misses @ self._inverse @ misses)
+        return max(1.0, (FREEDOM + squares) / (FREEDOM + len(self._places)))
 
-    def _variances(self, error: float) -> list[float]:
-        machine, layout, passes, configuration = (size**2 for size in self._sizes)
-        return [machine, layout, passes, configuration + error**2]
+    def _variance(self, error: float) -> float:
+        """Of a miss, before anything was seen."""
+        _, layout, passes, configuration = self._sizes
+        return layout**2 + passes**2 + configuration**2 + error**2
 
-    def _add(self, effect: _Effect, variance: float) -> None:
-        if effect in self._places:
-            return
-        size = len(self._prior)
-        self._places[effect] = size
-        self._wanders = np.append(self._wanders, effect == MACHINE)
-        self._prior = np.append(self._prior, variance)
-        self._mean = np.append(self._mean, 0.0)
-        self._covariance = np.pad(self._covariance, (0, 1))
-        self._covariance[size, size] = variance
+    def _alike(self, one: Configuration, other: Configuration) -> float:
+        """Covariance of the misses of two different configurations, before anything was seen."""
+        total = self._shared(one, other)
+        if one.layout == other.layout:
+            total += self._sizes.layout**2
+            if one.micro_batch == other.micro_batch:
+                total += self._sizes.passes**2
+        return total
+
+    def _near(self, configuration: Configuration) -> NDArray[np.float64]:
+        """Covariances of its miss with those of what has run."""
+        near = self._near_known.get(configuration)
+        if near is None:
+            near = np.array([self._alike(configuration, each) for each in self._places])
+            self._near_known[configuration] = near
+        return near
+
+    def _add(self, configuration: Configuration, error: float) -> None:
+        """Take the miss of a configuration into the state, as the others' tell it."""
+        near = self._near(configuration)
+        weights = near @ self._inverse
+        # What a prediction shares with others may have been worked out anew since those ran: never less than nothing.
+        left = max(self._variance(error) - float(weights @ near), self._sizes.configuration**2)
+        self._mean = np.append(self._mean, weights @ self._mean[1:])
+        across = self._covariance[:, 1:] @ weights
+        own = float(weights @ across[1:]) + left
+        self._covariance = np.block([[self._covariance, across[:, None]], [across[None, :], np.array([[own]])]])
+        self._places[configuration] = len(self._places)
+        self._know(np.block([[self._prior, near[:, None]], [near[None, :], np.array([[weights @ near + left]])]]))
+
+    def _know(self, prior: NDArray[np.float64]) -> None:
+        """Take the covariance of the misses of what has run, before anything was seen."""
+        self._prior = prior
+        self._inverse = np.linalg.inv(prior)
+        # Worked out once for all decisions until something new runs.
+        self._near_known: dict[Configuration, NDArray[np.float64]] = {}
+        self._weights_known: dict[Configuration, NDArray[np.float64]] = {}
+
+    def _wander(self, count: float) -> None:
+        """The machine, some steps later."""
+        keep = self._keep**count
+        self._mean[0] *= keep
+        self._covariance[0] *= keep
+        self._covariance[:, 0] *= keep
+        self._covariance[0, 0] += self._sizes.machine**2 * (1 - keep**2)
+
+    def _towards(self, place: int) -> tuple[NDArray[np.float64], float]:
+        """Covariances of the state with the next step of a configuration, and the variance of that, noise left out."""
+        towards = self._covariance[:, 0] + self._covariance[:, place]
+        return towards, float(towards[0] + towards[place])
 
     def state(self) -> dict[str, Any]:
         """Everything, as plain values for a checkpoint."""
         return {
-            "effects": [(layout and layout.model_dump(), *batches) for layout, *batches in self._places],
+            "ran": [each.model_dump() for each in self._places],
             "prior": self._prior.tolist(),
             "mean": self._mean.tolist(),
             "covariance": self._covariance.tolist(),
@@ -199,26 +264,10 @@ class OnlineCorrection:
         """Take up what `state` gave; an empty dict changes nothing."""
         if not state:
             return
-        effects = [
-            (None if layout is None else Layout.model_validate(layout), micro_batch, global_batch)
-            for layout, micro_batch, global_batch in state["effects"]
-        ]
-        self._places = {effect: place for place, effect in enumerate(effects)}
-        self._wanders = np.array([effect == MACHINE for effect in effects], dtype=bool)
-        self._prior, self._mean = np.array(state["prior"]), np.array(state["mean"])
-        self._covariance = np.array(state["covariance"]).reshape(len(effects), len(effects))
+        self._places = {Configuration.model_validate(each): place for place, each in enumerate(state["ran"])}
+        self._know(np.array(state["prior"]).reshape(len(self._places), len(self._places)))
+        self._mean, self._covariance = np.array(state["mean"]), np.array(state["covariance"])
         self._steps = Counter({Configuration.model_validate(each): steps for each, steps in state["steps"]})
         self._jumps = deque(state["jumps"], maxlen=RECENT)
         self._last = state["last"] and (Configuration.model_validate(state["last"][0]), state["last"][1])
         self._far = state["far"]
-
-
-def _effects(configuration: Configuration) -> tuple[_Effect, _Effect, _Effect, _Effect]:
-    """What bears on a configuration, as in `Effects`."""
-    layout, micro_batch = configuration.layout, configuration.micro_batch
-    return (
-        MACHINE,
-        (layout, None, None),
-        (layout, micro_batch, None),
-        (layout, micro_batch, configuration.global_batch),
-    )

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -13,7 +13,7 @@ from profiles.affine import AffineFit, Point, fit_affine
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Measurement
-from profiles.online import OnlineCorrection
+from profiles.online import Covariance, OnlineCorrection, independent
 from profiles.record import Record
 
 OUT_OF_MEMORY = "out of memory"
@@ -57,13 +57,20 @@ def half_spread(seconds: Sequence[float]) -> float:
     return (deciles[-1] - deciles[0]) / 2
 
 
+class Expected(NamedTuple):
+    """What stands in for rows that were not measured."""
+
+    predictions: Mapping[Configuration, Prediction] = {}
+    """Of configurations."""
+    covariance: Covariance = independent
+    """Of the logarithms of the errors of two of them."""
+
+
 class Throughput:
     """Step times of configurations that share one fingerprint (model, software, hardware)."""
 
-    def __init__(
-        self, rows: Iterable[Measurement] = (), predicted: Mapping[Configuration, Prediction] | None = None
-    ) -> None:
-        """`predicted` is what is expected of configurations that the rows say nothing of."""
+    def __init__(self, rows: Iterable[Measurement] = (), expected: Expected | None = None) -> None:
+        """`expected` are the configurations that the rows say nothing of."""
         by_configuration: defaultdict[Configuration, list[Measurement]] = defaultdict(list)
         for row in rows:
             by_configuration[row.configuration].append(row)
@@ -76,8 +83,8 @@ class Throughput:
         for (layout, micro_batch), group in self._groups.items():
             if group.failure:
                 self._failing[layout].append((micro_batch, group))
-        self._predicted = predicted or {}
-        self._live = OnlineCorrection()
+        self._predicted = expected or Expected()
+        self._live = OnlineCorrection(shared=self._shared)
         self._before: dict[Configuration, Prediction] = {}
         self._refused: dict[Configuration | Layout, Prediction] = {}
 
@@ -96,13 +103,19 @@ class Throughput:
             return known
         steps = self._live.steps(configuration)
         seconds = known.step_seconds * self._live.factor(configuration)
+        error = self._live.error(configuration, known.error)
         seen = steps >= SEEN_STEPS or (steps > 0 and known.error >= UNKNOWN_ERROR)
-        spread = DECILE * self._live.noise if seen else (known.spread_seconds or 0.0) / known.step_seconds
+        if seen:
+            spread = DECILE * self._live.noise
+        elif known.source == "predicted":
+            spread = math.expm1(DECILE * error)
+        else:
+            spread = (known.spread_seconds or 0.0) / known.step_seconds
         return known.model_copy(
             update={
                 "step_seconds": seconds,
                 "spread_seconds": spread * seconds,
-                "error": self._live.error(configuration, known.error),
+                "error": error,
                 "source": "seen" if seen else known.source,
             }
         )
@@ -174,7 +187,13 @@ class Throughput:
 
     def _expected(self, configuration: Configuration) -> Prediction | None:
         """Without the steps of the running job."""
-        return self._from_table(configuration) or self._predicted.get(configuration)
+        return self._from_table(configuration) or self._predicted.predictions.get(configuration)
+
+    def _shared(self, one: Configuration, other: Configuration) -> float:
+        """Covariance of the errors of two predictions: what was measured shares nothing."""
+        if self._from_table(one) or self._from_table(other):
+            return 0.0
+        return self._predicted.covariance(one, other)
 
     def _from_table(self, configuration: Configuration) -> Prediction | None:
         own = self._measured.get(configuration)

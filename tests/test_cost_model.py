@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost import CostModel, Timings
+from profiles.cost import CostModel, Timings, expected
 from profiles.cost.accelerator import Accelerator, accelerator, accelerators
 from profiles.cost.constants import CONSTANTS, NAMES, prior
 from profiles.cost.residual import Smoothness, coordinates, covariance
@@ -333,3 +333,25 @@ def test_shards_teach_the_work_of_a_rank_and_nothing_of_the_network() -> None:
     network = sum(found.breakdown[name] for name in ("tp", "p2p", "dp")) / found.seconds
     most, least = network > np.quantile(network, 0.9), network < np.quantile(network, 0.1)
     assert width[most].mean() > 1.2 * width[least].mean(), "the network is as little known as before"
+
+
+def test_predictions_say_how_alike_their_errors_are() -> None:
+    """The covariances of a posterior: symmetrical, positive, and as wide as the intervals of each."""
+    rng = np.random.default_rng(0)
+    some = [SPACE[int(place)] for place in rng.choice(len(SPACE), 12, replace=False)]
+    for rows in (0, 6):
+        cost = CostModel()
+        if rows:
+            arrays = Configurations.of(some[:rows])
+            seconds = cost.predict(MODEL, CLUSTER, arrays, "bf16", coverage=None).seconds * np.exp(
+                rng.normal(size=6) / 5
+            )
+            cost = cost.fit([Timings(MODEL, CLUSTER, "bf16", arrays, seconds)])
+        found = expected(cost, MODEL, CLUSTER, "bf16", some)
+        alike = np.array([[found.covariance(one, other) for other in some] for one in some])
+        errors = np.array([found.predictions[each].error for each in some])
+        np.testing.assert_allclose(alike, alike.T, atol=1e-12)
+        assert np.linalg.eigvalsh(alike).min() > -1e-9
+        assert (np.diag(alike) < errors**2).all(), "a measurement's noise is shared with nobody"
+        assert np.sqrt(np.diag(alike))[6:] == pytest.approx(errors[6:], rel=0.1), "which is most of what is not known"
+    assert found.covariance(some[0], some[1].model_copy(update={"global_batch": 4096})) == 0

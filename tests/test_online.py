@@ -113,6 +113,49 @@ def test_the_interval_is_honest(noise: float) -> None:
     assert all(0.72 < count / repeats < 0.97 for count in inside.values()), inside
 
 
+def test_predictions_that_share_an_error_are_mended_together() -> None:
+    """Two predictions known to ±60 %, nearly all of it shared: a step of one says how wrong the other is, and how sure
+    that is."""
+    shared = OnlineCorrection(shared=lambda one, other: 0.35)
+    alone = OnlineCorrection()
+    for live in (shared, alone):
+        for _ in range(30):
+            live.observe(RUNS, 1.0, 0.4, 0.6)
+    assert shared.factor(RUNS) == pytest.approx(0.4, rel=0.02)
+    assert shared.factor(of(TP2)) == pytest.approx(0.4, rel=0.1)
+    assert alone.factor(of(TP2)) > 0.9
+    assert shared.error(of(TP2), 0.6) < 0.3 < 0.5 < alone.error(of(TP2), 0.6)
+    assert shared.error(of(TP2), 0.6, RUNS, 0.6) < 0.3
+    assert shared.error(of(TP2), 0.6, of(PP2), 0.6) < alone.error(of(TP2), 0.6, of(PP2), 0.6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_is_the_posterior_of_a_normal_distribution(seed: int) -> None:
+    """What the filter says of times that were never seen, against conditioning the joint distribution at once."""
+    rng = np.random.default_rng(seed)
+    known = [RUNS, of(TP2), of(TP2, 64), of(PP2, 16, 4), of(PP2, 64, 4)]
+    loads = 0.3 * rng.normal(size=(5, 3))
+    own = 0.1 * rng.random(5)
+    errors = np.sqrt((loads**2).sum(1) + own**2)
+    live = OnlineCorrection(1e12, shared=lambda one, other: float(loads[known.index(one)] @ loads[known.index(other)]))
+    joint = loads @ loads.T + np.diag(own**2 + 0.01**2) + 0.15**2
+    for i, one in enumerate(known):
+        for j, other in enumerate(known):
+            joint[i, j] += 0.02**2 * (one.layout == other.layout)
+            joint[i, j] += 0.01**2 * (one.layout == other.layout and one.micro_batch == other.micro_batch)
+    ran, values = [0, 1, 3, 0], 0.1 * rng.normal(size=4)
+    for place, value in zip(ran, values, strict=True):
+        live.observe(known[place], 1.0, math.exp(value), float(errors[place]))
+    noisy = joint[np.ix_(ran, ran)] + 0.1**2 * np.eye(4)
+    mean = joint[:, ran] @ np.linalg.solve(noisy, values)
+    left = joint - joint[:, ran] @ np.linalg.solve(noisy, joint[ran])
+    for i, one in enumerate(known):
+        assert math.log(live.factor(one)) == pytest.approx(mean[i], abs=1e-9)
+        assert live.error(one, float(errors[i])) == pytest.approx(math.sqrt(left[i, i]), rel=1e-6)
+    beside = math.sqrt(left[2, 2] + left[4, 4] - 2 * left[2, 4])
+    assert live.error(known[2], float(errors[2]), known[4], float(errors[4])) == pytest.approx(beside, rel=1e-6)
+
+
 def test_it_survives_a_checkpoint() -> None:
     live, resumed = fed(30, 1.3), OnlineCorrection()
     feed(live, of(TP2), 1.1)

@@ -15,7 +15,7 @@ from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.model_shape import ModelShape
 from profiles.noise_scale import NoiseScale
-from profiles.throughput import Prediction, Throughput
+from profiles.throughput import Expected, Prediction, Throughput
 
 MODEL = ModelShape(layers=4, hidden=64, ffn_hidden=192, heads=4, kv_heads=2, seq_len=32, vocab=512)
 HERE = Fingerprint(model=MODEL.digest, precision="fp32", backend="b", hardware="h", software="s")
@@ -206,7 +206,7 @@ def test_a_current_configuration_outside_the_space_is_listed():
 def test_what_is_hardly_known_is_offered_only_to_a_policy_that_weighs_that():
     guess = {of(TP2, 1, 16): Prediction(step_seconds=0.5, spread_seconds=0.4, error=0.5, source="predicted")}
     for policy, refused in (("copus", True), ("goodput", False)):
-        known = Throughput([row(START, step_seconds=1.0)], guess)
+        known = Throughput([row(START, step_seconds=1.0)], Expected(guess))
         decider = Planner(config(policy=policy), MODEL, CLUSTER, START, known)
         verdict = verdicts(decider.decide(noise(50.0, 45.0, 55.0), START, 0))[of(TP2, 1, 16).label]
         assert verdict.startswith("throughput too uncertain: a step takes 0.5 ± 0.4 s") == refused

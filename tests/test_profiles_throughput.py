@@ -12,7 +12,7 @@ from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.model_shape import ModelShape
-from profiles.throughput import Prediction, Throughput
+from profiles.throughput import Expected, Prediction, Throughput
 
 MODEL = ModelShape(layers=2, hidden=64, ffn_hidden=128, heads=4, kv_heads=2, seq_len=32, vocab=512)
 HERE = Fingerprint(model=MODEL.digest, precision="fp32", backend="b", hardware="h", software="s")
@@ -209,7 +209,7 @@ def test_a_table_that_is_off_for_one_layout_is_mended_by_live_steps():
 
 def test_predictions_stand_in_for_rows_and_are_corrected():
     guess = Prediction(step_seconds=1.0, spread_seconds=0.3, error=0.2, source="predicted")
-    throughput = Throughput([row(2, 3.0)], {configuration(2): guess, configuration(4): guess})
+    throughput = Throughput([row(2, 3.0)], Expected({configuration(2): guess, configuration(4): guess}))
     assert throughput.predict(configuration(2)).step_seconds == 3.0, "rows come first"
     assert throughput.predict(configuration(4)) == guess
     assert throughput.error_beside(configuration(4), configuration(2)) > 0.2
@@ -217,6 +217,19 @@ def test_predictions_stand_in_for_rows_and_are_corrected():
     seen = throughput.predict(configuration(4))
     assert (seen.source, seen.step_seconds) == ("seen", pytest.approx(1.5, rel=0.01))
     assert seen.error < 0.02
+
+
+def test_a_step_tells_how_wrong_other_predictions_are_but_not_what_was_measured():
+    guess = Prediction(step_seconds=1.0, spread_seconds=1.0, error=0.6, source="predicted")
+    expected = Expected({configuration(n): guess for n in (2, 4, 8)}, lambda one, other: 0.35)
+    throughput = observed(Throughput([row(2, 1.0)], expected), configuration(4), 0.5, 30)
+    assert throughput.predict(configuration(4)).step_seconds == pytest.approx(0.5, rel=0.01)
+    told = throughput.predict(configuration(8))
+    assert told.step_seconds == pytest.approx(0.5, rel=0.1)
+    assert told.error < 0.3
+    assert told.spread_seconds < 0.2
+    assert throughput.predict(configuration(2)).step_seconds > 0.9
+    assert throughput.error_beside(configuration(8), configuration(4)) < 0.3
 
 
 def test_what_the_job_taught_survives_a_checkpoint():

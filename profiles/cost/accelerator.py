@@ -38,7 +38,9 @@ class Accelerator(Record):
     domain: int = 1
     """Accelerators that `inside_node` joins, where that is more than a node's."""
     constants: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """Prior means of the cost model's constants that differ here from `profiles.cost.constants`."""
+    """Prior medians of the cost model's constants that differ here from `profiles.cost.constants`."""
+    log_sd: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Standard deviations of their logarithms that do."""
     sources: list[str]
     """Where the figures come from."""
 

@@ -62,7 +62,8 @@ def prior(device: Accelerator) -> tuple[NDArray[np.float64], NDArray[np.float64]
 
     Raises ValueError where its file names a constant that does not exist.
     """
-    if unknown := set(device.constants) - set(NAMES):
+    if unknown := {*device.constants, *device.log_sd} - set(NAMES):
         raise ValueError(f"accelerator {device.name}: unknown constants {', '.join(sorted(unknown))}")
     means = [device.constants.get(name, constant.mean) for name, constant in CONSTANTS.items()]
-    return np.log(means), np.array([constant.log_sd for constant in CONSTANTS.values()])
+    widths = [device.log_sd.get(name, constant.log_sd) for name, constant in CONSTANTS.items()]
+    return np.log(means), np.array(widths)

@@ -13,7 +13,8 @@ from profiles.cluster import Cluster
 from profiles.configurations import Configurations
 from profiles.cost.accelerator import Accelerator, accelerator, link
 from profiles.cost.constants import NAMES, prior
-from profiles.cost.residual import Smoothness, coordinates, covariance, variance
+from profiles.cost.errors import Errors
+from profiles.cost.residual import Smoothness, coordinates, covariance
 from profiles.cost.step_time import parts, step_seconds
 from profiles.cost.timings import Timings
 from profiles.cost.work import Floats, Work, work
@@ -187,34 +188,23 @@ class CostModel:
         if coverage is None:
             nothing = np.full(len(c), np.nan)
             return Predicted(seconds, nothing, nothing, breakdown, ())
-        variances, freedom = self._variance(done, coordinates(model, cluster, c), mean, sd)
-        half = float(stdtrit(freedom, 0.5 + coverage / 2)) * np.sqrt(variances)
+        variances = self.errors(model, cluster, c, precision).variance() + self._how.noise_sd**2
+        rows = self._rows
+        freedom = self._how.freedom + (len(rows.residual) if rows else 0)
+        spread = rows.spread if rows else self._how.blind_spread
+        half = float(stdtrit(freedom, 0.5 + coverage / 2)) * spread * np.sqrt(variances)
         return Predicted(seconds, seconds * np.exp(-half), seconds * np.exp(half), breakdown, ())
 
-    def _variance(self, done: Work, places: Floats, mean: Floats, sd: Floats) -> tuple[Floats, float]:
-        """Of the logarithm of a measured time, and the degrees of freedom of its Student distribution."""
-        own = jacobian(done, mean, sd, self._z)
-        total = (own * own).sum(1) + variance(self._how) + self._how.noise_sd**2
-        rows = self._rows
-        if not rows:
-            return total * self._how.blind_spread**2, self._how.freedom
-        cross = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
-        total = total - np.einsum("ij,ji->i", cross, cho_solve(rows.whole, cross.T))
-        return np.maximum(total, 1e-8) * rows.spread**2, self._how.freedom + len(rows.residual)
-
-    def covariance(
-        self, model: ModelShape, cluster: Cluster, configurations: Configurations, precision: str
-    ) -> NDArray[np.float64]:
-        """N × N covariance of the logarithms' errors, noise left out, before or after the rows of the fit."""
+    def errors(self, model: ModelShape, cluster: Cluster, configurations: Configurations, precision: str) -> Errors:
+        """How wrong the predictions of N configurations may be, and how alike, as far as the rows of the fit do not
+        tell."""
         mean, sd = self._prior(cluster)
-        done = self._work(model, cluster, configurations, precision)
-        places = coordinates(model, cluster, configurations)
-        own = jacobian(done, mean, sd, self._z)
-        total = own @ own.T + covariance(places, places, self._how)
-        if self._rows:
-            cross = own @ self._rows.jacobian.T + covariance(places, self._rows.places, self._how)
-            total -= cross @ cho_solve(self._rows.whole, cross.T)
-        return total
+        own = jacobian(self._work(model, cluster, configurations, precision), mean, sd, self._z)
+        places, rows = coordinates(model, cluster, configurations), self._rows
+        if not rows:
+            return Errors(self._how, own, places)
+        across = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
+        return Errors(self._how, own, places, across, cho_solve(rows.whole, across.T))
 
     @property
     def smoothness(self) -> Smoothness:

@@ -35,7 +35,7 @@ def select(
         same = looked_at.global_batch == batch
         fast[same] = (seconds[same].min() / seconds[same]) ** WEIGHT
     weights = EQUAL / len(places) + (1 - EQUAL) * fast / fast.sum()
-    c = cost.covariance(model, cluster, looked_at, precision)
+    c = cost.errors(model, cluster, looked_at, precision).covariance()
     noise = cost.smoothness.noise_sd**2
     chosen: list[int] = []
     open_ = np.ones(len(places), dtype=bool)

@@ -1,0 +1,42 @@
+"""How wrong the cost model's predictions may be, and how alike: most of it is shared."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from profiles.cost.residual import Smoothness, covariance, variance
+from profiles.cost.work import Floats
+
+ALL = slice(None)
+SMALLEST_VARIANCE = 1e-8
+"""Of a prediction: what rounding leaves of one is not taken for certainty."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The logarithms of how wrong N predictions are, noise of a measurement left out: jointly normal."""
+
+    how: Smoothness
+    """What is believed of the misses."""
+    jacobian: Floats
+    """What the constants do to them: N × constants."""
+    places: Floats
+    """Where they lie: N × D, as in `profiles.cost.residual`."""
+    across: Floats | None = None
+    """Covariances with the rows of the fit: N × rows."""
+    solved: Floats | None = None
+    """The rows' covariance⁻¹ · `across`ᵀ: rows × N."""
+
+    def variance(self) -> Floats:
+        """Of each: N."""
+        total: Floats = (self.jacobian * self.jacobian).sum(1) + variance(self.how)
+        if self.across is not None and self.solved is not None:
+            total = total - np.einsum("ij,ji->i", self.across, self.solved)
+        return np.maximum(total, SMALLEST_VARIANCE)
+
+    def covariance(self, some: slice = ALL) -> Floats:
+        """Of all with some of them: N × M."""
+        total: Floats = self.jacobian @ self.jacobian[some].T + covariance(self.places, self.places[some], self.how)
+        if self.across is not None and self.solved is not None:
+            total -= self.across @ self.solved[:, some]
+        return total
