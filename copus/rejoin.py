@@ -25,6 +25,8 @@ from copus.agreement import RankError, from_first, is_out_of_memory, one_line
 
 _POLL_SECONDS = 0.1
 """How often a rank looks for a note while a step is on trial."""
+_GRACE_SECONDS = 5.0
+"""What the store has for its answers, beyond the timeout of the process group."""
 
 
 class Trial:
@@ -71,7 +73,7 @@ class World:
         try:
             yield trial
         except Exception as error:
-            agreed = None if trial.committed else self._agree(error, trial)
+            agreed = None if trial.committed else self._agree_in_time(error, trial)
             if agreed is None:
                 raise
             traceback.clear_frames(error.__traceback__)  # what they refer to is the memory that is lacking
@@ -79,7 +81,7 @@ class World:
             return
         finally:
             over.set()
-            watch.join()
+            watch.join(_GRACE_SECONDS)
         raise agreed
 
     def reform(self) -> None:
@@ -107,6 +109,19 @@ class World:
     def _note(self) -> str:
         """Of this step alone: who is a step ahead must not take it for his."""
         return f"{self._name}/out-of-memory-{self._generation}-{self._trials}"
+
+    def _agree_in_time(self, error: Exception, trial: Trial) -> RankError | None:
+        """The same as `_agree`, and None where the store does not answer: it waits forever for a process that hangs."""
+        found: list[RankError | None] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):  # the store is gone, and its rank with it
+                found.append(self._agree(error, trial))
+
+        asks = threading.Thread(target=ask, daemon=True)
+        asks.start()
+        asks.join(self._timeout.total_seconds() + _GRACE_SECONDS)
+        return found[0] if found else None
 
     def _agree(self, error: Exception, trial: Trial) -> RankError | None:
         """What every rank raises where one of them ran out of memory and all the others have left the step too."""

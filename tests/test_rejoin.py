@@ -1,5 +1,7 @@
 """Leaving a step that one rank cannot finish, and forming the groups anew: without a model."""
 
+import os
+import signal
 from datetime import timedelta
 from typing import Any
 
@@ -7,12 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from copus import rejoin
 from copus.agreement import RankError
 from copus.rejoin import World
 from tests.ranks import run_ranks
 
 
-def _on_tcp() -> None:
+def _on_tcp(timeout_seconds: float = 60.0) -> None:
     """Form the default group over a key-value store that has connections too, as torch's launchers do."""
     rank, size = dist.get_rank(), dist.get_world_size()
     port = [dist.TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False) if rank == 0 else None]
@@ -20,7 +23,7 @@ def _on_tcp() -> None:
     dist.broadcast_object_list(number)
     dist.destroy_process_group()
     store = port[0] or dist.TCPStore("127.0.0.1", number[0], size, False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds))
 
 
 def _sum() -> float:
@@ -58,6 +61,31 @@ def _rounds(victims: list[int]) -> list[str]:
 def test_all_leave_and_form_anew() -> None:
     told = [f"rank {victim}: OutOfMemoryError: round {number}" for number, victim in enumerate([0, 1, 2, 0])]
     assert run_ranks(3, _rounds, [0, 1, 2, 0]) == [told] * 3
+
+
+def _host_hangs() -> bool:
+    """The rank that serves the store stops in the middle of a step. Whether the step failed here."""
+    pids: list[Any] = [os.getpid()]
+    dist.broadcast_object_list(pids)
+    _on_tcp(timeout_seconds=1.0)
+    rejoin._GRACE_SECONDS = 0.5
+    world, failed = World(torch.device("cpu"), timeout_seconds=1.0), False
+    try:
+        with world.trial():
+            if dist.get_rank() == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            _sum()
+    except RuntimeError:
+        failed = True
+    os.kill(pids[0], signal.SIGCONT)
+    world._timeout = timedelta(seconds=60)
+    world.reform()  # for the end of the test
+    return failed
+
+
+@pytest.mark.dist
+def test_a_store_that_hangs_is_not_waited_for() -> None:
+    assert run_ranks(2, _host_hangs)[1]
 
 
 def _other_failures() -> list[str]:
