@@ -1,34 +1,42 @@
-"""How fast are predictions, and how long does the whole space of a large job take?
+"""How fast are predictions, how long does the whole space of a large job take, and how long a decision?
 
     python -m benchmarks.planner_speed [--quick] [--json]
 
 One core: what is reported are processor seconds, summed over all threads, as the machine may be busy; the wall clock
 is printed beside them. The space: a 1 T model (128 layers, hidden 25,600) on 16,384 H100, every layout, micro-batch,
-recomputation and ZeRO stage for five global batches.
+recomputation and ZeRO stage for five global batches. The decisions are those of a running job that measured nothing
+beforehand, after steps in three configurations: of this model, and of the demo's.
 """
 
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from benchmarks.command import console_of, parser_of, tell
+from copus.job import load_job
+from planner.config import PlannerConfig
+from planner.memory_check import MemoryCheck
+from planner.planner import Planner
+from planner.space import candidates
 from profiles.cluster import Cluster
+from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost import CostModel, Timings
+from profiles.cost import CostModel, Timings, expected
 from profiles.cost.accelerator import accelerator
 from profiles.cost.select import select
 from profiles.enumerate import enumerate_configurations
+from profiles.layout import Layout
+from profiles.memory import MemoryModel
 from profiles.model_shape import ModelShape
+from profiles.noise_scale import NoiseScale
+from profiles.throughput import Throughput
 
-# The memory model, where this build has it; else the space is enumerated and predicted alone, and the output says so.
-MemoryModel: Any = import_module("profiles.memory").MemoryModel if find_spec("profiles.memory") else None
 MODEL = ModelShape(
     **{"layers": 128, "hidden": 25600, "ffn_hidden": 102400, "heads": 160, "kv_heads": 160},
     **{"seq_len": 2048, "vocab": 51200, "gated_mlp": False, "tied_embeddings": True},
@@ -37,6 +45,7 @@ MODEL = ModelShape(
 CLUSTER = Cluster(nodes=2048, accelerators_per_node=8, accelerator="h100-sxm")
 GLOBAL_BATCHES = (1024, 2048, 4096, 8192, 16384)
 PRECISION = "bf16"
+DEMO = Path(__file__).parent.parent / "examples" / "shakespeare.yaml"
 MARGIN = 0.1
 """Share of an accelerator's memory that is left free."""
 FITTED = 12
@@ -64,14 +73,55 @@ def space() -> Configurations:
     return enumerate_configurations(MODEL, CLUSTER, GLOBAL_BATCHES, max_tp=32, max_vp=64, max_cp=16)
 
 
-def plan(cost: CostModel) -> tuple[Configurations, Any, Any]:
-    """Enumerate, check for memory, predict what fits."""
+def plan(cost: CostModel) -> Configurations:
+    """Enumerate, check for memory, predict what fits, and return that."""
     found = space()
-    fits = None
-    if MemoryModel is not None:
-        fits = MemoryModel().fits(MODEL, found, PRECISION, accelerator(CLUSTER.accelerator).memory_bytes, MARGIN)
-        found = found.take(fits)
-    return found, fits, cost.predict(MODEL, CLUSTER, found, PRECISION, coverage=None)
+    memory_bytes = accelerator(CLUSTER.accelerator).memory_bytes
+    found = found.take(MemoryModel().fits(MODEL, found, PRECISION, memory_bytes, MARGIN))
+    cost.predict(MODEL, CLUSTER, found, PRECISION, coverage=None)
+    return found
+
+
+def trillion() -> Planner:
+    """Of a job of the large model, in a layout of the Megatron-LM paper."""
+    layout = Layout(tp=8, pp=16, dp=128, zero=1, sequence_parallel=True, recompute="full")
+    start = Configuration(layout=layout, micro_batch=1, global_batch=2048)
+    config = PlannerConfig(min_global_batch=1024, max_global_batch=16384, max_micro_batch=8)
+    return _planner(config, MODEL, CLUSTER, PRECISION, start)
+
+
+def demo() -> Planner:
+    """Of the demo."""
+    job = load_job(DEMO)
+    return _planner(job.planner, job.model, job.cluster, job.training.precision, job.training.configuration)
+
+
+def _planner(
+    config: PlannerConfig, model: ModelShape, cluster: Cluster, precision: str, start: Configuration
+) -> Planner:
+    space = candidates(config, model, cluster, start)
+    known = Throughput((), expected(CostModel(), model, cluster, precision, space))
+    return Planner(config, model, cluster, start, known, memory=MemoryCheck(model, cluster, precision, []))
+
+
+def decisions(planner: Planner, repeats: int) -> dict[str, float]:
+    """How long one takes, and its candidates."""
+    space = planner.candidates
+    for ran in (space[0], space[len(space) // 3], space[len(space) // 2]):
+        seconds = planner.throughput.predict(ran)
+        assert seconds is not None
+        assert seconds.step_seconds is not None
+        for _ in range(10):
+            planner.throughput.observe(ran, 0.8 * seconds.step_seconds)
+    batch, samples = float(np.median([each.global_batch for each in space])), 0
+
+    def decide() -> None:
+        nonlocal samples
+        samples += planner.config.every_samples
+        noise = NoiseScale(grad_sq=1.0, noise_trace=batch, value=batch, low=0.8 * batch, high=1.25 * batch, samples=100)
+        planner.decide(noise, ran, samples)
+
+    return {"candidates": len(space), **timed(decide, repeats)}
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -86,9 +136,10 @@ def run(quick: bool) -> dict[str, Any]:
     measured = timed(lambda: fitted.predict(MODEL, CLUSTER, some, PRECISION, coverage=None), repeats)
     enumerated = timed(space, repeats)
     whole = timed(lambda: plan(cost), repeats)
-    found, fits, _ = plan(cost)
+    decided = {name: decisions(planner(), repeats) for name, planner in (("demo", demo), ("trillion", trillion))}
     return {
         "benchmark": "planner_speed",
+        "decisions": decided,
         "quick": quick,
         "predictions_per_second": len(many) / fast["seconds"],
         "predictions_per_second_low": len(many) / fast["high"],
@@ -98,8 +149,7 @@ def run(quick: bool) -> dict[str, Any]:
         "fitted_per_second": len(some) / measured["seconds"],
         "fitted_rows": fitted.rows,
         "space_configurations": len(everything),
-        "space_that_fit": len(found) if fits is not None else None,
-        "space_checked_for_memory": fits is not None,
+        "space_that_fit": len(plan(cost)),
         "enumerate_seconds": enumerated["seconds"],
         "space_seconds": whole["seconds"],
         "space_seconds_low": whole["low"],
@@ -123,17 +173,17 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{r['predictions_per_second_high']:,.0f}; {r['predictions']:,} at once); with an interval "
         f"{r['with_interval_per_second']:,.0f}; fitted to {r['fitted_rows']} rows {r['fitted_per_second']:,.0f}"
     )
-    memory = (
-        f"{r['space_that_fit']:,} fit"
-        if r["space_checked_for_memory"]
-        else "not checked for memory: no memory model here"
-    )
     console.print(
         f"{MODEL.parameters / 1e12:.2f} T parameters on {CLUSTER.accelerators:,} accelerators: "
-        f"{r['space_configurations']:,} configurations, {memory}; {r['space_seconds']:.2f} s "
+        f"{r['space_configurations']:,} configurations, {r['space_that_fit']:,} fit; {r['space_seconds']:.2f} s "
         f"({r['space_seconds_low']:.2f} to {r['space_seconds_high']:.2f}), of which "
         f"enumeration {r['enumerate_seconds']:.2f}; wall clock {r['space_wall_seconds']:.2f} s"
     )
+    for name, each in r["decisions"].items():
+        console.print(
+            f"a decision among {each['candidates']:,} candidates ({name}): {1000 * each['seconds']:.0f} ms "
+            f"({1000 * each['low']:.0f} to {1000 * each['high']:.0f}); wall clock {1000 * each['wall_seconds']:.0f} ms"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
