@@ -43,7 +43,8 @@ def look_ahead(
     variants = list(_variants(model, start, largest_zero))
     everything = [*space, *variants]
     arrays = Configurations.of(everything)
-    throughput = Throughput(steps, expected(cost, model, cluster, precision, everything, rows))
+    predicted = expected(cost, model, cluster, precision, everything, rows)
+    throughput = Throughput(steps, predicted)
     peaks = memory.predict(model, arrays, precision)
     chances = None if room is None else peaks.chance_to_fit(room)
     found = []
@@ -80,7 +81,7 @@ def look_ahead(
         measured_rows=len(steps),
         measured_shards=len(rows) - len(steps),
         assumptions=(*cost.assumptions(model, cluster), *peaks.assumptions),
-        covariance=lambda some: cost.errors(model, cluster, Configurations.of(some), precision).covariance(),
+        covariance=predicted.covariance,
     )
 
 

@@ -1,16 +1,15 @@
 """What is to be expected of a job's configurations before it is launched: `copus plan` shows it."""
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from planner.config import PlannerConfig
 from planner.goodput import goodput
 from profiles.configuration import Configuration
 from profiles.measurement import Fingerprint
+from profiles.online import Covariance
 
 NOISE_SCALES = 2.0 ** np.arange(-2, 24.01, 0.25)
 """Noise scales that the best configuration is looked up for, sequences."""
@@ -95,7 +94,7 @@ class Prospects:
     """How many shards one accelerator ran alone."""
     assumptions: tuple[str, ...]
     """What was taken for granted."""
-    covariance: Callable[[Sequence[Configuration]], NDArray[np.float64]]
+    covariance: Covariance
     """Of the logarithms of predicted step times: two predictions are mostly wrong together."""
 
     @property
@@ -126,8 +125,8 @@ class Prospects:
         """Probability that a step of one is shorter: logarithms count as normal, measured times as independent."""
         gap = math.log((other.step_seconds or 1.0) / (one.step_seconds or 1.0))
         if one.source == other.source == "predicted":
-            known = self.covariance([one.configuration, other.configuration])
-            variance = float(known[0, 0] + known[1, 1] - 2 * known[0, 1])
+            a, b = one.configuration, other.configuration
+            variance = self.covariance(a, a) + self.covariance(b, b) - 2 * self.covariance(a, b)
         else:
             variance = _log_sd(one) ** 2 + _log_sd(other) ** 2
         return 0.5 * (1 + math.erf(gap / math.sqrt(2 * variance))) if variance > 0 else float(gap > 0)
