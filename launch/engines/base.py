@@ -17,7 +17,8 @@ from pydantic import ConfigDict
 
 from copus.job import JobConfig, JobError
 from launch.engines.log_files import lines_of
-from launch.engines.ticket import Ticket
+from launch.engines.ticket import Ticket, read_ticket
+from launch.run_directory import request_stop, shown
 from profiles.record import Record
 
 Phase = Literal["queued", "running", "ended", "unknown"]
@@ -149,6 +150,8 @@ class QueuedEngine(Engine):
     """
 
     ask_seconds = 10.0
+    job_noun: ClassVar[str]
+    """What a job of this scheduler is called for people, before its id: `Slurm job`."""
 
     def ready(self) -> None:
         """Raise JobError where nothing can be submitted from this machine. Asked before data is prepared for hours."""
@@ -160,6 +163,33 @@ class QueuedEngine(Engine):
     def resume(self, run: Path, job: JobConfig) -> Ticket:
         """Queue a job again that has ended: its workers go on from the newest checkpoint that verifies."""
         return self.submit(run, job)
+
+    @abstractmethod
+    def job_state(self, ticket: Ticket) -> EngineState:
+        """What the scheduler says of a job; JobError where it cannot be asked."""
+
+    @abstractmethod
+    def withdraw(self, ticket: Ticket) -> str:
+        """Take a job away from the scheduler at once. What became of it, as a verb: `was cancelled`."""
+
+    def state(self, run: Path) -> EngineState:
+        """What the scheduler says of the run's job."""
+        ticket = read_ticket(run)
+        return EngineState("ended", "it was never queued") if ticket is None else self.job_state(ticket)
+
+    def cancel(self, run: Path, *, now: bool) -> str:
+        """RUN/stop for workers that run; a job that waits, or `now`, is taken away from the scheduler."""
+        ticket, state = read_ticket(run), self.state(run)
+        if ticket is None or state.phase == "ended":
+            raise JobError(f"{shown(run)}: nothing to cancel: {state.words}")
+        request_stop(run)
+        if state.phase == "running" and not now:
+            return f"the workers of {self.name_of(ticket)} stop at the next step, with a checkpoint"
+        return f"{self.name_of(ticket)} {self.withdraw(ticket)}"
+
+    def name_of(self, ticket: Ticket) -> str:
+        """A job in words."""
+        return f"{self.job_noun} {ticket.job_id}"
 
     def error_log(self, run: Path) -> Path | None:
         """File to show the end of where the job failed and no worker said why."""
