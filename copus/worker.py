@@ -153,7 +153,6 @@ def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState) -> Pl
         memory=MemoryCheck(job.model, job.cluster, job.training.precision, rows),
         total_samples=job.total_samples,
     )
-    planner.forecast.restore(state.forecast)
     planner.restore(state.planner)
     return planner
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.efficiency import efficiencies
+from planner.forecast import CriticalBatchForecast
 from planner.goodput import Objective
 from planner.menu import Floats, Indices, Menu
-from planner.outlook import Outlook
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Situation:
     """B_simple, shape (R,)."""
     critical_batch: Floats
     """φ from the latest noise scale, shape (R,)."""
-    outlook: Outlook
+    forecast: CriticalBatchForecast
     """φ from all noise scales so far, and where it is going."""
     samples_consumed: Floats
     """Sequences trained on so far, shape (R,)."""

@@ -25,7 +25,7 @@ SMALLEST_SAVING = 1e-6
 class Goodput:
     """Plans the rest of the job at every decision, and takes the first step of the plan where it is sure to pay.
 
-    The plan is the dynamic programme of `planner.plan` over the φ to be expected (`planner.outlook`), with the
+    The plan is the dynamic programme of `planner.plan` over the φ to be expected (`planner.forecast`), with the
     measured costs of moves: V(j) is the time to the end that begins in j and goes on as is best. A move from i to j
     saves
 
@@ -85,7 +85,7 @@ class Goodput:
         edges = np.concatenate([np.zeros((len(left), 1)), grown], axis=1)
         middles, lengths = (edges[:, 1:] + edges[:, :-1]) / 2, np.diff(edges, axis=1)
         where = now.samples_consumed[:, None] + middles
-        phi = np.stack([now.outlook.at(where, sigmas) for sigmas in (-self.pessimism, 0.0, self.pessimism)])
+        phi = np.stack([now.forecast.at(where, sigmas) for sigmas in (-self.pessimism, 0.0, self.pessimism)])
         batch = now.menu.global_batch
         found = []
         for k in range(STAGES):
@@ -121,7 +121,7 @@ class Goodput:
         if index == here:
             return "nothing is sure to finish the job sooner than going on"
         label = situation.menu.configurations[index].label
-        goodputs = situation.goodput(situation.outlook.at(situation.samples_consumed))[0]
+        goodputs = situation.goodput(situation.forecast.at(situation.samples_consumed))[0]
         gain = goodputs[index] / goodputs[here] - 1
         if choice.exploring is not None and choice.exploring[0]:
             return f"{label} is worth a trial: {self._unsure(situation, index)}"
@@ -146,7 +146,7 @@ class Goodput:
     def _unsure(self, situation: Situation, index: int) -> str:
         """`gain 41 % (−3 to 90 %): its speed is known to ±30 %`: 80 % interval, and what does most to widen it."""
         here = int(situation.current[0])
-        phi = [situation.outlook.at(situation.samples_consumed, sigmas) for sigmas in (-DECILE, 0.0, DECILE)]
+        phi = [situation.forecast.at(situation.samples_consumed, sigmas) for sigmas in (-DECILE, 0.0, DECILE)]
         ratios = [float(np.log(found[0, index] / found[0, here])) for found in map(situation.goodput, phi)]
         speed = DECILE * float(situation.throughput_error[0, index])
         noise = max(abs(ratios[0] - ratios[1]), abs(ratios[2] - ratios[1]))

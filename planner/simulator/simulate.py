@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
+from planner.forecast import CriticalBatchForecast
 from planner.goodput import Objective
 from planner.menu import Floats, Indices, Menu
-from planner.outlook import Outlook
 from planner.plan import Plan, plan_run
 from planner.policy import Policy
 from planner.situation import Situation
@@ -73,7 +73,7 @@ class _State:
 
     runs: Runs
     row: Indices
-    outlook: Outlook
+    forecast: CriticalBatchForecast
     progress: Floats
     samples: Floats
     seconds: Floats
@@ -123,7 +123,7 @@ def simulate(
         true_phi = _read(runs.critical_batch, state.progress)
         seen = true_phi * runs.factor_error * np.exp(errors[state.row, number % DRAWS] * runs.noise)
         place = np.maximum(state.samples, runs.every_samples / 2)
-        state.outlook.observe(
+        state.forecast.observe(
             place, seen, np.maximum(runs.noise, 0.01), (1 - runs.correlation) / (1 + runs.correlation)
         )
         situation = Situation(
@@ -134,7 +134,7 @@ def simulate(
             current=state.current,
             noise_scale=seen / 2,
             critical_batch=seen,
-            outlook=state.outlook,
+            forecast=state.forecast,
             samples_consumed=place,
             samples_left=np.maximum(runs.planned_samples - state.samples, runs.every_samples),
             samples_to_next=runs.every_samples,
@@ -189,7 +189,7 @@ def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
     return _State(
         runs=runs,
         row=np.arange(count),
-        outlook=Outlook.unknown(runs.planned_samples),
+        forecast=CriticalBatchForecast.unknown(runs.planned_samples),
         progress=np.zeros(count),
         samples=np.zeros(count),
         seconds=np.zeros(count),
