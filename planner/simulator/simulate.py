@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 
 from planner.forecast import CriticalBatchForecast
-from planner.goodput import Objective
+from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Indices, Menu
 from planner.plan import Plan, plan_run
 from planner.policy import Policy
@@ -242,7 +242,6 @@ def _advance(menu: Menu, state: _State, walk: Floats | None, objective: Objectiv
     """Train to the next decision, or to the target; which runs reached it."""
     runs, rows = state.runs, np.arange(len(state.current))
     batch = menu.global_batch[state.current]
-    worth = np.sqrt(batch) if objective == "lr-aware" else 1.0
     rate = state.actual[rows, state.current]
     if walk is not None:
         rate = rate * np.exp(walk[state.row, menu.layout[state.current]])
@@ -250,9 +249,10 @@ def _advance(menu: Menu, state: _State, walk: Floats | None, objective: Objectiv
     step = np.zeros_like(left)
     for _ in range(3):  # the midpoint rule, solved by iteration: φ hardly changes within a step
         phi = _read(runs.critical_batch, state.progress + np.minimum(step, left) / 2)
-        step = runs.every_samples * worth / ((1 + batch / phi) * runs.progress)
+        worth = progress_per_sample(batch, phi, objective)
+        step = runs.every_samples * worth / runs.progress
     finished = step >= left
-    samples = np.where(finished, left * runs.progress * (1 + batch / phi) / worth, runs.every_samples)
+    samples = np.where(finished, left * runs.progress / worth, runs.every_samples)
     state.progress = state.progress + np.minimum(step, left)
     state.samples = state.samples + samples
     state.seconds = state.seconds + samples / rate
