@@ -144,7 +144,7 @@ class AttendedEngine(Engine):
 class QueuedEngine(Engine):
     """Hands jobs to a scheduler.
 
-    The launcher holds the run's lock while it calls `submit` or `resume`, writes what they return to RUN/engine.json,
+    The launcher holds the run's lock while it calls `submit`, writes what that returns to RUN/engine.json,
     and only then lets go of the lock: a job that is started at once waits for it, and goes on only where the file
     names it.
     """
@@ -158,11 +158,10 @@ class QueuedEngine(Engine):
 
     @abstractmethod
     def submit(self, run: Path, job: JobConfig) -> Ticket:
-        """Queue the job. Raises JobError, with the scheduler's own words in one line, where that is refused."""
+        """Queue the job; where the run has checkpoints, its workers go on from the newest that verifies.
 
-    def resume(self, run: Path, job: JobConfig) -> Ticket:
-        """Queue a job again that has ended: its workers go on from the newest checkpoint that verifies."""
-        return self.submit(run, job)
+        Raises JobError, with the scheduler's own words in one line, where that is refused.
+        """
 
     @abstractmethod
     def job_state(self, ticket: Ticket) -> EngineState:
