@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ from scipy import stats
 from benchmarks.command import console_of, parser_of, tell
 from copus.events import Evaluate, Event, Profile, Reconfigure, Start, read_events
 from copus.job import JobConfig, load_job
-from planner.space import candidates
+from planner.look_ahead import look_ahead
 from profiles.configuration import Configuration
 from profiles.table import ThroughputTable
-from profiles.throughput import Throughput
 
 JOB = Path(__file__).with_name("time_to_target.yaml")
 OUT = Path("build/time-to-target")
@@ -93,22 +92,17 @@ def fastest_of(job_file: Path, overrides: Sequence[str], batches: Sequence[int],
     table = out / "throughput.jsonl"
     settings = [*overrides, f"profile.table={table}", f"launch.runs={out / 'runs'}"]
     _copus("profile", "run", str(job_file), *_set([*settings, "profile.budget_seconds=600", "profile.rounds=3"]))
-    job = load_job(job_file, settings)
-    rows = ThroughputTable(table).rows()
-    latest = max(rows, key=lambda row: row.time).fingerprint
-    known = Throughput([row for row in rows if row.fingerprint == latest])
-    space = candidates(job.planner, job.model, job.cluster, job.training.configuration)
-    found = {}
-    for batch in batches:
-        seconds = {}
-        for each in space:
-            seen = known.predict(each) if each.global_batch == batch else None
-            if seen is not None and seen.step_seconds is not None:
-                seconds[each] = seen.step_seconds
-        if not seconds:
-            raise SystemExit(f"--batches: nothing was measured at a global batch of {batch}")
-        found[batch] = min(seconds, key=lambda each: seconds[each])
-    return found
+    job, rows = load_job(job_file, settings), ThroughputTable(table).rows()
+    training = job.training
+    prospects = look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
+    measured = [each for each in prospects.expectations if each.source != "predicted"]
+    found = {
+        each.best.configuration.global_batch: each.best.configuration
+        for each in replace(prospects, expectations=measured).fastest()
+    }
+    if missing := set(batches) - set(found):
+        raise SystemExit(f"--batches: nothing was measured at a global batch of {min(missing)}")
+    return {batch: found[batch] for batch in batches}
 
 
 def train(contender: Contender, job_file: Path, overrides: Sequence[str], seed: int, out: Path) -> dict[str, Any]:

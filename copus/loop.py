@@ -332,7 +332,6 @@ class Trainer:
         self.state.noise = self._noise.state()
         self.state.norms = self._norms.state()
         if self._planner is not None:
-            self.state.forecast = self._planner.forecast.state()
             self.state.planner = self._planner.state()
         if last:
             self._saver.write_last()

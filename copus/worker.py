@@ -36,8 +36,8 @@ from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
 from planner.memory_check import MemoryCheck
 from planner.planner import Planner
+from planner.policy import make_policy
 from planner.space import candidates
-from profiles.configuration import Configuration
 from profiles.cost import CostModel, Timings, expected
 from profiles.measurement import Measurement
 from profiles.table import ThroughputTable
@@ -142,28 +142,26 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
 
 
 def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState) -> Planner:
-    start = job.training.configuration
     planner = Planner(
         job.planner,
         job.model,
         job.cluster,
-        start,
-        Throughput((row for row in rows if not row.shard), _expected(job, rows, start)),
+        job.training.configuration,
+        Throughput((row for row in rows if not row.shard), _expected(job, rows)),
         number=state.decisions,
         memory=MemoryCheck(job.model, job.cluster, job.training.precision, rows),
         total_samples=job.total_samples,
     )
-    planner.forecast.restore(state.forecast)
     planner.restore(state.planner)
     return planner
 
 
-def _expected(job: JobConfig, rows: list[Measurement], start: Configuration) -> Expected:
+def _expected(job: JobConfig, rows: list[Measurement]) -> Expected:
     """What the cost model says of the candidates. Nothing for an accelerator that it does not know, and for policies
-    that take every time for a measured one: `goodput` alone weighs how sure it is."""
-    if job.planner.policy != "goodput":
+    that take every time for a measured one."""
+    if not make_policy(job.planner).weighs_error:
         return Expected()
-    space = candidates(job.planner, job.model, job.cluster, start)
+    space = candidates(job.planner, job.model, job.cluster, job.training.configuration)
     with contextlib.suppress(ValueError):
         cost = CostModel().fit(Timings.of(rows, job.cluster))
         return expected(cost, job.model, job.cluster, job.training.precision, space, rows)

@@ -261,12 +261,8 @@ def _forecast(decision: Decision) -> list[tuple[str, str]]:
     found = decision.forecast
     if found is None:
         return []
-    words = (
-        f"B_simple ∝ tokens^{found.exponent:.2f} [{found.exponent_low:.2f} to {found.exponent_high:.2f}], "
-        f"{noise_interval(found.value, found.low, found.high)} at {count(found.tokens)} tokens, "
-        f"from {found.points} points"
-    )
-    return [("forecast", words)]
+    interval = noise_interval(found.value, found.low, found.high)
+    return [("forecast", f"B_simple {interval} at {count(found.tokens)} tokens")]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -86,7 +86,11 @@ def check_profiler(job: JobConfig, engine: Engine) -> None:
             f"{job.launch.engine}) trains on others: run `copus profile run` on one of those, then set profile.when: "
             "never; or set profile.profiler: live"
         )
-    if profiler.shards and job.planner.policy != "goodput":
+    if not profiler.shards:
+        return
+    from planner.policy import make_policy  # loads scipy, which no other profiler's job waits for here
+
+    if not make_policy(job.planner).weighs_error:
         raise JobError(
             f"profile.profiler({job.profile.profiler}) measures shards without the network, and planner.policy("
             f"{job.planner.policy}) needs measured steps: set planner.policy: goodput, which weighs how sure the cost "

@@ -34,12 +34,12 @@ class Queued:
     """What that amounts to, without how they ended."""
 
 
-def hand_over(engine: QueuedEngine, run: Path, job: JobConfig, *, resume: bool) -> Queued:
+def hand_over(engine: QueuedEngine, run: Path, job: JobConfig) -> Queued:
     """Queue a job and note which it is in RUN/engine.json. Hold the run's lock. Raises JobError where it is refused."""
     queued = Queued(Follower(run), RunStatus())
     queued.status.update(queued.follower.read())
     queued.status.forget_ending()
-    write_ticket(run, engine.resume(run, job) if resume else engine.submit(run, job))
+    write_ticket(run, engine.submit(run, job))
     return queued
 
 

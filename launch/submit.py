@@ -116,7 +116,7 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
             if code:
                 undo()
                 return code
-            outcome = _launch(engine, run, job, lock, interrupts, console, undo, resume=True)
+            outcome = _launch(engine, run, job, lock, interrupts, console, undo)
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
     return _conclude(outcome, run, console, manner)
@@ -130,13 +130,11 @@ def _launch(
     interrupts: Interrupts,
     console: Console,
     undo: Callable[[], None],
-    *,
-    resume: bool = False,
 ) -> Outcome | Queued:
     """Run the job to its end, or hand it to a scheduler and `undo` where that refuses it."""
     if isinstance(engine, QueuedEngine):
         try:
-            return hand_over(engine, run, job, resume=resume)
+            return hand_over(engine, run, job)
         except JobError:
             undo()
             raise

@@ -48,6 +48,4 @@ class CriticalBatch:
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Goodput is not what decides."""
-        goodputs = situation.goodput(situation.critical_batch)[0]
-        gain = goodputs[index] / goodputs[int(situation.current[0])] - 1
-        return f"gain {percent(float(gain))}, but cbs follows the critical batch alone"
+        return f"gain {percent(situation.gain(index))}, but cbs follows the critical batch alone"

@@ -1,9 +1,5 @@
 """How much a sample teaches, as the batch grows."""
 
-import numpy as np
-
-from planner.menu import Floats
-
 
 def statistical_efficiency(global_batch: float, critical_batch: float) -> float:
     """SE = 1 / (1 + B/φ), between 0 and 1: the progress of a sample at batch B over that of a sample at a tiny batch.
@@ -16,8 +12,3 @@ def statistical_efficiency(global_batch: float, critical_batch: float) -> float:
     if global_batch <= 0 or critical_batch <= 0:
         raise ValueError(f"global_batch({global_batch}) and critical_batch({critical_batch}) have to be positive")
     return 1 / (1 + global_batch / critical_batch)
-
-
-def efficiencies(global_batch: Floats, critical_batch: Floats) -> Floats:
-    """The same for arrays that broadcast; all positive."""
-    return 1 / (1 + global_batch / np.asarray(critical_batch))

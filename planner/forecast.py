@@ -1,118 +1,141 @@
-"""A power law of the noise scale in tokens, fitted while the job runs: what the critical batch will be later."""
+"""Where the critical batch is and where it is going: a power law that forgets, kept up with a few sums."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
-from profiles.forecast import Forecast
-from profiles.noise_scale import NoiseScale
+from planner.menu import Floats
 
-CONFIDENCE = 0.90
-MAX_POINTS = 64
-"""When there are more, every second one is dropped and the distance between new ones doubled."""
-SMALLEST_ERROR = 0.02
-"""No noise scale is better known than to 2 %."""
-UNKNOWN_ERROR = 0.7
-"""Standard error of the logarithm where a noise scale came without an interval: a factor of two."""
-EXPONENT_SPREAD = 0.75
-"""Before anything is seen, α is 0 ± this. Measured critical batches grow with exponents of some 0.5 (2410.21676,
-2505.13738) and less late in training (2505.23971)."""
+EXPONENT = 0.5
+"""Before anything is seen, φ ∝ samples^α with this α: what is measured over training lengths and in branched runs
+(Zhang 2410.21676: 0.47; Power Lines 2505.13738: 0.5; Step Law: 0.57; Merrill 2505.23971: 0.5)."""
+EXPONENT_ERROR = 1.0
+"""Standard error of that: neither a pause nor growth faster than the samples is surprising."""
+HALF_LIFE = 0.35
+"""Estimates count half when this many e-foldings of samples have passed since: no law holds over the whole run."""
+OFFSET = 0.05
+"""Share of the job over which a law has not yet set in: φ ∝ (samples + offset)^α. Together with α = 0.5 this says that
+φ grows by the factor of 4.6 over a job, as published batch schedules do (3 to 10: Llama 3, MiniMax-01, DeepSeek-V3,
+Nemotron-4, OLMo, BLOOM)."""
+FEWEST = 12
+"""An estimate fades by no more than 1 in so many from one to the next."""
+BEND = 2.0
+"""Standard deviation of the change of α over an e-folding of samples to come. Over the memory, laws that speed up and
+laws that slow down look alike: with this the interval at twice the samples holds for both."""
+QUANTILE_90 = 1.645
+"""Standard errors from the middle to the ends of a 90 % interval."""
 
 
-class NoiseForecast:
-    """Fits log B_simple = log A + α·log tokens by weighted least squares (weights: the interval of each noise scale).
+@dataclass
+class CriticalBatchForecast:
+    """log φ = level + α·(samples / samples now − 1), by least squares in which old estimates fade, for R runs at once.
 
-    The noise scales come smoothed, so that neighbours are nearly the same figure: only points at least
-    `spacing_tokens` apart are taken, the half-life of the smoothing. α has a prior, 0 ± 0.75, so that one point means a
-    constant with an interval that widens with distance, and a few points cannot run away. Where the points scatter more
-    than their own intervals say, all errors are scaled up by the excess (Birge). The state is at most 64 points.
+    Discounted regression (Brown 1963; Harvey 1989, §2.2.3): weighted sums are all that is kept. α is the local
+    exponent of φ ∝ samples^α. Behind, the line is straight in samples, which fits laws that speed up as well as powers
+    over the short memory; ahead, the local power goes on, which does not run away, and its error grows as α may bend.
+    The prior on α stands in for what few points cannot tell. Where estimates miss their prediction by more than their
+    own intervals say, all errors grow by the excess (Birge).
     """
 
-    def __init__(self, spacing_tokens: float) -> None:
-        if spacing_tokens <= 0:
-            raise ValueError(f"spacing_tokens({spacing_tokens}) has to be positive")
-        self._spacing = float(spacing_tokens)
-        # Rows of: tokens, log B_simple, its standard error.
-        self._points: list[list[float]] = []
+    offset: Floats
+    """Sequences that are added to all sample counts, shape (R,)."""
+    samples: Floats
+    """Sequences at the last estimate, the offset added; 0 before it; shape (R,)."""
+    sums: Floats
+    """Σw, Σwx, Σwx², Σwy, Σwxy with x = samples / samples now − 1, shape (R, 5)."""
+    misses: Floats
+    """Σ of faded squared misses over their expected size, and Σ of their weights, shape (R, 2)."""
 
-    def observe(self, tokens: float, noise: NoiseScale) -> None:
-        """Take in the noise scale after `tokens` tokens; nothing happens where it is unknown or too near the last."""
-        value = noise.value
-        if value is None or not 0 < value < math.inf or tokens <= 0:
-            return
-        if self._points and tokens < self._points[-1][0] + self._spacing:
-            return
-        self._points.append([float(tokens), math.log(value), _log_error(noise)])
-        if len(self._points) > MAX_POINTS:
-            self._points = self._points[::2]
-            self._spacing *= 2
+    @classmethod
+    def unknown(cls, job_samples: Floats) -> "CriticalBatchForecast":
+        """Nothing seen yet of jobs of so many sequences, shape (R,)."""
+        runs = len(job_samples)
+        return cls(OFFSET * job_samples, np.zeros(runs), np.zeros((runs, 5)), np.tile([1.0, 1.0], (runs, 1)))
 
-    def at(self, tokens: float) -> Forecast | None:
-        """The noise scale expected at `tokens` tokens of the job, with the 90 % interval of an estimate made there.
+    def observe(
+        self, samples: Floats, critical_batch: Floats, error: Floats, independent: Floats | float = 1.0
+    ) -> None:
+        """Take in φ after so many sequences, with the standard error of its logarithm. `independent` is the share of
+        the estimate that is new since the last: a moving average repeats itself."""
+        samples, y = np.asarray(samples, float) + self.offset, np.log(critical_batch)
+        first = self.samples <= 0
+        ratio = np.where(first, 1.0, self.samples / samples)
+        fade = np.maximum(ratio ** (math.log(2) / HALF_LIFE), 1 - 1 / FEWEST)
+        n, x1, x2, y0, xy = self.sums.T
+        shift = ratio - 1  # x becomes ratio·x + shift
+        x2, x1 = ratio**2 * x2 + 2 * ratio * shift * x1 + shift**2 * n, ratio * x1 + shift * n
+        xy = ratio * xy + shift * y0
+        self.sums = np.stack([n, x1, x2, y0, xy], axis=1) * fade[:, None]
+        self.samples = samples
+        variance = np.asarray(error, float) ** 2
+        level, spread = self._line()[0], self._covariance()[:, 0, 0]
+        miss = np.where(first, 0.0, (y - level) ** 2 / np.where(first, 1.0, variance + spread))
+        seen = np.stack([miss, np.where(first, 0.0, 1.0)], axis=1) * np.reshape(independent, (-1, 1))
+        self.misses = self.misses * fade[:, None] + seen
+        weight = independent / variance
+        self.sums += np.stack([weight, 0 * y, 0 * y, weight * y, 0 * y], axis=1)
 
-        None before the first point. Raises ValueError unless `tokens` is positive.
-        """
-        if tokens <= 0:
-            raise ValueError(f"tokens({tokens}) has to be positive")
-        if not self._points:
-            return None
-        seen, y, error = np.array(self._points).T
-        x = np.log(seen)
-        centre = float(np.average(x, weights=error**-2))
-        coefficients, covariance, excess = _fit(x - centre, y, error)
-        quantile = float(stdtrit(max(len(x) - 1, 1), 0.5 + CONFIDENCE / 2))
-        row = np.array([1.0, math.log(tokens) - centre])
-        middle = float(row @ coefficients)
-        half_width = quantile * math.sqrt(float(row @ covariance @ row) + excess * float(np.median(error)) ** 2)
-        alpha, alpha_half = float(coefficients[1]), quantile * math.sqrt(float(covariance[1, 1]))
-        return Forecast(
-            tokens=tokens,
-            value=_exp(middle),
-            low=_exp(middle - half_width),
-            high=_exp(middle + half_width),
-            exponent=alpha,
-            exponent_low=alpha - alpha_half,
-            exponent_high=alpha + alpha_half,
-            points=len(x),
-        )
+    def at(self, samples: Floats, sigmas: float = 0.0) -> Floats:
+        """φ expected at so many sequences, shape (R,) or (R, K), `sigmas` standard errors of its logarithm up or down.
+        Before anything is seen it is NaN."""
+        samples = np.asarray(samples, float)
+        samples = samples + self.offset[(slice(None),) + (None,) * (samples.ndim - 1)]
+        shape = (slice(None),) + (None,) * (samples.ndim - 1)
+        x = np.log(samples / self.samples[shape])
+        level, slope = (values[shape] for values in self._line())
+        covariance = self._covariance() * self.excess[:, None, None]
+        level = level + sigmas * np.sqrt(covariance[:, 0, 0])[shape]
+        ahead = np.maximum(x, 0.0)
+        slope = slope + sigmas * np.sqrt(covariance[:, 1, 1][shape] + (BEND * ahead / 2) ** 2)
+        slope = np.where(x > 0, np.maximum(slope, 0.0), slope)
+        return np.exp(np.clip(level + slope * x, -300.0, 300.0))
+
+    @property
+    def excess(self) -> Floats:
+        """How much squared misses exceed what the intervals of the estimates say, at least 1; shape (R,)."""
+        return np.maximum(self.misses[:, 0] / self.misses[:, 1], 1.0)
+
+    def _determinant(self) -> tuple[Floats, Floats]:
+        n, x1, x2 = self.sums[:, 0], self.sums[:, 1], self.sums[:, 2] + EXPONENT_ERROR**-2
+        return np.where(n > 0, n * x2 - x1**2, np.nan), x2
+
+    def _line(self) -> tuple[Floats, Floats]:
+        """Level and slope, shapes (R,)."""
+        determinant, x2 = self._determinant()
+        n, x1, _, y0, xy = self.sums.T
+        xy = xy + EXPONENT * EXPONENT_ERROR**-2
+        return (x2 * y0 - x1 * xy) / determinant, (n * xy - x1 * y0) / determinant
+
+    def _covariance(self) -> Floats:
+        """Of level and slope, shape (R, 2, 2), before the excess."""
+        determinant, x2 = self._determinant()
+        n, x1 = self.sums[:, 0], self.sums[:, 1]
+        return np.stack([np.stack([x2, -x1], -1), np.stack([-x1, n], -1)], -2) / determinant[:, None, None]
+
+    def take(self, rows: np.ndarray) -> "CriticalBatchForecast":
+        """The forecasts of some of the runs."""
+        return CriticalBatchForecast(self.offset[rows], self.samples[rows], self.sums[rows], self.misses[rows])
 
     def state(self) -> dict[str, Any]:
         """Everything, as plain values for a checkpoint."""
-        return {"spacing_tokens": self._spacing, "points": self._points}
+        return {
+            "offset": self.offset.tolist(),
+            "samples": self.samples.tolist(),
+            "sums": self.sums.tolist(),
+            "misses": self.misses.tolist(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; an empty dict changes nothing."""
         if state:
-            self._spacing = state["spacing_tokens"]
-            self._points = [list(point) for point in state["points"]]
+            self.offset, self.samples = np.array(state["offset"]), np.array(state["samples"])
+            self.sums, self.misses = np.array(state["sums"]), np.array(state["misses"])
 
 
-def _fit(x: np.ndarray, y: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """(log A, α), their covariance, and by how much squared errors exceed what the points' own intervals say (≥ 1)."""
-    design = np.stack([np.ones_like(x), x], axis=1)
-    prior = np.diag([0.0, EXPONENT_SPREAD**-2])
-    excess = 1.0
-    for _ in range(2):
-        weights = error**-2 / excess
-        covariance = np.linalg.inv(design.T @ (weights[:, None] * design) + prior)
-        coefficients = covariance @ design.T @ (weights * y)
-        if len(x) > 2:
-            squares = (y - design @ coefficients) ** 2 / error**2
-            excess = max(1.0, float(squares.sum()) / (len(x) - 2))
-    return coefficients, covariance, excess
-
-
-def _log_error(noise: NoiseScale) -> float:
-    """Standard error of log B_simple, from the 90 % interval; one-sided where that is open."""
-    if noise.value is None or noise.low is None or noise.low <= 0:
-        return UNKNOWN_ERROR
-    quantile = float(stdtrit(100.0, 0.5 + CONFIDENCE / 2))
-    if noise.high is None or not math.isfinite(noise.high):
-        return max(math.log(noise.value / noise.low) / quantile, UNKNOWN_ERROR)
-    return max(math.log(noise.high / noise.low) / (2 * quantile), SMALLEST_ERROR)
-
-
-def _exp(value: float) -> float:
-    return math.exp(min(max(value, -700.0), 700.0))
+def log_error(value: float, low: float | None, high: float | None) -> float:
+    """Standard error of a logarithm from a 90 % interval; a factor of two where the interval is open or missing."""
+    if low is None or high is None or low <= 0 or not math.isfinite(high):
+        return math.log(2)
+    return max(math.log(high / low) / (2 * QUANTILE_90), 0.01)

@@ -3,7 +3,10 @@
 import math
 from typing import Literal
 
+import numpy as np
+
 from planner.efficiency import statistical_efficiency
+from planner.menu import Floats
 
 Objective = Literal["plain", "lr-aware"]
 
@@ -19,3 +22,11 @@ def goodput(
     """
     useful = samples_per_second * statistical_efficiency(global_batch, critical_batch)
     return useful * math.sqrt(global_batch) if objective == "lr-aware" else useful
+
+
+def progress_per_sample(
+    global_batch: Floats | float, critical_batch: Floats | float, objective: Objective = "plain"
+) -> Floats:
+    """What a sequence makes of progress, which is Goodput over throughput: for arrays that broadcast, all positive."""
+    useful = 1 / (1 + global_batch / np.asarray(critical_batch))
+    return np.asarray(useful * np.sqrt(global_batch) if objective == "lr-aware" else useful)

@@ -17,6 +17,9 @@ from profiles.memory.peaks import OUT_OF_MEMORY
 from profiles.model_shape import ModelShape
 from profiles.throughput import DECILE, Prediction, Throughput
 
+LARGEST_ZERO = 1
+"""The largest ZeRO stage that the backend does."""
+
 
 def look_ahead(
     config: PlannerConfig,
@@ -25,14 +28,11 @@ def look_ahead(
     precision: str,
     start: Configuration,
     table: Iterable[Measurement] = (),
-    *,
-    largest_zero: int = 1,
 ) -> Prospects:
     """Expect something of every candidate: from the table's rows of this job where they reach, else from the models,
     which learn from them, and from shards that one accelerator ran alone.
 
-    `largest_zero` is the largest ZeRO stage that the backend does. Raises ValueError for an accelerator that nothing is
-    known about.
+    Raises ValueError for an accelerator that nothing is known about.
     """
     rows = rows_of(table, model, cluster, precision)
     steps = [row for row in rows if not row.shard]
@@ -40,7 +40,7 @@ def look_ahead(
     room = memory_bytes(cluster)
     memory = MemoryModel().fit(Peaks.of(rows, room))
     space = candidates(config, model, cluster, start)
-    variants = list(_variants(model, start, largest_zero))
+    variants = list(_variants(model, start))
     everything = [*space, *variants]
     arrays = Configurations.of(everything)
     predicted = expected(cost, model, cluster, precision, everything, rows)
@@ -103,11 +103,11 @@ def rows_of(table: Iterable[Measurement], model: ModelShape, cluster: Cluster, p
     return [row for row in mine if row.fingerprint == newest]
 
 
-def _variants(model: ModelShape, start: Configuration, largest_zero: int) -> Iterator[Configuration]:
+def _variants(model: ModelShape, start: Configuration) -> Iterator[Configuration]:
     """The starting configuration with other settings that cost time and save memory, or the other way round."""
     layout = start.layout
     split = [False, True] if layout.tp > 1 and model.seq_len % layout.tp == 0 else [layout.sequence_parallel]
-    stages: Sequence[int] = range(largest_zero + 1) if layout.dp * layout.cp > 1 else [layout.zero]
+    stages: Sequence[int] = range(LARGEST_ZERO + 1) if layout.dp * layout.cp > 1 else [layout.zero]
     for zero in stages:
         for sequence_parallel in split:
             for recompute in RECOMPUTE:

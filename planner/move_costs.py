@@ -2,7 +2,6 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -21,23 +20,17 @@ class MoveCosts:
     Also counts the layouts of the last hour, for the limit of the job file.
     """
 
-    def __init__(
-        self,
-        expected_layout_seconds: float,
-        max_layouts_per_hour: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, expected_layout_seconds: float, max_layouts_per_hour: int | None) -> None:
         self._expected: dict[Rung, float] = {"batch": 0.0, "micro-batch": 0.0, "layout": expected_layout_seconds}
         self._measured: dict[Rung, deque[float]] = {rung: deque(maxlen=MEMORY) for rung in RUNGS}
         self._limit = max_layouts_per_hour
-        self._clock = clock
         self._layouts: list[float] = []
 
     def observe(self, rung: Rung, seconds: float) -> None:
         """A move was made, and training stood still for so long."""
         self._measured[rung].append(seconds)
         if rung == "layout":
-            self._layouts.append(self._clock())
+            self._layouts.append(time.monotonic())
 
     def seconds(self) -> Floats:
         """Cost of a new batch, micro-batch, layout; ascending, shape (3,): a dearer rung includes the cheaper ones."""
@@ -48,7 +41,7 @@ class MoveCosts:
         """Why there may be no such move now; empty where there may."""
         if rung != "layout" or self._limit is None:
             return ""
-        now = self._clock()
+        now = time.monotonic()
         self._layouts = [at for at in self._layouts if now - at < HOUR]
         if len(self._layouts) < self._limit:
             return ""

@@ -81,6 +81,4 @@ class NormTest:
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Goodput is not what decides."""
-        goodputs = situation.goodput(situation.critical_batch)[0]
-        gain = float(goodputs[index] / goodputs[int(situation.current[0])] - 1)
-        return f"gain {percent(gain)}, but the norm test looks at the batch alone"
+        return f"gain {percent(situation.gain(index))}, but the norm test looks at the batch alone"

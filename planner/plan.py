@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.efficiency import efficiencies
-from planner.goodput import Objective
+from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Indices, Menu
 
 
@@ -78,10 +77,8 @@ def plan_run(
     run at a tiny batch would take. `samples_per_second` has the shape (C,), `critical_batch` (K,). Without `start` the
     first configuration costs nothing.
     """
-    batch = menu.global_batch
-    weight = np.sqrt(batch) if objective == "lr-aware" else np.ones_like(batch)
     share = progress / len(critical_batch)
-    samples = share / (efficiencies(batch, np.asarray(critical_batch)[:, None]) * weight)
+    samples = share / progress_per_sample(menu.global_batch, np.asarray(critical_batch)[:, None], objective)
     stages = samples / samples_per_second
     values = list(seconds_to_go(stages, menu, rungs))[::-1]
     entry = np.zeros(len(menu)) if start is None else menu.move_seconds(np.array([start]), rungs)[0]

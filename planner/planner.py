@@ -8,13 +8,12 @@ import numpy as np
 from planner.config import PlannerConfig
 from planner.efficiency import statistical_efficiency
 from planner.factor_check import FactorCheck
-from planner.forecast import NoiseForecast
+from planner.forecast import QUANTILE_90, CriticalBatchForecast, log_error
 from planner.goodput import goodput
 from planner.memory_check import LIKELY, MemoryCheck
 from planner.menu import Menu, rung_of
 from planner.move_costs import MoveCosts
 from planner.norm_test import plug_in_batch
-from planner.outlook import Outlook, log_error
 from planner.policy import make_policy
 from planner.situation import Choice, Situation
 from planner.space import candidates, noise_measurable
@@ -22,6 +21,7 @@ from planner.wording import noise_in_words, percent
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
+from profiles.forecast import Forecast
 from profiles.model_shape import ModelShape
 from profiles.noise_scale import NoiseScale
 from profiles.step_norms import StepNorms
@@ -39,7 +39,7 @@ CHECK_HALF_LIVES = 4
 
 
 class Planner:
-    """Decides what a job runs next. Deterministic; its state is `number`, `forecast` and what it sees of the job."""
+    """Decides what a job runs next. Deterministic; its state is `number` and what it sees of the job."""
 
     def __init__(
         self,
@@ -61,12 +61,10 @@ class Planner:
         self.policy = make_policy(config)
         self.number = number
         """Number of the next decision; a resumed job sets it."""
-        self.forecast = NoiseForecast(config.noise_half_life_tokens)
-        """The noise scale to come; a resumed job restores it."""
         self.move_costs = MoveCosts(config.layout_move_seconds, config.max_layout_moves_per_hour)
         """What moves cost: the loop feeds it every one."""
         self._total_samples = total_samples or UNKNOWN_DECISIONS * config.every_samples
-        self._outlook = Outlook.unknown(np.array([float(self._total_samples)]))
+        self._forecast = CriticalBatchForecast.unknown(np.array([float(self._total_samples)]))
         self._observed_at = 0
         self._seq_len = model.seq_len
         self._check = FactorCheck(max(1, CHECK_HALF_LIVES * config.noise_half_life_tokens // model.seq_len))
@@ -128,7 +126,7 @@ class Planner:
             candidates=judged + refused,
             predicted_gain=chosen.gain,
             reason=reason,
-            forecast=self.forecast.at(FORECAST_REACH * max(samples_consumed, 1) * self._seq_len),
+            forecast=self._noise_to_come(FORECAST_REACH * max(samples_consumed, 1)),
             advised=advised,
         )
         self.number += 1
@@ -139,12 +137,11 @@ class Planner:
         self._check.critical_bounds = None
         if critical_batch is None:
             return
-        self.forecast.observe(samples_consumed * self._seq_len, noise)
         assert noise.value is not None, "there is a critical batch"
         # The noise scale is a moving average: of what it says now, this share was not in it at the last decision.
         passed = max(samples_consumed - self._observed_at, 1) * self._seq_len
         repeated = 0.5 ** (passed / self.config.noise_half_life_tokens) if self._observed_at else 0.0
-        self._outlook.observe(
+        self._forecast.observe(
             np.array([float(max(samples_consumed, 1))]),
             np.array([critical_batch]),
             np.array([log_error(noise.value, noise.low, noise.high)]),
@@ -154,6 +151,17 @@ class Planner:
         if noise.low is not None and noise.high is not None:
             factor = self.config.critical_batch_factor
             self._check.critical_bounds = (factor * noise.low, factor * noise.high)
+
+    def _noise_to_come(self, samples: int) -> Forecast | None:
+        """The noise scale to be expected after so many sequences: the forecast is of φ = c · B_simple."""
+        if not self._forecast.samples[0]:
+            return None
+        ends = (
+            float(self._forecast.at(np.array([float(samples)]), sigmas)[0]) / self.config.critical_batch_factor
+            for sigmas in (-QUANTILE_90, 0.0, QUANTILE_90)
+        )
+        low, value, high = ends
+        return Forecast(tokens=samples * self._seq_len, value=value, low=low, high=high)
 
     def _critical_batch(self, noise: NoiseScale) -> float | None:
         """φ = c · B_simple, sequences; None while the noise scale is unknown or has seen too little."""
@@ -238,7 +246,7 @@ class Planner:
             current=np.array([eligible.index(mine)]),
             noise_scale=np.array([noise.value]),
             critical_batch=np.array([critical_batch]),
-            outlook=self._outlook,
+            forecast=self._forecast,
             samples_consumed=np.array([float(max(samples_consumed, 1))]),
             samples_left=np.array([float(max(self._total_samples - samples_consumed, self.config.every_samples))]),
             samples_to_next=np.array([float(self.config.every_samples)]),
@@ -275,17 +283,17 @@ class Planner:
         return judged
 
     def state(self) -> dict[str, Any]:
-        """What a resumed job needs beside the number of the next decision and the forecast, as plain values."""
-        outlook = self._outlook.state() | {"observed_at": self._observed_at}
-        return {"outlook": outlook, "move_costs": self.move_costs.state(), "throughput": self.throughput.state()}
+        """What a resumed job needs beside the number of the next decision, as plain values."""
+        forecast = self._forecast.state() | {"observed_at": self._observed_at}
+        return {"forecast": forecast, "move_costs": self.move_costs.state(), "throughput": self.throughput.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; an empty dict changes nothing."""
         self.move_costs.restore(state.get("move_costs", {}))
         self.throughput.restore(state.get("throughput", {}))
-        if outlook := state.get("outlook"):
-            self._outlook.restore(outlook)
-            self._observed_at = outlook["observed_at"]
+        if forecast := state.get("forecast"):
+            self._forecast.restore(forecast)
+            self._observed_at = forecast["observed_at"]
 
 
 def _rank(score: CandidateScore) -> tuple[float, int]:

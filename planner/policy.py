@@ -53,7 +53,7 @@ class Static:
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """The gain that is forgone."""
-        return f"gain {percent(_gain(situation, index))}, but the policy is static"
+        return f"gain {percent(situation.gain(index))}, but the policy is static"
 
 
 class Copus:
@@ -83,7 +83,7 @@ class Copus:
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """The gain, and what it falls short of."""
-        gain = _gain(situation, index)
+        gain = situation.gain(index)
         if gain <= 0:
             return "no gain"
         if gain < self.min_gain:
@@ -98,11 +98,6 @@ def _best(situation: Situation) -> tuple[np.ndarray, np.ndarray]:
     index = np.where(goodputs >= best, situation.menu.global_batch, np.inf).argmin(axis=1)
     current = np.take_along_axis(goodputs, situation.current[:, None], axis=1)
     return index, (best / current - 1)[:, 0]
-
-
-def _gain(situation: Situation, index: int) -> float:
-    goodputs = situation.goodput(situation.critical_batch)[0]
-    return float(goodputs[index] / goodputs[int(situation.current[0])] - 1)
 
 
 def make_policy(config: PlannerConfig) -> Policy:

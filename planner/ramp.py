@@ -46,9 +46,7 @@ class Ramp:
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Goodput is not what decides."""
-        goodputs = situation.goodput(situation.critical_batch)[0]
-        gain = goodputs[index] / goodputs[int(situation.current[0])] - 1
-        return f"gain {percent(float(gain))}, but the ramp is a schedule"
+        return f"gain {percent(situation.gain(index))}, but the ramp is a schedule"
 
 
 def _batches(situation: Situation) -> np.ndarray:

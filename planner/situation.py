@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.efficiency import efficiencies
-from planner.goodput import Objective
+from planner.forecast import CriticalBatchForecast
+from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Indices, Menu
-from planner.outlook import Outlook
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Situation:
     """B_simple, shape (R,)."""
     critical_batch: Floats
     """φ from the latest noise scale, shape (R,)."""
-    outlook: Outlook
+    forecast: CriticalBatchForecast
     """φ from all noise scales so far, and where it is going."""
     samples_consumed: Floats
     """Sequences trained on so far, shape (R,)."""
@@ -50,9 +49,13 @@ class Situation:
 
     def goodput(self, critical_batch: Floats) -> Floats:
         """Goodput of every candidate, shape (…, R, C), where φ has the shape (…, R)."""
-        batch = self.menu.global_batch
-        found = self.samples_per_second * efficiencies(batch, critical_batch[..., None])
-        return found * np.sqrt(batch) if self.objective == "lr-aware" else found
+        worth = progress_per_sample(self.menu.global_batch, critical_batch[..., None], self.objective)
+        return self.samples_per_second * worth
+
+    def gain(self, index: int) -> float:
+        """How much better a candidate's goodput is than the current one's, in the first run."""
+        goodputs = self.goodput(self.critical_batch)[0]
+        return float(goodputs[index] / goodputs[int(self.current[0])] - 1)
 
     @property
     def running_batch(self) -> Floats:

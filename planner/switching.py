@@ -5,6 +5,7 @@ import math
 import numpy as np
 from scipy.special import ndtr
 
+from planner.goodput import progress_per_sample
 from planner.menu import Floats
 from planner.plan import seconds_to_go
 from planner.situation import Choice, Situation
@@ -25,7 +26,7 @@ SMALLEST_SAVING = 1e-6
 class Goodput:
     """Plans the rest of the job at every decision, and takes the first step of the plan where it is sure to pay.
 
-    The plan is the dynamic programme of `planner.plan` over the φ to be expected (`planner.outlook`), with the
+    The plan is the dynamic programme of `planner.plan` over the φ to be expected (`planner.forecast`), with the
     measured costs of moves: V(j) is the time to the end that begins in j and goes on as is best. A move from i to j
     saves
 
@@ -48,9 +49,6 @@ class Goodput:
     name = "goodput"
     weighs_error = True
 
-    def __init__(self, pessimism: float = PESSIMISM) -> None:
-        self.pessimism = pessimism
-
     def choose(self, situation: Situation) -> Choice:
         """The first step of the best plan, or no move."""
         now, menu = situation, situation.menu
@@ -63,7 +61,7 @@ class Goodput:
         saved = _saved(now, value, costs)
         expected, tried = saved[1], np.full(costs.shape, -np.inf)
         if now.throughput_error.any():
-            slow = np.exp(self.pessimism * _error_beside_current(now))
+            slow = np.exp(PESSIMISM * _error_beside_current(now))
             *_, slower = seconds_to_go(stages * slow, menu, now.move_seconds)
             saved = _saved(now, slower, costs)
             tried = self._worth_of_trials(now, stages[:, 1], costs)
@@ -85,15 +83,14 @@ class Goodput:
         edges = np.concatenate([np.zeros((len(left), 1)), grown], axis=1)
         middles, lengths = (edges[:, 1:] + edges[:, :-1]) / 2, np.diff(edges, axis=1)
         where = now.samples_consumed[:, None] + middles
-        phi = np.stack([now.outlook.at(where, sigmas) for sigmas in (-self.pessimism, 0.0, self.pessimism)])
+        phi = np.stack([now.forecast.at(where, sigmas) for sigmas in (-PESSIMISM, 0.0, PESSIMISM)])
         batch = now.menu.global_batch
         found = []
         for k in range(STAGES):
             rate = now.goodput(phi[:, :, k])
             best = batch[rate.argmax(axis=2)]
             # The samples of a stretch are those of the best batch; every candidate has to make as much progress.
-            efficiency = 1 / (1 + best / phi[:, :, k])
-            progress = lengths[:, k] * efficiency * (np.sqrt(best) if now.objective == "lr-aware" else 1.0)
+            progress = lengths[:, k] * progress_per_sample(best, phi[:, :, k], now.objective)
             found.append(progress[..., None] / rate)
         return np.stack(found)
 
@@ -121,7 +118,7 @@ class Goodput:
         if index == here:
             return "nothing is sure to finish the job sooner than going on"
         label = situation.menu.configurations[index].label
-        goodputs = situation.goodput(situation.outlook.at(situation.samples_consumed))[0]
+        goodputs = situation.goodput(situation.forecast.at(situation.samples_consumed))[0]
         gain = goodputs[index] / goodputs[here] - 1
         if choice.exploring is not None and choice.exploring[0]:
             return f"{label} is worth a trial: {self._unsure(situation, index)}"
@@ -132,8 +129,7 @@ class Goodput:
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Why this candidate was not chosen."""
-        goodputs = situation.goodput(situation.critical_batch)[0]
-        gain = goodputs[index] / goodputs[int(situation.current[0])] - 1
+        gain = situation.gain(index)
         if choice.saved_seconds is None or gain <= 0:
             return "no gain"
         if choice.saved_seconds[0, index] > 0:
@@ -146,7 +142,7 @@ class Goodput:
     def _unsure(self, situation: Situation, index: int) -> str:
         """`gain 41 % (−3 to 90 %): its speed is known to ±30 %`: 80 % interval, and what does most to widen it."""
         here = int(situation.current[0])
-        phi = [situation.outlook.at(situation.samples_consumed, sigmas) for sigmas in (-DECILE, 0.0, DECILE)]
+        phi = [situation.forecast.at(situation.samples_consumed, sigmas) for sigmas in (-DECILE, 0.0, DECILE)]
         ratios = [float(np.log(found[0, index] / found[0, here])) for found in map(situation.goodput, phi)]
         speed = DECILE * float(situation.throughput_error[0, index])
         noise = max(abs(ratios[0] - ratios[1]), abs(ratios[2] - ratios[1]))

@@ -15,7 +15,7 @@ class EagerPlanner:
         self.throughput = Throughput()
         self.real = Planner(job.planner, job.model, job.cluster, job.training.configuration, self.throughput)
         self._after = after
-        self.forecast, self.observe_loss = self.real.forecast, self.real.observe_loss
+        self.observe_loss = self.real.observe_loss
         self.move_costs, self.state = self.real.move_costs, self.real.state
 
     def decide(self, noise: Any, current: Configuration, samples_consumed: int, step_norms: Any = None) -> Any:

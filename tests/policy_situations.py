@@ -2,19 +2,19 @@
 
 import numpy as np
 
+from planner.forecast import CriticalBatchForecast
 from planner.menu import Menu
-from planner.outlook import Outlook
 from planner.situation import Situation
 
 JOB = 100_000.0
 
 
-def outlook_of(critical_batch, error=0.05, samples=JOB / 4, seen=30):
-    """An outlook that has seen the same φ for a while."""
-    outlook = Outlook.unknown(np.array([JOB]))
+def forecast_of(critical_batch, error=0.05, samples=JOB / 4, seen=30):
+    """A forecast that has seen the same φ for a while."""
+    forecast = CriticalBatchForecast.unknown(np.array([JOB]))
     for place in np.linspace(samples / seen, samples, seen):
-        outlook.observe(np.array([place]), np.array([critical_batch]), np.array([error]))
-    return outlook
+        forecast.observe(np.array([place]), np.array([critical_batch]), np.array([error]))
+    return forecast
 
 
 def situation_of(
@@ -40,7 +40,7 @@ def situation_of(
         current=np.array([list(speeds).index(current)]),
         noise_scale=np.array([noise_scale or critical_batch / 2]),
         critical_batch=np.array([float(critical_batch)]),
-        outlook=outlook_of(critical_batch, error, samples),
+        forecast=forecast_of(critical_batch, error, samples),
         samples_consumed=np.array([samples]),
         samples_left=np.array([JOB - samples]),
         samples_to_next=np.array([JOB / 200]),

@@ -1,10 +1,17 @@
 """What the benchmark of real runs makes of their events: where a curve crosses, and who was sooner."""
 
 import math
+from pathlib import Path
 
 import pytest
 
-from benchmarks.time_to_target import crossing, gains
+from benchmarks import time_to_target
+from benchmarks.time_to_target import crossing, fastest_of, gains
+from copus.job import load_job
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.measurement import Fingerprint, Measurement
+from profiles.table import ThroughputTable
 
 
 def _run(policy: str, seed: int, seconds: float | None, profile: float = 0.0) -> dict[str, object]:
@@ -50,3 +57,21 @@ def test_one_seed_has_no_interval_and_a_missed_target_no_gain() -> None:
     assert found["goodput"]["gain_pct"] == pytest.approx(100 * (100 / 120 - 1))
     assert "copus" not in found
     assert gains([_run("copus", 1, 3.0)], "seconds") == {}
+
+
+def test_the_fixed_batches_run_in_what_was_measured_to_be_fastest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slower than the cost model says of all that was not measured."""
+    job = load_job(time_to_target.JOB)
+    fingerprint = Fingerprint(
+        model=job.model.digest, precision="fp32", backend="b", hardware="2 × a core", software="s"
+    )
+    slow, fast = (Configuration(layout=Layout(dp=2), micro_batch=each, global_batch=16) for each in (4, 8))
+    for configuration, seconds in ((slow, 1001.0), (fast, 1000.0)):
+        row = {"configuration": configuration, "step_seconds": seconds, "spread_seconds": 0.1, "count": 3, "time": 1.0}
+        ThroughputTable(tmp_path / "throughput.jsonl").add(Measurement(fingerprint=fingerprint, model=job.model, **row))
+    monkeypatch.setattr(time_to_target, "_copus", lambda *arguments: "")
+    assert fastest_of(time_to_target.JOB, [], [16], tmp_path) == {16: fast}
+    with pytest.raises(SystemExit, match="nothing was measured at a global batch of 12"):
+        fastest_of(time_to_target.JOB, [], [12], tmp_path)

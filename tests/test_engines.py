@@ -30,10 +30,10 @@ class ElsewhereEngine(QueuedEngine):
     def describe(self, run: Path, job: Any) -> str:
         return f"elsewhere {self.options.queue}"
 
-    def state(self, run: Path) -> EngineState:
+    def job_state(self, ticket: Any) -> EngineState:
         return EngineState("ended", "gone")
 
-    def cancel(self, run: Path, *, now: bool) -> str: ...
+    def withdraw(self, ticket: Any) -> str: ...
     def submit(self, run: Path, job: Any) -> Any: ...
 
 

@@ -213,7 +213,6 @@ def test_the_planner_takes_up_what_it_knew():
         first.decide(noise(5.0 + samples / 256, 4.0, 9.0), START, samples)
     first.move_costs.observe("layout", 123.0)
     resumed.restore(first.state())
-    resumed.forecast.restore(first.forecast.state())
     resumed.number = first.number
     now = noise(12.0, 10.0, 15.0), START, 1024
     assert resumed.decide(*now) == first.decide(*now)

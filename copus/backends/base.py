@@ -70,8 +70,6 @@ class TrainerState:
     """State of the noise estimate."""
     norms: list[float] = field(default_factory=list)
     """Norms of the steps since the last decision."""
-    forecast: dict[str, Any] = field(default_factory=dict)
-    """State of the forecast of the noise scale."""
     planner: dict[str, Any] = field(default_factory=dict)
     """What the planner knows of φ and of the cost of moves."""
     decisions: int = 0

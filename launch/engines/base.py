@@ -17,7 +17,8 @@ from pydantic import ConfigDict
 
 from copus.job import JobConfig, JobError
 from launch.engines.log_files import lines_of
-from launch.engines.ticket import Ticket
+from launch.engines.ticket import Ticket, read_ticket
+from launch.run_directory import request_stop, shown
 from profiles.record import Record
 
 Phase = Literal["queued", "running", "ended", "unknown"]
@@ -143,23 +144,51 @@ class AttendedEngine(Engine):
 class QueuedEngine(Engine):
     """Hands jobs to a scheduler.
 
-    The launcher holds the run's lock while it calls `submit` or `resume`, writes what they return to RUN/engine.json,
+    The launcher holds the run's lock while it calls `submit`, writes what that returns to RUN/engine.json,
     and only then lets go of the lock: a job that is started at once waits for it, and goes on only where the file
     names it.
     """
 
     ask_seconds = 10.0
+    job_noun: ClassVar[str]
+    """What a job of this scheduler is called for people, before its id: `Slurm job`."""
 
     def ready(self) -> None:
         """Raise JobError where nothing can be submitted from this machine. Asked before data is prepared for hours."""
 
     @abstractmethod
     def submit(self, run: Path, job: JobConfig) -> Ticket:
-        """Queue the job. Raises JobError, with the scheduler's own words in one line, where that is refused."""
+        """Queue the job; where the run has checkpoints, its workers go on from the newest that verifies.
 
-    def resume(self, run: Path, job: JobConfig) -> Ticket:
-        """Queue a job again that has ended: its workers go on from the newest checkpoint that verifies."""
-        return self.submit(run, job)
+        Raises JobError, with the scheduler's own words in one line, where that is refused.
+        """
+
+    @abstractmethod
+    def job_state(self, ticket: Ticket) -> EngineState:
+        """What the scheduler says of a job; JobError where it cannot be asked."""
+
+    @abstractmethod
+    def withdraw(self, ticket: Ticket) -> str:
+        """Take a job away from the scheduler at once. What became of it, as a verb: `was cancelled`."""
+
+    def state(self, run: Path) -> EngineState:
+        """What the scheduler says of the run's job."""
+        ticket = read_ticket(run)
+        return EngineState("ended", "it was never queued") if ticket is None else self.job_state(ticket)
+
+    def cancel(self, run: Path, *, now: bool) -> str:
+        """RUN/stop for workers that run; a job that waits, or `now`, is taken away from the scheduler."""
+        ticket, state = read_ticket(run), self.state(run)
+        if ticket is None or state.phase == "ended":
+            raise JobError(f"{shown(run)}: nothing to cancel: {state.words}")
+        request_stop(run)
+        if state.phase == "running" and not now:
+            return f"the workers of {self.name_of(ticket)} stop at the next step, with a checkpoint"
+        return f"{self.name_of(ticket)} {self.withdraw(ticket)}"
+
+    def name_of(self, ticket: Ticket) -> str:
+        """A job in words."""
+        return f"{self.job_noun} {ticket.job_id}"
 
     def error_log(self, run: Path) -> Path | None:
         """File to show the end of where the job failed and no worker said why."""

@@ -19,7 +19,6 @@ from launch.engines.kubernetes_api import Cluster
 from launch.engines.kubernetes_manifest import job_name, train_job
 from launch.engines.kubernetes_options import KubernetesOptions
 from launch.engines.ticket import Ticket, read_ticket
-from launch.run_directory import request_stop, shown
 
 DRY = "xxxxxxxx"
 """At the end of the name in a dry run; eight random digits (hexadecimal) stand there in the cluster."""
@@ -31,6 +30,7 @@ class KubernetesEngine(QueuedEngine):
     Options = KubernetesOptions
     options: KubernetesOptions
     own_software = True
+    job_noun = "TrainJob"
 
     def check(self, job: JobConfig) -> None:
         """Raise JobError where something that the pods read or write is not on the volume."""
@@ -64,12 +64,9 @@ class KubernetesEngine(QueuedEngine):
         name = manifest["metadata"]["name"]
         return Ticket(engine="kubernetes", job_id=name, submitted=time.time(), place=self.options.namespace)
 
-    def state(self, run: Path) -> EngineState:
+    def job_state(self, ticket: Ticket) -> EngineState:
         """By the conditions of the TrainJob, then by the jobs below it."""
-        ticket = read_ticket(run)
-        if ticket is None:
-            return EngineState("ended", "it was never queued")
-        name, status = f"TrainJob {ticket.job_id}", self._cluster(ticket).status(ticket.job_id)
+        name, status = self.name_of(ticket), self._cluster(ticket).status(ticket.job_id)
         if status is None:
             return EngineState("ended", f"{name} is gone")
         for condition in status.get("conditions") or []:
@@ -85,16 +82,10 @@ class KubernetesEngine(QueuedEngine):
             return EngineState("running", f"{name} runs")
         return EngineState("queued", f"{name} waits for its pods")
 
-    def cancel(self, run: Path, *, now: bool) -> str:
-        """RUN/stop for workers that run; a job that waits, or `now`, is deleted."""
-        ticket, state = read_ticket(run), self.state(run)
-        if ticket is None or state.phase == "ended":
-            raise JobError(f"{shown(run)}: nothing to cancel: {state.words}")
-        request_stop(run)
-        if state.phase == "running" and not now:
-            return f"the workers of TrainJob {ticket.job_id} stop at the next step, with a checkpoint"
+    def withdraw(self, ticket: Ticket) -> str:
+        """Delete the TrainJob."""
         self._cluster(ticket).delete(ticket.job_id)
-        return f"TrainJob {ticket.job_id} was deleted"
+        return "was deleted"
 
     def log_files(self, run: Path) -> list[Path]:
         """What each node of the last submission printed."""

@@ -21,7 +21,7 @@ from launch.engines.slurm_commands import ALIVE, QUEUED, queue_entry, slurm
 from launch.engines.slurm_options import SlurmOptions, check_directive
 from launch.engines.ticket import Ticket, read_ticket
 from launch.process import module_root
-from launch.run_directory import request_stop, shown, write_atomically
+from launch.run_directory import write_atomically
 
 SCRIPT = "slurm.sh"
 """In the run directory: what was submitted."""
@@ -33,6 +33,7 @@ class SlurmEngine(QueuedEngine):
 
     Options = SlurmOptions
     options: SlurmOptions
+    job_noun = "Slurm job"
 
     def check(self, job: JobConfig) -> None:
         """Raise JobError where the paths of the job cannot be given to Slurm."""
@@ -56,12 +57,9 @@ class SlurmEngine(QueuedEngine):
         job_id = answer.partition(";")[0]  # a federation's name may follow: its ids are known in all of it
         return Ticket(engine="slurm", job_id=job_id, submitted=time.time())
 
-    def state(self, run: Path) -> EngineState:
+    def job_state(self, ticket: Ticket) -> EngineState:
         """What `squeue` says."""
-        ticket = read_ticket(run)
-        if ticket is None:
-            return EngineState("ended", "it was never queued")
-        name, entry = f"Slurm job {ticket.job_id}", queue_entry(ticket.job_id)
+        name, entry = self.name_of(ticket), queue_entry(ticket.job_id)
         if entry is None:
             return EngineState("ended", f"{name} has ended")
         doing = ALIVE.get(entry.state)
@@ -72,16 +70,10 @@ class SlurmEngine(QueuedEngine):
             return EngineState("queued", f"{name} {doing}{reason}")
         return EngineState("running", f"{name} {doing} on {entry.nodes}")
 
-    def cancel(self, run: Path, *, now: bool) -> str:
-        """RUN/stop for workers that run; `scancel` for a job that waits, or `now`."""
-        ticket, state = read_ticket(run), self.state(run)
-        if ticket is None or state.phase == "ended":
-            raise JobError(f"{shown(run)}: nothing to cancel: {state.words}")
-        request_stop(run)
-        if state.phase == "running" and not now:
-            return f"the workers of Slurm job {ticket.job_id} stop at the next step, with a checkpoint"
+    def withdraw(self, ticket: Ticket) -> str:
+        """`scancel`."""
         slurm("scancel", ticket.job_id)
-        return f"Slurm job {ticket.job_id} was cancelled"
+        return "was cancelled"
 
     def log_files(self, run: Path) -> list[Path]:
         """The batch script's output, and that of each node in each attempt (`slurm-JOB-ATTEMPT.node-N.log`)."""

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.goodput import Objective
+from planner.forecast import QUANTILE_90
+from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Menu
 from planner.plan import Plan
 from planner.policy import Policy
 from planner.simulator.simulate import Runs, oracle, simulate
-
-QUANTILE_90 = 1.645
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,8 @@ class Setting:
     def progress(self) -> float:
         """Effective samples of the target: those of `total_samples` at the starting batch."""
         batch = self.menu.global_batch[self.start]
-        worth = np.sqrt(batch) if self.objective == "lr-aware" else 1.0
         middles = np.sqrt(self.critical_batch[1:] * self.critical_batch[:-1])
-        return float(self.total_samples * worth / (1 + batch * np.mean(1 / middles)))
+        return float(self.total_samples / np.mean(1 / progress_per_sample(batch, middles, self.objective)))
 
 
 @dataclass(frozen=True)

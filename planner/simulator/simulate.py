@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from planner.goodput import Objective
+from planner.forecast import CriticalBatchForecast
+from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Indices, Menu
-from planner.outlook import Outlook
 from planner.plan import Plan, plan_run
 from planner.policy import Policy
 from planner.situation import Situation
@@ -73,7 +73,7 @@ class _State:
 
     runs: Runs
     row: Indices
-    outlook: Outlook
+    forecast: CriticalBatchForecast
     progress: Floats
     samples: Floats
     seconds: Floats
@@ -123,7 +123,7 @@ def simulate(
         true_phi = _read(runs.critical_batch, state.progress)
         seen = true_phi * runs.factor_error * np.exp(errors[state.row, number % DRAWS] * runs.noise)
         place = np.maximum(state.samples, runs.every_samples / 2)
-        state.outlook.observe(
+        state.forecast.observe(
             place, seen, np.maximum(runs.noise, 0.01), (1 - runs.correlation) / (1 + runs.correlation)
         )
         situation = Situation(
@@ -134,7 +134,7 @@ def simulate(
             current=state.current,
             noise_scale=seen / 2,
             critical_batch=seen,
-            outlook=state.outlook,
+            forecast=state.forecast,
             samples_consumed=place,
             samples_left=np.maximum(runs.planned_samples - state.samples, runs.every_samples),
             samples_to_next=runs.every_samples,
@@ -189,7 +189,7 @@ def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
     return _State(
         runs=runs,
         row=np.arange(count),
-        outlook=Outlook.unknown(runs.planned_samples),
+        forecast=CriticalBatchForecast.unknown(runs.planned_samples),
         progress=np.zeros(count),
         samples=np.zeros(count),
         seconds=np.zeros(count),
@@ -242,7 +242,6 @@ def _advance(menu: Menu, state: _State, walk: Floats | None, objective: Objectiv
     """Train to the next decision, or to the target; which runs reached it."""
     runs, rows = state.runs, np.arange(len(state.current))
     batch = menu.global_batch[state.current]
-    worth = np.sqrt(batch) if objective == "lr-aware" else 1.0
     rate = state.actual[rows, state.current]
     if walk is not None:
         rate = rate * np.exp(walk[state.row, menu.layout[state.current]])
@@ -250,9 +249,10 @@ def _advance(menu: Menu, state: _State, walk: Floats | None, objective: Objectiv
     step = np.zeros_like(left)
     for _ in range(3):  # the midpoint rule, solved by iteration: φ hardly changes within a step
         phi = _read(runs.critical_batch, state.progress + np.minimum(step, left) / 2)
-        step = runs.every_samples * worth / ((1 + batch / phi) * runs.progress)
+        worth = progress_per_sample(batch, phi, objective)
+        step = runs.every_samples * worth / runs.progress
     finished = step >= left
-    samples = np.where(finished, left * runs.progress * (1 + batch / phi) / worth, runs.every_samples)
+    samples = np.where(finished, left * runs.progress / worth, runs.every_samples)
     state.progress = state.progress + np.minimum(step, left)
     state.samples = state.samples + samples
     state.seconds = state.seconds + samples / rate
