@@ -139,7 +139,8 @@ def run(quick: bool, max_batch: int, console: Console) -> dict[str, Any]:
     """Both ways, the one job first."""
     job = make_job(4 if quick else max_batch)
     wanted = configurations(job, quick)
-    console.print(f"{len(wanted)} configurations of {job.model.parameters / 1e6:.1f} M parameters on {RANKS} ranks: all in one job")
+    console.print(f"{len(wanted)} configurations of {job.model.parameters / 1e6:.1f} M parameters on {RANKS} ranks")
+    console.print("one job with all of them")
     in_one, one_job_seconds = measure(wanted, job)
     console.print(f"one job: {one_job_seconds:.0f} s")
     launched, launches = [], []
