@@ -1,8 +1,7 @@
 """One running job moved through the configurations, against one launch for each: wall time, and the same ranking?
 
 `python -m benchmarks.live_profiler` measures every feasible configuration of the demo's model on four ranks, up to a
-global batch, both ways: the same steps, timed by the same code, in the same number. Nothing is left out because it
-looks slow.
+global batch, both ways: as many timed steps of each, by the same code. Nothing is left out because it looks slow.
 """
 
 import json
@@ -141,6 +140,7 @@ def run(quick: bool, max_batch: int, console: Console) -> dict[str, Any]:
     job = make_job(4 if quick else max_batch)
     wanted = configurations(job, quick)
     console.print(f"{len(wanted)} configurations of {job.model.parameters / 1e6:.1f} M parameters on {RANKS} ranks")
+    console.print("one job with all of them")
     in_one, one_job_seconds = measure(wanted, job)
     console.print(f"one job: {one_job_seconds:.0f} s")
     launched, launches = [], []
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = parser_of("live_profiler", __doc__)
     parser.add_argument("--quick", action="store_true", help="three configurations: whether it works")
-    parser.add_argument("--max-batch", type=int, default=16, help="largest global batch that is measured")
+    parser.add_argument("--max-batch", type=int, default=8, help="largest global batch that is measured")
     options = parser.parse_args(arguments)
     console = console_of(options)
     result = run(options.quick, options.max_batch, console)

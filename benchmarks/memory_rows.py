@@ -1,6 +1,5 @@
 """Published peaks, failures and activation figures, as the memory model takes them."""
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -8,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.layout import Layout
 from profiles.memory import Peaks
 from profiles.model_shape import ModelShape
-from profiles.published import recompute_kind, zero_stage
+from profiles.published import RejectedError, configuration_of, csv_rows, model_of, number, whole
+from profiles.published import Row as Cells
 
 GIB = 2.0**30
 INCONSISTENT = ("gbs!=", "tp*pp*cp*dp!=", "inconsistent")
@@ -54,10 +52,6 @@ class Published:
     """Why others cannot, and how many."""
 
 
-class UnusableError(ValueError):
-    """A row that says too little, or contradicts itself."""
-
-
 def read(folder: Path) -> Published:
     """Rows of `throughput.csv` and `failed_configs.csv`. Raises FileNotFoundError where the first is not there."""
     found = Published([])
@@ -68,91 +62,54 @@ def read(folder: Path) -> Published:
 
 
 def _read(path: Path, found: Published, *, failed: bool) -> None:
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                found.rows.append(_row(row, failed))
-            except UnusableError as reason:
-                if failed or row.get("peak_mem_gb"):
-                    found.skipped[f"{row['source_id']}: {reason}"] += 1
+    for cells in csv_rows(path):
+        try:
+            found.rows.append(_row(cells, failed))
+        except RejectedError as reason:
+            if failed or cells.get("peak_mem_gb"):
+                found.skipped[f"{cells['source_id']}: {reason}"] += 1
 
 
-def _row(row: dict[str, str], failed: bool) -> Row:
-    if any(word in row.get("quality", "") for word in INCONSISTENT):
-        raise UnusableError("contradicts itself")
-    shape = _model(row)
-    peak = _number(row, "peak_mem_gb")
+def _row(cells: Cells, failed: bool) -> Row:
+    if any(word in cells.get("quality", "") for word in INCONSISTENT):
+        raise RejectedError("contradicts itself")
+    filled = _filled(cells)
+    peak = number(cells, "peak_mem_gb")
     return Row(
-        source=row["source_id"],
-        sweep=row["sweep_id"],
-        model=shape,
-        configuration=_configuration(row),
-        precision=row["precision"] or "bf16",
+        source=cells["source_id"],
+        sweep=cells["sweep_id"],
+        model=model_of(filled),
+        configuration=configuration_of(filled),
+        precision=cells["precision"] or "bf16",
         peak_bytes=peak * GIB if peak else None,
-        memory_bytes=_memory(row["system"]),
+        memory_bytes=_memory(cells["system"]),
         failed=failed,
     )
 
 
-def _number(row: dict[str, str], name: str) -> float:
-    """A figure; 0 where the cell is empty or the column is not there."""
-    text = row.get(name) or "0"
-    try:
-        return float(text)
-    except ValueError:
-        raise UnusableError(f"{name} is no number") from None
-
-
-def _whole(row: dict[str, str], name: str, otherwise: int = 0) -> int:
-    return int(_number(row, name)) or otherwise
-
-
-def _model(row: dict[str, str]) -> ModelShape:
-    layers, hidden, seq_len, vocab = (_whole(row, name) for name in ("layers", "hidden", "seq_len", "vocab"))
-    if not (layers and hidden and seq_len and vocab):
-        raise UnusableError("no model shape")
-    published = _whole(row, "heads")
-    heads = _heads(hidden, published)
-    try:
-        return ModelShape(
-            layers=layers,
-            hidden=hidden,
-            ffn_hidden=_whole(row, "ffn_hidden", 4 * hidden),
-            heads=heads,
-            kv_heads=_whole(row, "kv_heads", heads) if heads == published else heads,
-            seq_len=seq_len,
-            vocab=vocab,
-            gated_mlp=row["gated_mlp"] == "yes",
-            tied_embeddings=row["tied_embeddings"] == "yes",
-        )
-    except ValidationError as error:
-        raise UnusableError("model shape is not possible") from error
+def _filled(cells: Cells) -> Cells:
+    """With what memory hardly depends on: heads that are possible, the accelerators that the layout takes, and the
+    global batch that follows from gradient accumulation, which is as published where the two disagree."""
+    hidden, heads, micro_batch = whole(cells, "hidden"), whole(cells, "heads", 0), whole(cells, "mbs")
+    possible = _heads(hidden, heads)
+    split = whole(cells, "tp", 1) * whole(cells, "pp", 1) * whole(cells, "cp", 1)
+    dp = whole(cells, "dp", max(whole(cells, "gpus", 0) // max(split, 1), 1))
+    count = whole(cells, "grad_accum", max(whole(cells, "gbs", 0) // max(dp * micro_batch, 1), 1))
+    return cells | {
+        "ffn_hidden": cells["ffn_hidden"] or str(4 * hidden),
+        "heads": str(possible),
+        "kv_heads": cells["kv_heads"] if possible == heads else "",
+        "gpus": str(split * dp),
+        "dp": str(dp),
+        "gbs": str(count * micro_batch * dp),
+    }
 
 
 def _heads(hidden: int, published: int) -> int:
     """As published where rotary positions allow it, else the possible number nearest to it, or to heads that are 128
     wide: without materialised scores memory hardly depends on it."""
     possible = [heads for heads in range(1, hidden // 2 + 1) if hidden % heads == 0 and hidden // heads % 2 == 0]
-    return min(possible, key=lambda heads: abs(heads - (published or hidden / 128)))
-
-
-def _configuration(row: dict[str, str]) -> Configuration:
-    micro_batch = _whole(row, "mbs")
-    if micro_batch < 1:
-        raise UnusableError("no micro-batch")
-    tp, pp, vp, cp, ep = (_whole(row, name, 1) for name in ("tp", "pp", "vp", "cp", "ep"))
-    dp = _whole(row, "dp", max(_whole(row, "gpus") // (tp * pp * cp), 1))
-    count = _whole(row, "grad_accum", max(_whole(row, "gbs") // (dp * micro_batch), 1))
-    try:
-        layout = Layout(
-            **{"tp": tp, "pp": pp, "vp": vp if pp > 1 else 1, "cp": cp, "ep": ep, "dp": dp},
-            sequence_parallel=row["sequence_parallel"] == "yes" and tp > 1,
-            recompute=recompute_kind(row["recompute"]),
-            zero=zero_stage(row["sharding"]),
-        )
-        return Configuration(layout=layout, micro_batch=micro_batch, global_batch=count * micro_batch * dp)
-    except ValidationError as error:
-        raise UnusableError("layout is not possible") from error
+    return min(possible, key=lambda heads: abs(heads - (published or hidden / 128)), default=published)
 
 
 def _memory(system: str) -> float | None:

@@ -246,6 +246,8 @@ class ProfileShow:
         default_factory=list
     )
     """Tables (merged), or a job file or run: its table, its model alone. The usual table if none is given."""
+    table: Annotated[Path | None, arg(metavar="TABLE.jsonl")] = None
+    """Table to look into: one more, and in place of a job's own."""
     model: Annotated[str | None, arg(metavar="DIGEST")] = None
     """Only models whose digest begins so."""
     layout: Annotated[str | None, arg(metavar="LAYOUT")] = None
@@ -264,7 +266,7 @@ class ProfileShow:
         from profiles.query import Filter
 
         wanted = Filter(self.model, self.layout, self.hardware, self.where)
-        return show(self.places, wanted, self.plot, as_json=self.json)
+        return show(self.places, self.table, wanted, self.plot, as_json=self.json)
 
 
 @dataclass

@@ -37,9 +37,9 @@ Lines = dict[str, dict[int, Best]]
 """Layout → global batch → the fastest."""
 
 
-def show(places: list[str], wanted: Filter, picture: Path | None, *, as_json: bool = False) -> int:
+def show(places: list[str], table: Path | None, wanted: Filter, picture: Path | None, *, as_json: bool = False) -> int:
     """Print, and draw, what is known. Raises JobError for tables and filters that cannot be."""
-    tables, wanted = _resolve(places, wanted)
+    tables, wanted = _resolve(places, table, wanted)
     try:
         found = query(tables, wanted)
     except OSError as error:
@@ -66,9 +66,9 @@ def show(places: list[str], wanted: Filter, picture: Path | None, *, as_json: bo
     return 0
 
 
-def _resolve(places: list[str], wanted: Filter) -> tuple[list[Path], Filter]:
-    """Table files, and the filter with the model of a job where one was named."""
-    tables = []
+def _resolve(places: list[str], table: Path | None, wanted: Filter) -> tuple[list[Path], Filter]:
+    """Table files, and the filter with the model of a job where one was named. `table` stands for that of every job."""
+    tables = [] if table is None else [table.expanduser().absolute()]
     for place in places:
         path = Path(place).expanduser()
         if path.suffix in (".yaml", ".yml"):
@@ -81,7 +81,8 @@ def _resolve(places: list[str], wanted: Filter) -> tuple[list[Path], Filter]:
                 job = load_job(find_run(place) / "job.yaml")
             except JobError as error:
                 raise JobError(f"{place}: no table, job file or run: {error}") from None
-        tables.append(job.profile.table.expanduser().absolute())
+        if table is None:
+            tables.append(job.profile.table.expanduser().absolute())
         if wanted.model is None:
             wanted = Filter(job.model.digest, wanted.layout, wanted.hardware, wanted.where)
     return list(dict.fromkeys(tables)) or [ProfileConfig().table.expanduser().absolute()], wanted

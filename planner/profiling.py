@@ -20,34 +20,33 @@ def to_measure(
     sequences, so that a measurement stays short (the next larger one where none does). What the table can predict
     already is left out; an empty `Throughput()` means that everything is measured again.
 
-    Ordered in two passes over the layouts, so that the layout changes seldom and an early stop costs little: first
-    the small and middle micro-batches of every layout, then the large ones. The layout of `start` comes first, with
-    its micro-batch in the first pass: without a time for the current configuration nothing can be decided.
+    In the order of visits to layouts, `start`'s first: each visit doubles what is measured of a layout, from one
+    configuration on. So every layout is seen once before any is seen twice, which tells the cost model most of what
+    is not measured yet; and changing the layout, which takes time, is paid for by more and more measurements: log2 of
+    their number times a layout. Every other round of visits goes backwards: the layout that it begins with is built.
+
+    Within a layout small micro-batches come first, they are the short ones, and of `start`'s layout its own before
+    all: without a time for the current configuration nothing can be decided.
     """
-    groups: dict[Layout, dict[int, list[int]]] = {start.layout: {}}
+    groups: dict[Layout, dict[int, set[int]]] = {start.layout: {}}
     for candidate in candidates:
-        needed = groups.setdefault(candidate.layout, {}).setdefault(candidate.micro_batch, [])
+        needed = groups.setdefault(candidate.layout, {}).setdefault(candidate.micro_batch, set())
         if throughput.predict(candidate) is None:
-            needed.append(candidate.num_microbatches)
-    first: list[list[Configuration]] = []
-    second: list[list[Configuration]] = []
-    for layout, by_micro_batch in groups.items():
-        small = set(sorted(by_micro_batch)[: len(by_micro_batch) // 2 + 1])
-        if layout == start.layout:
-            small.add(start.micro_batch)
-        early: list[Configuration] = []
-        late: list[Configuration] = []
-        for micro_batch, needed in sorted(by_micro_batch.items()):
+            needed.add(candidate.num_microbatches)
+    ordered: list[tuple[tuple[int, int, int], Configuration]] = []
+    for place, (layout, by_micro_batch) in enumerate(groups.items()):
+        own = start.micro_batch if layout == start.layout else None
+        for line, micro_batch in enumerate(sorted(by_micro_batch, key=lambda each: (each != own, each))):
             known = throughput.counts(layout, micro_batch)
             longest_count = longest_batch // (layout.dp * micro_batch)
-            part = early if micro_batch in small else late
-            for count in _counts(sorted(set(needed)), known, longest_count):
+            chosen = _counts(sorted(by_micro_batch[micro_batch]), known, longest_count)
+            # The places of what is known stay taken: a profile that was interrupted goes on where it was.
+            for position, count in enumerate(chosen, start=2 * line + bool(known)):
+                visit = position.bit_length()  # 0, 1, 2 and 3, 4 to 7, …
+                key = (visit, -place if visit % 2 else place, position)
                 batch = count * layout.dp * micro_batch
-                part.append(Configuration(layout=layout, micro_batch=micro_batch, global_batch=batch))
-        first.append(early)
-        second.append(late)
-    # Backwards the second time: the last layout of the first pass is built already.
-    return [configuration for part in (*first, *reversed(second)) for configuration in part]
+                ordered.append((key, Configuration(layout=layout, micro_batch=micro_batch, global_batch=batch)))
+    return [configuration for _, configuration in sorted(ordered, key=lambda each: each[0])]
 
 
 def _counts(needed: list[int], known: list[int], longest_count: int) -> list[int]:

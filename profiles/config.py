@@ -18,7 +18,8 @@ class ProfileConfig(Record):
     budget_seconds: PositiveFloat = 120.0
     """Stop measuring after this long; what is left stays unmeasured and is never chosen."""
     warmup_steps: int = Field(default=1, gt=0, le=1000)
-    """Steps run and not counted before each measurement."""
+    """Steps run and not counted before a measurement. `live` makes them as short as they can be, and leaves them out
+    where the layout and the micro-batch have just run."""
     steps: int = Field(default=3, ge=2, le=1000)
     """Steps timed for each measurement, in each round."""
     rounds: int = Field(default=3, gt=0, le=1000)

@@ -7,6 +7,7 @@ import csv
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,9 @@ from profiles.profiler import Processes, Task
 
 REQUIRED = ("gpus", "layers", "hidden", "heads", "seq_len", "vocab", "gbs", "mbs")
 """Columns that have to be there, besides `step_time_s` or `tokens_per_s_per_gpu` (failures have neither)."""
+
+Row = dict[str, str]
+"""Column → cell, without the blanks around it; empty where nothing is said."""
 
 
 @dataclass
@@ -38,26 +42,30 @@ class RejectedError(ValueError):
 
 
 def read_csv(path: Path) -> Read:
-    """The rows of a CSV file. Raises OSError where it cannot be read, ValueError, in one line, where it is none or
-    lacks columns."""
+    """The rows of a CSV file as measurements. Raises as `csv_rows` does."""
     read = Read()
+    when = min(path.stat().st_mtime, time.time())
+    for row in csv_rows(path):
+        try:
+            read.measurements.append(_measurement(row, path, when))
+        except RejectedError as reason:
+            read.rejected[str(reason)] += 1
+    return read
+
+
+def csv_rows(path: Path) -> Iterator[Row]:
+    """The rows of a CSV file, for the functions below. Raises OSError where it cannot be read, ValueError, in one line,
+    where it is none or lacks columns."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        when = min(Path(path).stat().st_mtime, time.time())
         try:
             rows = csv.DictReader(file)
             missing = [name for name in REQUIRED if name not in (rows.fieldnames or [])]
             if missing:
                 raise ValueError(f"{path}: no column {', '.join(missing)}")
             for row in rows:
-                try:
-                    read.measurements.append(
-                        _measurement({k: (v or "").strip() for k, v in row.items() if k}, path, when)
-                    )
-                except RejectedError as reason:
-                    read.rejected[str(reason)] += 1
+                yield {name: (cell or "").strip() for name, cell in row.items() if name}
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}: not CSV: {error}") from None
-    return read
 
 
 class PublishedProfiler:
@@ -99,16 +107,15 @@ class PublishedProfiler:
         return rows.pop(0).model_copy(update={"fingerprint": self._task.fingerprint, "time": time.time()})
 
 
-def _measurement(row: dict[str, str], path: Path, when: float) -> Measurement:
-    model, gpus = _model(row), _whole(row, "gpus")
-    configuration = _configuration(row, gpus)
-    seconds, failure = _outcome(row, configuration, model)
-    peak = _number(row, "peak_mem_gb")
+def _measurement(row: Row, path: Path, when: float) -> Measurement:
+    model, configuration = model_of(row), configuration_of(row)
+    seconds = seconds_of(row, configuration, model)
+    peak = number(row, "peak_mem_gb")
     fingerprint = Fingerprint(
         model=model.digest,
         precision=row.get("precision") or "unknown",
         backend=row.get("backend") or row.get("source_id") or path.stem,
-        hardware=f"{gpus} × {row.get('system') or 'unknown'}",
+        hardware=f"{configuration.layout.accelerators} × {row.get('system') or 'unknown'}",
         software=row.get("software") or row.get("sweep_id") or "unknown",
     )
     return Measurement(
@@ -116,57 +123,62 @@ def _measurement(row: dict[str, str], path: Path, when: float) -> Measurement:
         model=model,
         configuration=configuration,
         step_seconds=seconds,
-        spread_seconds=_number(row, "spread_s") if seconds else None,
-        count=_whole(row, "steps", 1) if seconds else 0,
+        spread_seconds=number(row, "spread_s") if seconds else None,
+        count=whole(row, "steps", 1) if seconds else 0,
         peak_bytes=None if peak is None else int(peak * 1e9),
-        failure=failure,
+        failure=_failure(row) if seconds is None else None,
         time=when,
     )
 
 
-def _model(row: dict[str, str]) -> ModelShape:
+def model_of(row: Row) -> ModelShape:
+    """The transformer of a row. Raises RejectedError."""
     gated = row.get("gated_mlp", "") in ("yes", "true", "1")
-    values = {name: _whole(row, name) for name in ("layers", "hidden", "heads", "seq_len", "vocab")}
+    values = {name: whole(row, name) for name in ("layers", "hidden", "heads", "seq_len", "vocab")}
     if gated and not row.get("ffn_hidden"):
         raise RejectedError("ffn_hidden is empty, and a gated MLP has no usual width")
     try:
         return ModelShape(
             **values,
-            ffn_hidden=_whole(row, "ffn_hidden", 4 * values["hidden"]),
-            kv_heads=_whole(row, "kv_heads", values["heads"]),
+            ffn_hidden=whole(row, "ffn_hidden", 4 * values["hidden"]),
+            kv_heads=whole(row, "kv_heads", values["heads"]),
             gated_mlp=gated,
             tied_embeddings=row.get("tied_embeddings", "") in ("yes", "true", "1"),
-            experts=_whole(row, "experts", 0),
-            experts_per_token=_whole(row, "experts_per_token", 1),
+            experts=whole(row, "experts", 0),
+            experts_per_token=whole(row, "experts_per_token", 1),
         )
     except ValidationError as error:
         raise RejectedError(f"model: {_told(error)}") from None
 
 
-def _configuration(row: dict[str, str], gpus: int) -> Configuration:
-    degrees = {name: _whole(row, name, 1) for name in ("tp", "pp", "vp", "cp", "ep")}
+def configuration_of(row: Row) -> Configuration:
+    """How a row ran. Raises RejectedError."""
+    gpus = whole(row, "gpus")
+    degrees = {name: whole(row, name, 1) for name in ("tp", "pp", "vp", "cp", "ep")}
+    if min(degrees.values()) < 1:
+        raise RejectedError("a degree of parallelism is below 1")
     split = degrees["tp"] * degrees["pp"] * degrees["cp"]
-    dp = _whole(row, "dp", max(1, gpus // split))
+    dp = whole(row, "dp", max(1, gpus // split))
     if split * dp != gpus:
         raise RejectedError("tp × pp × cp × dp is not the number of gpus")
     words: dict[str, Any] = {
         "sequence_parallel": row.get("sequence_parallel", "") in ("yes", "true", "1") and degrees["tp"] > 1,
-        "recompute": recompute_kind(row.get("recompute", "")),
-        "zero": zero_stage(row.get("sharding", "")),
+        "recompute": _recompute(row.get("recompute", "")),
+        "zero": _zero(row.get("sharding", "")),
     }
     try:
         layout = Layout(**degrees | {"vp": degrees["vp"] if degrees["pp"] > 1 else 1}, dp=dp, **words)
-        return Configuration(layout=layout, micro_batch=_whole(row, "mbs"), global_batch=_whole(row, "gbs"))
+        return Configuration(layout=layout, micro_batch=whole(row, "mbs"), global_batch=whole(row, "gbs"))
     except ValidationError as error:
         raise RejectedError(f"configuration: {_told(error)}") from None
 
 
-def recompute_kind(recompute: str) -> Literal["none", "selective", "full"]:
+def _recompute(recompute: str) -> Literal["none", "selective", "full"]:
     """What the column `recompute` says; `selective (op)` is selective, and nothing is none."""
     return "selective" if "selective" in recompute else "full" if "full" in recompute else "none"
 
 
-def zero_stage(sharding: str) -> int:
+def _zero(sharding: str) -> int:
     """What the column `sharding` says: `zero0` … `zero3`; names with `fsdp` are stage 3, other distributed optimizers
     stage 1."""
     sharding = sharding.lower()
@@ -177,26 +189,29 @@ def zero_stage(sharding: str) -> int:
     return 1 if distributed else 3 if re.search(r"fsdp|hsdp", sharding) else 0
 
 
-def _outcome(row: dict[str, str], configuration: Configuration, model: ModelShape) -> tuple[float | None, str | None]:
-    """Step seconds, or the failure."""
-    seconds, rate = _number(row, "step_time_s"), _number(row, "tokens_per_s_per_gpu")
+def seconds_of(row: Row, configuration: Configuration, model: ModelShape) -> float | None:
+    """Duration of its step, seconds; None where the row says no time. Raises RejectedError."""
+    seconds, rate = number(row, "step_time_s"), number(row, "tokens_per_s_per_gpu")
     if seconds is None and rate:
         seconds = configuration.global_batch * model.seq_len / (rate * configuration.layout.accelerators)
-    if seconds is not None:
-        if not 0 < seconds < float("inf"):
-            raise RejectedError("the time is not positive and finite")
-        return seconds, None
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise RejectedError("the time is not positive and finite")
+    return seconds
+
+
+def _failure(row: Row) -> str:
     if row.get("failure"):
-        return None, row["failure"]
+        return row["failure"]
     said = " ".join(row.get(name, "") for name in ("notes", "quality")).lower()
     if "crash" in said:
-        return None, "crashed, or out of memory"
+        return "crashed, or out of memory"
     if re.search(r"\boom\b|out of memory", said):
-        return None, "out of memory"
+        return "out of memory"
     raise RejectedError("neither a time nor a failure")
 
 
-def _number(row: dict[str, str], name: str) -> float | None:
+def number(row: Row, name: str) -> float | None:
+    """A cell; None where it is empty. Raises RejectedError."""
     text = row.get(name, "")
     if not text:
         return None
@@ -206,13 +221,14 @@ def _number(row: dict[str, str], name: str) -> float | None:
         raise RejectedError(f"{name} is not a number") from None
 
 
-def _whole(row: dict[str, str], name: str, default: int | None = None) -> int:
-    value = _number(row, name)
+def whole(row: Row, name: str, default: int | None = None) -> int:
+    """A cell; `default` where it is empty, RejectedError where there is none."""
+    value = number(row, name)
     if value is None:
         if default is None:
             raise RejectedError(f"{name} is empty")
         return default
-    if value != int(value):
+    if not value.is_integer():
         raise RejectedError(f"{name} is not whole")
     return int(value)
 

@@ -84,7 +84,7 @@ def test_it_says_how_well_the_model_did(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["failures"]["true_negative"] > 0
     assert found["failures"]["false_positive"] + found["failures"]["false_negative"] <= 1
     assert found["activation_max_error_pct"] is None
-    assert found["skipped"] == {"someone: no model shape": 1}
+    assert found["skipped"] == {"someone: layers is empty": 1}
 
 
 def test_it_can_lose_and_learning_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_rows_are_read_as_they_are_published(tmp_path: Path) -> None:
     assert (first.configuration.layout.zero, first.configuration.layout.recompute) == (3, "selective")
     assert (second.configuration.global_batch, second.precision) == (64, "bf16")
     assert first.model.kv_heads == 16
-    assert set(published.skipped) == {"someone: contradicts itself", "someone: no micro-batch"}
+    assert set(published.skipped) == {"someone: contradicts itself", "someone: mbs is empty"}
 
 
 def test_the_papers_figures(tmp_path: Path) -> None:

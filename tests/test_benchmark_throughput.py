@@ -44,7 +44,7 @@ def sweep() -> list[dict[str, object]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A sweep whose times are the model's, 20 % slower; then one bad row and six that cannot be used."""
+    """A sweep whose times are the model's, 20 % slower; then one bad row and seven that cannot be used."""
     rows = sweep()
     timings = read(folder_of(rows, tmp_path)).sweeps[0].timings
     seconds = 1.2 * CostModel().predict(timings.model, timings.cluster, timings.configurations, "bf16").seconds
@@ -52,16 +52,18 @@ def folder(tmp_path: Path) -> Path:
     rows.append(rows[0] | {"step_time_s": 999.0, "quality": "near-oom(>=74GB)", "mbs": 8})
     rows += [rows[0] | {"hidden": ""}, rows[0] | {"gbs": 7, "dp": 8}, rows[0] | {"step_time_s": ""}]
     rows += [rows[0] | {"mbs": "some"}, rows[0] | {"precision": "int3"}, rows[0] | {"system": "abacus"}]
+    rows.append(rows[0] | {"tp": 0})
     return folder_of(rows, tmp_path)
 
 
 def test_rows_are_read_or_counted(folder: Path) -> None:
     published = read(folder)
     (found,) = published.sweeps
-    assert published.rows == len(sweep()) + 7
+    assert published.rows == len(sweep()) + 8
     assert dict(published.skipped) == {
-        **{"no model shape": 1, "batches do not divide": 1, "no time": 1},
-        **{"a number cannot be read": 1, "precision is unknown": 1, "accelerator is unknown": 1},
+        "configuration: global_batch ÷ (dp × micro_batch), not a whole number of micro-batches": 1,
+        **{"hidden is empty": 1, "no time": 1, "mbs is not a number": 1},
+        **{"precision is unknown": 1, "accelerator is unknown": 1, "a degree of parallelism is below 1": 1},
     }
     assert found.scored.tolist() == [True] * len(sweep()) + [False]
     assert found.timings.cluster.accelerator == "a100-80g"

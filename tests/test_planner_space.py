@@ -162,16 +162,17 @@ def test_no_fewer_measurements_would_do(problem):
 
 @settings(max_examples=60)
 @given(problems())
-def test_layouts_come_in_two_passes_and_the_start_first(problem):
+def test_each_visit_doubles_what_is_measured_of_a_layout_and_the_start_comes_first(problem):
     config, cluster, start = problem
     wanted = candidates(config, MODEL, cluster, start)
     todo = to_measure(wanted, Throughput(), start)
-    layouts = {c.layout for c in wanted}
-    assert todo[0].layout == start.layout
-    # No layout comes back before every layout has been seen.
-    order = [layout for layout, _ in groupby(c.layout for c in todo)]
-    assert len(order) <= 2 * len(layouts)
-    assert len(set(order[: len(layouts)])) == len(layouts)
+    assert (todo[0].layout, todo[0].micro_batch) == (start.layout, start.micro_batch)
+    visits = [(layout, len(list(members))) for layout, members in groupby(todo, key=lambda each: each.layout)]
+    layouts = {each.layout for each in wanted}
+    assert {layout for layout, _ in visits[: len(layouts)]} == layouts
+    for layout in layouts:
+        micro_batches = {each.micro_batch for each in wanted if each.layout == layout}
+        assert sum(each == layout for each, _ in visits) <= 1 + (2 * len(micro_batches) - 1).bit_length()
 
 
 def test_the_measurements_by_hand():
@@ -180,11 +181,11 @@ def test_the_measurements_by_hand():
     )
     todo = to_measure(candidates(config, MODEL, TWO, START), Throughput(), START, longest_batch=16)
     assert [c.label for c in todo] == [
-        *("TP1·PP1·DP2 B2 m1", "TP1·PP1·DP2 B8 m1", "TP1·PP1·DP2 B4 m2", "TP1·PP1·DP2 B16 m2"),
+        *("TP1·PP1·DP2 B2 m1", "TP2·PP1·DP1 B1 m1"),
+        *("TP2·PP1·DP1 B4 m1", "TP1·PP1·DP2 B8 m1"),
+        *("TP1·PP1·DP2 B4 m2", "TP1·PP1·DP2 B16 m2", "TP2·PP1·DP1 B2 m2", "TP2·PP1·DP1 B8 m2"),
+        *("TP2·PP1·DP1 B4 m4", "TP2·PP1·DP1 B16 m4", "TP2·PP1·DP1 B8 m8", "TP2·PP1·DP1 B16 m8"),
         *("TP1·PP1·DP2 B8 m4", "TP1·PP1·DP2 B16 m4"),
-        *("TP2·PP1·DP1 B1 m1", "TP2·PP1·DP1 B4 m1", "TP2·PP1·DP1 B2 m2", "TP2·PP1·DP1 B8 m2"),
-        *("TP2·PP1·DP1 B4 m4", "TP2·PP1·DP1 B16 m4"),
-        *("TP2·PP1·DP1 B8 m8", "TP2·PP1·DP1 B16 m8"),
         *("TP1·PP1·DP2 B16 m8", "TP1·PP1·DP2 B32 m8"),  # only 16 fits longest_batch, but a line needs two
     ]
 

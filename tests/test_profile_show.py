@@ -69,6 +69,21 @@ def test_a_job_shows_its_table_and_its_model_alone(
     assert "TP1·PP1·DP2" in capsys.readouterr().out
 
 
+def test_a_table_can_be_named_by_an_option_too(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert copus_here("profile", "show", str(table)) == 0
+    shown = capsys.readouterr().out
+    assert copus_here("profile", "show", "--table", str(table)) == 0
+    assert capsys.readouterr().out == shown
+    job = write_job(tmp_path, model={"layers": 6})  # another model, and a table of its own
+    monkeypatch.chdir(tmp_path)
+    assert copus_here("profile", "show", str(job), "--table", "other.jsonl", "--json") == 2
+    assert "other.jsonl: No such file" in capsys.readouterr().err
+    assert copus_here("profile", "show", str(job), "--table", str(table), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"tables": [str(table)], "rows": []}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

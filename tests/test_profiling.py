@@ -6,17 +6,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from test_profiles_table import HERE, MODEL
 
 from copus.backends.base import StepResult
 from copus.backends.megatron import backend as backend_module
 from copus.backends.megatron.backend import MegatronBackend
 from copus.events import Profile
 from copus.job import JobConfig, JobError
-from copus.profiling.live import profile_missing
+from copus.profiling.live import LiveProfiler, profile_missing
 from planner.space import candidates
+from profiles.cluster import Cluster
+from profiles.config import ProfileConfig
+from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Measurement
 from profiles.model_shape import ModelShape
+from profiles.profiler import Task
 from profiles.table import ThroughputTable
 from profiles.throughput import Throughput
 from tests.megatron_jobs import random_batches, tiny_job
@@ -107,3 +112,45 @@ def test_the_table_predicts_every_candidate_afterwards(tmp_path: Path) -> None:
         assert prediction.peak_bytes is not None
     again, _ = run_ranks(2, _profile, table)[0]
     assert again == [], "what the table has is not measured again"
+
+
+class Noted:
+    """A backend that notes what it is asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.is_built = False
+        self.said: list[str] = []
+
+    def build(self, configuration: Configuration) -> None:
+        self.is_built = True
+        self.said.append("build")
+        self.configuration = configuration
+
+    def move(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+
+    def train_step(self, *_: Any) -> None:
+        self.said.append(f"B{self.configuration.global_batch}")
+
+
+def test_warm_up_steps_are_short_and_left_out_where_only_the_number_of_micro_batches_changes() -> None:
+    backend, config = Noted(), ProfileConfig(warmup_steps=2, steps=3)
+    task = Task(MODEL, Cluster(accelerators_per_node=2), HERE, config, backend=backend)
+
+    def said(layout: Layout, micro_batch: int, global_batch: int) -> list[str]:
+        backend.said.clear()
+        configuration = Configuration(layout=layout, micro_batch=micro_batch, global_batch=global_batch)
+        assert profiler.measure(configuration).count == 3
+        return backend.said
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        profiler = LiveProfiler(task)
+        assert said(Layout(pp=2), 1, 8) == ["build", "B2", "B2", "B8", "B8", "B8"]
+        assert said(Layout(pp=2), 1, 4) == ["B4", "B4", "B4"]
+        assert said(Layout(pp=2), 2, 2) == ["B2", "B2", "B2", "B2", "B2"]
+        assert said(Layout(dp=2), 2, 8) == ["build", "B4", "B4", "B8", "B8", "B8"]
+    finally:
+        dist.destroy_process_group()

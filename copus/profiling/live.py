@@ -51,7 +51,10 @@ def profile_missing(
 
 
 class LiveProfiler:
-    """Times steps of the running job; neither a move nor the `profile.warmup_steps` steps after it count.
+    """Times steps of the running job; neither a move nor the warm-up steps after it count.
+
+    Of those there are `profile.warmup_steps` after a change of layout or micro-batch, and none where only the number of
+    micro-batches changes.
 
     Options: none.
     """
@@ -96,22 +99,35 @@ class LiveProfiler:
         """Within a layout the batch alone changes. Another layout is built afresh in the same processes: weights do not
         matter here, and the old layout's need not be held while the new one's memory is looked at."""
         backend = self._backend
-        if backend.is_built and backend.configuration.layout == configuration.layout:
-            backend.move(configuration)
-        else:
+        runs = backend.configuration if backend.is_built else None
+        if runs is None or runs.layout != configuration.layout:
             backend.build(configuration)
+        if runs is None or (runs.layout, runs.micro_batch) != (configuration.layout, configuration.micro_batch):
+            self._warm_up(configuration)
+        backend.move(configuration)
+
+    def _warm_up(self, configuration: Configuration) -> None:
+        """Steps as short as they can be: a micro-batch for each pipeline stage. What more of them take is the same."""
+        layout = configuration.layout
+        batch = min(configuration.global_batch, layout.dp * configuration.micro_batch * layout.pp)
+        self._backend.move(configuration.model_copy(update={"global_batch": batch}))
+        for _ in range(self._task.config.warmup_steps):
+            self._step()
 
     def _time_steps(self) -> list[float]:
-        rules = StepRules(lr=0.0, betas=(0.9, 0.95))  # weights stay what they are
         seconds = []
-        for _ in range(self._task.config.warmup_steps + self._task.config.steps):
+        for _ in range(self._task.config.steps):
             dist.barrier()
             started = time.perf_counter()
-            self._backend.train_step(self._task.batches, 0, rules, None, False)
+            self._step()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-        return seconds[self._task.config.warmup_steps :]
+        return seconds
+
+    def _step(self) -> None:
+        rules = StepRules(lr=0.0, betas=(0.9, 0.95))  # weights stay what they are
+        self._backend.train_step(self._task.batches, 0, rules, None, False)
 
     def _peak(self) -> int | None:
         """Most memory of any rank."""
