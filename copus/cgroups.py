@@ -6,6 +6,10 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+"""A group's limit, what is used, and which of that is inactive page cache."""
+
 
 def memory_left(root: Path = Path("/")) -> float:
     """Bytes that this process's groups, and those above them, still allow: limit − used, where page cache that can be
@@ -14,22 +18,15 @@ def memory_left(root: Path = Path("/")) -> float:
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """The folder of each group, with the names of its limit, of what is used, and of inactive page cache."""
+    """The folder of each group, and what its figures are called."""
     top = root / "sys/fs/cgroup"
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "":
-                mount, names = top, ("memory.max", "memory.current", "inactive_file")
+                mount, names = top, _VERSION_2
             elif "memory" in controllers.split(","):
-                mount, names = (
-                    top / "memory",
-                    (
-                        "memory.limit_in_bytes",
-                        "memory.usage_in_bytes",
-                        "total_inactive_file",
-                    ),
-                )
+                mount, names = top / "memory", _VERSION_1
             else:
                 continue
             # a container without a namespace of its own reads a path that it cannot see: its own group is at the mount
