@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from copus.cgroups import memory_left
 from profiles.cluster import Cluster
 
 
@@ -58,11 +59,16 @@ def reset_peak_memory() -> None:
 
 def room_for_a_copy() -> float:
     """Bytes of the host's memory that this rank may take for a while, next to the others on its node: its part of half
-    of what is available. Infinite where the system does not tell."""
+    of what is available on the machine and in the control groups of this process. Infinite where the system does not
+    tell."""
+    return min(_memory_available(), memory_left()) / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _memory_available() -> float:
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+                return int(line.split()[1]) * 1024
     return math.inf
 
 

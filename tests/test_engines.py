@@ -141,3 +141,16 @@ def test_logs_that_grow_are_followed_to_the_end(tmp_path: Path) -> None:
     everything = list(lines_of(lambda: sorted(tmp_path.glob("*.log")), None, None))
     assert everything[0] == "==> a.log <=="
     assert everything[4:6] == ["==> b.log <==", "[rank0]:three"]
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_logs_of_a_rank_that_there_is_not_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    write_job(tmp_path).rename(tmp_path / "runs" / "small" / "job.yaml")
+    assert copus_here("logs", "small", f"--rank={rank}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--rank({rank}): runs/small has ranks 0 to 1: " in line
+    assert copus_here("logs", "small", "--rank=1") == 0
