@@ -49,7 +49,7 @@ QUICK = ("kill in training", "kill in a move", "kill in a checkpoint", "flipped 
 SAMPLES_BETWEEN = 128
 """Samples from a fault's recovery to the next fault, at most; at least a quarter of it."""
 FAULTS_IN_A_RUN = 10
-LASTS_SECONDS = {"move": 0.1, "checkpoint": 0.3}
+LASTS_SECONDS = {"move": 0.05, "checkpoint": 0.2}
 """About as long as one takes with this model: the moment is random within it."""
 TIMEOUT_SECONDS = 20.0
 """A collective that takes longer is a hang: long enough for the ranks of a busy machine to start."""

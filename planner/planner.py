@@ -34,6 +34,8 @@ FORECAST_REACH = 2
 """A decision shows the noise scale that is expected when this many times the tokens will have been seen."""
 UNKNOWN_DECISIONS = 200
 """Length of a job whose length is not known, in decisions."""
+FIRST_STEPS = 5
+"""Steps that a configuration gets before it is judged: the first two of a new one are not timed."""
 CHECK_HALF_LIVES = 4
 """Stretch on each side of a change of batch that c is checked on, in half-lives of the noise scale."""
 
@@ -66,6 +68,7 @@ class Planner:
         self._total_samples = total_samples or UNKNOWN_DECISIONS * config.every_samples
         self._forecast = CriticalBatchForecast.unknown(np.array([float(self._total_samples)]))
         self._observed_at = 0
+        self._moved_at: int | None = None
         self._seq_len = model.seq_len
         self._check = FactorCheck(max(1, CHECK_HALF_LIVES * config.noise_half_life_tokens // model.seq_len))
 
@@ -99,6 +102,8 @@ class Planner:
         elif mine.goodput is None:
             why = f"the throughput of the current configuration, {current.label}, is not known"
             chosen, reason = mine, f"{noise_in_words(noise)}: {why}; nothing changes"
+        elif self._untimed(current, samples_consumed):
+            chosen, reason = mine, f"{noise_in_words(noise)}: no step of {current.label} was timed yet; nothing changes"
         else:
             situation = self._situation(eligible, mine, noise, critical_batch, samples_consumed, step_norms)
             choice = self.policy.choose(situation)
@@ -130,7 +135,16 @@ class Planner:
             advised=advised,
         )
         self.number += 1
+        if decision.switch:
+            self._moved_at = samples_consumed
         return decision
+
+    def _untimed(self, current: Configuration, samples_consumed: int) -> bool:
+        """Whether what runs is so new that going on will tell how fast it is. Nothing is learned from a trial that ends
+        before; policies that take predictions as they are do not try."""
+        if self._moved_at is None or not self.policy.weighs_error or self.throughput.steps(current):
+            return False
+        return samples_consumed < self._moved_at + FIRST_STEPS * current.global_batch
 
     def _look_ahead(self, noise: NoiseScale, critical_batch: float | None, samples_consumed: int) -> None:
         """Tell the forecast and the check of c what the noise scale is now."""
@@ -242,7 +256,7 @@ class Planner:
             menu=Menu.of([score.configuration for score in eligible]),
             samples_per_second=np.array([[score.samples_per_second for score in eligible]], float),
             throughput_error=np.array([errors]),
-            unseen=np.array([[score.source != "seen" for score in eligible]]),
+            unseen=np.array([[self.throughput.steps(score.configuration) == 0 for score in eligible]]),
             current=np.array([eligible.index(mine)]),
             noise_scale=np.array([noise.value]),
             critical_batch=np.array([critical_batch]),
@@ -284,12 +298,17 @@ class Planner:
 
     def state(self) -> dict[str, Any]:
         """What a resumed job needs beside the number of the next decision, as plain values."""
-        forecast = self._forecast.state() | {"observed_at": self._observed_at}
-        return {"forecast": forecast, "move_costs": self.move_costs.state(), "throughput": self.throughput.state()}
+        return {
+            "forecast": self._forecast.state() | {"observed_at": self._observed_at},
+            "move_costs": self.move_costs.state(),
+            "moved_at": self._moved_at,
+            "throughput": self.throughput.state(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; an empty dict changes nothing."""
         self.move_costs.restore(state.get("move_costs", {}))
+        self._moved_at = state.get("moved_at")
         self.throughput.restore(state.get("throughput", {}))
         if forecast := state.get("forecast"):
             self._forecast.restore(forecast)

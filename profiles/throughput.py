@@ -128,6 +128,10 @@ class Throughput:
         one, other = (self._before.get(each) or self._expected(each) for each in (configuration, running))
         return self._live.error(configuration, one.error, running, other.error) if one and other else 0.0
 
+    def steps(self, configuration: Configuration) -> int:
+        """How many of its steps the running job has timed."""
+        return self._live.steps(configuration)
+
     def observe(self, configuration: Configuration, step_seconds: float) -> None:
         """Feed the duration of an ordinary step of the running job. Raises ValueError unless positive and finite."""
         if not 0 < step_seconds < math.inf:
