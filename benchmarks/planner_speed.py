@@ -27,7 +27,7 @@ from planner.space import candidates
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost import CostModel, Timings, expected
+from profiles.cost import CostModel, Predicted, Timings, expected
 from profiles.cost.accelerator import accelerator
 from profiles.cost.select import select
 from profiles.enumerate import enumerate_configurations
@@ -73,13 +73,12 @@ def space() -> Configurations:
     return enumerate_configurations(MODEL, CLUSTER, GLOBAL_BATCHES, max_tp=32, max_vp=64, max_cp=16)
 
 
-def plan(cost: CostModel) -> Configurations:
-    """Enumerate, check for memory, predict what fits, and return that."""
+def plan(cost: CostModel) -> tuple[Configurations, Predicted]:
+    """Enumerate, check for memory, predict what fits."""
     found = space()
     memory_bytes = accelerator(CLUSTER.accelerator).memory_bytes
     found = found.take(MemoryModel().fits(MODEL, found, PRECISION, memory_bytes, MARGIN))
-    cost.predict(MODEL, CLUSTER, found, PRECISION, coverage=None)
-    return found
+    return found, cost.predict(MODEL, CLUSTER, found, PRECISION, coverage=None)
 
 
 def trillion() -> Planner:
@@ -149,7 +148,7 @@ def run(quick: bool) -> dict[str, Any]:
         "fitted_per_second": len(some) / measured["seconds"],
         "fitted_rows": fitted.rows,
         "space_configurations": len(everything),
-        "space_that_fit": len(plan(cost)),
+        "space_that_fit": len(plan(cost)[0]),
         "enumerate_seconds": enumerated["seconds"],
         "space_seconds": whole["seconds"],
         "space_seconds_low": whole["low"],

@@ -100,7 +100,7 @@ def test_it_prints_one_object(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_whole_space_is_planned() -> None:
-    found, _, predicted = planner_speed.plan(CostModel())
+    found, predicted = planner_speed.plan(CostModel())
     assert len(found) == len(predicted.seconds) > 10_000
     assert np.isfinite(predicted.seconds).all()
     assert (found.accelerators == planner_speed.CLUSTER.accelerators).all()
