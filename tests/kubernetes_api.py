@@ -49,17 +49,16 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(200, {"kind": "PodList", "apiVersion": "v1", "items": items})
         if name == "log":
             return self._answer(200, self.server.pods[self.path.split("/")[-2]])
-        return self._answer_with_job(name)
+        return self._answer_with_job(name, self.server.jobs.get(name))
 
     def do_DELETE(self) -> None:
         """Delete a TrainJob."""
         name = self.path.partition("?")[0].rpartition("/")[2]
-        self._answer_with_job(name)
-        self.server.jobs.pop(name, None)
+        self._answer_with_job(name, self.server.jobs.pop(name, None))  # gone before the client knows
 
-    def _answer_with_job(self, name: str) -> None:
-        if name in self.server.jobs:
-            return self._answer(200, self.server.jobs[name])
+    def _answer_with_job(self, name: str, job: dict[str, Any] | None) -> None:
+        if job is not None:
+            return self._answer(200, job)
         return self._answer(404, {"kind": "Status", "message": f'trainjobs "{name}" not found'})
 
     def _answer(self, code: int, body: dict[str, Any] | str) -> None:

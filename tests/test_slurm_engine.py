@@ -477,5 +477,7 @@ def test_logs_of_the_last_job_in_order_and_of_one_rank(
     assert shown == ["12", "12-0.node-0", "12-2.node-0", "12-10.node-0"]
     assert copus_here("logs", "small", "--rank", "0") == 0
     assert capfd.readouterr().out.splitlines()[:2] == ["hello from 12", "hello from 12-0.node-0"]
-    assert copus_here("logs", "small", "--rank", "7") == 0
+    assert copus_here("logs", "small", "--rank", "1") == 0
     assert capfd.readouterr().out == ""
+    assert copus_here("logs", "small", "--rank", "7") == 2
+    assert "has ranks 0 to 1" in capfd.readouterr().err
