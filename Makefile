@@ -37,7 +37,7 @@ demo: install  ## train the main job on Shakespeare: 2 ranks, about 10 minutes
 	$(BIN)/copus submit examples/shakespeare.yaml
 
 test: install  ## the default test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=15 --durations-min=8
 
 test-slow: install  ## what the default suite leaves out for its length
 	$(BIN)/python -m pytest -m slow
