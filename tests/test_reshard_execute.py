@@ -1,7 +1,5 @@
 """Carrying a plan out, without megatron: what is filled, what is freed when, and how much is staged."""
 
-import os
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus.reshard import shared
 from copus.reshard.boxes import Box
 from copus.reshard.execute import _Work, place_of, reshard
 from copus.reshard.pieces import Pieces
@@ -39,11 +36,9 @@ def _truth(name: str) -> list[torch.Tensor]:
     return [values.double(), -values.int()]
 
 
-def _transpose(staging_bytes: int, blind: tuple[int, ...] = ()) -> dict[str, Any]:
-    """From rows to columns; how much of old and new there was at the most. `blind` ranks can read no other's memory."""
+def _transpose(staging_bytes: int) -> dict[str, Any]:
+    """From rows to columns; how much of old and new there was at the most."""
     rank = dist.get_rank()
-    if rank in blind:
-        shared._open = lambda *file: None
     box, wanted = _rows_of(rank), _columns_of(rank)
     whole = Box((0, 0), SHAPE)
     held = {place_of(name, box): [field[box.slices_in(whole)].clone() for field in _truth(name)] for name in NAMES}
@@ -75,31 +70,6 @@ def test_rows_become_columns_and_the_old_is_freed(staging_bytes: int) -> None:
         assert result["left"] == 0
         if staging_bytes < 2**20:
             assert result["most"] <= len(NAMES) + 2, "old and new are never there together"
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("blind", [(2,), (0, 1, 2, 3)])
-def test_ranks_that_cannot_read_each_other_send_the_bytes(blind: tuple[int, ...]) -> None:
-    assert all(result["right"] for result in run_ranks(4, _transpose, 500, blind))
-
-
-def _read_others() -> tuple[set[int], list[int]]:
-    buffer = shared.SharedBuffer(8)
-    buffer.own.fill_(dist.get_rank())
-    dist.barrier()
-    return buffer.readers, [int(other[7]) for other in buffer.readable.values()]
-
-
-@pytest.mark.dist
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="files in memory are Linux's")
-def test_ranks_of_one_machine_read_each_other() -> None:
-    assert run_ranks(3, _read_others) == [({1, 2}, [1, 2]), ({0, 2}, [0, 2]), ({0, 1}, [0, 1])]
-
-
-def test_a_file_of_another_name_is_not_opened() -> None:
-    with tempfile.TemporaryFile() as file:
-        assert shared._open(os.getpid(), file.fileno(), "copus-0") is None
-    assert shared._open(os.getpid(), -1, "copus-0") is None
 
 
 @pytest.mark.parametrize("staging_bytes", [96, 500, 5000])

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from copus.reshard.boxes import Box
 from copus.reshard.pieces import Pieces
 from copus.reshard.plan import Plan
-from copus.reshard.shared import SharedBuffer
 
 Place = tuple[str, tuple[int, int]]
 """Where a piece of this rank begins: global tensor, and position padded to two axes."""
@@ -182,24 +181,17 @@ def _part(tensor: torch.Tensor, slices: tuple[slice, slice]) -> torch.Tensor:
 
 
 class _Staging:
-    """Two buffers, one for what leaves and one for what comes, as large as the largest round needs.
-
-    Ranks that can read this one's memory copy straight from the first: they are only told where in it to look, and
-    answer when they have, so that the next round may overwrite it.
-    """
+    """Two buffers, one for what leaves and one for what comes, as large as the largest round needs."""
 
     def __init__(self, rounds: list[list[Message]], rank: int, device: torch.device) -> None:
         self._rank = rank
-        leaving = _most(rounds, lambda message: message.sender == rank)
-        self._readers: set[int] = set()
-        self._readable: dict[int, torch.Tensor] = {}
-        if device.type == "cpu":
-            shared = SharedBuffer(leaving)
-            self._leaving, self._readers, self._readable = shared.own, shared.readers, shared.readable
-        else:
-            self._leaving = torch.empty(leaving, dtype=torch.uint8, device=device)
-        coming = _most(rounds, lambda message: message.receiver == rank and message.sender not in self._readable)
-        self._coming = torch.empty(coming, dtype=torch.uint8, device=device)
+        sizes = [[0, 0], *([self._size(messages, way) for way in (0, 1)] for messages in rounds)]
+        self._leaving, self._coming = (
+            torch.empty(max(size[way] for size in sizes), dtype=torch.uint8, device=device) for way in (0, 1)
+        )
+
+    def _size(self, messages: list[Message], way: int) -> int:
+        return sum(message.bytes for message in messages if message[way] == self._rank)
 
     def exchange(
         self,
@@ -208,59 +200,31 @@ class _Staging:
         give: Callable[[Transfer], Iterator[torch.Tensor]],
     ) -> None:
         """One round: pack, send and receive, unpack. Bytes, so that any mix of types shares a message."""
-        operations, answers, coming = [], [], []
+        operations, coming = [], []
         sent = received = 0
         for message in messages:
             if message.sender == self._rank:
                 packed = self._leaving[sent : sent + message.bytes]
-                _pack(packed, message, take)
-                if message.receiver in self._readers:
-                    operations.append(dist.P2POp(dist.isend, torch.tensor([sent]), message.receiver))
-                    answers.append(dist.P2POp(dist.irecv, torch.tensor([0]), message.receiver))
-                else:
-                    operations.append(dist.P2POp(dist.isend, packed, message.receiver))
                 sent += message.bytes
-            elif message.sender in self._readable:
-                place = torch.tensor([0])
-                coming.append((message, self._readable[message.sender], place))
-                operations.append(dist.P2POp(dist.irecv, place, message.sender))
-                answers.append(dist.P2POp(dist.isend, torch.tensor([0]), message.sender))
+                for transfer in message.transfers:
+                    for field in take(transfer):
+                        source = _as_bytes(field)
+                        packed[: source.numel()].view(source.shape).copy_(source)
+                        packed = packed[source.numel() :]
+                operations.append(dist.P2POp(dist.isend, self._leaving[sent - message.bytes : sent], message.receiver))
             else:
-                coming.append((message, self._coming, torch.tensor([received])))
                 buffer = self._coming[received : received + message.bytes]
-                operations.append(dist.P2POp(dist.irecv, buffer, message.sender))
                 received += message.bytes
-        _communicate(operations)
-        for message, buffer, place in coming:
-            _unpack(buffer[int(place) :], message, give)
-        _communicate(answers)
-
-
-def _most(rounds: list[list[Message]], which: Callable[[Message], bool]) -> int:
-    """Bytes of such messages in the round that has the most."""
-    return max((sum(message.bytes for message in messages if which(message)) for messages in rounds), default=0)
-
-
-def _pack(buffer: torch.Tensor, message: Message, take: Callable[[Transfer], Iterator[torch.Tensor]]) -> None:
-    for transfer in message.transfers:
-        for field in take(transfer):
-            source = _as_bytes(field)
-            buffer[: source.numel()].view(source.shape).copy_(source)
-            buffer = buffer[source.numel() :]
-
-
-def _unpack(buffer: torch.Tensor, message: Message, give: Callable[[Transfer], Iterator[torch.Tensor]]) -> None:
-    for transfer in message.transfers:
-        for field in give(transfer):
-            target = _as_bytes(field)
-            target.copy_(buffer[: target.numel()].view(target.shape))
-            buffer = buffer[target.numel() :]
-
-
-def _communicate(operations: list[dist.P2POp]) -> None:
-    if operations:
+                coming.append((message, buffer))
+                operations.append(dist.P2POp(dist.irecv, buffer, message.sender))
         for request in dist.batch_isend_irecv(operations):
             request.wait()
+        for message, buffer in coming:
+            for transfer in message.transfers:
+                for field in give(transfer):
+                    target = _as_bytes(field)
+                    target.copy_(buffer[: target.numel()].view(target.shape))
+                    buffer = buffer[target.numel() :]
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
