@@ -1,6 +1,6 @@
 """Runs a function on several gloo ranks and returns what each returned.
 
-Importing torch and megatron takes 8 s; a fork server imports them once for the whole test session, and every rank is a
+Importing torch and megatron takes 5 s; a fork server imports them once for the whole test session, and every rank is a
 fork of it.
 """
 
@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["copus.backends.megatron.backend"])
+# torch._dynamo: what torch's optimizers import at their first step
+_context.set_forkserver_preload(["copus.backends.megatron.backend", "torch._dynamo"])
 
 
 def run_ranks(

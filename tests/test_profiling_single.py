@@ -139,10 +139,9 @@ def test_a_cluster_is_planned_from_one_accelerator(
     assert (after["measured_rows"], after["measured_shards"]) == (0, 6)
     assert "shards timed alone" in " ".join(after["assumptions"])
 
-    def width(found: dict) -> list[float]:
-        return [each["step_seconds_high"] / each["step_seconds_low"] for each in found["candidates"]]
-
-    assert all(now < then for now, then in zip(width(after), width(before), strict=True))
+    # How sure a prediction is depends on how much the times scatter; that it was learnt from them does not.
+    seconds, blind = ([each["step_seconds"] for each in found["candidates"]] for found in (after, before))
+    assert all(now != pytest.approx(then) for now, then in zip(seconds, blind, strict=True))
     job = load_job(file)
     rows = ThroughputTable(job.profile.table).everything()
     planner = _planner(job, rows, TrainerState())

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from profiles.cost.residual import Smoothness, covariance, variance
 from profiles.cost.work import Floats
@@ -22,10 +23,22 @@ class Errors:
     """What the constants do to them: N × constants."""
     places: Floats
     """Where they lie: N × D, as in `profiles.cost.residual`."""
+    spread: float
+    """How many times as large as believed they are, as the rows of the fit tell."""
+    freedom: float
+    """Degrees of freedom of their Student distribution: how sure that is."""
     across: Floats | None = None
     """Covariances with the rows of the fit: N × rows."""
     solved: Floats | None = None
     """The rows' covariance⁻¹ · `across`ᵀ: rows × N."""
+
+    def half_widths(self, coverage: float) -> Floats:
+        """Of the interval that holds that share of measured times, their noise included, as logarithms: N."""
+        return self.widening(coverage) * np.sqrt(self.variance() + self.how.noise_sd**2)
+
+    def widening(self, coverage: float) -> float:
+        """That, in standard deviations as believed."""
+        return float(stdtrit(self.freedom, 0.5 + coverage / 2)) * self.spread
 
     def variance(self) -> Floats:
         """Of each: N."""

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
@@ -14,6 +12,9 @@ from profiles.cost.work import Floats
 from profiles.measurement import Measurement
 from profiles.model_shape import ModelShape
 from profiles.throughput import DECILE, Expected, Prediction
+
+COVERAGE = 0.8
+"""Share that the interval of a `Prediction` holds: from the 10th to the 90th percentile."""
 
 
 def expected(
@@ -30,31 +31,31 @@ def expected(
     Raises ValueError for an accelerator without a file and for a precision that it does not have.
     """
     arrays = Configurations.of(configurations)
-    times = cost.predict(model, cluster, arrays, precision)
+    times = cost.predict(model, cluster, arrays, precision, coverage=None).seconds
+    errors = cost.errors(model, cluster, arrays, precision)
     failed = {row.configuration: row.failure for row in sorted(rows, key=lambda row: row.time) if row.shard}
     found = {}
-    for configuration, seconds, high in zip(configurations, times.seconds.tolist(), times.high.tolist(), strict=True):
+    halves = errors.half_widths(COVERAGE)
+    for configuration, seconds, half in zip(configurations, times.tolist(), halves.tolist(), strict=True):
         if failure := failed.get(configuration):
             found[configuration] = Prediction(source="predicted", failure=failure)
         else:
-            error = math.log(high / seconds) / DECILE
+            spread = seconds * math.expm1(half)
             found[configuration] = Prediction(
-                step_seconds=seconds, spread_seconds=high - seconds, error=error, source="predicted"
+                step_seconds=seconds, spread_seconds=spread, error=half / DECILE, source="predicted"
             )
-    errors = cost.errors(model, cluster, arrays, precision)
-    return Expected(found, _Alike(configurations, np.log(times.high / times.seconds) / DECILE, errors))
+    return Expected(found, _Alike(configurations, errors))
 
 
 class _Alike:
     """The covariance of the errors of two predictions. Worked out for those that it is asked for."""
 
-    def __init__(self, configurations: Sequence[Configuration], error: Floats, errors: Errors) -> None:
-        """`error` is the standard error of each, a measurement's noise included, which no two share."""
+    def __init__(self, configurations: Sequence[Configuration], errors: Errors) -> None:
         self._places = {configuration: place for place, configuration in enumerate(configurations)}
         self._errors = errors
         self._columns: dict[int, Floats] = {}
-        # Intervals also say how sure the variances are: as much wider are covariances.
-        self._scale = error / np.sqrt(errors.variance() + errors.how.noise_sd**2)
+        # As much larger than believed as a prediction's `error` is.
+        self._scale = (errors.widening(COVERAGE) / DECILE) ** 2
 
     def __call__(self, one: Configuration, other: Configuration) -> float:
         """0 where there is no prediction of one of them."""
@@ -63,5 +64,5 @@ class _Alike:
             return 0.0
         if there not in self._columns:
             column = self._errors.covariance(slice(there, there + 1))[:, 0]
-            self._columns[there] = self._scale * column * self._scale[there]
+            self._columns[there] = self._scale * column
         return float(self._columns[there][here])

@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import least_squares
-from scipy.special import stdtrit
 
 from profiles.cluster import Cluster
 from profiles.configurations import Configurations
@@ -188,23 +187,22 @@ class CostModel:
         if coverage is None:
             nothing = np.full(len(c), np.nan)
             return Predicted(seconds, nothing, nothing, breakdown, ())
-        variances = self.errors(model, cluster, c, precision).variance() + self._how.noise_sd**2
-        rows = self._rows
-        freedom = self._how.freedom + (len(rows.residual) if rows else 0)
-        spread = rows.spread if rows else self._how.blind_spread
-        half = float(stdtrit(freedom, 0.5 + coverage / 2)) * spread * np.sqrt(variances)
+        half = self._errors(done, model, cluster, c).half_widths(coverage)
         return Predicted(seconds, seconds * np.exp(-half), seconds * np.exp(half), breakdown, ())
 
     def errors(self, model: ModelShape, cluster: Cluster, configurations: Configurations, precision: str) -> Errors:
         """How wrong the predictions of N configurations may be, and how alike, as far as the rows of the fit do not
         tell."""
+        return self._errors(self._work(model, cluster, configurations, precision), model, cluster, configurations)
+
+    def _errors(self, done: Work, model: ModelShape, cluster: Cluster, c: Configurations) -> Errors:
         mean, sd = self._prior(cluster)
-        own = jacobian(self._work(model, cluster, configurations, precision), mean, sd, self._z)
-        places, rows = coordinates(model, cluster, configurations), self._rows
+        own, places, rows = jacobian(done, mean, sd, self._z), coordinates(model, cluster, c), self._rows
         if not rows:
-            return Errors(self._how, own, places)
+            return Errors(self._how, own, places, self._how.blind_spread, self._how.freedom)
         across = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
-        return Errors(self._how, own, places, across, cho_solve(rows.whole, across.T))
+        freedom = self._how.freedom + len(rows.residual)
+        return Errors(self._how, own, places, rows.spread, freedom, across, cho_solve(rows.whole, across.T))
 
     @property
     def smoothness(self) -> Smoothness:

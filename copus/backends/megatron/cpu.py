@@ -37,11 +37,19 @@ _adapted = False
 
 
 def before_import() -> None:
-    """Turn the jit fuser off: torch.compile of pointwise functions at import (jit.py:9) takes a C++ compiler on CPU."""
-    if torch.cuda.is_available():
-        return
-    from megatron.core.jit import disable_jit_fuser
+    """Turn the jit fuser off, in the modules that importing megatron.core.jit itself imports too (jit.py:21).
 
+    torch.compile of pointwise functions takes a C++ compiler on CPU, and importing what it needs a third of all
+    imports.
+    """
+    if torch.cuda.is_available() or "megatron.core.jit" in sys.modules:
+        return
+    compile_ = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        from megatron.core.jit import disable_jit_fuser
+    finally:
+        torch.compile = compile_
     disable_jit_fuser()
 
 
