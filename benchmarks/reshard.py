@@ -62,13 +62,13 @@ def _rows(pieces: Pieces) -> Any:
 
 
 def plan_only(ranks: int, ranks_per_node: int) -> dict[str, Any]:
-    """Plan a 70 B model's move between two layouts, without and with the distributed optimizer."""
+    """Plan a 70 B model's move between two layouts; the distributed optimizer on, off, or changed on the way."""
     if ranks % 32:
         raise SystemExit(f"--ranks({ranks}) ÷ (tp(8) × pp(4)) = {ranks / 32:g}, not a whole number of replicas")
     plans: list[dict[str, Any]] = []
-    for zero in (0, 1):
-        before = Layout(tp=8, pp=4, dp=ranks // 32, zero=zero)
-        after = Layout(tp=4, pp=8, dp=ranks // 32, zero=zero)
+    for zeros in itertools.product((0, 1), repeat=2):
+        before = Layout(tp=8, pp=4, dp=ranks // 32, zero=zeros[0])
+        after = Layout(tp=4, pp=8, dp=ranks // 32, zero=zeros[1])
         started = time.perf_counter()
         held, needed = all_pieces(LARGE_MODEL, before, "bf16"), all_pieces(LARGE_MODEL, after, "bf16")
         plan = make_plan(held, needed, ranks_per_node)

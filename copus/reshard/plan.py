@@ -217,19 +217,23 @@ def _relieve(
     `holder`."""
     limit = int(_FAIR * sent.mean())
     shared = requests[np.diff(have.first)[box[requests]] > 1]
-    server = have.rank[holder[shared]]
-    busy = shared[sent[server] > limit]
-    for request in busy[np.lexsort((-size[busy], -sent[have.rank[holder[busy]]]))].tolist():
-        server, amount = have.rank[holder[request]], size[request]
-        if sent[server] <= limit:
-            continue
-        first, last = have.first[box[request]], have.first[box[request] + 1]
-        entry = first + int(np.argmin(sent[have.rank[first:last]]))
-        other = have.rank[entry]
-        if sent[other] + amount < sent[server]:
-            sent[server] -= amount
-            sent[other] += amount
-            holder[request] = entry
+    moved = True
+    while moved:  # who helped may now have too much: every pass makes the loads more alike
+        moved = False
+        server = have.rank[holder[shared]]
+        busy = shared[sent[server] > limit]
+        for request in busy[np.lexsort((-size[busy], -sent[have.rank[holder[busy]]]))].tolist():
+            server, amount = have.rank[holder[request]], size[request]
+            if sent[server] <= limit:
+                continue
+            first, last = have.first[box[request]], have.first[box[request] + 1]
+            entry = first + int(np.argmin(sent[have.rank[first:last]]))
+            other = have.rank[entry]
+            if sent[other] + amount < sent[server]:
+                sent[server] -= amount
+                sent[other] += amount
+                holder[request] = entry
+                moved = True
 
 
 def _check_disjoint(have: _Boxes, names: tuple[str, ...]) -> None:
