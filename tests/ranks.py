@@ -15,8 +15,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-# torch._dynamo: what torch's optimizers import at their first step
-_context.set_forkserver_preload(["copus.backends.megatron.backend", "torch._dynamo"])
+_context.set_forkserver_preload(
+    [
+        *("copus.worker", "copus.backends.megatron.backend", "copus.tracking.tensorboard", "launch.engines.local"),
+        "torch._dynamo",  # which torch's optimizers import at their first step
+    ]
+)
 
 
 def run_ranks(

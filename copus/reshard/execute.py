@@ -17,6 +17,8 @@ Place = tuple[str, tuple[int, int]]
 """Where a piece of this rank begins: global tensor, and position padded to two axes."""
 Fields = list[torch.Tensor]
 """The tensors of a piece, all of its shape: one, or those that a name stands for together."""
+ALONE = 64 * 2**10
+"""Bytes from which on a tensor is a message of its own: below, a message costs more than a copy."""
 
 
 def place_of(name: str, box: Box) -> Place:
@@ -69,7 +71,7 @@ def reshard(
         for field in needed[transfer.target]():
             yield _part(field, transfer.in_target)
 
-    staging = _Staging(work.rounds, rank, device)
+    staging = _Staging(rank, device)
     copies = iter([*work.copies, None])
     copy = next(copies)
     for messages in [*work.rounds, None]:
@@ -154,13 +156,13 @@ def _messages(transfers: list[Transfer], limit: int) -> list[list[Transfer]]:
 
 
 def _split(box: np.ndarray, size: int, limit: int) -> Iterator[np.ndarray]:
-    """Cut a box of `size` bytes ([start, stop], of shape (2, 2)) in halves along its longer axis until every part fits,
-    or is one element."""
+    """Cut a box of `size` bytes ([start, stop], of shape (2, 2)) in halves until every part fits, or is one element:
+    between rows while there are several, so that parts of whole rows stay in one piece."""
     shape = box[1] - box[0]
     if size <= limit or _elements(box) == 1:
         yield box
         return
-    axis = int(np.argmax(shape))
+    axis = 0 if shape[0] > 1 else 1
     first, second = box.copy(), box.copy()
     first[1, axis] = second[0, axis] = box[0, axis] + shape[axis] // 2
     for half in (first, second):
@@ -181,17 +183,11 @@ def _part(tensor: torch.Tensor, slices: tuple[slice, slice]) -> torch.Tensor:
 
 
 class _Staging:
-    """Two buffers, one for what leaves and one for what comes, as large as the largest round needs."""
+    """A buffer for what does not lie in one piece, or is small; as large as the largest round needs."""
 
-    def __init__(self, rounds: list[list[Message]], rank: int, device: torch.device) -> None:
+    def __init__(self, rank: int, device: torch.device) -> None:
         self._rank = rank
-        sizes = [[0, 0], *([self._size(messages, way) for way in (0, 1)] for messages in rounds)]
-        self._leaving, self._coming = (
-            torch.empty(max(size[way] for size in sizes), dtype=torch.uint8, device=device) for way in (0, 1)
-        )
-
-    def _size(self, messages: list[Message], way: int) -> int:
-        return sum(message.bytes for message in messages if message[way] == self._rank)
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
 
     def exchange(
         self,
@@ -199,37 +195,76 @@ class _Staging:
         take: Callable[[Transfer], Iterator[torch.Tensor]],
         give: Callable[[Transfer], Iterator[torch.Tensor]],
     ) -> None:
-        """One round: pack, send and receive, unpack. Bytes, so that any mix of types shares a message."""
-        operations, coming = [], []
-        sent = received = 0
+        """One round: send and receive, as bytes, so that any mix of types shares a message.
+
+        A large tensor is a message of its own, which leaves from where it lies and arrives where it belongs, at either
+        end that has it in one piece.
+        """
+        parcels = []
         for message in messages:
-            if message.sender == self._rank:
-                packed = self._leaving[sent : sent + message.bytes]
-                sent += message.bytes
-                for transfer in message.transfers:
-                    for field in take(transfer):
-                        source = _as_bytes(field)
-                        packed[: source.numel()].view(source.shape).copy_(source)
-                        packed = packed[source.numel() :]
-                operations.append(dist.P2POp(dist.isend, self._leaving[sent - message.bytes : sent], message.receiver))
-            else:
-                buffer = self._coming[received : received + message.bytes]
-                received += message.bytes
-                coming.append((message, buffer))
-                operations.append(dist.P2POp(dist.irecv, buffer, message.sender))
+            sends = message.sender == self._rank
+            fields = [field for each in message.transfers for field in (take if sends else give)(each)]
+            peer = message.receiver if sends else message.sender
+            parcels += [_Parcel(sends, peer, tag, parts) for tag, parts in enumerate(_shared(fields))]
+        staged = sum(parcel.bytes for parcel in parcels if not parcel.in_place)
+        if staged > len(self._buffer):
+            self._buffer = self._buffer.new_empty(staged)
+        free, operations = self._buffer, []
+        for parcel in parcels:
+            if not parcel.in_place:
+                parcel.buffer, free = free[: parcel.bytes], free[parcel.bytes :]
+            operations.append(parcel.operation())
         for request in dist.batch_isend_irecv(operations):
             request.wait()
-        for message, buffer in coming:
-            for transfer in message.transfers:
-                for field in give(transfer):
-                    target = _as_bytes(field)
-                    target.copy_(buffer[: target.numel()].view(target.shape))
-                    buffer = buffer[target.numel() :]
+        for parcel in parcels:
+            parcel.unpack()
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of a (part of a) tensor whose rows are contiguous."""
-    return tensor.view(torch.uint8)
+class _Parcel:
+    """Tensors that go to, or come from, one peer at once."""
+
+    def __init__(self, sends: bool, peer: int, tag: int, parts: Fields) -> None:
+        self.in_place = len(parts) == 1 and parts[0].is_contiguous()
+        self.bytes = sum(_size(part) for part in parts)
+        self.buffer = parts[0].view(-1).view(torch.uint8) if self.in_place else None
+        self._sends, self._peer, self._tag, self._parts = sends, peer, tag, parts
+
+    def operation(self) -> dist.P2POp:
+        """What sends or receives it, packed before."""
+        assert self.buffer is not None
+        if self._sends:
+            for part, packed in self._staged():
+                packed.copy_(part)
+        return dist.P2POp(dist.isend if self._sends else dist.irecv, self.buffer, self._peer, tag=self._tag)
+
+    def unpack(self) -> None:
+        """Put what has come where it belongs."""
+        if not self._sends:
+            for part, packed in self._staged():
+                part.copy_(packed)
+
+    def _staged(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each tensor and its place in the buffer, as bytes."""
+        if self.in_place:
+            return
+        assert self.buffer is not None
+        rest = self.buffer
+        for part in self._parts:
+            there = part.view(torch.uint8)  # rows are contiguous
+            yield there, rest[: there.numel()].view(there.shape)
+            rest = rest[there.numel() :]
+
+
+def _shared(fields: Fields) -> Iterator[Fields]:
+    """The tensors of a message as both ends send them: the large ones alone, the small ones together."""
+    small = [field for field in fields if _size(field) < ALONE]
+    yield from ([field] for field in fields if _size(field) >= ALONE)
+    if small:
+        yield small
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _misfit(
