@@ -10,6 +10,8 @@ PIP_FLAGS ?=
 # gpu-check: folder for the results, and a folder of wheels (`make gpu-wheels`) for a machine without network.
 OUT ?= benchmarks/results
 WHEELS ?=
+# gpu-ranks: libnccl.so.2 of NCCL 2.31 or newer, where torch brought an older one.
+NCCL_LIBRARY ?=
 
 BIN := $(VENV)/bin
 # What processes of a job import, compiled once, also where the environment says that nobody does: ranks start 4 times as fast.
@@ -17,11 +19,12 @@ IMPORTED := copus.backends.megatron.backend, copus.worker, copus.data.__main__, 
 	torch._dynamo, torch.distributed.run
 INSTALLED := $(VENV)/.installed
 GPU_SITE := build/gpu-site
+RANK_TESTS := reshard_execute rejoin moves move_back noise_sources
 GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-inspection typing-extensions \
 	tyro docstring-parser typeguard
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-slurm lint format docs gpu-check gpu-wheels clean
+.PHONY: help install demo test test-slow test-slurm lint format docs gpu-check gpu-ranks gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,13 +78,26 @@ timeout 220 $(1) -m benchmarks.gpu_check --json --out $(OUT) && exit $$tests
 endef
 
 ifeq ($(WHEELS),)
-gpu-check: install  ## tests and a short benchmark on this machine's GPU, results in OUT (WHEELS=.wheels: without network)
-	$(call GPU_CHECK,$(BIN)/python)
+GPU_PYTHON = $(BIN)/python
+GPU_READY = install
 else
-gpu-check:
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(GPU_SITE) $(WHEELS)/*.whl
-	$(call GPU_CHECK,env PYTHONPATH=$(abspath $(GPU_SITE)):$(CURDIR) $(PYTHON))
+GPU_PYTHON = env PYTHONPATH=$(abspath $(GPU_SITE)):$(CURDIR) $(PYTHON)
+GPU_READY = $(GPU_SITE)
 endif
+
+gpu-check: $(GPU_READY)  ## tests and a short benchmark on this machine's GPU, results in OUT (WHEELS=.wheels: without network)
+	$(call GPU_CHECK,$(GPU_PYTHON))
+
+# NCCL itself lets ranks share a GPU, so that one GPU is enough to run every collective and every move of four ranks.
+gpu-ranks: export NCCL_MULTI_RANK_GPU_ENABLE = 1
+gpu-ranks: export LD_PRELOAD = $(NCCL_LIBRARY)
+gpu-ranks: $(GPU_READY)  ## the tests and moves of up to 4 ranks on NCCL, which may share one GPU (NCCL 2.31, or NCCL_LIBRARY=FILE)
+	$(GPU_PYTHON) -m pytest --nccl -m dist $(RANK_TESTS:%=tests/test_%.py)
+	$(GPU_PYTHON) -m benchmarks.reshard --repeats 1
+
+$(GPU_SITE): $(wildcard $(WHEELS)/*.whl)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $@ $^
+	@touch $@
 
 gpu-wheels: install  ## collect in .wheels what a machine with torch, but without network, lacks (Python 3.12, Linux x86-64)
 	rm -rf .wheels

@@ -1,10 +1,11 @@
-"""A short check of one accelerator: step time, cost of measuring noise, peak memory, and what a change of batch costs.
+"""A short check of one accelerator: step time and peak memory beside their predictions, cost of measuring noise, and of
+a change of batch.
 
     python -m benchmarks.gpu_check [--quick] [--json] [--out DIR]
 
-One rank trains on random tokens, with the real backend. Variants are interleaved, so that a slow moment of the machine
-hits all of them. Without a CUDA device it says so and succeeds; `--quick` runs a tiny model on whatever there is, also
-on a CPU.
+One rank trains two models on random tokens, with the real backend. Variants are interleaved, so that a slow moment of
+the machine hits all of them. Without a CUDA device it says so and succeeds; `--quick` runs a tiny model on whatever
+there is, also on a CPU.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,20 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu_predicted import accelerator_file, model_flops, predictions
 from copus.backends.base import Backend, StepResult, StepRules
+from copus.devices import join_world, rank_device, wait_for
 from copus.hardware import hardware_name, peak_memory_bytes, reset_peak_memory, software_name
 from copus.job import JobConfig, parse_job
 from profiles.configuration import Configuration
+from profiles.cost.accelerator import accelerator
 from profiles.layout import Layout
 
-FULL_MODEL = {
+SMALL_MODEL = {
     "layers": 12, "hidden": 1024, "ffn_hidden": 2816, "heads": 16, "kv_heads": 8, "seq_len": 1024, "vocab": 32000,
+}  # fmt: skip
+LARGE_MODEL = {
+    "layers": 24, "hidden": 2048, "ffn_hidden": 5632, "heads": 16, "kv_heads": 8, "seq_len": 2048, "vocab": 32000,
 }  # fmt: skip
 QUICK_MODEL = {"layers": 2, "hidden": 64, "ffn_hidden": 128, "heads": 4, "kv_heads": 2, "seq_len": 32, "vocab": 256}
 RULES = StepRules(lr=1e-4, betas=(0.9, 0.95))
@@ -44,6 +53,7 @@ class Rank:
 
     def __init__(self, job: JobConfig, backend: Backend) -> None:
         self.backend = backend
+        self._device = backend.device
         self._sample = 0
         generator = torch.Generator().manual_seed(0)
         model = job.model
@@ -60,10 +70,10 @@ class Rank:
 
     def seconds(self, action: Callable[[], Any]) -> float:
         """Duration of an action, the work that it left on the device included."""
-        self._wait()
+        wait_for(self._device)
         begin = time.perf_counter()
         action()
-        self._wait()
+        wait_for(self._device)
         return time.perf_counter() - begin
 
     def step(self, noise_source: str | None = None) -> StepResult:
@@ -74,22 +84,32 @@ class Rank:
             raise RuntimeError(f"{self.backend.configuration.label}: the gradient is not finite")
         return result
 
-    def _wait(self) -> None:
-        if self.backend.device.type == "cuda":
-            torch.cuda.synchronize()
 
-
-def make_job(quick: bool, precision: str) -> JobConfig:
-    """The job that is measured: one rank."""
+def make_job(model: dict[str, int]) -> JobConfig:
+    """A job that is measured: one rank."""
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
     return parse_job(
         {
             "name": "gpu-check",
-            "model": QUICK_MODEL if quick else FULL_MODEL,
-            "cluster": {"accelerators_per_node": 1},
+            "model": model,
+            "cluster": {"accelerators_per_node": 1, "accelerator": accelerator_file()},
             "training": {"global_batch": 8, "micro_batch": 2, "tokens": 10**9, "precision": precision},
         },
         "gpu_check",
     )
+
+
+@contextmanager
+def rank_of(job: JobConfig, device: torch.device) -> Iterator[Rank]:
+    """A rank that trains this job, and lets go of it."""
+    from copus.backends.megatron.backend import MegatronBackend  # some seconds: not for --help
+
+    backend = MegatronBackend(job, device)
+    backend.build(job.training.configuration)
+    try:
+        yield Rank(job, backend)
+    finally:
+        backend.close()
 
 
 def configuration(global_batch: int, micro_batch: int) -> Configuration:
@@ -103,9 +123,10 @@ def middle(values: list[float]) -> dict[str, float]:
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
-def measure_steps(rank: Rank, job: JobConfig, rounds: int, deadline: float) -> list[dict[str, Any]]:
-    """Step time and peak memory of a few micro-batches, in rounds, so that none has a moment of its own."""
-    candidates = [configuration(8, micro_batch) for micro_batch in (1, 2, 4, 8)]
+def measure_steps(
+    rank: Rank, job: JobConfig, candidates: list[Configuration], rounds: int, deadline: float
+) -> list[dict[str, Any]]:
+    """Step time and peak memory of configurations, in rounds, so that none has a moment of its own."""
     times: dict[Configuration, list[float]] = {candidate: [] for candidate in candidates}
     peaks: dict[Configuration, int | None] = {}
     for done in range(rounds):
@@ -121,9 +142,10 @@ def measure_steps(rank: Rank, job: JobConfig, rounds: int, deadline: float) -> l
             except torch.OutOfMemoryError:  # of this device, with one rank: the other micro-batches are not concerned
                 del times[candidate]
                 torch.cuda.empty_cache()
+    peak_flops = accelerator(job.cluster.accelerator).peak(job.training.precision)
     rows: list[dict[str, Any]] = []
-    for candidate in candidates:
-        row: dict[str, Any] = {"configuration": candidate.label}
+    for candidate, predicted in zip(candidates, predictions(job, candidates), strict=True):
+        row: dict[str, Any] = {"configuration": candidate.label, **predicted}
         if candidate not in times:
             rows.append({**row, "failure": "out of memory"})
             continue
@@ -131,6 +153,7 @@ def measure_steps(rank: Rank, job: JobConfig, rounds: int, deadline: float) -> l
         samples_per_second = candidate.global_batch / step["median"]
         row |= {"step_seconds": step, "count": len(times[candidate]), "samples_per_second": samples_per_second}
         row |= {"tokens_per_second": samples_per_second * job.model.seq_len, "peak_bytes": peaks[candidate]}
+        row["mfu"] = model_flops(job, candidate) / step["median"] / peak_flops
         rows.append(row)
     return rows
 
@@ -182,55 +205,50 @@ def measure_moves(rank: Rank) -> list[dict[str, Any]]:
 def run(quick: bool, limit_seconds: float) -> dict[str, Any]:
     """Everything, on the device that is there."""
     begin = time.monotonic()
-    cuda = torch.cuda.is_available()
-    job = make_job(quick, "bf16" if cuda else "fp32")
-    from copus.backends.megatron.backend import MegatronBackend  # some seconds: not for --help
-
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = rank_device(0, 1)
+    models = {"small": QUICK_MODEL} if quick else {"small": SMALL_MODEL, "large": LARGE_MODEL}
+    result: dict[str, Any] = {"benchmark": "gpu_check", "quick": quick, "models": {}}
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1
-        )
-        backend = MegatronBackend(job, device)
-        backend.build(job.training.configuration)
-        rank = Rank(job, backend)
-        result = {
-            "benchmark": "gpu_check",
-            "quick": quick,
-            "device": hardware_name(job.cluster),
-            "software": software_name(),
-            "backend": backend.fingerprint().backend,
-            "precision": job.training.precision,
-            "model": job.model.model_dump(),
-            "parameters": job.model.parameters,
-            "steps": measure_steps(rank, job, 2 if quick else 5, begin + 0.6 * limit_seconds),
-            "noise": measure_noise(rank, 6 if quick else 20, begin + 0.9 * limit_seconds),
-            "moves": measure_moves(rank),
-        }
+        join_world(device, timedelta(minutes=5), store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        for name, model in models.items():
+            job = make_job(model)
+            batch = 8 if name == "small" else 32
+            candidates = [
+                configuration(batch, micro_batch) for micro_batch in (1, 2, 4, 8, 16, 32) if micro_batch <= batch
+            ]
+            share = 0.4 if name == "small" else 1.0  # of the time, in which this model has to be done
+            with rank_of(job, device) as rank:
+                result["models"][name] = {
+                    "model": job.model.model_dump(),
+                    "parameters": job.model.parameters,
+                    "steps": measure_steps(
+                        rank, job, candidates, 2 if quick else 5, begin + 0.6 * share * limit_seconds
+                    ),
+                }
+                if name == "small":
+                    result |= {
+                        "device": hardware_name(job.cluster),
+                        "accelerator": job.cluster.accelerator,
+                        "software": software_name(),
+                        "backend": rank.backend.fingerprint().backend,
+                        "precision": job.training.precision,
+                        "noise": measure_noise(rank, 6 if quick else 20, begin + share * limit_seconds),
+                        "moves": measure_moves(rank),
+                    }
         dist.destroy_process_group()
-    result["seconds"] = time.monotonic() - begin
-    return result
+    return result | {"seconds": time.monotonic() - begin}
 
 
 def show(result: dict[str, Any], console: Console) -> None:
     """The result for people."""
-    console.print(f"{result['device']} · {result['software']} · {result['parameters'] / 1e6:.0f} M parameters")
-    table = Table("configuration", "step ms", "10–90 %", "tokens/s", "peak MiB")
-    for row in result["steps"]:
-        if "failure" in row:
-            table.add_row(row["configuration"], row["failure"])
-            continue
-        step = row["step_seconds"]
-        table.add_row(
-            row["configuration"],
-            f"{1e3 * step['median']:.1f}",
-            f"{1e3 * step['low']:.1f}–{1e3 * step['high']:.1f}",
-            f"{row['tokens_per_second']:.0f}",
-            "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
-        )
-    console.print(table)
+    console.print(f"{result['device']} · {result['software']}; predictions from {result['accelerator']}.yaml alone")
+    for measured in result["models"].values():
+        table = Table("configuration", "step ms", "10–90 %", "predicted (80 %)", "tokens/s", "MFU", "peak GiB")
+        table.add_column("predicted (80 %)")
+        table.title = f"{measured['parameters'] / 1e6:.0f} M parameters, {result['precision']}"
+        for row in measured["steps"]:
+            table.add_row(*_cells(row))
+        console.print(table)
     overhead = result["noise"]["overhead_pct"]
     console.print(
         f"noise of every micro-batch: {overhead['median']:+.1f} % a step "
@@ -242,6 +260,26 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{1e3 * move['first_step_seconds']:.1f} ms, later {1e3 * move['later_step_seconds']:.1f} ms",
             soft_wrap=True,
         )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    step_low, step, step_high = (1e3 * seconds for seconds in row["predicted_seconds"])
+    peak_low, peak, peak_high = (size / 2**30 for size in row["predicted_bytes"])
+    predicted_step = f"{step:.1f} ({step_low:.1f}–{step_high:.1f})"
+    predicted_peak = f"{peak:.1f} ({peak_low:.1f}–{peak_high:.1f})"
+    if "failure" in row:
+        return [row["configuration"], row["failure"], "", predicted_step, "", "", "", predicted_peak]
+    measured = row["step_seconds"]
+    return [
+        row["configuration"],
+        f"{1e3 * measured['median']:.1f}",
+        f"{1e3 * measured['low']:.1f}–{1e3 * measured['high']:.1f}",
+        predicted_step,
+        f"{row['tokens_per_second']:.0f}",
+        f"{100 * row['mfu']:.1f} %",
+        "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}",
+        predicted_peak,
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -257,6 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     console = Console(stderr=options.json, highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a file or a pipe has no width to fit into
     if torch.cuda.is_available() or options.quick:
         result = run(options.quick, options.limit_seconds)
         show(result, console)

@@ -4,8 +4,10 @@ FOLDER/task.json says what; rank 0 leaves FOLDER/result.json.
 """
 
 import json
+import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from benchmarks.reshard import make_job
 from copus.backends.base import StepRules
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.megatron.live_state import LiveState
+from copus.devices import join_world, rank_device, wait_for
 from copus.hardware import hardware_name, software_name
 from copus.reshard.execute import Fields
 from profiles.configuration import Configuration
@@ -29,8 +32,9 @@ def main(folder: Path) -> int:
     """Do the task."""
     task = json.loads((folder / "task.json").read_text())
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    backend = MegatronBackend(make_job(task["quick"]), torch.device("cpu"))
+    device = rank_device(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    join_world(device, timedelta(minutes=5))
+    backend = MegatronBackend(make_job(task["quick"]), device)
     result = _load(backend, task) if task["do"] == "load" else _move(backend, task, folder)
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(result))
@@ -68,9 +72,11 @@ def _move(backend: MegatronBackend, task: dict[str, Any], folder: Path) -> dict[
     moves, saves = [], {}
     for index, layout in enumerate(tour):
         if index:
+            wait_for(backend.device)
             dist.barrier()
             started = time.perf_counter()
             moved = backend.move(_configuration(layout))
+            wait_for(backend.device)
             dist.barrier()
             seconds = time.perf_counter() - started
             moves.append(
@@ -98,7 +104,7 @@ def _whole_tensors(state: LiveState) -> dict[str, Fields]:
 
 def _difference(backend: MegatronBackend, truth: dict[str, Fields]) -> float:
     """Largest difference of any element on any rank, weights and moments; infinite for one that is not a number."""
-    worst = torch.zeros((), dtype=torch.float64)
+    worst = torch.zeros((), dtype=torch.float64, device=backend.device)
     for (name, (top, left)), fields in backend.live_state().items():
         for field, whole in zip(fields(), truth[name], strict=True):
             if field.dim() == 1:

@@ -26,6 +26,7 @@ from copus.branch_runs import run_branches
 from copus.branches import read_plan
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.data.prepared import prepared_path
+from copus.devices import join_world, rank_device
 from copus.events import REQUEUED, End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
@@ -191,18 +192,11 @@ def _start_process_group(job: JobConfig) -> torch.device:
     """Join the other ranks: NCCL where there are GPUs, gloo elsewhere."""
     torch.set_num_threads(job.launch.threads_per_rank)
     timeout = timedelta(seconds=job.launch.timeout_seconds)
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() < job.cluster.accelerators_per_node:
-            raise JobError(
-                f"cluster.accelerators_per_node({job.cluster.accelerators_per_node}) is more than the "
-                f"{torch.cuda.device_count()} GPUs that this machine shows"
-            )
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device, **_meeting_place(timeout))
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=timeout, **_meeting_place(timeout))
+    try:
+        device = rank_device(int(os.environ["LOCAL_RANK"]), job.cluster.accelerators_per_node)
+    except ValueError as error:
+        raise JobError(f"cluster.accelerators_per_node: {error}") from None
+    join_world(device, timeout, **_meeting_place(timeout))
     return device
 
 

@@ -7,14 +7,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks
 import pytest
 from hypothesis import settings
 
+from tests import ranks
+
 # A shared machine makes single examples slow, which is no failure. In CI the examples are the same every time.
 settings.register_profile("copus", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("copus")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--nccl`, of the multi-process tests."""
+    parser.addoption(
+        "--nccl", action="store_true", help="ranks that tests start share this machine's GPUs, on NCCL 2.31 or newer"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs from every suite but `-m gpu`: without them the code under test runs on CPU and gloo, as in CI."""
-    if config.option.markexpr != "gpu":
+    """Hide the GPUs from every suite that does not ask for them: without them the code under test runs on CPU and gloo,
+    as in CI."""
+    if config.option.nccl:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--nccl: no CUDA device")
+        os.environ[ranks.NCCL] = "1"
+    elif config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -9,6 +9,7 @@ from copus.backends.megatron.backend import MegatronBackend
 from copus.job import JobConfig, parse_job
 from profiles.configuration import Configuration
 from profiles.layout import Layout
+from tests.ranks import own_device
 
 SHAPE = {"layers": 4, "hidden": 32, "ffn_hidden": 48, "heads": 4, "kv_heads": 4, "seq_len": 16, "vocab": 250}
 RULES = StepRules(lr=3e-3, betas=(0.9, 0.95))
@@ -42,7 +43,7 @@ def random_batches(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def backend_of(job: JobConfig) -> MegatronBackend:
     """The job's backend, built in the configuration that the job starts with."""
-    backend = MegatronBackend(job, torch.device("cpu"))
+    backend = MegatronBackend(job, own_device())
     backend.build(job.training.configuration)
     return backend
 

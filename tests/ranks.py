@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks and returns what each returned.
+"""Runs a function on several ranks and returns what each returned: on gloo, or (`pytest --nccl`) on NCCL and GPUs.
 
 Importing torch and megatron takes 5 s; a fork server imports them once for the whole test session, and every rank is a
 fork of it.
@@ -14,6 +14,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+NCCL = "COPUS_TEST_NCCL"
+"""In the environment where ranks are to use GPUs."""
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -26,9 +29,9 @@ _context.set_forkserver_preload(
 def run_ranks(
     world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 240
 ) -> list[Any]:
-    """Call `function(*arguments)` on every rank of a fresh gloo world; the results by rank. Raises where any rank
-    raised."""
+    """Call `function(*arguments)` on every rank of a fresh world; the results by rank. Raises where any rank raised."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before the fork server starts; ranks inherit it
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for GPUs in any other way spoils them for forks
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
@@ -47,6 +50,17 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def own_device() -> Any:
+    """The torch.device of this rank."""
+    import torch
+
+    from copus.devices import rank_device
+
+    if NCCL not in os.environ:
+        return torch.device("cpu")
+    return rank_device(int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
 def _gather(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
@@ -78,10 +92,13 @@ def _rank(
         import torch
         import torch.distributed as dist
 
+        from copus.devices import SHARING, join_world
+
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")  # upstream's, hundreds of lines of them
         store = dist.FileStore(f"{folder}/store", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+        os.environ[SHARING] = "1"
+        join_world(own_device(), timedelta(seconds=120), store=store, rank=rank, world_size=world_size)
         result = function(*arguments)
         dist.barrier()
         pipe.send((True, result))

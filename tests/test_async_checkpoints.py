@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from benchmarks.fault_files import largest_difference, state_of
@@ -19,7 +18,7 @@ from copus.loop import Trainer
 from copus.manifest import files_of
 from tests.eager_planner import EagerPlanner
 from tests.megatron_jobs import configuration, random_batches, tiny_job
-from tests.ranks import run_ranks
+from tests.ranks import own_device, run_ranks
 from tests.test_checkpoints import FilesBackend, FilesSave
 
 SAMPLES = 72
@@ -97,7 +96,7 @@ def _train(run: Path, every: int, ruin: str, in_background: bool = True, moves: 
     settings = {"global_batch": 4, "micro_batch": 1, "tokens": 16 * SAMPLES, "checkpoint_every_tokens": 16 * every}
     job = tiny_job(2, {"tp": 2}, **settings, async_checkpoints=in_background, keep_checkpoints=9)
     job = job.model_copy(update={"planner": job.planner.model_copy(update={"every_samples": 28})})
-    backend = MegatronBackend(job, torch.device("cpu"))
+    backend = MegatronBackend(job, own_device())
     backend.build(job.training.configuration)
     state, newest = TrainerState(), newest_checkpoint(run)
     if newest is not None:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from launch_jobs import copus_here, write_job
 from test_end_to_end import _write_job as write_tiny_job
@@ -21,7 +20,7 @@ from copus.job import JobConfig, JobError, load_job
 from planner.config import PlannerConfig
 from profiles.calibration import Calibration
 from tests.megatron_jobs import configuration, random_batches, tiny_job
-from tests.ranks import run_ranks
+from tests.ranks import own_device, run_ranks
 
 
 @pytest.fixture
@@ -159,7 +158,7 @@ def _train_then_branch(folder: Path, job: JobConfig, more: JobConfig) -> tuple[l
     def never() -> bool:
         return False
 
-    backend = MegatronBackend(job, torch.device("cpu"))
+    backend = MegatronBackend(job, own_device())
     backend.build(job.training.configuration)
     before: list[Event] = []
     Trainer(job, folder, backend, random_batches, random_batches, None, TrainerState(), before.append, never).train()
@@ -217,7 +216,7 @@ def _train_prepared(run: Path) -> list[Event]:
     from copus.loop import Trainer
 
     job = load_job(run / "job.yaml")
-    backend = MegatronBackend(job, torch.device("cpu"))
+    backend = MegatronBackend(job, own_device())
     data = backend.open_data(prepared_path(job))
     backend.build(job.training.configuration)
     events: list[Event] = []

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from copus.agreement import RankError
 from copus.backends.base import StepRules
 from copus.backends.megatron import groups
 from copus.backends.megatron.backend import MegatronBackend
@@ -114,3 +115,29 @@ def test_part_norms_are_those_of_the_parts_alone(on_device) -> None:
     grad_sq, parts, alone = on_device(step_with_parts)
     assert parts == pytest.approx(alone, rel=1e-4)
     assert grad_sq < sum(parts) / len(parts)  # the norm of a mean is below the mean of the norms
+
+
+ROOM = 64 * 2**20
+"""Bytes that the process may use in the test below: enough for the tiny job, and not for 4,096 sequences at once."""
+
+
+@pytest.mark.gpu
+def test_a_batch_too_large_for_this_gpu_is_taken_back(nccl: None) -> None:
+    """An out-of-memory of the real allocator, in a step on trial: the job goes back and on, as if nothing had been."""
+    device = torch.device("cuda", 0)
+    try:
+        undisturbed = train(built(device, tiny_job(1, micro_batch=2)), 8)
+        groups.destroy_groups()
+        backend = built(device, tiny_job(1, micro_batch=2))
+        losses = train(backend, 4)
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(ROOM / torch.cuda.get_device_properties(0).total_memory)
+        backend.move(configuration(4096, 4096))
+        with pytest.raises(RankError) as caught:
+            backend.train_step(random_batches, 32, RULES, None, False, on_trial=True)
+        assert caught.value.out_of_memory
+        backend.recover(configuration(8, 2))
+        assert losses + train(backend, 4, 32) == pytest.approx(undisturbed, rel=1e-6)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        groups.destroy_groups()

@@ -24,14 +24,18 @@ def quick_check(out: Path) -> dict[str, Any]:
 
 def check_figures(result: dict[str, Any]) -> None:
     """Every figure is there and is possible."""
-    assert [row["configuration"].split()[-1] for row in result["steps"]] == ["m1", "m2", "m4", "m8"]
-    for row in result["steps"]:
+    small = result["models"]["small"]
+    assert [row["configuration"].split()[-1] for row in small["steps"]] == ["m1", "m2", "m4", "m8"]
+    for row in small["steps"]:
         step = row["step_seconds"]
         assert 0 < step["low"] <= step["median"] <= step["high"]
-        assert row["tokens_per_second"] == pytest.approx(row["samples_per_second"] * result["model"]["seq_len"])
+        assert row["tokens_per_second"] == pytest.approx(row["samples_per_second"] * small["model"]["seq_len"])
         assert row["samples_per_second"] * step["median"] == pytest.approx(8)
         assert row["count"] >= 3
-        assert row["peak_bytes"] > 4 * result["parameters"]
+        assert 0 < row["mfu"] < 1
+        for predicted in (row["predicted_seconds"], row["predicted_bytes"]):
+            assert 0 < predicted[0] < predicted[1] < predicted[2]
+        assert row["peak_bytes"] > 4 * small["parameters"]
     noise = result["noise"]
     assert noise["pairs"] >= 4
     assert noise["overhead_pct"]["low"] <= noise["overhead_pct"]["median"] <= noise["overhead_pct"]["high"]

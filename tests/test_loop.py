@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 
 from copus.backends.base import TrainerState
@@ -20,7 +19,7 @@ from profiles.configuration import Configuration
 from profiles.measurement import Measurement
 from profiles.throughput import Throughput
 from tests.megatron_jobs import configuration, random_batches, tiny_job
-from tests.ranks import run_ranks
+from tests.ranks import own_device, run_ranks
 
 PLANNER = {
     "every_samples": 32,
@@ -71,7 +70,7 @@ class _Table(Throughput):
 
 def _train(run: Path, job: JobConfig, policy: str = "static", stop_after: int | None = None) -> list[Event]:
     """Train, from the newest checkpoint of `run` if there is one; the events of rank 0."""
-    backend = MegatronBackend(job, torch.device("cpu"))
+    backend = MegatronBackend(job, own_device())
     state, start = TrainerState(), job.training.configuration
     newest = newest_checkpoint(run)
     if newest is not None:

@@ -25,7 +25,7 @@ from profiles.profiler import Task
 from profiles.table import ThroughputTable
 from profiles.throughput import Throughput
 from tests.megatron_jobs import random_batches, tiny_job
-from tests.ranks import run_ranks
+from tests.ranks import own_device, run_ranks
 
 
 def _job(table: Path) -> JobConfig:
@@ -38,7 +38,7 @@ def _job(table: Path) -> JobConfig:
 
 def _profile(table: Path) -> tuple[list[Profile], list[Measurement]]:
     job = _job(table)
-    backend = MegatronBackend(job, torch.device("cpu"))
+    backend = MegatronBackend(job, own_device())
 
     def batches(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert first + count <= job.total_samples, "no sequence beyond the run"
@@ -53,7 +53,7 @@ def _cramped(table: Path) -> tuple[list[Measurement], str | None]:
     """What was measured where rank 1 has no memory for tensor parallelism, nor any rank for micro-batches of 4; and how
     it ended."""
     job = _job(table)
-    backend = MegatronBackend(job, torch.device("cpu"))
+    backend = MegatronBackend(job, own_device())
     build, step = backend_module.build_model, backend.train_step
 
     def build_model(shape: ModelShape, layout: Layout, *others: Any) -> Any:
@@ -117,7 +117,7 @@ def test_the_table_predicts_every_candidate_afterwards(tmp_path: Path) -> None:
 class Noted:
     """A backend that notes what it is asked for."""
 
-    device = torch.device("cpu")
+    device = own_device()
 
     def __init__(self) -> None:
         self.is_built = False

@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from copus import rejoin
 from copus.agreement import RankError
+from copus.devices import join_world
 from copus.rejoin import World
-from tests.ranks import run_ranks
+from tests.ranks import own_device, run_ranks
 
 
 def _on_tcp(timeout_seconds: float = 60.0) -> None:
@@ -23,11 +24,11 @@ def _on_tcp(timeout_seconds: float = 60.0) -> None:
     dist.broadcast_object_list(number)
     dist.destroy_process_group()
     store = port[0] or dist.TCPStore("127.0.0.1", number[0], size, False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds))
+    join_world(own_device(), timedelta(seconds=timeout_seconds), store=store, rank=rank, world_size=size)
 
 
 def _sum() -> float:
-    ones = torch.ones(1)
+    ones = torch.ones(1, device=own_device())
     dist.all_reduce(ones)
     return ones.item()
 
@@ -36,13 +37,13 @@ def _step(world: World, error: Exception | None, group: Any) -> None:
     with world.trial():
         if error is not None:
             raise error
-        dist.all_reduce(torch.ones(1000), group=group)
+        dist.all_reduce(torch.ones(1000, device=own_device()), group=group)
 
 
 def _rounds(victims: list[int]) -> list[str]:
     """What every rank is told where victims run out of memory while the others wait, each round in another way."""
     _on_tcp()
-    world, said = World(torch.device("cpu"), timeout_seconds=60), []
+    world, said = World(own_device(), timeout_seconds=60), []
     rank, size = dist.get_rank(), dist.get_world_size()
     for number, victim in enumerate(victims):
         pair = dist.new_group([victim, (victim + 1) % size])
@@ -69,7 +70,7 @@ def _host_hangs() -> bool:
     dist.broadcast_object_list(pids)
     _on_tcp(timeout_seconds=1.0)
     rejoin._GRACE_SECONDS = 0.5
-    world, failed = World(torch.device("cpu"), timeout_seconds=1.0), False
+    world, failed = World(own_device(), timeout_seconds=1.0), False
     try:
         with world.trial():
             if dist.get_rank() == 0:
@@ -91,7 +92,7 @@ def test_a_store_that_hangs_is_not_waited_for() -> None:
 def _other_failures() -> list[str]:
     """Errors that are nobody's lack of memory, or come when it is too late, are raised as they are."""
     rank, said = dist.get_rank(), []
-    world = World(torch.device("cpu"), timeout_seconds=0.5)
+    world = World(own_device(), timeout_seconds=0.5)
     with world.trial() as trial:
         _sum()
         trial.commit()

@@ -24,7 +24,7 @@ from profiles.table import ThroughputTable
 from profiles.throughput import Throughput
 from tests.eager_planner import EagerPlanner
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
-from tests.ranks import run_ranks
+from tests.ranks import own_device, run_ranks
 
 
 def _agree() -> tuple[Any, str, bool]:
@@ -208,7 +208,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(tmp_path: Path) -> 
 def _elsewhere(run: Path, layout: dict[str, Any], ranks: int, steps: int) -> tuple[list[float], str]:
     """Some steps of a job of `ranks` ranks, from its newest checkpoint, on the ranks that there are."""
     job = resized(tiny_job(ranks, layout, micro_batch=2), Cluster(accelerators_per_node=dist.get_world_size()))
-    backend = MegatronBackend(job, torch.device("cpu"))
+    backend = MegatronBackend(job, own_device())
     newest = newest_checkpoint(run)
     state = worker._build_or_resume(job, newest, backend, Throughput())
     losses = []

@@ -11,7 +11,7 @@ from copus.reshard.boxes import Box
 from copus.reshard.execute import _Work, place_of, reshard
 from copus.reshard.pieces import Pieces
 from copus.reshard.plan import make_plan
-from tests.ranks import run_ranks
+from tests.ranks import own_device, run_ranks
 
 NAMES = [f"layer{index}" for index in range(6)]
 SHAPE = (8, 12)
@@ -32,7 +32,7 @@ NEEDED = Pieces.of((rank, name, _columns_of(rank), 12) for rank in range(4) for 
 def _truth(name: str) -> list[torch.Tensor]:
     """Two tensors under one name, of different types: 8 + 4 = 12 bytes."""
     start = 1000 * NAMES.index(name)
-    values = torch.arange(start, start + 96).reshape(SHAPE)
+    values = torch.arange(start, start + 96, device=own_device()).reshape(SHAPE)
     return [values.double(), -values.int()]
 
 
@@ -48,12 +48,14 @@ def _transpose(staging_bytes: int) -> dict[str, Any]:
     def fields(name: str) -> list[torch.Tensor]:
         nonlocal most
         if name not in made:
-            made[name] = [torch.empty(wanted.shape, dtype=dtype) for dtype in (torch.float64, torch.int32)]
+            made[name] = [
+                torch.empty(wanted.shape, dtype=dtype, device=own_device()) for dtype in (torch.float64, torch.int32)
+            ]
         most = max(most, len(held) + len(made))
         return made[name]
 
     needed = {place_of(name, wanted): lambda name=name: fields(name) for name in NAMES}
-    reshard(make_plan(HELD, NEEDED), held, needed, staging_bytes, torch.device("cpu"))
+    reshard(make_plan(HELD, NEEDED), held, needed, staging_bytes, own_device())
     right = all(
         torch.equal(field, expected[wanted.slices_in(whole)])
         for name in NAMES
@@ -110,7 +112,7 @@ def _unlike() -> str:
         held.popitem()
     needed = {place_of(name, _columns_of(rank)): lambda: [] for name in NAMES}
     with pytest.raises(ValueError, match=r"planned") as caught:
-        reshard(make_plan(HELD, NEEDED), held, needed, 500, torch.device("cpu"))
+        reshard(make_plan(HELD, NEEDED), held, needed, 500, own_device())
     assert len(held) == len(NAMES) - (rank == 1), "nothing was consumed"
     return str(caught.value)
 

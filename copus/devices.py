@@ -1,0 +1,43 @@
+"""What a rank runs on, and how it meets the others there: GPUs and NCCL, or CPU cores and gloo."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SHARING = "NCCL_MULTI_RANK_GPU_ENABLE"
+"""NCCL's own switch (from 2.31 on): with 1, ranks may share a GPU. It tries several ranks out on one, and makes nothing
+faster."""
+
+
+def rank_device(local_rank: int, ranks: int) -> torch.device:
+    """The device of one of the `ranks` on this machine; a GPU becomes torch's current one.
+
+    Raises ValueError where there are fewer GPUs than ranks, and `SHARING` does not let them share.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if gpus < ranks and os.environ.get(SHARING) != "1":
+        raise ValueError(
+            f"{ranks} ranks are more than the {gpus} GPUs that this machine shows ({SHARING}=1 lets them share)"
+        )
+    device = torch.device("cuda", local_rank % gpus)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_world(device: torch.device, timeout: timedelta, **place: Any) -> None:
+    """Form the default process group. `place` (store, rank, world_size) goes to `init_process_group` as it is."""
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=device, **place)
+    else:
+        dist.init_process_group("gloo", timeout=timeout, **place)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
