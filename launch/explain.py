@@ -12,6 +12,7 @@ from copus.job import JobError, load_job
 from launch.follow import event_lines, samples_of
 from launch.run_directory import find_run, shown
 from launch.status import count, noise_interval
+from launch.tables import add_solid_column, fitted, new_table, page
 from planner.wording import duration
 from profiles.decision import CandidateScore, Decision
 
@@ -173,36 +174,30 @@ def cells(candidate: CandidateScore) -> list[str]:
 
 
 def _table(decision: Decision, rows: list[CandidateScore], left_out: Collection[str]) -> "Table":
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in COLUMNS:
-        if name not in left_out:
-            table.add_column(name, justify="left" if name in WORDS else "right", no_wrap=name != "verdict")
-    for candidate in rows:
+    table = new_table()
+    told = [dict(zip(COLUMNS, cells(candidate), strict=True)) for candidate in rows]
+    names = [name for name in COLUMNS if name not in left_out]
+    for name in names:
+        if name == "verdict":
+            table.add_column(name)
+        else:
+            add_solid_column(table, name, [row[name] for row in told], right=name not in WORDS)
+    for candidate, row in zip(rows, told, strict=True):
         chosen, current = candidate.configuration == decision.chosen, candidate.configuration == decision.current
         style = "bold green" if chosen else "cyan" if current else ""
-        told = zip(COLUMNS, cells(candidate), strict=True)
-        table.add_row(*(Text(cell) for name, cell in told if name not in left_out), style=style)
+        table.add_row(*(Text(row[name]) for name in names), style=style)
     return table
 
 
 def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
-    from rich.console import Console
-    from rich.measure import Measurement
     from rich.text import Text
 
     decision = explanation.decision
     rows = shown_candidates(decision, all_candidates)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a file or a pipe has no width to fit into
-    for gone in range(len(DISPENSABLE) + 1):
-        table = _table(decision, rows, DISPENSABLE[:gone])
-        if Measurement.get(console, console.options, table).minimum + VERDICT_WIDTH <= console.width:
-            break
+    console = page()
+    table = fitted(lambda left_out: _table(decision, rows, left_out), DISPENSABLE, console.width - VERDICT_WIDTH)
     console.print(Text("\n".join(_heading(run, explanation))), soft_wrap=True)
     console.print(table)
     if len(rows) < len(decision.candidates):

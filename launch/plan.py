@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copus.job import JobConfig, JobError, load_job
+from launch.tables import page, print_columns, print_table
 from planner.wording import sequences
 from profiles.table import ThroughputTable
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs, and not b
     from planner.prospects import Expectation, Fastest, NoiseRange, Prospects
 
 GIB = 2**30
+DISPENSABLE = ("source", "80 %", "memory 80 %", "fit")
+"""Columns that a narrow terminal goes without, the first one first; `--json` has them."""
 
 
 def plan(job_file: Path, overrides: list[str], *, as_json: bool = False, all_candidates: bool = False) -> int:
@@ -86,24 +89,33 @@ def _values(each: "Expectation") -> dict[str, Any]:
 
 
 def _print(job: JobConfig, prospects: "Prospects", all_candidates: bool) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a file or a pipe has no width to fit into
+    console = page()
     fastest, by_noise = prospects.fastest(), prospects.by_noise(job.planner)
     console.print(Text("\n".join(_heading(job, prospects))), soft_wrap=True)
     if all_candidates:
-        console.print(_candidates(prospects.expectations))
-    console.print(_variants(prospects))
+        print_table("every candidate", [_candidate(each) for each in prospects.expectations], console, DISPENSABLE)
+    configurations = [each.configuration for each in prospects.variants]
+    print_table(
+        "the start with other settings of training.layout",
+        [_variant(each) for each in prospects.variants],
+        console,
+        DISPENSABLE,
+        bold=configurations.index(prospects.start.configuration),
+    )
     if fastest:
-        console.print(_fastest(fastest))
-        console.print(_memory([prospects.start, *(each.best for each in fastest)]))
-        console.print(_by_noise(by_noise, job))
+        print_table("fastest layout of each global batch", [_fastest(each) for each in fastest], console, DISPENSABLE)
+        print_columns(
+            "memory of the fullest rank, GiB, as the memory model has it",
+            _memory([prospects.start, *(each.best for each in fastest)]),
+            console,
+        )
+        title = "best configuration by noise scale (tr Σ/|G|², sequences)"
+        print_table(title, [_by_noise(each) for each in by_noise], console, DISPENSABLE)
     else:
         console.print(Text(_nothing(prospects)))
-    console.print(Text("assumed: " + "; ".join(prospects.assumptions), style="dim"), soft_wrap=True)
+    console.print(Text("assumed: " + "; ".join(prospects.assumptions), style="dim"))
 
 
 def _heading(job: JobConfig, prospects: "Prospects") -> list[str]:
@@ -144,94 +156,78 @@ def _nothing(prospects: "Prospects") -> str:
     )
 
 
-def _candidates(expectations: "list[Expectation]") -> Any:
-    table = _table("every candidate", "layout", "micro-batch", "global batch", "samples/s", "80 %", "source", "memory")
-    table.add_column("verdict")
+def _candidate(each: "Expectation") -> dict[str, str]:
+    return {
+        "layout": each.configuration.layout.label,
+        "micro-batch": str(each.configuration.micro_batch),
+        "global batch": str(each.configuration.global_batch),
+        "samples/s": _rate(each),
+        "80 %": _rates(each),
+        "source": each.source,
+        "memory": _gib(each.peak_bytes),
+        "verdict": each.refusal or _fit(each),
+    }
+
+
+def _variant(each: "Expectation") -> dict[str, str]:
+    layout = each.configuration.layout
+    return {
+        "recompute": layout.recompute,
+        "zero": str(layout.zero),
+        "sequence parallel": "yes" if layout.sequence_parallel else "no",
+        "memory": _gib(each.peak_bytes),
+        "memory 80 %": f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
+        "fit": _fit(each),
+        "samples/s": _rate(each),
+        "source": each.source,
+    }
+
+
+def _fastest(row: "Fastest") -> dict[str, str]:
+    each, other = row.best, row.runner_up
+    return {
+        "batch": str(each.configuration.global_batch),
+        "layout": f"{each.configuration.layout.label} m{each.configuration.micro_batch}",
+        "samples/s": _rate(each),
+        "80 %": _rates(each),
+        "source": each.source,
+        "memory": _gib(each.peak_bytes),
+        "fit": _fit(each),
+        "next layout": "–" if other is None else f"{other.configuration.layout.label} {_rate(other)}",
+        "sure": "–" if row.sure is None else f"{min(row.sure, 0.99):.0%}",
+    }
+
+
+def _memory(expectations: "list[Expectation]") -> dict[str, dict[str, str]]:
+    """Parts of the memory by configuration; configurations that differ in the global batch alone hardly differ."""
+    found: dict[tuple[Any, ...], dict[str, str]] = {}
+    labels: dict[tuple[Any, ...], str] = {}
     for each in expectations:
-        configuration = each.configuration
-        table.add_row(
-            *(configuration.layout.label, str(configuration.micro_batch), str(configuration.global_batch)),
-            *(_rate(each), _rates(each), each.source, _gib(each.peak_bytes)),
-            each.refusal or _fit(each),
+        layout, micro_batch = each.configuration.layout, each.configuration.micro_batch
+        key = (layout, micro_batch, tuple(each.memory.values()))
+        labels.setdefault(key, f"{layout.label} m{micro_batch}")
+        found.setdefault(
+            key,
+            {
+                **{name: f"{size / GIB:.2f}" for name, size in each.memory.items()},
+                "sum": f"{sum(each.memory.values()) / GIB:.2f}",
+                "80 %": f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
+                "stage": "last" if each.last_stage else "first",
+            },
         )
-    return table
+    return {labels[key]: cells for key, cells in found.items()}
 
 
-def _variants(prospects: "Prospects") -> Any:
-    table = _table(
-        "the start with other settings of training.layout", "recompute", "zero", "sequence parallel", "memory"
-    )
-    for name in ("80 %", "fits", "samples/s", "source"):
-        table.add_column(name)
-    for each in prospects.variants:
-        layout = each.configuration.layout
-        table.add_row(
-            *(layout.recompute, str(layout.zero), "yes" if layout.sequence_parallel else "no", _gib(each.peak_bytes)),
-            f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
-            *(_fit(each), _rate(each), each.source),
-            style="bold" if each.configuration == prospects.start.configuration else "",
-        )
-    return table
-
-
-def _fastest(fastest: "list[Fastest]") -> Any:
-    table = _table("fastest layout of each global batch", "global batch", "layout", "micro-batch", "samples/s", "80 %")
-    for name in ("source", "memory", "fits", "next layout", "faster than next"):
-        table.add_column(name)
-    for row in fastest:
-        each, other = row.best, row.runner_up
-        table.add_row(
-            *(str(each.configuration.global_batch), each.configuration.layout.label),
-            *(str(each.configuration.micro_batch), _rate(each), _rates(each), each.source),
-            *(_gib(each.peak_bytes), _fit(each)),
-            "–" if other is None else f"{other.configuration.layout.label} {_rate(other)}",
-            "–" if row.sure is None else f"{min(row.sure, 0.99):.0%} sure",
-        )
-    return table
-
-
-def _memory(expectations: "list[Expectation]") -> Any:
-    names = list(expectations[0].memory)
-    table = _table(
-        "memory of the fullest rank, GiB, as the memory model has it", "configuration", *names, "sum", "80 %"
-    )
-    table.add_column("stage")
-    seen = set()
-    for each in expectations:
-        key = (each.configuration.layout, each.configuration.micro_batch, tuple(each.memory.values()))
-        if key in seen:  # the global batch alone hardly matters
-            continue
-        seen.add(key)
-        table.add_row(
-            each.configuration.label,
-            *(f"{each.memory[name] / GIB:.2f}" for name in names),
-            f"{sum(each.memory.values()) / GIB:.2f}",
-            f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
-            "last" if each.last_stage else "first",
-        )
-    return table
-
-
-def _by_noise(ranges: "list[NoiseRange]", job: JobConfig) -> Any:
-    table = _table(
-        "best configuration by noise scale (tr Σ/|G|², sequences)", "noise scale", "configuration", "samples/s"
-    )
-    for name in ("source", "memory", "fits"):
-        table.add_column(name)
-    for each in ranges:
-        high = f"to {sequences(each.high)}" if math.isfinite(each.high) else "and more"
-        table.add_row(
-            *(f"{sequences(each.low)} {high}", each.best.configuration.label, _rate(each.best)),
-            *(each.best.source, _gib(each.best.peak_bytes), _fit(each.best)),
-        )
-    return table
-
-
-def _table(title: str, *columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def _by_noise(each: "NoiseRange") -> dict[str, str]:
+    high = f"to {sequences(each.high)}" if math.isfinite(each.high) else "and more"
+    return {
+        "noise scale": f"{sequences(each.low)} {high}",
+        "configuration": each.best.configuration.label,
+        "samples/s": _rate(each.best),
+        "source": each.best.source,
+        "memory": _gib(each.best.peak_bytes),
+        "fit": _fit(each.best),
+    }
 
 
 def _step(each: "Expectation") -> str:

@@ -12,6 +12,7 @@ from copus.job import JobConfig, JobError, load_job
 from launch.follow import without_replays
 from launch.plot import check_output, need_matplotlib
 from launch.run_directory import find_run, shown
+from launch.tables import new_table, page
 from planner.look_ahead import look_ahead
 from planner.menu import Floats, Menu
 from planner.plan import Plan
@@ -203,18 +204,12 @@ def _start_seconds(setting: Setting) -> float:
 
 
 def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a file or a pipe has no width to fit into
+    console = page()
     label = [configuration.label for configuration in setting.menu.configurations]
     console.print(f"noise       {said}; estimates ± {setting.noise:.0%}, c × {setting.factor_error:g}", soft_wrap=True)
     console.print(f"throughput  {source}; a layout move takes {setting.move_seconds[2]:.3g} s")
     console.print(f"objective   {setting.objective}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table()
     table.add_column("policy")
     for name in ("time to target", "±", "vs best fixed", "layout moves", "other moves"):
         table.add_column(name, justify="right")

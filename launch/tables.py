@@ -1,0 +1,102 @@
+"""Tables for people: what all rows share is said once, above, and a narrow terminal goes without some columns."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # rich is loaded when something is printed
+    from rich.console import Console
+    from rich.table import Table
+
+Row = Mapping[str, str]
+"""Cells by their column; all rows of a table have the same columns, in the same order."""
+
+
+def page() -> "Console":
+    """Standard output, for people."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no width to fit into
+    return console
+
+
+def fitted(make: "Callable[[Sequence[str]], Table]", dispensable: Sequence[str], width: int) -> "Table":
+    """What `make` makes, told which columns to leave out: as few of `dispensable`, from its first on, as the width asks
+    for."""
+    for gone in range(len(dispensable) + 1):
+        table = make(dispensable[:gone])
+        if _least_width(table) <= width:
+            break
+    return table
+
+
+def _least_width(table: "Table") -> int:
+    """Characters that it needs, where what may wrap does."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(width=10_000)
+    return Measurement.get(console, console.options, table).minimum
+
+
+def print_table(
+    title: str, rows: Sequence[Row], console: "Console", dispensable: Sequence[str] = (), bold: int | None = None
+) -> None:
+    """Print rows below a title. `bold` is the index of a row that stands out."""
+    same = {name: rows[0][name] for name in rows[0] if len(rows) > 1 and len({row[name] for row in rows}) == 1}
+    if same:  # words speak for themselves, figures do not
+        title += (
+            f" (all: {', '.join(value if value[:1].isalpha() else f'{name} {value}' for name, value in same.items())})"
+        )
+
+    def make(left_out: Sequence[str]) -> "Table":
+        table = new_table()
+        names = [name for name in rows[0] if name not in left_out and name not in same]
+        for name in names:
+            add_solid_column(table, name, [row[name] for row in rows])
+        for index, row in enumerate(rows):
+            table.add_row(*(row[name] for name in names), style="bold" if index == bold else "")
+        return table
+
+    console.print(title, style="italic", soft_wrap=True, markup=False)
+    console.print(fitted(make, [name for name in dispensable if name not in same], console.width))
+
+
+def print_columns(title: str, columns: Mapping[str, Row], console: "Console") -> None:
+    """Print each row as a column under its heading, the names of the cells at the left; below each other in as many
+    tables as the width of the console asks for. Headings wrap between words."""
+    headings, names = list(columns), list(next(iter(columns.values())))
+
+    def make(some: Sequence[str]) -> "Table":
+        table = new_table()
+        add_solid_column(table, "", names)
+        for heading in some:
+            add_solid_column(table, heading.replace(" ", "\n", 1), list(columns[heading].values()), right=True)
+        for name in names:
+            table.add_row(name, *(columns[heading][name] for heading in some))
+        return table
+
+    console.print(title, style="italic", soft_wrap=True, markup=False)
+    while headings:
+        count = len(headings)
+        while count > 1 and _least_width(make(headings[:count])) > console.width:
+            count -= 1
+        console.print(make(headings[:count]))
+        headings = headings[count:]
+
+
+def add_solid_column(table: "Table", heading: str, cells: Sequence[str], right: bool = False) -> None:
+    """A column that does not wrap, of which rich would else count the longest word only."""
+    from rich.cells import cell_len
+
+    width = max(map(cell_len, [*heading.split("\n"), *cells]))
+    table.add_column(heading, justify="right" if right else "left", no_wrap=True, min_width=width)
+
+
+def new_table() -> "Table":
+    """An empty one, as all of them look."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False)
