@@ -16,6 +16,7 @@ from test_launch_submit import LONG, steps_seen, submitted, wait_for, worker_is_
 from copus.events import End, read_events
 from copus.job import JobError, load_job
 from launch.engines import engine_of, engine_state
+from launch.engines.agent import agent_environment
 from launch.engines.base import EngineOptions, EngineState, QueuedEngine
 from launch.engines.log_files import lines_of
 
@@ -35,6 +36,19 @@ class ElsewhereEngine(QueuedEngine):
 
     def withdraw(self, ticket: Any) -> str: ...
     def submit(self, run: Path, job: Any) -> Any: ...
+
+
+def test_gpus_get_megatrons_one_queue_and_cpu_ranks_see_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = load_job(write_job(tmp_path))
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    on_cpu, cluster = agent_environment(job), job.cluster.model_copy(update={"accelerator": "h100-sxm"})
+    on_gpus = agent_environment(job.model_copy(update={"cluster": cluster}))
+    assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in on_cpu
+    assert on_gpus["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in on_gpus
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    assert agent_environment(job.model_copy(update={"cluster": cluster}))["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 @pytest.fixture

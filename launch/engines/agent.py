@@ -1,5 +1,6 @@
 """torch's elastic agent (`torch.distributed.run`), which starts, watches and restarts the workers of one node."""
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,10 @@ def agent_environment(job: JobConfig) -> dict[str, str]:
     }
     if job.cluster.accelerator == "cpu":
         settings["CUDA_VISIBLE_DEVICES"] = ""  # also where there are GPUs
+    else:
+        # Megatron wants it up to Hopper: with one queue kernels start in the order in which they were launched, so that
+        # the collectives of tensor parallelism begin before the matrix products that hide them.
+        settings["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return settings
 
 
