@@ -92,8 +92,8 @@ gpu-check: $(GPU_READY)  ## tests and a short benchmark on this machine's GPU, r
 gpu-ranks: export NCCL_MULTI_RANK_GPU_ENABLE = 1
 gpu-ranks: export LD_PRELOAD = $(NCCL_LIBRARY)
 gpu-ranks: $(GPU_READY)  ## the tests and moves of up to 4 ranks on NCCL, which may share one GPU (NCCL 2.31, or NCCL_LIBRARY=FILE)
-	$(GPU_PYTHON) -m pytest --nccl -m dist $(RANK_TESTS:%=tests/test_%.py)
-	$(GPU_PYTHON) -m benchmarks.reshard --repeats 1
+	@tests=0; $(GPU_PYTHON) -m pytest --nccl -m dist $(RANK_TESTS:%=tests/test_%.py) || tests=$$?; \
+	$(GPU_PYTHON) -m benchmarks.reshard --repeats 1 && exit $$tests
 
 $(GPU_SITE): $(wildcard $(WHEELS)/*.whl)
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $@ $^

@@ -35,6 +35,7 @@ from copus.job import JobConfig, parse_job
 from profiles.configuration import Configuration
 from profiles.cost.accelerator import accelerator
 from profiles.layout import Layout
+from profiles.throughput import OUT_OF_MEMORY
 
 SMALL_MODEL = {
     "layers": 12, "hidden": 1024, "ffn_hidden": 2816, "heads": 16, "kv_heads": 8, "seq_len": 1024, "vocab": 32000,
@@ -92,7 +93,7 @@ def make_job(model: dict[str, int]) -> JobConfig:
         {
             "name": "gpu-check",
             "model": model,
-            "cluster": {"accelerators_per_node": 1, "accelerator": accelerator_file()},
+            "cluster": {"accelerators_per_node": 1, "accelerator": accelerator_file() or "unknown"},
             "training": {"global_batch": 8, "micro_batch": 2, "tokens": 10**9, "precision": precision},
         },
         "gpu_check",
@@ -129,31 +130,35 @@ def measure_steps(
     """Step time and peak memory of configurations, in rounds, so that none has a moment of its own."""
     times: dict[Configuration, list[float]] = {candidate: [] for candidate in candidates}
     peaks: dict[Configuration, int | None] = {}
-    for done in range(rounds):
-        if done and time.monotonic() > deadline:
+    failures: dict[Configuration, str] = {}
+    for candidate in candidates * rounds:
+        if candidate in failures:
+            continue
+        if time.monotonic() > deadline:
             break
-        for candidate in list(times):
-            rank.change(candidate)
-            try:
-                rank.step()
-                reset_peak_memory()
-                times[candidate] += [rank.seconds(rank.step) for _ in range(3)]
-                peaks[candidate] = peak_memory_bytes()
-            except torch.OutOfMemoryError:  # of this device, with one rank: the other micro-batches are not concerned
-                del times[candidate]
-                torch.cuda.empty_cache()
-    peak_flops = accelerator(job.cluster.accelerator).peak(job.training.precision)
+        rank.change(candidate)
+        try:
+            rank.step()
+            reset_peak_memory()
+            times[candidate] += [rank.seconds(rank.step) for _ in range(3)]
+            peaks[candidate] = peak_memory_bytes()
+        except torch.OutOfMemoryError:  # of this device, with one rank: the other micro-batches are not concerned
+            failures[candidate] = OUT_OF_MEMORY
+        if candidate in failures:  # the error, which holds on to activations, is gone
+            torch.cuda.empty_cache()
     rows: list[dict[str, Any]] = []
     for candidate, predicted in zip(candidates, predictions(job, candidates), strict=True):
         row: dict[str, Any] = {"configuration": candidate.label, **predicted}
-        if candidate not in times:
-            rows.append({**row, "failure": "out of memory"})
+        if candidate in failures or not times[candidate]:
+            rows.append({**row, "failure": failures.get(candidate, "not measured: no time left")})
             continue
         step = middle(times[candidate])
         samples_per_second = candidate.global_batch / step["median"]
         row |= {"step_seconds": step, "count": len(times[candidate]), "samples_per_second": samples_per_second}
         row |= {"tokens_per_second": samples_per_second * job.model.seq_len, "peak_bytes": peaks[candidate]}
-        row["mfu"] = model_flops(job, candidate) / step["median"] / peak_flops
+        if predicted:
+            peak = accelerator(job.cluster.accelerator).peak(job.training.precision)
+            row["mfu"] = model_flops(job, candidate) / step["median"] / peak
         rows.append(row)
     return rows
 
@@ -241,7 +246,10 @@ def run(quick: bool, limit_seconds: float) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """The result for people."""
-    console.print(f"{result['device']} · {result['software']}; predictions from {result['accelerator']}.yaml alone")
+    source = "this device has no file, so nothing is predicted"
+    if result["accelerator"] != "unknown":
+        source = f"predictions from {result['accelerator']}.yaml alone"
+    console.print(f"{result['device']} · {result['software']}; {source}")
     for measured in result["models"].values():
         table = Table("configuration", "step ms", "10–90 %", "predicted (80 %)", "tokens/s", "MFU", "peak GiB")
         table.add_column("predicted (80 %)")
@@ -263,10 +271,12 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    step_low, step, step_high = (1e3 * seconds for seconds in row["predicted_seconds"])
-    peak_low, peak, peak_high = (size / 2**30 for size in row["predicted_bytes"])
-    predicted_step = f"{step:.1f} ({step_low:.1f}–{step_high:.1f})"
-    predicted_peak = f"{peak:.1f} ({peak_low:.1f}–{peak_high:.1f})"
+    predicted_step = predicted_peak = "?"
+    if "chance_to_fit" in row:
+        low, step, high = (1e3 * seconds for seconds in row["predicted_seconds"])
+        predicted_step = f"{step:.1f} ({low:.1f}–{high:.1f})"
+        low, peak, high = (size / 2**30 for size in row["predicted_bytes"])
+        predicted_peak = f"{peak:.1f} ({low:.1f}–{high:.1f})"
     if "failure" in row:
         return [row["configuration"], row["failure"], "", predicted_step, "", "", "", predicted_peak]
     measured = row["step_seconds"]
@@ -276,7 +286,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{1e3 * measured['low']:.1f}–{1e3 * measured['high']:.1f}",
         predicted_step,
         f"{row['tokens_per_second']:.0f}",
-        f"{100 * row['mfu']:.1f} %",
+        f"{100 * row['mfu']:.1f} %" if "mfu" in row else "?",
         "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}",
         predicted_peak,
     ]

@@ -11,20 +11,33 @@ from profiles.cost import CostModel
 from profiles.cost.accelerator import accelerator
 from profiles.memory import MemoryModel
 
-FILES = {"H100": "h100-sxm", "H200": "h200", "A100-SXM4-40GB": "a100-40g", "A100": "a100-80g", "B200": "b200"}
-"""Part of a device's name → its file in `profiles/accelerators`; the first one counts."""
+FILES = {
+    "H100 80GB HBM3": "h100-sxm",
+    "H200": "h200",
+    "A100-SXM4-40GB": "a100-40g",
+    "A100-SXM4-80GB": "a100-80g",
+    "B200": "b200",
+    "B300": "b300",
+    "GB200": "gb200",
+    "GB300": "gb300",
+    "V100-SXM2-32GB": "v100",
+}
+"""Last words of a device's name → its file in `profiles/accelerators`."""
 
 
-def accelerator_file() -> str:
-    """The name of this device's file; h100-sxm for a GPU that has none, whose predictions are then not its own."""
+def accelerator_file() -> str | None:
+    """The name of this device's file; None for a GPU that has none."""
     if not torch.cuda.is_available():
         return "cpu"
-    name = torch.cuda.get_device_name().replace(" ", "-")
-    return next((file for part, file in FILES.items() if part in name), "h100-sxm")
+    name = f" {torch.cuda.get_device_name()}"
+    return next((file for words, file in FILES.items() if name.endswith(f" {words}")), None)
 
 
 def predictions(job: JobConfig, candidates: list[Configuration]) -> list[dict[str, Any]]:
-    """Of each: step seconds and peak bytes as [low, median, high] of 80 % intervals, and the chance to fit."""
+    """Of each: step seconds and peak bytes as [low, median, high] of 80 % intervals, and the chance to fit; nothing for
+    a device without a file."""
+    if accelerator_file() is None:
+        return [{} for _ in candidates]
     columns, precision = Configurations.of(candidates), job.training.precision
     times = CostModel().predict(job.model, job.cluster, columns, precision)
     peaks = MemoryModel().predict(job.model, columns, precision)

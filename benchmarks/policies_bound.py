@@ -94,8 +94,8 @@ def measure(tables: dict[str, tuple[Menu, Floats]]) -> dict[str, Any]:
                 answers = {
                     "goodput, φ known but for c": game.gains(game.greedy),
                     "copus, φ known but for c": copus,
-                    "never slower than fixed, best for c right": game.best(right, harm),
-                    "never slower than fixed, best for c off": game.best(off, harm),
+                    "at most 0.5 % slower than fixed, best for c right": game.best(right, harm),
+                    "at most 0.5 % slower than fixed, best for c off": game.best(off, harm),
                     "never behind copus, best for c right": game.best(right, copus - slack),
                     "never behind copus, best for c off": game.best(off, copus - slack),
                     "both": game.best(right, np.maximum(copus, -HARM) - slack),
@@ -106,7 +106,9 @@ def measure(tables: dict[str, tuple[Menu, Floats]]) -> dict[str, Any]:
 
 
 def _figures(gains: list[Floats | None]) -> dict[str, Any]:
-    there = np.array([each for each in gains if each is not None])
+    there = np.array([each for each in gains if each is not None]).reshape(-1, 3)
+    if not len(there):
+        return {"cases": len(gains), "possible": 0, "mean_gain_pct": None, "worst_gain_pct": None}
     return {
         "cases": len(gains),
         "possible": len(there),
@@ -119,8 +121,11 @@ def show(result: dict[str, Any], console: Console) -> None:
     """A table for people."""
     table = Table("schedules", "possible in", "c ×½", "c right", "c ×2", "worst", title="gain over the best fixed, %")
     for name, line in result["schedules"].items():
-        means = [f"{line['mean_gain_pct'][c]:.2f}" for c in ("c ×0.5", "c right", "c ×2")]
-        table.add_row(name, f"{line['possible']} of {line['cases']}", *means, f"{line['worst_gain_pct']:.2f}")
+        figures = ["–"] * 4
+        if line["possible"]:
+            figures = [f"{line['mean_gain_pct'][c]:.2f}" for c in ("c ×0.5", "c right", "c ×2")]
+            figures.append(f"{line['worst_gain_pct']:.2f}")
+        table.add_row(name, f"{line['possible']} of {line['cases']}", *figures)
     console.print(table)
     console.print("means over the cases where it is possible; moves cost nothing, and all of c·φ is known beforehand")
 

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -127,6 +128,9 @@ class World:
         """What every rank raises where one of them ran out of memory and all the others have left the step too."""
         if is_out_of_memory(error):
             self._store.set(self._note, json.dumps([self._rank, one_line(error)]))
+            if self._backend == "nccl":
+                # Whoever sees a peer abort is ended by torch's own watchdog: all read the note and abort themselves.
+                time.sleep(3 * _POLL_SECONDS)
         elif not self._store.check([self._note]):
             return None
         self._break(trial)

@@ -95,7 +95,8 @@ def _print(job: JobConfig, prospects: "Prospects", all_candidates: bool) -> None
     fastest, by_noise = prospects.fastest(), prospects.by_noise(job.planner)
     console.print(Text("\n".join(_heading(job, prospects))), soft_wrap=True)
     if all_candidates:
-        print_table("every candidate", [_candidate(each) for each in prospects.expectations], console, DISPENSABLE)
+        candidates = [_candidate(each) for each in prospects.expectations]
+        print_table("every candidate", candidates, console, DISPENSABLE, wrapping="verdict")
     configurations = [each.configuration for each in prospects.variants]
     print_table(
         "the start with other settings of training.layout",
@@ -199,23 +200,22 @@ def _fastest(row: "Fastest") -> dict[str, str]:
 
 
 def _memory(expectations: "list[Expectation]") -> dict[str, dict[str, str]]:
-    """Parts of the memory by configuration; configurations that differ in the global batch alone hardly differ."""
-    found: dict[tuple[Any, ...], dict[str, str]] = {}
-    labels: dict[tuple[Any, ...], str] = {}
+    """Parts of the memory by configuration. Of those that differ in the global batch alone, and do not differ in
+    memory, the first one stands for all."""
+    found: dict[str, dict[str, str]] = {}
+    seen = set()
     for each in expectations:
-        layout, micro_batch = each.configuration.layout, each.configuration.micro_batch
-        key = (layout, micro_batch, tuple(each.memory.values()))
-        labels.setdefault(key, f"{layout.label} m{micro_batch}")
-        found.setdefault(
-            key,
-            {
-                **{name: f"{size / GIB:.2f}" for name, size in each.memory.items()},
-                "sum": f"{sum(each.memory.values()) / GIB:.2f}",
-                "80 %": f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
-                "stage": "last" if each.last_stage else "first",
-            },
-        )
-    return {labels[key]: cells for key, cells in found.items()}
+        key = (each.configuration.layout, each.configuration.micro_batch, tuple(each.memory.values()))
+        if key in seen:
+            continue
+        seen.add(key)
+        found[each.configuration.label] = {
+            **{name: f"{size / GIB:.2f}" for name, size in each.memory.items()},
+            "sum": f"{sum(each.memory.values()) / GIB:.2f}",
+            "80 %": f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
+            "stage": "last" if each.last_stage else "first",
+        }
+    return found
 
 
 def _by_noise(each: "NoiseRange") -> dict[str, str]:

@@ -41,9 +41,16 @@ def _least_width(table: "Table") -> int:
 
 
 def print_table(
-    title: str, rows: Sequence[Row], console: "Console", dispensable: Sequence[str] = (), bold: int | None = None
+    title: str,
+    rows: Sequence[Row],
+    console: "Console",
+    dispensable: Sequence[str] = (),
+    *,
+    bold: int | None = None,
+    wrapping: str | None = None,
 ) -> None:
-    """Print rows below a title. `bold` is the index of a row that stands out."""
+    """Print one row or more below a title. `bold` is the index of a row that stands out, `wrapping` the one column that
+    may wrap between words."""
     same = {name: rows[0][name] for name in rows[0] if len(rows) > 1 and len({row[name] for row in rows}) == 1}
     if same:  # words speak for themselves, figures do not
         title += (
@@ -54,7 +61,10 @@ def print_table(
         table = new_table()
         names = [name for name in rows[0] if name not in left_out and name not in same]
         for name in names:
-            add_solid_column(table, name, [row[name] for row in rows])
+            if name == wrapping:
+                table.add_column(name)
+            else:
+                add_solid_column(table, name, [row[name] for row in rows])
         for index, row in enumerate(rows):
             table.add_row(*(row[name] for name in names), style="bold" if index == bold else "")
         return table

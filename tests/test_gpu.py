@@ -118,7 +118,7 @@ def test_part_norms_are_those_of_the_parts_alone(on_device) -> None:
 
 
 ROOM = 64 * 2**20
-"""Bytes that the process may use in the test below: enough for the tiny job, and not for 4,096 sequences at once."""
+"""Bytes beyond what it has that the process may use below: enough for the tiny job, and not for 4,096 sequences."""
 
 
 @pytest.mark.gpu
@@ -126,12 +126,14 @@ def test_a_batch_too_large_for_this_gpu_is_taken_back(nccl: None) -> None:
     """An out-of-memory of the real allocator, in a step on trial: the job goes back and on, as if nothing had been."""
     device = torch.device("cuda", 0)
     try:
-        undisturbed = train(built(device, tiny_job(1, micro_batch=2)), 8)
-        groups.destroy_groups()
+        alone = built(device, tiny_job(1, micro_batch=2))
+        undisturbed = train(alone, 8)
+        alone.close()
         backend = built(device, tiny_job(1, micro_batch=2))
         losses = train(backend, 4)
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(ROOM / torch.cuda.get_device_properties(0).total_memory)
+        room = torch.cuda.memory_reserved() + ROOM
+        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
         backend.move(configuration(4096, 4096))
         with pytest.raises(RankError) as caught:
             backend.train_step(random_batches, 32, RULES, None, False, on_trial=True)

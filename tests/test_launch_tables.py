@@ -40,6 +40,13 @@ def test_a_column_goes_before_any_is_cut(width: int, there: bool) -> None:
     assert "…" not in text
 
 
+def test_only_what_may_wrap_does() -> None:
+    rows = [row | {"verdict": "noise cannot be measured: one part a step"} for row in ROWS[:1]]
+    text = printed(50, lambda console: print_table("layouts", rows, console, ["source", "zero"], wrapping="verdict"))
+    assert "9.94 a second" in text
+    assert all(word in text for word in rows[0]["verdict"].split())
+
+
 @pytest.mark.parametrize(("width", "tables"), [(60, 1), (40, 2), (20, 4)])
 def test_columns_that_do_not_fit_go_below(width: int, tables: int) -> None:
     columns = {f"TP{size} m{size}": {"weights": f"{size}.00", "sum": "123.45"} for size in (1, 2, 4, 8)}

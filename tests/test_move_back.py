@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from copus.backends.base import TrainerState
 from copus.backends.megatron.backend import MegatronBackend
 from copus.events import DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
+from copus.rejoin import Trial, World
 from profiles.configuration import Configuration
 from tests.eager_planner import EagerPlanner
 from tests.megatron_jobs import backend_of, configuration, random_batches, tiny_job
@@ -103,8 +105,25 @@ def _train(case: Case, table: Path, moves: bool, in_step: int = 1) -> tuple[list
     return events, state
 
 
-def _there_and_back(cases: list[Case], folder: Path) -> None:
+def _forget_all_groups() -> None:
+    """What torch does when it aborts NCCL groups (`_abort_process_group`; gloo has no such): it knows none any more."""
+    distributed_c10d._update_default_pg(None)
+    world = distributed_c10d._world
+    for each in (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config, world.pg_to_tag):
+        each.clear()
+    world.tags_to_pg.clear()
+
+
+def _there_and_back(cases: list[Case], folder: Path, groups_gone: bool = False) -> None:
     """Every case against a run that stays, in the same processes."""
+    if groups_gone:
+        break_ = World._break
+
+        def break_all(world: World, trial: Trial) -> None:
+            break_(world, trial)
+            _forget_all_groups()
+
+        World._break = break_all  # type: ignore[method-assign]
     for number, case in enumerate(cases):
         table = folder / f"table-{number}.jsonl"
         expected, steady = _train(case, table, moves=False)
@@ -132,13 +151,13 @@ def _losses(events: list[Event]) -> list[tuple[int, float | None]]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("ranks", "cases"),
+    ("ranks", "cases", "groups_gone"),
     [
-        pytest.param(2, TWO_RANKS[:1], id="2 ranks"),
-        pytest.param(4, FOUR_RANKS[:1], id="4 ranks", marks=pytest.mark.slow),
-        pytest.param(2, TWO_RANKS[1:], id="2 ranks, one move back after the other", marks=pytest.mark.slow),
-        pytest.param(4, FOUR_RANKS[1:], id="4 ranks, in the backward pass", marks=pytest.mark.slow),
+        pytest.param(2, TWO_RANKS[:1], True, id="2 ranks, groups gone as on NCCL"),
+        pytest.param(4, FOUR_RANKS[:1], False, id="4 ranks", marks=pytest.mark.slow),
+        pytest.param(2, TWO_RANKS[1:], False, id="2 ranks, one move back after the other", marks=pytest.mark.slow),
+        pytest.param(4, FOUR_RANKS[1:], False, id="4 ranks, in the backward pass", marks=pytest.mark.slow),
     ],
 )
-def test_the_job_moves_back_in_place(ranks: int, cases: list[Case], tmp_path: Path) -> None:
-    run_ranks(ranks, _there_and_back, cases, tmp_path)
+def test_the_job_moves_back_in_place(ranks: int, cases: list[Case], groups_gone: bool, tmp_path: Path) -> None:
+    run_ranks(ranks, _there_and_back, cases, tmp_path, groups_gone)

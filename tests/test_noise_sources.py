@@ -13,7 +13,7 @@ from copus.backends.megatron.main_params import main_params
 from copus.backends.megatron.modules import RMSNorm
 from profiles.configuration import Configuration
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
-from tests.ranks import run_ranks
+from tests.ranks import own_device, run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -60,7 +60,7 @@ def _by_autograd(part_size: int, model: dict[str, Any], norms_only: bool, adam: 
             weights[id(param)] = torch.where(v > 0, 1 / (v.sqrt() + group["eps"]), 0.0).double()
     parts = []
     for first in range(8 * steps_before, 8 * steps_before + 8, part_size):
-        tokens, labels = random_batches(first, part_size)
+        tokens, labels = (each.to(own_device()) for each in random_batches(first, part_size))
         loss = network(tokens, None, None, labels=labels).mean()
         gradients = torch.autograd.grad(loss, params)
         scaled = [

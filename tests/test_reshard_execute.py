@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from copus.reshard import execute
 from copus.reshard.boxes import Box
 from copus.reshard.execute import _Work, place_of, reshard
 from copus.reshard.pieces import Pieces
@@ -36,8 +37,9 @@ def _truth(name: str) -> list[torch.Tensor]:
     return [values.double(), -values.int()]
 
 
-def _transpose(staging_bytes: int) -> dict[str, Any]:
+def _transpose(staging_bytes: int, alone: int) -> dict[str, Any]:
     """From rows to columns; how much of old and new there was at the most."""
+    execute.ALONE = alone  # in this rank, which is a process of its own
     rank = dist.get_rank()
     box, wanted = _rows_of(rank), _columns_of(rank)
     whole = Box((0, 0), SHAPE)
@@ -65,9 +67,10 @@ def _transpose(staging_bytes: int) -> dict[str, Any]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("staging_bytes", [12, 500, 2**20])
-def test_rows_become_columns_and_the_old_is_freed(staging_bytes: int) -> None:
-    for result in run_ranks(4, _transpose, staging_bytes):
+@pytest.mark.parametrize(("staging_bytes", "alone"), [(12, 1), (500, execute.ALONE), (2**20, 1), (2**20, 40)])
+def test_rows_become_columns_and_the_old_is_freed(staging_bytes: int, alone: int) -> None:
+    """`alone`: bytes from which on a part, of 6 doubles or integers, is a message of its own: all, none, or doubles."""
+    for result in run_ranks(4, _transpose, staging_bytes, alone):
         assert result["right"]
         assert result["left"] == 0
         if staging_bytes < 2**20:

@@ -49,9 +49,9 @@ def reshard(
     """Fill what `needed` gives from what all ranks hold in `held`. Collective over the default group.
 
     Bit-exact: bytes are copied and nothing is computed. `held` is emptied on the way, each piece as soon as nobody
-    wants more of it, and what `needed` makes is asked for when its first bytes are there: with that, the most memory in
-    use stays below old + new + `staging_bytes`. Raises ValueError on every rank, before anything is touched, where the
-    plan does not describe what is there.
+    wants more of it, and what `needed` makes is asked for in the round in which its first bytes come: with that, the
+    most memory in use stays below old + new + `staging_bytes`. Raises ValueError on every rank, before anything is
+    touched, where the plan does not describe what is there.
     """
     rank = dist.get_rank()
     work = _Work(plan, rank, staging_bytes)
@@ -186,7 +186,7 @@ class _Staging:
     """A buffer for what does not lie in one piece, or is small; as large as the largest round needs."""
 
     def __init__(self, rank: int, device: torch.device) -> None:
-        self._rank = rank
+        self._rank, self._device = rank, device
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
 
     def exchange(
@@ -208,7 +208,8 @@ class _Staging:
             parcels += [_Parcel(sends, peer, tag, parts) for tag, parts in enumerate(_shared(fields))]
         staged = sum(parcel.bytes for parcel in parcels if not parcel.in_place)
         if staged > len(self._buffer):
-            self._buffer = self._buffer.new_empty(staged)
+            self._buffer = torch.empty(0)  # the old one goes before a larger one comes
+            self._buffer = torch.empty(staged, dtype=torch.uint8, device=self._device)
         free, operations = self._buffer, []
         for parcel in parcels:
             if not parcel.in_place:

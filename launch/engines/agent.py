@@ -52,8 +52,8 @@ def agent_environment(job: JobConfig) -> dict[str, str]:
     if job.cluster.accelerator == "cpu":
         settings["CUDA_VISIBLE_DEVICES"] = ""  # also where there are GPUs
     else:
-        # Megatron wants it up to Hopper: with one queue kernels start in the order in which they were launched, so that
-        # the collectives of tensor parallelism begin before the matrix products that hide them.
+        # Megatron's advice: with one queue kernels start in the order of their launch, so that collectives of tensor
+        # parallelism begin before the matrix products that hide them. Blackwell, it says, needs it no more.
         settings["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return settings
 

@@ -42,15 +42,20 @@ def before_import() -> None:
     torch.compile of pointwise functions takes a C++ compiler on CPU, and importing what it needs a third of all
     imports.
     """
-    if torch.cuda.is_available() or "megatron.core.jit" in sys.modules:
+    if torch.cuda.is_available():
         return
     compile_ = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment]
+    torch.compile = _uncompiled  # type: ignore[assignment]
     try:
         from megatron.core.jit import disable_jit_fuser
     finally:
         torch.compile = compile_
     disable_jit_fuser()
+
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    """torch.compile, as a decorator with or without options, that does nothing."""
+    return function if function is not None else lambda decorated: decorated
 
 
 def adapt() -> None:

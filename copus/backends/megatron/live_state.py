@@ -52,13 +52,13 @@ def live_state(chunks: list[Any], optimizer: Any, model: ModelShape, layout: Lay
 def _match(
     chunk: Any, stage: int, model: ModelShape, layout: Layout
 ) -> Iterator[tuple[torch.nn.Parameter, LocalParameter]]:
-    expected = chunk_parameters(
-        model,
-        layout,
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        stage,
+    # Asked of the groups themselves: `parallel_state.get_pipeline_model_parallel_rank` asks torch, which knows none any
+    # more after a step that broke them.
+    tensor, pipeline = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
     )
+    expected = chunk_parameters(model, layout, tensor.rank(), pipeline.rank(), stage)
     live = list(unwrap(chunk).named_parameters())
     if [(name, tuple(param.shape)) for name, param in live] != [(each.name, each.shape) for each in expected]:
         raise ValueError(f"the parameters of model chunk {stage} are not those of a {layout.label} of this model")
