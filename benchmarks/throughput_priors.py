@@ -40,6 +40,7 @@ GUESS = {
     "p2p_traffic": 2.0,
     "p2p_latency_seconds": 2.0e-4,
     "dp_traffic": 1.3,
+    "shard_traffic": 1.5,
     "dp_latency_seconds": 1.0e-3,
     "dp_overlap": 0.75,
     "weights_overlap": 0.5,

@@ -41,6 +41,12 @@ CONSTANTS: dict[str, Constant] = {
     "p2p_traffic": Constant(2.0, 0.7, "time of bytes between stages over the link's"),
     "p2p_latency_seconds": Constant(2.0e-4, 1.0, "of a message between stages"),
     "dp_traffic": Constant(0.85, 0.7, "time of data parallel bytes over the link's"),
+    "shard_traffic": Constant(
+        1.5,
+        0.4,
+        "time of a byte that ZeRO scatters or gathers (always in a ring) over that of one which is summed (in a tree, "
+        "or in the switch)",
+    ),
     "dp_latency_seconds": Constant(1.0e-3, 0.8, "of a data parallel exchange, for each doubling of ranks"),
     "dp_overlap": Constant(1.0, 0.8, "share of one backward pass under which the sum of gradients hides, at most 1"),
     "weights_overlap": Constant(

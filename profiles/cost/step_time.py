@@ -63,8 +63,10 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     busy = n * busiest / (w.layers * layer + head)  # the busiest stage's share of the whole model, n times
     layers = busy * w.layers
     dp = k["dp_latency_seconds"] * w.dp_messages
-    dp = dp + _exposed(dp_rate * w.dp_reduce, k["dp_overlap"] * 2 / 3 * whole / w.pp)
-    dp = dp + _exposed(dp_rate * w.dp_gather, k["weights_overlap"] / 3 * whole / w.pp)
+    # ZeRO's exchanges go in rings; sums that everybody keeps go through trees or the switch.
+    reduced = dp_rate * (w.dp_reduce + k["shard_traffic"] * w.dp_scatter)
+    dp = dp + _exposed(reduced, k["dp_overlap"] * 2 / 3 * whole / w.pp)
+    dp = dp + _exposed(dp_rate * k["shard_traffic"] * w.dp_gather, k["weights_overlap"] / 3 * whole / w.pp)
     return {
         "compute": layers * compute + busy * head,
         "launch": n * (slowest - device) + k["step_seconds"],

@@ -91,7 +91,9 @@ class Work:
     p2p_messages: Floats
     """Their number."""
     dp_reduce: Floats
-    """Gradients that data parallel ranks sum once a step: bytes ÷ link."""
+    """Gradients that data parallel ranks sum once a step, each for itself, without ZeRO: bytes ÷ link."""
+    dp_scatter: Floats
+    """The same with ZeRO, where each keeps its share of the sum: bytes ÷ link."""
     dp_gather: Floats
     """Updated weights that they gather once a step, with ZeRO: bytes ÷ link."""
     dp_messages: Floats
@@ -201,7 +203,8 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         head_elementwise=(1 + BACKWARD) * LOSS * tokens * model.padded_vocab / tp / memory,
         p2p=np.where(pp > 1, 2 * vp * p2p_bytes / p2p_link, 0.0),
         p2p_messages=np.where(pp > 1, 2 * vp, 0.0),
-        dp_reduce=reduced / dp_link,
+        dp_reduce=np.where(c.zero == 0, reduced, 0.0) / dp_link,
+        dp_scatter=np.where(c.zero == 0, 0.0, reduced) / dp_link,
         dp_gather=gathered / dp_link,
         dp_messages=np.where(replicas > 1, np.log2(np.maximum(replicas, 1)), 0.0),
         optimizer=OPTIMIZER_BYTES * updated / memory,
