@@ -7,15 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from launch_jobs import JOB, copus_here, write_job
 
+import copus.profiling.fill as fill_module
 from copus.events import Profile, read_events
 from copus.job import JobConfig, JobError, parse_job
 from copus.profilers import BUILT_IN, TRIED, find_profiler, installed
 from copus.profiling.fill import DIED, fill_table, load_profiler
+from planner.last_measurement import last_measurement
+from planner.ranking import next_round
 from planner.space import candidates
 from profiles.configuration import Configuration
 from profiles.measurement import Fingerprint, Measurement
@@ -164,6 +168,19 @@ def test_an_interrupted_profile_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_the_budget_ends_it(tmp_path: Path) -> None:
     job = job_of(tmp_path, budget_seconds=1e-9)
     assert fill(job, tmp_path, Told(affine)) == []
+
+
+def test_the_last_measurement_of_a_budget_serves_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, profiler = job_of(tmp_path, budget_seconds=5.5), Told(affine)
+    monkeypatch.setattr(fill_module, "time", SimpleNamespace(monotonic=lambda: len(profiler.asked), time=time.time))
+    fill(job, tmp_path, profiler)
+    assert len(profiler.asked) == 6, "a second each; the last begins within the budget"
+    *before, last = profiler.asked
+    space = candidates(job.planner, job.model, job.cluster, job.training.configuration)
+    rows = ThroughputTable(job.profile.table).rows(task_of(job).fingerprint)
+    earlier = [row for row in rows if row.configuration != last]
+    assert before == next_round(space, [], before[0], 1, 0.02)[:5], "the order that a longer time has"
+    assert last == last_measurement(space, earlier, job.cluster) != next_round(space, [], before[0], 1, 0.02)[5]
 
 
 def test_always_measures_again_and_never_does_not(tmp_path: Path) -> None:

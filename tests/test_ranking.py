@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_profiles_table import HERE, MODEL
 
 from planner.config import PlannerConfig
+from planner.last_measurement import last_measurement
 from planner.ranking import contested, next_round
 from planner.space import candidates
 from profiles.cluster import Cluster
@@ -134,3 +135,19 @@ def test_a_table_that_was_made_in_part_goes_on_where_it_was(rounds):
     for cut in (1, len(whole) // 2, len(whole) - 1):
         assert next_round(SPACE, whole[:cut], START, rounds, 0.02)[0] == whole[cut].configuration
     assert next_round(SPACE, whole, START, rounds, 0.02) == []
+
+
+def test_the_last_measurement_is_one_that_may_change_the_choice():
+    machine = Cluster(accelerators_per_node=2)
+    rates = {layout: (0.1, 0.01) for layout in {each.layout for each in SPACE}}
+    order = next_round(SPACE, [], START, 1, 0.02)
+    rows = [row(each, true_seconds(each, rates)) for each in order]
+    assert last_measurement(SPACE, [], machine) is None
+    assert last_measurement(SPACE, rows, machine) is None, "the table knows all"
+    first = last_measurement(SPACE, rows[:3], machine)
+    assert first in SPACE
+    assert first not in order[:3]
+    second = last_measurement(SPACE, rows[:3], machine, {first})
+    assert second not in {first, *order[:3]}
+    failed = [*rows[:3], row(first, None, failure="out of memory", time=2.0)]
+    assert last_measurement(SPACE, failed, machine) != first

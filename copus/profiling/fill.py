@@ -1,6 +1,8 @@
 """Drives a profiler: what is measured next, into which table, and when it is enough."""
 
+import contextlib
 import json
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +12,8 @@ from typing import Any
 from copus.events import Profile
 from copus.job import JobConfig, JobError
 from copus.profilers import TRIED, find_profiler
-from planner.memory_check import MemoryCheck
+from planner.last_measurement import last_measurement
+from planner.memory_check import LIKELY, MemoryCheck
 from planner.ranking import next_round
 from planner.space import candidates
 from profiles.configuration import Configuration
@@ -80,6 +83,7 @@ class _Lead:
         self._queue: list[Configuration] = []
         self._done = 0
         self._began = time.monotonic()
+        self._took: list[float] = []
         self._measured: Counter[Configuration] = Counter()
         self._note_death()
 
@@ -91,7 +95,8 @@ class _Lead:
             self._queue = self._plan()
         if not self._queue:
             return None
-        configuration = self._queue.pop(0)
+        configuration = self._last() or self._queue[0]
+        self._queue = [each for each in self._queue if each != configuration]
         trying = {"configuration": configuration.model_dump(), "time": time.time()}
         self._began = time.monotonic()
         self._tried.write_text(json.dumps(trying), encoding="utf-8")
@@ -100,6 +105,7 @@ class _Lead:
     def take(self, configuration: Configuration, measurement: Measurement | None) -> None:
         """Keep what was measured, and say so."""
         self._done += 1
+        self._took.append(time.monotonic() - self._began)
         self._measured[configuration] += 1
         if measurement is None:  # the profiler has nothing to say of it: do not ask again
             self._measured[configuration] = self._rounds
@@ -123,13 +129,33 @@ class _Lead:
 
     def _plan(self) -> list[Configuration]:
         """The next round. Nothing is measured more than `rounds` times by one profiler, whatever it returns."""
+        rows, start, within = self._rows(), self._job.training.configuration, self._job.profile.settled_within
+        possible = self._memory(rows).possible(self._space, start)
+        return next_round(possible, rows, start, self._rounds, within, self._enough())
+
+    def _last(self) -> Configuration | None:
+        """What to measure when no time will be left afterwards, if there is something better than the next in the
+        queue: what looks fastest is then verified. Where all is measured the queue does so by itself."""
+        usual = statistics.median(self._took or [0.0])  # the first may have taken long for reasons of its own
+        if self._shards or time.monotonic() + usual <= self._deadline:
+            return None
+        rows = self._rows()
+        unsure = {*self._memory(rows).refusals(self._space, LIKELY), *self._enough()}
+        with contextlib.suppress(ValueError):  # an accelerator that the cost model does not know
+            return last_measurement(self._space, rows, self._job.cluster, unsure)
+        return None
+
+    def _rows(self) -> list[Measurement]:
+        """Those that count."""
         rows = (self._table.shards if self._shards else self._table.rows)(self._task.fingerprint)
-        rows = [row for row in rows if row.time >= self._since]
-        enough = {each for each, times in self._measured.items() if times >= self._rounds}
-        job = self._job
-        start, within = job.training.configuration, job.profile.settled_within
-        memory = MemoryCheck(job.model, job.cluster, job.training.precision, rows)
-        return next_round(memory.possible(self._space, start), rows, start, self._rounds, within, enough)
+        return [row for row in rows if row.time >= self._since]
+
+    def _memory(self, rows: list[Measurement]) -> MemoryCheck:
+        return MemoryCheck(self._job.model, self._job.cluster, self._job.training.precision, rows)
+
+    def _enough(self) -> set[Configuration]:
+        """What was measured as often as may be."""
+        return {each for each, times in self._measured.items() if times >= self._rounds}
 
     def _note_death(self) -> None:
         """What was being measured when an earlier attempt of this run died is taken for the cause, unless the table
