@@ -5,6 +5,12 @@
 DIR has a `throughput.csv` (columns: docs/cost-model.md). A sweep is the rows with the same sweep_id, model, cluster and
 precision. Rows that their own publication flags as unreliable, or that reach less than 15 % of the peak, are not
 scored; the column `all` counts them in.
+
+The rows of a fit are chosen one after the other, as a profiler chooses them (`next_to_measure`); the errors are of the
+others. Regret is what the choice costs that the planner would make: for each global batch the least time, where rows of
+the fit keep the time that was measured, the others have the predicted one, and what was not measured and has a chance
+below 80 % to fit into the memory is left out. That chance is the memory model's before any row, for plain PyTorch as in
+benchmarks.memory: published peaks and failures are not looked at. The baselines know the same rows and chances.
 """
 
 import math
@@ -20,10 +26,13 @@ from rich.table import Table
 
 from benchmarks.command import console_of, parser_of, tell
 from benchmarks.published import Published, Sweep, read
+from planner.memory_check import LIKELY, memory_bytes
+from profiles.configurations import Configurations
 from profiles.cost import CostModel, Timings
 from profiles.cost.accelerator import accelerator
 from profiles.cost.residual import coordinates
-from profiles.cost.select import select
+from profiles.cost.select import next_to_measure, select
+from profiles.memory import PYTORCH, MemoryModel
 
 SHARE = 0.1
 """Of a sweep's rows, measured for the fit."""
@@ -33,10 +42,17 @@ COVERAGE = 0.8
 """Share of the times that an interval is meant to hold."""
 NAIVE_MFU = 0.4
 """What the roofline baseline takes for granted before it has seen a row."""
+BASELINES = ("nearest_mape_pct", "nearest_regret_pct", "roofline_mape_pct", "roofline_regret_pct")
+"""Scores of those that do without the cost model; none where nothing is fitted."""
 TARGETS = {"one node": 8.0, "several nodes": 10.0}
 """Mean absolute percentage errors to reach with a fit."""
 
+EQUAL = 1e-9
+"""Share of a step by which two are equally fast."""
+
 Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
+"""Places of rows in a sweep."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ class Score:
     covered: NDArray[np.bool_]
     """Whether the measured time of those rows lies in the interval."""
     regrets: Floats
-    """For each global batch: measured time of the layout predicted fastest, over the fastest, less 1."""
+    """For each global batch: measured time of what is chosen, over the fastest, less 1."""
 
 
 def mape(score: Score | None) -> float | None:
@@ -66,40 +82,79 @@ def coverage(score: Score | None) -> float | None:
     return None if score is None or not len(score.covered) else float(100 * score.covered.mean())
 
 
-def regrets(seconds: Floats, timings: Timings) -> Floats:
-    """For each global batch with a choice. Rows of one configuration are repeats: their median counts."""
-    c = timings.configurations
+def same(c: Configurations) -> NDArray[np.int64]:
+    """A number for each configuration; repeats have the same."""
     columns = np.stack([getattr(c, field.name).astype(float) for field in fields(c)])
-    _, which = np.unique(columns, axis=1, return_inverse=True)
-    measured = np.array([np.median(timings.step_seconds[which == index]) for index in which.ravel()])
-    found = []
+    return np.unique(columns, axis=1, return_inverse=True)[1].ravel()
+
+
+def seconds_of(timings: Timings, rows: Rows) -> Floats:
+    """What these rows say of each configuration: the median where they are repeats, nan where they are silent."""
+    which, found = same(timings.configurations), np.full(len(timings.step_seconds), np.nan)
+    for each in np.unique(which[rows]):
+        found[which == each] = np.median(timings.step_seconds[rows[which[rows] == each]])
+    return found
+
+
+def likely(timings: Timings) -> NDArray[np.bool_]:
+    """Whether each configuration may be chosen unmeasured: the memory model, which has seen nothing, lets it."""
+    t, room = timings, memory_bytes(timings.cluster)
+    if room is None:
+        return np.ones(len(t.step_seconds), dtype=bool)
+    return MemoryModel(PYTORCH).predict(t.model, t.configurations, t.precision).chance_to_fit(room) >= LIKELY
+
+
+def regrets(
+    seconds: Floats, timings: Timings, measured: Floats | None = None, may: NDArray[np.bool_] | None = None
+) -> Floats:
+    """For each global batch with a choice. Rows of one configuration are repeats: their median counts.
+
+    `measured` times (nan elsewhere) count instead of predicted `seconds`, and those configurations or `may` are chosen
+    from; from all where there are none. Among equals the measured ones, else all of them, share the choice.
+    """
+    c, truth = timings.configurations, seconds_of(timings, np.arange(len(timings.step_seconds)))
+    known = np.zeros(len(c), dtype=bool) if measured is None else np.isfinite(measured)
+    expected = seconds if measured is None else np.where(known, measured, seconds)
+    able = np.ones(len(c), dtype=bool) if may is None else known | may
+    which, found = same(c), []
     for batch in np.unique(c.global_batch):
-        same = np.flatnonzero(c.global_batch == batch)
-        if len(np.unique(which.ravel()[same])) > 1:
-            found.append(measured[same][np.argmin(seconds[same])] / measured[same].min() - 1)
+        rows = np.flatnonzero(c.global_batch == batch)
+        if len(np.unique(which[rows])) < 2:
+            continue
+        open_ = rows[able[rows]] if able[rows].any() else rows
+        best = open_[expected[open_] <= expected[open_].min() * (1 + EQUAL)]
+        best = best[known[best]] if known[best].any() else best
+        found.append(truth[best].mean() / truth[rows].min() - 1)
     return np.array(found)
 
 
-def with_rows(cost: CostModel, timings: Timings, count: int) -> tuple[Score, NDArray[np.int64]]:
+def measure(cost: CostModel, timings: Timings, count: int, may: NDArray[np.bool_]) -> tuple[CostModel, Rows]:
+    """Choose that many rows one after the other, and fit to them. Repeats are measured where nothing else is left."""
+    t, chosen = timings, np.array([], dtype=np.int64)
+    fitted = cost.fit([])
+    for left in range(count, 0, -1):
+        known = fitted, t.model, t.cluster, t.configurations, t.precision
+        place = next_to_measure(*known, seconds_of(t, chosen), left, may)
+        chosen = np.append(chosen, place if place >= 0 else select(*known, 1, leave_out=chosen))
+        fitted = cost.fit([t.take(chosen)])
+    return fitted, chosen
+
+
+def with_rows(cost: CostModel, timings: Timings, count: int) -> tuple[Score, Rows]:
     """Select, fit, predict the rest."""
-    t = timings
-    chosen = (
-        select(cost, t.model, t.cluster, t.configurations, t.precision, count)
-        if count
-        else np.array([], dtype=np.int64)
-    )
-    fitted = cost.fit([t.take(chosen)])
+    t, may = timings, likely(timings)
+    fitted, chosen = measure(cost, t, count, may)
     predicted = fitted.predict(t.model, t.cluster, t.configurations, t.precision, coverage=COVERAGE)
     rest = np.setdiff1d(np.arange(len(t.step_seconds)), chosen)
     inside = (predicted.low <= t.step_seconds) & (t.step_seconds <= predicted.high)
     return Score(
         errors=(predicted.seconds / t.step_seconds - 1)[rest],
         covered=inside[rest],
-        regrets=regrets(predicted.seconds, t),
+        regrets=regrets(predicted.seconds, t, seconds_of(t, chosen), may),
     ), chosen
 
 
-def nearest(timings: Timings, chosen: NDArray[np.int64]) -> Floats:
+def nearest(timings: Timings, chosen: Rows) -> Floats:
     """First baseline: the time of a sequence of the nearest measured row (log2 of degrees and batches)."""
     c = timings.configurations
     places = coordinates(timings.model, timings.cluster, c)
@@ -108,7 +163,7 @@ def nearest(timings: Timings, chosen: NDArray[np.int64]) -> Floats:
     return timings.step_seconds[near] * c.global_batch / c.global_batch[near]
 
 
-def roofline(timings: Timings, chosen: NDArray[np.int64]) -> Floats:
+def roofline(timings: Timings, chosen: Rows) -> Floats:
     """Second baseline: operations of the model ÷ (peak × one utilization), which is fitted where there are rows."""
     t, model = timings, timings.model
     tokens = t.configurations.global_batch * float(model.seq_len)
@@ -120,9 +175,14 @@ def roofline(timings: Timings, chosen: NDArray[np.int64]) -> Floats:
     return ideal * np.exp(np.median(np.log(t.step_seconds[chosen] / ideal[chosen])))
 
 
-def _percent(seconds: Floats, timings: Timings, chosen: NDArray[np.int64]) -> float:
+def naive(name: str, seconds: Floats, timings: Timings, chosen: Rows) -> dict[str, float | None]:
+    """The scores of a baseline that knows the same rows."""
     rest = np.setdiff1d(np.arange(len(timings.step_seconds)), chosen)
-    return float(100 * np.abs(seconds / timings.step_seconds - 1)[rest].mean())
+    lost = regrets(seconds, timings, seconds_of(timings, chosen), likely(timings))
+    return {
+        f"{name}_mape_pct": float(100 * np.abs(seconds / timings.step_seconds - 1)[rest].mean()),
+        f"{name}_regret_pct": float(100 * lost.mean()) if len(lost) else None,
+    }
 
 
 def score(sweep: Sweep, cost: CostModel) -> dict[str, Any] | None:
@@ -153,9 +213,10 @@ def score(sweep: Sweep, cost: CostModel) -> dict[str, Any] | None:
         "zero_shot_mape_pct": mape(none),
         "zero_shot_regret_pct": regret(none),
         "zero_shot_coverage_pct": coverage(none),
-        "nearest_mape_pct": _percent(nearest(t, chosen), t, chosen) if fit else None,
-        "roofline_mape_pct": _percent(roofline(t, chosen), t, chosen) if fit else None,
-        "zero_shot_roofline_mape_pct": _percent(roofline(t, nothing), t, nothing),
+        **dict.fromkeys(BASELINES),
+        **(naive("nearest", nearest(t, chosen), t, chosen) if fit else {}),
+        **(naive("roofline", roofline(t, chosen), t, chosen) if fit else {}),
+        **naive("zero_shot_roofline", roofline(t, nothing), t, nothing),
         "rows_with_unreliable": len(everything.step_seconds),
         "mape_with_unreliable_pct": mape(every),
     }
@@ -178,10 +239,11 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "regret_pct",
         "zero_shot_mape_pct",
         "zero_shot_regret_pct",
-        "nearest_mape_pct",
-        "roofline_mape_pct",
+        *BASELINES,
+        "zero_shot_roofline_mape_pct",
+        "zero_shot_roofline_regret_pct",
     )
-    means = {key: _mean(lines, key) for key in (*keys, "zero_shot_roofline_mape_pct")}
+    means = {key: _mean(lines, key) for key in keys}
     means["coverage_pct"] = _mean(lines, "coverage_pct", "rest")
     means["zero_shot_coverage_pct"] = _mean(lines, "zero_shot_coverage_pct", "rows")
     for key in ("mape_pct", "regret_pct", "zero_shot_mape_pct", "zero_shot_regret_pct"):
@@ -229,11 +291,14 @@ COLUMNS = {
     "regret_pct": "regret",
     "coverage_pct": "cover",
     "nearest_mape_pct": "nearest",
+    "nearest_regret_pct": "regret",
     "roofline_mape_pct": "roofline",
+    "roofline_regret_pct": "regret",
     "zero_shot_mape_pct": "0: MAPE",
     "zero_shot_regret_pct": "0: regret",
     "zero_shot_coverage_pct": "0: cover",
     "zero_shot_roofline_mape_pct": "0: roofline",
+    "zero_shot_roofline_regret_pct": "regret",
     "mape_with_unreliable_pct": "all: MAPE",
 }
 
@@ -252,9 +317,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(name, *(_cell(line[key]) for key in COLUMNS))
     console.print(table)
     for title, groups in (("sources", result["sources"]), ("summary", result["summary"])):
-        table = Table(title, "sweeps", *list(COLUMNS.values())[3:12], title="means over sweeps; coverage over rows")
+        table = Table(title, "sweeps", *list(COLUMNS.values())[3:-1], title="means over sweeps; coverage over rows")
         for name, line in groups.items():
-            table.add_row(name, str(line["sweeps"]), *(_cell(line[key]) for key in list(COLUMNS)[3:12]))
+            table.add_row(name, str(line["sweeps"]), *(_cell(line[key]) for key in list(COLUMNS)[3:-1]))
         console.print(table)
     for name, line in result["summary"].items():
         console.print(

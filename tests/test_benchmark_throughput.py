@@ -90,6 +90,16 @@ def test_regret_is_the_time_lost_by_the_choice(folder: Path) -> None:
     timings = type(timings)(timings.model, timings.cluster, "bf16", timings.configurations, seen)
     assert throughput.regrets(np.array([5.0, 4.0, 6.0]), timings).tolist() == [1.0]
     assert throughput.regrets(seen, timings).tolist() == [0.0]
+    nothing = np.full(3, np.nan)
+    assert throughput.regrets(np.array([2.0, 2.0, 3.0]), timings, nothing).tolist() == [0.5], "equals share the choice"
+    measured = np.array([np.nan, 2.0, np.nan])
+    assert throughput.regrets(np.array([3.0, 4.0, 2.5]), timings, measured).tolist() == [1.0], (
+        "what was measured counts"
+    )
+    may = np.array([False, False, True])
+    assert throughput.regrets(seen, timings, nothing, may).tolist() == [2.0], "what may not fit is not chosen"
+    assert throughput.regrets(seen, timings, measured, may).tolist() == [1.0], "what ran fits"
+    assert throughput.regrets(seen, timings, nothing, ~may & may).tolist() == [0.0]
 
 
 def test_it_prints_one_object(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
