@@ -15,8 +15,8 @@ from copus.data.prepared import prepared_path
 from copus.job import JobConfig
 from copus.noise.estimator import NoiseEstimator
 from copus.noise.meter import NoiseMeter
-from copus.noise.sampling import source_of_step
 from copus.noise.step_estimate import StepEstimate, estimate_step
+from planner.sampling import source_of_step
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 

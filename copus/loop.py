@@ -14,13 +14,13 @@ from copus.events import DecisionMade, Evaluate, Event, Failure, Noise, Reconfig
 from copus.job import JobConfig
 from copus.noise.meter import NoiseMeter
 from copus.noise.norm_window import NormWindow
-from copus.noise.sampling import source_of_step
 from copus.noise.sources import split
 from copus.noise.step_estimate import estimate_step
 from copus.saver import Saver
 from copus.schedule import rules_at
 from planner.menu import rung_of
 from planner.planner import Planner
+from planner.sampling import source_of_step
 from profiles.configuration import Configuration
 from profiles.decision import Decision
 from profiles.measurement import Measurement
@@ -179,10 +179,9 @@ class Trainer:
             )
         )
         self._measure_noise(result, batch, source)
-        halved = split(source)[0] == "microbatch" and full.layout.dp * full.num_microbatches == 1
-        ordinary = not halved and self._steps_since_change > 2 and configuration == full
-        if self._planner is not None and ordinary:
-            self._planner.throughput.observe(configuration, seconds)
+        if self._planner is not None and self._steps_since_change > 2 and configuration == full:
+            halved = split(source)[0] == "microbatch" and full.parts == 1
+            self._planner.throughput.observe(full.halved if halved else full, seconds)
         if self._planner is not None and (
             warning := self._planner.observe_loss(state.samples_consumed, batch, result.loss)
         ):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+from planner.as_run import predict_as_run
 from planner.config import PlannerConfig
 from planner.memory_check import LIKELY, in_words, memory_bytes
 from planner.prospects import Expectation, Prospects
@@ -49,7 +50,7 @@ def look_ahead(
     chances = None if room is None else peaks.chance_to_fit(room)
     found = []
     for index, candidate in enumerate(everything):
-        known = throughput.predict(candidate)
+        known = predict_as_run(throughput, config, candidate)
         assert known is not None, "what the table lacks is predicted"
         chance = _chance(known, None if chances is None else float(chances[index]))
         seconds, fast, slow = _interval(known)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.as_run import predict_as_run, runs_as
 from planner.config import PlannerConfig
 from planner.efficiency import statistical_efficiency
 from planner.factor_check import FactorCheck
@@ -142,7 +143,11 @@ class Planner:
     def _untimed(self, current: Configuration, samples_consumed: int) -> bool:
         """Whether what runs is so new that going on will tell how fast it is. Nothing is learned from a trial that ends
         before; policies that take predictions as they are do not try."""
-        if self._moved_at is None or not self.policy.weighs_error or self.throughput.steps(current):
+        if (
+            self._moved_at is None
+            or not self.policy.weighs_error
+            or self.throughput.steps(runs_as(self.config, current))
+        ):
             return False
         return samples_consumed < self._moved_at + FIRST_STEPS * current.global_batch
 
@@ -199,7 +204,7 @@ class Planner:
         self, configuration: Configuration, critical_batch: float | None, current_goodput: float | None
     ) -> CandidateScore:
         """Everything about one candidate; the verdict is filled in only where it may not be chosen."""
-        prediction = self.throughput.predict(configuration)
+        prediction = predict_as_run(self.throughput, self.config, configuration)
         seconds = prediction.step_seconds if prediction else None
         batch = configuration.global_batch
         samples_per_second = None if seconds is None else batch / seconds
@@ -251,12 +256,14 @@ class Planner:
     ) -> Situation:
         """The decision as arrays of one run."""
         assert noise.value is not None
-        errors = [self.throughput.error_beside(score.configuration, mine.configuration) for score in eligible]
+        run_as = [runs_as(self.config, score.configuration) for score in eligible]
+        current = runs_as(self.config, mine.configuration)
+        errors = [self.throughput.error_beside(each, current) for each in run_as]
         return Situation(
             menu=Menu.of([score.configuration for score in eligible]),
             samples_per_second=np.array([[score.samples_per_second for score in eligible]], float),
             throughput_error=np.array([errors]),
-            unseen=np.array([[self.throughput.steps(score.configuration) == 0 for score in eligible]]),
+            unseen=np.array([[self.throughput.steps(each) == 0 for each in run_as]]),
             current=np.array([eligible.index(mine)]),
             noise_scale=np.array([noise.value]),
             critical_batch=np.array([critical_batch]),

@@ -64,7 +64,7 @@ def noise_measurable(configuration: Configuration, noise_source: str) -> bool:
     replicas = configuration.layout.dp
     if noise_source == "replica":
         return replicas > 1
-    return replicas * configuration.num_microbatches > 1 or configuration.micro_batch % 2 == 0
+    return configuration.parts > 1 or configuration.micro_batch % 2 == 0
 
 
 def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:

@@ -8,9 +8,9 @@ import pytest
 
 from copus.backends.base import Parts, StepResult
 from copus.noise.meter import NoiseMeter
-from copus.noise.sampling import source_of_step
 from copus.noise.sources import SOURCES, split
 from planner.config import PlannerConfig
+from planner.sampling import source_of_step
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 

@@ -1,7 +1,7 @@
 """The ways to see parts of a step's gradient: what each measures, costs and gets wrong; docs/noise.md has the figures.
 
 A step is measured from one *full* source, from the norm layers, or from both at once: `"microbatch"`,
-`"microbatch+normlayer"`. The backend takes such a name for every step; which one is `copus/noise/sampling.py`'s to say.
+`"microbatch+normlayer"`. The backend takes such a name for every step; which one is `planner/sampling.py`'s to say.
 """
 
 from dataclasses import dataclass

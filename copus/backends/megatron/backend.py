@@ -215,8 +215,8 @@ class MegatronBackend:
     ) -> StepResult:
         assert self._part_norms is not None, "build() comes first"
         configuration = self.configuration
-        if split(noise_source)[0] == "microbatch" and configuration.layout.dp * configuration.num_microbatches == 1:
-            configuration = halved(configuration)
+        if split(noise_source)[0] == "microbatch" and configuration.parts == 1:
+            configuration = configuration.halved
         self._seed_dropout(first_sample)
         return step.train_step(
             self._chunks,
@@ -339,13 +339,6 @@ class MegatronBackend:
         checkpoint.load(folder, self._chunks, self._optimizer, optimizer_steps)
         self._apply_options(self._optimizer)
         self._optimizer_steps = optimizer_steps
-
-
-def halved(configuration: Configuration) -> Configuration:
-    """The same step as twice as many micro-batches of half the size, where the micro-batch is even; else unchanged."""
-    if configuration.micro_batch % 2:
-        return configuration
-    return configuration.model_copy(update={"micro_batch": configuration.micro_batch // 2})
 
 
 def most_of(amount: int | None, device: torch.device) -> int | None:

@@ -16,10 +16,18 @@ def source_of_step(settings: PlannerConfig, configuration: Configuration, step: 
         return settings.noise_source
     first = step < settings.min_noise_samples
     sampled = first or step % settings.noise_every_steps == 0
-    if settings.noise_source == "normlayer" or configuration.layout.dp * configuration.num_microbatches == 1:
+    if settings.noise_source == "normlayer" or configuration.parts == 1:
         if first or step % settings.noise_halve_every_steps == 0:
             return "microbatch+normlayer"
         return "normlayer" if sampled else None
     if sampled:
         return "microbatch+normlayer"
     return "replica" if configuration.layout.dp > 1 else None
+
+
+def halved_share(settings: PlannerConfig, configuration: Configuration) -> float:
+    """Share of its steps that are run as two halves to be measured, later than the first ones of a run: of a lone
+    micro-batch, which is even."""
+    if configuration.parts > 1 or configuration.micro_batch % 2 or settings.noise_source == "replica":
+        return 0.0
+    return 1.0 if settings.noise_source == "microbatch" else 1 / settings.noise_halve_every_steps

@@ -1,0 +1,66 @@
+"""The time that a lone micro-batch takes where its noise is measured by halving it."""
+
+import pytest
+from test_planner_decision import DP2, TP2, config, noise, planner, row
+
+from planner.as_run import predict_as_run, runs_as
+from planner.sampling import halved_share, source_of_step
+from profiles.configuration import Configuration
+from profiles.throughput import Throughput
+
+LONE = Configuration(layout=TP2, micro_batch=2, global_batch=2)
+HALVES = Configuration(layout=TP2, micro_batch=1, global_batch=2)
+SHARED = Configuration(layout=DP2, micro_batch=1, global_batch=2)
+
+
+@pytest.mark.parametrize("source", ["auto", "normlayer", "microbatch", "replica"])
+@pytest.mark.parametrize("every", [1, 4, 32])
+def test_the_share_is_that_of_the_steps_that_are_halved(source: str, every: int) -> None:
+    settings = config(noise_source=source, noise_halve_every_steps=every, min_noise_samples=1)
+    for each in (LONE, HALVES, SHARED):
+        steps = [source_of_step(settings, each, step) for step in range(64, 128)]
+        halved = [str(step).startswith("microbatch") and each.parts == 1 and each.halved != each for step in steps]
+        assert halved_share(settings, each) == sum(halved) / len(halved)
+
+
+def test_a_step_takes_what_it_takes_on_average() -> None:
+    throughput = Throughput([row(LONE, step_seconds=1.0), row(HALVES, step_seconds=1.8)])
+
+    def seconds(**settings: object) -> float | None:
+        known = predict_as_run(throughput, config(**settings), LONE)
+        return known and known.step_seconds
+
+    assert seconds(noise_halve_every_steps=1) == pytest.approx(1.8)
+    assert seconds(noise_halve_every_steps=4) == pytest.approx(1.2)
+    assert seconds(noise_source="microbatch") == pytest.approx(1.8)
+    assert seconds(noise_source="replica") == pytest.approx(1.0)
+    assert predict_as_run(throughput, config(), HALVES) == throughput.predict(HALVES)
+
+
+def test_what_fails_fails_and_what_is_unknown_is_no_reason() -> None:
+    settings = config(noise_halve_every_steps=1)
+    alone = Throughput([row(LONE, step_seconds=1.0)])
+    assert predict_as_run(alone, settings, LONE) == alone.predict(LONE)
+    failing = Throughput([row(LONE, failure="out of memory"), row(HALVES, step_seconds=1.0)])
+    known = predict_as_run(failing, settings, LONE)
+    assert known is not None
+    assert known.failure == "out of memory"
+    assert predict_as_run(Throughput(), settings, LONE) is None
+
+
+def test_the_steps_that_are_timed_are_those_of_the_halves() -> None:
+    assert runs_as(config(noise_halve_every_steps=1), LONE) == HALVES
+    assert runs_as(config(noise_halve_every_steps=32), LONE) == LONE
+    assert runs_as(config(noise_halve_every_steps=1), SHARED) == SHARED
+
+
+def test_a_batch_that_is_fast_only_in_one_piece_is_not_chosen_where_it_never_runs_so() -> None:
+    """In one piece the lone micro-batch is the fastest, in halves the slowest."""
+    times = {LONE: 1.0, HALVES: 1.8, SHARED: 1.2}
+    whole = planner(times, start=SHARED, policy="copus", noise_halve_every_steps=1000)
+    assert whole.decide(noise(2.0, 1.9, 2.1), SHARED, 0).chosen == LONE
+    halves = planner(times, start=SHARED, policy="copus", noise_halve_every_steps=1)
+    decision = halves.decide(noise(2.0, 1.9, 2.1), SHARED, 0)
+    assert decision.chosen == SHARED
+    (lone,) = [score for score in decision.candidates if score.configuration == LONE]
+    assert lone.step_seconds == pytest.approx(1.8)
