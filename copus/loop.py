@@ -14,7 +14,7 @@ from copus.events import DecisionMade, Evaluate, Event, Failure, Noise, Reconfig
 from copus.job import JobConfig
 from copus.noise.meter import NoiseMeter
 from copus.noise.norm_window import NormWindow
-from copus.noise.sources import split
+from copus.noise.sources import run_as
 from copus.noise.step_estimate import estimate_step
 from copus.saver import Saver
 from copus.schedule import rules_at
@@ -180,8 +180,7 @@ class Trainer:
         )
         self._measure_noise(result, batch, source)
         if self._planner is not None and self._steps_since_change > 2 and configuration == full:
-            halved = split(source)[0] == "microbatch" and full.parts == 1
-            self._planner.throughput.observe(full.halved if halved else full, seconds)
+            self._planner.throughput.observe(run_as(full, source), seconds)
         if self._planner is not None and (
             warning := self._planner.observe_loss(state.samples_consumed, batch, result.loss)
         ):

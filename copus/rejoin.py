@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from copus.agreement import RankError, from_first, is_out_of_memory, one_line
+from copus.devices import join_world
 
 _POLL_SECONDS = 0.1
 """How often a rank looks for a note while a step is on trial."""
@@ -90,14 +91,8 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
         self._generation += 1
-        dist.init_process_group(
-            self._backend,
-            store=dist.PrefixStore(f"{self._name}/generation-{self._generation}", self._store),
-            rank=self._rank,
-            world_size=self._size,
-            timeout=self._timeout,
-            device_id=self._device if self._device.type == "cuda" else None,
-        )
+        store = dist.PrefixStore(f"{self._name}/generation-{self._generation}", self._store)
+        join_world(self._device, self._timeout, store=store, rank=self._rank, world_size=self._size)
 
     def _begin(self) -> None:
         self._store = distributed_c10d._get_default_store()

@@ -10,6 +10,7 @@ from copus.job import JobError
 from launch.follow import event_lines
 from launch.run_state import RunState, state_of
 from launch.status import RunStatus, count
+from launch.tables import new_table
 from launch.wording import loss
 from planner.wording import duration
 
@@ -96,12 +97,10 @@ STYLES = {"running": "green", "measuring": "green", "failed": "red", "crashed": 
 
 
 def _print(found: list[RunSummary]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table()
     for name in ("run", "state"):
         table.add_column(name)
     for name in ("done", "tokens", "loss", "validation", "batch"):

@@ -6,6 +6,8 @@ A step is measured from one *full* source, from the norm layers, or from both at
 
 from dataclasses import dataclass
 
+from profiles.configuration import Configuration
+
 
 @dataclass(frozen=True)
 class Source:
@@ -54,3 +56,9 @@ def split(source: str | None) -> tuple[str | None, bool]:
             f"noise source {source!r}: expected at most one of microbatch and replica, and normlayer, joined by +"
         )
     return (full[0] if full else None), NORMLAYER.name in names
+
+
+def run_as(configuration: Configuration, source: str | None) -> Configuration:
+    """As what a step with that source is run: a lone micro-batch that is to be measured as two halves, where it is
+    even: the same gradient, and parts."""
+    return configuration.halved if split(source)[0] == MICROBATCH.name and configuration.parts == 1 else configuration

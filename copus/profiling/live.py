@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from copus.agreement import RankError, from_first
 from copus.backends.base import Backend, Batches, StepRules
+from copus.devices import wait_for
 from copus.events import Profile
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig, JobError
@@ -120,8 +121,7 @@ class LiveProfiler:
             dist.barrier()
             started = time.perf_counter()
             self._step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            wait_for(self._backend.device)
             seconds.append(time.perf_counter() - started)
         return seconds
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from copus.agreement import RankError
 from copus.backends.base import StepRules
+from copus.devices import rank_device, wait_for
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig
 from copus.profiling.solo import SOLO, register
@@ -72,7 +73,7 @@ class SingleProfiler:
         from copus.backends.megatron.backend import MegatronBackend  # takes seconds, and changes torch on CPU
 
         rules = StepRules(lr=0.0, betas=(0.9, 0.95))  # weights stay what they are
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        device = rank_device(0, 1)
         with world_of_one(configuration.layout.accelerators, rank):
             backend = MegatronBackend(self._job, device)
             try:
@@ -81,8 +82,7 @@ class SingleProfiler:
                 for _ in range(self._task.config.warmup_steps + self._task.config.steps):
                     started = time.perf_counter()
                     backend.train_step(self._batches, 0, rules, None, False)
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
+                    wait_for(device)
                     seconds.append(time.perf_counter() - started)
             finally:
                 backend.close()

@@ -17,7 +17,7 @@ from copus.backends.megatron.limits import check_layout
 from copus.backends.megatron.move_plan import plan_move
 from copus.hardware import PhaseClock, peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig
-from copus.noise.sources import split
+from copus.noise.sources import run_as
 from copus.rejoin import World
 from copus.reshard.execute import Fields, Place, reshard
 from copus.reshard.plan import Plan
@@ -214,9 +214,7 @@ class MegatronBackend:
         commit: Callable[[], None],
     ) -> StepResult:
         assert self._part_norms is not None, "build() comes first"
-        configuration = self.configuration
-        if split(noise_source)[0] == "microbatch" and configuration.parts == 1:
-            configuration = configuration.halved
+        configuration = run_as(self.configuration, noise_source)
         self._seed_dropout(first_sample)
         return step.train_step(
             self._chunks,

@@ -54,11 +54,9 @@ def _match(
 ) -> Iterator[tuple[torch.nn.Parameter, LocalParameter]]:
     # Asked of the groups themselves: `parallel_state.get_pipeline_model_parallel_rank` asks torch, which knows none any
     # more after a step that broke them.
-    tensor, pipeline = (
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_pipeline_model_parallel_group(),
-    )
-    expected = chunk_parameters(model, layout, tensor.rank(), pipeline.rank(), stage)
+    tensor_rank = parallel_state.get_tensor_model_parallel_group().rank()
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_group().rank()
+    expected = chunk_parameters(model, layout, tensor_rank, pipeline_rank, stage)
     live = list(unwrap(chunk).named_parameters())
     if [(name, tuple(param.shape)) for name, param in live] != [(each.name, each.shape) for each in expected]:
         raise ValueError(f"the parameters of model chunk {stage} are not those of a {layout.label} of this model")
