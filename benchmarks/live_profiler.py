@@ -2,7 +2,7 @@
 
 `python -m benchmarks.live_profiler` measures every feasible configuration of the demo's model on four ranks, up to a
 global batch, both ways: as many timed steps of each, by the same code. Nothing is left out because it looks slow. The
-one job runs twice, before and after all launches: how well it agrees with itself tells what the machine allows.
+one job runs twice, before and after all launches: by how much its own times differ tells what the machine allows.
 """
 
 import json
@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
+from statistics import mean, variance
 from typing import Any
 
 from rich.console import Console
@@ -23,12 +24,14 @@ from rich.table import Table
 from benchmarks.command import console_of, parser_of, tell
 from copus.job import JobConfig, load_job
 from planner.space import candidates
+from profiles.config import ProfileConfig
 from profiles.configuration import Configuration
 from profiles.measurement import Measurement
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "shakespeare.yaml"
 RANKS = 4
-WARMUP, STEPS = 1, 5
+STEPS = ProfileConfig()
+"""How many steps go before a measurement and are timed: as many as in a job that says nothing about it."""
 DECIDED = 0.5
 """Share of pairs that have to be told apart: of fewer one cannot say that they rank the same."""
 
@@ -42,8 +45,8 @@ def make_job(max_batch: int) -> JobConfig:
         "training.global_batch": 4,
         "planner.min_global_batch": 4,
         "planner.max_global_batch": max_batch,
-        "profile.warmup_steps": WARMUP,
-        "profile.steps": STEPS,
+        "profile.warmup_steps": STEPS.warmup_steps,
+        "profile.steps": STEPS.steps,
     }
     return load_job(DEMO, [f"{name}={value}" for name, value in settings.items()])
 
@@ -77,13 +80,24 @@ def measure(wanted: list[Configuration], job: JobConfig) -> tuple[list[Measureme
         return [Measurement.model_validate(row) for row in json.loads(result.read_text())], seconds
 
 
-def compare(one: list[Measurement], other: list[Measurement]) -> dict[str, Any]:
+def repeatability(one: list[Measurement], again: list[Measurement]) -> float:
+    """By how much a median differs from visit to visit, as a share of it, beyond what its own steps tell: a standard
+    deviation, from the same measurements made twice. That the second time is slower for all does not count."""
+    both = [pair for pair in zip(one, again, strict=True) if all(row.step_seconds is not None for row in pair)]
+    if len(both) < 2:
+        return 0.0
+    drift = variance(math.log(_seconds(a) / _seconds(b)) for a, b in both)
+    within = mean(sum((_deviation(row) / _seconds(row)) ** 2 for row in pair) for pair in both)
+    return math.sqrt(max(0.0, drift - within) / 2)
+
+
+def compare(one: list[Measurement], other: list[Measurement], visit_sd: float = 0.0) -> dict[str, Any]:
     """Whether two sets of measurements rank the configurations of each global batch alike.
 
     A pair is decided where both sets see its two medians apart by more than two standard deviations of their
-    difference; it agrees where both then see the same one ahead. `same_ranking`: every decided pair agrees, the fastest
-    of each set is among those that the other cannot tell from its own fastest, and at least half of all pairs are
-    decided.
+    difference, `visit_sd` (`repeatability`) included; it agrees where both then see the same one ahead. `same_ranking`:
+    every decided pair agrees, the fastest of each set is among those that the other cannot tell from its own fastest,
+    and at least half of all pairs are decided.
     `regret_pct`: what choosing by the first set costs by the second, the worst global batch.
     """
     first = {row.configuration: row for row in one if row.step_seconds is not None}
@@ -97,14 +111,14 @@ def compare(one: list[Measurement], other: list[Measurement]) -> dict[str, Any]:
     for members in by_batch.values():
         for a, b in combinations(members, 2):
             pairs += 1
-            signs = [_ahead(seen[a], seen[b]) for seen in (first, second)]
+            signs = [_ahead(seen[a], seen[b], visit_sd) for seen in (first, second)]
             concordant += (_seconds(first[a]) < _seconds(first[b])) == (_seconds(second[a]) < _seconds(second[b]))
             if all(signs):
                 decided += 1
                 agreeing += signs[0] == signs[1]
         best = [min(members, key=lambda each: _seconds(seen[each])) for seen in (first, second)]
         regret = max(regret, 100 * (_seconds(second[best[0]]) / _seconds(second[best[1]]) - 1))
-        fastest += all(_ahead(seen[best[0]], seen[best[1]]) == 0 for seen in (first, second))
+        fastest += all(_ahead(seen[best[0]], seen[best[1]], visit_sd) == 0 for seen in (first, second))
     failures = {row.configuration for row in one if row.failure} == {row.configuration for row in other if row.failure}
     enough = pairs > 0 and decided >= DECIDED * pairs
     return {
@@ -125,14 +139,16 @@ def _seconds(row: Measurement) -> float:
     return row.step_seconds
 
 
-def _ahead(a: Measurement, b: Measurement) -> int:
-    """1 where a is faster, −1 where b is, 0 where one cannot tell.
+def _deviation(row: Measurement) -> float:
+    """Standard deviation of its median, by its own steps: 1.25 σ/√n, and the spread, half of the way from the 10th to
+    the 90th percentile, is 1.28 σ."""
+    return 1.25 / 1.28 * (row.spread_seconds or 0) / math.sqrt(row.count)
 
-    The standard deviation of a median of n is 1.25 σ/√n, and the spread, half of the way from the 10th to the 90th
-    percentile, is 1.28 σ.
-    """
+
+def _ahead(a: Measurement, b: Measurement, visit_sd: float) -> int:
+    """1 where a is faster, −1 where b is, 0 where one cannot tell."""
     apart = _seconds(b) - _seconds(a)
-    deviation = math.hypot(*(1.25 / 1.28 * (row.spread_seconds or 0) / math.sqrt(row.count) for row in (a, b)))
+    deviation = math.hypot(*(each for row in (a, b) for each in (_deviation(row), visit_sd * _seconds(row))))
     return 0 if abs(apart) <= 2 * deviation else 1 if apart > 0 else -1
 
 
@@ -152,6 +168,13 @@ def run(quick: bool, max_batch: int, console: Console) -> dict[str, Any]:
     again, second_seconds = measure(wanted, job)
     console.print(f"one job again: {second_seconds:.0f} s")
     one_job_seconds = (first_seconds + second_seconds) / 2
+    visit_sd = repeatability(in_one, again)
+    sets = {
+        "one job and launches": (in_one, launched),
+        "one job again and launches": (again, launched),
+        "one job and one job again": (in_one, again),
+    }
+    rankings = {name: compare(*pair, visit_sd) for name, pair in sets.items()}
     fingerprint = in_one[0].fingerprint
     return {
         "benchmark": "live_profiler",
@@ -159,18 +182,17 @@ def run(quick: bool, max_batch: int, console: Console) -> dict[str, Any]:
         "hardware": fingerprint.hardware,
         "software": fingerprint.software,
         "configurations": len(wanted),
-        "steps": STEPS,
-        "warmup_steps": WARMUP,
+        "steps": STEPS.steps,
+        "warmup_steps": STEPS.warmup_steps,
         "one_job_seconds": one_job_seconds,
         "one_job_seconds_all": [first_seconds, second_seconds],
         "launches_seconds": sum(launches),
         "speedup": sum(launches) / one_job_seconds,
         "launch_seconds_all": launches,
-        "rankings": {
-            "one job and launches": compare(in_one, launched),
-            "one job again and launches": compare(again, launched),
-            "one job and one job again": compare(in_one, again),
-        },
+        "same_ranking": all(found["same_ranking"] for found in rankings.values()),
+        "visit_sd_pct": 100 * visit_sd,
+        "rankings": rankings,
+        "rankings_by_steps_alone": {name: compare(*pair) for name, pair in sets.items()},
         "rows": [
             {"configuration": each.label, "one_job": _time(a), "launch": _time(b), "again": _time(c)}
             for each, a, b, c in zip(wanted, in_one, launched, again, strict=True)
@@ -190,11 +212,17 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(row["configuration"], *(_cell(row[name]) for name in ("one_job", "launch", "again")))
     console.print(table)
     jobs = " and ".join(f"{seconds:.0f}" for seconds in result["one_job_seconds_all"])
-    lines = [f"one job {jobs} s, launches {result['launches_seconds']:.0f} s: {result['speedup']:.1f}× less wall time"]
+    lines = [
+        f"one job {jobs} s, launches {result['launches_seconds']:.0f} s: {result['speedup']:.1f}× less wall time",
+        f"from visit to visit the time of a configuration differs by {result['visit_sd_pct']:.1f} % (one standard "
+        "deviation, beyond the spread of its steps, the machine's common speed left out): closer pairs are not decided",
+    ]
     for name, found in result["rankings"].items():
+        alone = result["rankings_by_steps_alone"][name]
         lines.append(
             f"{name}: ranking {'the same' if found['same_ranking'] else 'NOT the same'}: {found['pairs_agreeing']} of "
-            f"{found['pairs_decided']} decided pairs agree, of {found['pairs']}; the fastest agrees at "
+            f"{found['pairs_decided']} decided pairs agree, of {found['pairs']} (by the spread of the steps alone "
+            f"{alone['pairs_agreeing']} of {alone['pairs_decided']}); the fastest agrees at "
             f"{found['batches_with_the_same_fastest']} of {found['batches']} batches; choosing by the first costs at "
             f"most {found['regret_pct']:.1f} %; Kendall's τ {found['kendall_tau']:.2f}"
         )

@@ -1,9 +1,10 @@
 """What `benchmarks.live_profiler` calls the same ranking, and what it measures."""
 
+import numpy as np
 import pytest
 from test_profiles_table import HERE, MODEL
 
-from benchmarks.live_profiler import RANKS, compare, configurations, make_job
+from benchmarks.live_profiler import RANKS, compare, configurations, make_job, repeatability
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Measurement
@@ -44,6 +45,35 @@ def test_a_pair_the_other_way_round_is_another_ranking() -> None:
 
 def test_a_pair_that_noise_cannot_tell_apart_does_not_count() -> None:
     assert compare(rows(1.0, 2.0, 3.0, 3.004), rows(1.0, 2.0, 3.004, 3.0))["same_ranking"]
+
+
+def test_a_pair_that_the_machine_does_not_repeat_does_not_count() -> None:
+    one, other = rows(1.0, 2.0, 3.0, 3.3), rows(1.0, 2.0, 3.3, 3.0)
+    assert not compare(one, other)["same_ranking"]
+    found = compare(one, other, visit_sd=0.05)
+    assert found["same_ranking"]
+    assert (found["pairs"], found["pairs_decided"], found["pairs_agreeing"]) == (6, 5, 5)
+
+
+def test_a_machine_that_repeats_little_cannot_rank() -> None:
+    found = compare(rows(1.0, 1.1, 1.2, 1.3), rows(1.0, 1.1, 1.2, 1.3), visit_sd=0.5)
+    assert found["pairs_decided"] == 0
+    assert not found["same_ranking"]
+
+
+def test_repeatability_is_what_visits_differ_by_beyond_their_steps() -> None:
+    true, visit_sd, spread, rng = 2.0, 0.06, 0.05, np.random.default_rng(3)
+    step_sd = visit_sd * true, 1.25 / 1.28 * spread / np.sqrt(5)
+    first, again = (true + rng.normal(0, np.hypot(*step_sd), 4000) for _ in range(2))
+    found = repeatability(
+        *([row for value in times for row in rows(float(value), spread=spread)] for times in (first, again))
+    )
+    assert found == pytest.approx(visit_sd, rel=0.05)
+
+
+def test_a_machine_that_is_slower_as_a_whole_repeats_itself() -> None:
+    assert repeatability(rows(1.0, 2.0, 3.0), rows(1.2, 2.4, 3.6)) == 0
+    assert repeatability(rows(1.0, 2.0, None), rows(1.5, None, 3.0)) == 0
 
 
 def test_noise_alone_is_no_ranking() -> None:

@@ -21,7 +21,7 @@ from profiles.model_shape import ModelShape
 
 CHUNK = 4096
 """Configurations that are worked on at once: their arrays stay in the processor's cache."""
-ROBUST = 2.0
+ROBUST = 1.0
 """Standard deviations beyond which a row counts less and less (soft L1)."""
 OUTLIER = 2.5
 """Standard deviations of a miss beyond which a row says less about its neighbours."""
@@ -199,7 +199,8 @@ class CostModel:
         mean, sd = self._prior(cluster)
         own, places, rows = jacobian(done, mean, sd, self._z), coordinates(model, cluster, c), self._rows
         if not rows:
-            return Errors(self._how, own, places, self._how.blind_spread, self._how.freedom)
+            spread = self._how.blind_spread if cluster.nodes == 1 else self._how.blind_spread_of_nodes
+            return Errors(self._how, own, places, spread, self._how.freedom)
         across = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
         freedom = self._how.freedom + len(rows.residual)
         return Errors(self._how, own, places, rows.spread, freedom, across, cho_solve(rows.whole, across.T))

@@ -44,9 +44,11 @@ class Smoothness(NamedTuple):
     """Doublings of nodes, width, depth and sequence length."""
     freedom: float = 4.0
     """Rows that the assumed size of misses is worth: how soon the rows' own misses set the width of intervals."""
-    blind_spread: float = 0.85
-    """Width of intervals before any row, over what priors and misses add up to. With it the published sweeps, every
-    source counting the same, lie in their intervals as often as they should."""
+    blind_spread: float = 0.52
+    """Width of intervals on one node before any row, over what priors and misses add up to. With it the published
+    sweeps, every source counting the same, lie in their intervals as often as they should."""
+    blind_spread_of_nodes: float = 0.9
+    """The same on several nodes, whose network is not in any data sheet: other jobs, congestion, slow nodes."""
 
 
 _BATCH, _FLAGS, _SIZES, _SHAPE = (
