@@ -16,8 +16,11 @@ def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def console_of(options: argparse.Namespace, width: int | None = None) -> Console:
-    """Where people are told; standard output belongs to the JSON object."""
-    return Console(stderr=options.json, highlight=False, width=width)
+    """Where people are told; standard output belongs to the JSON object. A file or a pipe has no width to fit into."""
+    console = Console(stderr=options.json, highlight=False, width=width)
+    if width is None and not console.is_terminal:
+        console.width = 200
+    return console
 
 
 def tell(

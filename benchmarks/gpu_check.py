@@ -27,7 +27,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_predicted import accelerator_file, model_flops, predictions
+from benchmarks.gpu_predicted import accelerator_file, predictions
 from copus.backends.base import Backend, StepResult, StepRules
 from copus.devices import join_world, rank_device, wait_for
 from copus.hardware import hardware_name, peak_memory_bytes, reset_peak_memory, software_name
@@ -156,9 +156,8 @@ def measure_steps(
         samples_per_second = candidate.global_batch / step["median"]
         row |= {"step_seconds": step, "count": len(times[candidate]), "samples_per_second": samples_per_second}
         row |= {"tokens_per_second": samples_per_second * job.model.seq_len, "peak_bytes": peaks[candidate]}
-        if predicted:
-            peak = accelerator(job.cluster.accelerator).peak(job.training.precision)
-            row["mfu"] = model_flops(job, candidate) / step["median"] / peak
+        if predicted and (peak := peak_samples_per_second(job.model, job.cluster, job.training.precision)):
+            row["mfu"] = samples_per_second / peak
         rows.append(row)
     return rows
 

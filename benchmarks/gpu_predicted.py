@@ -50,13 +50,3 @@ def predictions(job: JobConfig, candidates: list[Configuration]) -> list[dict[st
         }
         for row in range(len(candidates))
     ]
-
-
-def model_flops(job: JobConfig, configuration: Configuration) -> float:
-    """Floating point operations of a step that the model asks for, recomputation not counted: 6 a parameter and token
-    without the embedding, and 6 · layers · hidden · seq_len a token for causal attention (PaLM, 2204.02311, appendix B,
-    halved for the mask)."""
-    model = job.model
-    tokens = configuration.global_batch * model.seq_len
-    matrices = model.parameters - model.vocab * model.hidden
-    return tokens * (6.0 * matrices + 6.0 * model.layers * model.hidden * model.seq_len)

@@ -33,6 +33,7 @@ from profiles.cost.accelerator import accelerator
 from profiles.cost.residual import coordinates
 from profiles.cost.select import next_to_measure, select
 from profiles.memory import PYTORCH, MemoryModel
+from profiles.mfu import flops_per_token
 
 SHARE = 0.1
 """Of a sweep's rows, measured for the fit."""
@@ -167,9 +168,8 @@ def roofline(timings: Timings, chosen: Rows) -> Floats:
     """Second baseline: operations of the model ÷ (peak × one utilization), which is fitted where there are rows."""
     t, model = timings, timings.model
     tokens = t.configurations.global_batch * float(model.seq_len)
-    per_token = 6 * model.parameters + 6 * model.layers * model.hidden * model.seq_len
     peak = accelerator(t.cluster.accelerator).peak(t.precision) * t.configurations.accelerators
-    ideal = tokens * per_token / peak
+    ideal = tokens * flops_per_token(model) / peak
     if not len(chosen):
         return ideal / NAIVE_MFU
     return ideal * np.exp(np.median(np.log(t.step_seconds[chosen] / ideal[chosen])))

@@ -228,9 +228,12 @@ def run_all(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             finished.append(run)
             seconds = "missed the target" if run["seconds"] is None else f"{run['seconds']:.1f} s"
             console.print(f"seed {seed}  {contender.name:20} {seconds}  {' → '.join(run['configurations'])}")
+    measured = ThroughputTable(out / "throughput.jsonl").rows()[-1].fingerprint
     shown = [run for run in finished if run["policy"] in {each.name for each in field} and run["seed"] in seeds]
     return {
         "job": options.job.name,
+        "hardware": measured.hardware,
+        "software": measured.software,
         "fastest_at": {str(batch): configuration.label for batch, configuration in fastest.items()},
         "runs": shown,
         "gain_over_best_fixed_pct": gains(shown, "seconds"),
@@ -240,6 +243,7 @@ def run_all(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """A line for each policy."""
+    console.print(f"{result['hardware']} · {result['software']}")
     table = Table(
         Column("policy", no_wrap=True),
         title="time to the target loss: medians over seeds; gain over the best fixed, 90 % interval",

@@ -52,6 +52,9 @@ class Start(Event):
     """Length of the run in sequences."""
     seq_len: int
     """Tokens in a sequence."""
+    peak_samples_per_second: float | None = None
+    """What the accelerators would do at their rated peak: a throughput over this is the model FLOP utilization (MFU).
+    None where no data sheet says it, as for CPU cores."""
     resumed_from: str | None = None
     """Checkpoint that the run goes on from."""
     hardware: str

@@ -41,6 +41,7 @@ from planner.policy import make_policy
 from planner.space import candidates
 from profiles.cost import CostModel, Timings, expected
 from profiles.measurement import Measurement
+from profiles.mfu import peak_samples_per_second
 from profiles.table import ThroughputTable
 from profiles.throughput import Expected, Throughput
 
@@ -116,6 +117,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
                 configuration=backend.configuration,
                 total_samples=job.total_samples,
                 seq_len=job.model.seq_len,
+                peak_samples_per_second=peak_samples_per_second(job.model, job.cluster, job.training.precision),
                 resumed_from=None if newest is None else str(newest.relative_to(run)),
                 hardware=fingerprint.hardware,
                 software=fingerprint.software,

@@ -15,6 +15,7 @@ from copus.events import Branch, Evaluate, Event, Failure, Profile, Reconfigure,
 from launch.run_directory import shown
 from launch.status import RunStatus, branched, count, duration, measured, noise_interval
 from launch.wording import loss, told
+from planner.wording import percent
 
 LINE_SECONDS = 10.0
 """Time between plain lines."""
@@ -124,6 +125,8 @@ class Progress:
             ]
         if status.samples_per_second is not None:
             facts.append(("samples/s", f"{status.samples_per_second:.3g}"))
+        if status.mfu is not None:
+            facts.append(("MFU", percent(status.mfu)))
         facts.append(("elapsed", duration(self.elapsed_seconds)))
         if status.remaining_seconds is not None and status.end is None:
             facts.append(("left", duration(status.remaining_seconds)))

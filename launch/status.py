@@ -114,6 +114,12 @@ class RunStatus:
         return sum(samples for samples, _ in self._recent) / seconds if seconds > 0 else None
 
     @property
+    def mfu(self) -> float | None:
+        """Model FLOP utilization at that throughput, 0 to 1; None where the peak is not rated."""
+        peak = self.start.peak_samples_per_second if self.start else None
+        return self.samples_per_second / peak if peak and self.samples_per_second is not None else None
+
+    @property
     def remaining_seconds(self) -> float | None:
         """Time to the end of the run at the current throughput."""
         if self.start is None or self.samples_per_second is None:

@@ -14,6 +14,7 @@ from launch.runs import STYLES
 from launch.status import branched, count, duration, measured, noise_interval
 from launch.watch import Watched
 from launch.wording import loss
+from planner.wording import percent
 from profiles.decision import CandidateScore
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -104,6 +105,8 @@ def _figures(watched: Watched) -> Table:
     seen = "…" if status.samples_per_second is None else f"{status.samples_per_second:.3g}"
     if watched.predicted is not None:
         seen += f" ({watched.predicted:.3g} predicted)"
+    if status.mfu is not None:
+        seen += f", MFU {percent(status.mfu)}"
     facts = [
         ("noise", noise_interval(noise.value, noise.low, noise.high) if noise else "unknown yet"),
         ("batch", str(configuration.global_batch) if configuration else "…"),

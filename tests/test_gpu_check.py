@@ -22,7 +22,7 @@ def quick_check(out: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def check_figures(result: dict[str, Any]) -> None:
+def check_figures(result: dict[str, Any], on_gpu: bool) -> None:
     """Every figure is there and is possible."""
     small = result["models"]["small"]
     assert [row["configuration"].split()[-1] for row in small["steps"]] == ["m1", "m2", "m4", "m8"]
@@ -32,7 +32,7 @@ def check_figures(result: dict[str, Any]) -> None:
         assert row["tokens_per_second"] == pytest.approx(row["samples_per_second"] * small["model"]["seq_len"])
         assert row["samples_per_second"] * step["median"] == pytest.approx(8)
         assert row["count"] >= 3
-        assert 0 < row["mfu"] < 1
+        assert 0 < row["mfu"] < 1 if on_gpu else "mfu" not in row  # nobody rates a CPU core
         for predicted in (row["predicted_seconds"], row["predicted_bytes"]):
             assert 0 < predicted[0] < predicted[1] < predicted[2]
         assert row["peak_bytes"] > 4 * small["parameters"]
@@ -46,7 +46,7 @@ def check_figures(result: dict[str, Any]) -> None:
 
 def test_runs_on_a_cpu(tmp_path: Path) -> None:
     result = quick_check(tmp_path)
-    check_figures(result)
+    check_figures(result, on_gpu=False)
     assert result["precision"] == "fp32"
 
 
@@ -55,7 +55,7 @@ def test_runs_on_a_gpu(tmp_path: Path) -> None:
     import torch
 
     result = quick_check(tmp_path)
-    check_figures(result)
+    check_figures(result, on_gpu=True)
     assert torch.cuda.get_device_name() in result["device"]
     assert result["precision"] == "bf16"
 

@@ -1,6 +1,7 @@
 """What is shown of a running run, and how its events are followed."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,15 @@ def test_status_is_the_newest_of_everything() -> None:
     assert status.remaining_seconds == pytest.approx((TOTAL_SAMPLES - 56) / 40)
     assert status.last_change == "moved TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2 in 2.5 s (decision 0)"
     assert (status.first_evaluation, status.evaluation) == (HISTORY[1], HISTORY[-1])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_utilization_is_shown_where_the_peak_is_rated(terminal: bool) -> None:
+    rated = [start().model_copy(update={"peak_samples_per_second": 100.0}), *HISTORY[1:]]
+    assert status_of(*rated).mfu == pytest.approx(0.4)
+    assert re.search(r"MFU +40 %", shown_by(RunStatus(), rated, terminal))
+    assert status_of(*HISTORY).mfu is None
+    assert "MFU" not in shown_by(RunStatus(), list(HISTORY), terminal)
 
 
 def test_the_first_failure_of_the_last_attempt_counts() -> None:

@@ -78,9 +78,12 @@ def test_json_says_everything(job_file: Path, capsys: pytest.CaptureFixture[str]
     assert found["measured_rows"] == 0
     assert found["memory_bytes"] == pytest.approx(80 * 2**30, rel=0.01)
     assert [each["global_batch"] for each in found["fastest"]] == [16, 32, 64, 128]
+    peak = found["start"]["mfu"] / found["start"]["samples_per_second"]
     for each in found["candidates"]:
         assert each["source"] == "predicted"
         assert sum(each["memory"].values()) == pytest.approx(each["peak_bytes"])
+        assert 0.05 < each["mfu"] < 0.8
+        assert each["mfu"] / each["samples_per_second"] == pytest.approx(peak, rel=1e-9)
         assert each["step_seconds_low"] < each["step_seconds"] < each["step_seconds_high"]
         assert each["fits"] in ("fits", "should fit", "may not fit", "does not fit")
     assert {each["fits"] for each in found["candidates"]} >= {"fits", "does not fit"}
@@ -92,7 +95,7 @@ def test_json_says_everything(job_file: Path, capsys: pytest.CaptureFixture[str]
 def test_tables_for_people(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert copus_here("plan", str(job_file), "--all") == 0
     out = capsys.readouterr().out
-    for text in ("16 × h100-sxm, 80.0 GiB each", "predicted", "activations", "noise scale", "does not fit", "assumed:"):
+    for text in ("16 × h100-sxm, 80.0 GiB each", "predicted", "activations", "noise scale", "does not fit", "assumed:", "MFU"):
         assert text in out
 
 
@@ -180,6 +183,7 @@ def test_on_cpu_cores_memory_is_not_checked(job_file: Path) -> None:
     values = as_values(job, prospects)
     assert values["memory_bytes"] is None
     assert {each["fits"] for each in values["candidates"]} == {"not checked"}
+    assert {each["mfu"] for each in values["candidates"]} == {None}  # nobody rates a core
 
 
 @pytest.mark.parametrize(

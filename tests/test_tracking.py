@@ -37,9 +37,9 @@ def a_step(samples: int, time: float = 0.0, loss: float | None = LOSS, seconds: 
     return Step(**at(samples, time), loss=loss, grad_norm=0.5, lr=1e-3, beta2=0.95, seconds=seconds, global_batch=4)
 
 
-def a_start(samples: int, time: float = 0.0) -> Start:
+def a_start(samples: int, time: float = 0.0, peak: float | None = 20.0) -> Start:
     where = {"hardware": "h", "software": "s"}
-    return Start(**at(samples, time), configuration=TENSOR, total_samples=400, seq_len=SEQ_LEN, **where)
+    return Start(**at(samples, time), configuration=TENSOR, total_samples=400, seq_len=SEQ_LEN, peak_samples_per_second=peak, **where)
 
 
 def a_restart(samples: int, time: float = 0.0) -> Restart:
@@ -87,12 +87,18 @@ def test_every_figure_comes_from_some_event_and_has_its_explanation() -> None:
     for event in EVERYTHING:
         seen |= figures.of(event)
     assert set(seen) == set(FIGURES) - {"noise/high"}  # unknown here: left out, not sent as 0
-    assert seen["speed/samples_per_second"] == 8.0
+    assert (seen["speed/samples_per_second"], seen["speed/mfu"]) == (8.0, 0.4)
     assert (seen["noise/scale"], seen["noise/critical_batch"]) == (12.0, 24.0)
     assert (seen["moves/total"], seen["moves/seconds_total"], seen["moves/bytes_total"]) == (1, 2.5, 10)
     assert (seen["layout/tp"], seen["layout/dp"]) == (1, 2)
     assert seen["goodput/gain"] == 1.0
     assert (seen["failures/total"], seen["restarts/total"]) == (1, 1)
+
+
+def test_there_is_no_utilization_of_what_nobody_rates() -> None:
+    figures = Figures()
+    for event in (a_start(0, peak=None), a_step(4)):
+        assert "speed/mfu" not in figures.of(event)
 
 
 def test_productive_time_leaves_out_what_is_done_again_and_counts_a_crash_but_no_pause() -> None:

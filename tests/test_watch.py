@@ -194,6 +194,16 @@ def test_a_frame_shows_what_a_person_looks_for(tmp_path: Path) -> None:
     assert max(map(len, shown(watched, 60).splitlines())) <= 60
 
 
+def test_a_frame_shows_the_utilization_of_what_is_rated(tmp_path: Path) -> None:
+    run = write_told_run(tmp_path / "runs" / "told")
+    watched = Watched(run)
+    watched.update(Follower(run).read())
+    assert "MFU" not in shown(watched)
+    assert watched.status.start is not None
+    watched.status.start = watched.status.start.model_copy(update={"peak_samples_per_second": 200.0})
+    assert "80 (160 predicted), MFU 40 %" in shown(watched)
+
+
 def test_the_curve_forgets_what_was_trained_again_and_predictions_follow_moves(tmp_path: Path) -> None:
     events = told_events()
     run = write_timed_run(tmp_path, *events)

@@ -33,6 +33,7 @@ FIGURES: dict[str, str] = {
     "layout/dp": "Data parallel degree.",
     "speed/step_seconds": "Duration of the last step.",
     "speed/samples_per_second": "Throughput of the last step, sequences a second.",
+    "speed/mfu": "Model FLOP utilization of the last step: operations that the model asks for, over the rated peak.",
     "noise/scale": "Gradient noise scale B_simple, sequences.",
     "noise/low": "Lower end of its 90 % interval, sequences.",
     "noise/high": "Upper end of its 90 % interval, sequences.",
@@ -64,6 +65,7 @@ class Figures:
     def __init__(self) -> None:
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._productive = ProductiveTime()
+        self._peak: float | None = None
 
     def catch_up(self, run: Path) -> None:
         """Count what the run's log tells of, so that a resumed run does not begin at 0."""
@@ -84,6 +86,7 @@ class Figures:
     def _found(self, event: Event) -> dict[str, float | None]:
         match event:
             case Step():
+                rate = event.global_batch / event.seconds
                 return {
                     "loss/train": event.loss,
                     "optimizer/lr": event.lr,
@@ -91,7 +94,8 @@ class Figures:
                     "optimizer/grad_norm": event.grad_norm,
                     "batch/global_batch": event.global_batch,
                     "speed/step_seconds": event.seconds,
-                    "speed/samples_per_second": event.global_batch / event.seconds,
+                    "speed/samples_per_second": rate,
+                    "speed/mfu": rate / self._peak if self._peak else None,
                     "time/productive_fraction": self._productive.fraction,
                 }
             case Evaluate():
@@ -101,6 +105,7 @@ class Figures:
             case DecisionMade():
                 return _of_decision(event)
             case Start():
+                self._peak = event.peak_samples_per_second
                 return _of_configuration(event.configuration)
             case Reconfigure():
                 moves = {

@@ -27,6 +27,8 @@ class Accelerator(Record):
     """As in `cluster.accelerator`."""
     flops: dict[str, PositiveFloat]
     """Dense peak by precision (fp32, bf16, fp16, fp8, …), floating point operations per second."""
+    rated: bool = True
+    """Whether that is from a data sheet; where it is a guess, no utilization is given."""
     memory_bytes: PositiveFloat
     """Memory of one accelerator."""
     memory_bytes_per_second: PositiveFloat

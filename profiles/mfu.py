@@ -1,0 +1,35 @@
+"""Model FLOP utilization: the operations that a model asks for, over what its accelerators could do in the time."""
+
+from profiles.cluster import Cluster
+from profiles.cost.accelerator import accelerator, accelerators
+from profiles.model_shape import ModelShape
+
+
+def flops_per_token(model: ModelShape) -> float:
+    """Floating point operations that training on a token takes, forward and backward, recomputation not counted.
+
+    6 for every weight that it is multiplied with (not the embedding, which is looked up; of the experts those that it
+    is sent to), and 6 · layers · hidden · seq_len for attention: PaLM (2204.02311, appendix B), halved for the causal
+    mask.
+    """
+    head_width = model.hidden // model.heads
+    attention = model.hidden * head_width * (2 * model.heads + 2 * model.kv_heads)
+    mlp = model.hidden * model.ffn_hidden * (3 if model.gated_mlp else 2) * model.experts_per_token
+    router = model.hidden * model.experts
+    weights = model.layers * (attention + mlp + router) + model.vocab * model.hidden
+    return 6.0 * weights + 6.0 * model.layers * model.hidden * model.seq_len
+
+
+def peak_samples_per_second(model: ModelShape, cluster: Cluster, precision: str) -> float | None:
+    """Sequences a second at the accelerators' rated peak: a throughput over this is the MFU.
+
+    None where no data sheet says the peak: an accelerator without a file, one that lacks the precision, a CPU core.
+    """
+    if cluster.accelerator not in accelerators():
+        return None
+    device = accelerator(cluster.accelerator)
+    try:
+        peak = device.peak(precision)
+    except ValueError:
+        return None
+    return cluster.accelerators * peak / (flops_per_token(model) * model.seq_len) if device.rated else None
