@@ -33,8 +33,8 @@ from copus.devices import join_world, rank_device, wait_for
 from copus.hardware import hardware_name, peak_memory_bytes, reset_peak_memory, software_name
 from copus.job import JobConfig, parse_job
 from profiles.configuration import Configuration
-from profiles.cost.accelerator import accelerator
 from profiles.layout import Layout
+from profiles.mfu import peak_samples_per_second
 from profiles.throughput import OUT_OF_MEMORY
 
 SMALL_MODEL = {

@@ -38,8 +38,8 @@ def a_step(samples: int, time: float = 0.0, loss: float | None = LOSS, seconds: 
 
 
 def a_start(samples: int, time: float = 0.0, peak: float | None = 20.0) -> Start:
-    where = {"hardware": "h", "software": "s"}
-    return Start(**at(samples, time), configuration=TENSOR, total_samples=400, seq_len=SEQ_LEN, peak_samples_per_second=peak, **where)
+    where: dict[str, Any] = {"hardware": "h", "software": "s", "peak_samples_per_second": peak}
+    return Start(**at(samples, time), configuration=TENSOR, total_samples=400, seq_len=SEQ_LEN, **where)
 
 
 def a_restart(samples: int, time: float = 0.0) -> Restart:

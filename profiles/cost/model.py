@@ -199,11 +199,15 @@ class CostModel:
         mean, sd = self._prior(cluster)
         own, places, rows = jacobian(done, mean, sd, self._z), coordinates(model, cluster, c), self._rows
         if not rows:
-            spread = self._how.blind_spread if cluster.nodes == 1 else self._how.blind_spread_of_nodes
-            return Errors(self._how, own, places, spread, self._how.freedom)
+            return Errors(self._how, own, places, self._blind_spread(cluster), self._how.freedom)
         across = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
         freedom = self._how.freedom + len(rows.residual)
         return Errors(self._how, own, places, rows.spread, freedom, across, cho_solve(rows.whole, across.T))
+
+    def _blind_spread(self, cluster: Cluster) -> float:
+        if not self._device(cluster).rated:
+            return 1.0  # nobody published by how much priors are too wide there
+        return self._how.blind_spread if cluster.nodes == 1 else self._how.blind_spread_of_nodes
 
     @property
     def smoothness(self) -> Smoothness:

@@ -67,7 +67,7 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     reduced = dp_rate * (w.dp_reduce + k["shard_traffic"] * w.dp_scatter)
     dp = dp + _exposed(reduced, k["dp_overlap"] * 2 / 3 * whole / w.pp)
     dp = dp + _exposed(dp_rate * k["shard_traffic"] * w.dp_gather, k["weights_overlap"] / 3 * whole / w.pp)
-    return {
+    found = {
         "compute": layers * compute + busy * head,
         "launch": n * (slowest - device) + k["step_seconds"],
         "tp": layers * tp,
@@ -78,6 +78,7 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
         "dp": dp + layers * gather,
         "optimizer": k["optimizer"] * w.optimizer,
     }
+    return {name: k["everything"] * seconds for name, seconds in found.items()}
 
 
 def step_seconds(w: Work, log_constants: NDArray[np.float64], shard: NDArray[np.bool_] | None = None) -> Floats:
