@@ -156,7 +156,7 @@ def measure_steps(
         samples_per_second = candidate.global_batch / step["median"]
         row |= {"step_seconds": step, "count": len(times[candidate]), "samples_per_second": samples_per_second}
         row |= {"tokens_per_second": samples_per_second * job.model.seq_len, "peak_bytes": peaks[candidate]}
-        if predicted and (peak := peak_samples_per_second(job.model, job.cluster, job.training.precision)):
+        if peak := peak_samples_per_second(job.model, job.cluster, job.training.precision):
             row["mfu"] = samples_per_second / peak
         rows.append(row)
     return rows

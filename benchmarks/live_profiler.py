@@ -1,8 +1,8 @@
 """One running job moved through the configurations, against one launch for each: wall time, and the same ranking?
 
 `python -m benchmarks.live_profiler` measures every feasible configuration of the demo's model on four ranks, up to a
-global batch, both ways: as many timed steps of each, by the same code. Nothing is left out because it looks slow. The
-one job runs twice, before and after all launches: by how much its own times differ tells what the machine allows.
+global batch, both ways: as many timed steps of each, by the same code. Nothing is left out because it looks slow. Both
+ways run twice, in turn: by how much the times of each differ from its own second ones tells what the machine allows.
 """
 
 import json
@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
-from statistics import mean, variance
+from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
@@ -24,14 +24,11 @@ from rich.table import Table
 from benchmarks.command import console_of, parser_of, tell
 from copus.job import JobConfig, load_job
 from planner.space import candidates
-from profiles.config import ProfileConfig
 from profiles.configuration import Configuration
 from profiles.measurement import Measurement
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "shakespeare.yaml"
 RANKS = 4
-STEPS = ProfileConfig()
-"""How many steps go before a measurement and are timed: as many as in a job that says nothing about it."""
 DECIDED = 0.5
 """Share of pairs that have to be told apart: of fewer one cannot say that they rank the same."""
 
@@ -45,8 +42,6 @@ def make_job(max_batch: int) -> JobConfig:
         "training.global_batch": 4,
         "planner.min_global_batch": 4,
         "planner.max_global_batch": max_batch,
-        "profile.warmup_steps": STEPS.warmup_steps,
-        "profile.steps": STEPS.steps,
     }
     return load_job(DEMO, [f"{name}={value}" for name, value in settings.items()])
 
@@ -81,24 +76,27 @@ def measure(wanted: list[Configuration], job: JobConfig) -> tuple[list[Measureme
 
 
 def repeatability(one: list[Measurement], again: list[Measurement]) -> float:
-    """By how much a median differs from visit to visit, as a share of it, beyond what its own steps tell: a standard
-    deviation, from the same measurements made twice. That the second time is slower for all does not count."""
-    both = [pair for pair in zip(one, again, strict=True) if all(row.step_seconds is not None for row in pair)]
-    if len(both) < 2:
-        return 0.0
-    drift = variance(math.log(_seconds(a) / _seconds(b)) for a, b in both)
-    within = mean(sum((_deviation(row) / _seconds(row)) ** 2 for row in pair) for pair in both)
-    return math.sqrt(max(0.0, drift - within) / 2)
+    """By how much a median differs from one time to the next, as a share of it: a standard deviation, from the same
+    measurements made twice. That all are slower the second time does not count: it changes no ranking."""
+    ratios = [
+        math.log(_seconds(a) / _seconds(b))
+        for a, b in zip(one, again, strict=True)
+        if a.step_seconds is not None and b.step_seconds is not None
+    ]
+    return stdev(ratios) / math.sqrt(2) if len(ratios) > 1 else 0.0
 
 
-def compare(one: list[Measurement], other: list[Measurement], visit_sd: float = 0.0) -> dict[str, Any]:
+def compare(
+    one: list[Measurement], other: list[Measurement], deviations: tuple[float, float] = (0.0, 0.0)
+) -> dict[str, Any]:
     """Whether two sets of measurements rank the configurations of each global batch alike.
 
-    A pair is decided where both sets see its two medians apart by more than two standard deviations of their
-    difference, `visit_sd` (`repeatability`) included; it agrees where both then see the same one ahead. `same_ranking`:
+    A pair is decided where each set sees its two medians apart by more than two standard deviations of their
+    difference, which follow from its `repeatability`; it agrees where both then see the same one ahead. `same_ranking`:
     every decided pair agrees, the fastest of each set is among those that the other cannot tell from its own fastest,
     and at least half of all pairs are decided.
-    `regret_pct`: what choosing by the first set costs by the second, the worst global batch.
+    `regret_pct`: what choosing by the first set costs by the second, the worst global batch. `slower_pct`: by how much
+    the second set is slower, in the mean; that it is so for some more than for others is the `scatter_pct`.
     """
     first = {row.configuration: row for row in one if row.step_seconds is not None}
     second = {row.configuration: row for row in other if row.step_seconds is not None}
@@ -111,14 +109,17 @@ def compare(one: list[Measurement], other: list[Measurement], visit_sd: float = 
     for members in by_batch.values():
         for a, b in combinations(members, 2):
             pairs += 1
-            signs = [_ahead(seen[a], seen[b], visit_sd) for seen in (first, second)]
+            signs = [_ahead(seen[a], seen[b], by) for seen, by in zip((first, second), deviations, strict=True)]
             concordant += (_seconds(first[a]) < _seconds(first[b])) == (_seconds(second[a]) < _seconds(second[b]))
             if all(signs):
                 decided += 1
                 agreeing += signs[0] == signs[1]
         best = [min(members, key=lambda each: _seconds(seen[each])) for seen in (first, second)]
         regret = max(regret, 100 * (_seconds(second[best[0]]) / _seconds(second[best[1]]) - 1))
-        fastest += all(_ahead(seen[best[0]], seen[best[1]], visit_sd) == 0 for seen in (first, second))
+        fastest += all(
+            _ahead(seen[best[0]], seen[best[1]], by) == 0 for seen, by in zip((first, second), deviations, strict=True)
+        )
+    slower = [math.log(_seconds(second[each]) / _seconds(first[each])) for each in first if each in second]
     failures = {row.configuration for row in one if row.failure} == {row.configuration for row in other if row.failure}
     enough = pairs > 0 and decided >= DECIDED * pairs
     return {
@@ -130,6 +131,8 @@ def compare(one: list[Measurement], other: list[Measurement], visit_sd: float = 
         "pairs_agreeing": agreeing,
         "regret_pct": regret if by_batch else None,
         "kendall_tau": 2 * concordant / pairs - 1 if pairs else None,
+        "slower_pct": 100 * math.expm1(mean(slower)) if slower else None,
+        "scatter_pct": 100 * stdev(slower) if len(slower) > 1 else None,
         "same_failures": failures,
     }
 
@@ -139,63 +142,59 @@ def _seconds(row: Measurement) -> float:
     return row.step_seconds
 
 
-def _deviation(row: Measurement) -> float:
-    """Standard deviation of its median, by its own steps: 1.25 σ/√n, and the spread, half of the way from the 10th to
-    the 90th percentile, is 1.28 σ."""
-    return 1.25 / 1.28 * (row.spread_seconds or 0) / math.sqrt(row.count)
-
-
-def _ahead(a: Measurement, b: Measurement, visit_sd: float) -> int:
-    """1 where a is faster, −1 where b is, 0 where one cannot tell."""
-    apart = _seconds(b) - _seconds(a)
-    deviation = math.hypot(*(each for row in (a, b) for each in (_deviation(row), visit_sd * _seconds(row))))
-    return 0 if abs(apart) <= 2 * deviation else 1 if apart > 0 else -1
+def _ahead(a: Measurement, b: Measurement, deviation: float) -> int:
+    """1 where a is faster, −1 where b is, 0 where one cannot tell: they are less than two standard deviations of their
+    difference apart."""
+    apart = math.log(_seconds(b) / _seconds(a))
+    return 0 if abs(apart) <= 2 * math.sqrt(2) * deviation else 1 if apart > 0 else -1
 
 
 def run(quick: bool, max_batch: int, console: Console) -> dict[str, Any]:
-    """Both ways, the one job first."""
+    """Both ways, in turn, the one job first."""
     job = make_job(4 if quick else max_batch)
     wanted = configurations(job, quick)
     console.print(f"{len(wanted)} configurations of {job.model.parameters / 1e6:.1f} M parameters on {RANKS} ranks")
-    in_one, first_seconds = measure(wanted, job)
-    console.print(f"one job with all of them: {first_seconds:.0f} s")
-    launched, launches = [], []
-    for place, each in enumerate(wanted, start=1):
-        rows, seconds = measure([each], job)
-        launched += rows
-        launches.append(seconds)
-        console.print(f"launch {place}/{len(wanted)} {each.label}: {seconds:.1f} s")
-    again, second_seconds = measure(wanted, job)
-    console.print(f"one job again: {second_seconds:.0f} s")
-    one_job_seconds = (first_seconds + second_seconds) / 2
-    visit_sd = repeatability(in_one, again)
+    jobs, launches = [], []
+    for turn in ("first", "second"):
+        jobs.append(measure(wanted, job))
+        console.print(f"{turn} time, one job with all of them: {jobs[-1][1]:.0f} s")
+        rows, total = [], 0.0
+        for place, each in enumerate(wanted, start=1):
+            measured, seconds = measure([each], job)
+            rows += measured
+            total += seconds
+            console.print(f"{turn} time, launch {place}/{len(wanted)} {each.label}: {seconds:.1f} s")
+        launches.append((rows, total))
+        console.print(f"{turn} time, {len(wanted)} launches: {total:.0f} s")
+    by_job, by_launch = repeatability(jobs[0][0], jobs[1][0]), repeatability(launches[0][0], launches[1][0])
     sets = {
-        "one job and launches": (in_one, launched),
-        "one job again and launches": (again, launched),
-        "one job and one job again": (in_one, again),
+        "one job and launches": (jobs[0][0], launches[0][0], (by_job, by_launch)),
+        "one job and launches, again": (jobs[1][0], launches[1][0], (by_job, by_launch)),
+        "one job and itself": (jobs[0][0], jobs[1][0], (by_job, by_job)),
+        "launches and themselves": (launches[0][0], launches[1][0], (by_launch, by_launch)),
     }
-    rankings = {name: compare(*pair, visit_sd) for name, pair in sets.items()}
-    fingerprint = in_one[0].fingerprint
+    rankings = {name: compare(*each) for name, each in sets.items()}
+    one_job_seconds, launches_seconds = (mean(seconds for _, seconds in each) for each in (jobs, launches))
+    fingerprint = jobs[0][0][0].fingerprint
     return {
         "benchmark": "live_profiler",
         "quick": quick,
         "hardware": fingerprint.hardware,
         "software": fingerprint.software,
         "configurations": len(wanted),
-        "steps": STEPS.steps,
-        "warmup_steps": STEPS.warmup_steps,
+        "steps": job.profile.steps,
+        "warmup_steps": job.profile.warmup_steps,
         "one_job_seconds": one_job_seconds,
-        "one_job_seconds_all": [first_seconds, second_seconds],
-        "launches_seconds": sum(launches),
-        "speedup": sum(launches) / one_job_seconds,
-        "launch_seconds_all": launches,
+        "one_job_seconds_all": [seconds for _, seconds in jobs],
+        "launches_seconds": launches_seconds,
+        "launches_seconds_all": [seconds for _, seconds in launches],
+        "speedup": launches_seconds / one_job_seconds,
         "same_ranking": all(found["same_ranking"] for found in rankings.values()),
-        "visit_sd_pct": 100 * visit_sd,
+        "repeatability_pct": {"one job": 100 * by_job, "launches": 100 * by_launch},
         "rankings": rankings,
-        "rankings_by_steps_alone": {name: compare(*pair) for name, pair in sets.items()},
         "rows": [
-            {"configuration": each.label, "one_job": _time(a), "launch": _time(b), "again": _time(c)}
-            for each, a, b, c in zip(wanted, in_one, launched, again, strict=True)
+            {"configuration": each.label, "one_job": [_time(a), _time(b)], "launch": [_time(c), _time(d)]}
+            for each, a, b, c, d in zip(wanted, jobs[0][0], jobs[1][0], launches[0][0], launches[1][0], strict=True)
         ],
     }
 
@@ -207,24 +206,29 @@ def _time(row: Measurement) -> dict[str, Any]:
 def show(result: dict[str, Any], console: Console) -> None:
     """The result for people."""
     console.print(f"{result['hardware']} · {result['software']}")
-    table = Table("configuration", "one job, ms", "a launch, ms", "one job again, ms")
+    table = Table("configuration", "one job, ms", "again", "a launch, ms", "again")
     for row in result["rows"]:
-        table.add_row(row["configuration"], *(_cell(row[name]) for name in ("one_job", "launch", "again")))
+        table.add_row(row["configuration"], *(_cell(each) for each in (*row["one_job"], *row["launch"])))
     console.print(table)
-    jobs = " and ".join(f"{seconds:.0f}" for seconds in result["one_job_seconds_all"])
+    jobs, launches = (
+        " and ".join(f"{seconds:.0f}" for seconds in result[name])
+        for name in ("one_job_seconds_all", "launches_seconds_all")
+    )
+    repeat = result["repeatability_pct"]
     lines = [
-        f"one job {jobs} s, launches {result['launches_seconds']:.0f} s: {result['speedup']:.1f}× less wall time",
-        f"from visit to visit the time of a configuration differs by {result['visit_sd_pct']:.1f} % (one standard "
-        "deviation, beyond the spread of its steps, the machine's common speed left out): closer pairs are not decided",
+        f"{result['steps']} timed steps each; one job {jobs} s, launches {launches} s: {result['speedup']:.1f}× less "
+        "wall time",
+        f"from one time to the next a median differs by {repeat['one job']:.1f} % in the one job, "
+        f"{repeat['launches']:.1f} % in launches (one standard deviation, the machine's common speed left "
+        "out); pairs closer than that allows are not decided",
     ]
     for name, found in result["rankings"].items():
-        alone = result["rankings_by_steps_alone"][name]
         lines.append(
             f"{name}: ranking {'the same' if found['same_ranking'] else 'NOT the same'}: {found['pairs_agreeing']} of "
-            f"{found['pairs_decided']} decided pairs agree, of {found['pairs']} (by the spread of the steps alone "
-            f"{alone['pairs_agreeing']} of {alone['pairs_decided']}); the fastest agrees at "
+            f"{found['pairs_decided']} decided pairs agree, of {found['pairs']}; the fastest agrees at "
             f"{found['batches_with_the_same_fastest']} of {found['batches']} batches; choosing by the first costs at "
-            f"most {found['regret_pct']:.1f} %; Kendall's τ {found['kendall_tau']:.2f}"
+            f"most {found['regret_pct']:.1f} %; Kendall's τ {found['kendall_tau']:.2f}; the second is "
+            f"{found['slower_pct']:+.1f} % slower, with {found['scatter_pct']:.1f} % of scatter"
         )
     console.print("\n".join(lines), soft_wrap=True)
 

@@ -49,7 +49,7 @@ GUESS = {
     "optimizer": 1.5,
     "step_seconds": 1.0e-2,
     "stragglers": 0.015,
-    "everything": 1.0,
+    "time_scale": 1.0,
 }
 ROUND = 0.1
 """Errors below this count less than in proportion."""

@@ -23,6 +23,7 @@ from scipy.optimize import least_squares, minimize
 
 from benchmarks import throughput
 from benchmarks.published import Published, Sweep, read
+from benchmarks.throughput_intervals import blind_spreads
 from benchmarks.throughput_priors import GUESS, Tuner
 from profiles.cost import CostModel
 from profiles.cost.accelerator import accelerator
@@ -121,6 +122,7 @@ def run(published: Published, without: str) -> dict[str, Any]:
             for name, shift in zip(NAMES, Tuner(used).tune(), strict=True):
                 CONSTANTS[name] = usual[name]._replace(mean=float(GUESS[name] * np.exp(shift)))
         how = smoothness(used)
+        how = how._replace(**blind_spreads(used, how))
         lines = [line for sweep in left if (line := throughput.score(sweep, CostModel(how)))]
     finally:
         CONSTANTS.update(usual)
@@ -150,9 +152,11 @@ def main(arguments: list[str] | None = None) -> int:
     console.print("\n".join(f"{name}: {v:.3g} (in use {in_use[name]:.3g})" for name, v in result["smoothness"].items()))
     for source, line in result["left_out"].items():
         if line["fitted_sweeps"]:
+            regret = "" if line["regret_pct"] is None else f"regret {line['regret_pct']:.1f} %, "
             console.print(
-                f"{source}, left out: MAPE {line['mape_pct']:.1f} %, coverage {line['coverage_pct']:.0f} %, "
-                f"{line['mape_within_target']} of {line['fitted_sweeps']} sweeps within the target"
+                f"{source}, left out: MAPE {line['mape_pct']:.1f} %, {regret}coverage {line['coverage_pct']:.0f} %, "
+                f"with no row {line['zero_shot_coverage_pct']:.0f} %, {line['mape_within_target']} of "
+                f"{line['fitted_sweeps']} sweeps within the target"
             )
     if options.json:
         print(json.dumps(result, indent=2))

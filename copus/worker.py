@@ -39,8 +39,9 @@ from planner.memory_check import MemoryCheck
 from planner.planner import Planner
 from planner.policy import make_policy
 from planner.space import candidates
+from profiles.configuration import Configuration
 from profiles.cost import CostModel, Timings, expected
-from profiles.measurement import Measurement
+from profiles.measurement import Fingerprint, Measurement
 from profiles.mfu import peak_samples_per_second
 from profiles.table import ThroughputTable
 from profiles.throughput import Expected, Throughput
@@ -97,6 +98,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         fingerprint = backend.fingerprint()
         rows = ThroughputTable(job.profile.table).everything(fingerprint) if rank == 0 else []
         state = _build_or_resume(job, newest, backend, Throughput(row for row in rows if not row.shard))
+        resumed_from = None if newest is None else str(newest.relative_to(run))
         done = samples_trained(run)
         if done is not None:
             report(
@@ -105,24 +107,12 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
                     samples_consumed=state.samples_consumed,
                     attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
                     requeued=REQUEUED in os.environ,
-                    resumed_from=None if newest is None else str(newest.relative_to(run)),
+                    resumed_from=resumed_from,
                     samples_repeated=max(0, done - state.samples_consumed),
                     ranks=dist.get_world_size(),
                 )
             )
-        report(
-            Start(
-                step=state.step,
-                samples_consumed=state.samples_consumed,
-                configuration=backend.configuration,
-                total_samples=job.total_samples,
-                seq_len=job.model.seq_len,
-                peak_samples_per_second=peak_samples_per_second(job.model, job.cluster, job.training.precision),
-                resumed_from=None if newest is None else str(newest.relative_to(run)),
-                hardware=fingerprint.hardware,
-                software=fingerprint.software,
-            )
-        )
+        report(start_of(job, state, backend.configuration, fingerprint, resumed_from))
         started = time.monotonic()
         planner = _planner(job, rows, state) if rank == 0 else None
         trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
@@ -135,6 +125,27 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
                 seconds=time.monotonic() - started,
             )
         )
+
+
+def start_of(
+    job: JobConfig,
+    state: TrainerState,
+    configuration: Configuration,
+    fingerprint: Fingerprint,
+    resumed_from: str | None,
+) -> Start:
+    """What the event log says when training begins."""
+    return Start(
+        step=state.step,
+        samples_consumed=state.samples_consumed,
+        configuration=configuration,
+        total_samples=job.total_samples,
+        seq_len=job.model.seq_len,
+        peak_samples_per_second=peak_samples_per_second(job.model, job.cluster, job.training.precision),
+        resumed_from=resumed_from,
+        hardware=fingerprint.hardware,
+        software=fingerprint.software,
+    )
 
 
 def _skipped(line: str, report: Callable[[Event], None]) -> None:

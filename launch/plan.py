@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from copus.job import JobConfig, JobError, load_job
 from launch.tables import page, print_columns, print_table
-from planner.wording import sequences
+from planner.wording import percent, sequences
 from profiles.table import ThroughputTable
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs, and not by those that only look at it
@@ -257,7 +257,7 @@ def _fit(each: "Expectation") -> str:
 def _speed(each: "Expectation", peak: float | None) -> dict[str, str]:
     """Throughput, and the MFU where the peak of the accelerators is rated."""
     mfu = _mfu(each, peak)
-    return {"samples/s": _rate(each)} | ({} if peak is None else {"MFU": "–" if mfu is None else f"{mfu:.0%}"})
+    return {"samples/s": _rate(each)} | ({} if peak is None else {"MFU": "–" if mfu is None else percent(mfu)})
 
 
 def _mfu(each: "Expectation", peak: float | None) -> float | None:

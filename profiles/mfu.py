@@ -9,14 +9,10 @@ def flops_per_token(model: ModelShape) -> float:
     """Floating point operations that training on a token takes, forward and backward, recomputation not counted.
 
     6 for every weight that it is multiplied with (not the embedding, which is looked up; of the experts those that it
-    is sent to), and 6 · layers · hidden · seq_len for attention: PaLM (2204.02311, appendix B), halved for the causal
-    mask.
+    is sent to), and 6 · layers · hidden · seq_len for attention: PaLM (2204.02311, appendix B), but half of it, for the
+    causal mask.
     """
-    head_width = model.hidden // model.heads
-    attention = model.hidden * head_width * (2 * model.heads + 2 * model.kv_heads)
-    mlp = model.hidden * model.ffn_hidden * (3 if model.gated_mlp else 2) * model.experts_per_token
-    router = model.hidden * model.experts
-    weights = model.layers * (attention + mlp + router) + model.vocab * model.hidden
+    weights = model.layers * model.layer_matrices(model.experts_per_token) + model.vocab * model.hidden
     return 6.0 * weights + 6.0 * model.layers * model.hidden * model.seq_len
 
 
@@ -25,11 +21,7 @@ def peak_samples_per_second(model: ModelShape, cluster: Cluster, precision: str)
 
     None where no data sheet says the peak: an accelerator without a file, one that lacks the precision, a CPU core.
     """
-    if cluster.accelerator not in accelerators():
+    device = accelerator(cluster.accelerator) if cluster.accelerator in accelerators() else None
+    if device is None or not device.rated or precision not in device.flops:
         return None
-    device = accelerator(cluster.accelerator)
-    try:
-        peak = device.peak(precision)
-    except ValueError:
-        return None
-    return cluster.accelerators * peak / (flops_per_token(model) * model.seq_len) if device.rated else None
+    return cluster.accelerators * device.flops[precision] / (flops_per_token(model) * model.seq_len)

@@ -63,15 +63,19 @@ class ModelShape(Record):
         """Rows of the embedding: `vocab` rounded up to a multiple of 128."""
         return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    def layer_matrices(self, experts: int) -> int:
+        """Weights of a layer's matrices with so many experts (1 for a dense model), the router's included."""
+        head_width = self.hidden // self.heads
+        attention = self.hidden * head_width * (2 * self.heads + 2 * self.kv_heads)
+        mlp = self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2) * experts
+        return attention + mlp + self.hidden * self.experts
+
     @property
     def parameters(self) -> int:
         """Number of weights, padded vocabulary and every expert included."""
-        head_width = self.hidden // self.heads
-        attention = self.hidden * head_width * (2 * self.heads + 2 * self.kv_heads)
-        mlp = self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2) * max(self.experts, 1)
-        mlp += self.hidden * self.experts  # the router
         embeddings = self.padded_vocab * self.hidden * (1 if self.tied_embeddings else 2)
-        return self.layers * (attention + mlp + 2 * self.hidden) + self.hidden + embeddings
+        layer = self.layer_matrices(max(self.experts, 1)) + 2 * self.hidden
+        return self.layers * layer + self.hidden + embeddings
 
     @property
     def digest(self) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import planner_speed, throughput, throughput_smoothness
 from benchmarks.published import read
+from benchmarks.throughput_intervals import Rows, blind_spreads, covered, scale_of
 from benchmarks.throughput_priors import Tuner
 from profiles.cost import CostModel
 from profiles.cost.constants import CONSTANTS, NAMES
@@ -121,6 +122,26 @@ def test_prior_means_follow_the_rows_but_not_those_left_out(folder: Path) -> Non
     tuned, untouched = tuner.tune(), tuner.tune("lab")
     assert tuner.mapes(tuned)[0] < tuner.mapes(np.zeros(len(NAMES)))[0] / 1.5
     np.testing.assert_allclose(untouched, 0, atol=1e-6)
+
+
+def test_widths_are_what_the_sources_ask_for_each_counting_the_same() -> None:
+    rng = np.random.default_rng(0)
+    sd_of_a_half = 1 / 1.2816  # 80 % of a normal distribution lie within 1.28 standard deviations
+
+    def rows(size: float, count: int) -> Rows:
+        return Rows(np.abs(size * sd_of_a_half * rng.standard_normal(count)), np.zeros(count))
+
+    assert scale_of([rows(0.5, 20_000)]) == pytest.approx(0.5, abs=0.02)
+    many, few = rows(0.3, 50_000), rows(1.2, 2_000)
+    assert 0.5 < scale_of([many, few]) < 1.2
+    assert covered(many, 0.3) == pytest.approx(0.8, abs=0.01)
+
+
+def test_widths_are_found_for_clusters_that_there_are(folder: Path) -> None:
+    found = blind_spreads(read(folder).sweeps, Smoothness())
+    assert found
+    assert set(found) <= {"blind_spread", "blind_spread_of_nodes"}
+    assert all(0.2 <= scale < 3 for scale in found.values())
 
 
 def test_smooth_rows_have_small_misses_and_what_is_left_out_is_scored(folder: Path) -> None:

@@ -1,11 +1,18 @@
 """Model FLOP utilization: against counts by hand."""
 
-import pytest
+import json
 
+import pytest
+from test_profiles_table import HERE
+
+from copus.backends.base import TrainerState
+from copus.events import Start, parse_event
+from copus.worker import start_of
 from profiles.cluster import Cluster
 from profiles.cost.accelerator import accelerator, accelerators
 from profiles.mfu import flops_per_token, peak_samples_per_second
 from profiles.model_shape import ModelShape
+from tests.megatron_jobs import tiny_job
 
 LLAMA_8B = ModelShape(
     layers=32, hidden=4096, ffn_hidden=14336, heads=32, kv_heads=8, seq_len=8192, vocab=128256, gated_mlp=True
@@ -42,11 +49,30 @@ def test_the_peak_is_the_data_sheets() -> None:
     assert peak * 8192 * flops_per_token(LLAMA_8B) == pytest.approx(16 * accelerator("h100-sxm").flops["bf16"])
 
 
-@pytest.mark.parametrize(("name", "precision"), [("cpu", "fp32"), ("of-tomorrow", "bf16"), ("h100-sxm", "int3")])
+@pytest.mark.parametrize(("name", "precision"), [("cpu", "fp32"), ("of-tomorrow", "bf16"), ("v100", "bf16")])
 def test_no_utilization_of_a_peak_that_nobody_rates(name: str, precision: str) -> None:
     cluster = H100.model_copy(update={"accelerator": name})
     assert peak_samples_per_second(LLAMA_8B, cluster, precision) is None
 
 
+def test_fp32_is_not_rated_as_tf32() -> None:
+    """torch multiplies in full precision unless it is asked for TF32, and nobody asks."""
+    whole, half = (peak_samples_per_second(LLAMA_8B, H100, precision) for precision in ("fp32", "bf16"))
+    assert whole is not None
+    assert half is not None
+    assert half / whole == pytest.approx(989.5 / 66.9)
+
+
 def test_every_accelerator_but_the_cpu_core_is_rated() -> None:
     assert [name for name in accelerators() if not accelerator(name).rated] == ["cpu"]
+
+
+def test_the_start_of_a_run_says_the_peak_and_old_logs_do_not() -> None:
+    job = tiny_job(16).model_copy(update={"cluster": H100})
+    start = start_of(job, TrainerState(), job.training.configuration, HERE, None)
+    assert start.peak_samples_per_second == peak_samples_per_second(job.model, H100, "fp32")
+    line = json.loads(start.model_dump_json())
+    del line["peak_samples_per_second"]
+    old = parse_event(json.dumps(line).encode())
+    assert isinstance(old, Start)
+    assert old.peak_samples_per_second is None

@@ -146,6 +146,16 @@ def test_the_page_says_what_happened(told: History) -> None:
         assert all(colour in shades.values() for colour in drawn)
 
 
+def test_the_speed_is_there_with_its_utilization_where_that_is_known(told: History) -> None:
+    def tile(name: str) -> dict[str, str]:
+        return next(each for each in single(told).values["tiles"] if each["name"] == name)
+
+    assert (tile("samples/s")["value"], tile("samples/s")["note"]) == ("80", "of the last steps")
+    assert told.status.start is not None
+    told.status.start = told.status.start.model_copy(update={"peak_samples_per_second": 200.0})
+    assert tile("samples/s")["note"] == "MFU 40 %"
+
+
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8, 30, 36, 37, 60, 64, 70, 90])
 def test_a_run_can_be_looked_at_whatever_is_there_of_it(tmp_path: Path, length: int) -> None:
     run = write_timed_run(tmp_path / "run", *told_events()[:length])

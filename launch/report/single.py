@@ -176,8 +176,8 @@ def _tiles(history: History, gain: float | None) -> list[dict[str, str]]:
     if status.configuration:
         tiles.append(("batch", str(status.configuration.global_batch), status.configuration.layout.label))
     if status.samples_per_second is not None:
-        utilization = "" if status.mfu is None else f"MFU {percent(status.mfu)}"
-        tiles.append(("samples/s", f"{status.samples_per_second:.3g}", utilization or "of the last steps"))
+        note = "of the last steps" if status.mfu is None else f"MFU {percent(status.mfu)}"
+        tiles.append(("samples/s", f"{status.samples_per_second:.3g}", note))
     moves = len(history.moves)
     seconds = sum(move.event.seconds for move in history.moves)
     tiles.append(("moves", str(moves), f"took {duration(seconds)}" if moves else ""))

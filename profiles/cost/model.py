@@ -22,7 +22,7 @@ from profiles.model_shape import ModelShape
 CHUNK = 4096
 """Configurations that are worked on at once: their arrays stay in the processor's cache."""
 ROBUST = 1.0
-"""Standard deviations beyond which a row counts less and less (soft L1)."""
+"""Standard deviations beyond which a miss, of a row or of a constant from its prior, counts less and less (soft L1)."""
 OUTLIER = 2.5
 """Standard deviations of a miss beyond which a row says less about its neighbours."""
 STEP = 1.5
@@ -89,7 +89,8 @@ class CostModel:
 
         Maximum of the posterior: robust least squares of the logarithms' errors, correlated as in
         `profiles.cost.residual`, with the constants' priors. Shards that were timed alone say something of compute,
-        launch and optimizer, and nothing of the network. Raises ValueError for a time that is not positive and finite.
+        launch and optimizer, and nothing of the network but what scales all times (`time_scale`). Raises ValueError for
+        a time that is not positive and finite.
         """
         fitted = CostModel(self._how)
         fitted._links = self._links
@@ -199,15 +200,11 @@ class CostModel:
         mean, sd = self._prior(cluster)
         own, places, rows = jacobian(done, mean, sd, self._z), coordinates(model, cluster, c), self._rows
         if not rows:
-            return Errors(self._how, own, places, self._blind_spread(cluster), self._how.freedom)
+            spread = self._how.blind_spread if cluster.nodes == 1 else self._how.blind_spread_of_nodes
+            return Errors(self._how, own, places, spread, self._how.freedom)
         across = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
         freedom = self._how.freedom + len(rows.residual)
         return Errors(self._how, own, places, rows.spread, freedom, across, cho_solve(rows.whole, across.T))
-
-    def _blind_spread(self, cluster: Cluster) -> float:
-        if not self._device(cluster).rated:
-            return 1.0  # nobody published by how much priors are too wide there
-        return self._how.blind_spread if cluster.nodes == 1 else self._how.blind_spread_of_nodes
 
     @property
     def smoothness(self) -> Smoothness:

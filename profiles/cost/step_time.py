@@ -78,7 +78,7 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
         "dp": dp + layers * gather,
         "optimizer": k["optimizer"] * w.optimizer,
     }
-    return {name: k["everything"] * seconds for name, seconds in found.items()}
+    return {name: k["time_scale"] * seconds for name, seconds in found.items()}
 
 
 def step_seconds(w: Work, log_constants: NDArray[np.float64], shard: NDArray[np.bool_] | None = None) -> Floats:

@@ -1,0 +1,150 @@
+"""How wide are intervals before any row? Where `Smoothness.blind_spread` and `blind_spread_of_nodes` come from.
+
+    python -m benchmarks.throughput_intervals --data DIR [--json]
+
+What priors and misses add up to is scaled so that the reliable rows of the published sweeps lie inside as often as they
+should, in the mean over sources: once for clusters of one node, once for several. Then every source is judged by the
+scale that the others ask for; rows are counted, too, by how much of their step the host's launches take.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.command import console_of, parser_of, tell
+from benchmarks.published import Sweep, read
+from benchmarks.throughput import COVERAGE
+from profiles.cost import CostModel
+from profiles.cost.residual import Smoothness
+
+SCALES = np.arange(0.2, 3.0, 0.01)
+"""What is tried."""
+LAUNCHES = 0.2
+"""Share of a step from which on the host's launches are much of it."""
+
+Floats = NDArray[np.float64]
+
+
+class Rows(NamedTuple):
+    """Of one source, on one node or on several."""
+
+    misses: Floats
+    """|logarithm of measured ÷ predicted|, over half of the interval that nothing scales."""
+    launches: Floats
+    """Share of the step that the host's launches take, as predicted."""
+
+
+def rows_of(sweeps: Sequence[Sweep], how: Smoothness, one_node: bool) -> dict[str, Rows]:
+    """The reliable rows by source."""
+    cost = CostModel(how._replace(blind_spread=1.0, blind_spread_of_nodes=1.0))
+    found: defaultdict[str, list[Rows]] = defaultdict(list)
+    for sweep in sweeps:
+        t = sweep.timings.take(sweep.scored)
+        if (t.cluster.nodes == 1) != one_node or not len(t.step_seconds):
+            continue
+        predicted = cost.predict(t.model, t.cluster, t.configurations, t.precision, coverage=COVERAGE)
+        misses = np.abs(np.log(t.step_seconds / predicted.seconds)) / np.log(predicted.high / predicted.seconds)
+        found[sweep.source_id].append(Rows(misses, predicted.breakdown["launch"] / predicted.seconds))
+    return {source: Rows(*map(np.concatenate, zip(*rows, strict=True))) for source, rows in found.items()}
+
+
+def covered(rows: Rows, scale: float) -> float:
+    """Share of them that lies inside."""
+    return float((rows.misses <= scale).mean())
+
+
+def scale_of(sources: Sequence[Rows]) -> float:
+    """With which so much of them lies inside as should, every source counting the same."""
+    share = [np.mean([covered(rows, scale) for rows in sources]) for scale in SCALES]
+    return float(SCALES[np.argmin(np.abs(np.array(share) - COVERAGE))])
+
+
+def blind_spreads(sweeps: Sequence[Sweep], how: Smoothness) -> dict[str, float]:
+    """The two fields of `Smoothness`, for these sweeps; the one that they say nothing of stays."""
+    fields = {"blind_spread": True, "blind_spread_of_nodes": False}
+    found = {name: list(rows_of(sweeps, how, one_node).values()) for name, one_node in fields.items()}
+    return {name: scale_of(rows) for name, rows in found.items() if rows}
+
+
+def run(sweeps: Sequence[Sweep]) -> dict[str, Any]:
+    """For one node and for several."""
+    how = Smoothness()
+    result: dict[str, Any] = {"benchmark": "throughput_intervals", "nominal_coverage_pct": 100 * COVERAGE}
+    for name, in_use in (("one node", how.blind_spread), ("several nodes", how.blind_spread_of_nodes)):
+        sources = rows_of(sweeps, how, name == "one node")
+        everything = Rows(*map(np.concatenate, zip(*sources.values(), strict=True)))
+        lines = []
+        for source, rows in sources.items():
+            others = [each for other, each in sources.items() if other != source]
+            scale = scale_of(others) if others else in_use
+            lines.append(
+                {
+                    "source_id": source,
+                    "rows": len(rows.misses),
+                    "coverage_pct": 100 * covered(rows, in_use),
+                    "scale_of_the_others": scale,
+                    "left_out_coverage_pct": 100 * covered(rows, scale),
+                }
+            )
+        few = everything.launches < LAUNCHES
+        result[name] = {
+            "scale": scale_of(list(sources.values())),
+            "scale_in_use": in_use,
+            "sources": lines,
+            "coverage_pct": float(np.mean([line["coverage_pct"] for line in lines])),
+            "left_out_coverage_pct": float(np.mean([line["left_out_coverage_pct"] for line in lines])),
+            "rows": [
+                {
+                    "launches": words,
+                    "rows": int(some.sum()),
+                    "coverage_pct": float(100 * (everything.misses[some] <= in_use).mean()) if some.any() else None,
+                }
+                for words, some in ((f"below {LAUNCHES:.0%} of the step", few), (f"{LAUNCHES:.0%} and more", ~few))
+            ],
+        }
+    return result
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Tables for people."""
+    for name in ("one node", "several nodes"):
+        found = result[name]
+        table = Table("source", "rows", "inside %", "scale of the others", "inside % with that", title=name)
+        for line in found["sources"]:
+            table.add_row(
+                line["source_id"],
+                str(line["rows"]),
+                f"{line['coverage_pct']:.0f}",
+                f"{line['scale_of_the_others']:.2f}",
+                f"{line['left_out_coverage_pct']:.0f}",
+            )
+        console.print(table)
+        console.print(
+            f"{name}: scale {found['scale']:.2f} (in use {found['scale_in_use']:.2f}); inside, every source alike, "
+            f"{found['coverage_pct']:.1f} %, with the scale of the others {found['left_out_coverage_pct']:.1f} %; "
+            + "; ".join(
+                f"{row['rows']} rows with launches {row['launches']}: {row['coverage_pct']:.0f} %"
+                for row in found["rows"]
+                if row["rows"]
+            )
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = parser_of("throughput_intervals", __doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with throughput.csv")
+    options = parser.parse_args(arguments)
+    tell(run(read(options.data).sweeps), show, options, console_of(options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
