@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_profiles_table import HERE, MODEL
 
-from benchmarks.live_profiler import RANKS, compare, configurations, make_job, repeatability
+from benchmarks.live_profiler import RANKS, compare, configurations, make_job, repeatability, together
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Measurement
@@ -62,6 +62,12 @@ def test_slower_for_all_is_told_from_slower_for_some() -> None:
     found = compare(rows(1.0, 2.0, 4.0), rows(1.1, 2.2, 4.4))
     assert (found["slower_pct"], found["scatter_pct"]) == (pytest.approx(10), pytest.approx(0, abs=1e-6))
     assert compare(rows(1.0, 2.0, 4.0), rows(1.0, 2.0, 5.0))["scatter_pct"] > 10
+
+
+def test_the_mean_of_both_times_is_geometric_and_a_failure_stays_one() -> None:
+    found = together(rows(1.0, 2.0, None, 3.0), rows(4.0, 2.0, 1.0, None))
+    assert [row.step_seconds for row in found] == [2.0, 2.0, None, None]
+    assert [bool(row.failure) for row in found] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("steps", [3, 5])

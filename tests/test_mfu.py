@@ -68,7 +68,7 @@ def test_every_accelerator_but_the_cpu_core_is_rated() -> None:
 
 
 def test_the_start_of_a_run_says_the_peak_and_old_logs_do_not() -> None:
-    job = tiny_job(16).model_copy(update={"cluster": H100})
+    job = tiny_job(8).model_copy(update={"cluster": H100})
     start = start_of(job, TrainerState(), job.training.configuration, HERE, None)
     assert start.peak_samples_per_second == peak_samples_per_second(job.model, H100, "fp32")
     line = json.loads(start.model_dump_json())
