@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from launch.tables import page
+
 
 def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
     """For `python -m benchmarks.NAME`, described by the first line of its docstring, with `--json`."""
@@ -16,10 +18,10 @@ def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def console_of(options: argparse.Namespace, width: int | None = None) -> Console:
-    """Where people are told; standard output belongs to the JSON object. A file or a pipe has no width to fit into."""
-    console = Console(stderr=options.json, highlight=False, width=width)
-    if width is None and not console.is_terminal:
-        console.width = 200
+    """Where people are told; standard output belongs to the JSON object."""
+    console = page(stderr=options.json)
+    if width is not None:
+        console.width = width
     return console
 
 

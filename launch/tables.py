@@ -11,11 +11,11 @@ Row = Mapping[str, str]
 """Cells by their column; all rows of a table have the same columns, in the same order."""
 
 
-def page() -> "Console":
-    """Standard output, for people."""
+def page(stderr: bool = False) -> "Console":
+    """Standard output, or standard error, for people."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=stderr)
     if not console.is_terminal:
         console.width = 200  # a file or a pipe has no width to fit into
     return console
