@@ -8,8 +8,6 @@ leaves sources out whose name starts so, tunes the prior means without them too 
 then scores `benchmarks.throughput` on them. Takes about a minute.
 """
 
-import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,6 +20,7 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import least_squares, minimize
 
 from benchmarks import throughput
+from benchmarks.command import console_of, parser_of, tell
 from benchmarks.published import Published, Sweep, read
 from benchmarks.throughput_intervals import blind_spreads
 from benchmarks.throughput_priors import GUESS, Tuner
@@ -137,17 +136,8 @@ def run(published: Published, without: str) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput_smoothness", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder with throughput.csv")
-    parser.add_argument("--without", default="", help="sources to leave out and to score: how their names start")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    options = parser.parse_args(arguments)
-    result = run(read(options.data), options.without)
-    console = Console(stderr=options.json, highlight=False)
+def show(result: dict[str, Any], console: Console) -> None:
+    """The sizes and lengths, and how well what was left out is predicted."""
     in_use = Smoothness()._asdict()
     console.print("\n".join(f"{name}: {v:.3g} (in use {in_use[name]:.3g})" for name, v in result["smoothness"].items()))
     for source, line in result["left_out"].items():
@@ -158,8 +148,15 @@ def main(arguments: list[str] | None = None) -> int:
                 f"with no row {line['zero_shot_coverage_pct']:.0f} %, {line['mape_within_target']} of "
                 f"{line['fitted_sweeps']} sweeps within the target"
             )
-    if options.json:
-        print(json.dumps(result, indent=2))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = parser_of("throughput_smoothness", __doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with throughput.csv")
+    parser.add_argument("--without", default="", help="sources to leave out and to score: how their names start")
+    options = parser.parse_args(arguments)
+    tell(run(read(options.data), options.without), show, options, console_of(options))
     return 0
 
 
