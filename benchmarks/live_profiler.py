@@ -3,6 +3,9 @@
 `python -m benchmarks.live_profiler` measures every feasible configuration of the demo's model on four ranks, up to a
 global batch, both ways: as many timed steps of each, by the same code. Nothing is left out because it looks slow. Both
 ways run twice, in turn: by how much the times of each differ from its own second ones tells what the machine allows.
+
+A process that has just started is not yet as fast as it will be. A configuration is therefore judged by how fast its
+launch runs then: after the few timed steps it goes on for `SETTLED_STEPS` more, which do not count as its wall time.
 """
 
 import json
@@ -16,7 +19,7 @@ from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -29,19 +32,32 @@ from profiles.measurement import Measurement
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "shakespeare.yaml"
 RANKS = 4
-BOTH_TIMES = "one job and launches, means of both times"
+SETTLED_STEPS = 20
+"""Steps that a launch is timed for once it runs."""
+SETTLED = "one job and settled launches, means of both times"
 DECIDED = 0.5
 """Share of pairs that have to be told apart: of fewer one cannot say that they rank the same."""
 
 
-def make_job(max_batch: int) -> JobConfig:
-    """The demo on four ranks, with global batches from 4 sequences up."""
+class Measured(NamedTuple):
+    """What one way gave, one time."""
+
+    rows: list[Measurement]
+    """By as many steps as a profiler takes."""
+    settled: list[Measurement]
+    """By many more of the same processes, right after; empty for the one job."""
+    seconds: float
+    """Wall seconds from starting processes to their end, without those of `settled`."""
+
+
+def make_job(max_batch: int, ranks: int = RANKS) -> JobConfig:
+    """The demo on so many ranks, with global batches from a sequence for each of them up."""
     settings = {
-        "cluster.accelerators_per_node": RANKS,
-        "training.layout": "{dp: 4}",
+        "cluster.accelerators_per_node": ranks,
+        "training.layout": f"{{dp: {ranks}}}",
         "training.micro_batch": 1,
-        "training.global_batch": 4,
-        "planner.min_global_batch": 4,
+        "training.global_batch": ranks,
+        "planner.min_global_batch": ranks,
         "planner.max_global_batch": max_batch,
     }
     return load_job(DEMO, [f"{name}={value}" for name, value in settings.items()])
@@ -57,13 +73,18 @@ def configurations(job: JobConfig, quick: bool) -> list[Configuration]:
     return list(one_each.values())[:3]
 
 
-def measure(wanted: list[Configuration], job: JobConfig) -> tuple[list[Measurement], float]:
-    """Start four ranks, measure these one after the other, and end them. What was measured; wall seconds of it all."""
+def measure(wanted: list[Configuration], job: JobConfig, settled_steps: int = 0) -> Measured:
+    """Start the job's ranks, measure these one after the other, and end them."""
     with tempfile.TemporaryDirectory(prefix="copus-live-profiler-") as name:
         folder = Path(name)
-        task = {"job": job.model_dump(mode="json"), "wanted": [each.model_dump() for each in wanted]}
+        task = {
+            "job": job.model_dump(mode="json"),
+            "wanted": [each.model_dump() for each in wanted],
+            "settled_steps": settled_steps,
+        }
         (folder / "task.json").write_text(json.dumps(task))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        ranks = job.cluster.accelerators
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "benchmarks.live_profiler_ranks", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
         started = time.perf_counter()
@@ -73,7 +94,20 @@ def measure(wanted: list[Configuration], job: JobConfig) -> tuple[list[Measureme
         if done.returncode or not result.exists():
             cause = done.stderr[max(0, done.stderr.find("Traceback")) :]
             raise SystemExit(f"the ranks failed ({done.returncode}):\n{cause[:4000]}")
-        return [Measurement.model_validate(row) for row in json.loads(result.read_text())], seconds
+        found = json.loads(result.read_text())
+        rows, settled = ([Measurement.model_validate(row) for row in found[name]] for name in ("rows", "settled"))
+        return Measured(rows, settled, seconds - found["settled_seconds"])
+
+
+def launch_each(wanted: list[Configuration], job: JobConfig, turn: str, console: Console) -> Measured:
+    """One launch for each of them."""
+    total = Measured([], [], 0.0)
+    for place, each in enumerate(wanted, start=1):
+        one = measure([each], job, SETTLED_STEPS)
+        total = Measured(total.rows + one.rows, total.settled + one.settled, total.seconds + one.seconds)
+        console.print(f"{turn} time, launch {place}/{len(wanted)} {each.label}: {one.seconds:.1f} s")
+    console.print(f"{turn} time, {len(wanted)} launches: {total.seconds:.0f} s")
+    return total
 
 
 def repeatability(one: list[Measurement], again: list[Measurement]) -> float:
@@ -168,27 +202,17 @@ def run(quick: bool, max_batch: int, console: Console) -> dict[str, Any]:
     jobs, launches = [], []
     for turn in ("first", "second"):
         jobs.append(measure(wanted, job))
-        console.print(f"{turn} time, one job with all of them: {jobs[-1][1]:.0f} s")
-        rows, total = [], 0.0
-        for place, each in enumerate(wanted, start=1):
-            measured, seconds = measure([each], job)
-            rows += measured
-            total += seconds
-            console.print(f"{turn} time, launch {place}/{len(wanted)} {each.label}: {seconds:.1f} s")
-        launches.append((rows, total))
-        console.print(f"{turn} time, {len(wanted)} launches: {total:.0f} s")
-    by_job, by_launch = repeatability(jobs[0][0], jobs[1][0]), repeatability(launches[0][0], launches[1][0])
-    means = [together(first, second) for (first, _), (second, _) in (jobs, launches)]
-    sets: dict[str, tuple[list[Measurement], list[Measurement], tuple[float, float]]] = {
-        BOTH_TIMES: (means[0], means[1], (by_job / math.sqrt(2), by_launch / math.sqrt(2))),
-        "one job and launches": (jobs[0][0], launches[0][0], (by_job, by_launch)),
-        "one job and launches, again": (jobs[1][0], launches[1][0], (by_job, by_launch)),
-        "one job and itself": (jobs[0][0], jobs[1][0], (by_job, by_job)),
-        "launches and themselves": (launches[0][0], launches[1][0], (by_launch, by_launch)),
+        console.print(f"{turn} time, one job with all of them: {jobs[-1].seconds:.0f} s")
+        launches.append(launch_each(wanted, job, turn, console))
+    ways = {
+        "one job": [each.rows for each in jobs],
+        "launches": [each.rows for each in launches],
+        "settled launches": [each.settled for each in launches],
     }
-    rankings = {name: compare(*each) for name, each in sets.items()}
-    one_job_seconds, launches_seconds = (mean(seconds for _, seconds in each) for each in (jobs, launches))
-    fingerprint = jobs[0][0][0].fingerprint
+    repeats = {name: repeatability(*both) for name, both in ways.items()}
+    rankings = rank(ways, repeats)
+    one_job_seconds, launches_seconds = (mean(each.seconds for each in way) for way in (jobs, launches))
+    fingerprint = jobs[0].rows[0].fingerprint
     return {
         "benchmark": "live_profiler",
         "quick": quick,
@@ -197,18 +221,44 @@ def run(quick: bool, max_batch: int, console: Console) -> dict[str, Any]:
         "configurations": len(wanted),
         "steps": job.profile.steps,
         "warmup_steps": job.profile.warmup_steps,
+        "settled_steps": SETTLED_STEPS,
         "one_job_seconds": one_job_seconds,
-        "one_job_seconds_all": [seconds for _, seconds in jobs],
+        "one_job_seconds_all": [each.seconds for each in jobs],
         "launches_seconds": launches_seconds,
-        "launches_seconds_all": [seconds for _, seconds in launches],
+        "launches_seconds_all": [each.seconds for each in launches],
         "speedup": launches_seconds / one_job_seconds,
-        "same_ranking": rankings[BOTH_TIMES]["same_ranking"],
-        "repeatability_pct": {"one job": 100 * by_job, "launches": 100 * by_launch},
+        "same_ranking": rankings[SETTLED]["same_ranking"],
+        "repeatability_pct": {name: 100 * deviation for name, deviation in repeats.items()},
         "rankings": rankings,
         "rows": [
-            {"configuration": each.label, "one_job": [_time(a), _time(b)], "launch": [_time(c), _time(d)]}
-            for each, a, b, c, d in zip(wanted, jobs[0][0], jobs[1][0], launches[0][0], launches[1][0], strict=True)
+            {
+                "configuration": each.label,
+                **{name: [_time(both[turn][place]) for turn in (0, 1)] for name, both in ways.items()},
+            }
+            for place, each in enumerate(wanted)
         ],
+    }
+
+
+def rank(ways: dict[str, list[list[Measurement]]], repeats: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """How each way, measured twice, ranks against others and itself."""
+
+    def means(one: str, other: str) -> dict[str, Any]:
+        deviations = (repeats[one] / math.sqrt(2), repeats[other] / math.sqrt(2))
+        return compare(together(*ways[one]), together(*ways[other]), deviations)
+
+    def single(one: str, turn: int, other: str, other_turn: int) -> dict[str, Any]:
+        return compare(ways[one][turn], ways[other][other_turn], (repeats[one], repeats[other]))
+
+    return {
+        SETTLED: means("one job", "settled launches"),
+        "one job and settled launches, first times": single("one job", 0, "settled launches", 0),
+        "one job and settled launches, second times": single("one job", 1, "settled launches", 1),
+        "one job and launches, means of both times": means("one job", "launches"),
+        "launches and settled launches, means of both times": means("launches", "settled launches"),
+        "one job and itself": single("one job", 0, "one job", 1),
+        "launches and themselves": single("launches", 0, "launches", 1),
+        "settled launches and themselves": single("settled launches", 0, "settled launches", 1),
     }
 
 
@@ -219,21 +269,21 @@ def _time(row: Measurement) -> dict[str, Any]:
 def show(result: dict[str, Any], console: Console) -> None:
     """The result for people."""
     console.print(f"{result['hardware']} · {result['software']}")
-    table = Table("configuration", "one job, ms", "again", "a launch, ms", "again")
+    ways = list(result["repeatability_pct"])
+    table = Table("configuration", *(heading for name in ways for heading in (f"{name}, ms", "again")))
     for row in result["rows"]:
-        table.add_row(row["configuration"], *(_cell(each) for each in (*row["one_job"], *row["launch"])))
+        table.add_row(row["configuration"], *(_cell(each) for name in ways for each in row[name]))
     console.print(table)
     jobs, launches = (
         " and ".join(f"{seconds:.0f}" for seconds in result[name])
         for name in ("one_job_seconds_all", "launches_seconds_all")
     )
-    repeat = result["repeatability_pct"]
+    repeats = ", ".join(f"{percent:.1f} % in {name}" for name, percent in result["repeatability_pct"].items())
     lines = [
-        f"{result['steps']} timed steps each; one job {jobs} s, launches {launches} s: {result['speedup']:.1f}× less "
-        "wall time",
-        f"from one time to the next a median differs by {repeat['one job']:.1f} % in the one job, "
-        f"{repeat['launches']:.1f} % in launches (one standard deviation, the machine's common speed left "
-        "out); pairs closer than that allows are not decided",
+        f"{result['steps']} timed steps each, {result['settled_steps']} of a settled launch; "
+        f"one job {jobs} s, launches {launches} s: {result['speedup']:.1f}× less wall time",
+        f"from one time to the next a median differs by {repeats} (one standard deviation, the machine's common speed "
+        "left out); pairs closer than that allows are not decided",
     ]
     for name, found in result["rankings"].items():
         lines.append(

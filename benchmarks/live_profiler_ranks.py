@@ -1,11 +1,13 @@
 """What each rank of `benchmarks.live_profiler` does: `python -m benchmarks.live_profiler_ranks FOLDER` under torch's
 launcher.
 
-FOLDER/task.json says what is measured; rank 0 leaves FOLDER/result.json, the measurements.
+FOLDER/task.json says what is measured, and with how many more steps each is timed again right after; rank 0 leaves
+FOLDER/result.json, the measurements.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from copus.backends.megatron.backend import MegatronBackend
 from copus.job import parse_job
 from copus.profiling.live import LiveProfiler
+from profiles.config import ProfileConfig
 from profiles.configuration import Configuration
 from profiles.profiler import Task
 
@@ -31,11 +34,24 @@ def main(folder: Path) -> int:
         tokens = torch.randint(job.model.vocab, (count, job.model.seq_len + 1), generator=seed)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    task_ = Task(job.model, job.cluster, backend.fingerprint(), job.profile, backend, job, batches)
-    profiler = LiveProfiler(task_)
-    rows = [profiler.measure(Configuration.model_validate(wanted)) for wanted in task["wanted"]]
+    def profiler(config: ProfileConfig) -> LiveProfiler:
+        return LiveProfiler(Task(job.model, job.cluster, backend.fingerprint(), config, backend, job, batches))
+
+    wanted = [Configuration.model_validate(each) for each in task["wanted"]]
+    usual = profiler(job.profile)
+    rows = [usual.measure(each) for each in wanted]
+    started = time.perf_counter()
+    settled = []
+    if task["settled_steps"]:
+        longer = profiler(job.profile.model_copy(update={"steps": task["settled_steps"]}))
+        settled = [longer.measure(each) for each in wanted]
     if dist.get_rank() == 0:
-        (folder / "result.json").write_text(json.dumps([row.model_dump(mode="json") for row in rows]))
+        result = {
+            "rows": [row.model_dump(mode="json") for row in rows],
+            "settled": [row.model_dump(mode="json") for row in settled],
+            "settled_seconds": time.perf_counter() - started,
+        }
+        (folder / "result.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
     return 0

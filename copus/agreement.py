@@ -6,6 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What RuntimeErrors say: of torch's allocator on a CPU, and on a GPU of libraries that allocate beside it."""
+
 
 class RankError(Exception):
     """Something went wrong on one rank at least, and every rank knows. The message says where and what."""
@@ -56,8 +59,10 @@ def from_first(value: Any) -> Any:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: the device's, or this process's, of which torch's allocator tells by a RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether memory ran out: the device's, or this process's. Only torch's allocator on a GPU has a type for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def one_line(error: BaseException) -> str:

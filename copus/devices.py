@@ -22,11 +22,18 @@ def rank_device(local_rank: int, ranks: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if gpus < ranks and os.environ.get(SHARING) != "1":
         raise ValueError(
-            f"{ranks} ranks are more than the {gpus} GPUs that this machine shows ({SHARING}=1 lets them share)"
+            f"accelerators_per_node({ranks}) is more than the {gpus} GPUs that this machine shows ({SHARING}=1 lets "
+            "ranks share them)"
         )
     device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)
     return device
+
+
+def check_accelerator(name: str) -> None:
+    """Raise ValueError where a cluster's accelerator is a GPU (any name but `cpu`), and this machine shows none."""
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"accelerator({name}): this machine shows no GPU; `cpu` is what runs on its cores")
 
 
 def join_world(device: torch.device, timeout: timedelta, **place: Any) -> None:

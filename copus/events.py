@@ -63,6 +63,10 @@ class Start(Event):
     """As in the throughput table."""
 
 
+NOTHING_TO_SAY = "the profiler has nothing to say of it"
+"""Failure of a `Profile` that left no row in the table."""
+
+
 class Profile(Event):
     """Progress of the throughput profiler, one for each measurement."""
 

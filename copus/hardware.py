@@ -11,13 +11,13 @@ import torch
 
 from copus.cgroups import memory_left
 from profiles.cluster import Cluster
+from profiles.hardware import name_hardware
 
 
 def hardware_name(cluster: Cluster) -> str:
-    """`2 × Intel(R) Xeon(R) …` or `8 × NVIDIA H100 80GB HBM3`: accelerators as this rank sees them."""
-    if torch.cuda.is_available():
-        return f"{cluster.accelerators} × {torch.cuda.get_device_name()}"
-    return f"{cluster.accelerators} × {_processor()} core"
+    """`2 × Intel(R) Xeon(R) … core` or `8 × NVIDIA H100 80GB HBM3`: accelerators as this rank sees them."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()} core"
+    return name_hardware(device, cluster.nodes, cluster.accelerators_per_node)
 
 
 def _processor() -> str:

@@ -26,7 +26,7 @@ from copus.branch_runs import run_branches
 from copus.branches import read_plan
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.data.prepared import prepared_path
-from copus.devices import join_world, rank_device
+from copus.devices import check_accelerator, join_world, rank_device
 from copus.events import REQUEUED, End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
@@ -206,9 +206,10 @@ def _start_process_group(job: JobConfig) -> torch.device:
     torch.set_num_threads(job.launch.threads_per_rank)
     timeout = timedelta(seconds=job.launch.timeout_seconds)
     try:
+        check_accelerator(job.cluster.accelerator)
         device = rank_device(int(os.environ["LOCAL_RANK"]), job.cluster.accelerators_per_node)
     except ValueError as error:
-        raise JobError(f"cluster.accelerators_per_node: {error}") from None
+        raise JobError(f"cluster.{error}") from None
     join_world(device, timeout, **_meeting_place(timeout))
     return device
 

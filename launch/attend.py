@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from copus.job import JobConfig
+from copus.job import JobConfig, JobError
 from launch.engines import AttendedEngine, Workers
 from launch.follow import Follower
 from launch.interrupts import Interrupts
@@ -27,8 +27,7 @@ class Outcome:
     """How it ended."""
 
     exit_code: int
-    """0, 1 where workers failed, 2 where one without an agent said that the user has to mend something, 128 + signal
-    where they were stopped."""
+    """0, 1 where workers failed, 128 + signal where they were stopped."""
     reason: str
     """finished, max_minutes, target_loss, interrupted, killed, failed; queued where the job goes on without this
     command."""
@@ -50,7 +49,8 @@ def attend(
 ) -> Outcome:
     """Start the workers and stay until they are gone. One interrupt stops them with a checkpoint, a second kills.
 
-    Starts none where the run was asked to stop while it got ready.
+    Starts none where the run was asked to stop while it got ready. Raises JobError where a worker without an agent said
+    that the user has to mend something.
     """
     follower, status = Follower(run), RunStatus()
     status.update(follower.read())
@@ -74,9 +74,11 @@ def attend(
     if heard > 1:
         return Outcome(128 + (interrupts.signal or 0), "killed", status, seconds)
     ended = status.end is not None or profile_only or heard > 0
+    if code == 2 and status.failure:
+        raise JobError(status.failure.message)
     if code or not ended:
         _explain_failure(code, workers, status)
-        return Outcome(2 if code == 2 else 1, "failed", status, seconds)
+        return Outcome(1, "failed", status, seconds)
     stopped = heard > 0 or stop_requested(run)
     reason = status.end.reason if status.end else "interrupted" if stopped else "finished"
     if reason == "interrupted":  # without a signal to this command: somebody else asked the workers to stop

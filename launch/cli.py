@@ -265,7 +265,7 @@ class ProfileShow:
         from launch.profile_show import show
         from profiles.query import Filter
 
-        wanted = Filter(self.model, self.layout, self.hardware, self.where)
+        wanted = Filter((self.model,) if self.model else (), self.layout, self.hardware, self.where)
         return show(self.places, self.table, wanted, self.plot, as_json=self.json)
 
 

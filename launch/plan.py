@@ -42,7 +42,7 @@ def plan(job_file: Path, overrides: list[str], *, as_json: bool = False, all_can
 
 def as_values(job: JobConfig, prospects: "Prospects") -> dict[str, Any]:
     """The prospects as plain values, for `--json`. An open end of a range of noise scales is null."""
-    fastest, by_noise, peak = prospects.fastest(), prospects.by_noise(job.planner), _peak_samples_per_second(job)
+    fastest, by_noise = prospects.fastest(), prospects.by_noise(job.planner)
     return {
         "name": job.name,
         "cluster": job.cluster.model_dump(mode="json"),
@@ -52,12 +52,12 @@ def as_values(job: JobConfig, prospects: "Prospects") -> dict[str, Any]:
         "measured_rows": prospects.measured_rows,
         "measured_shards": prospects.measured_shards,
         "fingerprint": prospects.fingerprint and prospects.fingerprint.model_dump(mode="json"),
-        "start": _values(prospects.start, peak),
+        "start": _values(prospects.start),
         "fastest": [
             {
                 "global_batch": each.best.configuration.global_batch,
-                "best": _values(each.best, peak),
-                "runner_up": each.runner_up and _values(each.runner_up, peak),
+                "best": _values(each.best),
+                "runner_up": each.runner_up and _values(each.runner_up),
                 "sure": each.sure,
             }
             for each in fastest
@@ -66,24 +66,24 @@ def as_values(job: JobConfig, prospects: "Prospects") -> dict[str, Any]:
             {
                 "noise_low": each.low,
                 "noise_high": each.high if math.isfinite(each.high) else None,
-                "best": _values(each.best, peak),
+                "best": _values(each.best),
             }
             for each in by_noise
         ],
-        "variants": [_values(each, peak) for each in prospects.variants],
-        "candidates": [_values(each, peak) for each in prospects.expectations],
+        "variants": [_values(each) for each in prospects.variants],
+        "candidates": [_values(each) for each in prospects.expectations],
         "assumptions": list(prospects.assumptions),
     }
 
 
-def _values(each: "Expectation", peak: float | None) -> dict[str, Any]:
+def _values(each: "Expectation") -> dict[str, Any]:
     from planner.memory_check import in_words
 
     values = asdict(each) | {
         "configuration": each.configuration.model_dump(mode="json"),
         "label": each.configuration.label,
         "samples_per_second": each.samples_per_second,
-        "mfu": _mfu(each, peak),
+        "mfu": each.mfu,
         "fits": in_words(each.chance_to_fit),
     }
     return values
@@ -94,30 +94,27 @@ def _print(job: JobConfig, prospects: "Prospects", all_candidates: bool) -> None
 
     console = page()
     fastest, by_noise = prospects.fastest(), prospects.by_noise(job.planner)
-    peak = _peak_samples_per_second(job)
     console.print(Text("\n".join(_heading(job, prospects))), soft_wrap=True)
     if all_candidates:
-        candidates = [_candidate(each, peak) for each in prospects.expectations]
+        candidates = [_candidate(each) for each in prospects.expectations]
         print_table("every candidate", candidates, console, DISPENSABLE, wrapping="verdict")
     configurations = [each.configuration for each in prospects.variants]
     print_table(
         "the start with other settings of training.layout",
-        [_variant(each, peak) for each in prospects.variants],
+        [_variant(each) for each in prospects.variants],
         console,
         DISPENSABLE,
         bold=configurations.index(prospects.start.configuration),
     )
     if fastest:
-        print_table(
-            "fastest layout of each global batch", [_fastest(each, peak) for each in fastest], console, DISPENSABLE
-        )
+        print_table("fastest layout of each global batch", [_fastest(each) for each in fastest], console, DISPENSABLE)
         print_columns(
             "memory of the fullest rank, GiB, as the memory model has it",
             _memory([prospects.start, *(each.best for each in fastest)]),
             console,
         )
         title = "best configuration by noise scale (tr Σ/|G|², sequences)"
-        print_table(title, [_by_noise(each, peak) for each in by_noise], console, DISPENSABLE)
+        print_table(title, [_by_noise(each) for each in by_noise], console, DISPENSABLE)
     else:
         console.print(Text(_nothing(prospects)))
     console.print(Text("assumed: " + "; ".join(prospects.assumptions), style="dim"))
@@ -161,12 +158,12 @@ def _nothing(prospects: "Prospects") -> str:
     )
 
 
-def _candidate(each: "Expectation", peak: float | None) -> dict[str, str]:
+def _candidate(each: "Expectation") -> dict[str, str]:
     return {
         "layout": each.configuration.layout.label,
         "micro-batch": str(each.configuration.micro_batch),
         "global batch": str(each.configuration.global_batch),
-        **_speed(each, peak),
+        **_speed(each),
         "80 %": _rates(each),
         "source": each.source,
         "memory": _gib(each.peak_bytes),
@@ -174,7 +171,7 @@ def _candidate(each: "Expectation", peak: float | None) -> dict[str, str]:
     }
 
 
-def _variant(each: "Expectation", peak: float | None) -> dict[str, str]:
+def _variant(each: "Expectation") -> dict[str, str]:
     layout = each.configuration.layout
     return {
         "recompute": layout.recompute,
@@ -183,17 +180,17 @@ def _variant(each: "Expectation", peak: float | None) -> dict[str, str]:
         "memory": _gib(each.peak_bytes),
         "memory 80 %": f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
         "fit": _fit(each),
-        **_speed(each, peak),
+        **_speed(each),
         "source": each.source,
     }
 
 
-def _fastest(row: "Fastest", peak: float | None) -> dict[str, str]:
+def _fastest(row: "Fastest") -> dict[str, str]:
     each, other = row.best, row.runner_up
     return {
         "batch": str(each.configuration.global_batch),
         "layout": f"{each.configuration.layout.label} m{each.configuration.micro_batch}",
-        **_speed(each, peak),
+        **_speed(each),
         "80 %": _rates(each),
         "source": each.source,
         "memory": _gib(each.peak_bytes),
@@ -222,12 +219,12 @@ def _memory(expectations: "list[Expectation]") -> dict[str, dict[str, str]]:
     return found
 
 
-def _by_noise(each: "NoiseRange", peak: float | None) -> dict[str, str]:
+def _by_noise(each: "NoiseRange") -> dict[str, str]:
     high = f"to {sequences(each.high)}" if math.isfinite(each.high) else "and more"
     return {
         "noise scale": f"{sequences(each.low)} {high}",
         "configuration": each.best.configuration.label,
-        **_speed(each.best, peak),
+        **_speed(each.best),
         "source": each.best.source,
         "memory": _gib(each.best.peak_bytes),
         "fit": _fit(each.best),
@@ -254,20 +251,12 @@ def _fit(each: "Expectation") -> str:
     return words if each.chance_to_fit is None or words == "fits" else f"{words} ({each.chance_to_fit:.0%})"
 
 
-def _speed(each: "Expectation", peak: float | None) -> dict[str, str]:
+def _speed(each: "Expectation") -> dict[str, str]:
     """Throughput, and the MFU where the peak of the accelerators is rated."""
-    mfu = _mfu(each, peak)
-    return {"samples/s": _rate(each)} | ({} if peak is None else {"MFU": "–" if mfu is None else percent(mfu)})
-
-
-def _mfu(each: "Expectation", peak: float | None) -> float | None:
-    return each.samples_per_second / peak if peak and each.samples_per_second is not None else None
-
-
-def _peak_samples_per_second(job: JobConfig) -> float | None:
-    from profiles.mfu import peak_samples_per_second
-
-    return peak_samples_per_second(job.model, job.cluster, job.training.precision)
+    rate = {"samples/s": _rate(each)}
+    if each.peak_samples_per_second is None:
+        return rate
+    return rate | {"MFU": "–" if each.mfu is None else percent(each.mfu)}
 
 
 def _rate(each: "Expectation") -> str:

@@ -1,15 +1,19 @@
 """`copus profile run`: measure the throughput of a job's configurations and keep it."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from copus.events import NOTHING_TO_SAY, Profile
 from copus.job import JobConfig, JobError, load_job
 from copus.profilers import TRIED, Installed, find_profiler
 from launch.attend import Outcome, attend
 from launch.data import check, prepare
 from launch.engines import AttendedEngine, Engine, LocalEngine, attended_engine_of
+from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.process import python_module
 from launch.progress import SteadyConsole
@@ -38,16 +42,17 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
         run = create_run(job, suffix="-profile")
         with lock_run(run) as lock:
             if alone:
-                outcome = profile_alone(run, job, lock, interrupts, console)
-                assert outcome is not None, "it wants one process"
+                found = profile_alone(run, job, lock, interrupts, console, partial(discard_run, run))
+                assert found is not None, "it wants one process"
+                outcome = found
             else:
                 code = prepare(job, run / "job.yaml", interrupts)
                 if code:
                     discard_run(run)
                     return code
                 outcome = attend(engine, run, job, lock, interrupts, console, profile_only=True)
-    last = outcome.status.profile
-    measured = last.done if last else 0
+    done = [event for event in Follower(run).read() if isinstance(event, Profile)]  # of all attempts
+    measured = sum(event.failure != NOTHING_TO_SAY for event in done)
     if as_json:
         result = {
             "table": str(job.profile.table),
@@ -58,21 +63,33 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
         }
         print(json.dumps(result))
     elif outcome.exit_code == 0:
-        print(f"{measured} measured" if measured else "nothing was missing", f"in {job.profile.table}")
+        unknown = f", {len(done) - measured} not known to the profiler" * (len(done) > measured)
+        print(f"{measured} measured{unknown}" if done else "nothing was missing", f"in {job.profile.table}")
     return outcome.exit_code
 
 
-def profile_alone(run: Path, job: JobConfig, lock: int, interrupts: Interrupts, console: Console) -> Outcome | None:
+def profile_alone(
+    run: Path, job: JobConfig, lock: int, interrupts: Interrupts, console: Console, undo: Callable[[], None]
+) -> Outcome | None:
     """Run a job's profiler where it wants a process of its own; None where it runs in the job, or not at all.
 
-    Where the process dies while it measures, another one writes that down and goes on with the next configuration.
+    Where the process dies while it measures, another one goes on. Raises JobError, and calls `undo`, where the user has
+    to mend something.
     """
     if job.profile.when == "never" or _profiler(job).processes == "all":
         return None
+    died_at = ""
     while True:
-        outcome = attend(AloneEngine(), run, job, lock, interrupts, console, profile_only=True)
-        if outcome.reason != "failed" or outcome.status.failure or not (run / TRIED).exists():
+        try:
+            outcome = attend(AloneEngine(), run, job, lock, interrupts, console, profile_only=True)
+        except JobError:
+            undo()
+            raise
+        tried = run / TRIED
+        trying = tried.read_text() if outcome.reason == "failed" and tried.exists() else ""
+        if outcome.status.failure or trying in ("", died_at):  # or it died before it measured anything
             return outcome
+        died_at = trying
 
 
 def check_profiler(job: JobConfig, engine: Engine) -> None:

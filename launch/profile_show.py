@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -67,7 +67,8 @@ def show(places: list[str], table: Path | None, wanted: Filter, picture: Path | 
 
 
 def _resolve(places: list[str], table: Path | None, wanted: Filter) -> tuple[list[Path], Filter]:
-    """Table files, and the filter with the model of a job where one was named. `table` stands for that of every job."""
+    """Table files, and the filter with the models of the jobs that were named. `table` stands for that of every job."""
+    models = []
     tables = [] if table is None else [table.expanduser().absolute()]
     for place in places:
         path = Path(place).expanduser()
@@ -83,8 +84,9 @@ def _resolve(places: list[str], table: Path | None, wanted: Filter) -> tuple[lis
                 raise JobError(f"{place}: no table, job file or run: {error}") from None
         if table is None:
             tables.append(job.profile.table.expanduser().absolute())
-        if wanted.model is None:
-            wanted = Filter(job.model.digest, wanted.layout, wanted.hardware, wanted.where)
+        models.append(job.model.digest)
+    if not wanted.models:
+        wanted = replace(wanted, models=tuple(models))
     return list(dict.fromkeys(tables)) or [ProfileConfig().table.expanduser().absolute()], wanted
 
 

@@ -76,12 +76,10 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
             if code:  # it has said why
                 discard_run(run)
                 return code
-            outcome: Outcome | Queued
-            measured = profile_alone(run, job, lock, interrupts, console)
-            if measured is None or measured.exit_code == 0:
-                outcome = _launch(engine, run, job, lock, interrupts, console, partial(discard_run, run))
-            else:
-                outcome = measured
+            undo = partial(discard_run, run)
+            measured = profile_alone(run, job, lock, interrupts, console, undo)
+            failed = measured if measured and measured.exit_code else None
+            outcome = failed or _launch(engine, run, job, lock, interrupts, console, undo)
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
     return _conclude(outcome, run, console, manner)
@@ -99,6 +97,7 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
         return _conclude(Outcome(0, "finished", status, 0.0), run, console, manner, already=True)
     engine = engine_of(job)
     check(job)
+    check_profiler(job, engine)
     if not engine.own_software:
         check_trackers(job)
     if manner.dry_run:
@@ -116,7 +115,11 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
             if code:
                 undo()
                 return code
-            outcome = _launch(engine, run, job, lock, interrupts, console, undo)
+            measured = None
+            if status.checkpoint is None or job.profile.when == "missing":  # as the workers do with the live profiler
+                measured = profile_alone(run, job, lock, interrupts, console, undo)
+            failed = measured if measured and measured.exit_code else None
+            outcome = failed or _launch(engine, run, job, lock, interrupts, console, undo)
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
     return _conclude(outcome, run, console, manner)

@@ -24,5 +24,5 @@ def predict_as_run(throughput: Throughput, config: PlannerConfig, configuration:
     seconds = (1 - share) * whole.step_seconds + share * halves.step_seconds
     longer = seconds / (halves.step_seconds if share > 0.5 else whole.step_seconds)
     spread = None if mostly.spread_seconds is None else mostly.spread_seconds * longer
-    changes = {"step_seconds": seconds, "spread_seconds": spread, "peak_bytes": whole.peak_bytes}
-    return mostly.model_copy(update=changes)
+    memory = {"peak_bytes": whole.peak_bytes, "memory_seen": whole.memory_seen}
+    return mostly.model_copy(update={"step_seconds": seconds, "spread_seconds": spread, **memory})

@@ -84,6 +84,11 @@ class PlannerConfig(Record):
     layouts: list[Layout] | None = None
     """Layouts that may be chosen; None means every split of the cluster into tp, pp and dp that the model allows."""
 
+    @property
+    def keeps_layout(self) -> bool:
+        """Whether the policy never leaves the layout that the job starts with."""
+        return self.policy in ("static", "norm-test", "ramp") or (self.policy == "cbs" and self.cbs_layout == "present")
+
     @field_validator("critical_batch_factor", mode="before")
     @classmethod
     def _read_calibration(cls, value: Any) -> Any:

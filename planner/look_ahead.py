@@ -12,9 +12,11 @@ from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import RECOMPUTE, Configurations
 from profiles.cost import CostModel, Timings, expected
-from profiles.measurement import Measurement
+from profiles.hardware import is_hardware_of
+from profiles.measurement import OWN, Measurement
 from profiles.memory import MemoryModel, Peaks
 from profiles.memory.peaks import OUT_OF_MEMORY
+from profiles.mfu import peak_samples_per_second
 from profiles.model_shape import ModelShape
 from profiles.throughput import DECILE, Prediction, Throughput
 
@@ -38,7 +40,7 @@ def look_ahead(
     rows = rows_of(table, model, cluster, precision)
     steps = [row for row in rows if not row.shard]
     cost = CostModel().fit(Timings.of(rows, cluster))
-    room = memory_bytes(cluster)
+    room, peak_samples = memory_bytes(cluster), peak_samples_per_second(model, cluster, precision)
     memory = MemoryModel().fit(Peaks.of(rows, room))
     space = candidates(config, model, cluster, start)
     variants = list(_variants(model, start))
@@ -71,6 +73,7 @@ def look_ahead(
                 last_stage=bool(peaks.last_stage[index]),
                 chance_to_fit=chance,
                 refusal=_refusal(config, candidate, known, chance),
+                peak_samples_per_second=peak_samples,
             )
         )
     return Prospects(
@@ -87,20 +90,17 @@ def look_ahead(
 
 
 def rows_of(table: Iterable[Measurement], model: ModelShape, cluster: Cluster, precision: str) -> list[Measurement]:
-    """The rows that were measured for this model and precision on so many accelerators of this kind, with the software
-    that was used last. Nothing here can ask the hardware what it is: `h100-sxm` is what calls itself an H100."""
-    kind = cluster.accelerator.partition("-")[0].lower()
-    mine = []
-    for row in table:
-        seen = row.fingerprint
-        hardware = seen.hardware.lower()
-        same = hardware.endswith(" core") if kind == "cpu" else kind in hardware
-        many = hardware.startswith(f"{cluster.accelerators} × ")
-        if same and many and (seen.model, seen.precision) == (model.digest, precision):
-            mine.append(row)
+    """The rows that were measured for this model and precision on a cluster like this, with the software that was used
+    last; imported rows only where there are no others. Nothing here can ask the hardware what it is."""
+    mine = [
+        row
+        for row in table
+        if (row.fingerprint.model, row.fingerprint.precision) == (model.digest, precision)
+        and is_hardware_of(row.fingerprint.hardware, cluster)
+    ]
     if not mine:
         return []
-    newest = max(mine, key=lambda row: row.time).fingerprint
+    newest = max(mine, key=lambda row: (row.fingerprint.backend.startswith(OWN), row.time)).fingerprint
     return [row for row in mine if row.fingerprint == newest]
 
 
@@ -127,11 +127,11 @@ def _interval(known: Prediction) -> tuple[float | None, float | None, float | No
 
 def _chance(known: Prediction, predicted: float | None) -> float | None:
     """Probability to fit: 1 for what ran, 0 for what ran out of memory; None where memory is not checked."""
-    if predicted is None or (known.source == "predicted" and not known.failure):
-        return predicted
-    if known.failure is None:
-        return 1.0
-    return 0.0 if known.failure == OUT_OF_MEMORY else predicted
+    if predicted is None:
+        return None
+    if known.failure:
+        return 0.0 if known.failure == OUT_OF_MEMORY else predicted
+    return 1.0 if known.memory_seen else predicted
 
 
 def _refusal(config: PlannerConfig, candidate: Configuration, known: Prediction, chance: float | None) -> str:

@@ -237,7 +237,7 @@ class Planner:
             return self._may_not_fit.get(configuration, "not measured")
         if prediction.failure:
             return prediction.failure
-        if prediction.source == "predicted" and configuration in self._may_not_fit:
+        if not prediction.memory_seen and configuration in self._may_not_fit:
             return self._may_not_fit[configuration]
         step_seconds, spread_seconds = prediction.step_seconds, prediction.spread_seconds
         uncertain = step_seconds and spread_seconds and spread_seconds > MAX_RELATIVE_SPREAD * step_seconds

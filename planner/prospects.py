@@ -43,11 +43,19 @@ class Expectation:
     """Probability that it fits; None where that is not asked (CPU cores, an accelerator without a file)."""
     refusal: str
     """Why the planner would not choose it; empty where it may."""
+    peak_samples_per_second: float | None
+    """Throughput at the accelerators' rated peak; None where no data sheet says it."""
 
     @property
     def samples_per_second(self) -> float | None:
         """Throughput, sequences a second."""
         return None if self.step_seconds is None else self.configuration.global_batch / self.step_seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP utilization, 0 to 1; None where the peak is not rated or the configuration fails."""
+        speed, peak = self.samples_per_second, self.peak_samples_per_second
+        return None if speed is None or peak is None else speed / peak
 
 
 @dataclass(frozen=True)

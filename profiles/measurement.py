@@ -6,6 +6,9 @@ from profiles.configuration import Configuration
 from profiles.model_shape import ModelShape
 from profiles.record import Record
 
+OWN = "megatron-core"
+"""What the backend of rows begins with that copus itself measured; others were imported."""
+
 
 class Fingerprint(Record):
     """What has to be equal for two measurements to be about the same thing."""
@@ -17,7 +20,7 @@ class Fingerprint(Record):
     backend: str
     """Training framework and version: megatron-core 0.16.1."""
     hardware: str
-    """Accelerator and number of them, as the rank sees them: `2 × Intel Xeon …`, `8 × NVIDIA H100 80GB HBM3`."""
+    """Accelerator, how many of them and on how many nodes (`profiles.hardware`)."""
     software: str
     """Versions that matter for speed: torch, CUDA or gloo."""
 

@@ -4,6 +4,7 @@ A row is a step time, or the failure that came instead. docs/tables.md has the c
 """
 
 import csv
+import math
 import re
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from profiles.configuration import Configuration
+from profiles.hardware import name_hardware
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.model_shape import ModelShape
@@ -111,29 +113,38 @@ def _measurement(row: Row, path: Path, when: float) -> Measurement:
     model, configuration = model_of(row), configuration_of(row)
     seconds = seconds_of(row, configuration, model)
     peak = number(row, "peak_mem_gb")
+    accelerators = configuration.layout.accelerators
+    per_node = whole(row, "gpus_per_node", accelerators)
+    if accelerators % per_node and accelerators > per_node:
+        raise RejectedError("gpus do not fill the nodes")
     fingerprint = Fingerprint(
         model=model.digest,
         precision=row.get("precision") or "unknown",
         backend=row.get("backend") or row.get("source_id") or path.stem,
-        hardware=f"{configuration.layout.accelerators} × {row.get('system') or 'unknown'}",
+        hardware=name_hardware(
+            row.get("system") or "unknown", max(accelerators // per_node, 1), min(per_node, accelerators)
+        ),
         software=row.get("software") or row.get("sweep_id") or "unknown",
     )
-    return Measurement(
-        fingerprint=fingerprint,
-        model=model,
-        configuration=configuration,
-        step_seconds=seconds,
-        spread_seconds=number(row, "spread_s") if seconds else None,
-        count=whole(row, "steps", 1) if seconds else 0,
-        peak_bytes=None if peak is None else int(peak * 1e9),
-        failure=_failure(row) if seconds is None else None,
-        time=when,
-    )
+    try:
+        return Measurement(
+            fingerprint=fingerprint,
+            model=model,
+            configuration=configuration,
+            step_seconds=seconds,
+            spread_seconds=number(row, "spread_s") if seconds else None,
+            count=whole(row, "steps", 1) if seconds else 0,
+            peak_bytes=None if peak is None else int(peak * 1e9),
+            failure=_failure(row) if seconds is None else None,
+            time=when,
+        )
+    except ValidationError as error:
+        raise RejectedError(f"measurement: {_told(error)}") from None
 
 
 def model_of(row: Row) -> ModelShape:
     """The transformer of a row. Raises RejectedError."""
-    gated = row.get("gated_mlp", "") in ("yes", "true", "1")
+    gated = _yes(row, "gated_mlp")
     values = {name: whole(row, name) for name in ("layers", "hidden", "heads", "seq_len", "vocab")}
     if gated and not row.get("ffn_hidden"):
         raise RejectedError("ffn_hidden is empty, and a gated MLP has no usual width")
@@ -143,7 +154,7 @@ def model_of(row: Row) -> ModelShape:
             ffn_hidden=whole(row, "ffn_hidden", 4 * values["hidden"]),
             kv_heads=whole(row, "kv_heads", values["heads"]),
             gated_mlp=gated,
-            tied_embeddings=row.get("tied_embeddings", "") in ("yes", "true", "1"),
+            tied_embeddings=_yes(row, "tied_embeddings"),
             experts=whole(row, "experts", 0),
             experts_per_token=whole(row, "experts_per_token", 1),
         )
@@ -162,7 +173,7 @@ def configuration_of(row: Row) -> Configuration:
     if split * dp != gpus:
         raise RejectedError("tp × pp × cp × dp is not the number of gpus")
     words: dict[str, Any] = {
-        "sequence_parallel": row.get("sequence_parallel", "") in ("yes", "true", "1") and degrees["tp"] > 1,
+        "sequence_parallel": _yes(row, "sequence_parallel") and degrees["tp"] > 1,
         "recompute": _recompute(row.get("recompute", "")),
         "zero": _zero(row.get("sharding", "")),
     }
@@ -173,8 +184,17 @@ def configuration_of(row: Row) -> Configuration:
         raise RejectedError(f"configuration: {_told(error)}") from None
 
 
+def _yes(row: Row, name: str) -> bool:
+    """A cell that says yes or no, in any case; empty is no. Raises RejectedError."""
+    word = row.get(name, "").lower()
+    if word not in ("yes", "true", "1", "no", "false", "0", ""):
+        raise RejectedError(f"{name} is neither yes nor no")
+    return word in ("yes", "true", "1")
+
+
 def _recompute(recompute: str) -> Literal["none", "selective", "full"]:
     """What the column `recompute` says; `selective (op)` is selective, and nothing is none."""
+    recompute = recompute.lower()
     return "selective" if "selective" in recompute else "full" if "full" in recompute else "none"
 
 
@@ -194,8 +214,8 @@ def seconds_of(row: Row, configuration: Configuration, model: ModelShape) -> flo
     seconds, rate = number(row, "step_time_s"), number(row, "tokens_per_s_per_gpu")
     if seconds is None and rate:
         seconds = configuration.global_batch * model.seq_len / (rate * configuration.layout.accelerators)
-    if seconds is not None and not 0 < seconds < float("inf"):
-        raise RejectedError("the time is not positive and finite")
+    if seconds is not None and seconds <= 0:
+        raise RejectedError("the time is not positive")
     return seconds
 
 
@@ -216,9 +236,12 @@ def number(row: Row, name: str) -> float | None:
     if not text:
         return None
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise RejectedError(f"{name} is not a number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise RejectedError(f"{name} is not a number")
+    return value
 
 
 def whole(row: Row, name: str, default: int | None = None) -> int:

@@ -1,12 +1,15 @@
-"""Throughput tables as one: merged, filtered and summarised with duckdb, which reads the JSON lines as they lie."""
+"""Throughput tables as one: merged, filtered and summarised with duckdb."""
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from profiles.measurement import Measurement
+from profiles.table import ThroughputTable
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -33,7 +36,7 @@ ROW = {
     **{"step_seconds": "DOUBLE", "spread_seconds": "DOUBLE", "count": "BIGINT", "peak_bytes": "BIGINT"},
     **{"failure": "VARCHAR", "shard": "BOOLEAN", "time": "DOUBLE"},
 }
-"""Columns of a table as duckdb types: the fields of `Measurement`. Fields of other versions are left aside."""
+"""Columns of a table as duckdb types: the fields of `Measurement`."""
 
 _COLUMNS = f"""
     fingerprint.model AS model, fingerprint.precision AS precision, fingerprint.backend AS backend,
@@ -72,8 +75,8 @@ fast; the spread is that within the rows and that between them."""
 class Filter:
     """Which rows are wanted; what is None does not matter."""
 
-    model: str | None = None
-    """Beginning of the model's digest."""
+    models: tuple[str, ...] = ()
+    """Beginnings of the models' digests, one of which has to fit; empty for all models."""
     layout: str | None = None
     """Degrees that have to be so, the others free: `TP2·PP1`, `tp=2,dp=4`, `PP2 Z1 SP`."""
     hardware: str | None = None
@@ -84,9 +87,9 @@ class Filter:
     def condition(self) -> tuple[str, list[Any]]:
         """The same in SQL, with its parameters. Raises ValueError for a layout that cannot be read."""
         parts, parameters = ["true"], list[Any]()
-        if self.model is not None:
-            parts.append("starts_with(model, ?)")
-            parameters.append(self.model)
+        if self.models:
+            parts.append(f"({' OR '.join(['starts_with(model, ?)'] * len(self.models))})")
+            parameters += self.models
         if self.hardware is not None:
             parts.append("contains(lower(hardware), lower(?))")
             parameters.append(self.hardware)
@@ -137,43 +140,40 @@ def read_new(sources: Sequence[Path], table: Path) -> list[Measurement]:
 
     Raises OSError for a source that cannot be read.
     """
-    columns = ", ".join(ROW)
-    with _open(sources) as database:
-        _load(database, "known", [table] if table.exists() else [])
-        new = _records(database, f"SELECT {columns} FROM rows EXCEPT SELECT {columns} FROM known ORDER BY time")
-    return [Measurement.model_validate(_without_nulls(record)) for record in new]
+    known = set(ThroughputTable(table).everything())
+    return sorted((row for row in _rows(sources) if row not in known), key=lambda row: row.time)
+
+
+def _rows(tables: Sequence[Path]) -> list[Measurement]:
+    """Of several tables, each once. Raises OSError for a table that is not there."""
+    found: dict[Measurement, None] = {}
+    for table in tables:
+        os.stat(table)  # to `ThroughputTable` a table that is not there is one without rows
+        found |= dict.fromkeys(ThroughputTable(table).everything())
+    return list(found)
 
 
 def _open(tables: Sequence[Path]) -> "DuckDBPyConnection":
+    """A database with the measurements as its table `rows`."""
     import duckdb  # 0.3 s, and wanted by few commands
 
-    for table in tables:
-        with open(table, "rb"):  # duckdb's own message for a missing file has several lines
-            pass
+    rows = _rows(tables)
     database = duckdb.connect(config={"threads": 1, "preserve_insertion_order": "true"})
-    _load(database, "rows", tables)
-    return database
-
-
-def _load(database: "DuckDBPyConnection", name: str, tables: Sequence[Path]) -> None:
-    """Make a table of the measurements in some files, each row once."""
     columns = ", ".join(f"{column} {kind}" for column, kind in ROW.items())
-    database.execute(
-        f"CREATE SEQUENCE {name}_id; CREATE TABLE {name} ({columns}, id BIGINT DEFAULT nextval('{name}_id'))"
-    )
-    for table in tables:
-        if table.stat().st_size:
-            kinds = ", ".join(f"{column}: '{kind}'" for column, kind in ROW.items())
-            values = ", ".join("coalesce(shard, false)" if column == "shard" else column for column in ROW)
-            database.execute(
-                f"INSERT INTO {name} ({', '.join(ROW)}) SELECT {values} "
-                f"FROM read_json(?, format='newline_delimited', ignore_errors=true, columns={{{kinds}}}) "
-                f"WHERE configuration.layout.dp IS NOT NULL AND fingerprint.model IS NOT NULL "
-                f"AND model.layers IS NOT NULL AND (step_seconds IS NULL) <> (failure IS NULL)",
-                [str(table)],
-            )
-    names = ", ".join(ROW)
-    database.execute(f"DELETE FROM {name} WHERE id NOT IN (SELECT min(id) FROM {name} GROUP BY {names})")
+    database.execute(f"CREATE SEQUENCE place; CREATE TABLE rows ({columns}, id BIGINT DEFAULT nextval('place'))")
+    if not rows:
+        return database
+    # Written anew, every field of every row: a line may leave out what is usual.
+    with NamedTemporaryFile("w", encoding="utf-8", suffix=".jsonl") as file:
+        file.writelines(row.model_dump_json() + "\n" for row in rows)
+        file.flush()
+        kinds = ", ".join(f"{column}: '{kind}'" for column, kind in ROW.items())
+        database.execute(
+            f"INSERT INTO rows ({', '.join(ROW)}) SELECT {', '.join(ROW)} "
+            f"FROM read_json(?, format='newline_delimited', columns={{{kinds}}})",
+            [file.name],
+        )
+    return database
 
 
 def _records(database: "DuckDBPyConnection", statement: str) -> list[dict[str, Any]]:
@@ -192,14 +192,7 @@ def _summary(record: dict[str, Any]) -> Summary:
         "count": 0 if failed else record["steps"],
         "failure": record["failure"],
     }
-    return Summary(Measurement.model_validate(_without_nulls(values)), record["rows"])
-
-
-def _without_nulls(value: Any) -> Any:
-    """Without what an older row did not have: the defaults of the models say what it was."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return value
+    return Summary(Measurement.model_validate(values), record["rows"])
 
 
 def _degrees(text: str) -> dict[str, Any]:

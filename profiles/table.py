@@ -1,6 +1,8 @@
 """The throughput table: an append-only file of measurements, one JSON object a line, shared by all jobs."""
 
+import contextlib
 import errno
+import fcntl
 import os
 import warnings
 from collections.abc import Iterable
@@ -83,6 +85,8 @@ class ThroughputTable:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # NFS appends where the file ended when it looked: one at a time
             size = os.fstat(file).st_size
             if size and os.pread(file, 1, size - 1) != b"\n":
                 text = b"\n" + text  # a crash tore the last line: do not let it swallow this one

@@ -45,6 +45,8 @@ class Prediction(Record):
     predicted: the cost model; seen: the steps of this job."""
     peak_bytes: NonNegativeInt | None = None
     """Largest memory in use on any rank; None where it was not measured."""
+    memory_seen: bool = False
+    """Whether as much has run as this keeps in memory; else only the memory model can tell whether it fits."""
     failure: str | None = None
     """Why it cannot run: `out of memory`, …"""
 
@@ -117,6 +119,7 @@ class Throughput:
                 "spread_seconds": spread * seconds,
                 "error": error,
                 "source": "seen" if seen else known.source,
+                "memory_seen": steps > 0 or known.memory_seen,
             }
         )
 
@@ -210,12 +213,14 @@ class Throughput:
         if group is None or group.line is None or n < group.counts[0]:
             return None if group and group.counts else self._failure_of_smaller(configuration)
         seconds, spread = group.line.step_seconds(n), group.line.spread_seconds(n)
+        seen = _in_flight(configuration.layout, n) <= _in_flight(configuration.layout, group.counts[-1])
         return Prediction(
             step_seconds=seconds,
             spread_seconds=spread,
             error=spread / seconds / DECILE,
             source="interpolated" if n <= FAR * group.counts[-1] else "extrapolated",
-            peak_bytes=group.peak_bytes,
+            peak_bytes=group.peak_bytes if seen else None,
+            memory_seen=seen,
         )
 
     def _failure_of_smaller(self, configuration: Configuration) -> Prediction | None:
@@ -261,6 +266,12 @@ def _key(configuration: Configuration) -> tuple[Layout, int]:
     return configuration.layout, configuration.micro_batch
 
 
+def _in_flight(layout: Layout, num_microbatches: int) -> int:
+    """Micro-batches whose activations the first stage holds at once: 1F1B fills the pipeline, the interleaved schedule
+    (vp) has less than twice as many."""
+    return min(num_microbatches, layout.pp * (2 if layout.vp > 1 else 1))
+
+
 def _combine(rows: Sequence[Measurement]) -> Prediction:
     """Rows of one configuration as one: the newest decides whether it runs, the median over all steps how fast."""
     newest = max(rows, key=lambda row: row.time)
@@ -278,6 +289,7 @@ def _combine(rows: Sequence[Measurement]) -> Prediction:
         error=spread / step_seconds / DECILE / math.sqrt(STEPS_TIMED),
         source="measured",
         peak_bytes=max(peaks, default=None),
+        memory_seen=True,
     )
 
 

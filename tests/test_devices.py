@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from copus.devices import SHARING, rank_device
+from copus.devices import SHARING, check_accelerator, rank_device
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_each_rank_has_a_gpu_of_its_own(two_gpus: list[torch.device]) -> None:
 
 
 def test_more_ranks_than_gpus_are_refused(two_gpus: list[torch.device]) -> None:
-    with pytest.raises(ValueError, match=rf"4 ranks are more than the 2 GPUs .* \({SHARING}=1 lets them share\)"):
+    with pytest.raises(ValueError, match=rf"accelerators_per_node\(4\) is more than the 2 GPUs .* \({SHARING}=1 "):
         rank_device(0, 4)
     assert not two_gpus
 
@@ -38,3 +38,12 @@ def test_more_ranks_than_gpus_share_them_where_nccl_lets_them(
 ) -> None:
     monkeypatch.setenv(SHARING, "1")
     assert [rank_device(rank, 4).index for rank in range(4)] == [0, 1, 0, 1]
+
+
+def test_a_gpu_job_does_not_run_on_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_accelerator("cpu")
+    with pytest.raises(ValueError, match=r"accelerator\(h100-sxm\): this machine shows no GPU"):
+        check_accelerator("h100-sxm")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_accelerator("h100-sxm")

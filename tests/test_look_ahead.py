@@ -44,12 +44,12 @@ def job_file(tmp_path: Path) -> Path:
     return path
 
 
-def add_row(path: Path, configuration: Configuration, hardware: str = "16 × NVIDIA H100", **values: object) -> None:
+def add_row(path: Path, configuration: Configuration, hardware: str = "2 nodes × 8 × NVIDIA H100 80GB HBM3", **values: object) -> None:
     job = load_job(path)
     fingerprint = Fingerprint(
         model=job.model.digest,
         precision="bf16",
-        backend="b",
+        backend=str(values.pop("backend", "b")),
         hardware=hardware,
         software=str(values.pop("software", "s")),
     )
@@ -169,13 +169,64 @@ def test_rows_of_other_jobs_do_not_count(job_file: Path) -> None:
     job = load_job(job_file)
     start = job.training.configuration
     add_row(job_file, start, hardware="8 × NVIDIA H100", step_seconds=1.0)
-    add_row(job_file, start, hardware="16 × Intel Xeon core", step_seconds=1.0)
-    add_row(job_file, start, hardware="16 × NVIDIA H200", step_seconds=1.0, time=9.0)
+    add_row(job_file, start, hardware="16 × NVIDIA H100", step_seconds=1.0)
+    add_row(job_file, start, hardware="2 nodes × 8 × Intel Xeon core", step_seconds=1.0)
+    add_row(job_file, start, hardware="2 nodes × 8 × NVIDIA H200", step_seconds=1.0, time=9.0)
     add_row(job_file, start, software="old", step_seconds=3.0)
     add_row(job_file, start, software="new", step_seconds=2.0, time=2.0)
     rows = rows_of(ThroughputTable(job.profile.table).rows(), job.model, job.cluster, "bf16")
     assert [row.step_seconds for row in rows] == [2.0]
     assert rows_of(rows, job.model, job.cluster, "fp32") == []
+
+
+def test_imported_rows_count_only_where_there_are_no_others(job_file: Path) -> None:
+    job = load_job(job_file)
+    start, table = job.training.configuration, ThroughputTable(job.profile.table)
+    add_row(job_file, start, step_seconds=1.0, time=9.0)
+    assert [row.step_seconds for row in rows_of(table.rows(), job.model, job.cluster, "bf16")] == [1.0]
+    add_row(job_file, start, step_seconds=2.0, backend="megatron-core 0.16.1")
+    assert [row.step_seconds for row in rows_of(table.rows(), job.model, job.cluster, "bf16")] == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "yes", "no"),
+    [
+        ("a100-80g", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100"), ("NVIDIA A100-SXM4-40GB", "NVIDIA A10")),
+        ("h100-sxm", ("NVIDIA H100 80GB HBM3", "dgx-h100"), ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH100")),
+        ("b200", ("NVIDIA B200",), ("NVIDIA GB200", "NVIDIA B300")),
+        ("h200", ("NVIDIA H200",), ("NVIDIA GH200 480GB",)),
+        ("mi250", ("AMD Instinct MI250X / MI250",), ("AMD Instinct MI210",)),
+        ("cpu", ("AMD EPYC core",), ("NVIDIA H100 80GB HBM3",)),
+    ],
+)
+def test_accelerators_by_what_they_call_themselves(
+    accelerator: str, yes: tuple[str, ...], no: tuple[str, ...]
+) -> None:
+    cluster = Cluster(nodes=2, accelerators_per_node=8, accelerator=accelerator)
+    assert [is_hardware_of(name_hardware(device, 2, 8), cluster) for device in (*yes, *no)] == [
+        *(True for _ in yes),
+        *(False for _ in no),
+    ]
+    for nodes, per_node in ((1, 16), (1, 8), (4, 4), (2, 16)):
+        assert not is_hardware_of(name_hardware(yes[0], nodes, per_node), cluster)
+
+
+def test_a_deeper_pipeline_than_was_measured_is_left_to_the_memory_model(job_file: Path) -> None:
+    job = load_job(job_file, ["training.layout={tp: 2, pp: 8}", "training.global_batch=32", "training.micro_batch=4"])
+    start = job.training.configuration
+    for batch in (4, 8):
+        add_row(job_file, start.model_copy(update={"global_batch": batch}), step_seconds=batch / 8, peak_bytes=30 * 2**30)
+    by_batch = {
+        each.configuration.global_batch: each
+        for each in prospects_of(job_file, job).expectations
+        if (each.configuration.layout, each.configuration.micro_batch) == (start.layout, 4)
+    }
+    assert by_batch[8].source == "measured"
+    assert (by_batch[8].chance_to_fit, by_batch[8].peak_bytes) == (1.0, 30 * 2**30)
+    deeper = by_batch[32]
+    assert deeper.source == "interpolated"
+    assert deeper.chance_to_fit != 1.0
+    assert deeper.peak_bytes > 30 * 2**30
 
 
 def test_a_job_that_fits_nowhere_says_so(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

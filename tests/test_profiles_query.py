@@ -91,8 +91,8 @@ def test_steps_and_shards_are_kept_apart(tmp_path):
     ("wanted", "expected"),
     [
         (Filter(), 12),
-        (Filter(model=MODEL.digest[:5]), 12),
-        (Filter(model="nothing"), 0),
+        (Filter(models=(MODEL.digest[:5], "another")), 12),
+        (Filter(models=("nothing",)), 0),
         (Filter(hardware="CPU"), 12),
         (Filter(hardware="h100"), 0),
         (Filter(layout="TP2·PP1"), 6),
@@ -129,9 +129,13 @@ def test_torn_foreign_and_older_lines(tmp_path):
     older = json.loads(row().model_dump_json())
     del older["shard"], older["model"]["experts"], older["peak_bytes"]
     newer = json.loads(row(global_batch=8).model_dump_json()) | {"field_of_the_future": {"a": 1}}
+    impossible = json.loads(row(global_batch=16).model_dump_json())
+    impossible["configuration"]["layout"]["dp"] = 3
     torn = row(global_batch=16).model_dump_json()[:-30]
-    path.write_bytes("\n".join([json.dumps(older), "[]", json.dumps(newer), "no JSON", "", torn]).encode() + b"\xff")
-    assert [each.measurement.configuration.global_batch for each in query([path])] == [4, 8]
+    lines = [json.dumps(older), "[]", json.dumps(newer), json.dumps(impossible), "no JSON", "", torn]
+    path.write_bytes("\n".join(lines).encode() + b"\xff")
+    with pytest.warns(UserWarning, match="skipped 5 of 7 lines"):
+        assert [each.measurement.configuration.global_batch for each in query([path])] == [4]
     assert query([path])[0].measurement.model == MODEL
 
 

@@ -12,6 +12,7 @@ import torch
 
 from copus.agreement import one_line
 from copus.backends.megatron.fingerprint import fingerprint
+from copus.devices import check_accelerator
 from copus.events import EventLog, Failure
 from copus.job import JobError, load_job
 from copus.profiling.fill import fill_table, load_profiler
@@ -27,6 +28,10 @@ def main(arguments: list[str]) -> int:
     log = EventLog(run)
     try:
         job = load_job(run / "job.yaml")
+        try:
+            check_accelerator(job.cluster.accelerator)  # the rows would say that they are of a CPU
+        except ValueError as error:
+            raise JobError(f"cluster.{error}") from None
         torch.set_num_threads(job.launch.threads_per_rank)  # a part of the fingerprint
         task = Task(job.model, job.cluster, fingerprint(job), job.profile, job=job)
         fill_table(job, run, load_profiler(job), task, log.write, stop)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import statistics
 import time
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from copus.events import Profile
+from copus.events import NOTHING_TO_SAY, Profile
 from copus.job import JobConfig, JobError
 from copus.profilers import TRIED, find_profiler
 from planner.last_measurement import last_measurement
@@ -22,6 +23,9 @@ from profiles.profiler import ProfilerType, Task
 from profiles.table import ThroughputTable
 
 DIED = "the workers died"
+DEATHS = 2
+"""Attempts that end at the same configuration before it is taken for the cause. One may have been killed by the user, a
+scheduler or a failing node; workers that their agent saw die, and restarted, were alone with it."""
 
 
 def fill_table(
@@ -80,6 +84,7 @@ class _Lead:
         self._since = (run / "job.yaml").stat().st_mtime if job.profile.when == "always" else 0.0
         self._deadline = time.monotonic() + job.profile.budget_seconds
         self._tried = run / TRIED
+        self._deaths: Counter[Configuration] = Counter()
         self._queue: list[Configuration] = []
         self._done = 0
         self._began = time.monotonic()
@@ -97,7 +102,8 @@ class _Lead:
             return None
         configuration = self._last() or self._queue[0]
         self._queue = [each for each in self._queue if each != configuration]
-        trying = {"configuration": configuration.model_dump(), "time": time.time()}
+        deaths = self._deaths[configuration]
+        trying = {"configuration": configuration.model_dump(), "time": time.time(), "deaths": deaths}
         self._began = time.monotonic()
         self._tried.write_text(json.dumps(trying), encoding="utf-8")
         return configuration
@@ -123,7 +129,7 @@ class _Lead:
                 total=self._done + len(self._queue),
                 step_seconds=measurement.step_seconds if measurement else None,
                 seconds=time.monotonic() - self._began,
-                failure=measurement.failure if measurement else "the profiler has nothing to say of it",
+                failure=measurement.failure if measurement else NOTHING_TO_SAY,
             )
         )
 
@@ -158,28 +164,35 @@ class _Lead:
         return {each for each, times in self._measured.items() if times >= self._rounds}
 
     def _note_death(self) -> None:
-        """What was being measured when an earlier attempt of this run died is taken for the cause, unless the table
-        says already how it ended: a rank may have had the time to."""
+        """What was being measured when an earlier attempt of this run died may be the cause (`DEATHS`), unless the
+        table says already how it ended: a rank may have had the time to."""
         if not self._tried.exists():
             return
         try:
             trying = json.loads(self._tried.read_text(encoding="utf-8"))
             configuration = Configuration.model_validate(trying["configuration"])
+            deaths = int(trying.get("deaths", 0)) + 1
         except (ValueError, KeyError, TypeError):  # the write itself was cut off
             self._tried.unlink()
             return
         rows = self._table.everything(self._task.fingerprint)
-        if not any(row.configuration == configuration and row.time >= trying["time"] for row in rows):
-            self._table.add(
-                Measurement(
-                    fingerprint=self._task.fingerprint,
-                    model=self._task.model,
-                    configuration=configuration,
-                    failure=DIED,
-                    shard=self._shards,
-                    time=time.time(),
-                )
+        if any(row.configuration == configuration and row.time >= trying["time"] for row in rows):
+            self._tried.unlink()
+            return
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if deaths < DEATHS and not restarted:
+            self._deaths[configuration] = deaths
+            return
+        self._table.add(
+            Measurement(
+                fingerprint=self._task.fingerprint,
+                model=self._task.model,
+                configuration=configuration,
+                failure=DIED,
+                shard=self._shards,
+                time=time.time(),
             )
+        )
         self._tried.unlink()
 
 
@@ -189,6 +202,6 @@ def _space(job: JobConfig) -> list[Configuration]:
     if job.planner.policy == "static":
         return [start]
     space = candidates(job.planner, job.model, job.cluster, start)
-    if job.planner.policy == "norm-test":  # which keeps the layout
+    if job.planner.keeps_layout:
         return [candidate for candidate in space if candidate.layout == start.layout]
     return space

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from copus.agreement import RankError, from_first
+from copus.agreement import RankError, from_first, is_out_of_memory
 from copus.backends.base import Backend, Batches, StepRules
 from copus.devices import wait_for
 from copus.events import Profile
@@ -85,7 +85,9 @@ class LiveProfiler:
             if not error.out_of_memory:
                 raise
             return self._measurement(configuration, [], self._peak())
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             failed = self._measurement(configuration, [], peak_memory_bytes())
             if dist.get_world_size() == 1:
                 return failed
@@ -103,6 +105,7 @@ class LiveProfiler:
         runs = backend.configuration if backend.is_built else None
         if runs is None or runs.layout != configuration.layout:
             backend.build(configuration)
+            reset_peak_memory()  # until now the old layout was there too
         if runs is None or (runs.layout, runs.micro_batch) != (configuration.layout, configuration.micro_batch):
             self._warm_up(configuration)
         backend.move(configuration)

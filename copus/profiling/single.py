@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from copus.agreement import RankError
+from copus.agreement import RankError, is_out_of_memory
 from copus.backends.base import StepRules
 from copus.devices import rank_device, wait_for
 from copus.hardware import peak_memory_bytes, reset_peak_memory
@@ -50,10 +50,8 @@ class SingleProfiler:
                 seconds = self._time_rank(configuration, rank)
                 if not slowest or statistics.median(seconds) > statistics.median(slowest):
                     slowest = seconds
-        except torch.OutOfMemoryError:
-            failure = OUT_OF_MEMORY
-        except RankError as error:
-            if not error.out_of_memory:
+        except (RankError, RuntimeError, MemoryError) as error:
+            if not (error.out_of_memory if isinstance(error, RankError) else is_out_of_memory(error)):
                 raise
             failure = OUT_OF_MEMORY
         return Measurement(

@@ -144,6 +144,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     elementwise = HALF * tokens * (NORM_PASSES * h / split + (SPLIT_PASSES * h + (1 + 2 * gates) * f * chosen) / tp)
 
     forward = 1 + again + BACKWARD
+    passes = 2 + again
     hidden_bytes = HALF * tokens * h
     collectives = np.where(tp > 1, 4 + 2 * again, 0.0)
     tp_link = sheet.bus(tp, np.ones_like(tp))
@@ -187,7 +188,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         layers=layers * ones,
         stage_layers=stage_layers,
         last_layers=np.maximum(np.floor(layers / (pp * vp)) * vp, 1.0),
-        passes=2 + again,
+        passes=passes,
         staged_tp=np.where(pp > 1, np.log2(tp), 0.0),
         layer_products=products * forward / peak,
         layer_operands=operands * forward / device.peak(wide),
@@ -195,8 +196,8 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         layer_elementwise=elementwise * forward / memory,
         layer_tp=collectives * hidden_bytes * 2 * (tp - 1) / tp / tp_link,
         layer_tp_messages=collectives,
-        layer_cp=3 * kv_bytes * (cp - 1) / cp_link,
-        layer_ep=2 * forward * ep_bytes / sheet.bus(ep, stride) if model.experts else 0 * ones,
+        layer_cp=(3 + attention_again) * kv_bytes * (cp - 1) / cp_link,  # backward sends gradients along
+        layer_ep=2 * passes * ep_bytes / sheet.bus(ep, stride) if model.experts else 0 * ones,  # there and back
         layer_gather=gather,
         head_products=(1 + BACKWARD) * head / peak,
         head_operands=(1 + BACKWARD) * head_operands / device.peak(wide),

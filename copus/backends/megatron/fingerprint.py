@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from copus.hardware import hardware_name, software_name
 from copus.job import JobConfig
-from profiles.measurement import Fingerprint
+from profiles.measurement import OWN, Fingerprint
 
 
 def fingerprint(job: JobConfig) -> Fingerprint:
@@ -12,7 +12,13 @@ def fingerprint(job: JobConfig) -> Fingerprint:
     return Fingerprint(
         model=job.model.digest,
         precision=job.training.precision,
-        backend=f"megatron-core {version('megatron-core')}",
+        backend=f"{OWN} {version('megatron-core')}",
         hardware=hardware_name(job.cluster),
-        software=software_name(),
+        software=", ".join([software_name(), *_settings(job)]),
     )
+
+
+def _settings(job: JobConfig) -> list[str]:
+    """Those that change the time of a step and are no part of a configuration, where they are not as usual."""
+    training = job.training
+    return ["overlap_grad_reduce"] * training.overlap_grad_reduce + ["dropout"] * (training.dropout > 0)

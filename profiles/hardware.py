@@ -1,0 +1,28 @@
+"""How measurements name what they ran on, and whether that is what a job's cluster is made of."""
+
+import re
+
+from profiles.cluster import Cluster
+
+
+def name_hardware(device: str, nodes: int, accelerators_per_node: int) -> str:
+    """`8 × NVIDIA H100 80GB HBM3` for one node, `2 nodes × 8 × …` for several: their network is another one."""
+    return f"{nodes} nodes × " * (nodes > 1) + f"{accelerators_per_node} × {device}"
+
+
+def is_hardware_of(name: str, cluster: Cluster) -> bool:
+    """Whether a name can be that of the cluster, whose accelerator is named as its file is: `h100-sxm` is what calls
+    itself an H100 and not PCIe, `a100-80g` an A100 that does not tell another size."""
+    head = name_hardware("", cluster.nodes, cluster.accelerators_per_node)
+    if not name.startswith(head):
+        return False
+    device = name.removeprefix(head).lower()
+    kind, _, variant = cluster.accelerator.lower().partition("-")
+    if kind == "cpu":
+        return device.endswith(" core")
+    if not re.search(rf"\b{re.escape(kind)}x?\b", device):
+        return False
+    sizes = re.findall(r"\b(\d+)\s?gb?\b", device)
+    if re.fullmatch(r"\d+g", variant) and sizes and variant[:-1] not in sizes:
+        return False
+    return not (variant.startswith("sxm") and re.search(r"\b(pcie|nvl)\b", device))
