@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from launch.plan import as_values
 from planner.look_ahead import look_ahead, rows_of
 from planner.memory_check import in_words
 from planner.prospects import Prospects
+from profiles.cluster import Cluster
 from profiles.configuration import Configuration
+from profiles.hardware import is_hardware_of, name_hardware
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.table import ThroughputTable
@@ -44,7 +47,9 @@ def job_file(tmp_path: Path) -> Path:
     return path
 
 
-def add_row(path: Path, configuration: Configuration, hardware: str = "2 nodes × 8 × NVIDIA H100 80GB HBM3", **values: object) -> None:
+def add_row(
+    path: Path, configuration: Configuration, hardware: str = "2 nodes × 8 × NVIDIA H100 80GB HBM3", **values: object
+) -> None:
     job = load_job(path)
     fingerprint = Fingerprint(
         model=job.model.digest,
@@ -57,8 +62,8 @@ def add_row(path: Path, configuration: Configuration, hardware: str = "2 nodes �
     ThroughputTable(job.profile.table).add(Measurement(**(common | {"spread_seconds": 0.1, "count": 3} | values)))
 
 
-def prospects_of(path: Path) -> Prospects:
-    job = load_job(path)
+def prospects_of(path: Path, overrides: Sequence[str] = ()) -> Prospects:
+    job = load_job(path, list(overrides))
     rows = ThroughputTable(job.profile.table).rows()
     training = job.training
     return look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
@@ -199,9 +204,7 @@ def test_imported_rows_count_only_where_there_are_no_others(job_file: Path) -> N
         ("cpu", ("AMD EPYC core",), ("NVIDIA H100 80GB HBM3",)),
     ],
 )
-def test_accelerators_by_what_they_call_themselves(
-    accelerator: str, yes: tuple[str, ...], no: tuple[str, ...]
-) -> None:
+def test_accelerators_by_what_they_call_themselves(accelerator: str, yes: tuple[str, ...], no: tuple[str, ...]) -> None:
     cluster = Cluster(nodes=2, accelerators_per_node=8, accelerator=accelerator)
     assert [is_hardware_of(name_hardware(device, 2, 8), cluster) for device in (*yes, *no)] == [
         *(True for _ in yes),
@@ -212,13 +215,16 @@ def test_accelerators_by_what_they_call_themselves(
 
 
 def test_a_deeper_pipeline_than_was_measured_is_left_to_the_memory_model(job_file: Path) -> None:
-    job = load_job(job_file, ["training.layout={tp: 2, pp: 8}", "training.global_batch=32", "training.micro_batch=4"])
-    start = job.training.configuration
+    changes = ["training.layout={tp: 2, pp: 8}", "training.global_batch=32", "training.micro_batch=4"]
+    changes.append("planner.min_global_batch=4")
+    start = load_job(job_file, changes).training.configuration
     for batch in (4, 8):
-        add_row(job_file, start.model_copy(update={"global_batch": batch}), step_seconds=batch / 8, peak_bytes=30 * 2**30)
+        add_row(
+            job_file, start.model_copy(update={"global_batch": batch}), step_seconds=batch / 8, peak_bytes=30 * 2**30
+        )
     by_batch = {
         each.configuration.global_batch: each
-        for each in prospects_of(job_file, job).expectations
+        for each in prospects_of(job_file, changes).expectations
         if (each.configuration.layout, each.configuration.micro_batch) == (start.layout, 4)
     }
     assert by_batch[8].source == "measured"

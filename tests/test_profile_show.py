@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from launch_jobs import copus_here, write_job
 from test_profiles_query import LAYOUTS, row, table_of
-from test_profiles_table import MODEL
+from test_profiles_table import HERE, MODEL
 
+from copus.job import load_job
 from launch.profile_plot import draw_lines
 from launch.profile_show import fastest, winners
 from profiles.published import read_csv
-from profiles.query import groups, query
+from profiles.query import Filter, groups, query
+from profiles.table import ThroughputTable
 
 HEADER = "gpus,layers,hidden,heads,seq_len,vocab,gbs,mbs,tp,pp,dp,step_time_s,tokens_per_s_per_gpu,peak_mem_gb"
 HEADER += ",notes,sharding"
@@ -155,6 +157,42 @@ def test_csv_rows_become_measurements(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("yes", ["yes", "True", "TRUE", "1"])
+def test_words_are_read_in_any_case(tmp_path: Path, yes: str) -> None:
+    header = f"{HEADER},ffn_hidden,gated_mlp,tied_embeddings,sequence_parallel,recompute,gpus_per_node,system"
+    row = f"8,12,1024,16,1024,50257,16,2,2,2,2,0.5,,,,,2816,{yes},{yes},{yes},Full,4,H100"
+    (read,) = read_csv(csv_of(tmp_path, row, header=header)).measurements
+    assert read.model.gated_mlp
+    assert read.model.tied_embeddings
+    assert read.configuration.layout.sequence_parallel
+    assert read.configuration.layout.recompute == "full"
+    assert read.fingerprint.hardware == "2 nodes × 4 × H100"
+
+
+def test_cells_that_cannot_be_cost_their_row_alone(tmp_path: Path) -> None:
+    header = f"{HEADER},spread_s,tied_embeddings,gpus_per_node"
+    good = "8,12,1024,16,1024,50257,16,2,2,2,2,0.5,,10.5,,zero1"
+    rows = (
+        f"{good},,,",
+        f"{good.replace('10.5', 'nan')},,,",
+        f"{good.replace('10.5', 'inf')},,,",
+        f"{good.replace('10.5', '-1')},,,",
+        f"{good.replace(',0.5,', ',inf,')},,,",
+        f"{good},-1,,",
+        f"{good},,perhaps,",
+        f"{good},,,3",
+    )
+    read = read_csv(csv_of(tmp_path, *rows, header=header))
+    assert len(read.measurements) == 1
+    assert dict(read.rejected) == {
+        "peak_mem_gb is not a number": 2,
+        "measurement: Input should be greater than or equal to 0": 2,
+        "step_time_s is not a number": 1,
+        "tied_embeddings is neither yes nor no": 1,
+        "gpus do not fill the nodes": 1,
+    }
+
+
 def test_failures_are_taken_over(tmp_path: Path) -> None:
     path = csv_of(
         tmp_path,
@@ -185,3 +223,40 @@ def test_importing_twice_adds_once(table: Path, tmp_path: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["added"] == 0
     Path(copied).touch()
     assert len(query([tmp_path / "into.jsonl"])) == 7
+
+
+def test_rows_that_leave_out_what_is_usual_are_the_same_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one writes them by hand: found by the defaults, and not added again."""
+    short = row().model_dump(mode="json", exclude_defaults=True)
+    source, into = tmp_path / "hand.jsonl", tmp_path / "into.jsonl"
+    source.write_text(json.dumps(short) + "\n")
+    assert "vp" not in short["configuration"]["layout"]
+    for added in (1, 0, 0):
+        assert copus_here("profile", "import", str(source), "--table", str(into), "--json") == 0
+        assert json.loads(capsys.readouterr().out)["added"] == added
+    for wanted in (Filter(where="vp = 1 AND experts = 0"), Filter(layout="TP1")):
+        assert len(query([source], wanted)) == 1
+
+
+def new_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_jobs_that_are_named_show_the_models_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (
+        write_job(new_folder(tmp_path / name), model={"layers": layers}) for name, layers in (("a", 2), ("b", 4))
+    )
+    table = ThroughputTable(tmp_path / "both.jsonl")
+    for path in (one, other):
+        model = load_job(path).model
+        here = HERE.model_copy(update={"model": model.digest})
+        table.add(row(fingerprint=here).model_copy(update={"model": model}))
+    table.add(row())
+    shown = []
+    for jobs in ([one], [other], [one, other]):
+        assert copus_here("profile", "show", *map(str, jobs), "--table", str(table.path), "--json") == 0
+        shown.append(len(json.loads(capsys.readouterr().out)["rows"]))
+    assert shown == [1, 1, 2]

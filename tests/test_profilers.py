@@ -14,10 +14,13 @@ import yaml
 from launch_jobs import JOB, copus_here, write_job
 
 import copus.profiling.fill as fill_module
+import launch.submit
 from copus.events import Profile, read_events
 from copus.job import JobConfig, JobError, parse_job
 from copus.profilers import BUILT_IN, TRIED, find_profiler, installed
 from copus.profiling.fill import DIED, fill_table, load_profiler
+from launch.attend import Outcome
+from launch.status import RunStatus
 from planner.last_measurement import last_measurement
 from planner.ranking import next_round
 from planner.space import candidates
@@ -220,27 +223,82 @@ def test_out_of_memory_is_kept_and_what_is_larger_is_not_tried(tmp_path: Path) -
     assert len(failed) == len(set(failed))
 
 
-def test_what_the_workers_died_of_is_left_out(tmp_path: Path) -> None:
-    job = job_of(tmp_path)
+def deadly(configuration: Configuration) -> float:
+    if configuration.layout.pp == 2:
+        raise SystemExit  # as good as a SIGKILL: nothing is tidied up
+    return affine(configuration)
 
-    def deadly(configuration: Configuration) -> float:
-        if configuration.layout.pp == 2:
-            raise SystemExit  # as good as a SIGKILL: nothing is tidied up
-        return affine(configuration)
 
+def deaths(job: JobConfig, folder: Path) -> list[Configuration]:
+    """Attempt after attempt, until one gets through: where the others died."""
     died = []
     for _ in range(50):
         profiler = Told(deadly)
         try:
-            fill(job, tmp_path, profiler)
-            break
+            fill(job, folder, profiler)
         except SystemExit:
             died.append(profiler.asked[-1])
-    else:
-        raise AssertionError("it never got through")
+        else:
+            return died
+    raise AssertionError("it never got through")
+
+
+def failures(job: JobConfig) -> list[Configuration]:
+    return [row.configuration for row in ThroughputTable(job.profile.table).everything() if row.failure == DIED]
+
+
+def test_what_two_attempts_died_of_is_left_out(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    died = deaths(job, tmp_path)
+    assert len(died) > 0
+    assert died[::2] == died[1::2] == failures(job)
+
+
+def test_what_workers_died_of_that_their_agent_restarted_is_left_out_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    job = job_of(tmp_path)
+    died = deaths(job, tmp_path)
     assert len(died) == len(set(died)) > 0
-    rows = ThroughputTable(job.profile.table).everything()
-    assert [row.configuration for row in rows if row.failure == DIED] == died
+    assert died == failures(job)
+
+
+def test_an_attempt_that_somebody_killed_says_nothing(tmp_path: Path) -> None:
+    job, asked = job_of(tmp_path), []
+
+    def killed(configuration: Configuration) -> float:
+        asked.append(configuration)
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        fill(job, tmp_path, Told(killed))
+    profiler = Told(affine)
+    fill(job, tmp_path, profiler)
+    assert profiler.asked[0] == asked[0]
+    assert failures(job) == []
+    assert not (tmp_path / TRIED).exists()
+
+
+@pytest.mark.parametrize(
+    ("planner", "moves"),
+    [
+        ({"policy": "copus"}, True),
+        ({"policy": "cbs", "cbs_layout": "optimistic"}, True),
+        ({"policy": "cbs"}, False),
+        ({"policy": "ramp"}, False),
+        ({"policy": "norm-test"}, False),
+    ],
+)
+def test_layouts_that_the_policy_never_takes_are_not_measured(
+    tmp_path: Path, planner: dict[str, str], moves: bool
+) -> None:
+    job = job_of(tmp_path)
+    job = job.model_copy(update={"planner": job.planner.model_copy(update=planner)})
+    profiler = Told(affine)
+    fill(job, tmp_path, profiler)
+    assert len({each.global_batch for each in profiler.asked}) > 1
+    assert (len({each.layout for each in profiler.asked}) > 1) == moves
 
 
 def test_shards_are_kept_apart_from_steps(tmp_path: Path) -> None:
@@ -311,6 +369,36 @@ def test_a_job_that_trains_lets_its_profiler_run_first(tmp_path: Path, monkeypat
     assert kinds.index("profile") < kinds.index("start")
     (row,) = ThroughputTable(tmp_path / "table.jsonl").everything()
     assert (row.configuration.label, row.step_seconds) == ("TP2·PP1·DP1 B4 m1", 0.25)
+
+
+def test_a_run_whose_profiler_was_stopped_goes_on_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume does as the first attempt: what wants one process runs before the ranks start."""
+    write_job(tmp_path, profile={"profiler": "single"}, planner={"policy": "goodput"})
+    monkeypatch.chdir(tmp_path)
+    stopped = Outcome(130, "interrupted", RunStatus(), 0.0)
+    asked = []
+
+    def alone(run: Path, *arguments: object) -> Outcome | None:
+        asked.append(run.name)
+        return stopped if len(asked) == 1 else None
+
+    monkeypatch.setattr(launch.submit, "profile_alone", alone)
+    assert copus_here("submit", "job.yaml", worker=["--steps", "2"]) == 130
+    assert copus_here("submit", "--resume", "small", "--set", "planner.policy=copus") == 2, "which needs measured steps"
+    assert copus_here("submit", "--resume", "small", worker=["--steps", "2"]) == 0
+    assert asked == ["small", "small"]
+
+
+@pytest.mark.parametrize("command", ["submit", "profile"])
+def test_an_option_that_a_profiler_cannot_take_leaves_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str
+) -> None:
+    write_job(tmp_path, profile={"profiler": "published"}, planner={"policy": "static"})
+    monkeypatch.chdir(tmp_path)
+    assert copus_here(command, "job.yaml", worker=["--steps", "2"]) == 2
+    told = capfd.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("copus: profile.options: the published profiler takes `csv`")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_plugin_that_cannot_be_imported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

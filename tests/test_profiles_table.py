@@ -79,3 +79,8 @@ def test_foreign_lines_are_skipped_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="skipped 3"):
         assert table.rows(HERE) == [measurement()]
     assert table.skipped == 3
+
+
+def test_what_does_not_change_the_work_of_a_step_is_no_part_of_a_models_name():
+    assert MODEL.model_copy(update={"rope_base": 500_000.0, "norm_epsilon": 1e-6}).digest == MODEL.digest
+    assert MODEL.model_copy(update={"layers": MODEL.layers + 1}).digest != MODEL.digest

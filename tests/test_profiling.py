@@ -1,6 +1,7 @@
 """Measuring before training: what is run, what is written, and jobs shorter than the batches that are measured."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from test_profiles_table import HERE, MODEL
 
+import copus.profiling.live as live_module
 from copus.backends.base import StepResult
 from copus.backends.megatron import backend as backend_module
 from copus.backends.megatron.backend import MegatronBackend
@@ -76,6 +78,24 @@ def _cramped(table: Path) -> tuple[list[Measurement], str | None]:
 
 
 @pytest.mark.dist
+def test_the_old_layout_is_no_part_of_a_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the live profiler does before it times: the peak begins anew when the new layout stands."""
+    job, done = _job(tmp_path / "table.jsonl"), list[str]()
+    start = job.training.configuration
+    monkeypatch.setattr(live_module, "reset_peak_memory", lambda: done.append("reset"))
+    backend = SimpleNamespace(
+        is_built=True,
+        configuration=start,
+        build=lambda configuration: done.append("build"),
+        move=lambda configuration: done.append("move"),
+        train_step=lambda *request: done.append("step"),
+    )
+    profiler = LiveProfiler(Task(job.model, job.cluster, HERE, job.profile, backend, job))
+    profiler._configure(start.model_copy(update={"layout": Layout(pp=2)}))
+    assert done[:2] == ["build", "reset"]
+    assert "step" in done
+
+
 def test_a_lack_of_memory_is_noted_and_what_all_ranks_know_of_ends_nothing(tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
     attempts = 0
