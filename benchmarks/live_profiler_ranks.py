@@ -6,6 +6,7 @@ FOLDER/result.json, the measurements.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ def main(folder: Path) -> int:
     """Measure what the task names, in this order."""
     task = json.loads((folder / "task.json").read_text())
     torch.set_num_threads(1)
+    _pin()
     dist.init_process_group("gloo")
     job = parse_job(task["job"])
     backend = MegatronBackend(job, torch.device("cpu"))
@@ -55,6 +57,13 @@ def main(folder: Path) -> int:
     dist.barrier()
     dist.destroy_process_group()
     return 0
+
+
+def _pin() -> None:
+    """Keep this rank on one core. Where ranks share cores, who shares one with whom decides how fast a layout is, and a
+    system that is left to itself decides that anew in every process."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
 
 
 if __name__ == "__main__":
