@@ -38,7 +38,7 @@ def portable(job: JobConfig) -> JobConfig:
     source = job.data.source
     data = job.data.model_copy(
         update={
-            "source": source if isinstance(source, str) else [absolute(path) for path in source],
+            "source": [absolute(path) for path in source] if isinstance(source, list) else source,
             "tokenizer": job.data.tokenizer and absolute(job.data.tokenizer),
             "cache": absolute(job.data.cache),
         }

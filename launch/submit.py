@@ -89,7 +89,7 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
     before = load_job(run / "job.yaml")
     job = portable(load_resized(job_file or run / "job.yaml", overrides, manner.engine))
     job = job.model_copy(update={"name": before.name})
-    _check_same_training(run, before, job)
+    _check_same_training(run, portable(before), job)
     status = RunStatus()
     status.update(Follower(run).read())
     finished = status.end is not None and status.end.reason == "finished"

@@ -56,7 +56,7 @@ def test_what_is_missing_empty_or_not_text_is_refused(tmp_path):
     with pytest.raises(JobError, match=r"data\.source: no such file or folder: .*nowhere"):
         source_files([tmp_path / "nowhere"])
     with pytest.raises(JobError, match=r"data\.source: no \.txt.* file in the folder"):
-        source_files(str(tmp_path))
+        source_files([tmp_path])
     with pytest.raises(JobError, match=r"data\.source: an empty list"):
         source_files([])
     (tmp_path / "blank.txt").write_text(" \n")

@@ -175,6 +175,31 @@ def test_resume_of_a_finished_run_does_nothing(tmp_path: Path, copus: Copus) -> 
     assert (tmp_path / "runs" / "small" / "events.jsonl").read_bytes() == before
 
 
+def test_resume_from_another_folder_finds_the_text(
+    tmp_path: Path, copus: Copus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_job(tmp_path)
+    (tmp_path / "text").mkdir()
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).rename(tmp_path / "text" / name)
+    result = copus("submit", "job.yaml", "--set", "data.source=text", worker=["--steps", "1"])
+    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path / "runs")
+    result = copus("submit", "--resume", "small", "--set", "training.tokens=25600", worker=["--steps", "2"])
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_run_with_a_relative_text_is_gone_on_with(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    run = tmp_path / "runs" / "small"
+    copus("submit", "job.yaml", worker=["--steps", "1"])
+    values = yaml.safe_load((run / "job.yaml").read_text())
+    values["data"]["source"] = ["one.txt", "two.txt"]
+    (run / "job.yaml").write_text(yaml.safe_dump(values))
+    result = copus("submit", "--resume", "runs/small", "--set", "training.tokens=25600", worker=["--steps", "2"])
+    assert result.returncode == 0, result.stderr
+
+
 def test_resume_takes_a_longer_run_but_no_other_model(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
     copus("submit", "job.yaml", worker=["--steps", "2"])

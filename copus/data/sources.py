@@ -31,12 +31,11 @@ class Document:
         return len(self.text.encode())
 
 
-def source_files(source: str | list[Path]) -> list[Path]:
-    """The files that a source names, in its order, those of a folder (and its subfolders) sorted, none twice.
+def source_files(paths: list[Path]) -> list[Path]:
+    """The files that a source's paths name, in their order, those of a folder (and its subfolders) sorted, none twice.
 
     Raises JobError for what does not exist and for a folder without text.
     """
-    paths = [Path(source)] if isinstance(source, str) else source
     if not paths:
         raise JobError("data.source: an empty list: name text files, JSONL files or folders of them")
     files: dict[Path, Path] = {}
