@@ -15,7 +15,9 @@ from launch.plan import as_values
 from planner.look_ahead import look_ahead, rows_of
 from planner.memory_check import in_words
 from planner.prospects import Prospects
+from profiles.cluster import Cluster
 from profiles.configuration import Configuration
+from profiles.hardware import is_hardware_of, name_hardware
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.table import ThroughputTable
@@ -44,7 +46,9 @@ def job_file(tmp_path: Path) -> Path:
     return path
 
 
-def add_row(path: Path, configuration: Configuration, hardware: str = "2 nodes × 8 × NVIDIA H100 80GB HBM3", **values: object) -> None:
+def add_row(
+    path: Path, configuration: Configuration, hardware: str = "2 nodes × 8 × NVIDIA H100 80GB HBM3", **values: object
+) -> None:
     job = load_job(path)
     fingerprint = Fingerprint(
         model=job.model.digest,
@@ -199,9 +203,7 @@ def test_imported_rows_count_only_where_there_are_no_others(job_file: Path) -> N
         ("cpu", ("AMD EPYC core",), ("NVIDIA H100 80GB HBM3",)),
     ],
 )
-def test_accelerators_by_what_they_call_themselves(
-    accelerator: str, yes: tuple[str, ...], no: tuple[str, ...]
-) -> None:
+def test_accelerators_by_what_they_call_themselves(accelerator: str, yes: tuple[str, ...], no: tuple[str, ...]) -> None:
     cluster = Cluster(nodes=2, accelerators_per_node=8, accelerator=accelerator)
     assert [is_hardware_of(name_hardware(device, 2, 8), cluster) for device in (*yes, *no)] == [
         *(True for _ in yes),
@@ -215,7 +217,9 @@ def test_a_deeper_pipeline_than_was_measured_is_left_to_the_memory_model(job_fil
     job = load_job(job_file, ["training.layout={tp: 2, pp: 8}", "training.global_batch=32", "training.micro_batch=4"])
     start = job.training.configuration
     for batch in (4, 8):
-        add_row(job_file, start.model_copy(update={"global_batch": batch}), step_seconds=batch / 8, peak_bytes=30 * 2**30)
+        add_row(
+            job_file, start.model_copy(update={"global_batch": batch}), step_seconds=batch / 8, peak_bytes=30 * 2**30
+        )
     by_batch = {
         each.configuration.global_batch: each
         for each in prospects_of(job_file, job).expectations
