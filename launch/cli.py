@@ -470,9 +470,14 @@ def _run(command: Command) -> int:
         code = command.run()
         sys.stdout.flush()
         return code
+    except BrokenPipeError:  # of stdout: no fault of a file
+        raise
     except JobError as error:
-        print(f"copus: {error}", file=sys.stderr)
-        return 2
+        complaint = error
+    except OSError as error:  # somebody else's run, a disk that is full
+        complaint = JobError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    print(f"copus: {complaint}", file=sys.stderr)
+    return 2
 
 
 def _in_full(arguments: list[str]) -> list[str]:

@@ -252,6 +252,17 @@ def test_user_errors_are_one_line_and_leave_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_run_that_cannot_be_written_to_is_one_line(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    copus("submit", "job.yaml", worker=["--steps", "2"])
+    run = tmp_path / "runs" / "small"
+    (run / "lock").unlink()
+    (run / "lock").mkdir()
+    result = copus("submit", "--resume", "small", "--set", "training.tokens=25600")
+    assert result.returncode == 2
+    assert result.stderr == f"copus: {run}/lock: Is a directory\n"
+
+
 @pytest.mark.parametrize("stage", ["prepare", "profile_alone"])
 def test_a_cancel_while_the_run_gets_ready_starts_no_workers(
     tmp_path: Path, copus: Copus, monkeypatch: pytest.MonkeyPatch, stage: str

@@ -282,6 +282,20 @@ def test_cancel_asks_workers_and_takes_waiting_jobs_away(tmp_path: Path, slurm: 
     assert copus_here("cancel", "small") == 2
 
 
+def test_a_job_is_taken_away_also_where_nothing_can_be_written(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = queued(tmp_path)
+    slurm("squeue", "RUNNING|None|n1\n")
+    (run / "stop").mkdir()
+    capfd.readouterr()
+    assert copus_here("cancel", "small") == 2
+    assert capfd.readouterr().err == f"copus: {run}/stop: Is a directory\n"
+    assert "scancel 12" not in asked(tmp_path)
+    assert copus_here("cancel", "small", "--now") == 0
+    assert "scancel 12" in asked(tmp_path)
+
+
 def test_ctrl_c_leaves_the_job_alone(tmp_path: Path, slurm: Says) -> None:
     job_file(tmp_path)
     command = copus_command("submit", "job.yaml")
