@@ -17,7 +17,8 @@ from launch.engines import attended_engine_of, check_not_queued
 from launch.interrupts import Interrupts
 from launch.progress import SteadyConsole
 from launch.run_directory import clear_stop, find_run, lock_run, shown, write_atomically, write_job
-from launch.status import count, duration
+from launch.wording import clock, count
+from planner.wording import three_digits
 from profiles.calibration import Calibration
 from profiles.configuration import Configuration
 
@@ -215,7 +216,7 @@ def _analyse(
 def _say_unfinished(outcome: Outcome, run: Path, console: Console) -> int:
     if outcome.reason != "failed":  # which has been explained
         console.print(
-            f"stopped after {duration(outcome.seconds)}; the same command goes on after the last whole branch of "
+            f"stopped after {clock(outcome.seconds)}; the same command goes on after the last whole branch of "
             f"{shown(run)}",
             markup=False,
             soft_wrap=True,
@@ -245,7 +246,7 @@ def _print(found: Calibration, path: Path, job: JobConfig) -> None:
     else:
         lines += [
             f"to use it, in the job file (it has {job.planner.critical_batch_factor:g}):",
-            f"  planner: {{critical_batch_factor: {found.critical_batch_factor:.3g}}}",
+            f"  planner: {{critical_batch_factor: {three_digits(found.critical_batch_factor)}}}",
             f"or --set planner.critical_batch_factor={shown(path)}",
         ]
     print("\n".join(lines))
@@ -254,7 +255,8 @@ def _print(found: Calibration, path: Path, job: JobConfig) -> None:
 def _interval(value: float | None, low: float | None, high: float | None) -> str:
     """`14.2 [10.1–19.8]`; an open end is ∞."""
     if value is None:
-        return "unknown" if low is None else f"unknown, above {low:.3g}"
+        return "unknown" if low is None else f"unknown, above {three_digits(low)}"
     if low is None and high is None:
-        return f"{value:.3g} (no interval)"
-    return f"{value:.3g} [{'0' if low is None else f'{low:.3g}'}–{'∞' if high is None else f'{high:.3g}'}]"
+        return f"{three_digits(value)} (no interval)"
+    ends = ("0" if low is None else three_digits(low), "∞" if high is None else three_digits(high))
+    return f"{three_digits(value)} [{'–'.join(ends)}]"

@@ -8,7 +8,9 @@ from typing import Literal
 
 from launch.engines import EngineState, engine_state
 from launch.run_directory import lock_holder
-from launch.status import LIMITS, RunStatus, duration
+from launch.status import RunStatus
+from launch.wording import LIMITS
+from planner.wording import duration
 
 StateName = Literal[
     "queued", "starting", "measuring", "running", "stopping", "stalled", "finished", "stopped", "failed", "crashed"

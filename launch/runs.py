@@ -9,9 +9,9 @@ from copus.events import parse_event
 from copus.job import JobError
 from launch.follow import event_lines
 from launch.run_state import RunState, state_of
-from launch.status import RunStatus, count
+from launch.status import RunStatus
 from launch.tables import new_table
-from launch.wording import loss
+from launch.wording import count, describe_loss
 from planner.wording import duration
 
 ALL_COUNT = ("start", "reconfigure", "failure", "end")
@@ -116,8 +116,8 @@ def _print(found: list[RunSummary]) -> None:
             Text(each.state.name, style=STYLES.get(each.state.name, "")),
             f"{status.fraction:.0%}" if status.start else "–",
             count(status.samples_consumed * status.start.seq_len) if status.start else "–",
-            loss(status.step.loss) if status.step else "–",
-            loss(status.evaluation.loss) if status.evaluation else "–",
+            describe_loss(status.step.loss) if status.step else "–",
+            describe_loss(status.evaluation.loss) if status.evaluation else "–",
             str(configuration.global_batch) if configuration else "–",
             f"{configuration.layout.label} m{configuration.micro_batch}" if configuration else "–",
             str(len(status.moves)) if status.start else "–",

@@ -19,7 +19,7 @@ from planner.plan import Plan
 from planner.policy import Policy, make_policy
 from planner.simulator.compare import Row, Setting, compare
 from planner.simulator.trajectory import geometric, linear, power, published_schedules, through
-from planner.wording import duration, sequences
+from planner.wording import duration, three_digits
 from profiles.table import ThroughputTable
 
 LAWS = {"geometric": geometric, "linear": linear, "power": power}
@@ -119,7 +119,7 @@ def _trajectory(job: JobConfig, noise: str | None, law: str, run: str | None) ->
             f"--noise {noise} --law {law}: expected FIRST:LAST, both above 0, and a law of {', '.join(LAWS)}"
         ) from None
     phi = LAWS[law](factor * first, factor * last)
-    return phi, f"B_simple {sequences(first)} → {sequences(last)} sequences, {law}"
+    return phi, f"B_simple {three_digits(first)} → {three_digits(last)} sequences, {law}"
 
 
 def _published(noise: str) -> tuple[Floats, str]:
@@ -207,7 +207,7 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
     console = page()
     label = [configuration.label for configuration in setting.menu.configurations]
     console.print(f"noise       {said}; estimates ± {setting.noise:.0%}, c × {setting.factor_error:g}", soft_wrap=True)
-    console.print(f"throughput  {source}; a layout move takes {setting.move_seconds[2]:.3g} s")
+    console.print(f"throughput  {source}; a layout move takes {duration(setting.move_seconds[2])}")
     console.print(f"objective   {setting.objective}")
     table = new_table()
     table.add_column("policy")
@@ -226,7 +226,7 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
     console.print("schedule of the oracle, who knows φ:")
     for stretch in plan.schedule:
         console.print(
-            f"  from {stretch.first:4.0%} of the progress (φ = {sequences(stretch.critical_batch)}): "
+            f"  from {stretch.first:4.0%} of the progress (φ = {three_digits(stretch.critical_batch)}): "
             f"{label[stretch.index]}, {duration(stretch.seconds)}"
         )
     worth = f"adapting is worth {plan.gain:.1%} over {label[plan.fixed_index]} at best"

@@ -33,8 +33,9 @@ from launch.run_directory import (
     shown,
     write_job,
 )
-from launch.status import LIMITS, RunStatus, count, duration
+from launch.status import RunStatus
 from launch.tracking import check_trackers
+from launch.wording import LIMITS, clock, count
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def _conclude(outcome: Outcome, run: Path, console: Console, manner: Manner, *, 
         console.print(_left_alone(run), markup=False, soft_wrap=True)
         return outcome.exit_code
     headline = {
-        "finished": f"{place} finished already" if already else f"finished in {duration(outcome.seconds)}",
+        "finished": f"{place} finished already" if already else f"finished in {clock(outcome.seconds)}",
         **{limit: f"stopped: {reached}" for limit, reached in LIMITS.items()},
         "interrupted": "stopped",
         "killed": "ended at once",
