@@ -340,7 +340,7 @@ class Calibrate:
     run_name: Positional[Run]
     """Run directory, or its name below ./runs. Its workers must not be running."""
     checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None
-    """Where the branches begin: a folder, its name, or its sequences; the newest if it is not given."""
+    """Where the branches begin: a folder, its name, or its sequences; else the newest that verifies."""
     multiples: Annotated[str, arg(metavar="K,K,…")] = "1,2,4,8"
     """Batches to compare, as multiples of the checkpoint's own; the learning rate follows by the rules of the job."""
     tokens: Annotated[int | None, arg(metavar="N")] = None
