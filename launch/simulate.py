@@ -60,8 +60,15 @@ def simulate(
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise JobError(f"--policy {unknown[0]}: expected one of {', '.join(VARIANTS)}")
-    if error < 0 or factor_error <= 0 or seeds < 1 or (move_seconds or 0) < 0:
-        raise JobError("--error and --move-seconds have to be at least 0, --factor-error above 0, --seeds at least 1")
+    checks = {
+        f"--error {error:g}: finite, at least 0": 0 <= error < math.inf,
+        f"--factor-error {factor_error:g}: finite, above 0": 0 < factor_error < math.inf,
+        f"--move-seconds {move_seconds}: finite, at least 0": 0 <= (move_seconds or 0) < math.inf,
+        f"--seeds {seeds}: at least 1": seeds > 0,
+    }
+    for words, holds in checks.items():
+        if not holds:
+            raise JobError(words)
     phi, said = _trajectory(job, noise, law, run)
     menu, speed, source = _throughputs(job)
     cost = move_seconds if move_seconds is not None else _measured_cost(run) or job.planner.layout_move_seconds
@@ -102,7 +109,7 @@ def _trajectory(job: JobConfig, noise: str | None, law: str, run: str | None) ->
     if run is not None:
         events = without_replays(read_events(find_run(run)))
         seen = [(e.samples_consumed, e.value) for e in events if isinstance(e, Noise) and e.value and e.value > 0]
-        total = next((e.total_samples for e in events if isinstance(e, Start)), 0)
+        total = next((e.total_samples for e in reversed(events) if isinstance(e, Start)), 0)  # a resume may lengthen it
         if not seen or not total:
             raise JobError(f"--like {run}: the run has measured no noise scale")
         phi = through([samples / total for samples, _ in seen], [factor * (value or 0.0) for _, value in seen])
@@ -112,11 +119,11 @@ def _trajectory(job: JobConfig, noise: str | None, law: str, run: str | None) ->
         return _published(noise)
     try:
         first, last = (float(part) for part in noise.split(":"))
-        if not (first > 0 and last > 0 and law in LAWS):
+        if law not in LAWS or not all(0 < factor * end < math.inf for end in (first, last)):
             raise ValueError
     except ValueError:
         raise JobError(
-            f"--noise {noise} --law {law}: expected FIRST:LAST, both above 0, and a law of {', '.join(LAWS)}"
+            f"--noise {noise} --law {law}: expected FIRST:LAST, both finite and above 0, and a law of {', '.join(LAWS)}"
         ) from None
     phi = LAWS[law](factor * first, factor * last)
     return phi, f"B_simple {three_digits(first)} → {three_digits(last)} sequences, {law}"
