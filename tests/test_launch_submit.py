@@ -100,6 +100,14 @@ def test_submit_trains_and_says_where_to_look(tmp_path: Path, copus: Copus) -> N
     assert "\x1b" not in result.stdout + result.stderr  # no terminal, no control codes
 
 
+def test_tensorboard_is_named_only_where_it_has_the_curves(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    result = copus("submit", "job.yaml", "--set", "tracking={}", worker=["--steps", "1"])
+    assert result.returncode == 0, result.stderr
+    assert "copus report runs/small" in result.stdout
+    assert "tensorboard" not in result.stdout
+
+
 def test_taken_names_are_numbered(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
     for expected in ("small", "small-2", "small-3"):
