@@ -92,7 +92,11 @@ def as_values(each: RunSummary) -> dict[str, object]:
     }
 
 
-STYLES = {"running": "green", "measuring": "green", "failed": "red", "crashed": "red", "stalled": "yellow"}
+STYLES = {
+    **dict.fromkeys(("running", "measuring"), "green"),
+    **dict.fromkeys(("failed", "crashed"), "red"),
+    **dict.fromkeys(("stalled", "unknown"), "yellow"),
+}
 """Colours of states that deserve one."""
 
 
@@ -128,5 +132,5 @@ def _print(found: list[RunSummary]) -> None:
         console.width = 160  # a file or a pipe has no width to fit into
     console.print(table)
     for each in found:
-        if each.state.why and each.state.name in ("failed", "crashed", "stalled"):
+        if each.state.why and each.state.name in ("failed", "crashed", "stalled", "unknown"):
             console.print(Text(f"{each.run.name} {each.state.name}: {each.state.why}"), soft_wrap=True)

@@ -296,6 +296,24 @@ def test_a_job_is_taken_away_also_where_nothing_can_be_written(
     assert "scancel 12" in asked(tmp_path)
 
 
+def test_a_watch_goes_on_while_the_controller_does_not_answer(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued(tmp_path)
+    slurm("squeue", "slurm_load_jobs error: Unable to contact slurm controller", 1)
+    capfd.readouterr()
+
+    def answer(seconds: float) -> None:
+        slurm("squeue", "")
+
+    monkeypatch.setattr("launch.watch.time.sleep", answer)
+    monkeypatch.setattr("launch.watch.ASK_SECONDS", 0)
+    assert copus_here("watch", "small") == 0
+    first, last = capfd.readouterr().out.splitlines()
+    assert "runs/small: unknown (" in first
+    assert "runs/small: crashed (its workers never began)" in last
+
+
 def test_ctrl_c_leaves_the_job_alone(tmp_path: Path, slurm: Says) -> None:
     job_file(tmp_path)
     command = copus_command("submit", "job.yaml")
