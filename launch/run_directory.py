@@ -189,6 +189,14 @@ def stop_requested(run: Path) -> bool:
     return (run / "stop").exists()
 
 
+def stopped_for_good(run: Path) -> bool:
+    """Whether that was `request_stop`, and no pause."""
+    try:
+        return not (run / "stop").read_text()
+    except FileNotFoundError:
+        return False
+
+
 def clear_stop(run: Path) -> None:
     """Take the request back, once: where a launcher has just taken the run. What comes later is meant for it."""
     (run / "stop").unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from launch.engines.requeues import count_attempt
 from launch.engines.slurm import SlurmEngine
 from launch.engines.slurm_commands import QueueEntry
 from launch.engines.slurm_job import REQUEUE, Attempt
-from launch.run_directory import request_pause
+from launch.run_directory import request_pause, request_stop
 from launch.run_directory import write_job as rewrite_job
 
 FAKE = """#!/bin/sh
@@ -350,6 +350,25 @@ def test_following_to_the_end(
     output, errors = capfd.readouterr()
     assert ("finished in" in output) == (end == "finished")
     assert ("the last words" in errors) == (end is None)
+
+
+def test_following_a_job_that_is_cancelled_at_once(
+    tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = queued(tmp_path)
+    slurm("squeue", "CANCELLED|None|n1\n")
+    monkeypatch.setattr(launch.queued, "STATE_SECONDS", 0)
+
+    def submit(engine: SlurmEngine, run: Path, job: JobConfig) -> Ticket:
+        request_stop(run)
+        return Ticket(engine="slurm", job_id="12", submitted=0.0)
+
+    monkeypatch.setattr(SlurmEngine, "submit", submit)
+    capfd.readouterr()
+    assert copus_here("submit", "--resume", str(run)) == 128 + signal.SIGTERM
+    output, errors = capfd.readouterr()
+    assert "ended at once: " in output
+    assert errors == ""
 
 
 def test_followed_logs_ask_seldom_and_survive_a_controller_that_is_slow(
