@@ -7,7 +7,6 @@ on disk.
 
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -18,14 +17,12 @@ import torch.distributed as dist
 
 from copus.agreement import RankError, all_ranks, from_first, together
 from copus.backends.base import Backend, TrainerState
+from copus.checkpoint_files import FOLDER, REPLACED, checkpoint_names, samples_of, whats_wrong
 from copus.durable import sync_folder, write_text
-from copus.manifest import Entry, damage, describe, files_of, read_manifest, write_manifest
+from copus.manifest import Entry, describe, files_of, write_manifest
 from profiles.configuration import Configuration
 
-_FOLDER = "checkpoints"
 _WRITING = ".writing"
-_REPLACED = ".replaced"
-_NAME = re.compile(rf"samples-(\d+)({re.escape(_REPLACED)})?")
 
 
 class CheckpointError(Exception):
@@ -38,39 +35,22 @@ def newest_checkpoint(run: Path, skipped: Callable[[str], None] = lambda line: N
     Collective where there is a process group: the ranks share the reading. `skipped` gets one line for each that is
     passed over, on every rank.
     """
-    writing = run / _FOLDER / _WRITING
+    writing = run / FOLDER / _WRITING
     if from_first(writing.exists()):
-        skipped(f"{_FOLDER}/{_WRITING} is a half-written checkpoint: skipped")
-    for name in from_first(_names(run)):
-        checkpoint = run / _FOLDER / name
+        skipped(f"{FOLDER}/{_WRITING} is a half-written checkpoint: skipped")
+    for name in from_first(checkpoint_names(run)):
+        checkpoint = run / FOLDER / name
         reason = _whats_wrong(checkpoint)
         if reason is None:
             return checkpoint
-        skipped(f"{_FOLDER}/{name} does not verify: {reason}: skipped")
+        skipped(f"{FOLDER}/{name} does not verify: {reason}: skipped")
     return None
 
 
-def _names(run: Path) -> list[str]:
-    """Names of the checkpoints, newest first; of two with as many samples the one that is not being replaced."""
-    found = [match for path in (run / _FOLDER).glob("samples-*") if (match := _NAME.fullmatch(path.name))]
-    found.sort(key=lambda match: (int(match[1]), match[2] is None), reverse=True)
-    return [match[0] for match in found]
-
-
 def _whats_wrong(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, the same on every rank; None where it verifies."""
-    reason = None
-    try:
-        expected = read_manifest(checkpoint)
-    except ValueError as error:
-        reason = str(error)
-    else:
-        names = sorted(expected)[_rank() :: _ranks()]
-        if "trainer.json" not in expected:
-            reason = "the manifest lists no trainer.json"
-        else:
-            reason = damage(checkpoint, {name: expected[name] for name in names})
-    return next((found for found in all_ranks(reason) if found), None)
+    """Why a checkpoint cannot be trusted, the same on every rank, which share the reading; None where it verifies."""
+    reasons = all_ranks(whats_wrong(checkpoint, slice(_rank(), None, _ranks())))
+    return next((reason for reason in reasons if reason), None)
 
 
 def read_state(checkpoint: Path) -> tuple[TrainerState, Configuration]:
@@ -92,7 +72,7 @@ class Writing:
         Raises CheckpointError on every rank where the disk of any did not take it (full, gone, …), and leaves nothing.
         """
         self._run, self._keep = run, keep
-        self._folder = run / _FOLDER / _WRITING
+        self._folder = run / FOLDER / _WRITING
         self._samples = state.samples_consumed
         values = {"state": asdict(state), "configuration": backend.configuration.model_dump(mode="json")}
         self._trainer = json.dumps(values)
@@ -128,7 +108,7 @@ class Writing:
             self._write()
         else:
             self._thread.join()
-        final = self._run / _FOLDER / f"samples-{self._samples:012d}"
+        final = self._run / FOLDER / f"samples-{self._samples:012d}"
         try:
             self._save.finish()
             shares = all_ranks(together(self._described))
@@ -185,7 +165,7 @@ def _make_empty(folder: Path) -> None:
 
 def _put_in_place(writing: Path, final: Path) -> None:
     """Rename. One of the same name steps aside first, and stays a checkpoint until the new one has its place."""
-    aside = final.with_name(final.name + _REPLACED)
+    aside = final.with_name(final.name + REPLACED)
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(final, aside)
@@ -198,11 +178,11 @@ def _prune(run: Path, samples: int, keep: int) -> None:
 
     One with more samples did not verify when this run was resumed: it takes nobody's place.
     """
-    behind = [name for name in _names(run) if int(name.removeprefix("samples-").removesuffix(_REPLACED)) <= samples]
-    kept = [name for name in behind if not name.endswith(_REPLACED)][:keep]
+    behind = [name for name in checkpoint_names(run) if samples_of(name) <= samples]
+    kept = [name for name in behind if not name.endswith(REPLACED)][:keep]
     for name in behind:
         if name not in kept:
-            shutil.rmtree(run / _FOLDER / name, ignore_errors=True)
+            shutil.rmtree(run / FOLDER / name, ignore_errors=True)
 
 
 def _rank() -> int:

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -29,7 +30,7 @@ from profiles.config import ProfileConfig
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
-from profiles.record import NonNegativeInt, PositiveInt, Record, UserPath, UserPathText
+from profiles.record import NonNegativeInt, PositiveInt, Record, UserPath
 
 
 class JobError(Exception):
@@ -47,14 +48,21 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class DataConfig(Record):
     """Text, and how it becomes tokens. `copus data` prepares it; `copus submit` does so too when it has not been."""
 
-    source: UserPathText | list[UserPath] = "shakespeare"
-    """`shakespeare` (fetched once, hash-checked), or text files, JSONL files (a `text` a line) and folders of them."""
+    source: Annotated[list[UserPath], Tag("list")] | Literal["shakespeare"] = "shakespeare"
+    """`shakespeare` (fetched once, hash-checked), or text files, JSONL files (a `text` a line) and folders of them; one
+    of these alone needs no list."""
     held_out: list[str] = Field(default_factory=list)
     """Works kept for validation, by name (`hamlet`) or shell pattern. Whole works, never offsets."""
     tokenizer: UserPath | None = None
     """A `tokenizer.json`; None trains a byte-level BPE of `model.vocab` tokens on the training part."""
     cache: UserPath = Path("~/.cache/copus")
     """Where fetched text and prepared data are kept, by a digest of all that they depend on."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _in_a_list(cls, value: Any) -> Any:
+        """A path alone is a list of one."""
+        return [value] if isinstance(value, str) and value != "shakespeare" else value
 
 
 class TrainingConfig(Record):

@@ -71,8 +71,8 @@ def attend(
     finally:
         if workers.poll() is None:  # this command itself failed: do not leave them behind
             workers.terminate()
-    if heard > 1:
-        return Outcome(128 + (interrupts.signal or 0), "killed", status, seconds)
+    if heard > 1 or (code < 0 and status.failure is None and stop_requested(run)):  # here, or by `copus cancel --now`
+        return Outcome(128 + (interrupts.signal or signal.SIGTERM), "killed", status, seconds)
     ended = status.end is not None or profile_only or heard > 0
     if code == 2 and status.failure:
         raise JobError(status.failure.message)

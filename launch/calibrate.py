@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from copus.branches import Branches, plan_path, plan_text
+from copus.checkpoint_files import FOLDER, REPLACED, checkpoint_names, samples_of, whats_wrong
 from copus.events import Branch, read_events
 from copus.job import JobConfig, JobError, dump_job, load_job
 from launch.attend import Outcome, attend
@@ -17,7 +18,8 @@ from launch.engines import attended_engine_of, check_not_queued
 from launch.interrupts import Interrupts
 from launch.progress import SteadyConsole
 from launch.run_directory import clear_stop, find_run, lock_run, shown, write_atomically, write_job
-from launch.status import count, duration
+from launch.wording import clock, count
+from planner.wording import three_digits
 from profiles.calibration import Calibration
 from profiles.configuration import Configuration
 
@@ -41,12 +43,12 @@ def calibrate(
     """
     run = find_run(run_text)
     job = load_job(run / "job.yaml")
-    checkpoint = _find_checkpoint(run, checkpoint_text)
+    console = SteadyConsole(stderr=True, highlight=False)
+    checkpoint = _find_checkpoint(run, checkpoint_text, console)
     branches = _plan(job, checkpoint, _multiples(multiples_text), tokens, orders)
     folder = run / "calibration" / f"{checkpoint.name}-{branches.sequences}"
     engine = attended_engine_of(job, "copus calibrate")
     check(job)
-    console = SteadyConsole(stderr=True, highlight=False)
     console.print(_announcement(job, run, branches), markup=False, soft_wrap=True)
     with Interrupts() as interrupts, lock_run(run) as lock:
         check_not_queued(run)
@@ -69,21 +71,33 @@ def calibrate(
     return 0
 
 
-def _find_checkpoint(run: Path, text: str | None) -> Path:
-    """The newest whole checkpoint, or the one named: a path, a name below RUN/checkpoints, or its sequences."""
-    known = sorted(path for path in (run / "checkpoints").glob("samples-*") if (path / "trainer.json").is_file())
+def _find_checkpoint(run: Path, text: str | None, console: Console) -> Path:
+    """The newest checkpoint that verifies, or the one named: a path, a name below RUN/checkpoints, or its sequences."""
+    names = [name for name in checkpoint_names(run) if not name.endswith(REPLACED)]  # which goes away any moment
     if text is None:
-        if not known:
-            raise JobError(f"{shown(run)}: no checkpoint to branch from")
-        return known[-1]
-    for path in (Path(text).expanduser(), run / "checkpoints" / text):
-        if (path / "trainer.json").is_file():
-            return path.absolute()
-    for path in known:
-        if text.isdigit() and int(path.name.removeprefix("samples-")) == int(text):
-            return path
-    names = ", ".join(path.name for path in known) or "none"
-    raise JobError(f"--checkpoint {text}: no such checkpoint; {shown(run)} has {names}")
+        return _newest(run, names, console)
+    counted = [name for name in names if text.isdecimal() and samples_of(name) == int(text)]
+    places = [Path(text).expanduser(), *(run / FOLDER / name for name in (text, *counted))]
+    found = next((path for path in places if (path / "trainer.json").is_file()), None)
+    if found is None:
+        known = ", ".join(reversed(names)) or "none"
+        raise JobError(f"--checkpoint {text}: no such checkpoint; {shown(run)} has {known}")
+    if reason := whats_wrong(found):
+        raise JobError(f"--checkpoint {text}: does not verify: {reason}")
+    return found.absolute()
+
+
+def _newest(run: Path, names: list[str], console: Console) -> Path:
+    """The first that verifies; says which it passed over."""
+    flawed: list[str] = []
+    for name in names:
+        reason = whats_wrong(run / FOLDER / name)
+        if reason is None:
+            for line in flawed:
+                console.print(f"{line}: skipped", markup=False, soft_wrap=True)
+            return run / FOLDER / name
+        flawed.append(f"{FOLDER}/{name} does not verify: {reason}")
+    raise JobError(": ".join([shown(run), "no checkpoint to branch from", *flawed[:1]]))
 
 
 def _multiples(text: str) -> list[float]:
@@ -215,7 +229,7 @@ def _analyse(
 def _say_unfinished(outcome: Outcome, run: Path, console: Console) -> int:
     if outcome.reason != "failed":  # which has been explained
         console.print(
-            f"stopped after {duration(outcome.seconds)}; the same command goes on after the last whole branch of "
+            f"stopped after {clock(outcome.seconds)}; the same command goes on after the last whole branch of "
             f"{shown(run)}",
             markup=False,
             soft_wrap=True,
@@ -245,7 +259,7 @@ def _print(found: Calibration, path: Path, job: JobConfig) -> None:
     else:
         lines += [
             f"to use it, in the job file (it has {job.planner.critical_batch_factor:g}):",
-            f"  planner: {{critical_batch_factor: {found.critical_batch_factor:.3g}}}",
+            f"  planner: {{critical_batch_factor: {three_digits(found.critical_batch_factor)}}}",
             f"or --set planner.critical_batch_factor={shown(path)}",
         ]
     print("\n".join(lines))
@@ -254,7 +268,8 @@ def _print(found: Calibration, path: Path, job: JobConfig) -> None:
 def _interval(value: float | None, low: float | None, high: float | None) -> str:
     """`14.2 [10.1–19.8]`; an open end is ∞."""
     if value is None:
-        return "unknown" if low is None else f"unknown, above {low:.3g}"
+        return "unknown" if low is None else f"unknown, above {three_digits(low)}"
     if low is None and high is None:
-        return f"{value:.3g} (no interval)"
-    return f"{value:.3g} [{'0' if low is None else f'{low:.3g}'}–{'∞' if high is None else f'{high:.3g}'}]"
+        return f"{three_digits(value)} (no interval)"
+    ends = ("0" if low is None else three_digits(low), "∞" if high is None else three_digits(high))
+    return f"{three_digits(value)} [{'–'.join(ends)}]"

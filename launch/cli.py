@@ -340,7 +340,7 @@ class Calibrate:
     run_name: Positional[Run]
     """Run directory, or its name below ./runs. Its workers must not be running."""
     checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None
-    """Where the branches begin: a folder, its name, or its sequences; the newest if it is not given."""
+    """Where the branches begin: a folder, its name, or its sequences; else the newest that verifies."""
     multiples: Annotated[str, arg(metavar="K,K,…")] = "1,2,4,8"
     """Batches to compare, as multiples of the checkpoint's own; the learning rate follows by the rules of the job."""
     tokens: Annotated[int | None, arg(metavar="N")] = None
@@ -470,9 +470,14 @@ def _run(command: Command) -> int:
         code = command.run()
         sys.stdout.flush()
         return code
+    except BrokenPipeError:  # of stdout: no fault of a file
+        raise
     except JobError as error:
-        print(f"copus: {error}", file=sys.stderr)
-        return 2
+        complaint = error
+    except OSError as error:  # somebody else's run, a disk that is full
+        complaint = JobError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    print(f"copus: {complaint}", file=sys.stderr)
+    return 2
 
 
 def _in_full(arguments: list[str]) -> list[str]:

@@ -11,9 +11,9 @@ from copus.events import DecisionMade, Event, Reconfigure, Start, Step, parse_ev
 from copus.job import JobError, load_job
 from launch.follow import event_lines, samples_of
 from launch.run_directory import find_run, shown
-from launch.status import count, noise_interval
 from launch.tables import add_solid_column, fitted, new_table, page
-from planner.wording import duration
+from launch.wording import count, noise_interval
+from planner.wording import duration, three_digits
 from profiles.decision import CandidateScore, Decision
 
 if TYPE_CHECKING:
@@ -222,7 +222,9 @@ def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:
     noise, factor = decision.noise, decision.critical_batch_factor
     interval = noise_interval(noise.value, noise.low, noise.high)
     interval = f"= {interval} sequences" if noise.value is not None else "is unknown"
-    critical = "is unknown" if decision.critical_batch is None else f"= {decision.critical_batch:.3g} sequences"
+    critical = (
+        "is unknown" if decision.critical_batch is None else f"= {three_digits(decision.critical_batch)} sequences"
+    )
     formula = {"plain": "throughput × efficiency", "lr-aware": "throughput × efficiency × √batch"}[decision.objective]
     outcome = f"stay at {decision.current.label}"
     if decision.advised is not None:

@@ -24,8 +24,8 @@ from copus.events import (
     parse_event,
 )
 from launch.follow import EventLine, done_again, event_lines
-from launch.status import RunStatus, moved
-from launch.wording import told
+from launch.status import RunStatus
+from launch.wording import describe_event, describe_move
 from profiles.configuration import Configuration
 from profiles.decision import Decision
 
@@ -270,7 +270,7 @@ def _add_pauses(history: History, events: Sequence[Event], clock: list[float], s
             case Evaluate():
                 add("evaluating", seconds - event.seconds, f"held-out loss of {event.sequences} sequences")
             case Reconfigure():
-                add("moving", seconds - event.seconds, moved(event))
+                add("moving", seconds - event.seconds, describe_move(event))
             case Checkpoint():
                 add("checkpoints", seconds - event.seconds, event.path)
             case _Thought():
@@ -304,7 +304,7 @@ def _take(history: History, event: Event, seconds: float) -> None:
         case _Thought() if event.line:
             history.decisions[event.number] = event.line
         case Failure() | Restart() | Warned():
-            history.notices.append(Notice(tokens, seconds, told(event) or ""))
+            history.notices.append(Notice(tokens, seconds, describe_event(event) or ""))
 
 
 def _begin_span(history: History, configuration: Configuration, tokens: float, seconds: float) -> None:

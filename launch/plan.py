@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from copus.job import JobConfig, JobError, load_job
 from launch.tables import page, print_columns, print_table
-from planner.wording import percent, sequences
+from launch.wording import count
+from planner.wording import duration, percent, three_digits
 from profiles.table import ThroughputTable
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs, and not by those that only look at it
@@ -141,7 +142,7 @@ def _heading(job: JobConfig, prospects: "Prospects") -> list[str]:
         counts[in_words(candidate.chance_to_fit)] = counts.get(in_words(candidate.chance_to_fit), 0) + 1
     summary = ", ".join(f"{words} {counts[words]}" for words in sorted(counts, key=lambda words: -counts[words]))
     return [
-        f"{job.name}: {job.model.parameters / 1e9:.3g} B weights in {job.training.precision} on "
+        f"{job.name}: {count(job.model.parameters)} weights in {job.training.precision} on "
         f"{cluster.accelerators} × {cluster.accelerator}, {room}",
         f"  start       {each.configuration.label}: {_step(each)}; {_peak(each)}, {in_words(each.chance_to_fit)}",
         f"  times       {times}",
@@ -220,9 +221,9 @@ def _memory(expectations: "list[Expectation]") -> dict[str, dict[str, str]]:
 
 
 def _by_noise(each: "NoiseRange") -> dict[str, str]:
-    high = f"to {sequences(each.high)}" if math.isfinite(each.high) else "and more"
+    high = f"to {three_digits(each.high)}" if math.isfinite(each.high) else "and more"
     return {
-        "noise scale": f"{sequences(each.low)} {high}",
+        "noise scale": f"{three_digits(each.low)} {high}",
         "configuration": each.best.configuration.label,
         **_speed(each.best),
         "source": each.best.source,
@@ -234,10 +235,7 @@ def _by_noise(each: "NoiseRange") -> dict[str, str]:
 def _step(each: "Expectation") -> str:
     if each.step_seconds is None:
         return each.refusal
-    return (
-        f"{each.step_seconds:.3g} s a step ({each.step_seconds_low:.3g}–{each.step_seconds_high:.3g}), {each.source}, "
-        f"{_rate(each)} samples/s"
-    )
+    return f"{duration(each.step_seconds)} a step, {each.source}, {_rate(each)} samples/s ({_rates(each)})"
 
 
 def _peak(each: "Expectation") -> str:
@@ -260,13 +258,13 @@ def _speed(each: "Expectation") -> dict[str, str]:
 
 
 def _rate(each: "Expectation") -> str:
-    return "–" if each.samples_per_second is None else f"{each.samples_per_second:.3g}"
+    return "–" if each.samples_per_second is None else three_digits(each.samples_per_second)
 
 
 def _rates(each: "Expectation") -> str:
     """The interval of the throughput."""
     batch, low, high = each.configuration.global_batch, each.step_seconds_low, each.step_seconds_high
-    return "–" if not low or not high else f"{batch / high:.3g}–{batch / low:.3g}"
+    return "–" if not low or not high else f"{three_digits(batch / high)}–{three_digits(batch / low)}"
 
 
 def _gib(amount: float) -> str:

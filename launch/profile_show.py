@@ -8,7 +8,8 @@ from pathlib import Path
 
 from copus.job import JobError, load_job
 from launch.run_directory import find_run, shown
-from launch.status import count, duration
+from launch.wording import count
+from planner.wording import duration, three_digits
 from profiles.config import ProfileConfig
 from profiles.measurement import Measurement
 from profiles.query import Filter, Summary, groups, query
@@ -157,7 +158,8 @@ def _matrix(lines: Lines) -> Iterable[str]:
     rows = [header]
     for layout, line in lines.items():
         cells = [
-            f"{line[batch].rate:.3g} m{line[batch].measurement.configuration.micro_batch}" + " *"[winner == layout]
+            f"{three_digits(line[batch].rate)} m{line[batch].measurement.configuration.micro_batch}"
+            + " *"[winner == layout]
             if batch in line
             else "· "
             for batch, winner in best.items()

@@ -13,9 +13,17 @@ from rich.text import Text
 
 from copus.events import Branch, Evaluate, Event, Failure, Profile, Reconfigure, Restart, Warned
 from launch.run_directory import shown
-from launch.status import RunStatus, branched, count, duration, measured, noise_interval
-from launch.wording import loss, told
-from planner.wording import percent
+from launch.status import RunStatus
+from launch.wording import (
+    clock,
+    count,
+    describe_branch,
+    describe_event,
+    describe_loss,
+    describe_measurement,
+    noise_interval,
+)
+from planner.wording import percent, three_digits
 
 LINE_SECONDS = 10.0
 """Time between plain lines."""
@@ -75,7 +83,7 @@ class Progress:
         seq_len = self._status.start.seq_len if self._status.start else None
         for event in events:
             if self._tells(event):
-                self.say(told(event, seq_len) or "")
+                self.say(describe_event(event, seq_len) or "")
         if self._live:
             self._live.refresh()
         else:
@@ -103,17 +111,17 @@ class Progress:
         """Name and value of everything that is known, in the order that people look for it."""
         status = self._status
         if status.profile:
-            return [("", measured(status.profile))]
+            return [("", describe_measurement(status.profile))]
         if status.branch:
-            return [("", branched(status.branch))]
+            return [("", describe_branch(status.branch))]
         if status.start is None or self.held:
             return [("", self.waiting)]
         step, noise, evaluation = status.step, status.noise, status.evaluation
         facts = [
             ("", f"{status.fraction:.1%}"),
             ("tokens", f"{self._tokens(status.samples_consumed)} of {self._tokens(status.start.total_samples)}"),
-            ("loss", loss(step.loss) if step else "…"),
-            ("validation", loss(evaluation.loss) if evaluation else "…"),
+            ("loss", describe_loss(step.loss) if step else "…"),
+            ("validation", describe_loss(evaluation.loss) if evaluation else "…"),
             ("noise", noise_interval(noise.value, noise.low, noise.high) if noise else "unknown yet"),
         ]
         if status.configuration:
@@ -124,18 +132,18 @@ class Progress:
                 ("micro-batch", str(configuration.micro_batch)),
             ]
         if status.samples_per_second is not None:
-            facts.append(("samples/s", f"{status.samples_per_second:.3g}"))
+            facts.append(("samples/s", three_digits(status.samples_per_second)))
         if status.mfu is not None:
             facts.append(("MFU", percent(status.mfu)))
-        facts.append(("elapsed", duration(self.elapsed_seconds)))
+        facts.append(("elapsed", clock(self.elapsed_seconds)))
         if status.remaining_seconds is not None and status.end is None:
-            facts.append(("left", duration(status.remaining_seconds)))
+            facts.append(("left", clock(status.remaining_seconds)))
         return facts
 
     def _panel(self) -> RenderableType:
         status = self._status
         facts = self._facts()
-        heading = Text.assemble((shown(self._run), "bold"), f"   {duration(self.elapsed_seconds)}")
+        heading = Text.assemble((shown(self._run), "bold"), f"   {clock(self.elapsed_seconds)}")
         if status.profile:
             return Group(heading, _bar(status.profile.done / status.profile.total, facts[0][1]))
         if len(facts) == 1:  # not training yet

@@ -15,7 +15,7 @@ from launch.engines.ticket import write_ticket
 from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.progress import Progress
-from launch.run_directory import shown
+from launch.run_directory import shown, stopped_for_good
 from launch.status import RunStatus
 
 STATE_SECONDS = 3.0
@@ -67,6 +67,8 @@ def follow_job(engine: QueuedEngine, run: Path, queued: Queued, interrupts: Inte
         seconds = progress.elapsed_seconds
     if ended < LOOKS:
         return Outcome(128 + (interrupts.signal or signal.SIGINT), "queued", status, seconds)
+    if status.end is None and status.failure is None and stopped_for_good(run):
+        return Outcome(128 + signal.SIGTERM, "killed", status, seconds)
     if status.end is None:
         _explain_failure(engine, run, state, status)
         return Outcome(1, "failed", status, seconds)

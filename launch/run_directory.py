@@ -38,7 +38,7 @@ def portable(job: JobConfig) -> JobConfig:
     source = job.data.source
     data = job.data.model_copy(
         update={
-            "source": source if isinstance(source, str) else [absolute(path) for path in source],
+            "source": [absolute(path) for path in source] if isinstance(source, list) else source,
             "tokenizer": job.data.tokenizer and absolute(job.data.tokenizer),
             "cache": absolute(job.data.cache),
         }
@@ -187,6 +187,14 @@ def request_pause(run: Path, mark: str) -> None:
 def stop_requested(run: Path) -> bool:
     """Whether somebody asked for that since the launcher took the run."""
     return (run / "stop").exists()
+
+
+def stopped_for_good(run: Path) -> bool:
+    """Whether that was `request_stop`, and no pause."""
+    try:
+        return not (run / "stop").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def clear_stop(run: Path) -> None:

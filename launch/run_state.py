@@ -7,11 +7,24 @@ from pathlib import Path
 from typing import Literal
 
 from launch.engines import EngineState, engine_state
+from launch.engines.ticket import FILE as TICKET
 from launch.run_directory import lock_holder
-from launch.status import LIMITS, RunStatus, duration
+from launch.status import RunStatus
+from launch.wording import LIMITS
+from planner.wording import duration
 
 StateName = Literal[
-    "queued", "starting", "measuring", "running", "stopping", "stalled", "finished", "stopped", "failed", "crashed"
+    "queued",
+    "starting",
+    "measuring",
+    "running",
+    "stopping",
+    "stalled",
+    "unknown",
+    "finished",
+    "stopped",
+    "failed",
+    "crashed",
 ]
 
 HEARD_SECONDS = 30.0
@@ -50,6 +63,8 @@ def state_of(
         return _alive(run, status, silent)
     if ended is not None:
         return ended
+    if known.phase == "unknown" and (run / TICKET).exists():  # its scheduler has it, or had it: the lock says nothing
+        return RunState("unknown", known.words, alive=True)
     if status.start is None and status.profile is None:
         return RunState("crashed", "its workers never began")
     return RunState("crashed", "its workers are gone without having said why")

@@ -9,9 +9,9 @@ from copus.events import parse_event
 from copus.job import JobError
 from launch.follow import event_lines
 from launch.run_state import RunState, state_of
-from launch.status import RunStatus, count
+from launch.status import RunStatus
 from launch.tables import new_table
-from launch.wording import loss
+from launch.wording import count, describe_loss
 from planner.wording import duration
 
 ALL_COUNT = ("start", "reconfigure", "failure", "end")
@@ -92,7 +92,11 @@ def as_values(each: RunSummary) -> dict[str, object]:
     }
 
 
-STYLES = {"running": "green", "measuring": "green", "failed": "red", "crashed": "red", "stalled": "yellow"}
+STYLES = {
+    **dict.fromkeys(("running", "measuring"), "green"),
+    **dict.fromkeys(("failed", "crashed"), "red"),
+    **dict.fromkeys(("stalled", "unknown"), "yellow"),
+}
 """Colours of states that deserve one."""
 
 
@@ -116,8 +120,8 @@ def _print(found: list[RunSummary]) -> None:
             Text(each.state.name, style=STYLES.get(each.state.name, "")),
             f"{status.fraction:.0%}" if status.start else "–",
             count(status.samples_consumed * status.start.seq_len) if status.start else "–",
-            loss(status.step.loss) if status.step else "–",
-            loss(status.evaluation.loss) if status.evaluation else "–",
+            describe_loss(status.step.loss) if status.step else "–",
+            describe_loss(status.evaluation.loss) if status.evaluation else "–",
             str(configuration.global_batch) if configuration else "–",
             f"{configuration.layout.label} m{configuration.micro_batch}" if configuration else "–",
             str(len(status.moves)) if status.start else "–",
@@ -128,5 +132,5 @@ def _print(found: list[RunSummary]) -> None:
         console.width = 160  # a file or a pipe has no width to fit into
     console.print(table)
     for each in found:
-        if each.state.why and each.state.name in ("failed", "crashed", "stalled"):
+        if each.state.why and each.state.name in ("failed", "crashed", "stalled", "unknown"):
             console.print(Text(f"{each.run.name} {each.state.name}: {each.state.why}"), soft_wrap=True)

@@ -19,7 +19,7 @@ from planner.plan import Plan
 from planner.policy import Policy, make_policy
 from planner.simulator.compare import Row, Setting, compare
 from planner.simulator.trajectory import geometric, linear, power, published_schedules, through
-from planner.wording import duration, sequences
+from planner.wording import duration, three_digits
 from profiles.table import ThroughputTable
 
 LAWS = {"geometric": geometric, "linear": linear, "power": power}
@@ -60,8 +60,15 @@ def simulate(
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise JobError(f"--policy {unknown[0]}: expected one of {', '.join(VARIANTS)}")
-    if error < 0 or factor_error <= 0 or seeds < 1 or (move_seconds or 0) < 0:
-        raise JobError("--error and --move-seconds have to be at least 0, --factor-error above 0, --seeds at least 1")
+    checks = {
+        f"--error {error:g}: finite, at least 0": 0 <= error < math.inf,
+        f"--factor-error {factor_error:g}: finite, above 0": 0 < factor_error < math.inf,
+        f"--move-seconds {move_seconds}: finite, at least 0": 0 <= (move_seconds or 0) < math.inf,
+        f"--seeds {seeds}: at least 1": seeds > 0,
+    }
+    for words, holds in checks.items():
+        if not holds:
+            raise JobError(words)
     phi, said = _trajectory(job, noise, law, run)
     menu, speed, source = _throughputs(job)
     cost = move_seconds if move_seconds is not None else _measured_cost(run) or job.planner.layout_move_seconds
@@ -102,7 +109,7 @@ def _trajectory(job: JobConfig, noise: str | None, law: str, run: str | None) ->
     if run is not None:
         events = without_replays(read_events(find_run(run)))
         seen = [(e.samples_consumed, e.value) for e in events if isinstance(e, Noise) and e.value and e.value > 0]
-        total = next((e.total_samples for e in events if isinstance(e, Start)), 0)
+        total = next((e.total_samples for e in reversed(events) if isinstance(e, Start)), 0)  # a resume may lengthen it
         if not seen or not total:
             raise JobError(f"--like {run}: the run has measured no noise scale")
         phi = through([samples / total for samples, _ in seen], [factor * (value or 0.0) for _, value in seen])
@@ -112,14 +119,14 @@ def _trajectory(job: JobConfig, noise: str | None, law: str, run: str | None) ->
         return _published(noise)
     try:
         first, last = (float(part) for part in noise.split(":"))
-        if not (first > 0 and last > 0 and law in LAWS):
+        if law not in LAWS or not all(0 < factor * end < math.inf for end in (first, last)):
             raise ValueError
     except ValueError:
         raise JobError(
-            f"--noise {noise} --law {law}: expected FIRST:LAST, both above 0, and a law of {', '.join(LAWS)}"
+            f"--noise {noise} --law {law}: expected FIRST:LAST, both finite and above 0, and a law of {', '.join(LAWS)}"
         ) from None
     phi = LAWS[law](factor * first, factor * last)
-    return phi, f"B_simple {sequences(first)} → {sequences(last)} sequences, {law}"
+    return phi, f"B_simple {three_digits(first)} → {three_digits(last)} sequences, {law}"
 
 
 def _published(noise: str) -> tuple[Floats, str]:
@@ -207,7 +214,7 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
     console = page()
     label = [configuration.label for configuration in setting.menu.configurations]
     console.print(f"noise       {said}; estimates ± {setting.noise:.0%}, c × {setting.factor_error:g}", soft_wrap=True)
-    console.print(f"throughput  {source}; a layout move takes {setting.move_seconds[2]:.3g} s")
+    console.print(f"throughput  {source}; a layout move takes {duration(setting.move_seconds[2])}")
     console.print(f"objective   {setting.objective}")
     table = new_table()
     table.add_column("policy")
@@ -226,7 +233,7 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
     console.print("schedule of the oracle, who knows φ:")
     for stretch in plan.schedule:
         console.print(
-            f"  from {stretch.first:4.0%} of the progress (φ = {sequences(stretch.critical_batch)}): "
+            f"  from {stretch.first:4.0%} of the progress (φ = {three_digits(stretch.critical_batch)}): "
             f"{label[stretch.index]}, {duration(stretch.seconds)}"
         )
     worth = f"adapting is worth {plan.gain:.1%} over {label[plan.fixed_index]} at best"

@@ -18,12 +18,11 @@ from copus.events import (
     Step,
     Warned,
 )
+from launch.wording import describe_move
 from profiles.configuration import Configuration
 
 RECENT_STEPS = 20
 """Steps that the shown throughput is the mean of; forgotten at a move, which is no step time."""
-LIMITS = {"max_minutes": "training.max_minutes was up", "target_loss": "training.target_loss was reached"}
-"""Why a run stopped before all of its tokens, where the job file said so."""
 
 
 class RunStatus:
@@ -88,7 +87,7 @@ class RunStatus:
             case Reconfigure():
                 self.configuration = event.after
                 self.moves.append(event)
-                self.last_change = moved(event)
+                self.last_change = describe_move(event)
                 self._recent.clear()
             case Checkpoint():
                 self.checkpoint = event
@@ -125,46 +124,3 @@ class RunStatus:
         if self.start is None or self.samples_per_second is None:
             return None
         return max(0, self.start.total_samples - self.samples_consumed) / self.samples_per_second
-
-
-def moved(event: Reconfigure) -> str:
-    """A move in words."""
-    return f"moved {event.before.label} → {event.after.label} in {duration(event.seconds)} (decision {event.decision})"
-
-
-def measured(event: Profile) -> str:
-    """Progress of the profiler in words."""
-    result = event.failure or "no time" if event.step_seconds is None else f"{event.step_seconds * 1000:.0f} ms"
-    return f"measuring {event.done}/{event.total} {event.configuration.label}: {result}"
-
-
-def branched(event: Branch) -> str:
-    """Progress of a calibration in words."""
-    losses = ["not finite" if loss is None else f"{loss:.4f}" for loss in (event.first_loss, event.last_loss)]
-    batch = event.configuration.global_batch
-    return f"branch {event.done}/{event.total} batch {batch}, order {event.seed}: loss {losses[0]} → {losses[1]}"
-
-
-def duration(seconds: float) -> str:
-    """`0.42 s`, `03:12` or `1:03:12`."""
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
-
-
-def count(number: float) -> str:
-    """`950`, `12.3 k`, `1.20 M`: tokens for people."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
-
-
-def noise_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """`14.2 [10.1–19.8]`, in sequences; an open interval ends in ∞."""
-    if value is None:
-        return "unknown yet"
-    ends = f" [{low:.3g}–{'∞' if high is None else f'{high:.3g}'}]" if low is not None else ""
-    return f"{value:.3g}{ends}"

@@ -33,8 +33,9 @@ from launch.run_directory import (
     shown,
     write_job,
 )
-from launch.status import LIMITS, RunStatus, count, duration
+from launch.status import RunStatus
 from launch.tracking import check_trackers
+from launch.wording import LIMITS, clock, count
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,19 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
             outcome = failed or _launch(engine, run, job, lock, interrupts, console, undo)
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
-    return _conclude(outcome, run, console, manner)
+    return _conclude(outcome, run, job, console, manner)
 
 
 def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Console, manner: Manner) -> int:
     before = load_job(run / "job.yaml")
     job = portable(load_resized(job_file or run / "job.yaml", overrides, manner.engine))
     job = job.model_copy(update={"name": before.name})
-    _check_same_training(run, before, job)
+    _check_same_training(run, portable(before), job)
     status = RunStatus()
     status.update(Follower(run).read())
     finished = status.end is not None and status.end.reason == "finished"
     if finished and status.start is not None and job.total_samples <= status.start.total_samples:
-        return _conclude(Outcome(0, "finished", status, 0.0), run, console, manner, already=True)
+        return _conclude(Outcome(0, "finished", status, 0.0), run, job, console, manner, already=True)
     engine = engine_of(job)
     check(job)
     check_profiler(job, engine)
@@ -122,7 +123,7 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
             outcome = failed or _launch(engine, run, job, lock, interrupts, console, undo)
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
-    return _conclude(outcome, run, console, manner)
+    return _conclude(outcome, run, job, console, manner)
 
 
 def _launch(
@@ -178,7 +179,9 @@ def _check_same_training(run: Path, before: JobConfig, after: JobConfig) -> None
             raise JobError(f"{shown(run)}: {name} is {value} in this run and cannot become {kept(after)[name]}")
 
 
-def _conclude(outcome: Outcome, run: Path, console: Console, manner: Manner, *, already: bool = False) -> int:
+def _conclude(
+    outcome: Outcome, run: Path, job: JobConfig, console: Console, manner: Manner, *, already: bool = False
+) -> int:
     """Say how it ended, where the run lies, and what looks at it."""
     status, place = outcome.status, shown(run)
     resume = f"copus submit --resume {place}"
@@ -201,7 +204,7 @@ def _conclude(outcome: Outcome, run: Path, console: Console, manner: Manner, *, 
         console.print(_left_alone(run), markup=False, soft_wrap=True)
         return outcome.exit_code
     headline = {
-        "finished": f"{place} finished already" if already else f"finished in {duration(outcome.seconds)}",
+        "finished": f"{place} finished already" if already else f"finished in {clock(outcome.seconds)}",
         **{limit: f"stopped: {reached}" for limit, reached in LIMITS.items()},
         "interrupted": "stopped",
         "killed": "ended at once",
@@ -215,8 +218,9 @@ def _conclude(outcome: Outcome, run: Path, console: Console, manner: Manner, *, 
         f"  run         {place}",
         f"  report      copus report {place}",
         f"  decisions   copus explain {place}",
-        f"  curves      tensorboard --logdir {place}/tensorboard",
     ]
+    if "tensorboard" in job.tracking:
+        lines.append(f"  curves      tensorboard --logdir {place}/tensorboard")
     console.print("\n".join(lines), markup=False, soft_wrap=True)
     return outcome.exit_code
 

@@ -14,7 +14,7 @@ from launch.run_directory import find_run
 from launch.run_state import state_of
 from launch.runs import RunSummary, as_values
 from launch.status import RunStatus
-from launch.wording import told
+from launch.wording import describe_event
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 
@@ -88,7 +88,7 @@ class Watched:
                 expected = self.score(event.after) if self.decision and self.decision.number == event.decision else None
                 self.predicted = expected.samples_per_second if expected else self._measured.get(event.after)
         if not isinstance(event, DecisionMade) or event.decision.switch:  # "stay" is no news
-            words = told(event, self.status.start.seq_len if self.status.start else None)
+            words = describe_event(event, self.status.start.seq_len if self.status.start else None)
             if words is not None:
                 line = f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {words}"
                 self.told.append(line)

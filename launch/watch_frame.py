@@ -11,10 +11,16 @@ from rich.text import Text
 
 from launch.run_directory import shown
 from launch.runs import STYLES
-from launch.status import branched, count, duration, measured, noise_interval
 from launch.watch import Watched
-from launch.wording import loss
-from planner.wording import percent
+from launch.wording import (
+    clock,
+    count,
+    describe_branch,
+    describe_loss,
+    describe_measurement,
+    noise_interval,
+)
+from planner.wording import duration, percent, three_digits
 from profiles.decision import CandidateScore
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -25,9 +31,9 @@ def frame(watched: Watched, width: int) -> RenderableType:
     status = watched.status
     parts: list[RenderableType] = [_heading(watched)]
     if status.profile:
-        parts.append(_bar(status.profile.done / status.profile.total, measured(status.profile)))
+        parts.append(_bar(status.profile.done / status.profile.total, describe_measurement(status.profile)))
     elif status.branch:
-        parts.append(_bar(status.branch.done / status.branch.total, branched(status.branch)))
+        parts.append(_bar(status.branch.done / status.branch.total, describe_branch(status.branch)))
     elif status.start:
         tokens, total = (count(samples * status.start.seq_len) for samples in _samples(watched))
         parts += [_bar(status.fraction, f"{status.fraction:.1%}  {tokens} of {total} tokens"), Text()]
@@ -48,7 +54,7 @@ def headline(watched: Watched) -> str:
     if status.start:
         words.append(f"{count(status.samples_consumed * status.start.seq_len)} tokens ({status.fraction:.1%})")
     if status.step:
-        words.append(f"loss {loss(status.step.loss)}")
+        words.append(f"loss {describe_loss(status.step.loss)}")
     return ", ".join(words)
 
 
@@ -70,9 +76,9 @@ def _heading(watched: Watched) -> Text:
         heading.append(f" {state.why}", "dim")
     if status.start and status.time is not None:
         until = time.time() if state.alive else status.time
-        heading.append(f"   {duration(max(0.0, until - status.start.time))} since the start")
+        heading.append(f"   {clock(max(0.0, until - status.start.time))} since the start")
         if state.alive and status.remaining_seconds is not None:
-            heading.append(f"   {duration(status.remaining_seconds)} to go at this speed")
+            heading.append(f"   {clock(status.remaining_seconds)} to go at this speed")
     return heading
 
 
@@ -89,11 +95,11 @@ def _bar(fraction: float, text: str) -> Table:
 
 def _loss(watched: Watched, width: int) -> Table:
     status = watched.status
-    words = loss(status.step.loss) if status.step else "…"
+    words = describe_loss(status.step.loss) if status.step else "…"
     if status.evaluation:
-        words += f"   validation {loss(status.evaluation.loss)}"
+        words += f"   validation {describe_loss(status.evaluation.loss)}"
         if status.first_evaluation and status.first_evaluation is not status.evaluation:
-            words += f" (at first {loss(status.first_evaluation.loss)})"
+            words += f" (at first {describe_loss(status.first_evaluation.loss)})"
     grid = Table.grid(padding=(0, 2))
     grid.add_row(Text("loss", style="dim"), Text(sparkline(watched.losses, max(10, width - 60))), Text(words))
     return grid
@@ -102,9 +108,9 @@ def _loss(watched: Watched, width: int) -> Table:
 def _figures(watched: Watched) -> Table:
     status, configuration = watched.status, watched.status.configuration
     noise = status.noise
-    seen = "…" if status.samples_per_second is None else f"{status.samples_per_second:.3g}"
+    seen = "…" if status.samples_per_second is None else three_digits(status.samples_per_second)
     if watched.predicted is not None:
-        seen += f" ({watched.predicted:.3g} predicted)"
+        seen += f" ({three_digits(watched.predicted)} predicted)"
     if status.mfu is not None:
         seen += f", MFU {percent(status.mfu)}"
     facts = [
@@ -136,9 +142,9 @@ def _goodput(watched: Watched, alternatives: list[CandidateScore]) -> Table:
     for each in alternatives:
         running = each.configuration == watched.status.configuration
         share = (each.goodput or 0.0) / most if most > 0 else 0.0
-        rate = "" if each.samples_per_second is None else f"{each.samples_per_second:.3g} samples/s"
+        rate = "" if each.samples_per_second is None else f"{three_digits(each.samples_per_second)} samples/s"
         efficiency = "" if each.efficiency is None else f"× {each.efficiency:.2f}"
-        cells = [each.configuration.label, "█" * round(share * 12), f"{each.goodput or 0.0:.3g}", rate, efficiency]
+        cells = [each.configuration.label, "█" * round(share * 12), three_digits(each.goodput or 0.0), rate, efficiency]
         # What was running when the planner decided may have moved since: say what runs now, not what it said then.
         words = "running" if running else "moved away from" if each.verdict in ("CHOSEN", "current") else each.verdict
         grid.add_row(*map(Text, [*cells, words]), style="bold" if running else "")

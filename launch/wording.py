@@ -1,4 +1,4 @@
-"""What happened, event by event, in words: one line each, the same in every view."""
+"""What happened, event by event, in words, and figures as text: the same in every view."""
 
 from copus.events import (
     Branch,
@@ -14,28 +14,31 @@ from copus.events import (
     Start,
     Warned,
 )
-from launch.status import LIMITS, branched, count, duration, measured, moved
+from planner.wording import duration, three_digits
+
+LIMITS = {"max_minutes": "training.max_minutes was up", "target_loss": "training.target_loss was reached"}
+"""Why a run stopped before all of its tokens, where the job file said so."""
 
 
-def told(event: Event, seq_len: int | None = None) -> str | None:
+def describe_event(event: Event, seq_len: int | None = None) -> str | None:
     """An event in one line; None for steps and noise, which are figures. With `seq_len` amounts are in tokens."""
     match event:
         case Start():
             return f"training {event.configuration.label}"
         case Profile():
-            return measured(event)
+            return describe_measurement(event)
         case DecisionMade():
             return f"decision {event.decision.number}: {event.decision.reason}"
         case Reconfigure():
-            return moved(event)
+            return describe_move(event)
         case Evaluate():
-            return f"validation loss {loss(event.loss)} at {_amount(event.samples_consumed, seq_len)}"
+            return f"validation loss {describe_loss(event.loss)} at {_amount(event.samples_consumed, seq_len)}"
         case Checkpoint():
             return f"checkpoint {event.path} in {duration(event.seconds)}"
         case Warned():
             return f"warning: {event.message}"
         case Branch():
-            return branched(event)
+            return describe_branch(event)
         case Failure():
             return f"rank {event.rank} failed: {event.message}" if event.fatal else event.message
         case Restart():
@@ -49,10 +52,54 @@ def told(event: Event, seq_len: int | None = None) -> str | None:
     return None
 
 
-def loss(value: float | None) -> str:
-    """Nats a token."""
+def describe_move(event: Reconfigure) -> str:
+    """A move in words."""
+    return f"moved {event.before.label} → {event.after.label} in {duration(event.seconds)} (decision {event.decision})"
+
+
+def describe_measurement(event: Profile) -> str:
+    """Progress of the profiler in words."""
+    result = event.failure or "no time" if event.step_seconds is None else f"{event.step_seconds * 1000:.0f} ms"
+    return f"measuring {event.done}/{event.total} {event.configuration.label}: {result}"
+
+
+def describe_branch(event: Branch) -> str:
+    """Progress of a calibration in words."""
+    losses = ["not finite" if loss is None else f"{loss:.4f}" for loss in (event.first_loss, event.last_loss)]
+    batch = event.configuration.global_batch
+    return f"branch {event.done}/{event.total} batch {batch}, order {event.seed}: loss {losses[0]} → {losses[1]}"
+
+
+def describe_loss(value: float | None) -> str:
+    """Nats a token, in words."""
     return "not finite" if value is None else f"{value:.3f}"
 
 
 def _amount(samples: int, seq_len: int | None) -> str:
     return f"{samples} sequences" if seq_len is None else f"{count(samples * seq_len)} tokens"
+
+
+def clock(seconds: float) -> str:
+    """Time that has passed, or is left, to the second: `0.42 s`, `03:12` or `1:03:12`."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def count(number: float) -> str:
+    """`950`, `12.3 k`, `1.2 M`: tokens for people."""
+    rounded = float(f"{number:.3g}")
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if rounded >= size:
+            return f"{three_digits(rounded / size)} {unit}"
+    return f"{number:.0f}"
+
+
+def noise_interval(value: float | None, low: float | None, high: float | None) -> str:
+    """`14.2 [10.1–19.8]`, in sequences; an open interval ends in ∞."""
+    if value is None:
+        return "unknown yet"
+    ends = f" [{three_digits(low)}–{'∞' if high is None else three_digits(high)}]" if low is not None else ""
+    return f"{three_digits(value)}{ends}"

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 
 from planner.situation import Choice, Situation
-from planner.wording import percent, sequences
+from planner.wording import percent, three_digits
 
 CbsLayout = Literal["present", "pessimistic", "optimistic"]
 
@@ -44,7 +44,7 @@ class CriticalBatch:
 
     def reason(self, situation: Situation, choice: Choice) -> str:
         """What is followed."""
-        return f"the batch follows the critical batch, {sequences(float(situation.critical_batch[0]))} sequences"
+        return f"the batch follows the critical batch, {three_digits(float(situation.critical_batch[0]))} sequences"
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Goodput is not what decides."""

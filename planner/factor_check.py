@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import stdtr
 
 from planner.efficiency import statistical_efficiency
-from planner.wording import sequences
+from planner.wording import three_digits
 
 BLOCKS = 16
 """Blocks of equal tokens on each side of a change: their means are nearly normal and nearly independent."""
@@ -161,7 +161,7 @@ def _block_means(steps: np.ndarray, change: int, reach: int) -> tuple[np.ndarray
 
 def _in_words(verdict: Verdict, change: _Change) -> str:
     too = "small" if (verdict.ratio > verdict.expected) == (change.after > change.before) else "large"
-    low, high = map(sequences, change.critical)
+    low, high = map(three_digits, change.critical)
     return (
         f"planner.critical_batch_factor seems too {too}: from batch {change.before} to {change.after} the loss per "
         f"token became {verdict.ratio:.2f}× what it was, and a critical batch of {low} to {high} sequences allows "

@@ -6,7 +6,7 @@ import numpy as np
 
 from planner.menu import Floats
 from planner.situation import Choice, Situation
-from planner.wording import percent, sequences
+from planner.wording import percent, three_digits
 from profiles.step_norms import StepNorms
 
 NormTestForm = Literal["paper", "unbiased"]
@@ -72,7 +72,7 @@ class NormTest:
         if asked is None:
             return "no norm test: no step was measured since the last one"
         running = int(situation.running_batch[0])
-        found = f"the norm test ({self.form}, η {self.eta:g}) asks for a batch of {sequences(float(asked[0]))}"
+        found = f"the norm test ({self.form}, η {self.eta:g}) asks for a batch of {three_digits(float(asked[0]))}"
         if asked[0] <= running:
             return f"{found}; it is {running} and never shrinks"
         if choice.index[0] == situation.current[0]:

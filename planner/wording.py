@@ -13,24 +13,28 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.4 s`, `38 s`, `12 min`, `3.5 h`."""
-    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (math.inf, 3600, "h")):
-        if abs(seconds) < limit:
-            return f"{seconds / unit:.2g} {name}" if abs(seconds / unit) < 100 else f"{seconds / unit:.0f} {name}"
-    return "∞"
+    """Roughly how long something takes: `0.4 s`, `38 s`, `12 min`, `3.5 h`."""
+    if not math.isfinite(seconds):
+        return "∞"
+    for unit_seconds, name in ((1, "s"), (60, "min"), (3600, "h")):
+        rounded = f"{seconds / unit_seconds:.2g}"
+        if abs(float(rounded)) < 100:
+            return f"{rounded} {name}"
+    return f"{seconds / 3600:.0f} h"
 
 
-def sequences(amount: float) -> str:
+def three_digits(amount: float) -> str:
     """Three significant digits, never as a power of ten: `0.0321`, `37`, `1240`."""
     if not math.isfinite(amount):
         return "∞"
-    return f"{amount:.3g}" if abs(amount) < 1000 else f"{float(f'{amount:.3g}'):.0f}"
+    rounded = float(f"{amount:.3g}")
+    return f"{rounded:g}" if abs(rounded) < 1000 else f"{rounded:.0f}"
 
 
 def noise_in_words(noise: NoiseScale) -> str:
     """`noise scale 37 sequences (31–46)`, with the 90 % interval where there is one."""
     assert noise.value is not None
     if noise.low is None:
-        return f"noise scale {sequences(noise.value)} sequences"
-    high = "∞" if noise.high is None else sequences(noise.high)
-    return f"noise scale {sequences(noise.value)} sequences ({sequences(noise.low)}–{high})"
+        return f"noise scale {three_digits(noise.value)} sequences"
+    high = "∞" if noise.high is None else three_digits(noise.high)
+    return f"noise scale {three_digits(noise.value)} sequences ({three_digits(noise.low)}–{high})"

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -15,20 +15,17 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
 """A count from 0 on."""
 
 
-_PathOrText = TypeVar("_PathOrText", Path, str)
-
-
-def _check_path(path: _PathOrText) -> _PathOrText:
+def _check_path(path: Path) -> Path:
     """Refuse what no file system takes, here, where the field is known; it would fail in the middle of something."""
     if "\0" in str(path):
         raise ValueError("a path has no NUL character in it")
     try:
         os.fsencode(path)
-        expanded = Path(path).expanduser()
+        expanded = path.expanduser()
     except UnicodeEncodeError:
         raise ValueError("a path has no lone surrogate in it") from None
     except RuntimeError:
-        raise ValueError(f"there is no user {Path(path).parts[0]!r}") from None
+        raise ValueError(f"there is no user {path.parts[0]!r}") from None
     longest = max((len(os.fsencode(part)) for part in expanded.parts), default=0)
     if longest > 255 or len(os.fsencode(expanded)) > 4095:
         raise ValueError("a path has at most 4095 bytes, and 255 between two slashes")
@@ -37,8 +34,6 @@ def _check_path(path: _PathOrText) -> _PathOrText:
 
 UserPath = Annotated[Path, AfterValidator(_check_path)]
 """A path that a person wrote, `~` not yet expanded."""
-UserPathText = Annotated[str, AfterValidator(_check_path)]
-"""The same where it may also be a name of something else."""
 
 
 class Record(BaseModel):

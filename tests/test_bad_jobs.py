@@ -235,8 +235,12 @@ YAML = [
 FILES = [
     Bad("text that is not there", "/nope.txt (the only corpus with a name", ("data.source=[nope.txt]",)),
     Bad(
-        "a corpus with a misspelt name", "data.source: no such file or folder: shakespear ", ("data.source=shakespear",)
+        "a corpus with a misspelt name",
+        "/shakespear (the only corpus with a name is `shakespeare`)",
+        ("data.source=shakespear",),
     ),
+    Bad("a number for text", "data.source.list: input should be a valid list, got 5", ("data.source=5",)),
+    Bad("NUL in a path of text", "data.source.list.0: a path has no NUL character in it", ('data.source="a\\0b"',)),
     Bad("no text at all", "data.source: an empty list", ("data.source=[]",)),
     Bad("an empty corpus", "data.source: no text in", ("data.source=[empty]",), replaced("empty", Path.touch)),
     Bad(

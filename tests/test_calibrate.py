@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from copus.backends.base import TrainerState
 from copus.branches import Branches, read_plan
 from copus.events import Branch, Evaluate, Event, Noise, Step, read_events
 from copus.job import JobConfig, JobError, load_job
+from copus.manifest import describe, files_of, write_manifest
 from planner.config import PlannerConfig
 from profiles.calibration import Calibration
 from tests.megatron_jobs import configuration, random_batches, tiny_job
@@ -34,6 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         checkpoint.mkdir(parents=True)
         at = configuration(4, 2, tp=2)
         (checkpoint / "trainer.json").write_text(json.dumps({"configuration": at.model_dump(mode="json")}))
+        write_manifest(checkpoint, describe(checkpoint, files_of(checkpoint)))
     os.rename(job_file, made / "job.yaml")
     return made
 
@@ -54,6 +57,28 @@ def test_the_critical_batch_is_found_and_the_planner_can_read_it(run: Path, caps
     assert found.within_tolerance == 4
     job = load_job(run / "job.yaml", [f"planner.critical_batch_factor={run / 'calibration.json'}"])
     assert job.planner.critical_batch_factor == pytest.approx(3.0, rel=1e-3)
+
+
+def test_branches_begin_at_the_newest_checkpoint_that_verifies(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = run / "checkpoints"
+    newest = checkpoints / "samples-000000000100"
+    shutil.copytree(newest, checkpoints / "samples-000000000100.replaced")
+    (checkpoints / "samples-000000000120").mkdir()
+    (newest / "trainer.json").write_text("{")
+    assert copus_here("calibrate", "small", "--orders", "1", worker=[]) == 0
+    said = capsys.readouterr().err
+    assert "checkpoints/samples-000000000120 does not verify: half-written: it has no manifest.json: skipped" in said
+    assert "checkpoints/samples-000000000100 does not verify: trainer.json has 1 bytes instead of" in said
+    assert "branches from samples-000000000060" in said
+    for text in ("100", newest.name, str(newest)):
+        assert copus_here("calibrate", "small", "--checkpoint", text, worker=[]) == 2
+        said = capsys.readouterr().err
+        assert f"--checkpoint {text}: does not verify: trainer.json has 1 bytes instead of" in said
+    (checkpoints / "samples-000000000060" / "manifest.json").unlink()
+    assert copus_here("calibrate", "small", worker=[]) == 2
+    said = capsys.readouterr().err
+    assert "no checkpoint to branch from: checkpoints/samples-000000000120 does not verify: half-written" in said
+    assert said.count("\n") == 1
 
 
 def test_a_calibration_that_failed_goes_on_after_its_last_branch(run: Path) -> None:
@@ -118,6 +143,7 @@ def test_a_batch_that_diverged_is_left_out(run: Path) -> None:
         (["--multiples", "1,x"], "1,2,4,8"),
         (["--multiples", "0.3,1"], "0.3 × batch 4 of the checkpoint = 1.2, which is not whole"),
         (["--checkpoint", "61"], "has samples-000000000060, samples-000000000100"),
+        (["--checkpoint", "²"], "--checkpoint ²: no such checkpoint"),
         (["--orders", "0"], "--orders 0"),
         (["--tokens", "0"], "--tokens 0"),
     ],

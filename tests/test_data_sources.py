@@ -21,6 +21,12 @@ def test_folder_is_read_sorted_and_no_file_twice(tmp_path):
     assert [document.work for document in documents] == ["beta", "alpha", "gamma"]
 
 
+def test_jsonl_may_spell_a_character_as_a_pair_of_surrogates(tmp_path):
+    file = tmp_path / "corpus.jsonl"
+    file.write_text(r'{"text": "\ud83d\ude00"}')
+    assert read_documents([file])[0].text == "😀"
+
+
 def test_jsonl_work_is_the_key_or_the_line(tmp_path):
     file = tmp_path / "corpus.jsonl"
     lines = [{"text": "one", "work": "w"}, {"text": "two"}, {"text": "  "}, {"text": "thrée", "work": "w"}]
@@ -42,6 +48,8 @@ def test_jsonl_work_is_the_key_or_the_line(tmp_path):
         ('{"body": "a"}', 'corpus.jsonl:2: expected an object with a string "text"'),
         ('{"text": 3}', 'corpus.jsonl:2: expected an object with a string "text"'),
         ('{"text": "a", "work": 3}', 'corpus.jsonl:2: "work" is not a string, got 3'),
+        (r'{"text": "hello \ud83d world"}', 'corpus.jsonl:2: "text" has a lone surrogate, half of a character'),
+        (r'{"text": "a", "work": "\ud83d"}', 'corpus.jsonl:2: "work" has a lone surrogate, half of a character'),
     ],
 )
 def test_bad_jsonl_names_the_line(tmp_path, line, message):
@@ -56,9 +64,13 @@ def test_what_is_missing_empty_or_not_text_is_refused(tmp_path):
     with pytest.raises(JobError, match=r"data\.source: no such file or folder: .*nowhere"):
         source_files([tmp_path / "nowhere"])
     with pytest.raises(JobError, match=r"data\.source: no \.txt.* file in the folder"):
-        source_files(str(tmp_path))
+        source_files([tmp_path])
     with pytest.raises(JobError, match=r"data\.source: an empty list"):
         source_files([])
+    (tmp_path / "names").mkdir()
+    (tmp_path / "names" / "caf\udce9.txt").write_text("coffee")
+    with pytest.raises(JobError, match=r"data\.source: .*caf.\.txt: the file's name is not UTF-8"):
+        source_files([tmp_path / "names"])
     (tmp_path / "blank.txt").write_text(" \n")
     with pytest.raises(JobError, match=r"data\.source: no text in .*blank\.txt"):
         read_documents([tmp_path / "blank.txt"])

@@ -120,8 +120,10 @@ def test_cancel_stops_a_local_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         state = engine_state(run)
         assert (state.phase, state.words) == ("running", f"its workers are running (launched by process {process.pid})")
         assert copus_here("cancel", "small", *(["--now"] if now else [])) == 0
-        process.communicate(timeout=90)
-    assert process.returncode == (1 if now else 128 + signal.SIGTERM)
+        output, errors = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert ("ended at once: " if now else "stopped: ") in output
+    assert errors == ""
     assert worker_is_gone(run)
     assert [event.reason for event in read_events(run) if isinstance(event, End)] == ([] if now else ["interrupted"])
     assert engine_state(run).phase == "ended"

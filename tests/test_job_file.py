@@ -61,6 +61,11 @@ def test_what_is_dumped_is_read_back_the_same(tmp_path: Path) -> None:
     assert load(tmp_path, dump_job(job)) == job
 
 
+def test_a_path_alone_is_a_list_of_one(tmp_path: Path) -> None:
+    assert load(tmp_path, JOB, "data.source=a.txt").data.source == [Path("a.txt")]
+    assert load(tmp_path, JOB, "data.source=shakespeare").data.source == "shakespeare"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -139,6 +139,12 @@ def test_options_that_are_wrong_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_text_outside_the_volume_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = ["--set", "data.source=/elsewhere/my.txt"]
+    assert copus_here("submit", str(EXAMPLE), *on_volume(tmp_path), *text, "--dry-run") == 2
+    assert "data.source.0(/elsewhere/my.txt) is not below launch.options.mount" in capfd.readouterr().err
+
+
 def test_names_are_names_of_hosts() -> None:
     for name in ("shakespeare", "A.Long_Name" * 9, "0", "..."):
         found = job_name(Path("/runs") / name, "0123abcd")

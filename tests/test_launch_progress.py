@@ -25,7 +25,8 @@ from rich.console import Console
 from copus.events import Branch, Evaluate, Event, EventLog, Failure, Profile, Warned
 from launch.follow import Follower, without_replays
 from launch.progress import Progress
-from launch.status import RunStatus, count, duration, noise_interval
+from launch.status import RunStatus
+from launch.wording import clock, count, noise_interval
 
 
 def evaluate(samples: int, loss: float | None) -> Evaluate:
@@ -60,6 +61,11 @@ def test_status_is_the_newest_of_everything() -> None:
     assert status.remaining_seconds == pytest.approx((TOTAL_SAMPLES - 56) / 40)
     assert status.last_change == "moved TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2 in 2.5 s (decision 0)"
     assert (status.first_evaluation, status.evaluation) == (HISTORY[1], HISTORY[-1])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_high_throughput_is_no_power_of_ten(terminal: bool) -> None:
+    assert re.search(r"samples/s +8190", shown_by(RunStatus(), [start(), step(8, 1 / 1024, 8)], terminal))
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -173,6 +179,8 @@ def test_what_a_resume_did_again_is_left_out() -> None:
 
 def test_words_for_numbers() -> None:
     assert [count(number) for number in (0, 950, 12_340, 1_200_000, 3.2e9)] == ["0", "950", "12.3 k", "1.2 M", "3.2 G"]
-    assert [duration(seconds) for seconds in (0.421, 9.96, 192, 3_792)] == ["0.42 s", "10 s", "03:12", "1:03:12"]
+    assert [count(number) for number in (999, 999_936, 999_999_488, 15e12)] == ["999", "1 M", "1 G", "15 T"]
+    assert [clock(seconds) for seconds in (0.421, 9.96, 192, 3_792)] == ["0.42 s", "10 s", "03:12", "1:03:12"]
     assert noise_interval(None, None, None) == "unknown yet"
     assert noise_interval(14.23, 10.1, 19.84) == "14.2 [10.1–19.8]"
+    assert noise_interval(1239.0, 1012.0, None) == "1240 [1010–∞]"

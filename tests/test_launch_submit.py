@@ -100,6 +100,14 @@ def test_submit_trains_and_says_where_to_look(tmp_path: Path, copus: Copus) -> N
     assert "\x1b" not in result.stdout + result.stderr  # no terminal, no control codes
 
 
+def test_tensorboard_is_named_only_where_it_has_the_curves(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    result = copus("submit", "job.yaml", "--set", "tracking={}", worker=["--steps", "1"])
+    assert result.returncode == 0, result.stderr
+    assert "copus report runs/small" in result.stdout
+    assert "tensorboard" not in result.stdout
+
+
 def test_taken_names_are_numbered(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
     for expected in ("small", "small-2", "small-3"):
@@ -175,6 +183,31 @@ def test_resume_of_a_finished_run_does_nothing(tmp_path: Path, copus: Copus) -> 
     assert (tmp_path / "runs" / "small" / "events.jsonl").read_bytes() == before
 
 
+def test_resume_from_another_folder_finds_the_text(
+    tmp_path: Path, copus: Copus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_job(tmp_path)
+    (tmp_path / "text").mkdir()
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).rename(tmp_path / "text" / name)
+    result = copus("submit", "job.yaml", "--set", "data.source=text", worker=["--steps", "1"])
+    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path / "runs")
+    result = copus("submit", "--resume", "small", "--set", "training.tokens=25600", worker=["--steps", "2"])
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_run_with_a_relative_text_is_gone_on_with(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    run = tmp_path / "runs" / "small"
+    copus("submit", "job.yaml", worker=["--steps", "1"])
+    values = yaml.safe_load((run / "job.yaml").read_text())
+    values["data"]["source"] = ["one.txt", "two.txt"]
+    (run / "job.yaml").write_text(yaml.safe_dump(values))
+    result = copus("submit", "--resume", "runs/small", "--set", "training.tokens=25600", worker=["--steps", "2"])
+    assert result.returncode == 0, result.stderr
+
+
 def test_resume_takes_a_longer_run_but_no_other_model(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
     copus("submit", "job.yaml", worker=["--steps", "2"])
@@ -225,6 +258,17 @@ def test_user_errors_are_one_line_and_leave_nothing(
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_cannot_be_written_to_is_one_line(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    copus("submit", "job.yaml", worker=["--steps", "2"])
+    run = tmp_path / "runs" / "small"
+    (run / "lock").unlink()
+    (run / "lock").mkdir()
+    result = copus("submit", "--resume", "small", "--set", "training.tokens=25600")
+    assert result.returncode == 2
+    assert result.stderr == f"copus: {run}/lock: Is a directory\n"
 
 
 @pytest.mark.parametrize("stage", ["prepare", "profile_alone"])

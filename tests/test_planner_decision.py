@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from planner.config import PlannerConfig
 from planner.planner import Planner
 from planner.space import candidates
-from planner.wording import noise_in_words, percent, sequences
+from planner.wording import duration, noise_in_words, percent, three_digits
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.decision import Decision
@@ -357,4 +357,11 @@ def test_the_noise_in_words():
     assert noise_in_words(noise(37.2, 31.4, 46.0)) == "noise scale 37.2 sequences (31.4–46)"
     assert noise_in_words(noise(37.2, 31.4, None)) == "noise scale 37.2 sequences (31.4–∞)"
     assert noise_in_words(noise(1234567.0)) == "noise scale 1230000 sequences"
-    assert sequences(0.03214) == "0.0321"
+    assert [three_digits(amount) for amount in (0.03214, 999.7, 8192)] == ["0.0321", "1000", "8190"]
+
+
+def test_the_unit_of_a_duration_follows_from_the_rounded_figure() -> None:
+    seconds = (0.38, 38, 99.4, 99.7, 720, 5960, 5980, 12_600, 400_000)
+    words = ["0.38 s", "38 s", "99 s", "1.7 min", "12 min", "99 min", "1.7 h", "3.5 h", "111 h"]
+    assert [duration(each) for each in seconds] == words
+    assert duration(float("inf")) == "∞"

@@ -7,6 +7,7 @@ import pytest
 from launch_events import DATA, TENSOR, reconfigure, start, write_run
 from launch_jobs import copus_here, write_job
 
+import launch.simulate
 from copus.job import load_job
 from profiles.configuration import Configuration
 from profiles.layout import Layout
@@ -74,6 +75,19 @@ def test_the_noise_of_a_run_and_of_a_published_schedule(job: Path, capsys: pytes
     assert "published" in json.loads(capsys.readouterr().out)["noise"]
 
 
+def test_the_noise_of_a_run_that_was_made_longer_is_spread_over_all_of_it(job: Path) -> None:
+    from launch_events import noise
+
+    longer = start(400, resumed_from="x").model_copy(update={"total_samples": 800})
+    at = {
+        samples: noise(samples).model_copy(update={"value": value}) for samples, value in ((4, 1), (400, 4), (800, 9))
+    }
+    write_run(job.parent / "runs" / "one", start(), at[4], at[400], longer, at[800])
+    phi, _ = launch.simulate._trajectory(load_job(job), None, "geometric", "one")
+    assert (phi[0], phi[-1]) == pytest.approx((2 * 1, 2 * 9), rel=0.01)
+    assert phi[len(phi) // 2] == pytest.approx(2 * 4, rel=0.01)
+
+
 def test_a_picture(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     assert copus_here("simulate", str(job), "--noise", "1:100", "--seeds", "2", "--plot", "p.svg") == 0
@@ -85,7 +99,11 @@ def test_a_picture(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "give either --noise"),
         (["--noise", "1:x"], "--noise 1:x"),
+        (["--noise", "8:inf"], "--noise 8:inf"),
+        (["--noise", "nan:8"], "--noise nan:8"),
         (["--noise", "1:2", "--law", "cubic"], "--law cubic"),
+        (["--noise", "1:2", "--error", "nan"], "--error nan"),
+        (["--noise", "1:2", "--move-seconds", "inf"], "--move-seconds inf"),
         (["--noise", "1:2", "--policy", "best"], "--policy best"),
         (["--noise", "1:2", "--seeds", "0"], "--seeds"),
         (["--noise", "none.csv:A"], "none.csv"),

@@ -23,7 +23,7 @@ from launch.engines.requeues import count_attempt
 from launch.engines.slurm import SlurmEngine
 from launch.engines.slurm_commands import QueueEntry
 from launch.engines.slurm_job import REQUEUE, Attempt
-from launch.run_directory import request_pause
+from launch.run_directory import request_pause, request_stop
 from launch.run_directory import write_job as rewrite_job
 
 FAKE = """#!/bin/sh
@@ -282,6 +282,38 @@ def test_cancel_asks_workers_and_takes_waiting_jobs_away(tmp_path: Path, slurm: 
     assert copus_here("cancel", "small") == 2
 
 
+def test_a_job_is_taken_away_also_where_nothing_can_be_written(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = queued(tmp_path)
+    slurm("squeue", "RUNNING|None|n1\n")
+    (run / "stop").mkdir()
+    capfd.readouterr()
+    assert copus_here("cancel", "small") == 2
+    assert capfd.readouterr().err == f"copus: {run}/stop: Is a directory\n"
+    assert "scancel 12" not in asked(tmp_path)
+    assert copus_here("cancel", "small", "--now") == 0
+    assert "scancel 12" in asked(tmp_path)
+
+
+def test_a_watch_goes_on_while_the_controller_does_not_answer(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued(tmp_path)
+    slurm("squeue", "slurm_load_jobs error: Unable to contact slurm controller", 1)
+    capfd.readouterr()
+
+    def answer(seconds: float) -> None:
+        slurm("squeue", "")
+
+    monkeypatch.setattr("launch.watch.time.sleep", answer)
+    monkeypatch.setattr("launch.watch.ASK_SECONDS", 0)
+    assert copus_here("watch", "small") == 0
+    first, last = capfd.readouterr().out.splitlines()
+    assert "runs/small: unknown (" in first
+    assert "runs/small: crashed (its workers never began)" in last
+
+
 def test_ctrl_c_leaves_the_job_alone(tmp_path: Path, slurm: Says) -> None:
     job_file(tmp_path)
     command = copus_command("submit", "job.yaml")
@@ -318,6 +350,25 @@ def test_following_to_the_end(
     output, errors = capfd.readouterr()
     assert ("finished in" in output) == (end == "finished")
     assert ("the last words" in errors) == (end is None)
+
+
+def test_following_a_job_that_is_cancelled_at_once(
+    tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = queued(tmp_path)
+    slurm("squeue", "CANCELLED|None|n1\n")
+    monkeypatch.setattr(launch.queued, "STATE_SECONDS", 0)
+
+    def submit(engine: SlurmEngine, run: Path, job: JobConfig) -> Ticket:
+        request_stop(run)
+        return Ticket(engine="slurm", job_id="12", submitted=0.0)
+
+    monkeypatch.setattr(SlurmEngine, "submit", submit)
+    capfd.readouterr()
+    assert copus_here("submit", "--resume", str(run)) == 128 + signal.SIGTERM
+    output, errors = capfd.readouterr()
+    assert "ended at once: " in output
+    assert errors == ""
 
 
 def test_followed_logs_ask_seldom_and_survive_a_controller_that_is_slow(

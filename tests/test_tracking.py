@@ -95,6 +95,13 @@ def test_every_figure_comes_from_some_event_and_has_its_explanation() -> None:
     assert (seen["failures/total"], seen["restarts/total"]) == (1, 1)
 
 
+def test_a_figure_that_is_not_finite_is_left_out() -> None:
+    figures = Figures().of(a_step(4, loss=float("nan")))
+    assert "loss/train" not in figures
+    assert figures["optimizer/lr"] == 1e-3
+    assert Figures().of(Evaluate(**at(4), loss=float("inf"), sequences=8, seconds=0.1)) == {}
+
+
 def test_there_is_no_utilization_of_what_nobody_rates() -> None:
     figures = Figures()
     for event in (a_start(0, peak=None), a_step(4)):

@@ -78,13 +78,17 @@ def test_states(tmp_path: Path, events: list[Event], silent: float, held: bool, 
         ([], "running", "starting"),
         ([start(), step(4)], "running", "stalled"),
         ([start(), step(4)], "ended", "crashed"),
-        ([start(), step(4)], "unknown", "crashed"),
+        ([start(), step(4)], "unknown", "unknown"),
+        ([], "unknown", "unknown"),
+        ([start(), step(4), FAILED], "unknown", "failed"),
     ],
 )
 def test_an_engine_with_a_queue_is_asked(tmp_path: Path, events: list[Event], phase: Phase, expected: str) -> None:
     run = write_timed_run(tmp_path, *((NOW - 500, event) for event in events))
+    (run / "engine.json").touch()
     state = state_of(run, status_of(run), NOW, ask=lambda _: EngineState(phase, "job 7: Resources"))
     assert state.name == expected
+    assert state.alive == (expected in ("queued", "starting", "stalled", "unknown"))
     if phase == expected:
         assert state.why == "job 7: Resources"
 

@@ -31,17 +31,18 @@ class Document:
         return len(self.text.encode())
 
 
-def source_files(source: str | list[Path]) -> list[Path]:
-    """The files that a source names, in its order, those of a folder (and its subfolders) sorted, none twice.
+def source_files(paths: list[Path]) -> list[Path]:
+    """The files that a source's paths name, in their order, those of a folder (and its subfolders) sorted, none twice.
 
-    Raises JobError for what does not exist and for a folder without text.
+    Raises JobError for what does not exist, for a folder without text and for a name that is not UTF-8.
     """
-    paths = [Path(source)] if isinstance(source, str) else source
     if not paths:
         raise JobError("data.source: an empty list: name text files, JSONL files or folders of them")
     files: dict[Path, Path] = {}
     for path in (path.expanduser() for path in paths):
         for file in _files_of(path):
+            if not _is_unicode(file.name):  # which names works
+                raise JobError(f"data.source: {file}: the file's name is not UTF-8")
             files.setdefault(file.resolve(), file)
     return list(files.values())
 
@@ -117,8 +118,20 @@ def _json_lines(file: Path) -> Iterator[Document]:
         work = value.get("work")
         if work is not None and not isinstance(work, str):
             raise JobError(f'data.source: {file}:{number}: "work" is not a string, got {work!r}')
+        for key in ("text", "work"):
+            if not _is_unicode(value.get(key) or ""):
+                raise JobError(f'data.source: {file}:{number}: "{key}" has a lone surrogate, half of a character')
         name = f"{file.stem}:{number}"
         yield Document(name=name, work=work or name, text=value["text"])
+
+
+def _is_unicode(text: str) -> bool:
+    """False with lone surrogates: JSON can spell them, and so does Python for a file's name that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read(file: Path) -> str:

@@ -1,5 +1,6 @@
 """What an event says as named numbers: the one place, so that every tracker shows the same."""
 
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -78,10 +79,10 @@ class Figures:
             return
 
     def of(self, event: Event) -> dict[str, float]:
-        """What the event has to show; empty for most."""
+        """What the event has to show, finite numbers; empty for most."""
         self._productive.add(event)
         found = self._found(event)
-        return {name: float(value) for name, value in found.items() if value is not None}
+        return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
     def _found(self, event: Event) -> dict[str, float | None]:
         match event:

@@ -5,6 +5,7 @@ gone. A `QueuedEngine` hands the job to a scheduler and gets its id; the job the
 reads the run directory and may leave.
 """
 
+import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
@@ -177,13 +178,18 @@ class QueuedEngine(Engine):
         return EngineState("ended", "it was never queued") if ticket is None else self.job_state(ticket)
 
     def cancel(self, run: Path, *, now: bool) -> str:
-        """RUN/stop for workers that run; a job that waits, or `now`, is taken away from the scheduler."""
+        """RUN/stop for workers that run; a job that waits, or `now`, is taken away from the scheduler.
+
+        Raises OSError where the file cannot be written and the workers had to read it.
+        """
         ticket, state = read_ticket(run), self.state(run)
         if ticket is None or state.phase == "ended":
             raise JobError(f"{shown(run)}: nothing to cancel: {state.words}")
-        request_stop(run)
         if state.phase == "running" and not now:
+            request_stop(run)
             return f"the workers of {self.name_of(ticket)} stop at the next step, with a checkpoint"
+        with contextlib.suppress(OSError):  # the scheduler ends the job too where nobody can write
+            request_stop(run)
         return f"{self.name_of(ticket)} {self.withdraw(ticket)}"
 
     def name_of(self, ticket: Ticket) -> str:

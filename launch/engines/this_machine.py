@@ -3,6 +3,7 @@
 import os
 
 from copus.job import JobConfig, JobError
+from planner.wording import three_digits
 
 RANKS_PER_CORE = 8
 """More ranks than this for each core of the machine are a mistake."""
@@ -24,8 +25,8 @@ def check_this_machine(job: JobConfig) -> None:
     if needed > memory:
         raise JobError(
             f"model: {job.model.parameters} parameters with training.micro_batch({job.training.micro_batch}) × "
-            f"model.seq_len({job.model.seq_len}) tokens take at least {needed / GIB:.3g} GiB, and this machine has "
-            f"{memory / GIB:.3g} GiB"
+            f"model.seq_len({job.model.seq_len}) tokens take at least {three_digits(needed / GIB)} GiB, and this "
+            f"machine has {three_digits(memory / GIB)} GiB"
         )
 
 

@@ -11,8 +11,8 @@ from launch.report.render import Column, Content, Row, Table
 from launch.report.series import reached, time_shares
 from launch.report.single import job_values
 from launch.run_state import state_of
-from launch.status import count
-from planner.wording import duration, percent
+from launch.wording import count
+from planner.wording import duration, percent, three_digits
 
 SAME_LOSS = (
     "data.source",
@@ -101,7 +101,7 @@ def _results(named: dict[str, History]) -> Table:
             state_of(history.run, history.status).name,
             count(history.tokens),
             duration(max(0.0, history.end)),
-            f"{sum(step.batch for step in history.steps) / training:.3g}" if training else "–",
+            three_digits(sum(step.batch for step in history.steps) / training) if training else "–",
             f"{evaluations[-1].loss:.3f}" if evaluations else "–",
             f"{evaluations[0].loss:.3f}" if evaluations else "–",
             str(len(history.moves)),

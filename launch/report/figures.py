@@ -21,6 +21,7 @@ from launch.report.style import (
     short,
     text,
 )
+from planner.wording import duration, three_digits
 
 MOST_MOVES = 120
 """Moves that are marked; of more only those to another layout are, as long as they are not too many either."""
@@ -223,7 +224,7 @@ def _bars(stretches: list[tuple[float, float, str]], axis: Axis, lane: str, colo
         "y": [lane] * len(stretches),
         "base": [short(begin, 7) for begin in begins],
         "x": [short(length) for length in lengths],
-        "hovertext": [f"{words}<br>{end - begin:.3g} s" for begin, end, words in stretches],
+        "hovertext": [f"{words}<br>{duration(end - begin)}" for begin, end, words in stretches],
         "hoverinfo": "text",
         "marker": {"color": colour, "line": {"color": colour, "width": 1.5}},  # the line keeps milliseconds visible
         "showlegend": False,
@@ -251,7 +252,8 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
                     "symbol": ["circle" if _is_measured(point) else "circle-open" for point in points],
                 },
                 "hovertext": [
-                    f"{text(layout_name)} m{point.micro_batch}: {point.rate:.3g} ± {point.spread:.2g} ({point.source})"
+                    f"{text(layout_name)} m{point.micro_batch}: {three_digits(point.rate)} ± "
+                    f"{three_digits(point.spread)} ({point.source})"
                     for point in points
                 ],
                 "hoverinfo": "text",
@@ -272,7 +274,8 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
                     "line": {"color": INK, "width": 1.5},
                 },
                 "hovertext": [
-                    f"{text(point.layout)} m{point.micro_batch}: {point.rate:.3g}, median of {point.steps} steps"
+                    f"{text(point.layout)} m{point.micro_batch}: {three_digits(point.rate)}, "
+                    f"median of {point.steps} steps"
                     for point in seen
                 ],
                 "hoverinfo": "text",

@@ -26,10 +26,10 @@ from launch.report.series import (
     time_shares,
 )
 from launch.run_state import RunState, state_of
-from launch.status import count, noise_interval
+from launch.wording import count, noise_interval
 from planner.config import PlannerConfig
 from planner.goodput import Objective
-from planner.wording import duration, percent
+from planner.wording import duration, percent, three_digits
 
 MOST_ROWS = 60
 """Moves, and notices, that have a row."""
@@ -146,14 +146,14 @@ def _losses(history: History) -> str:
 
 
 def _gain_words(history: History, gain: float | None) -> str:
-    if gain is None:
+    rate = first_throughput(history)
+    if gain is None or rate is None:
         return ""
     first = history.spans[0].configuration.label
-    rate = first_throughput(history)
     return (
-        f"The dashed line is what {first} would have reached at the noise of each moment, at {rate:.3g} samples/s: the "
-        "best that it showed, or was measured at. Over the run, and less the time of moves, the difference is "
-        f"{100 * gain:+.0f} %."
+        f"The dashed line is what {first} would have reached at the noise of each moment, at {three_digits(rate)} "
+        "samples/s: the best that it showed, or was measured at. Over the run, and less the time of moves, the "
+        f"difference is {100 * gain:+.0f} %."
     )
 
 
@@ -172,12 +172,12 @@ def _tiles(history: History, gain: float | None) -> list[dict[str, str]]:
     if history.noise:
         last = history.noise[-1]
         interval = noise_interval(last.value, last.low, last.high).partition(" ")[2].strip("[]")
-        tiles.append(("noise scale", f"{last.value:.3g}", f"{interval} sequences"))
+        tiles.append(("noise scale", three_digits(last.value), f"{interval} sequences"))
     if status.configuration:
         tiles.append(("batch", str(status.configuration.global_batch), status.configuration.layout.label))
     if status.samples_per_second is not None:
         note = "of the last steps" if status.mfu is None else f"MFU {percent(status.mfu)}"
-        tiles.append(("samples/s", f"{status.samples_per_second:.3g}", note))
+        tiles.append(("samples/s", three_digits(status.samples_per_second), note))
     moves = len(history.moves)
     seconds = sum(move.event.seconds for move in history.moves)
     tiles.append(("moves", str(moves), f"took {duration(seconds)}" if moves else ""))

@@ -1,0 +1,38 @@
+"""Which folders of a run are checkpoints, and whether one is whole. Without torch: the launcher looks at them too."""
+
+import re
+from pathlib import Path
+
+from copus.manifest import damage, read_manifest
+
+FOLDER = "checkpoints"
+"""Where they are in a run directory."""
+REPLACED = ".replaced"
+"""At the end of the name of one that steps aside for another with as many samples, until that one has its place."""
+_NAME = re.compile(rf"samples-(\d+)({re.escape(REPLACED)})?")
+
+
+def checkpoint_names(run: Path) -> list[str]:
+    """Names of the checkpoints, newest first; of two with as many samples the one that is not being replaced."""
+    found = [match for path in (run / FOLDER).glob("samples-*") if (match := _NAME.fullmatch(path.name))]
+    found.sort(key=lambda match: (int(match[1]), match[2] is None), reverse=True)
+    return [match[0] for match in found]
+
+
+def samples_of(name: str) -> int:
+    """Samples that had been trained on when the checkpoint of this name was written."""
+    return int(name.removeprefix("samples-").removesuffix(REPLACED))
+
+
+def whats_wrong(checkpoint: Path, share: slice = slice(None)) -> str | None:
+    """Why a checkpoint cannot be trusted, by its checksums; None where it verifies.
+
+    `share`: which of its files are read, of their names in order.
+    """
+    try:
+        expected = read_manifest(checkpoint)
+    except ValueError as error:
+        return str(error)
+    if "trainer.json" not in expected:
+        return "the manifest lists no trainer.json"
+    return damage(checkpoint, {name: expected[name] for name in sorted(expected)[share]})
