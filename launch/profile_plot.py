@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copus.job import JobError
+from launch.lines import winners
 from launch.plot import BATCH, LAYOUTS, MUTED, STYLE, check_output, need_matplotlib, save
-from launch.profile_show import fastest, heading, winners
+from launch.profile_show import heading, lines_of
 from profiles.query import Summary
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def save_lines(groups: dict[tuple[str, ...], list[Summary]], output: Path) -> No
     groups, or where the file cannot be written."""
     check_output("--plot", output)
     need_matplotlib("copus profile show --plot")
-    timed = [members for members in groups.values() if fastest(members)]
+    timed = [members for members in groups.values() if lines_of(members)]
     if not timed:
         raise JobError("--plot: no row with a time, there is nothing to draw")
     if len(timed) > MOST_PANELS:
@@ -51,18 +52,25 @@ def draw_lines(panels: list[list[Summary]]) -> "Figure":
 def _draw_panel(panel: "Axes", members: list[Summary]) -> None:
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    lines = fastest(members)
+    lines = lines_of(members)
     best = winners(lines)
-    batches = [batch for batch, _ in best]
-    top = [lines[layout][batch].rate for batch, layout in best]
-    panel.plot(batches, top, color=BATCH, linewidth=7, alpha=0.12, solid_capstyle="round", label="fastest")
+    batches = [each.batch for each in best]
+    panel.plot(
+        batches,
+        [each.rate for each in best],
+        color=BATCH,
+        linewidth=7,
+        alpha=0.12,
+        solid_capstyle="round",
+        label="fastest",
+    )
     for place, (layout, line) in enumerate(lines.items()):
         colour = LAYOUTS[place % len(LAYOUTS)]
         style = ("-", "--", ":")[place // len(LAYOUTS) % 3]
         panel.errorbar(
-            list(line),
-            [each.rate for each in line.values()],
-            yerr=[each.spread for each in line.values()],
+            [each.batch for each in line],
+            [each.rate for each in line],
+            yerr=[each.spread for each in line],
             color=colour,
             linestyle=style,
             marker="o",
@@ -71,7 +79,7 @@ def _draw_panel(panel: "Axes", members: list[Summary]) -> None:
             capsize=2,
             label=layout,
         )
-    rates = [each.rate for line in lines.values() for each in line.values()]
+    rates = [each.rate for line in lines.values() for each in line]
     panel.set_xscale("log", base=2)
     if max(rates) > 6 * min(rates):
         panel.set_yscale("log", base=2)

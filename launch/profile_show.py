@@ -2,40 +2,18 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from copus.job import JobError, load_job
+from launch.lines import LinePoint, Lines, fastest, point, winners
 from launch.run_directory import find_run, shown
 from launch.wording import count
 from planner.wording import duration, three_digits
 from profiles.config import ProfileConfig
 from profiles.measurement import Measurement
 from profiles.query import Filter, Summary, groups, query
-
-
-@dataclass(frozen=True)
-class Best:
-    """The fastest micro-batch of a layout at a global batch."""
-
-    measurement: Measurement
-    """What was measured."""
-
-    @property
-    def rate(self) -> float:
-        """Sequences a second."""
-        return self.measurement.samples_per_second
-
-    @property
-    def spread(self) -> float:
-        """Half-width of its interval, sequences a second."""
-        seconds, spread = self.measurement.step_seconds, self.measurement.spread_seconds
-        return self.rate * (spread or 0.0) / seconds if seconds else 0.0
-
-
-Lines = dict[str, dict[int, Best]]
-"""Layout → global batch → the fastest."""
 
 
 def show(places: list[str], table: Path | None, wanted: Filter, picture: Path | None, *, as_json: bool = False) -> int:
@@ -101,27 +79,14 @@ def _values(each: Summary) -> dict[str, object]:
     }
 
 
-def fastest(members: Iterable[Summary]) -> Lines:
-    """For each layout and global batch the fastest micro-batch, layouts in order of the batch that they are best at."""
-    lines: Lines = {}
-    for each in members:
-        measurement = each.measurement
-        if measurement.step_seconds is None:
-            continue
-        line = lines.setdefault(measurement.configuration.layout.label, {})
-        batch = measurement.configuration.global_batch
-        if batch not in line or line[batch].rate < measurement.samples_per_second:
-            line[batch] = Best(measurement)
-    return {layout: dict(sorted(line.items())) for layout, line in lines.items()}
-
-
-def winners(lines: Lines) -> list[tuple[int, str]]:
-    """The fastest layout at each global batch, ascending."""
-    batches = sorted({batch for line in lines.values() for batch in line})
-    return [
-        (batch, max((layout for layout in lines if batch in lines[layout]), key=lambda name: lines[name][batch].rate))
-        for batch in batches
-    ]
+def lines_of(members: Iterable[Summary]) -> Lines:
+    """The lines of comparable summaries."""
+    timed = (each.measurement for each in members if each.measurement.step_seconds is not None)
+    return fastest(
+        point(each.configuration, each.step_seconds, each.spread_seconds, "measured")
+        for each in timed
+        if each.step_seconds
+    )
 
 
 def heading(measurement: Measurement) -> str:
@@ -136,7 +101,7 @@ def heading(measurement: Measurement) -> str:
 
 def _group_lines(members: list[Summary]) -> Iterable[str]:
     one = members[0].measurement
-    lines = fastest(members)
+    lines = lines_of(members)
     yield heading(one)
     yield f"model {one.fingerprint.model} · {one.fingerprint.backend} · {one.fingerprint.software}"
     if lines:
@@ -153,28 +118,25 @@ def _group_lines(members: list[Summary]) -> Iterable[str]:
 
 
 def _matrix(lines: Lines) -> Iterable[str]:
-    best = dict(winners(lines))
-    header = ["batch", *map(str, best)]
-    rows = [header]
+    best = winners(lines)
+    rows = [["batch", *(str(each.batch) for each in best)]]
     for layout, line in lines.items():
-        cells = [
-            f"{three_digits(line[batch].rate)} m{line[batch].measurement.configuration.micro_batch}"
-            + " *"[winner == layout]
-            if batch in line
-            else "· "
-            for batch, winner in best.items()
-        ]
+        by_batch = {each.batch: each for each in line}
+        cells = []
+        for top in best:
+            each = by_batch.get(top.batch)
+            cells.append("· " if each is None else f"{three_digits(each.rate)} m{each.micro_batch}" + " *"[each == top])
         rows.append([layout, *cells])
-    widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         yield "  ".join(cells).rstrip()
 
 
-def _in_words(best: list[tuple[int, str]]) -> str:
+def _in_words(best: list[LinePoint]) -> str:
     """`TP2·PP1·DP1 at 2 to 8, TP1·PP1·DP2 at 16 to 64`."""
     spans = []
-    for layout, batches in groupby(best, key=lambda item: item[1]):
-        values = [batch for batch, _ in batches]
-        spans.append(f"{layout} at {values[0]}" + (f" to {values[-1]}" if len(values) > 1 else ""))
+    for layout, points in groupby(best, key=lambda each: each.layout):
+        batches = [each.batch for each in points]
+        spans.append(f"{layout} at {batches[0]}" + (f" to {batches[-1]}" if len(batches) > 1 else ""))
     return ", ".join(spans)

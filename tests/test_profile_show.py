@@ -10,8 +10,9 @@ from test_profiles_query import LAYOUTS, row, table_of
 from test_profiles_table import HERE, MODEL
 
 from copus.job import load_job
+from launch.lines import winners
 from launch.profile_plot import draw_lines
-from launch.profile_show import fastest, winners
+from launch.profile_show import lines_of
 from profiles.published import read_csv
 from profiles.query import Filter, groups, query
 from profiles.table import ThroughputTable
@@ -109,8 +110,8 @@ def test_what_cannot_be_shown_is_one_line(
 
 def test_the_picture_has_the_lines_and_the_failures(table: Path, tmp_path: Path) -> None:
     found = query([table])
-    lines = fastest(found)
-    assert winners(lines) == [(4, "TP2·PP1·DP1·SP"), (8, "TP1·PP1·DP2")]
+    best = winners(lines_of(found))
+    assert [(each.batch, each.layout) for each in best] == [(4, "TP2·PP1·DP1·SP"), (8, "TP1·PP1·DP2")]
     figure = draw_lines(list(groups(found).values()))
     (panel,) = figure.axes
     drawn = {container.get_label(): container.lines[0].get_xydata().tolist() for container in panel.containers}

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from launch.history import History, LossAt
-from launch.report.series import KIND_WORDS, GoodputAt, LinePoint, SeenPoint, smoothed_loss, thinned
+from launch.lines import LinePoint
+from launch.report.series import KIND_WORDS, GoodputAt, SeenPoint, smoothed_loss, thinned
 from launch.report.style import (
     ACCENT,
     FAINT,

@@ -1,15 +1,15 @@
 """What the plots of a report show, as numbers: pure functions of a run's history."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple, TypeVar
 
 from launch.history import History, LossAt, MoveAt, StepAt
+from launch.lines import Lines, fastest, point
 from launch.plot import smoothed
 from planner.efficiency import statistical_efficiency
 from planner.goodput import Objective, goodput
-from profiles.configuration import Configuration
 from profiles.decision import Decision
 
 MOST_POINTS = 1500
@@ -155,56 +155,20 @@ def time_shares(history: History) -> list[Share]:
     return [Share(kind, spent, spent / whole) for kind, spent in seconds.items() if spent > 0]
 
 
-class LinePoint(NamedTuple):
-    """The fastest micro-batch of a layout at a global batch."""
-
-    batch: int
-    rate: float
-    """Sequences a second."""
-    spread: float
-    """Half-width of its interval."""
-    micro_batch: int
-    source: str
-    """measured, interpolated, extrapolated, seen."""
-
-
-Lines = dict[str, list[LinePoint]]
-"""Layout → its line over the global batch."""
-
-
 def predicted_lines(decision: Decision) -> Lines:
     """What the planner expected of each layout."""
-    points = []
-    for each in decision.candidates:
-        rate = each.samples_per_second
-        if rate and each.step_seconds:
-            spread = rate * (each.step_seconds_spread or 0.0) / each.step_seconds
-            points.append(_point(each.configuration, rate, spread, each.source))
-    return _fastest(points)
-
-
-def profiled_lines(history: History) -> Lines:
-    """What this run measured before training: for where the planner has decided nothing yet."""
-    return _fastest(
-        _point(each.configuration, each.configuration.global_batch / each.step_seconds, 0.0, "measured")
-        for each in history.measured
+    return fastest(
+        point(each.configuration, each.step_seconds, each.step_seconds_spread, each.source)
+        for each in decision.candidates
         if each.step_seconds
     )
 
 
-def _point(configuration: Configuration, rate: float, spread: float, source: str) -> tuple[str, LinePoint]:
-    point = LinePoint(configuration.global_batch, rate, spread, configuration.micro_batch, source)
-    return configuration.layout.label, point
-
-
-def _fastest(points: Iterable[tuple[str, LinePoint]]) -> Lines:
-    """The fastest micro-batch of each layout at each batch."""
-    best: dict[str, dict[int, LinePoint]] = {}
-    for layout, point in points:
-        line = best.setdefault(layout, {})
-        if point.batch not in line or line[point.batch].rate < point.rate:
-            line[point.batch] = point
-    return {layout: [line[batch] for batch in sorted(line)] for layout, line in best.items()}
+def profiled_lines(history: History) -> Lines:
+    """What this run measured before training: for where the planner has decided nothing yet."""
+    return fastest(
+        point(each.configuration, each.step_seconds, None, "measured") for each in history.measured if each.step_seconds
+    )
 
 
 class SeenPoint(NamedTuple):

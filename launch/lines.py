@@ -1,0 +1,52 @@
+"""Throughput over the global batch, a line for each layout: the picture that explains this project, as numbers."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from profiles.configuration import Configuration
+
+
+class LinePoint(NamedTuple):
+    """The fastest micro-batch of a layout at a global batch."""
+
+    layout: str
+    batch: int
+    micro_batch: int
+    rate: float
+    """Sequences a second."""
+    spread: float
+    """Half-width of its interval."""
+    source: str
+    """measured, interpolated, extrapolated, predicted, seen."""
+
+
+Lines = dict[str, list[LinePoint]]
+"""Layout → its line, by ascending batch."""
+
+
+def point(configuration: Configuration, step_seconds: float, spread_seconds: float | None, source: str) -> LinePoint:
+    """A step time as throughput."""
+    layout, batch = configuration.layout.label, configuration.global_batch
+    rate = batch / step_seconds
+    spread = rate * (spread_seconds or 0.0) / step_seconds
+    return LinePoint(layout, batch, configuration.micro_batch, rate, spread, source)
+
+
+def fastest(points: Iterable[LinePoint]) -> Lines:
+    """The fastest micro-batch of each layout at each batch; layouts in the order in which they come."""
+    best: dict[str, dict[int, LinePoint]] = {}
+    for each in points:
+        line = best.setdefault(each.layout, {})
+        if each.batch not in line or line[each.batch].rate < each.rate:
+            line[each.batch] = each
+    return {layout: [line[batch] for batch in sorted(line)] for layout, line in best.items()}
+
+
+def winners(lines: Lines) -> list[LinePoint]:
+    """The fastest layout at each global batch, ascending."""
+    top: dict[int, LinePoint] = {}
+    for line in lines.values():
+        for each in line:
+            if each.batch not in top or top[each.batch].rate < each.rate:
+                top[each.batch] = each
+    return [top[batch] for batch in sorted(top)]
