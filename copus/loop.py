@@ -9,7 +9,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from copus.agreement import RankError, is_out_of_memory
-from copus.backends.base import Backend, Batches, StepResult, TrainerState
+from copus.backends.base import Backend, Batches, StepRequest, StepResult, TrainerState
 from copus.events import DecisionMade, Evaluate, Event, Failure, Noise, Reconfigure, Step, Warned
 from copus.job import JobConfig
 from copus.noise.meter import NoiseMeter
@@ -144,12 +144,14 @@ class Trainer:
         try:
             result = backend.train_step(
                 self._train,
-                state.samples_consumed,
-                rules,
-                source,
-                stop,
-                writing=self._saver.is_writing,
-                on_trial=self._on_trial(),
+                StepRequest(
+                    first_sample=state.samples_consumed,
+                    rules=rules,
+                    noise_source=source,
+                    stop=stop,
+                    writing=self._saver.is_writing,
+                    on_trial=self._on_trial(),
+                ),
             )
         except RankError as error:
             lack = error
