@@ -103,8 +103,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         if done is not None:
             report(
                 Restart(
-                    step=state.step,
-                    samples_consumed=state.samples_consumed,
+                    **state.here,
                     attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
                     requeued=REQUEUED in os.environ,
                     resumed_from=resumed_from,
@@ -117,14 +116,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         planner = _planner(job, rows, state) if rank == 0 else None
         trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
         reason = trainer.train()
-        report(
-            End(
-                step=state.step,
-                samples_consumed=state.samples_consumed,
-                reason=reason,
-                seconds=time.monotonic() - started,
-            )
-        )
+        report(End(**state.here, reason=reason, seconds=time.monotonic() - started))
 
 
 def start_of(
@@ -136,8 +128,7 @@ def start_of(
 ) -> Start:
     """What the event log says when training begins."""
     return Start(
-        step=state.step,
-        samples_consumed=state.samples_consumed,
+        **state.here,
         configuration=configuration,
         total_samples=job.total_samples,
         seq_len=job.model.seq_len,

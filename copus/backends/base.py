@@ -92,6 +92,11 @@ class TrainerState:
     decisions: int = 0
     """Decisions taken so far."""
 
+    @property
+    def here(self) -> dict[str, int]:
+        """Where the run is, as every event says it."""
+        return {"step": self.step, "samples_consumed": self.samples_consumed}
+
 
 @dataclass(frozen=True)
 class Moved:
