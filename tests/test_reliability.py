@@ -14,7 +14,7 @@ from copus.backends.base import StepRequest, TrainerState
 from copus.backends.megatron import backend as megatron_backend
 from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
-from copus.checkpoints import newest_checkpoint, write_checkpoint
+from copus.checkpoints import Writing, newest_checkpoint
 from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.resize import resized
@@ -173,7 +173,7 @@ def test_no_memory_where_weights_may_have_changed_is_remembered_and_not_resumed(
 def _resumed(run: Path, table: Path) -> str:
     """Layout that a job saved in a configuration comes back in."""
     backend = backend_of(tiny_job(2, {"dp": 2}, global_batch=4))
-    write_checkpoint(run, backend, TrainerState(samples_consumed=8), keep=1)
+    Writing(run, backend, TrainerState(samples_consumed=8), keep=1, in_background=False).finish()
     known = Throughput(ThroughputTable(table).rows(backend.fingerprint()) if dist.get_rank() == 0 else [])
     worker._build_or_resume(tiny_job(2, {"tp": 2}, global_batch=4), newest_checkpoint(run), backend, known)
     return backend.configuration.layout.label
@@ -216,7 +216,7 @@ def _elsewhere(run: Path, layout: dict[str, Any], ranks: int, steps: int) -> tup
         losses.append(backend.train_step(random_batches, StepRequest(state.samples_consumed, RULES)).loss)
         state.samples_consumed += backend.configuration.global_batch
         state.optimizer_steps = backend.optimizer_steps
-    write_checkpoint(run, backend, state, keep=2)
+    Writing(run, backend, state, keep=2, in_background=False).finish()
     return losses, backend.configuration.label
 
 
@@ -245,7 +245,7 @@ def _change_optimizer(run: Path, layouts: list[dict[str, Any]]) -> list[float]:
     job = tiny_job(2, layouts[0], micro_batch=2)
     backend = backend_of(job)
     losses = [backend.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in range(3)]
-    write_checkpoint(run, backend, TrainerState(samples_consumed=24, optimizer_steps=3), keep=2)
+    Writing(run, backend, TrainerState(samples_consumed=24, optimizer_steps=3), keep=2, in_background=False).finish()
     other = configuration(8, 2, **layouts[1])
     worker.fits = lambda *arguments: False  # type: ignore[attr-defined]
     worker.fitting = lambda *arguments: other  # type: ignore[attr-defined]
