@@ -11,10 +11,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import copus.loop
 import copus.worker
 from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import Writing
+from copus.moves import Moves
 from planner.planner import Planner
 from profiles.configuration import Configuration
 from profiles.decision import Decision
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     (run / f"worker-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     copus.worker.Planner = ScriptedPlanner  # type: ignore[misc]
     Writing._write = announced(run, "checkpoint", Writing._write)  # type: ignore[method-assign]
-    copus.loop.Trainer._move = announced(run, "move", copus.loop.Trainer._move)  # type: ignore[method-assign]
+    Moves._move = announced(run, "move", Moves._move)  # type: ignore[method-assign]
     assert MegatronBackend is not None  # imported here and not between two collectives: it takes seconds
     return copus.worker.main(arguments)
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu_predicted import accelerator_file, predictions
-from copus.backends.base import Backend, StepResult, StepRules
+from copus.backends.base import Backend, StepRequest, StepResult, StepRules
 from copus.devices import join_world, rank_device, wait_for
 from copus.hardware import hardware_name, peak_memory_bytes, reset_peak_memory, software_name
 from copus.job import JobConfig, parse_job
@@ -80,7 +80,7 @@ class Rank:
     def step(self, noise_source: str | None = None) -> StepResult:
         """One optimizer step."""
         first, self._sample = self._sample, self._sample + self.backend.configuration.global_batch
-        result = self.backend.train_step(self.batches, first, RULES, noise_source, False)
+        result = self.backend.train_step(self.batches, StepRequest(first, RULES, noise_source))
         if result.skipped:
             raise RuntimeError(f"{self.backend.configuration.label}: the gradient is not finite")
         return result

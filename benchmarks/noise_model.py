@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import Batches, StepResult, StepRules
+from copus.backends.base import Batches, StepRequest, StepResult, StepRules
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.megatron.modules import RMSNorm
 from copus.data.prepared import prepared_path
@@ -56,7 +56,7 @@ def brute_force(job: JobConfig, training_steps: int, sequences: int, online_step
     pairs, sample = [], 0
     rules = StepRules(lr=job.training.lr, betas=job.training.betas)
     for _ in range(training_steps):
-        pairs.append(_pair(backend.train_step(batches, sample, rules, BOTH, False)))
+        pairs.append(_pair(backend.train_step(batches, StepRequest(sample, rules, BOTH))))
         sample += configuration.global_batch
     tokens = configuration.global_batch * job.model.seq_len
     result: dict[str, Any] = {"training_steps": training_steps, "training_batch": configuration.global_batch}
@@ -73,7 +73,8 @@ def brute_force(job: JobConfig, training_steps: int, sequences: int, online_step
         for step in range(online_steps):
             source = source_of_step(settings, configuration, step)
             first = sample + step * configuration.global_batch
-            meter.update(backend.train_step(batches, first, _frozen(job), source, False), (step + 1) * tokens, tokens)
+            seen = backend.train_step(batches, StepRequest(first, _frozen(job), source))
+            meter.update(seen, (step + 1) * tokens, tokens)
         noise = meter.estimate()
         result[name] = {"value": noise.value, "low": noise.low, "high": noise.high}
         _progress(f"{name}: {result[name]}")
@@ -87,7 +88,7 @@ def _progress(text: str) -> None:
 
 def _truth(backend: MegatronBackend, batches: Batches, first: int, sequences: int) -> dict[str, Any]:
     """tr Σ / |G|² of the whole gradient and of the norm layers' share, from gradients of single sequences."""
-    network: Any = backend._chunks[0]
+    network: Any = backend.built.chunks[0]
     while hasattr(network, "module"):
         network = network.module
     norm_weights = {id(module.weight) for module in network.modules() if isinstance(module, RMSNorm)}
@@ -167,12 +168,12 @@ def same_on_every_layout(job: JobConfig) -> list[dict[str, Any]]:
     backend, batches = _start(job, Configuration(layout=Layout(dp=4), micro_batch=2, global_batch=16))
     for step in range(3):
         rules = StepRules(lr=job.training.lr, betas=job.training.betas)
-        backend.train_step(batches, 16 * step, rules, None, False)
+        backend.train_step(batches, StepRequest(16 * step, rules))
     for degrees in LAYOUTS:
         layout = Layout.model_validate(degrees)
         backend.move(Configuration(layout=layout, micro_batch=2, global_batch=16))
-        micro = backend.train_step(batches, 48, _frozen(job), BOTH, False)
-        replica = backend.train_step(batches, 48, _frozen(job), "replica", False)
+        micro = backend.train_step(batches, StepRequest(48, _frozen(job), BOTH))
+        replica = backend.train_step(batches, StepRequest(48, _frozen(job), "replica"))
         assert micro.parts is not None
         assert micro.norm_layer_parts is not None
         seen.append(
@@ -208,7 +209,7 @@ def step_times(job: JobConfig, configuration: Configuration, rounds: int) -> dic
                 source = source_of_step(job.planner, configuration, index % job.planner.noise_every_steps)
             dist.barrier()
             started = time.perf_counter()
-            backend.train_step(batches, sample, _frozen(job), source, False)
+            backend.train_step(batches, StepRequest(sample, _frozen(job), source))
             elapsed = time.perf_counter() - started
             sample = (sample + configuration.global_batch) % 4096
             if index >= 0:

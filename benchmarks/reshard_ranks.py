@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.reshard import make_job
-from copus.backends.base import StepRules
+from copus.backends.base import StepRequest, StepRules
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.megatron.live_state import LiveState
 from copus.devices import join_world, rank_device, wait_for
@@ -66,7 +66,7 @@ def _move(backend: MegatronBackend, task: dict[str, Any], folder: Path) -> dict[
 
     backend.build(_configuration(tour[0].model_copy(update={"zero": 0})))  # DP: every rank has everything
     for step in range(_STEPS):
-        backend.train_step(batches, 8 * step, _RULES, None, False)
+        backend.train_step(batches, StepRequest(8 * step, _RULES))
     truth = _whole_tensors(backend.live_state())
     backend.move(_configuration(tour[0]))
     moves, saves = [], {}

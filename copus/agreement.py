@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from copus.job import JobError
+
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What RuntimeErrors say: of torch's allocator on a CPU, and on a GPU of libraries that allocate beside it."""
 
@@ -68,3 +70,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """An exception for people: `TypeName: what it says`, without line breaks."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def message_of(error: BaseException) -> str:
+    """What the event log says of a failure: what the user has to mend as it stands, which is one line already, and
+    anything else by `one_line`."""
+    return str(error) if isinstance(error, JobError) else one_line(error)

@@ -40,7 +40,6 @@ def run_branches(
         raise JobError(f"{branches.checkpoint.name}: the learning rate is 0 here: every batch would learn nothing")
     noise = NoiseMeter(job.planner.noise_half_life_tokens)
     noise.restore(state.noise)
-    here = {"step": state.step, "samples_consumed": state.samples_consumed}
     done = _done(run, branches)
     total = len(branches.seeds) * len(branches.configurations)
     for seed in branches.seeds:
@@ -56,13 +55,13 @@ def run_branches(
                 branch, run, backend, train, valid, None, begin, events.append, stop_requested, keep_nothing=True
             )
             if trainer.train() == "interrupted":
-                report(End(**here, reason="interrupted", seconds=time.monotonic() - started))
+                report(End(**state.here, reason="interrupted", seconds=time.monotonic() - started))
                 return
             done.add((configuration, seed))
             losses = [event.loss for event in events if isinstance(event, Evaluate)]
             report(
                 Branch(
-                    **here,
+                    **state.here,
                     done=len(done),
                     total=total,
                     configuration=configuration,
@@ -74,7 +73,7 @@ def run_branches(
                     noise=noise.estimate(),
                 )
             )
-    report(End(**here, reason="finished", seconds=time.monotonic() - started))
+    report(End(**state.here, reason="finished", seconds=time.monotonic() - started))
 
 
 def _go_back(backend: Backend, configuration: Configuration, checkpoint: Path, optimizer_steps: int) -> None:

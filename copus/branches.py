@@ -42,12 +42,12 @@ def branch_job(job: JobConfig, samples_consumed: int, sequences: int, lr: float,
     """The job of one branch: `sequences` more after `samples_consumed`, in the order of `seed`, at a constant `lr`.
 
     `lr` is that of the reference batch: batches scale it, and β2, by the rules of the job (√κ unless told otherwise).
-    Nothing but the losses at both ends is recorded, and nothing is decided.
+    It is evaluated at both ends alone, and its noise measured as little as can be.
     """
-    never = 2**60
+    tokens = (samples_consumed + sequences) * job.model.seq_len
     training = job.training.model_copy(
         update={
-            "tokens": (samples_consumed + sequences) * job.model.seq_len,
+            "tokens": tokens,
             "seed": seed,
             "lr": lr,
             "min_lr": min(job.training.min_lr, lr),
@@ -56,11 +56,10 @@ def branch_job(job: JobConfig, samples_consumed: int, sequences: int, lr: float,
             "reference_batch": job.reference_batch,
             "max_minutes": None,
             "target_loss": None,
-            "evaluate_every_tokens": never,
+            "evaluate_every_tokens": tokens,
             "checkpoint_every_tokens": None,
         }
     )
-    planner = job.planner.model_copy(
-        update={"policy": "static", "every_samples": never, "min_noise_samples": 1, "noise_every_steps": never}
-    )
+    most_steps = sequences  # of one sequence each
+    planner = job.planner.model_copy(update={"min_noise_samples": 1, "noise_every_steps": most_steps})
     return job.model_copy(update={"training": training, "planner": planner})

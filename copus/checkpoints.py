@@ -144,14 +144,6 @@ class Writing:
         return CheckpointError(str(error))
 
 
-def write_checkpoint(run: Path, backend: Backend, state: TrainerState, keep: int) -> tuple[Path, int]:
-    """Save everything that `--resume` needs, while training waits; the folder and its size in bytes. Collective.
-
-    Raises CheckpointError as `Writing` does.
-    """
-    return Writing(run, backend, state, keep, in_background=False).finish()
-
-
 def _on_first(action: Callable[[], None]) -> None:
     """Do something with files on rank 0 while the others wait. Raises RankError."""
     together(action if _rank() == 0 else lambda: None, OSError)

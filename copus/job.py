@@ -235,15 +235,16 @@ def _located(where: str, check: Any) -> None:
     try:
         check()
     except ValidationError as error:
-        raise ValueError(f"{where}: {_first_message(error)}") from None
+        raise ValueError(f"{where}: {first_message(error)}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _first_message(error: ValidationError) -> str:
-    """`field: what is wrong (got value)` for the first thing wrong."""
+def first_message(error: ValidationError, *within: str) -> str:
+    """`field: what is wrong (got value)` for the first thing wrong; `within` are the sections that were not validated
+    with it."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part) for part in (*within, *first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key"
@@ -265,7 +266,7 @@ def parse_job(values: Any, where: str = "job") -> JobConfig:
     try:
         job = JobConfig.model_validate(values)
     except ValidationError as error:
-        raise JobError(f"{where}: {_first_message(error)}") from None
+        raise JobError(f"{where}: {first_message(error)}") from None
     for complaint in _misread(values, job, ""):
         raise JobError(f"{where}: {complaint}")
     return job

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from copus.job import JobConfig, JobError, apply_override, load_job, parse_job
+from copus.job import JobConfig, JobError, apply_override, first_message, load_job, parse_job
 from planner.space import layouts
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
@@ -115,9 +115,7 @@ def load_resized(job_file: Path, overrides: list[str], engine: str | None = None
     try:
         cluster = Cluster.model_validate(values["cluster"])
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, ("cluster", *first["loc"])))
-        raise JobError(f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}") from None
+        raise JobError(first_message(error, "cluster")) from None
     if cluster.accelerators == job.cluster.accelerators:
         return load_job(job_file, overrides, engine)
     return resized(job, cluster)

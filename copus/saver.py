@@ -56,8 +56,7 @@ class Saver:
             folder, size = writing.finish()
             self._report(
                 Checkpoint(
-                    step=self._state.step,
-                    samples_consumed=self._state.samples_consumed,
+                    **self._state.here,
                     path=str(folder.relative_to(self._run)),
                     seconds=self._waited + time.perf_counter() - started,
                     background_seconds=behind,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from copus.agreement import from_first, one_line
+from copus.agreement import from_first, message_of
 from copus.backends.base import Backend, Batches, TrainerState
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
@@ -58,7 +58,8 @@ def main(arguments: list[str]) -> int:
         job = _on_these_ranks(job)
         _work(job, run, device, stop, profile_only="--profile-only" in arguments)
     except Exception as error:
-        EventLog(run).write(Failure(step=0, samples_consumed=0, rank=int(os.environ["RANK"]), message=_told(error)))
+        rank = int(os.environ["RANK"])
+        EventLog(run).write(Failure(step=0, samples_consumed=0, rank=rank, message=message_of(error)))
         if isinstance(error, JobError):
             print(error, file=sys.stderr)
             return 2
@@ -103,8 +104,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         if done is not None:
             report(
                 Restart(
-                    step=state.step,
-                    samples_consumed=state.samples_consumed,
+                    **state.here,
                     attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
                     requeued=REQUEUED in os.environ,
                     resumed_from=resumed_from,
@@ -117,14 +117,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         planner = _planner(job, rows, state) if rank == 0 else None
         trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
         reason = trainer.train()
-        report(
-            End(
-                step=state.step,
-                samples_consumed=state.samples_consumed,
-                reason=reason,
-                seconds=time.monotonic() - started,
-            )
-        )
+        report(End(**state.here, reason=reason, seconds=time.monotonic() - started))
 
 
 def start_of(
@@ -136,8 +129,7 @@ def start_of(
 ) -> Start:
     """What the event log says when training begins."""
     return Start(
-        step=state.step,
-        samples_consumed=state.samples_consumed,
+        **state.here,
         configuration=configuration,
         total_samples=job.total_samples,
         seq_len=job.model.seq_len,
@@ -246,10 +238,6 @@ class _Reporter:
             for line in self._trackers.close(failed=exception[0] is not None):
                 print(f"copus: {line}", file=sys.stderr, flush=True)
             self._log.close()
-
-
-def _told(error: Exception) -> str:
-    return " ".join(str(error).split()) if isinstance(error, JobError) else one_line(error)
 
 
 if __name__ == "__main__":

@@ -216,8 +216,6 @@ def test_a_branch_is_the_run_going_on(tmp_path: Path) -> None:
     )
     job = tiny_job(2, {"tp": 2}, tokens=16 * 80, **settings)
     more = tiny_job(2, {"tp": 2}, tokens=16 * 144, **settings)
-    never = {"policy": "static", "every_samples": 10**9}
-    job, more = (each.model_copy(update={"planner": each.planner.model_copy(update=never)}) for each in (job, more))
     before, branches, after = run_ranks(2, _train_then_branch, tmp_path, job, more)[0]
     results = [event for event in branches if isinstance(event, Branch)]
     assert [event.configuration.global_batch for event in results] == [8, 4, 16], "the second 8 is the first again"
@@ -259,7 +257,7 @@ def test_the_command_with_all_of_it_real(tmp_path: Path) -> None:
     job = write_tiny_job(tmp_path)
     values = yaml.safe_load(job.read_text())
     values["training"]["tokens"] = 16 * 4 * 75
-    values["planner"] |= {"noise_half_life_tokens": 1000, "every_samples": 10**9}
+    values["planner"]["noise_half_life_tokens"] = 1000
     values["data"]["cache"] = str(tmp_path / "cache")
     (run / "job.yaml").write_text(yaml.safe_dump(values))
     subprocess.run([sys.executable, "-m", "copus.data", str(run / "job.yaml")], cwd=tmp_path, check=True)

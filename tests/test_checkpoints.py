@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from copus import checkpoints
 from copus.agreement import RankError
 from copus.backends.base import TrainerState
-from copus.checkpoints import CheckpointError, newest_checkpoint, read_state, write_checkpoint
+from copus.checkpoints import CheckpointError, Writing, newest_checkpoint, read_state
 from copus.manifest import MANIFEST, damage, describe, files_of, read_manifest, write_manifest
 from tests.launch_events import TENSOR
 
@@ -47,7 +47,8 @@ def write(run: Path, samples: int, keep: int = 2, **attributes: Any) -> Path:
     backend = FilesBackend()
     for name, value in attributes.items():
         setattr(backend, name, value)
-    return write_checkpoint(run, backend, TrainerState(samples_consumed=samples), keep)[0]  # type: ignore[arg-type]
+    state = TrainerState(samples_consumed=samples)
+    return Writing(run, backend, state, keep, in_background=False).finish()[0]  # type: ignore[arg-type]
 
 
 def names(run: Path) -> list[str]:

@@ -26,7 +26,7 @@ def _megatron_cells(layout: dict[str, Any], model: dict[str, Any], precision: st
         tiny_job(dist.get_world_size(), layout, model, global_batch=12, evaluate_sequences=12, precision=precision)
     )
     where: dict[torch.nn.Parameter, tuple[str, np.ndarray]] = {}
-    for chunk in backend._chunks:
+    for chunk in backend.built.chunks:
         module = unwrap(chunk)
         by_storage = {param.data_ptr(): param for param in module.parameters()}
         for item in nested_values(module.sharded_state_dict(metadata=metadata())):
@@ -38,7 +38,7 @@ def _megatron_cells(layout: dict[str, Any], model: dict[str, Any], precision: st
                 parts = list(nested_values(item.build_fn(item.key, item.data, item.replica_id, None)))
             where[param] = (_name(parts[0]), np.concatenate([_global_indices(part).ravel() for part in parts]))
     cells = {(name, index) for name, indices in where.values() for index in indices.tolist()}
-    for wrapper in backend._optimizer.chained_optimizers:
+    for wrapper in backend.built.optimizer.chained_optimizers:
         sharded = isinstance(wrapper, DistributedOptimizer)
         for param in wrapper.model_param_group_index_map if sharded else where:
             name, indices = where[param]

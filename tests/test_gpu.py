@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from copus.agreement import RankError
-from copus.backends.base import StepRules
+from copus.backends.base import StepRequest, StepRules
 from copus.backends.megatron import groups
 from copus.backends.megatron.backend import MegatronBackend
 from copus.job import JobConfig
@@ -63,7 +63,7 @@ def built(device: torch.device, job: JobConfig) -> MegatronBackend:
 def train(backend: MegatronBackend, steps: int, first_sample: int = 0) -> list[float]:
     """Losses of some steps of 8 sequences."""
     return [
-        backend.train_step(random_batches, first_sample + 8 * step, RULES, None, False).loss for step in range(steps)
+        backend.train_step(random_batches, StepRequest(first_sample + 8 * step, RULES)).loss for step in range(steps)
     ]
 
 
@@ -103,11 +103,11 @@ def test_moving_to_another_layout_changes_no_loss(on_device, precision: str, zer
 def step_with_parts(device: torch.device) -> tuple[float, list[float], list[float]]:
     """|g|² of a step of 8 sequences, its parts' norms, and the norms of the same parts as steps of their own."""
     backend = built(device, tiny_job(1, micro_batch=2))
-    whole = backend.train_step(random_batches, 0, STILL, "microbatch", False)
+    whole = backend.train_step(random_batches, StepRequest(0, STILL, "microbatch"))
     assert whole.parts is not None
     assert whole.parts.part_size == 2
     backend.move(configuration(2, 2))
-    alone = [backend.train_step(random_batches, 2 * part, STILL, None, False).grad_sq for part in range(4)]
+    alone = [backend.train_step(random_batches, StepRequest(2 * part, STILL)).grad_sq for part in range(4)]
     return whole.grad_sq, list(whole.parts.squared_norms), alone
 
 
@@ -136,7 +136,7 @@ def test_a_batch_too_large_for_this_gpu_is_taken_back(nccl: None) -> None:
         torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
         backend.move(configuration(4096, 4096))
         with pytest.raises(RankError) as caught:
-            backend.train_step(random_batches, 32, RULES, None, False, on_trial=True)
+            backend.train_step(random_batches, StepRequest(32, RULES, on_trial=True))
         assert caught.value.out_of_memory
         backend.recover(configuration(8, 2))
         assert losses + train(backend, 4, 32) == pytest.approx(undisturbed, rel=1e-6)

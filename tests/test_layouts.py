@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from copus.backends.base import StepRequest
 from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
 from tests.ranks import run_ranks
 
@@ -22,7 +23,7 @@ def _train(
     backend = backend_of(tiny_job(accelerators, layout, model, micro_batch=2))
     seen = []
     for step in range(steps):
-        result = backend.train_step(random_batches, 8 * step, RULES, "microbatch", False)
+        result = backend.train_step(random_batches, StepRequest(8 * step, RULES, "microbatch"))
         assert result.parts is not None
         assert len(result.parts.squared_norms) == 4
         seen.append((result.loss, result.grad_sq, float(np.mean(result.parts.squared_norms))))
@@ -78,7 +79,7 @@ def _parts(layout: dict[str, Any], source: str, global_batch: int, micro_batch: 
     """|g|², |g_j|² and part size of one step at the initial weights."""
     accelerators = layout.get("dp", 1) * layout.get("tp", 1) * layout.get("pp", 1)
     job = tiny_job(accelerators, layout, global_batch=global_batch, micro_batch=micro_batch)
-    result = backend_of(job).train_step(random_batches, 0, RULES, source, False)
+    result = backend_of(job).train_step(random_batches, StepRequest(0, RULES, source))
     if result.parts is None:
         return result.grad_sq, [], 0
     return result.grad_sq, list(result.parts.squared_norms), result.parts.part_size
@@ -87,7 +88,7 @@ def _parts(layout: dict[str, Any], source: str, global_batch: int, micro_batch: 
 def _brute_force(parts: int, part_size: int) -> list[float]:
     """|g_j|² of every part by torch alone: plain autograd on the unwrapped model."""
     backend = backend_of(tiny_job(1))
-    model: Any = backend._chunks[0].module
+    model: Any = backend.built.chunks[0].module
     norms = []
     for part in range(parts):
         tokens, labels = random_batches(part * part_size, part_size)
@@ -130,12 +131,12 @@ def test_one_sequence_is_one_part_and_says_nothing() -> None:
 def _poisoned_step() -> tuple[bool, list[bool], int]:
     """A step whose gradient is not finite: skipped, and the weights stay as they were."""
     backend = backend_of(tiny_job(1))
-    param = next(iter(backend._chunks[0].parameters()))
+    param = next(iter(backend.built.chunks[0].parameters()))
     hook = param.register_hook(lambda gradient: gradient * float("nan"))
-    before = [each.detach().clone() for each in backend._chunks[0].parameters()]
-    result = backend.train_step(random_batches, 0, RULES, None, False)
+    before = [each.detach().clone() for each in backend.built.chunks[0].parameters()]
+    result = backend.train_step(random_batches, StepRequest(0, RULES))
     hook.remove()
-    same = [bool((a == b).all()) for a, b in zip(before, backend._chunks[0].parameters(), strict=True)]
+    same = [bool((a == b).all()) for a, b in zip(before, backend.built.chunks[0].parameters(), strict=True)]
     return result.skipped, same, backend.optimizer_steps
 
 

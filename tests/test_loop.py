@@ -68,8 +68,8 @@ class _Table(Throughput):
         """Learn nothing."""
 
 
-def _train(run: Path, job: JobConfig, policy: str = "static", stop_after: int | None = None) -> list[Event]:
-    """Train, from the newest checkpoint of `run` if there is one; the events of rank 0."""
+def _train(run: Path, job: JobConfig, policy: str | None = "static", stop_after: int | None = None) -> list[Event]:
+    """Train, from the newest checkpoint of `run` if there is one; the events of rank 0. No policy: no planner."""
     backend = MegatronBackend(job, own_device())
     state, start = TrainerState(), job.training.configuration
     newest = newest_checkpoint(run)
@@ -79,7 +79,7 @@ def _train(run: Path, job: JobConfig, policy: str = "static", stop_after: int | 
     if newest is not None:
         backend.load(newest, state.optimizer_steps)
     planner = None
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and policy is not None:
         settings = job.planner.model_copy(update={"policy": policy})
         known = _Table(_rows(backend, job))
         planner = Planner(settings, job.model, job.cluster, job.training.configuration, known, number=state.decisions)
@@ -201,6 +201,14 @@ def test_what_is_left_at_the_end_is_trained_on_too(tmp_path: Path) -> None:
     steps = [event for event in events if isinstance(event, Step)]
     assert [step.global_batch for step in steps] == [16] * 20 + [2, 1]
     assert read_state(newest_checkpoint(tmp_path))[1].global_batch == 16
+
+
+@pytest.mark.dist
+def test_without_a_planner_nothing_is_decided(tmp_path: Path) -> None:
+    events = run_ranks(2, _train, tmp_path, _job(tokens=16 * 64), None)[0]
+    assert [event.samples_consumed for event in events if isinstance(event, Step)] == list(range(4, 65, 4))
+    assert not any(isinstance(event, DecisionMade) for event in events), "though two would be due"
+    assert read_state(newest_checkpoint(tmp_path))[0].decisions == 0
 
 
 @pytest.mark.dist

@@ -35,7 +35,7 @@ def job_of(ranks: int, case: dict[str, Any], layers: int) -> JobConfig:
 
 def kept_bytes(job: JobConfig) -> int:
     """Bytes of the distinct tensors that the forward pass of a micro-batch keeps on this rank, weights left out."""
-    (chunk,) = backend_of(job)._chunks
+    (chunk,) = backend_of(job).built.chunks
     weights = {each.untyped_storage().data_ptr() for each in chunk.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

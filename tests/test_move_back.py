@@ -59,7 +59,8 @@ def _run_out(backend: MegatronBackend, case: Case, in_step: int) -> None:
             if len(calls) == min(2, case.after.num_microbatches):
                 raise case.error
 
-        layer = [module for module in backend._chunks[0].modules() if type(module).__name__ == "TransformerLayer"][-1]
+        modules = backend.built.chunks[0].modules()
+        layer = [module for module in modules if type(module).__name__ == "TransformerLayer"][-1]
         if len(steps) == in_step:
             if case.place == "forward":
                 layer.register_forward_hook(fail)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from copus.backends.base import StepRequest
 from copus.backends.megatron.geometry import OPTIMIZER
 from copus.reshard import execute
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
@@ -23,7 +24,7 @@ def _train(layouts: list[dict[str, Any]], model: dict[str, Any]) -> list[float]:
     for layout in layouts:
         backend.move(configuration(8, 2, **layout))
         for _ in range(STEPS):
-            losses.append(backend.train_step(random_batches, sample, RULES, None, False).loss)
+            losses.append(backend.train_step(random_batches, StepRequest(sample, RULES)).loss)
             sample += 8
     assert backend.optimizer_steps == len(losses)
     return losses
@@ -55,7 +56,7 @@ def _change_batch() -> tuple[list[float], list[int]]:
     losses, sizes = [], []
     for global_batch, micro_batch in ((8, 2), (16, 4), (4, 1)):
         moved = backend.move(configuration(global_batch, micro_batch, tp=2)).bytes_moved
-        result = backend.train_step(random_batches, 0, RULES, "microbatch", False)
+        result = backend.train_step(random_batches, StepRequest(0, RULES, "microbatch"))
         assert result.parts is not None
         losses.append(result.loss)
         sizes.append(len(result.parts.squared_norms))
@@ -75,7 +76,7 @@ def _refused() -> tuple[str, float]:
     backend = backend_of(tiny_job(2, micro_batch=2))
     with pytest.raises(ValueError, match="not supported") as caught:
         backend.move(configuration(8, 2, tp=2, zero=2))
-    return str(caught.value), backend.train_step(random_batches, 0, RULES, None, False).loss
+    return str(caught.value), backend.train_step(random_batches, StepRequest(0, RULES)).loss
 
 
 @pytest.mark.dist
@@ -96,7 +97,7 @@ def _there_and_back(
     settings = {"micro_batch": 2, "precision": precision, "staging_bytes": staging_bytes}
     backend = backend_of(tiny_job(dist.get_world_size(), layouts[0], model, **settings))
     for step in range(2):
-        backend.train_step(random_batches, 8 * step, RULES, None, False)
+        backend.train_step(random_batches, StepRequest(8 * step, RULES))
     execute.ALONE = alone  # in this rank, which is a process of its own
     before = {place: [field.clone() for field in fields()] for place, fields in backend.live_state().items()}
     moves = [backend.move(configuration(8, 2, **layout)) for layout in [*layouts[1:], layouts[0]]]
@@ -196,7 +197,7 @@ def _held_bytes(zero: int, normlayer: bool) -> list[int]:
     for _ in range(4):
         for layout in ({"tp": 2}, {"dp": 2}):
             backend.move(configuration(8, 2, **layout, zero=zero))
-            backend.train_step(random_batches, 0, RULES, "microbatch+normlayer" if normlayer else None, False)
+            backend.train_step(random_batches, StepRequest(0, RULES, "microbatch+normlayer" if normlayer else None))
         held.append(_living_bytes())
     return held
 

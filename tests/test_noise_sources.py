@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from copus.backends.base import StepRequest
 from copus.backends.megatron import model as megatron_model
 from copus.backends.megatron.main_params import main_params
 from copus.backends.megatron.modules import RMSNorm
@@ -39,8 +40,8 @@ def _step(
     job = job.model_copy(update={"planner": job.planner.model_copy(update=planner)})
     backend = backend_of(job)
     for step in range(steps_before):
-        backend.train_step(random_batches, 8 * step, RULES, None, False)
-    result = backend.train_step(random_batches, 8 * steps_before, RULES, source, False)
+        backend.train_step(random_batches, StepRequest(8 * step, RULES))
+    result = backend.train_step(random_batches, StepRequest(8 * steps_before, RULES, source))
     kinds = {"full": result.parts, "norm layers": result.norm_layer_parts}
     return {kind: (parts.grad_sq, list(parts.squared_norms)) for kind, parts in kinds.items() if parts is not None}
 
@@ -49,12 +50,12 @@ def _by_autograd(part_size: int, model: dict[str, Any], norms_only: bool, adam: 
     """The same by torch alone, on one rank: backward passes of the unwrapped model over one part after another."""
     backend = backend_of(tiny_job(1, {}, model, micro_batch=2))
     for step in range(steps_before):
-        backend.train_step(random_batches, 8 * step, RULES, None, False)
-    network: Any = backend._chunks[0].module
+        backend.train_step(random_batches, StepRequest(8 * step, RULES))
+    network: Any = backend.built.chunks[0].module
     norm_weights = {id(module.weight) for module in network.modules() if isinstance(module, RMSNorm)}
     params = [param for param in network.parameters() if not norms_only or id(param) in norm_weights]
     weights = {}
-    for param, _, group, state, _ in main_params(backend._optimizer):
+    for param, _, group, state, _ in main_params(backend.built.optimizer):
         if adam:
             v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
             weights[id(param)] = torch.where(v > 0, 1 / (v.sqrt() + group["eps"]), 0.0).double()
@@ -166,7 +167,7 @@ def _sizes(configurations: list[Configuration], source: str) -> list[tuple[int, 
     sizes = []
     for each in configurations:
         backend.move(each)
-        result = backend.train_step(random_batches, 0, RULES, source, False)
+        result = backend.train_step(random_batches, StepRequest(0, RULES, source))
         kinds = (result.parts, result.norm_layer_parts)
         sizes.append(tuple(0 if parts is None else len(parts.squared_norms) for parts in kinds))
     return sizes  # type: ignore[return-value]

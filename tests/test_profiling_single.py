@@ -9,7 +9,7 @@ from launch_jobs import copus_here, write_job
 from test_planner_decision import noise
 from test_profiles_table import HERE
 
-from copus.backends.base import StepRules, TrainerState
+from copus.backends.base import StepRequest, StepRules, TrainerState
 from copus.backends.megatron.backend import MegatronBackend
 from copus.job import JobError, load_job
 from copus.profiling.single import SingleProfiler, stage_ranks, world_of_one
@@ -41,7 +41,7 @@ def _real(layouts: list[dict]) -> list[dict[str, list[tuple[int, ...]]]]:
     found = []
     for layout in layouts:
         backend = backend_of(tiny_job(2, layout))
-        backend.train_step(random_batches, 0, RULES, None, False)
+        backend.train_step(random_batches, StepRequest(0, RULES))
         found.append(_shapes(backend))
         backend.close()
     return found
@@ -56,7 +56,7 @@ def _alone(layouts: list[dict]) -> list[list[dict[str, list[tuple[int, ...]]]]]:
         for rank in range(2):
             with world_of_one(2, rank):
                 backend = backend_of(tiny_job(2, layout))
-                result = backend.train_step(random_batches, 0, RULES, None, False)
+                result = backend.train_step(random_batches, StepRequest(0, RULES))
                 assert not result.skipped, "the optimizer ran"
                 found[-1].append(_shapes(backend))
                 backend.close()

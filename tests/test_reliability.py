@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from copus import worker
 from copus.agreement import RankError, from_first, together
-from copus.backends.base import TrainerState
+from copus.backends.base import StepRequest, TrainerState
 from copus.backends.megatron import backend as megatron_backend
 from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
-from copus.checkpoints import newest_checkpoint, write_checkpoint
+from copus.checkpoints import Writing, newest_checkpoint
 from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.resize import resized
@@ -73,7 +73,7 @@ def _failing_move(layouts: list[dict[str, Any]], place: str | None) -> tuple[lis
             said = str(caught.value)
             assert caught.value.out_of_memory
             assert backend.configuration.layout != after.layout
-        losses.append(backend.train_step(random_batches, 8 * step, RULES, None, False).loss)
+        losses.append(backend.train_step(random_batches, StepRequest(8 * step, RULES)).loss)
     assert backend.optimizer_steps == 6
     return losses, said
 
@@ -173,7 +173,7 @@ def test_no_memory_where_weights_may_have_changed_is_remembered_and_not_resumed(
 def _resumed(run: Path, table: Path) -> str:
     """Layout that a job saved in a configuration comes back in."""
     backend = backend_of(tiny_job(2, {"dp": 2}, global_batch=4))
-    write_checkpoint(run, backend, TrainerState(samples_consumed=8), keep=1)
+    Writing(run, backend, TrainerState(samples_consumed=8), keep=1, in_background=False).finish()
     known = Throughput(ThroughputTable(table).rows(backend.fingerprint()) if dist.get_rank() == 0 else [])
     worker._build_or_resume(tiny_job(2, {"tp": 2}, global_batch=4), newest_checkpoint(run), backend, known)
     return backend.configuration.layout.label
@@ -213,10 +213,10 @@ def _elsewhere(run: Path, layout: dict[str, Any], ranks: int, steps: int) -> tup
     state = worker._build_or_resume(job, newest, backend, Throughput())
     losses = []
     for _ in range(steps):
-        losses.append(backend.train_step(random_batches, state.samples_consumed, RULES, None, False).loss)
+        losses.append(backend.train_step(random_batches, StepRequest(state.samples_consumed, RULES)).loss)
         state.samples_consumed += backend.configuration.global_batch
         state.optimizer_steps = backend.optimizer_steps
-    write_checkpoint(run, backend, state, keep=2)
+    Writing(run, backend, state, keep=2, in_background=False).finish()
     return losses, backend.configuration.label
 
 
@@ -244,15 +244,15 @@ def _change_optimizer(run: Path, layouts: list[dict[str, Any]]) -> list[float]:
     """Steps under one layout, a checkpoint, and steps from it under a planner's other choice."""
     job = tiny_job(2, layouts[0], micro_batch=2)
     backend = backend_of(job)
-    losses = [backend.train_step(random_batches, 8 * step, RULES, None, False).loss for step in range(3)]
-    write_checkpoint(run, backend, TrainerState(samples_consumed=24, optimizer_steps=3), keep=2)
+    losses = [backend.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in range(3)]
+    Writing(run, backend, TrainerState(samples_consumed=24, optimizer_steps=3), keep=2, in_background=False).finish()
     other = configuration(8, 2, **layouts[1])
     worker.fits = lambda *arguments: False  # type: ignore[attr-defined]
     worker.fitting = lambda *arguments: other  # type: ignore[attr-defined]
     state = worker._build_or_resume(job, newest_checkpoint(run), backend, Throughput())
     assert backend.configuration == other
     first = state.samples_consumed
-    return losses + [backend.train_step(random_batches, first + 8 * step, RULES, None, False).loss for step in range(3)]
+    return losses + [backend.train_step(random_batches, StepRequest(first + 8 * step, RULES)).loss for step in range(3)]
 
 
 @pytest.mark.dist

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from copus.backends.base import StepRequest
 from copus.backends.megatron.safe_loading import UnsafeCheckpointError, data_only, load_metadata
 from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
 from tests.ranks import run_ranks
@@ -89,12 +90,12 @@ def test_what_torch_writes_passes() -> None:
 def _load_forged(folder: Path, forge: str, trace: Path) -> tuple[float, str]:
     """Save, load, then load the forged one. The loss after the honest load, and what the refusal said."""
     backend = backend_of(tiny_job(1))
-    backend.train_step(random_batches, 0, RULES, None, False)
+    backend.train_step(random_batches, StepRequest(0, RULES))
     save = backend.begin_save(folder, copy=False)
     save.write()
     save.finish()
     backend.load(folder, 1)
-    loss = backend.train_step(random_batches, 8, RULES, None, False).loss
+    loss = backend.train_step(random_batches, StepRequest(8, RULES)).loss
     if forge == ".metadata":
         (folder / ".metadata").write_bytes(pickle.dumps(Malice(trace)))
     else:

@@ -39,6 +39,23 @@ class StepRules:
 
 
 @dataclass(frozen=True)
+class StepRequest:
+    """What is asked of one optimizer step."""
+
+    first_sample: int
+    """Where its global batch begins."""
+    rules: StepRules
+    noise_source: str | None = None
+    """What parts to show: a name as in `copus.noise.sources`, or None for none."""
+    stop: bool = False
+    """Whether this rank asks to stop."""
+    writing: bool = False
+    """Whether this rank still writes a checkpoint."""
+    on_trial: bool = False
+    """Whether all ranks are to be able to go back where memory runs out on any."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one optimizer step showed; equal on every rank."""
 
@@ -74,6 +91,11 @@ class TrainerState:
     """What the planner knows of φ and of the cost of moves."""
     decisions: int = 0
     """Decisions taken so far."""
+
+    @property
+    def here(self) -> dict[str, int]:
+        """Where the run is, as every event says it."""
+        return {"step": self.step, "samples_consumed": self.samples_consumed}
 
 
 @dataclass(frozen=True)
@@ -129,22 +151,11 @@ class Backend(Protocol):
     def build(self, configuration: Configuration) -> None:
         """Make groups, model and optimizer from nothing: initial weights, a function of the seed alone."""
 
-    def train_step(
-        self,
-        batches: Batches,
-        first_sample: int,
-        rules: StepRules,
-        noise_source: str | None,
-        stop: bool,
-        writing: bool = False,
-        on_trial: bool = False,
-    ) -> StepResult:
-        """One optimizer step on the global batch that begins at `first_sample`.
+    def train_step(self, batches: Batches, request: StepRequest) -> StepResult:
+        """One optimizer step.
 
-        `noise_source` is a name as in `copus.noise.sources`, or None for no parts. `stop` and `writing` are this rank's
-        part of the result's. Where a step `on_trial` finds too
-        little memory on any rank before a weight has changed on any, RankError is raised on all, and `recover` has to
-        come next.
+        Where a step `on_trial` finds too little memory on any rank before a weight has changed on any, RankError is
+        raised on all, and `recover` has to come next.
         """
 
     def evaluate(self, batches: Batches, sequences: int) -> float:

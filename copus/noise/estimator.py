@@ -34,19 +34,10 @@ class NoiseEstimator:
         # Σ tokens·|G|², Σ (J − 1), Σ (J − 1)·tr Σ.
         self._blocks: list[list[float]] = []
         self._samples = 0
-        self._skipped = 0
         self._tokens_seen = 0.0
 
-    @property
-    def skipped(self) -> int:
-        """Steps left out because a figure was not finite."""
-        return self._skipped
-
     def update(self, step: StepEstimate, tokens_seen: int, tokens: int) -> None:
-        """Add a step of `tokens` tokens that ended at `tokens_seen` tokens of the run."""
-        if not (math.isfinite(step.grad_sq) and math.isfinite(step.noise_trace)):
-            self._skipped += 1
-            return
+        """Add a step of `tokens` tokens that ended at `tokens_seen` tokens of the run; its figures are finite."""
         self._samples += 1
         self._tokens_seen = tokens_seen
         if not self._blocks or tokens_seen - self._blocks[-1][0] > self._block_tokens:
@@ -79,19 +70,13 @@ class NoiseEstimator:
 
     def state(self) -> dict[str, Any]:
         """Everything, as plain values for a checkpoint."""
-        return {
-            "blocks": self._blocks,
-            "samples": self._samples,
-            "skipped": self._skipped,
-            "tokens_seen": self._tokens_seen,
-        }
+        return {"blocks": self._blocks, "samples": self._samples, "tokens_seen": self._tokens_seen}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; an empty dict leaves a fresh estimator."""
         if state:
             self._blocks = [list(block) for block in state["blocks"]]
             self._samples = state["samples"]
-            self._skipped = state["skipped"]
             self._tokens_seen = state["tokens_seen"]
 
 

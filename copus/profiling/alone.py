@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from copus.agreement import one_line
+from copus.agreement import message_of
 from copus.backends.megatron.fingerprint import fingerprint
 from copus.devices import check_accelerator
 from copus.events import EventLog, Failure
@@ -36,8 +36,7 @@ def main(arguments: list[str]) -> int:
         task = Task(job.model, job.cluster, fingerprint(job), job.profile, job=job)
         fill_table(job, run, load_profiler(job), task, log.write, stop)
     except Exception as error:
-        told = " ".join(str(error).split()) if isinstance(error, JobError) else one_line(error)
-        log.write(Failure(step=0, samples_consumed=0, rank=0, message=told))
+        log.write(Failure(step=0, samples_consumed=0, rank=0, message=message_of(error)))
         if isinstance(error, JobError):
             print(error, file=sys.stderr)
             return 2

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from copus.agreement import RankError, from_first, is_out_of_memory
-from copus.backends.base import Backend, Batches, StepRules
+from copus.backends.base import Backend, Batches, StepRequest, StepRules
 from copus.devices import wait_for
 from copus.events import Profile
 from copus.hardware import peak_memory_bytes, reset_peak_memory
@@ -130,7 +130,7 @@ class LiveProfiler:
 
     def _step(self) -> None:
         rules = StepRules(lr=0.0, betas=(0.9, 0.95))  # weights stay what they are
-        self._backend.train_step(self._task.batches, 0, rules, None, False)
+        self._backend.train_step(self._task.batches, StepRequest(0, rules))
 
     def _peak(self) -> int | None:
         """Most memory of any rank."""

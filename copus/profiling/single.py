@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from copus.agreement import RankError, is_out_of_memory
-from copus.backends.base import StepRules
+from copus.backends.base import StepRequest, StepRules
 from copus.devices import rank_device, wait_for
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig
@@ -79,7 +79,7 @@ class SingleProfiler:
                 seconds = []
                 for _ in range(self._task.config.warmup_steps + self._task.config.steps):
                     started = time.perf_counter()
-                    backend.train_step(self._batches, 0, rules, None, False)
+                    backend.train_step(self._batches, StepRequest(0, rules))
                     wait_for(device)
                     seconds.append(time.perf_counter() - started)
             finally:

@@ -1,7 +1,7 @@
 """What a tracker is: another place where the figures of a run are shown. docs/tracking.md walks through writing one."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from copus.events import Event
 
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 class Tracker(Protocol):
     """Takes the figures of a run, on rank 0, in a thread of its own: it may wait, but training never waits for it.
+
+    What an entry point of the group `copus.trackers` names makes one from its options in the job file, and raises
+    ValueError where these are wrong. That is also called where the job file is only checked: it opens nothing, and
+    imports nothing that is slow.
 
     Whatever it raises switches it off for the rest of the run, with one warning, and nothing else happens.
     """
@@ -29,13 +33,3 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Send what is left. Called at the end, also after an error, and also where `start` failed."""
-
-
-class TrackerType(Protocol):
-    """What an entry point of the group `copus.trackers` names: most often the tracker's class."""
-
-    def __call__(self, options: dict[str, Any]) -> Tracker:
-        """Make one from its options in the job file. Raises ValueError where these are wrong.
-
-        Also called where the job file is only checked: it opens nothing, and imports nothing that is slow.
-        """

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from copus.agreement import RankError, together
-from copus.backends.base import Batches, Moved, StepResult, StepRules
+from copus.backends.base import Batches, Moved, StepRequest, StepResult
 from copus.backends.megatron import checkpoint, cpu, groups, step, upstream
 from copus.backends.megatron.fingerprint import fingerprint
 from copus.backends.megatron.limits import check_layout
@@ -29,6 +28,7 @@ cpu.before_import()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
+from copus.backends.megatron.built import BuiltModel  # noqa: E402
 from copus.backends.megatron.live_state import LiveState, live_state  # noqa: E402
 from copus.backends.megatron.model import build_model, transformer_config  # noqa: E402
 from copus.backends.megatron.part_norms import PartNorms  # noqa: E402
@@ -49,9 +49,7 @@ class MegatronBackend:
         self.device = device
         self._job = job
         self._configuration: Configuration | None = None
-        self._chunks: list[Any] = []
-        self._optimizer: Any = None
-        self._part_norms: PartNorms | None = None
+        self._built: BuiltModel | None = None
         self._optimizer_steps = 0
         self._world = World(device, job.launch.timeout_seconds)
 
@@ -65,6 +63,12 @@ class MegatronBackend:
         """What is built."""
         assert self._configuration is not None, "build() comes first"
         return self._configuration
+
+    @property
+    def built(self) -> BuiltModel:
+        """What that consists of on this rank."""
+        assert self._built is not None, "build() comes first"
+        return self._built
 
     @property
     def optimizer_steps(self) -> int:
@@ -104,15 +108,16 @@ class MegatronBackend:
         seed = training.seed if initial_weights else None
         overlap = training.overlap_grad_reduce
         # Megatron's optimizer begins with a collective: a rank without memory for the model must not miss it alone.
-        self._chunks = together(lambda: build_model(self._job.model, layout, config, seed, overlap))
-        self._optimizer = self._make_optimizer(layout)
+        chunks = together(lambda: build_model(self._job.model, layout, config, seed, overlap))
+        self._built = built = BuiltModel(self.device, chunks)
+        built.optimizer = self._make_optimizer(layout, chunks)
         preconditioned = self._job.planner.noise_metric == "adam"
         tied = self._job.model.tied_embeddings
-        self._part_norms = PartNorms(self._chunks, self._optimizer, layout, tied, preconditioned)
+        built.part_norms = PartNorms(chunks, built.optimizer, layout, tied, preconditioned)
         self._optimizer_steps = 0
         self._configuration = configuration
 
-    def _make_optimizer(self, layout: Layout) -> Any:
+    def _make_optimizer(self, layout: Layout, chunks: list[Any]) -> Any:
         training = self._job.training
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -127,7 +132,7 @@ class MegatronBackend:
                 params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
                 use_distributed_optimizer=layout.zero > 0,
             ),
-            self._chunks,
+            chunks,
             use_gloo_process_groups=False,
         )
         self._apply_options(optimizer)
@@ -143,32 +148,10 @@ class MegatronBackend:
                 group["fused"], group["foreach"] = True, False  # one pass over the memory instead of ten
 
     def _tear_down(self) -> None:
-        """Let go of everything that belongs to a layout, so that a job can move for days without growing.
-
-        Megatron's wrappers refer to each other in circles and hang their buffers on the parameters.
-        """
-        if self._part_norms is not None:
-            self._part_norms.close()
-        if self._optimizer is not None:  # a build that failed half-way has none
-            for inner in upstream.inner_optimizers(self._optimizer):
-                inner.state.clear()
-                for group in inner.param_groups:
-                    for param in group["params"]:
-                        param.data = param.data.new_empty(0)
-                    group["params"] = []
-            for wrapper in self._optimizer.chained_optimizers:
-                # The shards of an fp32 distributed optimizer are views of the weights, with a graph behind them that
-                # ends in the hooks of the data parallel wrapper: a circle that no collector sees.
-                vars(wrapper).clear()
-        for chunk in self._chunks:
-            for param in chunk.parameters():
-                for name in ("main_grad", "main_param", "grad"):
-                    if getattr(param, name, None) is not None:
-                        setattr(param, name, None)
-                param.data = param.data.new_empty(0)
-            chunk.grad_accs = []
-            chunk.bucket_groups, chunk.buffers = [], []
-        self._chunks, self._optimizer, self._part_norms, self._configuration = [], None, None, None
+        """Let go of everything that belongs to a layout, so that a job can move for days without growing."""
+        if self._built is not None:
+            self._built.release()
+        self._built, self._configuration = None, None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -179,17 +162,8 @@ class MegatronBackend:
         self._tear_down()
         groups.destroy_groups()
 
-    def train_step(
-        self,
-        batches: Batches,
-        first_sample: int,
-        rules: StepRules,
-        noise_source: str | None,
-        stop: bool,
-        writing: bool = False,
-        on_trial: bool = False,
-    ) -> StepResult:
-        """One optimizer step on the global batch that begins at `first_sample`.
+    def train_step(self, batches: Batches, request: StepRequest) -> StepResult:
+        """One optimizer step.
 
         A step `on_trial` for which any rank has too little memory raises RankError on all; `recover` has to follow.
 
@@ -197,40 +171,16 @@ class MegatronBackend:
         of half the size: the same gradient, and parts to measure. An odd number of sequences cannot be halved: then
         `parts` is None.
         """
-        with self._world.trial() if on_trial else contextlib.nullcontext() as trial:
-            commit = trial.commit if trial is not None else lambda: None
-            result = self._step(batches, first_sample, rules, noise_source, stop, writing, commit)
+        configuration = run_as(self.configuration, request.noise_source)
+        with self._world.trial() if request.on_trial else contextlib.nullcontext() as trial:
+            self._seed_dropout(request.first_sample)
+            result = step.compute_gradients(self.built, configuration, batches, request)
+            if trial is not None:
+                trial.commit()
+            if not result.skipped:
+                step.update_weights(self.built, request.rules, self._job.training.clip_grad, result.grad_sq)
         self._optimizer_steps += not result.skipped
         return result
-
-    def _step(
-        self,
-        batches: Batches,
-        first_sample: int,
-        rules: StepRules,
-        noise_source: str | None,
-        stop: bool,
-        writing: bool,
-        commit: Callable[[], None],
-    ) -> StepResult:
-        assert self._part_norms is not None, "build() comes first"
-        configuration = run_as(self.configuration, noise_source)
-        self._seed_dropout(first_sample)
-        return step.train_step(
-            self._chunks,
-            self._optimizer,
-            self._part_norms,
-            configuration,
-            batches,
-            first_sample,
-            rules,
-            self._job.training.clip_grad,
-            noise_source,
-            stop,
-            writing,
-            commit,
-            self.device,
-        )
 
     def _seed_dropout(self, first_sample: int) -> None:
         """Dropout is a function of seed, samples and rank, so that a resumed run needs no random state to be saved.
@@ -248,11 +198,11 @@ class MegatronBackend:
 
     def evaluate(self, batches: Batches, sequences: int) -> float:
         """Mean loss over the first `sequences` held-out sequences, nats a token."""
-        return step.evaluate(self._chunks, self.configuration, batches, sequences, self.device)
+        return step.evaluate(self.built, self.configuration, batches, sequences)
 
     def live_state(self) -> LiveState:
         """The tensors of this rank, by their place in the whole model."""
-        return live_state(self._chunks, self._optimizer, self._job.model, self.configuration.layout)
+        return live_state(self.built, self._job.model, self.configuration.layout)
 
     def move(self, configuration: Configuration) -> Moved:
         """Go on in another configuration, with the same weights and optimizer state.
@@ -316,7 +266,7 @@ class MegatronBackend:
 
     def _take_state(self) -> dict[Place, Fields]:
         """Tear down, but for the tensors of the state."""
-        upstream.prime_adam(self._optimizer)  # a job that moves before its first step has no moments yet
+        upstream.prime_adam(self.built.optimizer)  # a job that moves before its first step has no moments yet
         held = {place: fields() for place, fields in self.live_state().items()}
         self._tear_down()
         return held
@@ -324,18 +274,18 @@ class MegatronBackend:
     def _fill(self, plan: Plan, held: dict[Place, Fields], steps: int) -> None:
         """Fill what was built with the state that ranks hold, and let go of that."""
         reshard(plan, held, self.live_state(), self._job.training.staging_bytes, self.device)
-        upstream.set_adam_step(self._optimizer, steps)
+        upstream.set_adam_step(self.built.optimizer, steps)
         self._optimizer_steps = steps
 
     def begin_save(self, folder: Path, copy: bool) -> checkpoint.Save:
         """Prepare to write weights and optimizer state into an existing, empty folder, in a format that every layout
         can read. With `copy` the job may train on, and move, before they are written."""
-        return checkpoint.Save(folder, self._chunks, self._optimizer, copy)
+        return checkpoint.Save(folder, self.built, copy)
 
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read them into what is built."""
-        checkpoint.load(folder, self._chunks, self._optimizer, optimizer_steps)
-        self._apply_options(self._optimizer)
+        checkpoint.load(folder, self.built, optimizer_steps)
+        self._apply_options(self.built.optimizer)
         self._optimizer_steps = optimizer_steps
 
 

@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from copus.agreement import all_ranks, one_line, together
 from copus.backends.megatron import cpu, upstream
+from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.safe_loading import data_only
 from copus.backends.megatron.sharded import metadata, state_dict, unwrap
 from copus.hardware import room_for_a_copy
@@ -27,14 +28,14 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa
 class Save:
     """All that is needed to go on, on any layout, on its way to disk: planned here, then written, then finished."""
 
-    def __init__(self, folder: Path, chunks: list[Any], optimizer: Any, copy: bool) -> None:
+    def __init__(self, folder: Path, built: BuiltModel, copy: bool) -> None:
         """Plan who writes what; every data parallel rank writes a share. Collective. `folder` must exist and be empty.
 
         With `copy` what is written is the state of now, copied into the memory of the host, and training may go on.
         Raises RankError, on every rank, where any rank could not do its part.
         """
-        with upstream.counted_steps(optimizer):
-            state = state_dict(chunks, optimizer, is_loading=False)
+        with upstream.counted_steps(built.optimizer):
+            state = state_dict(built.chunks, built.optimizer, is_loading=False)
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
         strategy = FullyParallelSaveStrategyWrapper(
             serialization.get_default_save_sharded_strategy("torch_dist"), replicas, True
@@ -138,9 +139,10 @@ def _collecting(function: Callable[..., Any], errors: list[Exception]) -> Callab
     return wrapped
 
 
-def load(folder: Path, chunks: list[Any], optimizer: Any, optimizer_steps: int) -> None:
+def load(folder: Path, built: BuiltModel, optimizer_steps: int) -> None:
     """Read what a `Save` wrote, on whatever layout, into a built model and optimizer. Nothing in the files is executed:
     raises pickle.UnpicklingError, or RuntimeError of the ranks that met one, where they ask for that."""
+    chunks, optimizer = built.chunks, built.optimizer
     upstream.prime_adam(optimizer)
     state = state_dict(chunks, optimizer, is_loading=True)
     try:

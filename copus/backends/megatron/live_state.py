@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from copus.backends.megatron import cpu
+from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.geometry import OPTIMIZER, LocalParameter, chunk_parameters
 from copus.backends.megatron.sharded import unwrap
 from copus.backends.megatron.upstream import adam_state
@@ -32,14 +33,14 @@ LiveState = dict[Place, Callable[[], Fields]]
 for."""
 
 
-def live_state(chunks: list[Any], optimizer: Any, model: ModelShape, layout: Layout) -> LiveState:
+def live_state(built: BuiltModel, model: ModelShape, layout: Layout) -> LiveState:
     """Everything that this rank holds, or is to hold. Raises ValueError where the parameters are not those that
     `geometry` expects."""
-    local = dict(pair for stage, chunk in enumerate(chunks) for pair in _match(chunk, stage, model, layout))
+    local = dict(pair for stage, chunk in enumerate(built.chunks) for pair in _match(chunk, stage, model, layout))
     found: LiveState = {}
     for param, described in local.items():
         found.update(_whole("", described, functools.partial(_data, param)))
-    for wrapper in optimizer.chained_optimizers:
+    for wrapper in built.optimizer.chained_optimizers:
         if wrapper.optimizer is None:  # nothing to optimise on this rank
             continue
         if isinstance(wrapper, DistributedOptimizer):

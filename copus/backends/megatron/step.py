@@ -1,15 +1,16 @@
-"""One optimizer step, and one evaluation, of a built Megatron model."""
+"""One optimizer step, in two halves, and one evaluation of a built Megatron model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import Batches, StepResult, StepRules
+from copus.backends.base import Batches, StepRequest, StepResult, StepRules
 from copus.backends.megatron import cpu
-from copus.backends.megatron.part_norms import PartNorms, squared_norm
+from copus.backends.megatron.built import BuiltModel
+from copus.backends.megatron.part_norms import squared_norm
 from copus.backends.megatron.sharded import unwrap
 from copus.backends.megatron.upstream import inner_optimizers
 from profiles.configuration import Configuration
@@ -19,58 +20,46 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 
-def train_step(
-    chunks: list[Any],
-    optimizer: Any,
-    part_norms: PartNorms,
-    configuration: Configuration,
-    batches: Batches,
-    first_sample: int,
-    rules: StepRules,
-    clip_grad: float,
-    noise_source: str | None,
-    stop: bool,
-    writing: bool,
-    commit: Callable[[], None],
-    device: torch.device,
+def compute_gradients(
+    built: BuiltModel, configuration: Configuration, batches: Batches, request: StepRequest
 ) -> StepResult:
-    """Forward, backward, reduction, one collective for every figure of the step, clipping, Adam.
+    """Forward, backward, reduction, and one collective for every figure of the step.
 
-    `commit` is called when that collective has told that every rank has its gradients, before any weight changes.
+    When it returns every rank has its gradients. No weight has changed yet: that is `update_weights`.
     """
-    for chunk in chunks:
+    optimizer, part_norms = built.optimizer, built.part_norms
+    assert part_norms is not None, "it is built"
+    for chunk in built.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    part_norms.start(noise_source, configuration)
-    losses = _run_microbatches(chunks, configuration, batches, first_sample, forward_only=False, device=device)
+    part_norms.start(request.noise_source, configuration)
+    losses = _run_microbatches(built, configuration, batches, request.first_sample, forward_only=False)
 
     optimizer.prepare_grads()
-    local_sq = _local_grad_sq(optimizer, configuration, device)
-    contribution = part_norms.contribution(device)
-    votes = (float(stop), float(writing))
-    loss, grad_sq, votes, totals = _share(configuration, losses, local_sq, votes, contribution, device)
-    commit()
+    local_sq = _local_grad_sq(built, configuration)
+    contribution = part_norms.contribution(built.device)
+    votes = (float(request.stop), float(request.writing))
+    loss, grad_sq, votes, totals = _share(configuration, losses, local_sq, votes, contribution)
     parts, norm_layer_parts = part_norms.parts(totals, grad_sq)
-
-    finite = bool(np.isfinite(grad_sq))
-    if finite:
-        _clip(optimizer, clip_grad, grad_sq)
-        _set_rules(optimizer, rules)
-        optimizer.step_with_ready_grads()
     return StepResult(
         loss=loss,
         grad_sq=grad_sq,
         parts=parts,
         norm_layer_parts=norm_layer_parts,
-        skipped=not finite,
+        skipped=not np.isfinite(grad_sq),
         stop=votes[0] > 0,
         writing=votes[1] > 0,
     )
 
 
-def evaluate(
-    chunks: list[Any], configuration: Configuration, batches: Batches, sequences: int, device: torch.device
-) -> float:
+def update_weights(built: BuiltModel, rules: StepRules, clip_grad: float, grad_sq: float) -> None:
+    """Clipping and Adam, with the gradients that are there; `grad_sq` is their |g|²."""
+    _clip(built.optimizer, clip_grad, grad_sq)
+    _set_rules(built.optimizer, rules)
+    built.optimizer.step_with_ready_grads()
+
+
+def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, sequences: int) -> float:
     """Mean loss over the first `sequences` sequences of `batches`, equal on every rank."""
     whole = configuration.model_copy(update={"global_batch": sequences, "micro_batch": 1})
     for micro_batch in range(configuration.micro_batch, 0, -1):
@@ -78,26 +67,22 @@ def evaluate(
         if rest == 0 and (configuration.layout.vp == 1 or count % configuration.layout.pp == 0):
             whole = whole.model_copy(update={"micro_batch": micro_batch})
             break
-    for chunk in chunks:
+    for chunk in built.chunks:
         chunk.eval()
     with torch.no_grad():
-        losses = _run_microbatches(chunks, whole, batches, 0, forward_only=True, device=device)
-    for chunk in chunks:
+        losses = _run_microbatches(built, whole, batches, 0, forward_only=True)
+    for chunk in built.chunks:
         chunk.train()
-    nothing = torch.zeros(1, dtype=torch.float64, device=device)
-    loss, *_ = _share(whole, losses, nothing[0], (0.0, 0.0), nothing, device)
+    nothing = torch.zeros(1, dtype=torch.float64, device=built.device)
+    loss, *_ = _share(whole, losses, nothing[0], (0.0, 0.0), nothing)
     return loss
 
 
 def _run_microbatches(
-    chunks: list[Any],
-    configuration: Configuration,
-    batches: Batches,
-    first_sample: int,
-    forward_only: bool,
-    device: torch.device,
+    built: BuiltModel, configuration: Configuration, batches: Batches, first_sample: int, forward_only: bool
 ) -> list[torch.Tensor]:
     """Run this replica's micro-batches; the loss of each, on the last pipeline stage only."""
+    chunks, device = built.chunks, built.device
     per_replica = configuration.global_batch // configuration.layout.dp
     first = first_sample + parallel_state.get_data_parallel_rank() * per_replica
     micro_batch = configuration.micro_batch
@@ -133,16 +118,16 @@ def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torc
     return loss, {"loss": loss.detach().clone()}  # megatron divides `loss` in place by the number of micro-batches
 
 
-def _local_grad_sq(optimizer: Any, configuration: Configuration, device: torch.device) -> torch.Tensor:
+def _local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Tensor:
     """This rank's share of |g|²: each gradient counted once over all ranks.
 
     With the distributed optimizer every rank has its own shard; without it the data parallel ranks have the same
     gradients, and those of rank 0 count.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=built.device)
     if configuration.layout.zero == 0 and parallel_state.get_data_parallel_rank() > 0:
         return total
-    for wrapper in optimizer.chained_optimizers:
+    for wrapper in built.optimizer.chained_optimizers:
         for gradient in wrapper.get_main_grads_for_grad_norm():
             total += squared_norm(gradient)
     return total
@@ -154,11 +139,10 @@ def _share(
     local_grad_sq: torch.Tensor,
     votes: tuple[float, float],
     contribution: torch.Tensor,
-    device: torch.device,
 ) -> tuple[float, float, tuple[float, float], np.ndarray]:
     """Add up everything that ranks have to tell each other in a step, in one collective: loss, |g|², votes, and what
     the noise is measured from."""
-    message = torch.zeros(4, dtype=torch.float64, device=device)
+    message = torch.zeros(4, dtype=torch.float64, device=contribution.device)
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
         message[0] = torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)
     message[1] = local_grad_sq
