@@ -4,6 +4,9 @@
 global batch, both ways: as many timed steps of each, by the same code. Nothing is left out because it looks slow. Both
 ways run twice, in turn: by how much the times of each differ from its own second ones tells what the machine allows.
 
+Where there are more ranks than cores, who shares a core with whom decides how fast a layout is: ranks keep to one
+(`benchmarks.live_profiler_ranks`), both ways alike.
+
 A process that has just started is not yet as fast as it will be. A configuration is therefore judged by how fast its
 launch runs then: after the few timed steps it goes on for `SETTLED_STEPS` more, which do not count as its wall time.
 """
