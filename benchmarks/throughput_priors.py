@@ -49,6 +49,7 @@ GUESS = {
     "optimizer": 1.5,
     "step_seconds": 1.0e-2,
     "stragglers": 0.015,
+    "company": 1.03,
     "time_scale": 1.0,
 }
 ROUND = 0.1

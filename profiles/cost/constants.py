@@ -59,6 +59,9 @@ CONSTANTS: dict[str, Constant] = {
     "optimizer": Constant(1.5, 0.5, "time of the update over bytes ÷ memory bandwidth"),
     "step_seconds": Constant(1.25e-2, 1.0, "of a step, whatever it does"),
     "stragglers": Constant(0.011, 0.7, "growth of a micro-batch's time for each doubling of nodes"),
+    "company": Constant(
+        1.03, 0.05, "time of a rank's own work beside other ranks, which share power, memory and the host, over alone"
+    ),
     # Widths have to be positive. GPUs of a kind are alike; a CPU's file says otherwise.
     "time_scale": Constant(1.0, 0.005, "time of all parts over what the other constants say"),
 }

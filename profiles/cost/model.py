@@ -107,7 +107,9 @@ class CostModel:
         sd = self._prior(known[0].cluster)[1]
         shard = np.concatenate([np.full(len(each.step_seconds), each.shard) for each in known])
         logs = np.log(seconds)
-        places = np.concatenate([coordinates(each.model, each.cluster, each.configurations) for each in known])
+        places = np.concatenate(
+            [coordinates(each.model, each.cluster, each.configurations, each.shard) for each in known]
+        )
         noisy = covariance(places, places, self._how) + self._how.noise_sd**2 * np.eye(len(logs))
         lower = np.linalg.cholesky(noisy)
 
@@ -131,8 +133,11 @@ class CostModel:
         moves = jacobian(done, means, sd, best.x, shard)
         whole = cho_factor(noisy + moves @ moves.T)
         solved = cho_solve(cho_factor(noisy), residual)
-        misfit = float(residual @ solved + best.x @ best.x)
-        spread = np.sqrt((self._how.freedom + misfit) / (self._how.freedom + len(logs)))
+        # How well shards are met says nothing of how well steps are.
+        steps = np.flatnonzero(~shard)
+        missed = residual[steps] @ np.linalg.solve(noisy[np.ix_(steps, steps)], residual[steps])
+        misfit = float(missed + best.x @ best.x)
+        spread = np.sqrt((self._how.freedom + misfit) / (self._how.freedom + len(steps))) if len(steps) else 1.0
         fitted._rows = _Rows(places, residual, moves, solved, whole, float(spread), int(shard.sum()))
         return fitted
 
@@ -203,7 +208,7 @@ class CostModel:
             spread = self._how.blind_spread if cluster.nodes == 1 else self._how.blind_spread_of_nodes
             return Errors(self._how, own, places, spread, self._how.freedom)
         across = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
-        freedom = self._how.freedom + len(rows.residual)
+        freedom = self._how.freedom + len(rows.residual) - rows.shards
         return Errors(self._how, own, places, rows.spread, freedom, across, cho_solve(rows.whole, across.T))
 
     @property

@@ -14,6 +14,7 @@ COORDINATES = (
     *("tp", "pp", "dp", "micro_batch", "num_microbatches", "vp", "cp", "ep"),
     *("zero", "recompute", "sp"),
     *("nodes", "width", "depth", "seq"),
+    "shard",
 )
 """What `coordinates` gives: log2 of the degrees, counts and sizes; flags as they are."""
 
@@ -62,25 +63,31 @@ _BATCH, _FLAGS, _SIZES, _SHAPE = (
 )
 
 
-def coordinates(model: ModelShape, cluster: Cluster, c: Configurations) -> Floats:
-    """Where each configuration lies, for the distance between two: N × D, in the order of `COORDINATES`."""
+_SHARD = COORDINATES.index("shard")
+
+
+def coordinates(model: ModelShape, cluster: Cluster, c: Configurations, shard: bool = False) -> Floats:
+    """Where each configuration lies, for the distance between two: N × D, in the order of `COORDINATES`. `shard`: as
+    one rank's work alone."""
     n = np.maximum(c.num_microbatches, 1)
     logs = np.log2(np.stack([c.tp, c.pp, c.dp, c.micro_batch, n, c.vp, c.cp, c.ep]).astype(float))
     flags = np.stack([c.zero, c.recompute, c.sequence_parallel]).astype(float)
-    size = np.log2([cluster.nodes, model.hidden, model.layers, model.seq_len])
-    return np.concatenate([logs, flags, np.repeat(size[:, None], len(c), axis=1)]).T
+    size = [*np.log2([cluster.nodes, model.hidden, model.layers, model.seq_len]), float(shard)]
+    return np.concatenate([logs, flags, np.repeat(np.array(size)[:, None], len(c), axis=1)]).T
 
 
 def covariance(a: Floats, b: Floats, how: Smoothness) -> Floats:
     """Covariance of the misses at coordinates a (N × D) and b (M × D), noise left out: N × M.
 
-    Four squared-exponential terms: shapes of the products; layout; layout and micro-batch; everything.
+    Four squared-exponential terms: shapes of the products; layout; layout and micro-batch; everything. A rank's work
+    alone and a whole step have but the first in common: the others are of what ranks do together.
     """
     lengths = np.full(a.shape[1], how.degree_length)
     lengths[_FLAGS], lengths[_SIZES], lengths[_BATCH] = how.flag_length, how.size_length, how.batch_length
-    rest = [index for index in range(a.shape[1]) if index not in _BATCH]
+    rest = [index for index in range(a.shape[1]) if index not in (*_BATCH, _SHARD)]
     a_scaled, b_scaled = a / lengths, b / lengths
-    layout = _near(a_scaled[:, rest], b_scaled[:, rest])
+    alike = a[:, _SHARD][:, None] == b[:, _SHARD][None, :]
+    layout = alike * _near(a_scaled[:, rest], b_scaled[:, rest])
     m, n = (_near(a_scaled[:, [index]], b_scaled[:, [index]]) for index in _BATCH)
     shape = _near(a[:, _SHAPE] / how.shape_length, b[:, _SHAPE] / how.shape_length) * _near(
         a_scaled[:, _SIZES], b_scaled[:, _SIZES]

@@ -82,12 +82,13 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
 
 
 def step_seconds(w: Work, log_constants: NDArray[np.float64], shard: NDArray[np.bool_] | None = None) -> Floats:
-    """Seconds of a step; where `shard` is true, of the parts of it that a rank does by itself."""
+    """Seconds of a step; where `shard` is true, of the parts of it that a rank does by itself, alone on its node."""
     found = parts(w, log_constants)
     total: Floats = sum(found.values(), start=np.zeros(len(w)))
     if shard is None:
         return total
-    return np.where(shard, sum((found[name] for name in OWN), start=np.zeros(len(w))), total)
+    alone = sum((found[name] for name in OWN), start=np.zeros(len(w))) / np.exp(log_constants[NAMES.index("company")])
+    return np.where(shard, alone, total)
 
 
 def _slower(a: Floats, b: Floats) -> Floats:
