@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -31,6 +31,9 @@ from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 from profiles.record import NonNegativeInt, PositiveInt, Record, UserPath
+
+if TYPE_CHECKING:
+    from profiles.memory.implementation import Implementation
 
 
 class JobError(Exception):
@@ -130,6 +133,13 @@ class TrainingConfig(Record):
     def configuration(self) -> Configuration:
         """What the run starts with."""
         return Configuration(layout=self.layout, micro_batch=self.micro_batch, global_batch=self.global_batch)
+
+    @property
+    def implementation(self) -> "Implementation":
+        """How it spends memory."""
+        from profiles.memory.implementation import Implementation  # its package loads numpy, which few commands need
+
+        return Implementation(dropout=self.dropout > 0)
 
 
 class LaunchConfig(Record):

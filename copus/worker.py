@@ -155,7 +155,7 @@ def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState) -> Pl
         job.training.configuration,
         Throughput((row for row in rows if not row.shard), _expected(job, rows)),
         number=state.decisions,
-        memory=MemoryCheck(job.model, job.cluster, job.training.precision, rows),
+        memory=MemoryCheck(job.model, job.cluster, job.training.precision, rows, job.training.implementation),
         total_samples=job.total_samples,
     )
     planner.restore(state.planner)

@@ -25,13 +25,15 @@ def plan(job_file: Path, overrides: list[str], *, as_json: bool = False, all_can
     from planner.look_ahead import look_ahead
 
     job = load_job(job_file, overrides)
-    training = job.training
+    training, start = job.training, job.training.configuration
     try:
         rows = ThroughputTable(job.profile.table).everything()
     except OSError as error:
         raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
     try:
-        prospects = look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
+        prospects = look_ahead(
+            job.planner, job.model, job.cluster, training.precision, start, rows, training.implementation
+        )
     except ValueError as error:
         raise JobError(f"{job_file}: cluster.{error}") from None
     if as_json:

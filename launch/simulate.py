@@ -142,10 +142,12 @@ def _published(noise: str) -> tuple[Floats, str]:
 
 def _throughputs(job: JobConfig) -> tuple[Menu, Floats, str]:
     """What may be chosen, with samples a second, and where these come from: the table, and the cost model beyond it."""
-    start = job.training.configuration
+    training, start = job.training, job.training.configuration
     try:
         rows = ThroughputTable(job.profile.table).everything()
-        prospects = look_ahead(job.planner, job.model, job.cluster, job.training.precision, start, rows)
+        prospects = look_ahead(
+            job.planner, job.model, job.cluster, training.precision, start, rows, training.implementation
+        )
     except OSError as error:
         raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
     except ValueError as error:

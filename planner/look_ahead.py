@@ -14,7 +14,7 @@ from profiles.configurations import RECOMPUTE, Configurations
 from profiles.cost import CostModel, Timings, expected
 from profiles.hardware import is_hardware_of
 from profiles.measurement import OWN, Measurement
-from profiles.memory import MemoryModel, Peaks
+from profiles.memory import MEGATRON, Implementation, MemoryModel, Peaks
 from profiles.memory.peaks import OUT_OF_MEMORY
 from profiles.mfu import peak_samples_per_second
 from profiles.model_shape import ModelShape
@@ -31,6 +31,7 @@ def look_ahead(
     precision: str,
     start: Configuration,
     table: Iterable[Measurement] = (),
+    how: Implementation = MEGATRON,
 ) -> Prospects:
     """Expect something of every candidate: from the table's rows of this job where they reach, else from the models,
     which learn from them, and from shards that one accelerator ran alone.
@@ -41,7 +42,7 @@ def look_ahead(
     steps = [row for row in rows if not row.shard]
     cost = CostModel().fit(Timings.of(rows, cluster))
     room, peak_samples = memory_bytes(cluster), peak_samples_per_second(model, cluster, precision)
-    memory = MemoryModel().fit(Peaks.of(rows, room))
+    memory = MemoryModel(how).fit(Peaks.of(rows, room))
     space = candidates(config, model, cluster, start)
     variants = list(_variants(model, start))
     everything = [*space, *variants]

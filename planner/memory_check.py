@@ -9,7 +9,7 @@ from profiles.configuration import Configuration
 from profiles.configurations import Configurations
 from profiles.cost.accelerator import accelerator
 from profiles.measurement import Measurement
-from profiles.memory import MemoryModel, Peaks
+from profiles.memory import MEGATRON, Implementation, MemoryModel, Peaks
 from profiles.memory.model import SURE
 from profiles.model_shape import ModelShape
 
@@ -32,11 +32,18 @@ def memory_bytes(cluster: Cluster) -> float | None:
 class MemoryCheck:
     """Refuses what surely does not fit: a chance below `SURE`, by the memory model after it learned from rows."""
 
-    def __init__(self, model: ModelShape, cluster: Cluster, precision: str, rows: Iterable[Measurement] = ()) -> None:
+    def __init__(
+        self,
+        model: ModelShape,
+        cluster: Cluster,
+        precision: str,
+        rows: Iterable[Measurement] = (),
+        how: Implementation = MEGATRON,
+    ) -> None:
         self.memory_bytes = memory_bytes(cluster)
         """Of one accelerator; None where nothing is checked."""
         self._model, self._precision = model, precision
-        self._memory = MemoryModel().fit(Peaks.of(rows, self.memory_bytes)) if self.memory_bytes else None
+        self._memory = MemoryModel(how).fit(Peaks.of(rows, self.memory_bytes)) if self.memory_bytes else None
 
     def refusals(self, configurations: Sequence[Configuration], least: float = SURE) -> dict[Configuration, str]:
         """`does not fit: 84.1 of 80.0 GiB`, with the expected peak, for each whose chance to fit is below `least`; `may

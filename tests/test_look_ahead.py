@@ -214,6 +214,16 @@ def test_accelerators_by_what_they_call_themselves(accelerator: str, yes: tuple[
         assert not is_hardware_of(name_hardware(yes[0], nodes, per_node), cluster)
 
 
+def test_dropout_takes_memory(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peaks = []
+    for share in (0.0, 0.1):
+        assert copus_here("plan", str(job_file), "--json", "--set", f"training.dropout={share}") == 0
+        told = json.loads(capsys.readouterr().out)
+        peaks.append(told["start"]["peak_bytes"])
+        assert any(("with" if share else "no") + " dropout" in each for each in told["assumptions"])
+    assert peaks[0] < peaks[1]
+
+
 def test_a_deeper_pipeline_than_was_measured_is_left_to_the_memory_model(job_file: Path) -> None:
     changes = ["training.layout={tp: 2, pp: 8}", "training.global_batch=32", "training.micro_batch=4"]
     changes.append("planner.min_global_batch=4")

@@ -157,7 +157,8 @@ class _Lead:
         return [row for row in rows if row.time >= self._since]
 
     def _memory(self, rows: list[Measurement]) -> MemoryCheck:
-        return MemoryCheck(self._job.model, self._job.cluster, self._job.training.precision, rows)
+        job, training = self._job, self._job.training
+        return MemoryCheck(job.model, job.cluster, training.precision, rows, training.implementation)
 
     def _enough(self) -> set[Configuration]:
         """What was measured as often as may be."""
