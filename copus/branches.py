@@ -42,7 +42,7 @@ def branch_job(job: JobConfig, samples_consumed: int, sequences: int, lr: float,
     """The job of one branch: `sequences` more after `samples_consumed`, in the order of `seed`, at a constant `lr`.
 
     `lr` is that of the reference batch: batches scale it, and β2, by the rules of the job (√κ unless told otherwise).
-    It is evaluated at both ends alone, and its noise measured as little as can be.
+    It is evaluated at both ends alone.
     """
     tokens = (samples_consumed + sequences) * job.model.seq_len
     training = job.training.model_copy(

@@ -68,6 +68,11 @@ class DataConfig(Record):
         return [value] if isinstance(value, str) and value != "shakespeare" else value
 
 
+STEP_SETTINGS = ("overlap_grad_reduce", "dropout")
+"""Settings of a training that change the time of its steps and are no part of a configuration. What was measured with
+one that is on names it among its software."""
+
+
 class TrainingConfig(Record):
     """The training run. Batches in sequences, schedules in tokens, so that a change of batch changes no schedule."""
 
@@ -133,6 +138,11 @@ class TrainingConfig(Record):
     def configuration(self) -> Configuration:
         """What the run starts with."""
         return Configuration(layout=self.layout, micro_batch=self.micro_batch, global_batch=self.global_batch)
+
+    @property
+    def step_settings(self) -> list[str]:
+        """Those of `STEP_SETTINGS` that are not as usual."""
+        return [name for name in STEP_SETTINGS if getattr(self, name)]
 
     @property
     def implementation(self) -> "Implementation":

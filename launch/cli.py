@@ -3,6 +3,7 @@
 Nothing heavy is imported here: `copus --help` is for people, and answers at once.
 """
 
+import errno
 import os
 import sys
 from dataclasses import dataclass, field
@@ -462,6 +463,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_KIND = (errno.EISDIR, errno.ENOTDIR)
+MENDABLE = (*_ACCESS, *_SPACE, *_KIND)
+"""What is wrong with a file and no fault of copus: permissions, a full disk, a folder in its place."""
+
+
 def _run(command: Command) -> int:
     """A command's exit code; what the user has to mend is said in one line."""
     from copus.job import JobError  # after the parsing: --help needs none of it
@@ -474,7 +482,9 @@ def _run(command: Command) -> int:
         raise
     except JobError as error:
         complaint = error
-    except OSError as error:  # somebody else's run, a disk that is full
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
         complaint = JobError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     print(f"copus: {complaint}", file=sys.stderr)
     return 2

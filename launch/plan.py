@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copus.job import JobConfig, JobError, load_job
+from copus.job import JobConfig, load_job
+from launch.prospects import prospects_of
 from launch.tables import page, print_columns, print_table
 from launch.wording import count
 from planner.wording import duration, percent, three_digits
-from profiles.table import ThroughputTable
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs, and not by those that only look at it
     from planner.prospects import Expectation, Fastest, NoiseRange, Prospects
@@ -22,20 +22,8 @@ DISPENSABLE = ("source", "80 %", "memory 80 %", "MFU", "fit")
 
 def plan(job_file: Path, overrides: list[str], *, as_json: bool = False, all_candidates: bool = False) -> int:
     """Print what is expected of a job file. Raises JobError where nothing can be."""
-    from planner.look_ahead import look_ahead
-
     job = load_job(job_file, overrides)
-    training, start = job.training, job.training.configuration
-    try:
-        rows = ThroughputTable(job.profile.table).everything()
-    except OSError as error:
-        raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
-    try:
-        prospects = look_ahead(
-            job.planner, job.model, job.cluster, training.precision, start, rows, training.implementation
-        )
-    except ValueError as error:
-        raise JobError(f"{job_file}: cluster.{error}") from None
+    prospects = prospects_of(job)
     if as_json:
         print(json.dumps(as_values(job, prospects)))
     else:

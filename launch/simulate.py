@@ -11,16 +11,15 @@ from copus.events import Noise, Reconfigure, Start, read_events
 from copus.job import JobConfig, JobError, load_job
 from launch.follow import without_replays
 from launch.plot import check_output, need_matplotlib
+from launch.prospects import prospects_of
 from launch.run_directory import find_run, shown
 from launch.tables import new_table, page
-from planner.look_ahead import look_ahead
 from planner.menu import Floats, Menu
 from planner.plan import Plan
 from planner.policy import Policy, make_policy
 from planner.simulator.compare import Row, Setting, compare
 from planner.simulator.trajectory import geometric, linear, power, published_schedules, through
 from planner.wording import duration, three_digits
-from profiles.table import ThroughputTable
 
 LAWS = {"geometric": geometric, "linear": linear, "power": power}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -142,16 +141,8 @@ def _published(noise: str) -> tuple[Floats, str]:
 
 def _throughputs(job: JobConfig) -> tuple[Menu, Floats, str]:
     """What may be chosen, with samples a second, and where these come from: the table, and the cost model beyond it."""
-    training, start = job.training, job.training.configuration
-    try:
-        rows = ThroughputTable(job.profile.table).everything()
-        prospects = look_ahead(
-            job.planner, job.model, job.cluster, training.precision, start, rows, training.implementation
-        )
-    except OSError as error:
-        raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
-    except ValueError as error:
-        raise JobError(f"cluster.{error}") from None
+    start = job.training.configuration
+    prospects = prospects_of(job)
     usable = [
         each
         for each in prospects.expectations

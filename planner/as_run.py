@@ -24,5 +24,6 @@ def predict_as_run(throughput: Throughput, config: PlannerConfig, configuration:
     seconds = (1 - share) * whole.step_seconds + share * halves.step_seconds
     longer = seconds / (halves.step_seconds if share > 0.5 else whole.step_seconds)
     spread = None if mostly.spread_seconds is None else mostly.spread_seconds * longer
-    memory = {"peak_bytes": whole.peak_bytes, "memory_seen": whole.memory_seen}
+    seen = whole.memory_seen or (share == 1 and halves.memory_seen)  # then it never runs as a whole
+    memory = {"peak_bytes": whole.peak_bytes, "memory_seen": seen}
     return mostly.model_copy(update={"step_seconds": seconds, "spread_seconds": spread, **memory})

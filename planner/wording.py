@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "∞"
     for unit_seconds, name in ((1, "s"), (60, "min"), (3600, "h")):
-        rounded = f"{seconds / unit_seconds:.2g}"
+        rounded = _plain(seconds / unit_seconds, 2)
         if abs(float(rounded)) < 100:
             return f"{rounded} {name}"
     return f"{seconds / 3600:.0f} h"
@@ -25,10 +25,17 @@ def duration(seconds: float) -> str:
 
 def three_digits(amount: float) -> str:
     """Three significant digits, never as a power of ten: `0.0321`, `37`, `1240`."""
+    return _plain(amount, 3)
+
+
+def _plain(amount: float, digits: int) -> str:
+    """So many significant digits, without zeros at the end of decimals."""
     if not math.isfinite(amount):
         return "∞"
-    rounded = float(f"{amount:.3g}")
-    return f"{rounded:g}" if abs(rounded) < 1000 else f"{rounded:.0f}"
+    rounded = float(f"{amount:.{digits}g}")
+    decimals = max(digits - 1 - math.floor(math.log10(abs(rounded))), 0) if rounded else 0
+    text = f"{rounded:.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text
 
 
 def noise_in_words(noise: NoiseScale) -> str:

@@ -16,13 +16,13 @@ def is_hardware_of(name: str, cluster: Cluster) -> bool:
     head = name_hardware("", cluster.nodes, cluster.accelerators_per_node)
     if not name.startswith(head):
         return False
-    device = name.removeprefix(head).lower()
+    device = name.removeprefix(head).lower().replace("_", " ")
     kind, _, variant = cluster.accelerator.lower().partition("-")
     if kind == "cpu":
         return device.endswith(" core")
-    if not re.search(rf"\b{re.escape(kind)}x?\b", device):
+    if not re.search(rf"(?<![a-z]){re.escape(kind)}x?(?![a-z0-9])", device.replace("x" + kind, " " + kind)):
         return False
-    sizes = re.findall(r"\b(\d+)\s?gb?\b", device)
+    sizes = re.findall(r"\b(\d+)\s?g(?:i?b)?\b", device)
     if re.fullmatch(r"\d+g", variant) and sizes and variant[:-1] not in sizes:
         return False
     return not (variant.startswith("sxm") and re.search(r"\b(pcie|nvl)\b", device))

@@ -7,7 +7,7 @@ from profiles.model_shape import ModelShape
 from profiles.record import Record
 
 OWN = "megatron-core"
-"""What the backend of rows begins with that copus itself measured; others were imported."""
+"""What the backend of rows begins with that copus measured, here or, where a file says so, elsewhere."""
 
 
 class Fingerprint(Record):
@@ -22,7 +22,7 @@ class Fingerprint(Record):
     hardware: str
     """Accelerator, how many of them and on how many nodes (`profiles.hardware`)."""
     software: str
-    """Versions that matter for speed: torch, CUDA or gloo."""
+    """Versions that matter for speed (torch, CUDA or gloo), and settings of the job that do."""
 
 
 class Measurement(Record):

@@ -115,7 +115,7 @@ def _measurement(row: Row, path: Path, when: float) -> Measurement:
     peak = number(row, "peak_mem_gb")
     accelerators = configuration.layout.accelerators
     per_node = whole(row, "gpus_per_node", accelerators)
-    if accelerators % per_node and accelerators > per_node:
+    if per_node < 1 or (accelerators % per_node and accelerators > per_node):
         raise RejectedError("gpus do not fill the nodes")
     fingerprint = Fingerprint(
         model=model.digest,

@@ -6,7 +6,7 @@ from test_planner_decision import DP2, TP2, config, noise, planner, row
 from planner.as_run import predict_as_run, runs_as
 from planner.sampling import halved_share, source_of_step
 from profiles.configuration import Configuration
-from profiles.throughput import Throughput
+from profiles.throughput import Expected, Prediction, Throughput
 
 LONE = Configuration(layout=TP2, micro_batch=2, global_batch=2)
 HALVES = Configuration(layout=TP2, micro_batch=1, global_batch=2)
@@ -64,3 +64,18 @@ def test_a_batch_that_is_fast_only_in_one_piece_is_not_chosen_where_it_never_run
     assert decision.chosen == SHARED
     (lone,) = [score for score in decision.candidates if score.configuration == LONE]
     assert lone.step_seconds == pytest.approx(1.8)
+
+
+def test_what_ran_in_halves_alone_has_shown_that_it_fits() -> None:
+    predicted = {each: Prediction(step_seconds=1.0, spread_seconds=0.1, source="predicted") for each in (LONE, HALVES)}
+    throughput = Throughput(expected=Expected(predicted))
+    for source, every, seen in (("microbatch", 32, True), ("auto", 32, False)):
+        settings = config(noise_source=source, noise_halve_every_steps=every)
+        before = predict_as_run(throughput, settings, LONE)
+        assert before is not None
+        assert not before.memory_seen
+        throughput.observe(HALVES, 1.0)
+        after = predict_as_run(throughput, settings, LONE)
+        assert after is not None
+        assert after.memory_seen == seen
+        throughput = Throughput(expected=Expected(predicted))

@@ -13,9 +13,9 @@ from profiles.configurations import Configurations
 from profiles.cost import CostModel, Timings, expected
 from profiles.cost.accelerator import Accelerator, accelerator, accelerators
 from profiles.cost.constants import CONSTANTS, NAMES, prior
-from profiles.cost.residual import Smoothness, coordinates, covariance
+from profiles.cost.residual import Smoothness, coordinates, covariance, variance
 from profiles.cost.select import select
-from profiles.cost.step_time import PARTS, parts, step_seconds
+from profiles.cost.step_time import OWN, PARTS, parts, step_seconds
 from profiles.cost.work import work
 from profiles.enumerate import enumerate_configurations
 from profiles.layout import Layout
@@ -354,6 +354,40 @@ def test_shards_teach_the_work_of_a_rank_and_nothing_of_the_network() -> None:
     network = sum(found.breakdown[name] for name in ("tp", "p2p", "dp")) / found.seconds
     most, least = network > np.quantile(network, 0.9), network < np.quantile(network, 0.1)
     assert width[most].mean() > 1.2 * width[least].mean(), "the network is as little known as before"
+
+
+def test_a_shard_is_what_a_rank_does_by_itself_without_company() -> None:
+    chosen, company = MATRIX.take(np.arange(6)), NAMES.index("company")
+    breakdown = parts(chosen, MEAN)
+    own = sum(breakdown[name] for name in OWN)
+    alone = np.ones(6, dtype=bool)
+    np.testing.assert_allclose(step_seconds(chosen, MEAN, alone), own / np.exp(MEAN[company]))
+    one_each = Cluster(nodes=CLUSTER.accelerators, accelerators_per_node=1, accelerator=CLUSTER.accelerator)
+    apart = work(MODEL, one_each, DEVICE, SPACE.take(np.arange(6)), "bf16")
+    crowded = MEAN + np.log(2.0) * (np.arange(len(NAMES)) == company)
+    np.testing.assert_allclose(step_seconds(apart, MEAN, alone), step_seconds(apart, crowded, alone))
+    np.testing.assert_allclose(step_seconds(chosen, MEAN, alone), 2 * step_seconds(chosen, crowded, alone))
+
+
+def test_a_shard_and_a_step_have_the_shapes_of_products_in_common_and_no_more() -> None:
+    how, one = Smoothness(), SPACE.take(np.arange(1))
+    step, shard = (coordinates(MODEL, CLUSTER, one, alone) for alone in (False, True))
+    assert covariance(step, shard, how).item() == pytest.approx(how.shape_sd**2)
+    assert covariance(shard, shard, how).item() == covariance(step, step, how).item() == pytest.approx(variance(how))
+
+
+def test_shards_that_are_met_well_do_not_make_steps_look_sure() -> None:
+    """Steps that scatter by a fifth keep their width when many shards without any scatter are known too."""
+    rng = np.random.default_rng(1)
+    chosen = rng.choice(len(SPACE), 36, replace=False)
+    some = chosen[:6]
+    seconds = step_seconds(MATRIX, MEAN) * np.exp(0.2 * rng.standard_normal(len(SPACE)))
+    steps = Timings(MODEL, CLUSTER, "bf16", SPACE.take(some), seconds[some])
+    alone = step_seconds(MATRIX.take(chosen), MEAN, np.ones(len(chosen), dtype=bool))
+    shards = Timings(MODEL, CLUSTER, "bf16", SPACE.take(chosen), alone, shard=True)
+    fits = [CostModel().fit(known) for known in ([steps], [steps, shards])]
+    spreads = [each.errors(MODEL, CLUSTER, SPACE, "bf16").spread for each in fits]
+    assert spreads[1] > spreads[0] > 1, "the shards' own misses, none, do not count"
 
 
 def test_predictions_say_how_alike_their_errors_are() -> None:

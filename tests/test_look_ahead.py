@@ -13,6 +13,7 @@ from test_cli import HEAVY, imported
 
 from copus.job import load_job
 from launch.plan import as_values
+from launch.prospects import prospects_of as prospects_from
 from planner.look_ahead import look_ahead, rows_of
 from planner.memory_check import in_words
 from planner.prospects import Prospects
@@ -196,8 +197,16 @@ def test_imported_rows_count_only_where_there_are_no_others(job_file: Path) -> N
 @pytest.mark.parametrize(
     ("accelerator", "yes", "no"),
     [
-        ("a100-80g", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100"), ("NVIDIA A100-SXM4-40GB", "NVIDIA A10")),
-        ("h100-sxm", ("NVIDIA H100 80GB HBM3", "dgx-h100"), ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH100")),
+        (
+            "a100-80g",
+            ("NVIDIA A100-SXM4-80GB", "NVIDIA A100", "A100_80GB"),
+            ("NVIDIA A100-SXM4-40GB", "NVIDIA A10", "A100 40GiB"),
+        ),
+        (
+            "h100-sxm",
+            ("NVIDIA H100 80GB HBM3", "dgx-h100", "H100_SXM", "8xH100"),
+            ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH100"),
+        ),
         ("b200", ("NVIDIA B200",), ("NVIDIA GB200", "NVIDIA B300")),
         ("h200", ("NVIDIA H200",), ("NVIDIA GH200 480GB",)),
         ("mi250", ("AMD Instinct MI250X / MI250",), ("AMD Instinct MI210",)),
@@ -212,6 +221,17 @@ def test_accelerators_by_what_they_call_themselves(accelerator: str, yes: tuple[
     ]
     for nodes, per_node in ((1, 16), (1, 8), (4, 4), (2, 16)):
         assert not is_hardware_of(name_hardware(yes[0], nodes, per_node), cluster)
+
+
+def test_rows_of_other_settings_do_not_count(job_file: Path) -> None:
+    start = load_job(job_file).training.configuration
+    own = {"backend": "megatron-core 0.16.1"}
+    add_row(job_file, start, step_seconds=1.0, software="torch 2", **own)
+    add_row(job_file, start, step_seconds=2.0, software="torch 2, dropout", time=9.0, **own)
+    seen = [
+        prospects_from(load_job(job_file, changes)).start.step_seconds for changes in ([], ["training.dropout=0.1"])
+    ]
+    assert seen == [1.0, 2.0]
 
 
 def test_dropout_takes_memory(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

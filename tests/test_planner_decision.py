@@ -357,7 +357,8 @@ def test_the_noise_in_words():
     assert noise_in_words(noise(37.2, 31.4, 46.0)) == "noise scale 37.2 sequences (31.4–46)"
     assert noise_in_words(noise(37.2, 31.4, None)) == "noise scale 37.2 sequences (31.4–∞)"
     assert noise_in_words(noise(1234567.0)) == "noise scale 1230000 sequences"
-    assert [three_digits(amount) for amount in (0.03214, 999.7, 8192)] == ["0.0321", "1000", "8190"]
+    amounts = (0.03214, 999.7, 8192, 3e-5, 0.0, -2.0, 2.50)
+    assert [three_digits(amount) for amount in amounts] == ["0.0321", "1000", "8190", "0.00003", "0", "-2", "2.5"]
 
 
 def test_the_unit_of_a_duration_follows_from_the_rounded_figure() -> None:
@@ -365,3 +366,4 @@ def test_the_unit_of_a_duration_follows_from_the_rounded_figure() -> None:
     words = ["0.38 s", "38 s", "99 s", "1.7 min", "12 min", "99 min", "1.7 h", "3.5 h", "111 h"]
     assert [duration(each) for each in seconds] == words
     assert duration(float("inf")) == "∞"
+    assert duration(1.24e-5) == "0.000012 s"

@@ -258,10 +258,41 @@ def test_what_workers_died_of_that_their_agent_restarted_is_left_out_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "session")
     job = job_of(tmp_path)
     died = deaths(job, tmp_path)
     assert len(died) == len(set(died)) > 0
     assert died == failures(job)
+
+
+def test_a_restart_blames_nothing_that_an_earlier_session_was_killed_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tmp_path)
+
+    def killed(configuration: Configuration) -> float:
+        raise SystemExit
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    with pytest.raises(SystemExit):
+        fill(job, tmp_path, Told(killed))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    fill(job, tmp_path, Told(affine))
+    assert failures(job) == []
+
+
+def test_what_was_measured_when_measuring_ends_is_no_cause_of_later_deaths(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+
+    def killed(configuration: Configuration) -> float:
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        fill(job, tmp_path, Told(killed))
+    assert (tmp_path / TRIED).exists()
+    fill(job, tmp_path, Told(affine), stop=lambda: True)
+    assert not (tmp_path / TRIED).exists()
 
 
 def test_an_attempt_that_somebody_killed_says_nothing(tmp_path: Path) -> None:

@@ -77,7 +77,6 @@ def _cramped(table: Path) -> tuple[list[Measurement], str | None]:
     return ThroughputTable(table).rows(backend.fingerprint()), ended
 
 
-@pytest.mark.dist
 def test_the_old_layout_is_no_part_of_a_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the live profiler does before it times: the peak begins anew when the new layout stands."""
     job, done = _job(tmp_path / "table.jsonl"), list[str]()
@@ -96,6 +95,7 @@ def test_the_old_layout_is_no_part_of_a_peak(tmp_path: Path, monkeypatch: pytest
     assert "step" in done
 
 
+@pytest.mark.dist
 def test_a_lack_of_memory_is_noted_and_what_all_ranks_know_of_ends_nothing(tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
     attempts = 0

@@ -95,15 +95,21 @@ class _Lead:
     def next(self) -> Configuration | None:
         """What to measure; None where that is all."""
         if self._job.profile.when == "never" or time.monotonic() > self._deadline or self._stop_requested():
-            return None
-        if not self._queue:
+            self._queue = []
+        elif not self._queue:
             self._queue = self._plan()
+            self._queue.sort(key=lambda each: -self._deaths[each])  # another death would be taken for its own first one
         if not self._queue:
+            self._tried.unlink(missing_ok=True)  # nothing is measured any more: no later death is of what was
             return None
         configuration = self._last() or self._queue[0]
         self._queue = [each for each in self._queue if each != configuration]
-        deaths = self._deaths[configuration]
-        trying = {"configuration": configuration.model_dump(), "time": time.time(), "deaths": deaths}
+        trying = {
+            "configuration": configuration.model_dump(),
+            "time": time.time(),
+            "deaths": self._deaths[configuration],
+            "session": _session(),
+        }
         self._began = time.monotonic()
         self._tried.write_text(json.dumps(trying), encoding="utf-8")
         return configuration
@@ -180,8 +186,7 @@ class _Lead:
         if any(row.configuration == configuration and row.time >= trying["time"] for row in rows):
             self._tried.unlink()
             return
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if deaths < DEATHS and not restarted:
+        if deaths < DEATHS and not _restarted(trying.get("session")):
             self._deaths[configuration] = deaths
             return
         self._table.add(
@@ -195,6 +200,16 @@ class _Lead:
             )
         )
         self._tried.unlink()
+
+
+def _session() -> str:
+    """What all attempts under one agent have in common; empty without an agent."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def _restarted(session: Any) -> bool:
+    """Whether the agent that saw the workers of that session die has started this process in their place."""
+    return session == _session() != "" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def _space(job: JobConfig) -> list[Configuration]:

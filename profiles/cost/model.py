@@ -133,7 +133,7 @@ class CostModel:
         moves = jacobian(done, means, sd, best.x, shard)
         whole = cho_factor(noisy + moves @ moves.T)
         solved = cho_solve(cho_factor(noisy), residual)
-        # How well shards are met says nothing of how well steps are.
+        # How well shards are met says nothing of how well steps are; how far constants had to be moved does.
         steps = np.flatnonzero(~shard)
         missed = residual[steps] @ np.linalg.solve(noisy[np.ix_(steps, steps)], residual[steps])
         misfit = float(missed + best.x @ best.x)

@@ -87,7 +87,8 @@ def step_seconds(w: Work, log_constants: NDArray[np.float64], shard: NDArray[np.
     total: Floats = sum(found.values(), start=np.zeros(len(w)))
     if shard is None:
         return total
-    alone = sum((found[name] for name in OWN), start=np.zeros(len(w))) / np.exp(log_constants[NAMES.index("company")])
+    company = np.exp(log_constants[NAMES.index("company")] * w.shared_node)
+    alone = sum((found[name] for name in OWN), start=np.zeros(len(w))) / company
     return np.where(shard, alone, total)
 
 

@@ -104,6 +104,8 @@ class Work:
     """log2 of the nodes that a data parallel exchange spans."""
     nodes: Floats
     """log2 of the nodes of the job."""
+    shared_node: Floats
+    """1 where ranks share a node, 0 where each has one for itself."""
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -211,6 +213,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         optimizer=OPTIMIZER_BYTES * updated / memory,
         congestion=np.log2(sheet.nodes(replicas, tp)),
         nodes=np.log2(cluster.nodes) * ones,
+        shared_node=float(cluster.accelerators_per_node > 1) * ones,
     )
 
 

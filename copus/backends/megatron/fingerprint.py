@@ -14,11 +14,5 @@ def fingerprint(job: JobConfig) -> Fingerprint:
         precision=job.training.precision,
         backend=f"{OWN} {version('megatron-core')}",
         hardware=hardware_name(job.cluster),
-        software=", ".join([software_name(), *_settings(job)]),
+        software=", ".join([software_name(), *job.training.step_settings]),
     )
-
-
-def _settings(job: JobConfig) -> list[str]:
-    """Those that change the time of a step and are no part of a configuration, where they are not as usual."""
-    training = job.training
-    return ["overlap_grad_reduce"] * training.overlap_grad_reduce + ["dropout"] * (training.dropout > 0)

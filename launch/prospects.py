@@ -1,0 +1,41 @@
+"""What a job's table and the models expect of it: for the commands that look ahead."""
+
+from typing import TYPE_CHECKING
+
+from copus.job import STEP_SETTINGS, JobConfig, JobError
+from profiles.measurement import OWN, Fingerprint
+from profiles.table import ThroughputTable
+
+if TYPE_CHECKING:  # numpy and scipy are loaded when a command asks
+    from planner.prospects import Prospects
+
+
+def prospects_of(job: JobConfig) -> "Prospects":
+    """Expect something of every candidate of a job. Raises JobError for a table that cannot be read and a cluster that
+    nothing is known about."""
+    from planner.look_ahead import look_ahead
+
+    training = job.training
+    try:
+        rows = [row for row in ThroughputTable(job.profile.table).everything() if _ran_so(row.fingerprint, job)]
+        return look_ahead(
+            job.planner,
+            job.model,
+            job.cluster,
+            training.precision,
+            training.configuration,
+            rows,
+            training.implementation,
+        )
+    except OSError as error:
+        raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
+    except ValueError as error:
+        raise JobError(f"cluster.{error}") from None
+
+
+def _ran_so(fingerprint: Fingerprint, job: JobConfig) -> bool:
+    """Whether something was measured with the job's settings. Of imported rows nobody knows."""
+    if not fingerprint.backend.startswith(OWN):
+        return True
+    said = set(fingerprint.software.split(", "))
+    return [name for name in STEP_SETTINGS if name in said] == job.training.step_settings
