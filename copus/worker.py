@@ -91,8 +91,10 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
     rank = dist.get_rank()
     with _Reporter(run if rank == 0 else None, job) as report:
         newest = newest_checkpoint(run, lambda line: _skipped(line, report))
-        resumes = newest is not None and fits(read_state(newest)[1].layout, job, job.cluster)
-        if not resumes or profile_only or job.profile.when == "missing":
+        saved, ran = (None, None) if newest is None else read_state(newest)
+        resumes = ran is not None and fits(ran.layout, job, job.cluster)
+        finished = saved is not None and saved.samples_consumed >= job.total_samples
+        if profile_only or not resumes or (job.profile.when == "missing" and not finished):
             profile_missing(job, run, backend, train, report, stop)
         if profile_only:
             return
@@ -241,4 +243,9 @@ class _Reporter:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    # Not by way of C++'s own end, where a thread of torch or gloo that is still there aborts the process: the
+    # agent then starts a finished run again.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -63,7 +63,7 @@ def attend(
         with Progress(console, run, status) as progress:
             while (code := workers.poll()) is None:
                 if interrupts.count > heard:
-                    heard = _interrupt(interrupts, heard, run, workers, progress)
+                    heard = _interrupt(interrupts, heard, run, workers, progress, profile_only)
                 show_new(follower, status, progress)
                 time.sleep(POLL_SECONDS)
             show_new(follower, status, progress)
@@ -93,13 +93,17 @@ def show_new(follower: Follower, status: RunStatus, progress: Progress) -> None:
     progress.show(events)
 
 
-def _interrupt(interrupts: Interrupts, heard: int, run: Path, workers: Workers, progress: Progress) -> int:
+def _interrupt(
+    interrupts: Interrupts, heard: int, run: Path, workers: Workers, progress: Progress, profile_only: bool
+) -> int:
     """Pass an interrupt on. Returns the number of interrupts dealt with."""
     if heard == 0:
         request_stop(run)
-        progress.say("stopping at the next step, checkpointing (once more: end at once)")
+        how = "after this measurement" if profile_only else "at the next step, checkpointing"
+        progress.say(f"stopping {how} (once more: end at once)")
         return 1
-    progress.say("ending the workers at once: a resume will go on from the newest checkpoint")
+    kept = "what was measured is kept" if profile_only else "a resume will go on from the newest checkpoint"
+    progress.say(f"ending the workers at once: {kept}")
     workers.kill()
     return max(2, interrupts.count)
 

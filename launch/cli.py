@@ -6,6 +6,7 @@ Nothing heavy is imported here: `copus --help` is for people, and answers at onc
 import errno
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -475,7 +476,9 @@ def _run(command: Command) -> int:
     from copus.job import JobError  # after the parsing: --help needs none of it
 
     try:
-        code = command.run()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = command.run()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # of stdout: no fault of a file
@@ -488,6 +491,11 @@ def _run(command: Command) -> int:
         complaint = JobError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     print(f"copus: {complaint}", file=sys.stderr)
     return 2
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    """A warning in one line, without the place in the code."""
+    print(f"copus: warning: {message}", file=sys.stderr)
 
 
 def _in_full(arguments: list[str]) -> list[str]:

@@ -16,10 +16,19 @@ def check(job: JobConfig) -> None:
     from copus.data.prepared import check_data
 
     check_data(job)
+    check_table(job)
+
+
+def check_table(job: JobConfig) -> None:
+    """Raise JobError where the throughput table of a job cannot be read or, if it is to be filled, added to."""
+    table = ThroughputTable(job.profile.table)
     try:
-        ThroughputTable(job.profile.table).check()
+        if job.profile.when == "never":
+            table.check()
+        else:
+            table.check_writable()
     except OSError as error:
-        raise JobError(f"profile.table({job.profile.table}): {error.strerror}: {error.filename}") from None
+        raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
 
 
 def prepare(job: JobConfig, job_file: Path, interrupts: Interrupts) -> int:

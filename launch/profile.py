@@ -4,14 +4,15 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
-from copus.events import NOTHING_TO_SAY, Profile
+from copus.events import NOTHING_TO_SAY, End, EventLog, Profile
 from copus.job import JobConfig, JobError, load_job
 from copus.profilers import TRIED, Installed, find_profiler
 from launch.attend import Outcome, attend
-from launch.data import check, prepare
+from launch.data import check, check_table, prepare
 from launch.engines import AttendedEngine, Engine, LocalEngine, attended_engine_of
 from launch.follow import Follower
 from launch.interrupts import Interrupts
@@ -35,7 +36,9 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
         job = job.model_copy(update={"profile": job.profile.model_copy(update={"when": "missing"})})
     console = SteadyConsole(stderr=True, highlight=False)
     alone = _profiler(job).processes == "one"
-    if not alone:
+    if alone:
+        check_table(job)
+    else:
         engine = attended_engine_of(job, "copus profile")
         check(job)
     with Interrupts() as interrupts:
@@ -51,6 +54,7 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
                     discard_run(run)
                     return code
                 outcome = attend(engine, run, job, lock, interrupts, console, profile_only=True)
+    _note_end(run, outcome)
     done = [event for event in Follower(run).read() if isinstance(event, Profile)]  # of all attempts
     measured = sum(event.failure != NOTHING_TO_SAY for event in done)
     if as_json:
@@ -62,10 +66,22 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
             "exit_code": outcome.exit_code,
         }
         print(json.dumps(result))
-    elif outcome.exit_code == 0:
+    elif outcome.reason != "failed":
         unknown = f", {len(done) - measured} not known to the profiler" * (len(done) > measured)
-        print(f"{measured} measured{unknown}" if done else "nothing was missing", f"in {job.profile.table}")
+        stopped = "" if outcome.exit_code == 0 else "; the same command goes on"
+        nothing = "nothing was measured" if stopped else "nothing was missing"
+        print(f"{measured} measured{unknown}" if done else nothing, f"in {job.profile.table}{stopped}")
     return outcome.exit_code
+
+
+def _note_end(run: Path, outcome: Outcome) -> None:
+    """Leave in the log how it ended: what measures alone does not say."""
+    if outcome.reason == "failed":
+        return
+    log = EventLog(run)
+    reason: Literal["finished", "interrupted"] = "finished" if outcome.exit_code == 0 else "interrupted"
+    log.write(End(step=0, samples_consumed=0, reason=reason, seconds=outcome.seconds))
+    log.close()
 
 
 def profile_alone(

@@ -15,6 +15,8 @@ from profiles.table import ThroughputTable
 def import_rows(sources: list[Path], table_path: Path | None, *, as_json: bool = False) -> int:
     """Add what the table does not have yet, each row once. Raises JobError, and adds nothing, where a file cannot be
     read."""
+    if not sources:
+        raise JobError("nothing to import: name a CSV file or another table")
     table = ThroughputTable((table_path or ProfileConfig().table).expanduser().absolute())
     rejected: Counter[str] = Counter()
     new: list[Measurement] = []
@@ -30,6 +32,10 @@ def import_rows(sources: list[Path], table_path: Path | None, *, as_json: bool =
             else:
                 from profiles.query import read_new
 
+                if source.expanduser().stat().st_size and not ThroughputTable(source).everything():
+                    raise JobError(
+                        f"{shown(source.absolute())}: no throughput table: none of its lines is a measurement"
+                    )
                 new += [row for row in read_new([source.expanduser()], table.path) if row not in new]
         table.extend(new)
     except OSError as error:

@@ -2,18 +2,27 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from copus.events import parse_event
 from copus.job import JobError
 from launch.follow import event_lines
 from launch.run_state import RunState, state_of
 from launch.status import RunStatus
-from launch.tables import new_table
+from launch.tables import add_solid_column, fitted, new_table, page
 from launch.wording import count, describe_loss
 from planner.wording import duration
 
+if TYPE_CHECKING:  # rich is loaded when something is printed
+    from rich.table import Table
+
+WORDS = ("run", "state", "layout")
+"""Columns that are no figures."""
+DISPENSABLE = ("moves", "loss", "layout", "batch", "tokens")
+"""Columns that a narrow terminal goes without, the first one first; `--json` has them."""
 ALL_COUNT = ("start", "reconfigure", "failure", "end")
 """Kinds of which every event matters to the state of a run."""
 NEWEST_COUNTS = ("profile", "step", "evaluate", "checkpoint", "noise", "restart")
@@ -101,36 +110,39 @@ STYLES = {
 
 
 def _print(found: list[RunSummary]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    table = new_table()
-    for name in ("run", "state"):
-        table.add_column(name)
-    for name in ("done", "tokens", "loss", "validation", "batch"):
-        table.add_column(name, justify="right")
-    table.add_column("layout")
-    for name in ("moves", "last event"):
-        table.add_column(name, justify="right")
     now = time.time()
-    for each in found:
-        status, configuration = each.status, each.status.configuration
-        table.add_row(
-            Text(each.run.name),
-            Text(each.state.name, style=STYLES.get(each.state.name, "")),
-            f"{status.fraction:.0%}" if status.start else "–",
-            count(status.samples_consumed * status.start.seq_len) if status.start else "–",
-            describe_loss(status.step.loss) if status.step else "–",
-            describe_loss(status.evaluation.loss) if status.evaluation else "–",
-            str(configuration.global_batch) if configuration else "–",
-            f"{configuration.layout.label} m{configuration.micro_batch}" if configuration else "–",
-            str(len(status.moves)) if status.start else "–",
-            f"{duration(max(0.0, now - each.changed))} ago",
-        )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160  # a file or a pipe has no width to fit into
-    console.print(table)
+    rows = [_row(each, now) for each in found]
+
+    def make(left_out: Sequence[str]) -> "Table":
+        table = new_table()
+        names = [name for name in rows[0] if name not in left_out]
+        for name in names:
+            add_solid_column(table, name, [row[name] for row in rows], right=name not in WORDS)
+        for each, row in zip(found, rows, strict=True):
+            style = STYLES.get(each.state.name, "")
+            table.add_row(*(Text(row[name], style=style if name == "state" else "") for name in names))
+        return table
+
+    console = page()
+    console.print(fitted(make, DISPENSABLE, console.width))
     for each in found:
         if each.state.why and each.state.name in ("failed", "crashed", "stalled", "unknown"):
             console.print(Text(f"{each.run.name} {each.state.name}: {each.state.why}"), soft_wrap=True)
+
+
+def _row(each: RunSummary, now: float) -> dict[str, str]:
+    status, configuration = each.status, each.status.configuration
+    return {
+        "run": each.run.name,
+        "state": each.state.name,
+        "done": f"{status.fraction:.0%}" if status.start else "–",
+        "tokens": count(status.samples_consumed * status.start.seq_len) if status.start else "–",
+        "loss": describe_loss(status.step.loss) if status.step else "–",
+        "validation": describe_loss(status.evaluation.loss) if status.evaluation else "–",
+        "batch": str(configuration.global_batch) if configuration else "–",
+        "layout": f"{configuration.layout.label} m{configuration.micro_batch}" if configuration else "–",
+        "moves": str(len(status.moves)) if status.start else "–",
+        "last event": f"{duration(max(0.0, now - each.changed))} ago",
+    }

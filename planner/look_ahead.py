@@ -7,6 +7,7 @@ from planner.as_run import predict_as_run
 from planner.config import PlannerConfig
 from planner.memory_check import LIKELY, in_words, memory_bytes
 from planner.prospects import Expectation, Prospects
+from planner.sampling import halved_share
 from planner.space import candidates, noise_measurable
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
@@ -47,7 +48,8 @@ def look_ahead(
     variants = list(_variants(model, start))
     everything = [*space, *variants]
     arrays = Configurations.of(everything)
-    predicted = expected(cost, model, cluster, precision, everything, rows)
+    halves = [each.halved for each in everything if halved_share(config, each) > 0]
+    predicted = expected(cost, model, cluster, precision, list(dict.fromkeys([*everything, *halves])), rows)
     throughput = Throughput(steps, predicted)
     peaks = memory.predict(model, arrays, precision)
     chances = None if room is None else peaks.chance_to_fit(room)
@@ -85,7 +87,15 @@ def look_ahead(
         fingerprint=rows[0].fingerprint if rows else None,
         measured_rows=len(steps),
         measured_shards=len(rows) - len(steps),
-        assumptions=(*cost.assumptions(model, cluster), *peaks.assumptions),
+        assumptions=(
+            *cost.assumptions(model, cluster),
+            *peaks.assumptions,
+            *(
+                ("a lone micro-batch is timed as the job runs it: some or all steps in two halves, for their noise",)
+                if halves
+                else ()
+            ),
+        ),
         covariance=predicted.covariance,
     )
 

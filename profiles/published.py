@@ -100,6 +100,11 @@ class PublishedProfiler:
             )
             if same:
                 self._rows.setdefault(row.configuration, []).append(row)
+        if not self._rows:
+            raise ValueError(
+                f"csv({path}): none of its {len(found)} usable rows is of this model in "
+                f"{task.fingerprint.precision} on {task.cluster.accelerators} accelerators"
+            )
 
     def measure(self, configuration: Configuration) -> Measurement | None:
         """The next row of that configuration; None where there is none left."""
@@ -112,6 +117,15 @@ class PublishedProfiler:
 def _measurement(row: Row, path: Path, when: float) -> Measurement:
     model, configuration = model_of(row), configuration_of(row)
     seconds = seconds_of(row, configuration, model)
+    rate = number(row, "tokens_per_s_per_gpu")
+    if (
+        seconds
+        and rate
+        and not 0.9
+        < seconds * rate * configuration.layout.accelerators / (configuration.global_batch * model.seq_len)
+        < 1.1
+    ):
+        raise RejectedError("step_time_s and tokens_per_s_per_gpu contradict each other")
     peak = number(row, "peak_mem_gb")
     accelerators = configuration.layout.accelerators
     per_node = whole(row, "gpus_per_node", accelerators)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,6 +53,16 @@ class ThroughputTable:
         above = next(parent for parent in self.path.absolute().parents if parent.exists())
         if not above.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+
+    def check_writable(self) -> None:
+        """Raise OSError where nothing could be added either. Leaves nothing behind."""
+        self.check()
+        if self.path.exists():
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
+            return
+        with tempfile.TemporaryFile(dir=next(parent for parent in self.path.absolute().parents if parent.exists())):
+            pass
 
     def _read(self, fingerprint: Fingerprint | None) -> list[Measurement]:
         self.skipped = 0

@@ -15,7 +15,7 @@ from test_launch_submit import LONG, steps_seen, submitted, wait_for, worker_is_
 
 from copus.events import End, read_events
 from copus.job import JobError, load_job
-from launch.engines import engine_of, engine_state
+from launch.engines import LocalEngine, engine_of, engine_state
 from launch.engines.agent import agent_environment
 from launch.engines.base import EngineOptions, EngineState, QueuedEngine
 from launch.engines.log_files import lines_of
@@ -170,3 +170,12 @@ def test_logs_of_a_rank_that_there_is_not_are_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--rank({rank}): runs/small has ranks 0 to 1: " in line
     assert copus_here("logs", "small", "--rank=1") == 0
+
+
+def test_a_gpu_job_is_refused_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = load_job(write_job(tmp_path), ["cluster.accelerator=h100-sxm"])
+    monkeypatch.setattr("launch.engines.this_machine._has_gpu", lambda: False)
+    with pytest.raises(JobError, match=r"cluster\.accelerator\(h100-sxm\): this machine has no GPU"):
+        LocalEngine().check(job)
+    monkeypatch.setattr("launch.engines.this_machine._has_gpu", lambda: True)
+    LocalEngine().check(job)

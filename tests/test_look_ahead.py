@@ -234,6 +234,28 @@ def test_rows_of_other_settings_do_not_count(job_file: Path) -> None:
     assert seen == [1.0, 2.0]
 
 
+def test_every_row_is_timed_as_the_job_runs_it(job_file: Path) -> None:
+    """Recomputation takes time, whether or not a lone micro-batch is halved for its noise."""
+    alone = ["training.layout={tp: 8, pp: 2}", "training.micro_batch=8", "training.global_batch=8"]
+    for every in (1, 1000):
+        prospects = prospects_of(
+            job_file,
+            [
+                *alone,
+                f"planner.noise_halve_every_steps={every}",
+                "planner.noise_every_steps=1",
+                "planner.noise_source=microbatch",
+            ],
+        )
+        seconds = {
+            each.configuration.layout.recompute: each.step_seconds or 0.0
+            for each in prospects.variants
+            if (each.configuration.layout.zero, each.configuration.layout.sequence_parallel) == (0, False)
+        }
+        assert seconds["none"] < seconds["selective"] < seconds["full"]
+        assert any("a lone micro-batch is timed as the job runs it" in each for each in prospects.assumptions)
+
+
 def test_dropout_takes_memory(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peaks = []
     for share in (0.0, 0.1):

@@ -182,6 +182,8 @@ def test_cells_that_cannot_be_cost_their_row_alone(tmp_path: Path) -> None:
         f"{good},-1,,",
         f"{good},,perhaps,",
         f"{good},,,3",
+        f"{good},,,0",
+        f"{good.replace('0.5,,', '0.5,900000,')},,,",
     )
     read = read_csv(csv_of(tmp_path, *rows, header=header))
     assert len(read.measurements) == 1
@@ -190,7 +192,8 @@ def test_cells_that_cannot_be_cost_their_row_alone(tmp_path: Path) -> None:
         "measurement: Input should be greater than or equal to 0": 2,
         "step_time_s is not a number": 1,
         "tied_embeddings is neither yes nor no": 1,
-        "gpus do not fill the nodes": 1,
+        "gpus do not fill the nodes": 2,
+        "step_time_s and tokens_per_s_per_gpu contradict each other": 1,
     }
 
 
@@ -211,6 +214,18 @@ def test_what_is_no_csv_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert copus_here("profile", "import", str(tmp_path / "none.csv"), "--table", into) == 2
     assert "none.csv: No such file" in capsys.readouterr().err
     assert not Path(into).exists()
+
+
+def test_what_is_no_table_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    into = tmp_path / "into.jsonl"
+    (tmp_path / "notes.md").write_text("# no table\n")
+    assert copus_here("profile", "import", str(tmp_path / "notes.md"), "--table", str(into)) == 2
+    *warned, error = capsys.readouterr().err.splitlines()
+    assert error == f"copus: {tmp_path}/notes.md: no throughput table: none of its lines is a measurement"
+    assert warned == [f"copus: warning: {tmp_path}/notes.md: skipped 1 of 1 lines, not measurements"]
+    assert copus_here("profile", "import", "--table", str(into)) == 2
+    assert "nothing to import" in capsys.readouterr().err
+    assert not into.exists()
 
 
 def test_importing_twice_adds_once(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

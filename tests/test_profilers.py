@@ -420,6 +420,34 @@ def test_a_run_whose_profiler_was_stopped_goes_on_measuring(tmp_path: Path, monk
     assert asked == ["small", "small"]
 
 
+def test_a_profiler_that_answers_something_else_is_told_so(tmp_path: Path) -> None:
+    job, profiler = job_of(tmp_path), Told(affine)
+    profiler.measure = affine
+    with pytest.raises(JobError, match=r"profile\.profiler\(live\): measure returned float, expected a Measurement"):
+        fill(job, tmp_path, profiler)
+
+
+def test_a_file_without_a_row_of_the_job_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(
+        "gpus,layers,hidden,heads,seq_len,vocab,gbs,mbs,step_time_s\n2,4,64,4,32,384,4,1,0.25\n"
+    )
+    job = job_of(tmp_path, profiler="published", options={"csv": str(tmp_path / "rows.csv")})
+    with pytest.raises(JobError, match=r"csv\(.*rows\.csv\): none of its 1 usable rows is of this model in fp32 on 2"):
+        fill_table(job, tmp_path, load_profiler(job), task_of(job), print, lambda: False)
+
+
+def test_a_profile_run_says_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert copus_here("profile", "job.yaml", worker=[]) == 0
+    capsys.readouterr()
+    assert copus_here("runs", "--json") == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["state"] == "finished"
+
+
 @pytest.mark.parametrize("command", ["submit", "profile"])
 def test_an_option_that_a_profiler_cannot_take_leaves_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str

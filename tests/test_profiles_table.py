@@ -84,3 +84,11 @@ def test_foreign_lines_are_skipped_and_counted(tmp_path):
 def test_what_does_not_change_the_work_of_a_step_is_no_part_of_a_models_name():
     assert MODEL.model_copy(update={"rope_base": 500_000.0, "norm_epsilon": 1e-6}).digest == MODEL.digest
     assert MODEL.model_copy(update={"layers": MODEL.layers + 1}).digest != MODEL.digest
+
+
+def test_whether_a_table_can_be_written_is_found_out_without_a_trace(tmp_path):
+    table = ThroughputTable(tmp_path / "new" / "table.jsonl")
+    table.check_writable()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="/proc"):
+        ThroughputTable("/proc/nowhere/table.jsonl").check_writable()

@@ -52,6 +52,11 @@ def fill_table(
     lead = _Lead(job, run, kind, task, report, stop_requested) if leads else None
     while (configuration := share(lead.next() if lead else None)) is not None:
         measurement = profiler.measure(configuration)
+        if lead and not isinstance(measurement, Measurement | None):
+            raise JobError(
+                f"profile.profiler({job.profile.profiler}): measure returned {type(measurement).__name__}, expected a "
+                "Measurement or None"
+            )
         if lead:
             lead.take(configuration, measurement)
 

@@ -1,6 +1,7 @@
 """What this machine can surely not do: said before anything starts, instead of by a machine that stands still."""
 
 import os
+from pathlib import Path
 
 from copus.job import JobConfig, JobError
 from planner.wording import three_digits
@@ -11,7 +12,8 @@ GIB = 2**30
 
 
 def check_this_machine(job: JobConfig) -> None:
-    """Raise JobError for more ranks or, where the ranks share the machine's memory, a larger model than it can hold."""
+    """Raise JobError for more ranks than it can take, for GPUs where it has none, and, where the ranks share the
+    machine's memory, for a larger model than it can hold."""
     cores = os.cpu_count() or 1
     ranks = job.cluster.accelerators_per_node
     if ranks > RANKS_PER_CORE * cores:
@@ -20,6 +22,11 @@ def check_this_machine(job: JobConfig) -> None:
             f"{cores} CPU cores"
         )
     if job.cluster.accelerator != "cpu":
+        if not _has_gpu():
+            raise JobError(
+                f"cluster.accelerator({job.cluster.accelerator}): this machine has no GPU; `cpu` is what runs on its "
+                "cores"
+            )
         return
     memory, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), least_bytes(job)
     if needed > memory:
@@ -28,6 +35,11 @@ def check_this_machine(job: JobConfig) -> None:
             f"model.seq_len({job.model.seq_len}) tokens take at least {three_digits(needed / GIB)} GiB, and this "
             f"machine has {three_digits(memory / GIB)} GiB"
         )
+
+
+def _has_gpu() -> bool:
+    """Whether the system knows of one, NVIDIA's, AMD's or Windows' own. Asking torch takes seconds."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path(place).exists() for place in ("/dev/kfd", "/dev/dxg"))
 
 
 def least_bytes(job: JobConfig) -> int:
