@@ -12,7 +12,17 @@ from profiles.configurations import Configurations
 from profiles.cost.accelerator import accelerator, accelerators
 from profiles.cost.timings import Timings
 from profiles.model_shape import ModelShape
-from profiles.published import RejectedError, Row, configuration_of, csv_rows, model_of, number, seconds_of, whole
+from profiles.published import (
+    RejectedError,
+    Row,
+    configuration_of,
+    csv_rows,
+    model_of,
+    nodes_of,
+    number,
+    seconds_of,
+    whole,
+)
 
 UNRELIABLE = (
     "noisy",
@@ -99,11 +109,8 @@ def _reliable(row: Row) -> bool:
 
 
 def _cluster(row: Row) -> Cluster:
-    gpus = whole(row, "gpus")
-    per_node = min(whole(row, "gpus_per_node", 8), gpus)
-    if gpus % per_node:
-        raise RejectedError("accelerators do not fill the nodes")
-    return Cluster(nodes=gpus // per_node, accelerators_per_node=per_node, accelerator=_accelerator(row["system"]))
+    nodes, per_node = nodes_of(row, 8)
+    return Cluster(nodes=nodes, accelerators_per_node=per_node, accelerator=_accelerator(row["system"]))
 
 
 def _accelerator(system: str) -> str:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.command import console_of, parser_of, tell
 from benchmarks.live_profiler import configurations, make_job, measure
-from benchmarks.throughput import COVERAGE, likely, regrets, seconds_of
+from benchmarks.throughput import COVERAGE, coverage, judge, likely, mape, regret
 from benchmarks.throughput import measure as choose
 from copus.backends.megatron.fingerprint import fingerprint
 from copus.job import JobConfig
@@ -40,18 +40,14 @@ def measure_shards(wanted: list[Configuration], job: JobConfig) -> tuple[list[Me
 
 def score(cost: CostModel, timings: Timings, known: np.ndarray) -> dict[str, Any]:
     """How a model that knows the steps at the places `known` predicts the others."""
-    t = timings
-    predicted = cost.predict(t.model, t.cluster, t.configurations, t.precision, coverage=COVERAGE)
-    rest = np.setdiff1d(np.arange(len(t.step_seconds)), known)
-    misses = np.log(predicted.seconds / t.step_seconds)[rest]
-    inside = (predicted.low <= t.step_seconds) & (t.step_seconds <= predicted.high)
-    lost = regrets(predicted.seconds, t, seconds_of(t, known), likely(t))
+    found = judge(cost, timings, known, likely(timings))
+    misses = np.log1p(found.errors)
     return {
-        "mape_pct": float(100 * np.abs(np.expm1(misses)).mean()),
+        "mape_pct": mape(found),
         "bias_pct": float(100 * np.expm1(misses.mean())),
         "scatter_pct": float(100 * misses.std(ddof=1)),
-        "regret_pct": float(100 * lost.mean()),
-        "coverage_pct": float(100 * inside[rest].mean()),
+        "regret_pct": regret(found),
+        "coverage_pct": coverage(found),
     }
 
 

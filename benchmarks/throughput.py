@@ -143,8 +143,14 @@ def measure(cost: CostModel, timings: Timings, count: int, may: NDArray[np.bool_
 
 def with_rows(cost: CostModel, timings: Timings, count: int) -> tuple[Score, Rows]:
     """Select, fit, predict the rest."""
-    t, may = timings, likely(timings)
-    fitted, chosen = measure(cost, t, count, may)
+    may = likely(timings)
+    fitted, chosen = measure(cost, timings, count, may)
+    return judge(fitted, timings, chosen, may), chosen
+
+
+def judge(fitted: CostModel, timings: Timings, chosen: Rows, may: NDArray[np.bool_]) -> Score:
+    """How a model that knows the chosen rows predicts the rest."""
+    t = timings
     predicted = fitted.predict(t.model, t.cluster, t.configurations, t.precision, coverage=COVERAGE)
     rest = np.setdiff1d(np.arange(len(t.step_seconds)), chosen)
     inside = (predicted.low <= t.step_seconds) & (t.step_seconds <= predicted.high)
@@ -152,7 +158,7 @@ def with_rows(cost: CostModel, timings: Timings, count: int) -> tuple[Score, Row
         errors=(predicted.seconds / t.step_seconds - 1)[rest],
         covered=inside[rest],
         regrets=regrets(predicted.seconds, t, seconds_of(t, chosen), may),
-    ), chosen
+    )
 
 
 def nearest(timings: Timings, chosen: Rows) -> Floats:

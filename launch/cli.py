@@ -464,10 +464,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
-_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_KIND = (errno.EISDIR, errno.ENOTDIR)
-MENDABLE = (*_ACCESS, *_SPACE, *_KIND)
+MENDABLE = {getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EISDIR", "ENOTDIR")}
 """What is wrong with a file and no fault of copus: permissions, a full disk, a folder in its place."""
 
 
@@ -484,11 +481,11 @@ def _run(command: Command) -> int:
     except BrokenPipeError:  # of stdout: no fault of a file
         raise
     except JobError as error:
-        complaint = error
+        complaint = str(error)
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        complaint = JobError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        complaint = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     print(f"copus: {complaint}", file=sys.stderr)
     return 2
 

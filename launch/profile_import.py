@@ -19,7 +19,7 @@ def import_rows(sources: list[Path], table_path: Path | None, *, as_json: bool =
         raise JobError("nothing to import: name a CSV file or another table")
     table = ThroughputTable((table_path or ProfileConfig().table).expanduser().absolute())
     rejected: Counter[str] = Counter()
-    new: list[Measurement] = []
+    new: dict[Measurement, None] = {}
     try:
         known = {_without_time(row) for row in table.everything()}
         for source in sources:
@@ -28,15 +28,11 @@ def import_rows(sources: list[Path], table_path: Path | None, *, as_json: bool =
                 rejected += read.rejected
                 # A file has no time of its own: a copy of it, imported again, is nothing new.
                 rows = {_without_time(row): row for row in reversed(read.measurements)}
-                new += [rows[key] for key in reversed(rows) if key not in known]
+                new |= dict.fromkeys(rows[key] for key in reversed(rows) if key not in known)
             else:
                 from profiles.query import read_new
 
-                if source.expanduser().stat().st_size and not ThroughputTable(source).everything():
-                    raise JobError(
-                        f"{shown(source.absolute())}: no throughput table: none of its lines is a measurement"
-                    )
-                new += [row for row in read_new([source.expanduser()], table.path) if row not in new]
+                new |= dict.fromkeys(read_new([source.expanduser()], table.path))
         table.extend(new)
     except OSError as error:
         raise JobError(f"{shown(Path(error.filename or table.path))}: {error.strerror or error}") from None

@@ -81,11 +81,10 @@ def _values(each: Summary) -> dict[str, object]:
 
 def lines_of(members: Iterable[Summary]) -> Lines:
     """The lines of comparable summaries."""
-    timed = (each.measurement for each in members if each.measurement.step_seconds is not None)
     return fastest(
-        point(each.configuration, each.step_seconds, each.spread_seconds, "measured")
-        for each in timed
-        if each.step_seconds
+        point(row.configuration, row.step_seconds, row.spread_seconds, "measured")
+        for row in (each.measurement for each in members)
+        if row.step_seconds is not None
     )
 
 

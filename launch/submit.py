@@ -77,10 +77,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
             if code:  # it has said why
                 discard_run(run)
                 return code
-            undo = partial(discard_run, run)
-            measured = profile_alone(run, job, lock, interrupts, console, undo)
-            failed = measured if measured and measured.exit_code else None
-            outcome = failed or _launch(engine, run, job, lock, interrupts, console, undo)
+            outcome = _measure_and_launch(engine, run, job, lock, interrupts, console, partial(discard_run, run))
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
     return _conclude(outcome, run, job, console, manner)
@@ -116,14 +113,29 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
             if code:
                 undo()
                 return code
-            measured = None
-            if status.checkpoint is None or job.profile.when == "missing":  # as the workers do with the live profiler
-                measured = profile_alone(run, job, lock, interrupts, console, undo)
-            failed = measured if measured and measured.exit_code else None
-            outcome = failed or _launch(engine, run, job, lock, interrupts, console, undo)
+            # As the workers do with the live profiler.
+            measures = status.checkpoint is None or job.profile.when == "missing"
+            begin = _measure_and_launch if measures else _launch
+            outcome = begin(engine, run, job, lock, interrupts, console, undo)
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
     return _conclude(outcome, run, job, console, manner)
+
+
+def _measure_and_launch(
+    engine: Engine,
+    run: Path,
+    job: JobConfig,
+    lock: int,
+    interrupts: Interrupts,
+    console: Console,
+    undo: Callable[[], None],
+) -> Outcome | Queued:
+    """`_launch`, after a profiler that wants a process of its own has run, unless that did not end well."""
+    measured = profile_alone(run, job, lock, interrupts, console, undo)
+    if measured and measured.exit_code:
+        return measured
+    return _launch(engine, run, job, lock, interrupts, console, undo)
 
 
 def _launch(

@@ -23,6 +23,8 @@ from profiles.throughput import DECILE, Prediction, Throughput
 
 LARGEST_ZERO = 1
 """The largest ZeRO stage that the backend does."""
+HALVED = "a lone micro-batch is timed as the job runs it: some or all steps in two halves, for their noise"
+"""What `as_run` assumes of times."""
 
 
 def look_ahead(
@@ -87,15 +89,7 @@ def look_ahead(
         fingerprint=rows[0].fingerprint if rows else None,
         measured_rows=len(steps),
         measured_shards=len(rows) - len(steps),
-        assumptions=(
-            *cost.assumptions(model, cluster),
-            *peaks.assumptions,
-            *(
-                ("a lone micro-batch is timed as the job runs it: some or all steps in two halves, for their noise",)
-                if halves
-                else ()
-            ),
-        ),
+        assumptions=(*cost.assumptions(model, cluster), *peaks.assumptions, *([HALVED] if halves else [])),
         covariance=predicted.covariance,
     )
 

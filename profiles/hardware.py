@@ -20,7 +20,7 @@ def is_hardware_of(name: str, cluster: Cluster) -> bool:
     kind, _, variant = cluster.accelerator.lower().partition("-")
     if kind == "cpu":
         return device.endswith(" core")
-    if not re.search(rf"(?<![a-z]){re.escape(kind)}x?(?![a-z0-9])", device.replace("x" + kind, " " + kind)):
+    if not re.search(rf"(?<![a-wyz]){re.escape(kind)}x?(?![a-z0-9])", device):  # 8xH100, MI250X; not GH100
         return False
     sizes = re.findall(r"\b(\d+)\s?g(?:i?b)?\b", device)
     if re.fullmatch(r"\d+g", variant) and sizes and variant[:-1] not in sizes:

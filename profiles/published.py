@@ -117,27 +117,16 @@ class PublishedProfiler:
 def _measurement(row: Row, path: Path, when: float) -> Measurement:
     model, configuration = model_of(row), configuration_of(row)
     seconds = seconds_of(row, configuration, model)
-    rate = number(row, "tokens_per_s_per_gpu")
-    if (
-        seconds
-        and rate
-        and not 0.9
-        < seconds * rate * configuration.layout.accelerators / (configuration.global_batch * model.seq_len)
-        < 1.1
-    ):
+    by_rate = _seconds_by_rate(row, configuration, model)
+    if seconds and by_rate and not 0.9 < seconds / by_rate < 1.1:
         raise RejectedError("step_time_s and tokens_per_s_per_gpu contradict each other")
     peak = number(row, "peak_mem_gb")
-    accelerators = configuration.layout.accelerators
-    per_node = whole(row, "gpus_per_node", accelerators)
-    if per_node < 1 or (accelerators % per_node and accelerators > per_node):
-        raise RejectedError("gpus do not fill the nodes")
+    nodes, per_node = nodes_of(row, configuration.layout.accelerators)
     fingerprint = Fingerprint(
         model=model.digest,
         precision=row.get("precision") or "unknown",
         backend=row.get("backend") or row.get("source_id") or path.stem,
-        hardware=name_hardware(
-            row.get("system") or "unknown", max(accelerators // per_node, 1), min(per_node, accelerators)
-        ),
+        hardware=name_hardware(row.get("system") or "unknown", nodes, per_node),
         software=row.get("software") or row.get("sweep_id") or "unknown",
     )
     try:
@@ -225,12 +214,29 @@ def _zero(sharding: str) -> int:
 
 def seconds_of(row: Row, configuration: Configuration, model: ModelShape) -> float | None:
     """Duration of its step, seconds; None where the row says no time. Raises RejectedError."""
-    seconds, rate = number(row, "step_time_s"), number(row, "tokens_per_s_per_gpu")
-    if seconds is None and rate:
-        seconds = configuration.global_batch * model.seq_len / (rate * configuration.layout.accelerators)
+    seconds = number(row, "step_time_s")
+    if seconds is None:
+        seconds = _seconds_by_rate(row, configuration, model)
     if seconds is not None and seconds <= 0:
         raise RejectedError("the time is not positive")
     return seconds
+
+
+def _seconds_by_rate(row: Row, configuration: Configuration, model: ModelShape) -> float | None:
+    """Duration of its step by the tokens that an accelerator does in a second; None where the row does not say."""
+    rate = number(row, "tokens_per_s_per_gpu")
+    tokens = configuration.global_batch * model.seq_len
+    return tokens / (rate * configuration.layout.accelerators) if rate else None
+
+
+def nodes_of(row: Row, usual: int) -> tuple[int, int]:
+    """Nodes of a row, and accelerators of each, of which there are `usual` or all where it does not say. Raises
+    RejectedError."""
+    accelerators = whole(row, "gpus")
+    per_node = min(whole(row, "gpus_per_node", usual), accelerators)
+    if per_node < 1 or accelerators % per_node:
+        raise RejectedError("gpus do not fill the nodes")
+    return accelerators // per_node, per_node
 
 
 def _failure(row: Row) -> str:

@@ -138,10 +138,16 @@ def query(tables: Sequence[Path], wanted: Filter | None = None) -> list[Summary]
 def read_new(sources: Sequence[Path], table: Path) -> list[Measurement]:
     """The rows of `sources` that `table` does not have yet, oldest first, each once. The table need not exist.
 
-    Raises OSError for a source that cannot be read.
+    Raises OSError for a source that cannot be read, ValueError, in one line, for one that holds something else.
     """
     known = set(ThroughputTable(table).everything())
-    return sorted((row for row in _rows(sources) if row not in known), key=lambda row: row.time)
+    found: list[Measurement] = []
+    for source in sources:
+        rows = _rows([source])
+        if not rows and source.stat().st_size:
+            raise ValueError(f"{source}: no throughput table: none of its lines is a measurement")
+        found += rows
+    return sorted(dict.fromkeys(row for row in found if row not in known), key=lambda row: row.time)
 
 
 def _rows(tables: Sequence[Path]) -> list[Measurement]:

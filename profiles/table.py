@@ -50,7 +50,7 @@ class ThroughputTable:
             if not os.access(self.path, os.R_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
             return
-        above = next(parent for parent in self.path.absolute().parents if parent.exists())
+        above = self._above()
         if not above.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
 
@@ -61,8 +61,12 @@ class ThroughputTable:
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
             return
-        with tempfile.TemporaryFile(dir=next(parent for parent in self.path.absolute().parents if parent.exists())):
+        with tempfile.TemporaryFile(dir=self._above()):
             pass
+
+    def _above(self) -> Path:
+        """The nearest folder above, or what is in its place, that is there."""
+        return next(parent for parent in self.path.absolute().parents if parent.exists())
 
     def _read(self, fingerprint: Fingerprint | None) -> list[Measurement]:
         self.skipped = 0

@@ -135,8 +135,8 @@ class CostModel:
         solved = cho_solve(cho_factor(noisy), residual)
         # How well shards are met says nothing of how well steps are; how far constants had to be moved does.
         steps = np.flatnonzero(~shard)
-        missed = residual[steps] @ np.linalg.solve(noisy[np.ix_(steps, steps)], residual[steps])
-        misfit = float(missed + best.x @ best.x)
+        among = cho_solve(cho_factor(noisy[np.ix_(steps, steps)]), residual[steps]) if shard.any() else solved
+        misfit = float(residual[steps] @ among + best.x @ best.x)
         spread = np.sqrt((self._how.freedom + misfit) / (self._how.freedom + len(steps))) if len(steps) else 1.0
         fitted._rows = _Rows(places, residual, moves, solved, whole, float(spread), int(shard.sum()))
         return fitted

@@ -61,8 +61,6 @@ _BATCH, _FLAGS, _SIZES, _SHAPE = (
         ("tp", "cp", "micro_batch"),
     )
 )
-
-
 _SHARD = COORDINATES.index("shard")
 
 
