@@ -159,6 +159,34 @@ class Reconfigure(Event):
     """Most memory that any rank used meanwhile; None where nothing moved, or the system does not tell."""
     phases: dict[str, float] = Field(default_factory=dict)
     """Seconds of each phase of a move to another layout, on rank 0."""
+    trial: bool = False
+    """True for a move to a configuration that is only tried, and for the move back from it."""
+
+
+class Trial(Event):
+    """A trial ended: a few steps in a configuration that never ran, timed beside the one that runs."""
+
+    type: Literal["trial"] = "trial"
+    candidate: Configuration
+    """The configuration that was tried."""
+    running: Configuration
+    """The configuration that ran before, and runs again unless the job stayed."""
+    steps: int
+    """Optimizer steps from the move there to the end of the trial; the job trained in all of them."""
+    seconds: float
+    """Duration of these steps and of the moves between them."""
+    move_seconds: float
+    """The share of `seconds` in which training stood still."""
+    ratio: float | None
+    """Step time of the candidate over that of the running configuration; None if no step was timed."""
+    ratio_low: float | None
+    """Lower end of the 90 % interval of `ratio`."""
+    ratio_high: float | None
+    """Upper end of the 90 % interval of `ratio`."""
+    outcome: Literal["stayed", "returned"]
+    """Whether the job stays in the candidate or went back to the running configuration."""
+    decision: int
+    """Number of the decision that asked for the trial."""
 
 
 class Evaluate(Event):
@@ -271,6 +299,7 @@ KINDS: dict[str, type[Event]] = {
         Noise,
         DecisionMade,
         Reconfigure,
+        Trial,
         Evaluate,
         Checkpoint,
         Warned,

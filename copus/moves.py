@@ -54,6 +54,8 @@ class Moves:
         """What ran before the last move, while there is a way back."""
         self._decision = 0
         """Number of the decision that asked for that move."""
+        self._trial = False
+        """Whether that move was a trial."""
 
     @property
     def on_trial(self) -> bool:
@@ -92,7 +94,7 @@ class Moves:
         decision: Decision = from_first(self._ask_planner(noise, norms))
         self._state.decisions = decision.number + 1
         if decision.switch:
-            self._move(decision.chosen, decision.number)
+            self._move(decision.chosen, decision.number, decision.trial)
 
     def keep_state(self) -> None:
         """Put what the planner knows into the trainer's state, for a checkpoint."""
@@ -109,7 +111,7 @@ class Moves:
         self._report(DecisionMade(**self._state.here, decision=decision, seconds=seconds))
         return decision
 
-    def _move(self, after: Configuration, decision: int) -> None:
+    def _move(self, after: Configuration, decision: int, trial: bool) -> None:
         before = self._backend.configuration
         started = time.perf_counter()
         try:
@@ -120,7 +122,7 @@ class Moves:
             return
         dist.barrier()
         seconds = time.perf_counter() - started
-        self._steps_since_change, self._before, self._decision = 0, before, decision
+        self._steps_since_change, self._before, self._decision, self._trial = 0, before, decision, trial
         if self._planner is not None:
             self._planner.move_costs.observe(rung_of(before, after), seconds)
         self._report_move(before, moved, seconds)
@@ -150,6 +152,7 @@ class Moves:
                 decision=self._decision,
                 peak_bytes=moved.peak_bytes,
                 phases=moved.phases,
+                trial=self._trial,
             )
         )
 

@@ -97,7 +97,7 @@ class Planner:
         mine = mine.model_copy(update={"verdict": "current", "gain": None if mine.goodput is None else 0.0})
         eligible = sorted([mine, *(score for score in others if not score.verdict)], key=_rank)
         refused = sorted((score for score in others if score.verdict), key=_rank)
-        advised = None
+        advised, trial = None, False
         if critical_batch is None:
             chosen, reason = mine, f"{self._why_unknown(noise, current)}; nothing changes"
         elif mine.goodput is None:
@@ -116,6 +116,7 @@ class Planner:
                 advised, reason = found.configuration, f"{reason}; advisory, so nothing changes"
             else:
                 chosen = found
+                trial = bool(choice.exploring is not None and choice.exploring[0])
         judged = [
             score if score.verdict else score.model_copy(update={"verdict": "no decision yet"}) for score in eligible
         ]
@@ -134,6 +135,7 @@ class Planner:
             reason=reason,
             forecast=self._noise_to_come(FORECAST_REACH * max(samples_consumed, 1)),
             advised=advised,
+            trial=trial,
         )
         self.number += 1
         if decision.switch:

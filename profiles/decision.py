@@ -70,9 +70,11 @@ class Decision(Record):
     """One sentence for people."""
     forecast: Forecast | None = None
     """The noise scale to be expected when twice the tokens will have been seen; None before the first known one."""
-
     advised: Configuration | None = None
     """What an advisory planner would have chosen; None where it may act, or would have stayed."""
+
+    trial: bool = False
+    """True if `chosen` is only tried: a few steps tell how fast it is, then the job stays or goes back."""
 
     @property
     def switch(self) -> bool:
