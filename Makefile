@@ -19,7 +19,7 @@ IMPORTED := copus.backends.megatron.backend, copus.worker, copus.data.__main__, 
 	torch._dynamo, torch.distributed.run
 INSTALLED := $(VENV)/.installed
 GPU_SITE := build/gpu-site
-RANK_TESTS := reshard_execute rejoin moves move_back noise_sources
+RANK_TESTS := reshard_execute oom_recovery moves move_back noise_sources
 GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-inspection typing-extensions \
 	tyro docstring-parser typeguard
 

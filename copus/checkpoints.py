@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from copus.agreement import RankError, all_ranks, from_first, together
 from copus.backends.base import Backend, TrainerState
 from copus.checkpoint_files import FOLDER, REPLACED, checkpoint_names, samples_of, whats_wrong
+from copus.collectives import RankError, all_gather, broadcast_from_rank0, run_on_all_ranks
 from copus.durable import sync_folder, write_text
 from copus.manifest import Entry, describe, files_of, write_manifest
 from profiles.configuration import Configuration
@@ -36,9 +36,9 @@ def newest_checkpoint(run: Path, skipped: Callable[[str], None] = lambda line: N
     passed over, on every rank.
     """
     writing = run / FOLDER / _WRITING
-    if from_first(writing.exists()):
+    if broadcast_from_rank0(writing.exists()):
         skipped(f"{FOLDER}/{_WRITING} is a half-written checkpoint: skipped")
-    for name in from_first(checkpoint_names(run)):
+    for name in broadcast_from_rank0(checkpoint_names(run)):
         checkpoint = run / FOLDER / name
         reason = _whats_wrong(checkpoint)
         if reason is None:
@@ -49,7 +49,7 @@ def newest_checkpoint(run: Path, skipped: Callable[[str], None] = lambda line: N
 
 def _whats_wrong(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, the same on every rank, which share the reading; None where it verifies."""
-    reasons = all_ranks(whats_wrong(checkpoint, slice(_rank(), None, _ranks())))
+    reasons = all_gather(whats_wrong(checkpoint, slice(_rank(), None, _ranks())))
     return next((reason for reason in reasons if reason), None)
 
 
@@ -111,12 +111,12 @@ class Writing:
         final = self._run / FOLDER / f"samples-{self._samples:012d}"
         try:
             self._save.finish()
-            shares = all_ranks(together(self._described))
+            shares = all_gather(run_on_all_ranks(self._described))
             entries = {name: entry for share in shares for name, entry in share.items()}
             _on_first(lambda: self._commit(entries, final))
         except RankError as error:
             raise self._failed(error) from None
-        return final, from_first(sum(entry.bytes for entry in entries.values()))
+        return final, broadcast_from_rank0(sum(entry.bytes for entry in entries.values()))
 
     def _write(self) -> None:
         try:
@@ -146,7 +146,7 @@ class Writing:
 
 def _on_first(action: Callable[[], None]) -> None:
     """Do something with files on rank 0 while the others wait. Raises RankError."""
-    together(action if _rank() == 0 else lambda: None, OSError)
+    run_on_all_ranks(action if _rank() == 0 else lambda: None, OSError)
 
 
 def _make_empty(folder: Path) -> None:

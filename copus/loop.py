@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from copus.agreement import from_first
 from copus.backends.base import Backend, Batches, StepRequest, StepResult, TrainerState
+from copus.collectives import broadcast_from_rank0
 from copus.events import Evaluate, Event, Failure, Noise, Step
 from copus.job import JobConfig
 from copus.moves import Moves
@@ -80,7 +80,7 @@ class Trainer:
             if self._passed(before, job.planner.every_samples * job.model.seq_len):
                 self._moves.decide(self._noise.estimate(), self._norms.take())
             if stopped:
-                reason = from_first("max_minutes" if overtime else "interrupted")
+                reason = broadcast_from_rank0("max_minutes" if overtime else "interrupted")
                 break
             if reached:
                 reason = "target_loss"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from copus.agreement import RankError, from_first, is_out_of_memory
 from copus.backends.base import Backend, Batches, Moved, StepRequest, StepResult, TrainerState
+from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
 from copus.events import DecisionMade, Event, Reconfigure, Warned
 from copus.job import JobConfig
 from copus.noise.sources import run_as
@@ -47,7 +47,7 @@ class Moves:
         self._state = state
         self._report = report
         self._survived = survived
-        self._decides: bool = from_first(planner is not None)
+        self._decides: bool = broadcast_from_rank0(planner is not None)
         """Whether rank 0 has a planner, on every rank."""
         self._steps_since_change = 0
         self._before: Configuration | None = None
@@ -91,7 +91,7 @@ class Moves:
         """Let rank 0 decide, tell everybody, and move where the decision says so."""
         if not self._decides:
             return
-        decision: Decision = from_first(self._ask_planner(noise, norms))
+        decision: Decision = broadcast_from_rank0(self._ask_planner(noise, norms))
         self._state.decisions = decision.number + 1
         if decision.switch:
             self._move(decision.chosen, decision.number, decision.trial)

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from copus.agreement import from_first, message_of
 from copus.backends.base import Backend, Batches, TrainerState
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
 from copus.checkpoints import newest_checkpoint, read_state
+from copus.collectives import broadcast_from_rank0, message_of
 from copus.data.prepared import prepared_path
 from copus.devices import check_accelerator, join_world, rank_device
 from copus.events import REQUEUED, End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
@@ -183,10 +183,10 @@ def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend, know
         return TrainerState()
     state, saved = read_state(newest)
     seen = known.predict(saved)
-    infeasible = from_first(seen is not None and seen.failure is not None)
+    infeasible = broadcast_from_rank0(seen is not None and seen.failure is not None)
     target = saved
     if infeasible or not fits(saved.layout, job, job.cluster):
-        target = from_first(fitting(saved, job, job.cluster, known.predict))
+        target = broadcast_from_rank0(fitting(saved, job, job.cluster, known.predict))
     # Megatron's checkpoints with and without the distributed optimizer do not interchange; a move in place does that.
     readable = target.layout.model_copy(update={"zero": saved.layout.zero})
     backend.build(target.model_copy(update={"layout": readable}))

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus.agreement import RankError
 from copus.backends.base import StepRequest, StepRules
 from copus.backends.megatron import groups
 from copus.backends.megatron.backend import MegatronBackend
+from copus.collectives import RankError
 from copus.job import JobConfig
 from tests.megatron_jobs import configuration, random_batches, tiny_job
 from tests.ranks import run_ranks

@@ -12,7 +12,7 @@ from copus.backends.base import TrainerState
 from copus.backends.megatron.backend import MegatronBackend
 from copus.events import DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
-from copus.rejoin import Trial, World
+from copus.oom_recovery import Trial, World
 from profiles.configuration import Configuration
 from tests.eager_planner import EagerPlanner
 from tests.megatron_jobs import backend_of, configuration, random_batches, tiny_job

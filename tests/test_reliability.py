@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from copus import worker
-from copus.agreement import RankError, from_first, together
 from copus.backends.base import StepRequest, TrainerState
 from copus.backends.megatron import backend as megatron_backend
 from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import Writing, newest_checkpoint
+from copus.collectives import RankError, broadcast_from_rank0, run_on_all_ranks
 from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.resize import resized
@@ -35,9 +35,9 @@ def _agree() -> tuple[Any, str, bool]:
             raise torch.OutOfMemoryError("no\nroom")
 
     try:
-        together(fails)
+        run_on_all_ranks(fails)
     except RankError as error:
-        return together(lambda: from_first(rank + 7)), str(error), error.out_of_memory
+        return run_on_all_ranks(lambda: broadcast_from_rank0(rank + 7)), str(error), error.out_of_memory
     raise AssertionError("nobody was told")
 
 

@@ -162,8 +162,8 @@ class Backend(Protocol):
         """Mean loss over the first `sequences` held-out sequences, nats a token."""
 
     def move(self, configuration: Configuration) -> Moved:
-        """Go on in another configuration with the same weights and optimizer state. Raises RankError (copus.agreement)
-        where it could not, and goes on in the old configuration."""
+        """Go on in another configuration with the same weights and optimizer state. Raises RankError
+        (copus.collectives) where it could not, and goes on in the old configuration."""
 
     def recover(self, configuration: Configuration) -> Moved:
         """Go on in another configuration after `train_step` raised RankError, from the weights before that step."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from copus.agreement import message_of
 from copus.backends.megatron.fingerprint import fingerprint
+from copus.collectives import message_of
 from copus.devices import check_accelerator
 from copus.events import EventLog, Failure
 from copus.job import JobError, load_job

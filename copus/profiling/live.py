@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from copus.agreement import RankError, from_first, is_out_of_memory
 from copus.backends.base import Backend, Batches, StepRequest, StepRules
+from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
 from copus.devices import wait_for
 from copus.events import Profile
 from copus.hardware import peak_memory_bytes, reset_peak_memory
@@ -48,7 +48,7 @@ def profile_missing(
         batches=_endless(batches, job.total_samples),
     )
     leads = dist.get_rank() == 0
-    fill_table(job, run, load_profiler(job), task, report, stop_requested, leads, from_first)
+    fill_table(job, run, load_profiler(job), task, report, stop_requested, leads, broadcast_from_rank0)
 
 
 class LiveProfiler:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from copus.agreement import RankError, is_out_of_memory
 from copus.backends.base import StepRequest, StepRules
+from copus.collectives import RankError, is_out_of_memory
 from copus.devices import rank_device, wait_for
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
 
-from copus.agreement import one_line
+from copus.collectives import one_line
 from copus.events import Event
 from copus.job import JobConfig
 from copus.trackers import make_tracker

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from copus.agreement import RankError, together
 from copus.backends.base import Batches, Moved, StepRequest, StepResult
 from copus.backends.megatron import checkpoint, cpu, groups, step, upstream
 from copus.backends.megatron.fingerprint import fingerprint
 from copus.backends.megatron.limits import check_layout
 from copus.backends.megatron.move_plan import plan_move
+from copus.collectives import RankError, run_on_all_ranks
 from copus.hardware import PhaseClock, peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig
 from copus.noise.sources import run_as
-from copus.rejoin import World
+from copus.oom_recovery import World
 from copus.reshard.execute import Fields, Place, reshard
 from copus.reshard.plan import Plan
 from profiles.configuration import Configuration
@@ -94,7 +94,7 @@ class MegatronBackend:
         layout that this backend cannot run, and RankError, on every rank, where one could not build it."""
         self._check(configuration.layout)
         self._tear_down()
-        together(lambda: self._make(configuration, initial_weights=True))
+        run_on_all_ranks(lambda: self._make(configuration, initial_weights=True))
 
     def _check(self, layout: Layout) -> None:
         check_layout(layout)
@@ -108,7 +108,7 @@ class MegatronBackend:
         seed = training.seed if initial_weights else None
         overlap = training.overlap_grad_reduce
         # Megatron's optimizer begins with a collective: a rank without memory for the model must not miss it alone.
-        chunks = together(lambda: build_model(self._job.model, layout, config, seed, overlap))
+        chunks = run_on_all_ranks(lambda: build_model(self._job.model, layout, config, seed, overlap))
         self._built = built = BuiltModel(self.device, chunks)
         built.optimizer = self._make_optimizer(layout, chunks)
         preconditioned = self._job.planner.noise_metric == "adam"
@@ -224,7 +224,7 @@ class MegatronBackend:
         held = self._take_state()
         clock.end("tear_down")
         try:
-            together(lambda: self._make_empty(configuration))
+            run_on_all_ranks(lambda: self._make_empty(configuration))
         except RankError:
             self._tear_down()
             self._make_empty(before)

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from copus.agreement import all_ranks, one_line, together
 from copus.backends.megatron import cpu, upstream
 from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.safe_loading import data_only
 from copus.backends.megatron.sharded import metadata, state_dict, unwrap
+from copus.collectives import all_gather, one_line, run_on_all_ranks
 from copus.hardware import room_for_a_copy
 
 cpu.before_import()
@@ -52,7 +52,7 @@ class Save:
         self._buckets: list[Any] = self._request.async_fn_args[1] if self._request.async_fn_args else []
         self.files = [name for _, name, _ in self._buckets]
         """What `write` writes on this rank, relative to the folder."""
-        self.is_copy = copy and all(all_ranks(self._bytes() < room_for_a_copy()))
+        self.is_copy = copy and all(all_gather(self._bytes() < room_for_a_copy()))
         """Whether training may go on before `write`. False, on every rank, where the memory of any has no room."""
         _agreed(self._stage)
 
@@ -91,7 +91,7 @@ class Save:
 
 
 def _agreed(action: Callable[[], Any]) -> Any:
-    """`together`, for what megatron does to the files of a checkpoint."""
+    """`run_on_all_ranks`, for what megatron does to the files of a checkpoint."""
 
     def act() -> Any:
         try:
@@ -104,7 +104,7 @@ def _agreed(action: Callable[[], Any]) -> Any:
             raise errors[0]
         return result
 
-    return together(act, (OSError, RuntimeError))
+    return run_on_all_ranks(act, (OSError, RuntimeError))
 
 
 @contextmanager

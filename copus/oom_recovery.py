@@ -1,9 +1,9 @@
-"""Out of a step that one rank cannot finish, in the same processes.
+"""Recover from one rank's out-of-memory without restarting processes.
 
-The others wait for that rank in a collective, and would until it times out. A note in the key-value store, which is no
-part of the process groups, tells them what happened; breaking the groups' connections wakes them; and all form the
-process group anew. Whoever meets a broken connection and finds no note has lost a peer for another reason: that stays
-an error, and ends in a restart.
+The other ranks wait for that rank in a collective, and would until it times out. A note in the key-value store, which
+does not depend on the process groups, tells them why; breaking the groups' connections wakes them; then all ranks form
+the process group again. A rank whose connection breaks and that finds no note has lost a peer for another reason: that
+error is raised as it is and ends in a restart.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from copus.agreement import RankError, from_first, is_out_of_memory, one_line
+from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory, one_line
 from copus.devices import join_world
 
 _POLL_SECONDS = 0.1
@@ -98,12 +98,12 @@ class World:
         self._store = distributed_c10d._get_default_store()
         self._rank, self._size, self._backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
         # Of its own among all worlds of these processes: what one left in the store means nothing to another.
-        number = from_first(self._store.add("copus/worlds", 1) if self._rank == 0 else None)
+        number = broadcast_from_rank0(self._store.add("copus/worlds", 1) if self._rank == 0 else None)
         self._name = f"copus/world-{number}"
 
     @property
     def _note(self) -> str:
-        """Of this step alone: who is a step ahead must not take it for his."""
+        """Store key, unique per step, so that a rank already in the next step ignores it."""
         return f"{self._name}/out-of-memory-{self._generation}-{self._trials}"
 
     def _agree_in_time(self, error: Exception, trial: Trial) -> RankError | None:

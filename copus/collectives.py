@@ -1,4 +1,4 @@
-"""What happened on any rank, known to all: so that all go on, or none."""
+"""Collectives that raise one rank's error on every rank, and the plain ones that go with them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,20 +13,22 @@ OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_S
 
 
 class RankError(Exception):
-    """Something went wrong on one rank at least, and every rank knows. The message says where and what."""
+    """An error of at least one rank, raised on every rank. The message names the rank and the error."""
 
     def __init__(self, rank: int, message: str, out_of_memory: bool = False) -> None:
         super().__init__(f"rank {rank}: {message}")
         self.rank = rank
         self.out_of_memory = out_of_memory
-        """Whether that was an out-of-memory."""
+        """Whether that rank ran out of memory."""
 
 
-def together(action: Callable[[], Any], catch: type[Exception] | tuple[type[Exception], ...] = Exception) -> Any:
-    """Run an action on every rank and return its result. Collective over the default group.
+def run_on_all_ranks(
+    action: Callable[[], Any], catch: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Any:
+    """Run an action on every rank and return this rank's result. Collective over the default group.
 
-    Raises RankError on all ranks where it raised one of `catch` on any: the first such rank's. An action with
-    collectives of its own must fail between them only together: a RankError passes through.
+    If the action raises one of `catch` on any rank, every rank raises RankError for the first such rank. An action that
+    contains collectives must fail between them on all ranks or on none; the RankError of an inner call passes through.
     """
     result, mine = None, None
     try:
@@ -36,14 +38,14 @@ def together(action: Callable[[], Any], catch: type[Exception] | tuple[type[Exce
     except catch as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
         mine = (rank, one_line(error), is_out_of_memory(error))
-    for failed in all_ranks(mine):
+    for failed in all_gather(mine):
         if failed is not None:
             raise RankError(*failed)
     return result
 
 
-def all_ranks(value: Any) -> list[Any]:
-    """The value of every rank, on every rank; just this one where there is no process group."""
+def all_gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank; only this process's if there is no process group."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -51,8 +53,8 @@ def all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+def broadcast_from_rank0(value: Any) -> Any:
+    """Rank 0's value, on every rank. Collective; the value of the others is ignored."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -61,18 +63,17 @@ def from_first(value: Any) -> Any:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: the device's, or this process's. Only torch's allocator on a GPU has a type for it."""
+    """Whether the device or the host ran out of memory. Only torch's GPU allocator has an exception type for it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def one_line(error: BaseException) -> str:
-    """An exception for people: `TypeName: what it says`, without line breaks."""
+    """An exception on one line: `TypeName: message`."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def message_of(error: BaseException) -> str:
-    """What the event log says of a failure: what the user has to mend as it stands, which is one line already, and
-    anything else by `one_line`."""
+    """The event log's text for a failure: a JobError as it stands, which is one line already; others by `one_line`."""
     return str(error) if isinstance(error, JobError) else one_line(error)

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus import rejoin
-from copus.agreement import RankError
+from copus import oom_recovery
+from copus.collectives import RankError
 from copus.devices import join_world, wait_for
-from copus.rejoin import World
+from copus.oom_recovery import World
 from tests.ranks import NCCL, own_device, run_ranks
 
 
@@ -71,7 +71,7 @@ def _host_hangs() -> bool:
     pids: list[Any] = [os.getpid()]
     dist.broadcast_object_list(pids)
     _on_tcp(timeout_seconds=1.0)
-    rejoin._GRACE_SECONDS = 0.5
+    oom_recovery._GRACE_SECONDS = 0.5
     world, failed = World(own_device(), timeout_seconds=1.0), False
     try:
         with world.trial():
