@@ -14,9 +14,10 @@ from copus.backends.megatron.modules import RMSNorm
 from copus.data.prepared import prepared_path
 from copus.job import JobConfig
 from copus.noise.estimator import NoiseEstimator
+from copus.noise.memory import Clock
 from copus.noise.meter import NoiseMeter
 from copus.noise.step_estimate import StepEstimate, estimate_step
-from planner.sampling import source_of_step
+from planner.sampling import STEPS, HalfLife, source_of_step
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 
@@ -58,9 +59,8 @@ def brute_force(job: JobConfig, training_steps: int, sequences: int, online_step
     for _ in range(training_steps):
         pairs.append(_pair(backend.train_step(batches, StepRequest(sample, rules, BOTH))))
         sample += configuration.global_batch
-    tokens = configuration.global_batch * job.model.seq_len
     result: dict[str, Any] = {"training_steps": training_steps, "training_batch": configuration.global_batch}
-    result["correlation"] = correlation(pairs, tokens, job.planner.noise_half_life_tokens)
+    result["correlation"] = correlation(pairs, configuration.global_batch)
     result["sequences"] = sequences
     result.update(_truth(backend, batches, sample, sequences))
     sample += sequences
@@ -69,12 +69,12 @@ def brute_force(job: JobConfig, training_steps: int, sequences: int, online_step
         "auto": job.planner,
         "microbatch": job.planner.model_copy(update={"noise_source": "microbatch"}),
     }.items():
-        meter = NoiseMeter(online_steps * tokens // 2)
+        meter = NoiseMeter(HalfLife(configuration.global_batch, online_steps // 2))
         for step in range(online_steps):
             source = source_of_step(settings, configuration, step)
             first = sample + step * configuration.global_batch
             seen = backend.train_step(batches, StepRequest(first, _frozen(job), source))
-            meter.update(seen, (step + 1) * tokens, tokens)
+            meter.update(seen, (step + 1) * configuration.global_batch, configuration.global_batch)
         noise = meter.estimate()
         result[name] = {"value": noise.value, "low": noise.low, "high": noise.high}
         _progress(f"{name}: {result[name]}")
@@ -133,14 +133,15 @@ def _pair(result: StepResult) -> tuple[StepEstimate, StepEstimate]:
     )
 
 
-def correlation(pairs: list[tuple[StepEstimate, StepEstimate]], tokens: int, half_life_tokens: int) -> dict[str, float]:
+def correlation(pairs: list[tuple[StepEstimate, StepEstimate]], global_batch: int) -> dict[str, float]:
     """Pearson's r between norm layers and total over a stretch of training: of single steps' tr Σ and |G|², and of the
     logarithm of the smoothed noise scale, which is what decisions see."""
-    estimators = NoiseEstimator(half_life_tokens), NoiseEstimator(half_life_tokens)
+    clock, estimators = Clock(HalfLife(0, STEPS)), (NoiseEstimator(), NoiseEstimator())
     smoothed = []
     for step, pair in enumerate(pairs):
+        clock.tick(global_batch)
         for estimator, one in zip(estimators, pair, strict=True):
-            estimator.update(one, (step + 1) * tokens, tokens)
+            estimator.update(one, clock, (step + 1) * global_batch, global_batch)
         values = [estimator.estimate().value for estimator in estimators]
         if all(value is not None for value in values):
             smoothed.append(values)

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 
 from copus.noise.estimator import NoiseEstimator
+from copus.noise.memory import Clock
 from copus.noise.step_estimate import StepEstimate
+from planner.sampling import HalfLife
 
 DIMENSIONS = 64
 NOISE_SCALE = 10.0
 """tr Σ / |G|² of the problem, in sequences; |G|² is 1."""
 STEPS = 240
-SEQ_LEN = 64
 SHAPES = ((2, 1), (2, 8), (4, 4), (8, 2), (32, 1), (2, 32))
 """(J, n): parts of a step, sequences in a part."""
 
@@ -30,7 +31,6 @@ def measure(parts: int, part_size: int, repetitions: int) -> dict[str, Any]:
     """
     rng = np.random.default_rng([parts, part_size])
     gradient, deviation = problem()
-    tokens = parts * part_size * SEQ_LEN
     seen, covered, unknown, unbounded = [], 0, 0, 0
     for _ in range(repetitions):
         means = gradient + deviation / part_size**0.5 * rng.standard_normal((STEPS, parts, DIMENSIONS))
@@ -39,10 +39,11 @@ def measure(parts: int, part_size: int, repetitions: int) -> dict[str, Any]:
         batch = parts * part_size
         grad_sq = (batch * mean_sq - part_size * part_sq) / (batch - part_size)
         trace = (part_sq - mean_sq) / (1 / part_size - 1 / batch)
-        estimator = NoiseEstimator(STEPS * tokens // 2)
+        clock, estimator = Clock(HalfLife(0, STEPS // 2)), NoiseEstimator()
         for step in range(STEPS):
             one = StepEstimate(float(grad_sq[step]), float(trace[step]), parts - 1)
-            estimator.update(one, (step + 1) * tokens, tokens)
+            clock.tick(batch)
+            estimator.update(one, clock, (step + 1) * batch, batch)
         noise = estimator.estimate()
         seen.append((noise.grad_sq, noise.noise_trace / NOISE_SCALE))
         unknown += noise.low is None

@@ -14,6 +14,7 @@ from copus.job import JobConfig, JobError
 from copus.loop import Trainer
 from copus.noise.meter import NoiseMeter
 from copus.schedule import base_lr, rules_at
+from planner.sampling import half_life
 from profiles.configuration import Configuration
 
 
@@ -38,7 +39,7 @@ def run_branches(
     lr = base_lr(job, state.samples_consumed * seq_len)
     if lr <= 0:
         raise JobError(f"{branches.checkpoint.name}: the learning rate is 0 here: every batch would learn nothing")
-    noise = NoiseMeter(job.planner.noise_half_life_tokens)
+    noise = NoiseMeter(half_life(job.planner, job.total_samples, seq_len))
     noise.restore(state.noise)
     done = _done(run, branches)
     total = len(branches.seeds) * len(branches.configurations)

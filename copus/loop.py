@@ -19,7 +19,7 @@ from copus.noise.step_estimate import estimate_step
 from copus.saver import Saver
 from copus.schedule import rules_at
 from planner.planner import Planner
-from planner.sampling import source_of_step
+from planner.sampling import half_life, source_of_step
 from profiles.configuration import Configuration
 
 EndReason = Literal["finished", "interrupted", "max_minutes", "target_loss"]
@@ -56,7 +56,7 @@ class Trainer:
         self._keep_nothing = keep_nothing
         self._leads = dist.get_rank() == 0
         self.state = state
-        self._noise = NoiseMeter(job.planner.noise_half_life_tokens)
+        self._noise = NoiseMeter(half_life(job.planner, job.total_samples, job.model.seq_len))
         self._noise.restore(state.noise)
         self._norms = NormWindow()
         self._norms.restore(state.norms)
@@ -175,9 +175,8 @@ class Trainer:
 
     def _measure_noise(self, configuration: Configuration, request: StepRequest, result: StepResult) -> None:
         """Take the step's share of the noise estimate, and report that where it changed."""
-        seq_len, skipped = self._job.model.seq_len, self._noise.skipped
-        tokens_seen, tokens = self.state.samples_consumed * seq_len, configuration.global_batch * seq_len
-        informative = self._noise.update(result, tokens_seen, tokens)
+        skipped = self._noise.skipped
+        informative = self._noise.update(result, self.state.samples_consumed, configuration.global_batch)
         if result.parts is not None and not result.skipped:
             step = estimate_step(result.grad_sq, result.parts.squared_norms, result.parts.part_size)
             self._norms.add(result.grad_sq, step.noise_trace)

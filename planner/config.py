@@ -44,8 +44,9 @@ class PlannerConfig(Record):
     """How often a lone micro-batch is run as two halves, to calibrate the norm layers; 1 measures halves always."""
     noise_metric: Literal["plain", "adam"] = "plain"
     """What is squared. plain: gradients. adam: gradients divided by Adam's √v̂ + ε in every coordinate (Pollux)."""
-    noise_half_life_tokens: PositiveInt = 100_000
-    """Half-life, in tokens, of the averages of |G|² and tr Σ."""
+    noise_half_life_tokens: PositiveInt | None = None
+    """Half-life, in tokens, of the averages of |G|² and tr Σ, but at least 20 steps. null: 2 % of the job, but at least
+    100 steps. In the beginning of a run it is shorter: 0.3 of the steps so far."""
     norm_test_form: Literal["unbiased", "paper"] = "unbiased"
     """unbiased: batch = noise scale / η². paper: with the step's own gradient in the place of the true one
     (2412.21124), which asks for too little by the factor 1 / (1 + noise scale / batch)."""

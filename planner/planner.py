@@ -16,6 +16,7 @@ from planner.menu import Menu, rung_of
 from planner.move_costs import MoveCosts
 from planner.norm_test import plug_in_batch
 from planner.policy import make_policy
+from planner.sampling import half_life
 from planner.situation import Choice, Situation
 from planner.space import candidates, noise_measurable
 from planner.wording import noise_in_words, percent
@@ -71,7 +72,8 @@ class Planner:
         self._observed_at = 0
         self._moved_at: int | None = None
         self._seq_len = model.seq_len
-        self._check = FactorCheck(max(1, CHECK_HALF_LIVES * config.noise_half_life_tokens // model.seq_len))
+        memory_samples = half_life(config, self._total_samples, model.seq_len).at(start.global_batch)
+        self._check = FactorCheck(max(1, int(CHECK_HALF_LIVES * memory_samples)))
 
     def observe_loss(self, samples_consumed: int, global_batch: int, loss: float) -> str | None:
         """Feed every step's mean training loss. Returns a warning, in one line, when c is clearly off: see
@@ -87,8 +89,7 @@ class Planner:
     ) -> Decision:
         """Score every candidate and let the policy choose. `current` is what runs, candidate or not; `step_norms` are
         those of the steps since the last decision."""
-        critical_batch = self._critical_batch(noise)
-        self._look_ahead(noise, critical_batch, samples_consumed)
+        critical_batch = self._look_ahead(noise, samples_consumed)
         mine = self._score(current, critical_batch, None)
         others = [self._score(c, critical_batch, mine.goodput) for c in self.candidates if c != current]
         if limit := self.move_costs.refusal("layout"):
@@ -153,25 +154,35 @@ class Planner:
             return False
         return samples_consumed < self._moved_at + FIRST_STEPS * current.global_batch
 
-    def _look_ahead(self, noise: NoiseScale, critical_batch: float | None, samples_consumed: int) -> None:
-        """Tell the forecast and the check of c what the noise scale is now."""
+    def _look_ahead(self, noise: NoiseScale, samples_consumed: int) -> float | None:
+        """φ now, in sequences; None while the noise scale is unknown. Tells the forecast and the check of c about it.
+
+        The noise scale is an average, which belongs to its centroid. The forecast takes it up there, and what is
+        expected to have grown since then is added.
+        """
         self._check.critical_bounds = None
-        if critical_batch is None:
-            return
+        measured = self._critical_batch(noise)
+        if measured is None:
+            return None
         assert noise.value is not None, "there is a critical batch"
-        # The noise scale is a moving average: of what it says now, this share was not in it at the last decision.
-        passed = max(samples_consumed - self._observed_at, 1) * self._seq_len
-        repeated = 0.5 ** (passed / self.config.noise_half_life_tokens) if self._observed_at else 0.0
+        here = float(max(samples_consumed, 1))
+        centre = min(noise.centroid or here, here)
+        # For an average that forgets exponentially, `here - centre` is the number of sequences in which its memory
+        # fades to 1/e: so much of it was in the estimate of the last decision too.
+        passed = samples_consumed - self._observed_at
+        repeated = math.exp(-max(passed, 1) / (here - centre)) if self._observed_at and centre < here else 0.0
         self._forecast.observe(
-            np.array([float(max(samples_consumed, 1))]),
-            np.array([critical_batch]),
+            np.array([centre]),
+            np.array([measured]),
             np.array([log_error(noise.value, noise.low, noise.high)]),
             (1 - repeated) / (1 + repeated),
         )
         self._observed_at = samples_consumed
+        grown = float(self._forecast.at(np.array([here]))[0] / self._forecast.at(np.array([centre]))[0])
         if noise.low is not None and noise.high is not None:
-            factor = self.config.critical_batch_factor
+            factor = self.config.critical_batch_factor * grown
             self._check.critical_bounds = (factor * noise.low, factor * noise.high)
+        return grown * measured
 
     def _noise_to_come(self, samples: int) -> Forecast | None:
         """The noise scale to be expected after so many sequences: the forecast is of φ = c · B_simple."""
@@ -185,7 +196,7 @@ class Planner:
         return Forecast(tokens=samples * self._seq_len, value=value, low=low, high=high)
 
     def _critical_batch(self, noise: NoiseScale) -> float | None:
-        """φ = c · B_simple, sequences; None while the noise scale is unknown or has seen too little."""
+        """φ = c · B_simple where it was measured, sequences; None while that is unknown or has seen too little."""
         value = noise.value
         if value is None or not 0 < value < math.inf or noise.samples < self.config.min_noise_samples:
             return None

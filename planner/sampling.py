@@ -1,7 +1,40 @@
-"""Which source a step is measured from, so that measuring costs little."""
+"""How the gradient noise is sampled: which source a step is measured from, and how long its averages remember."""
+
+from dataclasses import dataclass
 
 from planner.config import PlannerConfig
 from profiles.configuration import Configuration
+
+SHARE_OF_JOB = 0.02
+"""Half-life of the averages unless the job file says another: within this share of a job the noise scale hardly
+changes."""
+STEPS = 100
+"""No half-life of that kind is shorter, in optimizer steps: a quarter of these are measured by default, which tells
+the noise scale to some 10 %."""
+FEWEST_STEPS = 20
+"""Nor is one from the job file shorter than this: there would be too few steps to tell anything."""
+
+
+@dataclass(frozen=True)
+class HalfLife:
+    """In how long a measured step comes to weigh half as much in the averages of |G|² and tr Σ.
+
+    It has two sides because the batch changes: `samples` sequences, but never fewer than `steps` optimizer steps.
+    """
+
+    samples: float
+    steps: int
+
+    def at(self, global_batch: int) -> float:
+        """In sequences, at that batch."""
+        return max(self.samples, float(self.steps * global_batch))
+
+
+def half_life(settings: PlannerConfig, total_samples: int, seq_len: int) -> HalfLife:
+    """The half-life of a job of so many sequences."""
+    if settings.noise_half_life_tokens is None:
+        return HalfLife(SHARE_OF_JOB * total_samples, STEPS)
+    return HalfLife(settings.noise_half_life_tokens / seq_len, FEWEST_STEPS)
 
 
 def source_of_step(settings: PlannerConfig, configuration: Configuration, step: int) -> str | None:

@@ -1,6 +1,6 @@
 """How noisy the gradients are."""
 
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeFloat, NonNegativeInt
 
 from profiles.record import Record
 
@@ -24,3 +24,6 @@ class NoiseScale(Record):
     """Upper end of the 90 % interval of `value`; None also when it is unbounded."""
     samples: NonNegativeInt
     """Optimizer steps that the estimate has seen since the start of the job."""
+    centroid: NonNegativeFloat | None = None
+    """Sequences that the job had consumed at the centre of gravity of the averages: the place that the figures belong
+    to, which lies behind the last step. None: no average, the figures are those of the last step."""

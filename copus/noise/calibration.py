@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from copus.noise.estimator import MIN_BLOCKS, effective_blocks, residuals, student_t
+from copus.noise.memory import Blocks, Clock
 from copus.noise.step_estimate import StepEstimate
 from profiles.noise_scale import NoiseScale
 
-MAX_BLOCKS = 32
-"""More are merged by twos, so that a block always holds several steps."""
 HALF_LIVES = 8
 """κ changes slowly (Gray et al. 2024, fig. 7): it is averaged over this many half-lives of the noise scale itself."""
 MAX_RELATIVE_ERROR = 0.5
@@ -42,49 +40,30 @@ class NormLayerCalibration:
     the jackknife's over blocks of such steps.
     """
 
-    def __init__(self, half_life_tokens: int) -> None:
-        self._half_life = HALF_LIVES * half_life_tokens
-        self._pairs_per_block = 1
-        # Rows of: tokens at the end, pairs, then Σ weight and Σ weight·value of |G|² and tr Σ: whole, then norm layers.
-        self._blocks: list[list[float]] = []
+    def __init__(self) -> None:
+        # Σ weight and Σ weight·value, of |G|² and tr Σ: of the whole gradient, then of the norm layers.
+        self._blocks = Blocks(8, HALF_LIVES)
 
-    def update(self, full: StepEstimate, norm_layers: StepEstimate, tokens_seen: int, tokens: int) -> None:
-        """Add a step that measured both; its figures are finite."""
-        if not self._blocks or self._blocks[-1][1] >= self._pairs_per_block:
-            if len(self._blocks) == MAX_BLOCKS:
-                self._merge()
-            self._blocks.append([0.0] * 10)
-        block = self._blocks[-1]
-        block[0] = tokens_seen
-        block[1] += 1
-        for start, step in ((2, full), (6, norm_layers)):
-            added = (tokens, tokens * step.grad_sq, step.degrees, step.degrees * step.noise_trace)
-            for offset, value in enumerate(added):
-                block[start + offset] += value
-
-    def _merge(self) -> None:
-        """Make one block of every two."""
-        pairs = zip(self._blocks[::2], self._blocks[1::2], strict=True)
-        self._blocks = [
-            [second[0], *(a + b for a, b in zip(first[1:], second[1:], strict=True))] for first, second in pairs
-        ]
-        self._pairs_per_block *= 2
+    def update(self, full: StepEstimate, norm_layers: StepEstimate, clock: Clock, global_batch: int) -> None:
+        """Add the step that the clock has just counted, which measured both; its figures are finite."""
+        figures: list[float] = []
+        for step in (full, norm_layers):
+            figures += [global_batch, global_batch * step.grad_sq, step.degrees, step.degrees * step.noise_trace]
+        self._blocks.add(clock, figures)
 
     def estimate(self) -> Factors | None:
         """The factors, or None while too little is known."""
         if len(self._blocks) < MIN_BLOCKS:
             return None
-        blocks = np.array(self._blocks)
-        decay = 0.5 ** ((blocks[-1, 0] - blocks[:, 0]) / self._half_life)
-        columns = (decay[:, None] * blocks[:, 2:]).T
+        columns = self._blocks.weighted()
         weights, sums = columns[::2], columns[1::2]  # of |G|² and tr Σ of the whole, then of the norm layers
         means = sums.sum(axis=1) / weights.sum(axis=1)
         if np.any(means <= 0):
             return None
         signs = (-1, 1, 1, -1)  # of the logarithms that make log κ
         error = sum(
-            sign * residuals(weight, each) / mean
-            for sign, weight, each, mean in zip(signs, weights, sums, means, strict=True)
+            sign * residuals(weight, total) / mean
+            for sign, weight, total, mean in zip(signs, weights, sums, means, strict=True)
         )
         standard_error = float(np.linalg.norm(error))
         if standard_error > MAX_RELATIVE_ERROR:
@@ -118,13 +97,13 @@ class NormLayerCalibration:
             low=low,
             high=high,
             samples=norm_layers.samples,
+            centroid=norm_layers.centroid,
         )
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> list[list[float]]:
         """Everything, as plain values for a checkpoint."""
-        return {"pairs_per_block": self._pairs_per_block, "blocks": self._blocks}
+        return self._blocks.state()
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: list[list[float]]) -> None:
         """Take up what `state` gave."""
-        self._pairs_per_block = state["pairs_per_block"]
-        self._blocks = [list(block) for block in state["blocks"]]
+        self._blocks.restore(state)

@@ -6,7 +6,9 @@ from typing import Any
 from copus.backends.base import Parts, StepResult
 from copus.noise.calibration import NormLayerCalibration
 from copus.noise.estimator import NoiseEstimator
+from copus.noise.memory import Clock
 from copus.noise.step_estimate import StepEstimate, estimate_step
+from planner.sampling import HalfLife
 from profiles.noise_scale import NoiseScale
 
 
@@ -14,14 +16,15 @@ class NoiseMeter:
     """Takes the steps of a run, and gives the best estimate that they allow.
 
     Full sources (micro-batches, replicas) estimate the same two numbers and share one average. The norm layers have
-    their own; it counts only after it has been calibrated on steps that measured both. Of the two the one with the
-    narrower interval is given, the full one where only that is known, and "unknown" where neither is.
+    their own, which counts only after it has been calibrated on steps that measured both. Of the two, `estimate` gives
+    the one with the narrower interval, and the full one if only that is known.
     """
 
-    def __init__(self, half_life_tokens: int) -> None:
-        self._full = NoiseEstimator(half_life_tokens)
-        self._norm_layers = NoiseEstimator(half_life_tokens)
-        self._calibration = NormLayerCalibration(half_life_tokens)
+    def __init__(self, half_life: HalfLife) -> None:
+        self._clock = Clock(half_life)
+        self._full = NoiseEstimator()
+        self._norm_layers = NoiseEstimator()
+        self._calibration = NormLayerCalibration()
         self._skipped = 0
 
     @property
@@ -35,8 +38,10 @@ class NoiseMeter:
         factors = self._calibration.estimate()
         return None if factors is None else factors.kappa
 
-    def update(self, result: StepResult, tokens_seen: int, tokens: int) -> bool:
-        """Add a step of `tokens` tokens that ended at `tokens_seen`. Whether it said anything about the noise."""
+    def update(self, result: StepResult, samples_consumed: int, global_batch: int) -> bool:
+        """Add a step of the run, measured or not, that ended at `samples_consumed` sequences. Returns whether it said
+        anything about the noise."""
+        self._clock.tick(global_batch)
         steps = [_estimate(parts) for parts in (result.parts, result.norm_layer_parts)]
         if all(step is None for step in steps):
             return False
@@ -45,11 +50,11 @@ class NoiseMeter:
             return False
         full, norm_layers = steps
         if full is not None:
-            self._full.update(full, tokens_seen, tokens)
+            self._full.update(full, self._clock, samples_consumed, global_batch)
         if norm_layers is not None:
-            self._norm_layers.update(norm_layers, tokens_seen, tokens)
+            self._norm_layers.update(norm_layers, self._clock, samples_consumed, global_batch)
         if full is not None and norm_layers is not None:
-            self._calibration.update(full, norm_layers, tokens_seen, tokens)
+            self._calibration.update(full, norm_layers, self._clock, global_batch)
         return True
 
     def estimate(self) -> NoiseScale:
@@ -63,6 +68,7 @@ class NoiseMeter:
     def state(self) -> dict[str, Any]:
         """Everything, as plain values for a checkpoint."""
         return {
+            "clock": self._clock.state(),
             "full": self._full.state(),
             "norm_layers": self._norm_layers.state(),
             "calibration": self._calibration.state(),
@@ -70,8 +76,10 @@ class NoiseMeter:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave; an empty dict leaves a fresh meter."""
-        if state:
+        """Take up what `state` gave. An empty dict leaves a fresh meter, and so does a checkpoint of a version that had
+        no clock: the noise scale is measured anew."""
+        if "clock" in state:
+            self._clock.restore(state["clock"])
             self._full.restore(state["full"])
             self._norm_layers.restore(state["norm_layers"])
             self._calibration.restore(state["calibration"])
