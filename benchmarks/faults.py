@@ -101,7 +101,6 @@ def job_for(folder: Path, ranks: int, samples: int, **training: Any) -> JobConfi
             "planner": {
                 "every_samples": 64,
                 "min_noise_samples": 4,
-                "noise_half_life_tokens": 2000,
                 "max_global_batch": 4,
                 "max_micro_batch": 1,
             },
