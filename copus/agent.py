@@ -1,17 +1,23 @@
-"""torch's elastic agent for one machine: `python -m copus.agent …` takes what `torch.distributed.run` takes.
+"""torch's elastic agent: `python -m copus.agent …` takes the arguments of `torch.distributed.run`.
 
-It knows one more `--rdzv-backend`, `loopback`: torch's `c10d`, in a store that no other machine can reach.
+It differs from torch's own in two ways. It has one more `--rdzv-backend`, `loopback`: torch's `c10d`, in a store that
+no other machine can reach. And it restarts no workers after an error that the user has to fix: the next attempt would
+fail in the same way.
 """
 
 from datetime import timedelta
 
 from torch.distributed import run
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import rendezvous_handler_registry
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.launcher import api
 
 from copus.loopback import host_store
+from copus.user_errors import EXIT_CODE
 
 NAME = "loopback"
 READ_TIMEOUT = timedelta(seconds=60)
@@ -33,6 +39,19 @@ def meet(parameters: RendezvousParameters) -> RendezvousHandler:
     return create_handler(store, LoopbackBackend(store, parameters.run_id), parameters)
 
 
+class Agent(LocalElasticAgent):
+    """Gives up its remaining restarts when a worker ends with `EXIT_CODE`."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if any(failure.exitcode == EXIT_CODE for failure in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
+
+
 if __name__ == "__main__":
+    setattr(
+        api, LocalElasticAgent.__name__, Agent
+    )  # torch has no option for another agent; its launcher looks this name up
     rendezvous_handler_registry.register(NAME, meet)
     run.main()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from copus.job import JobError
+from copus.user_errors import one_line
 
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What RuntimeErrors say: of torch's allocator on a CPU, and on a GPU of libraries that allocate beside it."""
@@ -67,13 +67,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception on one line: `TypeName: message`."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-
-
-def message_of(error: BaseException) -> str:
-    """The event log's text for a failure: a JobError as it stands, which is one line already; others by `one_line`."""
-    return str(error) if isinstance(error, JobError) else one_line(error)

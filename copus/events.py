@@ -255,6 +255,8 @@ class Failure(Event):
     """Where."""
     message: str
     """One line."""
+    user_error: bool = False
+    """True if only the user can fix it: the workers are not started again."""
     fatal: bool = True
     """False where the job goes on: a move was taken back, memory ran out after one and the job moved back, a checkpoint
     was skipped or could not be written."""

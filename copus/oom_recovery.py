@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory, one_line
+from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
 from copus.devices import join_world
+from copus.user_errors import one_line
 
 _POLL_SECONDS = 0.1
 """How often a rank looks for a note while a step is on trial."""

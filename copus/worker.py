@@ -24,7 +24,7 @@ from copus.backends.base import Backend, Batches, TrainerState
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
 from copus.checkpoints import newest_checkpoint, read_state
-from copus.collectives import broadcast_from_rank0, message_of
+from copus.collectives import broadcast_from_rank0
 from copus.data.prepared import prepared_path
 from copus.devices import check_accelerator, join_world, rank_device
 from copus.events import REQUEUED, End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
@@ -35,6 +35,7 @@ from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
+from copus.user_errors import EXIT_CODE, report_failure
 from planner.memory_check import MemoryCheck
 from planner.planner import Planner
 from planner.policy import make_policy
@@ -52,17 +53,14 @@ def main(arguments: list[str]) -> int:
     run = Path(arguments[0])
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     stop = StopRequest(run)
-    job = load_job(run / "job.yaml")
     try:
+        job = load_job(run / "job.yaml")
         device = _start_process_group(job)
         job = _on_these_ranks(job)
         _work(job, run, device, stop, profile_only="--profile-only" in arguments)
     except Exception as error:
-        rank = int(os.environ["RANK"])
-        EventLog(run).write(Failure(step=0, samples_consumed=0, rank=rank, message=message_of(error)))
-        if isinstance(error, JobError):
-            print(error, file=sys.stderr)
-            return 2
+        if report_failure(error, EventLog(run), int(os.environ["RANK"])):
+            return EXIT_CODE
         raise
     dist.destroy_process_group()
     return 0

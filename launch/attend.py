@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,15 +47,17 @@ def attend(
     console: Console,
     *,
     profile_only: bool = False,
+    undo: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Start the workers and stay until they are gone. One interrupt stops them with a checkpoint, a second kills.
+    """Start the workers and wait until they have ended. One interrupt stops them with a checkpoint, a second kills.
 
-    Starts none where the run was asked to stop while it got ready. Raises JobError where a worker without an agent said
-    that the user has to mend something.
+    Starts none if the run was asked to stop while it got ready. Raises JobError if a worker met an error that the user
+    has to fix, and calls `undo` first if nothing was measured or trained before.
     """
     follower, status = Follower(run), RunStatus()
     status.update(follower.read())
     status.forget_ending()
+    start_before = status.start
     if stop_requested(run):
         return Outcome(128 + signal.SIGTERM, "interrupted", status, 0.0)
     workers = engine.start(run, job, lock, profile_only=profile_only)
@@ -74,7 +77,9 @@ def attend(
     if heard > 1 or (code < 0 and status.failure is None and stop_requested(run)):  # here, or by `copus cancel --now`
         return Outcome(128 + (interrupts.signal or signal.SIGTERM), "killed", status, seconds)
     ended = status.end is not None or profile_only or heard > 0
-    if code == 2 and status.failure:
+    if status.failure and status.failure.user_error:
+        if status.start is start_before and status.profile is None:
+            undo()
         raise JobError(status.failure.message)
     if code or not ended:
         _explain_failure(code, workers, status)

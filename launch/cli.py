@@ -3,7 +3,6 @@
 Nothing heavy is imported here: `copus --help` is for people, and answers at once.
 """
 
-import errno
 import os
 import sys
 import warnings
@@ -464,13 +463,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-MENDABLE = {getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EISDIR", "ENOTDIR")}
-"""What is wrong with a file and no fault of copus: permissions, a full disk, a folder in its place."""
-
-
 def _run(command: Command) -> int:
-    """A command's exit code; what the user has to mend is said in one line."""
-    from copus.job import JobError  # after the parsing: --help needs none of it
+    """Run a command and return its exit code. An error that the user has to fix is printed in one line."""
+    from copus.user_errors import EXIT_CODE, user_message  # after the parsing: --help needs none of it
 
     try:
         with warnings.catch_warnings():
@@ -478,16 +473,12 @@ def _run(command: Command) -> int:
             code = command.run()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # of stdout: no fault of a file
-        raise
-    except JobError as error:
-        complaint = str(error)
-    except OSError as error:
-        if error.errno not in MENDABLE:
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
             raise
-        complaint = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    print(f"copus: {complaint}", file=sys.stderr)
-    return 2
+    print(f"copus: {message}", file=sys.stderr)
+    return EXIT_CODE
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:

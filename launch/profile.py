@@ -53,7 +53,8 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
                 if code:
                     discard_run(run)
                     return code
-                outcome = attend(engine, run, job, lock, interrupts, console, profile_only=True)
+                undo = partial(discard_run, run)
+                outcome = attend(engine, run, job, lock, interrupts, console, profile_only=True, undo=undo)
     _note_end(run, outcome)
     done = [event for event in Follower(run).read() if isinstance(event, Profile)]  # of all attempts
     measured = sum(event.failure != NOTHING_TO_SAY for event in done)
@@ -96,11 +97,7 @@ def profile_alone(
         return None
     died_at = ""
     while True:
-        try:
-            outcome = attend(AloneEngine(), run, job, lock, interrupts, console, profile_only=True)
-        except JobError:
-            undo()
-            raise
+        outcome = attend(AloneEngine(), run, job, lock, interrupts, console, profile_only=True, undo=undo)
         tried = run / TRIED
         trying = tried.read_text() if outcome.reason == "failed" and tried.exists() else ""
         if outcome.status.failure or trying in ("", died_at):  # or it died before it measured anything

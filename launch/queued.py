@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from copus.job import JobConfig
+from copus.job import JobConfig, JobError
 from launch.attend import POLL_SECONDS, Outcome, last_lines, show_new
 from launch.engines import EngineState, QueuedEngine, engine_state
 from launch.engines.ticket import write_ticket
@@ -44,7 +44,10 @@ def hand_over(engine: QueuedEngine, run: Path, job: JobConfig) -> Queued:
 
 
 def follow_job(engine: QueuedEngine, run: Path, queued: Queued, interrupts: Interrupts, console: Console) -> Outcome:
-    """Show a queued job until it has ended, or until an interrupt: that ends this command, and never the job."""
+    """Show a queued job until it has ended, or until an interrupt: that ends this command, and never the job.
+
+    Raises JobError if a worker met an error that the user has to fix.
+    """
     follower, status = queued.follower, queued.status
     state, next_question, ended = EngineState("unknown", ""), 0.0, 0
     last_start = status.start
@@ -69,6 +72,8 @@ def follow_job(engine: QueuedEngine, run: Path, queued: Queued, interrupts: Inte
         return Outcome(128 + (interrupts.signal or signal.SIGINT), "queued", status, seconds)
     if status.end is None and status.failure is None and stopped_for_good(run):
         return Outcome(128 + signal.SIGTERM, "killed", status, seconds)
+    if status.failure and status.failure.user_error:
+        raise JobError(status.failure.message)
     if status.end is None:
         _explain_failure(engine, run, state, status)
         return Outcome(1, "failed", status, seconds)

@@ -96,8 +96,8 @@ class RunStatus:
             case Warned():
                 self.warning = event
             case Failure():
-                if event.fatal:
-                    self.failure = self.failure or event  # the others only tell of the first
+                if event.fatal and (self.failure is None or event.user_error > self.failure.user_error):
+                    self.failure = event  # the first one is the cause, unless a later one names it
             case End():
                 self.end = event
 

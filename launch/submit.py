@@ -147,7 +147,7 @@ def _launch(
     console: Console,
     undo: Callable[[], None],
 ) -> Outcome | Queued:
-    """Run the job to its end, or hand it to a scheduler and `undo` where that refuses it."""
+    """Run the job to its end, or hand it to a scheduler. `undo` is called if nothing came of either."""
     if isinstance(engine, QueuedEngine):
         try:
             return hand_over(engine, run, job)
@@ -156,7 +156,7 @@ def _launch(
             raise
     assert isinstance(engine, AttendedEngine), "there are two kinds"
     clear_ticket(run)
-    return attend(engine, run, job, lock, interrupts, console)
+    return attend(engine, run, job, lock, interrupts, console, undo=undo)
 
 
 def _follow(

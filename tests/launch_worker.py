@@ -1,7 +1,8 @@
 """A worker with the contract of `copus.worker` and without torch: it counts samples and writes the events of a run.
 
 Runs below the elastic agent or alone. What it shall do comes before the run directory: `--steps N` samples in all,
-`--step-seconds S`, `--fail-at STEP` (a failure event, then exit 1), `--crash-at STEP` (no event), `--ignore-stop`.
+`--step-seconds S`, `--fail-at STEP` (a failure event, then exit 1), `--crash-at STEP` (no event), `--user-error-at
+STEP` (0: before training), `--ignore-stop`. Each start adds a line to the file `starts-RANK` beside the run.
 """
 
 import argparse
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from copus.branches import read_plan
 from copus.events import Branch, Checkpoint, End, Evaluate, EventLog, Failure, Noise, Profile, Start, Step, read_events
-from copus.job import load_job
+from copus.job import JobError, load_job
+from copus.user_errors import EXIT_CODE, report_failure
 from profiles.noise_scale import NoiseScale
 
 parser = argparse.ArgumentParser()
@@ -21,6 +23,7 @@ parser.add_argument("--steps", type=int, default=5)
 parser.add_argument("--step-seconds", type=float, default=0.01)
 parser.add_argument("--fail-at", type=int)
 parser.add_argument("--crash-at", type=int)
+parser.add_argument("--user-error-at", type=int)
 parser.add_argument("--ignore-stop", action="store_true")
 parser.add_argument("run", type=Path)
 parser.add_argument("--profile-only", action="store_true")
@@ -37,6 +40,8 @@ def on_sigterm(number: int, frame: object) -> None:
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN if options.ignore_stop else on_sigterm)
 (run / f"worker-{rank}.pid").write_text(str(os.getpid()))
+with open(run.parent / f"starts-{rank}", "a") as starts:
+    starts.write("started\n")
 
 
 def stop_asked() -> bool:
@@ -95,6 +100,14 @@ if options.profile_only:
         log.write(Profile(**position, configuration=configuration, done=number, total=3, step_seconds=0.1 * number))
     log.write(End(step=0, samples_consumed=0, reason="finished", seconds=0.1))
     sys.exit(0)
+
+
+def complain_at(step: int) -> None:
+    if step == options.user_error_at:
+        sys.exit(EXIT_CODE if report_failure(JobError("training.lr(0): too little"), log, rank) else 1)
+
+
+complain_at(0)
 log.write(
     Start(
         step=done,
@@ -115,6 +128,7 @@ while done < options.steps:
     time.sleep(options.step_seconds)
     done += 1
     position = {"step": done, "samples_consumed": done * batch}
+    complain_at(done)
     if done == options.fail_at:
         log.write(Failure(**position, rank=0, message="the loss is [not] finite"))
         print("Traceback: what the rank said last", file=sys.stderr)

@@ -405,6 +405,21 @@ def test_every_command_that_reads_a_job_refuses_it(
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("GLOO_SOCKET_IFNAME", "eth99"), ("GLOO_SOCKET_IFNAME", "lo,eth99")],
+)
+def test_a_network_interface_that_is_not_there_is_refused(
+    variable: str, value: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    before = contents(folder)
+    assert copus_here("submit", "job.yaml") == 2
+    output, errors = capfd.readouterr()
+    check_line(errors, output, f"{variable}({value}): this machine has no network interface eth99")
+    assert contents(folder) == before
+
+
 def test_a_plan_of_the_largest_cluster_is_no_wait(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What a job file may say is planned, however large: 10^5 nodes, and batches up to 2^53."""
     sizes = ["cluster={nodes: 100000, accelerators_per_node: 10000, accelerator: h100-sxm}"]

@@ -19,6 +19,7 @@ from launch.engines import LocalEngine, engine_of, engine_state
 from launch.engines.agent import agent_environment
 from launch.engines.base import EngineOptions, EngineState, QueuedEngine
 from launch.engines.log_files import lines_of
+from launch.engines.this_machine import check_interfaces
 
 
 class ElsewhereEngine(QueuedEngine):
@@ -170,6 +171,15 @@ def test_logs_of_a_rank_that_there_is_not_are_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--rank({rank}): runs/small has ranks 0 to 1: " in line
     assert copus_here("logs", "small", "--rank=1") == 0
+
+
+def test_nccl_may_be_told_a_prefix_a_whole_name_or_what_to_leave_out() -> None:
+    for named in ("l", "=lo", "eth99,lo", "^docker"):
+        check_interfaces({"NCCL_SOCKET_IFNAME": named}, "h100-sxm")
+    for named in ("eth99", "=l"):
+        check_interfaces({"NCCL_SOCKET_IFNAME": named}, "cpu")  # which does not use it
+        with pytest.raises(JobError, match="has no network interface"):
+            check_interfaces({"NCCL_SOCKET_IFNAME": named}, "h100-sxm")
 
 
 def test_a_gpu_job_is_refused_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,6 +296,12 @@ class TestNode:
     def test_workers_that_fail_are_started_again(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.attempt(run, monkeypatch, "--fail-at", "2") == node.AGAIN
 
+    def test_an_error_that_the_user_has_to_fix_is_not_tried_again(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.attempt(run, monkeypatch, "--user-error-at", "0") == 0
+        assert self.attempt(run, monkeypatch, "--fail-at", "2") == node.AGAIN  # the error before is not this one's
+
     def test_the_run_of_another_job_is_left_alone(
         self, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:

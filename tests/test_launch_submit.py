@@ -329,6 +329,32 @@ def test_data_says_where_the_data_lies(tmp_path: Path, copus: Copus) -> None:
     assert (Path(json.loads(result.stdout)["prepared"]) / "manifest.json").exists()
 
 
+def test_what_the_user_has_to_fix_is_one_line_and_leaves_no_run(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    result = copus("submit", "job.yaml", worker=["--user-error-at", "0"])
+    assert result.returncode == 2
+    assert result.stderr == "copus: training.lr(0): too little\n"
+    assert not (tmp_path / "runs" / "small").exists()
+
+
+def test_a_run_that_has_trained_is_kept_although_the_user_has_to_fix_something(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    result = copus("submit", "job.yaml", worker=["--user-error-at", "2"])
+    assert result.returncode == 2
+    assert steps_seen(tmp_path / "runs" / "small") == 1
+
+
+def test_a_resume_that_the_workers_refuse_leaves_the_job_as_it_was(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    copus("submit", "job.yaml", worker=["--steps", "2"])
+    run = tmp_path / "runs" / "small"
+    before = (run / "job.yaml").read_text()
+    longer = ["--set", "training.tokens=25600"]
+    result = copus("submit", "--resume", "small", *longer, worker=["--user-error-at", "0"])
+    assert result.returncode == 2
+    assert (run / "job.yaml").read_text() == before
+
+
 class TestAgent:
     """Through torch's elastic agent: slower, and so only what the agent has a part in."""
 
@@ -348,6 +374,22 @@ class TestAgent:
         assert result.returncode == 1
         assert result.stderr.startswith("copus: rank 1 ended without saying why (exit code 1)\n")
         assert re.search(r"last lines of runs/small/logs/\S+/attempt_0/1/stderr.log:\n.*is out of luck", result.stderr)
+
+    def test_workers_are_not_restarted_after_an_error_that_the_user_has_to_fix(
+        self, tmp_path: Path, copus: Copus
+    ) -> None:
+        write_job(tmp_path, launch={"max_restarts": 3})
+        worker = ["--user-error-at", "0"]
+        result = copus("submit", "job.yaml", worker=worker, how="agent")
+        assert result.returncode == 2
+        assert result.stderr == "copus: training.lr(0): too little\n"
+        assert (tmp_path / "runs" / "starts-0").read_text() == "started\n"
+        assert not (tmp_path / "runs" / "small").exists()
+
+    def test_workers_are_restarted_after_any_other_error(self, tmp_path: Path, copus: Copus) -> None:
+        write_job(tmp_path, launch={"max_restarts": 1})
+        assert copus("submit", "job.yaml", worker=["--fail-at", "1"], how="agent").returncode == 1
+        assert (tmp_path / "runs" / "starts-0").read_text() == "started\n" * 2
 
     def test_workers_do_not_outlive_a_killed_launcher(self, tmp_path: Path) -> None:
         write_job(tmp_path)

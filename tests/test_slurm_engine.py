@@ -6,8 +6,10 @@ import re
 import resource
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from launch_jobs import copus_command, copus_here, write_job
 
 import launch.queued
 import launch.submit
-from copus.events import REQUEUED, Checkpoint, End, EventLog, Warned, read_events
+from copus.events import REQUEUED, Checkpoint, End, EventLog, Failure, Warned, read_events
 from copus.job import JobConfig, JobError, load_job
 from launch.engines import Ticket, engine_of, engine_state, slurm_job, slurm_node
 from launch.engines.requeues import count_attempt
@@ -306,7 +308,7 @@ def test_a_watch_goes_on_while_the_controller_does_not_answer(
     def answer(seconds: float) -> None:
         slurm("squeue", "")
 
-    monkeypatch.setattr("launch.watch.time.sleep", answer)
+    monkeypatch.setattr("launch.watch.time", SimpleNamespace(**vars(time) | {"sleep": answer}))  # not everybody's
     monkeypatch.setattr("launch.watch.ASK_SECONDS", 0)
     assert copus_here("watch", "small") == 0
     first, last = capfd.readouterr().out.splitlines()
@@ -476,6 +478,29 @@ def test_a_node_that_is_alone_meets_on_the_loopback_interface(
     assert "copus.agent --rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in " ".join(command)
     assert "--local-addr 127.0.0.1" in " ".join(command)
     assert (REQUEUED in environment) == requeued
+
+
+def test_an_error_that_the_user_has_to_fix_is_no_requeue(tmp_path: Path, node: Path) -> None:
+    log = EventLog(node)
+    log.write(Failure(step=0, samples_consumed=0, rank=1, message="a connection was lost"))
+    log.write(Failure(step=0, samples_consumed=0, rank=0, message="data.cache: no room", user_error=True))
+    assert conclude(node, 1) == ""
+    assert requeues(tmp_path) == 0
+
+
+def test_an_interface_that_a_node_does_not_have_ends_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
+    job_file(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        slurm_node.main([str(tmp_path), "12-0", "127.0.0.1:0", "n1=127.0.0.1"])
+    assert ended.value.code == 2
+    (event,) = read_events(tmp_path)
+    assert isinstance(event, Failure)
+    assert event.user_error
+    assert event.message.startswith("node n1: GLOO_SOCKET_IFNAME(eth99): this machine has no network interface eth99")
 
 
 def test_the_users_stop_is_no_requeue(tmp_path: Path, node: Path) -> None:

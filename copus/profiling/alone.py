@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from copus.backends.megatron.fingerprint import fingerprint
-from copus.collectives import message_of
 from copus.devices import check_accelerator
-from copus.events import EventLog, Failure
+from copus.events import EventLog
 from copus.job import JobError, load_job
 from copus.profiling.fill import fill_table, load_profiler
 from copus.stop_request import StopRequest
+from copus.user_errors import EXIT_CODE, report_failure
 from profiles.profiler import Task
 
 
@@ -36,10 +36,8 @@ def main(arguments: list[str]) -> int:
         task = Task(job.model, job.cluster, fingerprint(job), job.profile, job=job)
         fill_table(job, run, load_profiler(job), task, log.write, stop)
     except Exception as error:
-        log.write(Failure(step=0, samples_consumed=0, rank=0, message=message_of(error)))
-        if isinstance(error, JobError):
-            print(error, file=sys.stderr)
-            return 2
+        if report_failure(error, log, rank=0):
+            return EXIT_CODE
         raise
     finally:
         log.close()

@@ -13,7 +13,7 @@ from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
 from copus.devices import wait_for
 from copus.events import Profile
 from copus.hardware import peak_memory_bytes, reset_peak_memory
-from copus.job import JobConfig, JobError
+from copus.job import JobConfig
 from copus.profilers import find_profiler
 from copus.profiling.fill import fill_table, load_profiler
 from profiles.configuration import Configuration
@@ -74,7 +74,7 @@ class LiveProfiler:
         """Median and spread of a few steps, or the lack of memory that all ranks know of. Collective.
 
         A rank whose memory runs out in the middle of a step cannot tell the others, which wait for it: it writes that
-        into the table itself and raises JobError. The workers have to be started again; the configuration is then
+        into the table itself and raises RuntimeError. The workers have to be started again; the configuration is then
         left out.
         """
         reset_peak_memory()
@@ -93,7 +93,8 @@ class LiveProfiler:
                 return failed
             table = self._task.config.table
             ThroughputTable(table).add(failed)
-            raise JobError(
+            # A restart forms the process group anew; by then the table says what not to measure.
+            raise RuntimeError(
                 f"{configuration.label}: {OUT_OF_MEMORY}; noted in {table}, and left out from now on"
             ) from None
         return self._measurement(configuration, seconds, self._peak())

@@ -7,12 +7,12 @@ from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
 
-from copus.collectives import one_line
 from copus.events import Event
 from copus.job import JobConfig
 from copus.trackers import make_tracker
 from copus.tracking.base import Tracker
 from copus.tracking.figures import Figures
+from copus.user_errors import one_line
 
 BACKLOG = 2_000
 """Events that a tracker may lie behind before it is given up: minutes to hours without a network."""

@@ -1,4 +1,4 @@
-"""torch's elastic agent (`torch.distributed.run`), which starts, watches and restarts the workers of one node."""
+"""torch's elastic agent (`copus.agent`), which starts, watches and restarts the workers of one node."""
 
 import os
 import shlex
@@ -22,7 +22,7 @@ def agent_arguments(
     worker: Sequence[str] = WORKER,
     backend: str = "c10d",
 ) -> list[str]:
-    """Arguments of `python -m torch.distributed.run` on each node.
+    """Arguments of `python -m copus.agent` on each node.
 
     `endpoint` is where the agents meet, HOST:PORT; `session` tells this attempt from others there; `address` is this
     node's, for the others; `backend` is torch's `c10d`, or `loopback` (`copus.agent`). What the workers print goes to

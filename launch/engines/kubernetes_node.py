@@ -1,9 +1,10 @@
 """One pod of a TrainJob: `python -m launch.engines.kubernetes_node RUN`.
 
 Runs torch's elastic agent with what the torch runtime of Kubeflow Trainer puts into the environment (PET_…), and ends
-with 0 only where the run is over: trained to the end, or stopped by the user (`RUN/stop`). Anything else, also a pod
-that is evicted, ends with another code on all nodes: Kubernetes starts them again, up to the limit of the runtime, and
-the workers go on from the newest checkpoint.
+with 0 only if another start is of no use: the run was trained to the end, the user stopped it (`RUN/stop`), or the user
+has to fix something (the run's events say which). Anything else, also a pod that is evicted, ends with another code on
+all nodes: Kubernetes starts them again, up to the limit of the runtime, and the workers go on from the newest
+checkpoint.
 """
 
 import os
@@ -62,6 +63,9 @@ class Node:
         """Run the agent; its output goes to the pod's log and to the run's."""
         if _stopped_by_user(self._run):
             return 0
+        follower, status = Follower(self._run), RunStatus()
+        status.update(follower.read())
+        status.forget_ending()  # that of an attempt before
         agent = subprocess.Popen(
             self.command(),
             env=self.environment(),
@@ -76,9 +80,9 @@ class Node:
                 sys.stdout.buffer.write(line)
                 sys.stdout.buffer.flush()
         code = agent.wait()
-        status = RunStatus()
-        status.update(Follower(self._run).read())
+        status.update(follower.read())
         over = code == 0 and status.end is not None and status.end.reason != "interrupted"
+        over = over or (status.failure is not None and status.failure.user_error)
         return 0 if over or (code == 0 and _stopped_by_user(self._run)) else AGAIN
 
     def command(self) -> list[str]:
@@ -94,7 +98,7 @@ class Node:
         # An agent that is alone again gives up after this long, and its pod is started anew with the others.
         settings = f"is_host={int(self._rank == 0)},join_timeout={self._job.launch.timeout_seconds:.0f}"
         arguments = agent_arguments(self._run, self._job, **common, **place)
-        return [*python_module("torch.distributed.run", "--rdzv-conf", settings), *arguments]
+        return [*python_module("copus.agent", "--rdzv-conf", settings), *arguments]
 
     def environment(self) -> dict[str, str]:
         """The agent's. A log of this job means that Kubernetes has started the pod before."""

@@ -1,4 +1,4 @@
-"""This machine, through torch's elastic agent (`torch.distributed.run`)."""
+"""This machine, through torch's elastic agent (`copus.agent`)."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from copus.job import JobConfig, JobError
 from launch.engines.agent import WORKER, agent_arguments, agent_environment, command_line
 from launch.engines.base import AttendedEngine, EngineOptions, EngineState
-from launch.engines.this_machine import check_this_machine
+from launch.engines.this_machine import check_interfaces, check_this_machine
 from launch.process import die_with_parent, module_environment, python_module
 from launch.run_directory import lock_holder, request_stop, shown
 
@@ -24,10 +24,11 @@ class LocalEngine(AttendedEngine):
         self._worker = worker
 
     def check(self, job: JobConfig) -> None:
-        """Raise JobError where the job needs more than this machine."""
+        """Raise JobError if the job needs more than this machine has, or an interface that it does not have."""
         if job.cluster.nodes != 1:
             raise JobError(f"cluster.nodes({job.cluster.nodes}): launch.engine(local) runs on one machine")
         check_this_machine(job)
+        check_interfaces(self.settings(job), job.cluster.accelerator)
 
     def describe(self, run: Path, job: JobConfig) -> str:
         """The agent's command line, and what its environment has beside this command's own."""

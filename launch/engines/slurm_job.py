@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from copus.events import EventLog, Warned
 from copus.job import JobConfig, JobError, load_job
+from copus.user_errors import EXIT_CODE
 from launch.engines.requeues import Requeues, count_attempt
 from launch.engines.slurm import cpus_per_node
 from launch.engines.slurm_commands import node_addresses, queue_entry, slurm
@@ -71,12 +72,14 @@ class Attempt:
         self._options = SlurmOptions.model_validate(job.launch.options)
         self._job_id, self._attempt, self._here = job_id, attempt, here
         self._stop = run / "stop"
+        self._events, self._status = Follower(run), RunStatus()
         self._why: str | None = None
         signal.signal(signal.SIGUSR1, lambda number, frame: self._ask("its time limit is near"))
         signal.signal(signal.SIGTERM, lambda number, frame: self._ask("Slurm takes its nodes"))
 
     def run(self) -> int:
         """Run the workers and conclude."""
+        self._new_status().forget_ending()  # that of an attempt before
         if self._stopped_by_user():
             _say("the run was stopped before this attempt began")
             return 0
@@ -117,7 +120,10 @@ class Attempt:
 
     def _conclude(self, code: int, counted: Requeues) -> int:
         """What follows from the end of the workers."""
-        status = self._status()
+        status = self._new_status()
+        if status.failure and status.failure.user_error:
+            _say(f"no requeue: {status.failure.message}")
+            return EXIT_CODE
         done = code == 0 and status.end is not None and status.end.reason != "interrupted"
         if done or self._stopped_by_user():
             return code
@@ -149,19 +155,19 @@ class Attempt:
         except FileNotFoundError:
             return False
 
-    def _status(self) -> RunStatus:
-        status = RunStatus()
-        status.update(Follower(self._run).read())
-        return status
+    def _new_status(self) -> RunStatus:
+        """The run's status, with the events that were written since the last call."""
+        self._status.update(self._events.read())
+        return self._status
 
     def _checkpoint_samples(self) -> int:
-        checkpoint = self._status().checkpoint
+        checkpoint = self._new_status().checkpoint
         return checkpoint.samples_consumed if checkpoint else 0
 
     def _tell(self, message: str) -> None:
         """Into the log of the job and into the run's events: the workers are gone, nobody else writes there."""
         _say(message)
-        status = self._status()
+        status = self._new_status()
         log = EventLog(self._run)
         log.write(
             Warned(

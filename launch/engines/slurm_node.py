@@ -8,9 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from copus.events import REQUEUED
-from copus.job import load_job
+from copus.events import REQUEUED, EventLog
+from copus.job import JobError, load_job
+from copus.user_errors import EXIT_CODE, report_failure
 from launch.engines.agent import agent_arguments
+from launch.engines.this_machine import check_interfaces
 from launch.process import python_module
 
 
@@ -20,6 +22,11 @@ def main(arguments: list[str]) -> None:
     addresses = dict(node.split("=", 1) for node in nodes)
     here = os.environ["SLURMD_NODENAME"]
     job = load_job(Path(run) / "job.yaml")
+    try:
+        check_interfaces(os.environ, job.cluster.accelerator)
+    except JobError as error:
+        report_failure(JobError(f"node {here}: {error}"), EventLog(Path(run)), rank=0)
+        sys.exit(EXIT_CODE)
     alone = job.cluster.nodes == 1
     agent = agent_arguments(
         Path(run),
@@ -34,8 +41,7 @@ def main(arguments: list[str]) -> None:
     # An agent that is alone again gives up after this long, and the job goes back into the queue: where Slurm's own
     # daemon of the step dies, nobody else notices.
     settings = f"is_host={int(hosts)},join_timeout={job.launch.timeout_seconds:.0f}"
-    several = python_module("torch.distributed.run", "--rdzv-conf", settings, *agent)
-    command = python_module("copus.agent", *agent) if alone else several
+    command = python_module("copus.agent", *(() if alone else ("--rdzv-conf", settings)), *agent)
     requeued = session.rpartition("-")[2] != "0"
     os.execve(command[0], command, os.environ | ({REQUEUED: "1"} if requeued else {}))
 

@@ -1,6 +1,8 @@
-"""What this machine can surely not do: said before anything starts, instead of by a machine that stands still."""
+"""What this machine cannot do for certain, refused before anything starts."""
 
 import os
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from copus.job import JobConfig, JobError
@@ -35,6 +37,28 @@ def check_this_machine(job: JobConfig) -> None:
             f"model.seq_len({job.model.seq_len}) tokens take at least {three_digits(needed / GIB)} GiB, and this "
             f"machine has {three_digits(memory / GIB)} GiB"
         )
+
+
+def check_interfaces(environment: Mapping[str, str], accelerator: str) -> None:
+    """Raise JobError if gloo or, on GPUs, NCCL is told to use a network interface that this machine does not have.
+
+    gloo takes names with commas between; NCCL takes prefixes, `=` for whole names, `^` for those to leave out.
+    """
+    have = [name for _, name in socket.if_nameindex()]
+    named = environment.get("GLOO_SOCKET_IFNAME", "")
+    missing = [name for name in named.split(",") if name and name not in have]
+    if missing:
+        raise JobError(_no_interface("GLOO_SOCKET_IFNAME", named, missing[0], have))
+    named = environment.get("NCCL_SOCKET_IFNAME", "")
+    if accelerator == "cpu" or not named or named.startswith("^"):
+        return
+    names, exact = named.removeprefix("=").split(","), named.startswith("=")
+    if not any(one == name if exact else one.startswith(name) for one in have for name in names):
+        raise JobError(_no_interface("NCCL_SOCKET_IFNAME", named, names[0], have))
+
+
+def _no_interface(variable: str, named: str, missing: str, have: list[str]) -> str:
+    return f"{variable}({named}): this machine has no network interface {missing}; it has {', '.join(have)}"
 
 
 def _has_gpu() -> bool:

@@ -11,8 +11,9 @@ from copus.backends.megatron import cpu, upstream
 from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.safe_loading import data_only
 from copus.backends.megatron.sharded import metadata, state_dict, unwrap
-from copus.collectives import all_gather, one_line, run_on_all_ranks
+from copus.collectives import all_gather, run_on_all_ranks
 from copus.hardware import room_for_a_copy
+from copus.user_errors import one_line
 
 cpu.before_import()
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
