@@ -21,13 +21,12 @@ from rich.console import Console
 from benchmarks.command import console_of, parser_of, tell
 from copus.job import load_job
 from planner.config import PlannerConfig
-from planner.memory_check import MemoryCheck
 from planner.planner import Planner
-from planner.space import candidates
+from planner.predictor import Predictor
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost import CostModel, Predicted, Timings, expected
+from profiles.cost import CostModel, Predicted, Timings
 from profiles.cost.accelerator import accelerator
 from profiles.cost.select import select
 from profiles.enumerate import enumerate_configurations
@@ -35,7 +34,6 @@ from profiles.layout import Layout
 from profiles.memory import MemoryModel
 from profiles.model_shape import ModelShape
 from profiles.noise_scale import NoiseScale
-from profiles.throughput import Throughput
 
 MODEL = ModelShape(
     **{"layers": 128, "hidden": 25600, "ffn_hidden": 102400, "heads": 160, "kv_heads": 160},
@@ -98,9 +96,7 @@ def demo() -> Planner:
 def _planner(
     config: PlannerConfig, model: ModelShape, cluster: Cluster, precision: str, start: Configuration
 ) -> Planner:
-    space = candidates(config, model, cluster, start)
-    known = Throughput((), expected(CostModel(), model, cluster, precision, space))
-    return Planner(config, model, cluster, start, known, memory=MemoryCheck(model, cluster, precision, []))
+    return Planner(Predictor.from_rows(config, model, cluster, precision, start))
 
 
 def decisions(planner: Planner, repeats: int) -> dict[str, float]:

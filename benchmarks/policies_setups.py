@@ -7,7 +7,7 @@ import numpy as np
 
 from planner.cbs import CriticalBatch
 from planner.config import PlannerConfig
-from planner.look_ahead import look_ahead
+from planner.job_estimate import estimate_job
 from planner.menu import Menu
 from planner.policy import Copus, Policy, Static
 from planner.simulator.simulate import Runs, oracle, simulate
@@ -74,9 +74,9 @@ def _table(setup: Setup) -> tuple[Menu, np.ndarray]:
     layout = Layout(tp=8, dp=setup.accelerators // 8, sequence_parallel=True, recompute="selective", zero=1)
     start = Configuration(layout=layout, micro_batch=1, global_batch=64)
     config = PlannerConfig(min_global_batch=8, max_global_batch=1024, max_micro_batch=8)
-    prospects = look_ahead(config, setup.model, cluster, "bf16", start)
+    estimate = estimate_job(config, setup.model, cluster, "bf16", start)
     best: dict[tuple[Layout, int], tuple[float, Configuration]] = {}
-    for each in prospects.expectations:
+    for each in estimate.candidates:
         if each.step_seconds is None or each.refusal:
             continue
         key = each.configuration.layout, each.configuration.global_batch

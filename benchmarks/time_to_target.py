@@ -29,7 +29,7 @@ from scipy import stats
 from benchmarks.command import console_of, parser_of, tell
 from copus.events import Evaluate, Event, Profile, Reconfigure, Start, read_events
 from copus.job import JobConfig, load_job
-from planner.look_ahead import look_ahead
+from planner.job_estimate import estimate_job
 from profiles.configuration import Configuration
 from profiles.table import ThroughputTable
 
@@ -94,11 +94,11 @@ def fastest_of(job_file: Path, overrides: Sequence[str], batches: Sequence[int],
     _copus("profile", "run", str(job_file), *_set([*settings, "profile.budget_seconds=600", "profile.rounds=3"]))
     job, rows = load_job(job_file, settings), ThroughputTable(table).rows()
     training = job.training
-    prospects = look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
-    measured = [each for each in prospects.expectations if each.source != "predicted"]
+    estimate = estimate_job(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
+    measured = [each for each in estimate.candidates if each.source != "predicted"]
     found = {
         each.best.configuration.global_batch: each.best.configuration
-        for each in replace(prospects, expectations=measured).fastest()
+        for each in replace(estimate, candidates=measured).fastest()
     }
     if missing := set(batches) - set(found):
         raise SystemExit(f"--batches: nothing was measured at a global batch of {min(missing)}")

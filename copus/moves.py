@@ -10,9 +10,9 @@ from copus.backends.base import Backend, Batches, Moved, StepRequest, StepResult
 from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
 from copus.events import DecisionMade, Event, Reconfigure, Warned
 from copus.job import JobConfig
-from copus.noise.sources import run_as
 from planner.menu import rung_of
 from planner.planner import Planner
+from planner.sampling import executed_configuration
 from profiles.configuration import Configuration
 from profiles.decision import Decision
 from profiles.measurement import Measurement
@@ -83,7 +83,7 @@ class Moves:
         if self._planner is None:
             return
         if self._steps_since_change > SETTLING_STEPS and configuration == self._backend.configuration:
-            self._planner.throughput.observe(run_as(configuration, source), seconds)
+            self._planner.throughput.observe(executed_configuration(configuration, source), seconds)
         if warning := self._planner.observe_loss(self._state.samples_consumed, configuration.global_batch, loss):
             self._report(Warned(**self._state.here, message=warning))
 

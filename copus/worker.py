@@ -6,7 +6,6 @@ Stops at the next step, with a checkpoint, when the file `RUN/stop` appears or o
 after a finished run. A run directory with a plan of branches (`copus calibrate`) runs these instead.
 """
 
-import contextlib
 import os
 import sys
 import time
@@ -31,21 +30,19 @@ from copus.events import REQUEUED, End, Event, EventLog, Failure, Restart, Start
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
 from copus.loopback import LOOPBACK, host_store, join_store
+from copus.predictor import predictor_of
 from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
 from copus.user_errors import EXIT_CODE, report_failure
-from planner.memory_check import MemoryCheck
 from planner.planner import Planner
 from planner.policy import make_policy
-from planner.space import candidates
 from profiles.configuration import Configuration
-from profiles.cost import CostModel, Timings, expected
 from profiles.measurement import Fingerprint, Measurement
 from profiles.mfu import peak_samples_per_second
 from profiles.table import ThroughputTable
-from profiles.throughput import Expected, Throughput
+from profiles.throughput import Throughput
 
 
 def main(arguments: list[str]) -> int:
@@ -148,30 +145,11 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
 
 
 def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState) -> Planner:
-    planner = Planner(
-        job.planner,
-        job.model,
-        job.cluster,
-        job.training.configuration,
-        Throughput((row for row in rows if not row.shard), _expected(job, rows)),
-        number=state.decisions,
-        memory=MemoryCheck(job.model, job.cluster, job.training.precision, rows, job.training.implementation),
-        total_samples=job.total_samples,
-    )
+    # A policy that takes every time for a measured one must not see what the cost model alone predicts.
+    predictor = predictor_of(job, rows, use_cost_model=make_policy(job.planner).weighs_error)
+    planner = Planner(predictor, number=state.decisions, total_samples=job.total_samples)
     planner.restore(state.planner)
     return planner
-
-
-def _expected(job: JobConfig, rows: list[Measurement]) -> Expected:
-    """What the cost model says of the candidates. Nothing for an accelerator that it does not know, and for policies
-    that take every time for a measured one."""
-    if not make_policy(job.planner).weighs_error:
-        return Expected()
-    space = candidates(job.planner, job.model, job.cluster, job.training.configuration)
-    with contextlib.suppress(ValueError):
-        cost = CostModel().fit(Timings.of(rows, job.cluster))
-        return expected(cost, job.model, job.cluster, job.training.precision, space, rows)
-    return Expected()
 
 
 def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend, known: Throughput) -> TrainerState:

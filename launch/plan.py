@@ -2,18 +2,18 @@
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copus.job import JobConfig, load_job
-from launch.prospects import prospects_of
+from launch.estimate import estimate_of
 from launch.tables import page, print_columns, print_table
 from launch.wording import count
 from planner.wording import duration, percent, three_digits
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs, and not by those that only look at it
-    from planner.prospects import Expectation, Fastest, NoiseRange, Prospects
+    from planner.job_estimate import Fastest, JobEstimate, NoiseRange
+    from planner.predictor import CandidateEstimate
 
 GIB = 2**30
 DISPENSABLE = ("source", "80 %", "memory 80 %", "MFU", "fit")
@@ -23,27 +23,27 @@ DISPENSABLE = ("source", "80 %", "memory 80 %", "MFU", "fit")
 def plan(job_file: Path, overrides: list[str], *, as_json: bool = False, all_candidates: bool = False) -> int:
     """Print what is expected of a job file. Raises JobError where nothing can be."""
     job = load_job(job_file, overrides)
-    prospects = prospects_of(job)
+    estimate = estimate_of(job)
     if as_json:
-        print(json.dumps(as_values(job, prospects)))
+        print(json.dumps(as_values(job, estimate)))
     else:
-        _print(job, prospects, all_candidates)
+        _print(job, estimate, all_candidates)
     return 0
 
 
-def as_values(job: JobConfig, prospects: "Prospects") -> dict[str, Any]:
-    """The prospects as plain values, for `--json`. An open end of a range of noise scales is null."""
-    fastest, by_noise = prospects.fastest(), prospects.by_noise(job.planner)
+def as_values(job: JobConfig, estimate: "JobEstimate") -> dict[str, Any]:
+    """The estimate as plain values, for `--json`. An open end of a range of noise scales is null."""
+    fastest, by_noise = estimate.fastest(), estimate.by_noise(job.planner)
     return {
         "name": job.name,
         "cluster": job.cluster.model_dump(mode="json"),
         "precision": job.training.precision,
         "parameters": job.model.parameters,
-        "memory_bytes": prospects.memory_bytes,
-        "measured_rows": prospects.measured_rows,
-        "measured_shards": prospects.measured_shards,
-        "fingerprint": prospects.fingerprint and prospects.fingerprint.model_dump(mode="json"),
-        "start": _values(prospects.start),
+        "memory_bytes": estimate.memory_bytes,
+        "measured_rows": estimate.measured_rows,
+        "measured_shards": estimate.measured_shards,
+        "fingerprint": estimate.fingerprint and estimate.fingerprint.model_dump(mode="json"),
+        "start": _values(estimate.start),
         "fastest": [
             {
                 "global_batch": each.best.configuration.global_batch,
@@ -61,95 +61,107 @@ def as_values(job: JobConfig, prospects: "Prospects") -> dict[str, Any]:
             }
             for each in by_noise
         ],
-        "variants": [_values(each) for each in prospects.variants],
-        "candidates": [_values(each) for each in prospects.expectations],
-        "assumptions": list(prospects.assumptions),
+        "variants": [_values(each) for each in estimate.variants],
+        "candidates": [_values(each) for each in estimate.candidates],
+        "assumptions": list(estimate.predictor.assumptions),
     }
 
 
-def _values(each: "Expectation") -> dict[str, Any]:
+def _values(each: "CandidateEstimate") -> dict[str, Any]:
     from planner.memory_check import in_words
 
-    values = asdict(each) | {
+    peak = each.peak
+    return {
         "configuration": each.configuration.model_dump(mode="json"),
         "label": each.configuration.label,
+        "step_seconds": each.step_seconds,
+        "step_seconds_low": each.step_seconds_low,
+        "step_seconds_high": each.step_seconds_high,
+        "source": each.source,
+        "peak_bytes": peak.expected_bytes,
+        "peak_bytes_low": peak.low_bytes,
+        "peak_bytes_high": peak.high_bytes,
+        "memory": peak.parts,
+        "last_stage": peak.last_stage,
+        "chance_to_fit": peak.chance_to_fit,
+        "fits": in_words(peak.chance_to_fit),
+        "refusal": each.refusal,
+        "peak_samples_per_second": each.peak_samples_per_second,
         "samples_per_second": each.samples_per_second,
         "mfu": each.mfu,
-        "fits": in_words(each.chance_to_fit),
     }
-    return values
 
 
-def _print(job: JobConfig, prospects: "Prospects", all_candidates: bool) -> None:
+def _print(job: JobConfig, estimate: "JobEstimate", all_candidates: bool) -> None:
     from rich.text import Text
 
     console = page()
-    fastest, by_noise = prospects.fastest(), prospects.by_noise(job.planner)
-    console.print(Text("\n".join(_heading(job, prospects))), soft_wrap=True)
+    fastest, by_noise = estimate.fastest(), estimate.by_noise(job.planner)
+    console.print(Text("\n".join(_heading(job, estimate))), soft_wrap=True)
     if all_candidates:
-        candidates = [_candidate(each) for each in prospects.expectations]
+        candidates = [_candidate(each) for each in estimate.candidates]
         print_table("every candidate", candidates, console, DISPENSABLE, wrapping="verdict")
-    configurations = [each.configuration for each in prospects.variants]
+    configurations = [each.configuration for each in estimate.variants]
     print_table(
         "the start with other settings of training.layout",
-        [_variant(each) for each in prospects.variants],
+        [_variant(each) for each in estimate.variants],
         console,
         DISPENSABLE,
-        bold=configurations.index(prospects.start.configuration),
+        bold=configurations.index(estimate.start.configuration),
     )
     if fastest:
         print_table("fastest layout of each global batch", [_fastest(each) for each in fastest], console, DISPENSABLE)
         print_columns(
             "memory of the fullest rank, GiB, as the memory model has it",
-            _memory([prospects.start, *(each.best for each in fastest)]),
+            _memory([estimate.start, *(each.best for each in fastest)]),
             console,
         )
         title = "best configuration by noise scale (tr Σ/|G|², sequences)"
         print_table(title, [_by_noise(each) for each in by_noise], console, DISPENSABLE)
     else:
-        console.print(Text(_nothing(prospects)))
-    console.print(Text("assumed: " + "; ".join(prospects.assumptions), style="dim"))
+        console.print(Text(_nothing(estimate)))
+    console.print(Text("assumed: " + "; ".join(estimate.predictor.assumptions), style="dim"))
 
 
-def _heading(job: JobConfig, prospects: "Prospects") -> list[str]:
+def _heading(job: JobConfig, estimate: "JobEstimate") -> list[str]:
     from planner.memory_check import in_words
 
-    each, cluster = prospects.start, job.cluster
-    room = "memory is not checked" if prospects.memory_bytes is None else f"{prospects.memory_bytes / GIB:.1f} GiB each"
-    if prospects.fingerprint is None:
+    each, cluster = estimate.start, job.cluster
+    room = "memory is not checked" if estimate.memory_bytes is None else f"{estimate.memory_bytes / GIB:.1f} GiB each"
+    if estimate.fingerprint is None:
         times = "predicted by the cost model; the table has no row of this job"
-    elif not prospects.measured_rows:
+    elif not estimate.measured_rows:
         times = (
-            f"predicted by the cost model from {prospects.measured_shards} shards that one accelerator ran alone; the "
+            f"predicted by the cost model from {estimate.measured_shards} shards that one accelerator ran alone; the "
             "network is taken from its file"
         )
     else:
         times = (
-            f"{prospects.measured_rows} measured rows of {prospects.fingerprint.hardware}; the rest predicted from them"
+            f"{estimate.measured_rows} measured rows of {estimate.fingerprint.hardware}; the rest predicted from them"
         )
     counts: dict[str, int] = {}
-    for candidate in prospects.expectations:
-        counts[in_words(candidate.chance_to_fit)] = counts.get(in_words(candidate.chance_to_fit), 0) + 1
+    for candidate in estimate.candidates:
+        counts[in_words(candidate.peak.chance_to_fit)] = counts.get(in_words(candidate.peak.chance_to_fit), 0) + 1
     summary = ", ".join(f"{words} {counts[words]}" for words in sorted(counts, key=lambda words: -counts[words]))
     return [
         f"{job.name}: {count(job.model.parameters)} weights in {job.training.precision} on "
         f"{cluster.accelerators} × {cluster.accelerator}, {room}",
-        f"  start       {each.configuration.label}: {_step(each)}; {_peak(each)}, {in_words(each.chance_to_fit)}",
+        f"  start       {each.configuration.label}: {_step(each)}; {_peak(each)}, {in_words(each.peak.chance_to_fit)}",
         f"  times       {times}",
-        f"  candidates  {len(prospects.expectations)}: {summary}",
+        f"  candidates  {len(estimate.candidates)}: {summary}",
         f"  objective   {job.planner.objective}, φ = {job.planner.critical_batch_factor:g} · noise scale",
     ]
 
 
-def _nothing(prospects: "Prospects") -> str:
-    each = prospects.smallest
+def _nothing(estimate: "JobEstimate") -> str:
+    each = estimate.smallest
     return (
         f"No candidate may be chosen: the smallest is {each.configuration.label} with {_peak(each)}, {_fit(each)}. "
         "The table above says what other settings of training.layout would need."
     )
 
 
-def _candidate(each: "Expectation") -> dict[str, str]:
+def _candidate(each: "CandidateEstimate") -> dict[str, str]:
     return {
         "layout": each.configuration.layout.label,
         "micro-batch": str(each.configuration.micro_batch),
@@ -157,19 +169,19 @@ def _candidate(each: "Expectation") -> dict[str, str]:
         **_speed(each),
         "80 %": _rates(each),
         "source": each.source,
-        "memory": _gib(each.peak_bytes),
+        "memory": _gib(each.peak.expected_bytes),
         "verdict": each.refusal or _fit(each),
     }
 
 
-def _variant(each: "Expectation") -> dict[str, str]:
+def _variant(each: "CandidateEstimate") -> dict[str, str]:
     layout = each.configuration.layout
     return {
         "recompute": layout.recompute,
         "zero": str(layout.zero),
         "sequence parallel": "yes" if layout.sequence_parallel else "no",
-        "memory": _gib(each.peak_bytes),
-        "memory 80 %": f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
+        "memory": _gib(each.peak.expected_bytes),
+        "memory 80 %": f"{each.peak.low_bytes / GIB:.1f}–{each.peak.high_bytes / GIB:.1f}",
         "fit": _fit(each),
         **_speed(each),
         "source": each.source,
@@ -184,28 +196,28 @@ def _fastest(row: "Fastest") -> dict[str, str]:
         **_speed(each),
         "80 %": _rates(each),
         "source": each.source,
-        "memory": _gib(each.peak_bytes),
+        "memory": _gib(each.peak.expected_bytes),
         "fit": _fit(each),
         "next layout": "–" if other is None else f"{other.configuration.layout.label} {_rate(other)}",
         "sure": "–" if row.sure is None else f"{min(row.sure, 0.99):.0%}",
     }
 
 
-def _memory(expectations: "list[Expectation]") -> dict[str, dict[str, str]]:
+def _memory(estimates: "list[CandidateEstimate]") -> dict[str, dict[str, str]]:
     """Parts of the memory by configuration. Of those that differ in the global batch alone, and do not differ in
     memory, the first one stands for all."""
     found: dict[str, dict[str, str]] = {}
     seen = set()
-    for each in expectations:
-        key = (each.configuration.layout, each.configuration.micro_batch, tuple(each.memory.values()))
+    for each in estimates:
+        key = (each.configuration.layout, each.configuration.micro_batch, tuple(each.peak.parts.values()))
         if key in seen:
             continue
         seen.add(key)
         found[each.configuration.label] = {
-            **{name: f"{size / GIB:.2f}" for name, size in each.memory.items()},
-            "sum": f"{sum(each.memory.values()) / GIB:.2f}",
-            "80 %": f"{each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f}",
-            "stage": "last" if each.last_stage else "first",
+            **{name: f"{size / GIB:.2f}" for name, size in each.peak.parts.items()},
+            "sum": f"{sum(each.peak.parts.values()) / GIB:.2f}",
+            "80 %": f"{each.peak.low_bytes / GIB:.1f}–{each.peak.high_bytes / GIB:.1f}",
+            "stage": "last" if each.peak.last_stage else "first",
         }
     return found
 
@@ -217,29 +229,29 @@ def _by_noise(each: "NoiseRange") -> dict[str, str]:
         "configuration": each.best.configuration.label,
         **_speed(each.best),
         "source": each.best.source,
-        "memory": _gib(each.best.peak_bytes),
+        "memory": _gib(each.best.peak.expected_bytes),
         "fit": _fit(each.best),
     }
 
 
-def _step(each: "Expectation") -> str:
+def _step(each: "CandidateEstimate") -> str:
     if each.step_seconds is None:
         return each.refusal
     return f"{duration(each.step_seconds)} a step, {each.source}, {_rate(each)} samples/s ({_rates(each)})"
 
 
-def _peak(each: "Expectation") -> str:
-    return f"{_gib(each.peak_bytes)} ({each.peak_bytes_low / GIB:.1f}–{each.peak_bytes_high / GIB:.1f})"
+def _peak(each: "CandidateEstimate") -> str:
+    return f"{_gib(each.peak.expected_bytes)} ({each.peak.low_bytes / GIB:.1f}–{each.peak.high_bytes / GIB:.1f})"
 
 
-def _fit(each: "Expectation") -> str:
+def _fit(each: "CandidateEstimate") -> str:
     from planner.memory_check import in_words
 
-    words = in_words(each.chance_to_fit)
-    return words if each.chance_to_fit is None or words == "fits" else f"{words} ({each.chance_to_fit:.0%})"
+    words = in_words(each.peak.chance_to_fit)
+    return words if each.peak.chance_to_fit is None or words == "fits" else f"{words} ({each.peak.chance_to_fit:.0%})"
 
 
-def _speed(each: "Expectation") -> dict[str, str]:
+def _speed(each: "CandidateEstimate") -> dict[str, str]:
     """Throughput, and the MFU where the peak of the accelerators is rated."""
     rate = {"samples/s": _rate(each)}
     if each.peak_samples_per_second is None:
@@ -247,11 +259,11 @@ def _speed(each: "Expectation") -> dict[str, str]:
     return rate | {"MFU": "–" if each.mfu is None else percent(each.mfu)}
 
 
-def _rate(each: "Expectation") -> str:
+def _rate(each: "CandidateEstimate") -> str:
     return "–" if each.samples_per_second is None else three_digits(each.samples_per_second)
 
 
-def _rates(each: "Expectation") -> str:
+def _rates(each: "CandidateEstimate") -> str:
     """The interval of the throughput."""
     batch, low, high = each.configuration.global_batch, each.step_seconds_low, each.step_seconds_high
     return "–" if not low or not high else f"{three_digits(batch / high)}–{three_digits(batch / low)}"

@@ -9,9 +9,9 @@ import numpy as np
 
 from copus.events import Noise, Reconfigure, Start, read_events
 from copus.job import JobConfig, JobError, load_job
+from launch.estimate import estimate_of
 from launch.follow import without_replays
 from launch.plot import check_output, need_matplotlib
-from launch.prospects import prospects_of
 from launch.run_directory import find_run, shown
 from launch.tables import new_table, page
 from planner.menu import Floats, Menu
@@ -142,16 +142,14 @@ def _published(noise: str) -> tuple[Floats, str]:
 def _throughputs(job: JobConfig) -> tuple[Menu, Floats, str]:
     """What may be chosen, with samples a second, and where these come from: the table, and the cost model beyond it."""
     start = job.training.configuration
-    prospects = prospects_of(job)
+    estimate = estimate_of(job)
     usable = [
-        each
-        for each in prospects.expectations
-        if each.step_seconds and (not each.refusal or each.configuration == start)
+        each for each in estimate.candidates if each.step_seconds and (not each.refusal or each.configuration == start)
     ]
     if all(each.configuration != start for each in usable):
-        raise JobError(f"{start.label}, with which the job starts, has no time: {prospects.start.refusal or 'unknown'}")
+        raise JobError(f"{start.label}, with which the job starts, has no time: {estimate.start.refusal or 'unknown'}")
     predicted = sum(each.source == "predicted" for each in usable)
-    source = f"{prospects.measured_rows} measured rows; {predicted} of {len(usable)} by the cost model"
+    source = f"{estimate.measured_rows} measured rows; {predicted} of {len(usable)} by the cost model"
     speeds = [each.configuration.global_batch / (each.step_seconds or math.inf) for each in usable]
     return Menu.of([each.configuration for each in usable]), np.array(speeds), source
 

@@ -1,42 +1,35 @@
 """What to measure when there is time for one more: the candidate whose time says most about which is the fastest."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 
 import numpy as np
 
-from profiles.cluster import Cluster
+from planner.predictor import Predictor
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost import CostModel, Timings
 from profiles.cost.select import SETTLED
 from profiles.cost.verify import gains
-from profiles.measurement import Measurement
-from profiles.throughput import Throughput
 
 
-def last_measurement(
-    candidates: Sequence[Configuration],
-    rows: Iterable[Measurement],
-    cluster: Cluster,
-    leave_out: Collection[Configuration] = (),
-) -> Configuration | None:
-    """Mostly the one that the cost model, fitted to the rows, takes for the fastest; None where no measurement is
-    expected to change the choice, or nothing is known yet.
+def last_measurement(predictor: Predictor, leave_out: Collection[Configuration] = ()) -> Configuration | None:
+    """Mostly the candidate that the cost model takes for the fastest; None if no measurement is expected to change the
+    choice, or nothing was measured yet.
 
-    What the table says of a candidate is taken for measured (`Throughput.predict`), and stays. `leave_out` is neither
-    measured nor chosen. The rows are of one model in one precision. Raises ValueError for an accelerator that the cost
-    model does not know.
+    What the table says of a candidate counts as measured (`Throughput.predict`), and stays. `leave_out` is neither
+    measured nor chosen.
     """
-    rows = list(rows)
-    fitted_to, throughput = Timings.of(rows, cluster), Throughput(rows)
-    if not fitted_to:
+    cost, candidates = predictor.cost, predictor.candidates
+    if cost is None or not cost.rows:
         return None
-    known = [throughput.predict(each) for each in candidates]
-    measured = np.array([(each and each.step_seconds) or np.nan for each in known], dtype=float)
-    failing = np.array([bool(each and each.failure) for each in known], dtype=bool)
-    left_out = np.array([each in leave_out for each in candidates], dtype=bool)
-    model, precision = fitted_to[0].model, fitted_to[0].precision
-    cost, may = CostModel().fit(fitted_to), ~failing & ~left_out
-    found = gains(cost, model, cluster, Configurations.of(candidates), precision, measured, may)
-    found[~may] = 0.0
-    return candidates[int(np.argmax(found))] if found.max(initial=0.0) > SETTLED else None
+    predictions = [predictor.throughput.predict(candidate) for candidate in candidates]
+    measured = np.array(
+        [(p and p.source != "predicted" and p.step_seconds) or np.nan for p in predictions], dtype=float
+    )
+    may = np.array(
+        [not (p and p.failure) and c not in leave_out for p, c in zip(predictions, candidates, strict=True)], dtype=bool
+    )
+    gain = gains(
+        cost, predictor.model, predictor.cluster, Configurations.of(candidates), predictor.precision, measured, may
+    )
+    gain[~may] = 0.0
+    return candidates[int(np.argmax(gain))] if gain.max(initial=0.0) > SETTLED else None

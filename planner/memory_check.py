@@ -1,8 +1,7 @@
-"""Which candidates surely do not fit into an accelerator's memory: nobody tries them, not even to measure."""
+"""How much memory a configuration takes and whether it fits; what surely does not is not even measured."""
 
 from collections.abc import Iterable, Sequence
-
-import numpy as np
+from dataclasses import dataclass
 
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
@@ -29,8 +28,26 @@ def memory_bytes(cluster: Cluster) -> float | None:
         return None
 
 
+@dataclass(frozen=True)
+class PeakMemory:
+    """The largest memory of any rank, with its 80 % interval."""
+
+    expected_bytes: float
+    """The median of what is expected."""
+    low_bytes: float
+    """Lower end of the interval; the same as `expected_bytes` if the peak was measured."""
+    high_bytes: float
+    """Upper end."""
+    parts: dict[str, float]
+    """What the memory model says, part by part, bytes."""
+    last_stage: bool
+    """Whether that rank is on the last pipeline stage."""
+    chance_to_fit: float | None
+    """Probability that the configuration fits; None if that is not checked."""
+
+
 class MemoryCheck:
-    """Refuses what surely does not fit: a chance below `SURE`, by the memory model after it learned from rows."""
+    """The memory model of one job, after it learned from rows, and the memory that there is."""
 
     def __init__(
         self,
@@ -38,27 +55,49 @@ class MemoryCheck:
         cluster: Cluster,
         precision: str,
         rows: Iterable[Measurement] = (),
-        how: Implementation = MEGATRON,
+        implementation: Implementation = MEGATRON,
     ) -> None:
         self.memory_bytes = memory_bytes(cluster)
-        """Of one accelerator; None where nothing is checked."""
+        """Of one accelerator; None if nothing is checked."""
         self._model, self._precision = model, precision
-        self._memory = MemoryModel(how).fit(Peaks.of(rows, self.memory_bytes)) if self.memory_bytes else None
+        self._memory = MemoryModel(implementation).fit(Peaks.of(rows, self.memory_bytes))
+        self._peaks: dict[Configuration, PeakMemory] = {}
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What every peak takes for granted, in words."""
+        return self._memory.assumptions(self._model)
+
+    def peaks(self, configurations: Sequence[Configuration]) -> list[PeakMemory]:
+        """The peak of every configuration, in their order. Remembered, so that asking again costs nothing."""
+        new = [configuration for configuration in configurations if configuration not in self._peaks]
+        if new:
+            predicted = self._memory.predict(self._model, Configurations.of(new), self._precision)
+            chances = None if self.memory_bytes is None else predicted.chance_to_fit(self.memory_bytes)
+            for index, configuration in enumerate(new):
+                self._peaks[configuration] = PeakMemory(
+                    expected_bytes=float(predicted.peak_bytes[index]),
+                    low_bytes=float(predicted.low[index]),
+                    high_bytes=float(predicted.high[index]),
+                    parts={name: float(part[index]) for name, part in predicted.breakdown.items()},
+                    last_stage=bool(predicted.last_stage[index]),
+                    chance_to_fit=None if chances is None else float(chances[index]),
+                )
+        return [self._peaks[configuration] for configuration in configurations]
+
+    def refusal(self, peak: PeakMemory, least: float = SURE) -> str:
+        """`does not fit: 84.1 of 80.0 GiB` if the chance to fit is below `least`, else empty."""
+        if self.memory_bytes is None or peak.chance_to_fit is None or peak.chance_to_fit >= least:
+            return ""
+        return f"{in_words(peak.chance_to_fit)}: {peak.expected_bytes / GIB:.1f} of {self.memory_bytes / GIB:.1f} GiB"
 
     def refusals(self, configurations: Sequence[Configuration], least: float = SURE) -> dict[Configuration, str]:
-        """`does not fit: 84.1 of 80.0 GiB`, with the expected peak, for each whose chance to fit is below `least`; `may
-        not fit` where it is not sure."""
-        if self._memory is None or self.memory_bytes is None or not configurations:
-            return {}
-        found = self._memory.predict(self._model, Configurations.of(configurations), self._precision)
-        chances = found.chance_to_fit(self.memory_bytes)
-        room = self.memory_bytes / GIB
-        return {
-            configurations[
-                index
-            ]: f"{in_words(float(chances[index]))}: {found.peak_bytes[index] / GIB:.1f} of {room:.1f} GiB"
-            for index in np.flatnonzero(chances < least).tolist()
+        """Those whose chance to fit is below `least`, and why they are refused."""
+        reasons = {
+            configuration: self.refusal(peak, least)
+            for configuration, peak in zip(configurations, self.peaks(configurations), strict=True)
         }
+        return {configuration: reason for configuration, reason in reasons.items() if reason}
 
     def possible(self, configurations: Sequence[Configuration], start: Configuration) -> list[Configuration]:
         """Those that may fit, in their order, and those that differ from `start` in the global batch alone: the
@@ -69,7 +108,7 @@ class MemoryCheck:
 
 
 def in_words(chance: float | None) -> str:
-    """`fits`, `should fit`, `may not fit`, `does not fit`; `not checked` where nobody knows the memory."""
+    """`fits`, `should fit`, `may not fit`, `does not fit`; `not checked` if nobody knows the memory."""
     if chance is None:
         return "not checked"
     if chance < SURE:

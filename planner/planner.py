@@ -5,33 +5,26 @@ from typing import Any
 
 import numpy as np
 
-from planner.as_run import predict_as_run, runs_as
-from planner.config import PlannerConfig
 from planner.efficiency import statistical_efficiency
 from planner.factor_check import FactorCheck
 from planner.forecast import QUANTILE_90, CriticalBatchForecast, log_error
 from planner.goodput import goodput
-from planner.memory_check import LIKELY, MemoryCheck
 from planner.menu import Menu, rung_of
 from planner.move_costs import MoveCosts
 from planner.norm_test import plug_in_batch
 from planner.policy import make_policy
+from planner.predictor import CandidateEstimate, Predictor
 from planner.sampling import half_life
 from planner.situation import Choice, Situation
-from planner.space import candidates, noise_measurable
+from planner.space import noise_measurable
 from planner.wording import noise_in_words, percent
-from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 from profiles.forecast import Forecast
-from profiles.model_shape import ModelShape
 from profiles.noise_scale import NoiseScale
 from profiles.step_norms import StepNorms
-from profiles.throughput import Prediction, Throughput
+from profiles.throughput import Throughput
 
-MAX_RELATIVE_SPREAD = 0.5
-"""A time whose interval is wider than this share of it is no reason to move: the best of many such guesses is a bad
-one."""
 FORECAST_REACH = 2
 """A decision shows the noise scale that is expected when this many times the tokens will have been seen."""
 UNKNOWN_DECISIONS = 200
@@ -45,23 +38,13 @@ CHECK_HALF_LIVES = 4
 class Planner:
     """Decides what a job runs next. Deterministic; its state is `number` and what it sees of the job."""
 
-    def __init__(
-        self,
-        config: PlannerConfig,
-        model: ModelShape,
-        cluster: Cluster,
-        start: Configuration,
-        throughput: Throughput,
-        number: int = 0,
-        memory: MemoryCheck | None = None,
-        total_samples: int | None = None,
-    ) -> None:
-        """`total_samples` is the length of the job in sequences; None where nobody knows."""
-        self.config = config
-        self.throughput = throughput
-        self.candidates = candidates(config, model, cluster, start)
+    def __init__(self, predictor: Predictor, number: int = 0, total_samples: int | None = None) -> None:
+        """`total_samples` is the length of the job in sequences; None if nobody knows."""
+        self.predictor = predictor
+        """What is expected of configurations, and which may be chosen."""
+        self.config = config = predictor.config
+        self.candidates = predictor.candidates
         """Configurations that may be chosen."""
-        self._may_not_fit = memory.refusals(self.candidates, LIKELY) if memory else {}
         self.policy = make_policy(config)
         self.number = number
         """Number of the next decision; a resumed job sets it."""
@@ -71,9 +54,14 @@ class Planner:
         self._forecast = CriticalBatchForecast.unknown(np.array([float(self._total_samples)]))
         self._observed_at = 0
         self._moved_at: int | None = None
-        self._seq_len = model.seq_len
-        memory_samples = half_life(config, self._total_samples, model.seq_len).at(start.global_batch)
-        self._check = FactorCheck(max(1, int(CHECK_HALF_LIVES * memory_samples)))
+        self._seq_len = predictor.model.seq_len
+        memory = half_life(config, self._total_samples, self._seq_len).at(predictor.start.global_batch)
+        self._check = FactorCheck(max(1, int(CHECK_HALF_LIVES * memory)))
+
+    @property
+    def throughput(self) -> Throughput:
+        """Step times, which the running job's own steps correct."""
+        return self.predictor.throughput
 
     def observe_loss(self, samples_consumed: int, global_batch: int, loss: float) -> str | None:
         """Feed every step's mean training loss. Returns a warning, in one line, when c is clearly off: see
@@ -90,8 +78,9 @@ class Planner:
         """Score every candidate and let the policy choose. `current` is what runs, candidate or not; `step_norms` are
         those of the steps since the last decision."""
         critical_batch = self._look_ahead(noise, samples_consumed)
-        mine = self._score(current, critical_batch, None)
-        others = [self._score(c, critical_batch, mine.goodput) for c in self.candidates if c != current]
+        estimates = {c: self.predictor.estimate(c, beside=current) for c in (current, *self.candidates)}
+        mine = self._score(estimates[current], critical_batch, None)
+        others = [self._score(e, critical_batch, mine.goodput) for c, e in estimates.items() if c != current]
         if limit := self.move_costs.refusal("layout"):
             others = [self._limited(score, current, limit) for score in others]
         # The gain of the current one is 0 by definition, not by division.
@@ -107,7 +96,7 @@ class Planner:
         elif self._untimed(current, samples_consumed):
             chosen, reason = mine, f"{noise_in_words(noise)}: no step of {current.label} was timed yet; nothing changes"
         else:
-            situation = self._situation(eligible, mine, noise, critical_batch, samples_consumed, step_norms)
+            situation = self._situation(eligible, mine, estimates, noise, critical_batch, samples_consumed, step_norms)
             choice = self.policy.choose(situation)
             found = eligible[int(choice.index[0])]
             eligible = self._judge(situation, choice, eligible, mine)
@@ -146,11 +135,7 @@ class Planner:
     def _untimed(self, current: Configuration, samples_consumed: int) -> bool:
         """Whether what runs is so new that going on will tell how fast it is. Nothing is learned from a trial that ends
         before; policies that take predictions as they are do not try."""
-        if (
-            self._moved_at is None
-            or not self.policy.weighs_error
-            or self.throughput.steps(runs_as(self.config, current))
-        ):
+        if self._moved_at is None or not self.policy.weighs_error or self.predictor.steps_seen(current):
             return False
         return samples_consumed < self._moved_at + FIRST_STEPS * current.global_batch
 
@@ -214,27 +199,24 @@ class Planner:
         return noise_measurable(configuration, self.config.noise_source)
 
     def _score(
-        self, configuration: Configuration, critical_batch: float | None, current_goodput: float | None
+        self, estimate: CandidateEstimate, critical_batch: float | None, current_goodput: float | None
     ) -> CandidateScore:
-        """Everything about one candidate; the verdict is filled in only where it may not be chosen."""
-        prediction = predict_as_run(self.throughput, self.config, configuration)
-        seconds = prediction.step_seconds if prediction else None
-        batch = configuration.global_batch
-        samples_per_second = None if seconds is None else batch / seconds
+        """Everything about one candidate; the verdict is filled in only if it may not be chosen."""
+        samples_per_second, batch = estimate.samples_per_second, estimate.configuration.global_batch
         score = None
         if samples_per_second is not None and critical_batch is not None:
             score = goodput(samples_per_second, batch, critical_batch, self.config.objective)
         return CandidateScore(
-            configuration=configuration,
-            step_seconds=seconds,
-            step_seconds_spread=prediction.spread_seconds if prediction else None,
-            source=prediction.source if prediction else "none",
+            configuration=estimate.configuration,
+            step_seconds=estimate.step_seconds,
+            step_seconds_spread=estimate.spread_seconds,
+            source=estimate.source,
             samples_per_second=samples_per_second,
             efficiency=None if critical_batch is None else statistical_efficiency(batch, critical_batch),
             goodput=score,
             gain=None if score is None or current_goodput is None else score / current_goodput - 1,
-            verdict=self._refusal(configuration, prediction),
-            peak_bytes=prediction.peak_bytes if prediction else None,
+            verdict=estimate.refusal,
+            peak_bytes=round(estimate.peak.expected_bytes),
         )
 
     @staticmethod
@@ -244,24 +226,11 @@ class Planner:
             return score
         return score.model_copy(update={"verdict": limit})
 
-    def _refusal(self, configuration: Configuration, prediction: Prediction | None) -> str:
-        """Why a candidate may not be chosen whatever the noise; empty where it may."""
-        if prediction is None:
-            return self._may_not_fit.get(configuration, "not measured")
-        if prediction.failure:
-            return prediction.failure
-        if not prediction.memory_seen and configuration in self._may_not_fit:
-            return self._may_not_fit[configuration]
-        step_seconds, spread_seconds = prediction.step_seconds, prediction.spread_seconds
-        uncertain = step_seconds and spread_seconds and spread_seconds > MAX_RELATIVE_SPREAD * step_seconds
-        if uncertain and not (prediction.source == "predicted" and self.policy.weighs_error):
-            return f"throughput too uncertain: a step takes {step_seconds:.3g} ± {spread_seconds:.2g} s"
-        return "" if self._noise_measurable(configuration) else "noise cannot be measured: one part a step"
-
     def _situation(
         self,
         eligible: list[CandidateScore],
         mine: CandidateScore,
+        estimates: dict[Configuration, CandidateEstimate],
         noise: NoiseScale,
         critical_batch: float,
         samples_consumed: int,
@@ -269,14 +238,12 @@ class Planner:
     ) -> Situation:
         """The decision as arrays of one run."""
         assert noise.value is not None
-        run_as = [runs_as(self.config, score.configuration) for score in eligible]
-        current = runs_as(self.config, mine.configuration)
-        errors = [self.throughput.error_beside(each, current) for each in run_as]
+        errors = [0.0 if score is mine else estimates[score.configuration].error for score in eligible]
         return Situation(
             menu=Menu.of([score.configuration for score in eligible]),
             samples_per_second=np.array([[score.samples_per_second for score in eligible]], float),
             throughput_error=np.array([errors]),
-            unseen=np.array([[self.throughput.steps(each) == 0 for each in run_as]]),
+            unseen=np.array([[self.predictor.steps_seen(score.configuration) == 0 for score in eligible]]),
             current=np.array([eligible.index(mine)]),
             noise_scale=np.array([noise.value]),
             critical_batch=np.array([critical_batch]),

@@ -64,3 +64,15 @@ def halved_share(settings: PlannerConfig, configuration: Configuration) -> float
     if configuration.parts > 1 or configuration.micro_batch % 2 or settings.noise_source == "replica":
         return 0.0
     return 1.0 if settings.noise_source == "microbatch" else 1 / settings.noise_halve_every_steps
+
+
+def typical_configuration(settings: PlannerConfig, configuration: Configuration) -> Configuration:
+    """The configuration that most of its steps execute, and are timed as."""
+    return configuration.halved if halved_share(settings, configuration) > 0.5 else configuration
+
+
+def executed_configuration(configuration: Configuration, source: str | None) -> Configuration:
+    """The configuration that a step with this noise source executes: a lone micro-batch is halved if micro-batches
+    are to be compared, and its size is even. The gradient is the same, and has parts."""
+    compares_microbatches = source is not None and "microbatch" in source.split("+")
+    return configuration.halved if compares_microbatches and configuration.parts == 1 else configuration

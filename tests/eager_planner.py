@@ -4,6 +4,7 @@ from typing import Any
 
 from copus.job import JobConfig
 from planner.planner import Planner
+from planner.predictor import Predictor
 from profiles.configuration import Configuration
 from profiles.throughput import Throughput
 
@@ -13,7 +14,9 @@ class EagerPlanner:
 
     def __init__(self, job: JobConfig, after: Configuration) -> None:
         self.throughput = Throughput()
-        self.real = Planner(job.planner, job.model, job.cluster, job.training.configuration, self.throughput)
+        start, precision = job.training.configuration, job.training.precision
+        predictor = Predictor(job.planner, job.model, job.cluster, precision, start, self.throughput)
+        self.real = Planner(predictor)
         self._after = after
         self.observe_loss = self.real.observe_loss
         self.move_costs, self.state = self.real.move_costs, self.real.state

@@ -15,6 +15,7 @@ from copus.events import DecisionMade, Evaluate, Event, Noise, Reconfigure, Step
 from copus.job import JobConfig
 from copus.loop import Trainer
 from planner.planner import Planner
+from planner.predictor import Predictor
 from profiles.configuration import Configuration
 from profiles.measurement import Measurement
 from profiles.throughput import Throughput
@@ -82,7 +83,9 @@ def _train(run: Path, job: JobConfig, policy: str | None = "static", stop_after:
     if dist.get_rank() == 0 and policy is not None:
         settings = job.planner.model_copy(update={"policy": policy})
         known = _Table(_rows(backend, job))
-        planner = Planner(settings, job.model, job.cluster, job.training.configuration, known, number=state.decisions)
+        first = job.training.configuration
+        predictor = Predictor(settings, job.model, job.cluster, job.training.precision, first, known)
+        planner = Planner(predictor, number=state.decisions)
     events: list[Event] = []
     steps = 0
 

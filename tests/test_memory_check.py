@@ -5,6 +5,7 @@ from pathlib import Path
 from planner.config import PlannerConfig
 from planner.memory_check import MemoryCheck, memory_bytes
 from planner.planner import Planner
+from planner.predictor import Predictor
 from planner.space import candidates
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
@@ -12,7 +13,6 @@ from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.model_shape import ModelShape
 from profiles.noise_scale import NoiseScale
-from profiles.throughput import Throughput
 
 LLAMA = ModelShape(
     **{"layers": 32, "hidden": 4096, "ffn_hidden": 14336, "heads": 32, "kv_heads": 8, "seq_len": 4096, "vocab": 128256}
@@ -26,8 +26,7 @@ HERE = Fingerprint(model=LLAMA.digest, precision="bf16", backend="b", hardware="
 
 def planner(rows: list[Measurement], cluster: Cluster = GPUS) -> Planner:
     config = PlannerConfig(min_global_batch=8, max_global_batch=8, max_micro_batch=1, layouts=[TP8.layout, DP8.layout])
-    check = MemoryCheck(LLAMA, cluster, "bf16", rows)
-    return Planner(config, LLAMA, cluster, TP8, Throughput(rows), memory=check)
+    return Planner(Predictor.from_rows(config, LLAMA, cluster, "bf16", TP8, rows, use_cost_model=False))
 
 
 def verdict(found: Planner, configuration: Configuration) -> str:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from planner.config import PlannerConfig
 from planner.planner import Planner
+from planner.predictor import Predictor
 from planner.space import candidates
 from planner.wording import duration, noise_in_words, percent, three_digits
 from profiles.cluster import Cluster
@@ -49,10 +50,15 @@ def row(configuration, step_seconds=None, failure=None):
     )
 
 
+def deciding(throughput, start=START, number=0, **changes):
+    """A planner that knows these step times."""
+    return Planner(Predictor(config(**changes), MODEL, CLUSTER, "fp32", start, throughput), number)
+
+
 def planner(times, start=START, **changes):
     """A planner over a table {configuration: step_seconds or failure}."""
     rows = [row(c, failure=t) if isinstance(t, str) else row(c, step_seconds=t) for c, t in times.items()]
-    return Planner(config(**changes), MODEL, CLUSTER, start, Throughput(rows))
+    return deciding(Throughput(rows), start, **changes)
 
 
 def verdicts(decision):
@@ -111,7 +117,9 @@ def test_the_golden_decision():
     assert goodputs["TP1·PP1·DP2 B16 m2"] is None
     sources = {score.configuration.label: (score.source, score.peak_bytes) for score in decision.candidates}
     assert sources["TP2·PP1·DP1 B16 m2"] == ("interpolated", 1000)
-    assert sources["TP2·PP1·DP1 B2 m1"] == ("none", None)
+    source, peak_bytes = sources["TP2·PP1·DP1 B2 m1"]
+    assert source == "none"
+    assert peak_bytes > 1000, "as the memory model expects"
 
 
 def test_more_noise_moves_the_golden_decision_to_a_larger_batch():
@@ -205,13 +213,12 @@ def test_a_current_configuration_outside_the_space_is_listed():
     assert verdicts(decision)["TP1·PP1·DP2 B6 m1"] == "current"
 
 
-def test_what_is_hardly_known_is_offered_only_to_a_policy_that_weighs_that():
-    guess = {of(TP2, 1, 16): Prediction(step_seconds=0.5, spread_seconds=0.4, error=0.5, source="predicted")}
-    for policy, refused in (("copus", True), ("goodput", False)):
-        known = Throughput([row(START, step_seconds=1.0)], Expected(guess))
-        decider = Planner(config(policy=policy), MODEL, CLUSTER, START, known)
+def test_a_line_that_is_hardly_known_is_refused_and_a_prediction_is_left_to_the_policy():
+    for source, refused in (("extrapolated", True), ("predicted", False)):
+        guess = {of(TP2, 1, 16): Prediction(step_seconds=0.5, spread_seconds=0.4, error=0.5, source=source)}
+        decider = deciding(Throughput([row(START, step_seconds=1.0)], Expected(guess)), policy="goodput")
         verdict = verdicts(decider.decide(noise(50.0, 45.0, 55.0), START, 0))[of(TP2, 1, 16).label]
-        assert verdict.startswith("throughput too uncertain: a step takes 0.5 ± 0.4 s") == refused
+        assert verdict.startswith("throughput too uncertain: a step takes 0.5 ± 0.4") == refused
 
 
 def test_a_trial_goes_on_until_it_was_timed_or_had_its_chance():
@@ -220,13 +227,8 @@ def test_a_trial_goes_on_until_it_was_timed_or_had_its_chance():
     guess = Expected({trial: Prediction(step_seconds=2.1, spread_seconds=2.1, error=0.7, source="predicted")})
 
     def tries() -> Planner:
-        decider = Planner(
-            config(policy="goodput", layout_move_seconds=0),
-            MODEL,
-            CLUSTER,
-            START,
-            Throughput([row(START, step_seconds=0.5)], guess),
-        )
+        known = Throughput([row(START, step_seconds=0.5)], guess)
+        decider = deciding(known, policy="goodput", layout_move_seconds=0)
         for _ in range(10):
             decider.throughput.observe(START, 0.5)
         decision = decider.decide(noise(50.0, 45.0, 55.0), START, 1000)
@@ -248,7 +250,7 @@ def test_a_trial_goes_on_until_it_was_timed_or_had_its_chance():
 def test_decisions_are_numbered_and_the_number_can_be_restored():
     first = planner(TABLE)
     assert [first.decide(noise(8.0), START, 0).number for _ in range(3)] == [0, 1, 2]
-    resumed = Planner(CONFIG, MODEL, CLUSTER, START, Throughput(), number=7)
+    resumed = deciding(Throughput(), number=7)
     assert resumed.decide(noise(8.0), START, 0).number == 7
 
 

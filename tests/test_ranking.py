@@ -10,6 +10,7 @@ from test_profiles_table import HERE, MODEL
 
 from planner.config import PlannerConfig
 from planner.last_measurement import last_measurement
+from planner.predictor import Predictor
 from planner.ranking import contested, next_round
 from planner.space import candidates
 from profiles.cluster import Cluster
@@ -19,12 +20,9 @@ from profiles.measurement import Measurement
 from profiles.throughput import Throughput
 
 START = Configuration(layout=Layout(tp=2), micro_batch=1, global_batch=4)
-SPACE = candidates(
-    PlannerConfig(min_global_batch=4, max_global_batch=64, max_micro_batch=4),
-    MODEL,
-    Cluster(accelerators_per_node=2),
-    START,
-)
+CONFIG = PlannerConfig(min_global_batch=4, max_global_batch=64, max_micro_batch=4)
+MACHINE = Cluster(accelerators_per_node=2)
+SPACE = candidates(CONFIG, MODEL, MACHINE, START)
 
 
 def row(configuration, seconds, spread=0.0, failure=None, time=1.0):
@@ -138,16 +136,17 @@ def test_a_table_that_was_made_in_part_goes_on_where_it_was(rounds):
 
 
 def test_the_last_measurement_is_one_that_may_change_the_choice():
-    machine = Cluster(accelerators_per_node=2)
     rates = {layout: (0.1, 0.01) for layout in {each.layout for each in SPACE}}
     order = next_round(SPACE, [], START, 1, 0.02)
     rows = [row(each, true_seconds(each, rates)) for each in order]
-    assert last_measurement(SPACE, [], machine) is None
-    assert last_measurement(SPACE, rows, machine) is None, "the table knows all"
-    first = last_measurement(SPACE, rows[:3], machine)
+
+    def last(measured, leave_out=()):
+        return last_measurement(Predictor.from_rows(CONFIG, MODEL, MACHINE, "fp32", START, measured), leave_out)
+
+    assert last([]) is None
+    assert last(rows) is None, "the table knows all"
+    first = last(rows[:3])
     assert first in SPACE
     assert first not in order[:3]
-    second = last_measurement(SPACE, rows[:3], machine, {first})
-    assert second not in {first, *order[:3]}
-    failed = [*rows[:3], row(first, None, failure="out of memory", time=2.0)]
-    assert last_measurement(SPACE, failed, machine) != first
+    assert last(rows[:3], {first}) not in {first, *order[:3]}
+    assert last([*rows[:3], row(first, None, failure="out of memory", time=2.0)]) != first

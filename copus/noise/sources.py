@@ -5,8 +5,6 @@ A step is measured from one *full* source, from the norm layers, or from both at
 All use `step_estimate.estimate_step`, with J parts of n sequences.
 """
 
-from profiles.configuration import Configuration
-
 MICROBATCH = "microbatch"
 """A part is a micro-batch of a replica: J = dp × micro-batches, n = micro_batch."""
 REPLICA = "replica"
@@ -27,9 +25,3 @@ def split(source: str | None) -> tuple[str | None, bool]:
             f"noise source {source!r}: expected at most one of microbatch and replica, and normlayer, joined by +"
         )
     return (full[0] if full else None), NORMLAYER in names
-
-
-def run_as(configuration: Configuration, source: str | None) -> Configuration:
-    """As what a step with that source is run: a lone micro-batch that is to be measured as two halves, where it is
-    even: the same gradient, and parts."""
-    return configuration.halved if split(source)[0] == MICROBATCH and configuration.parts == 1 else configuration

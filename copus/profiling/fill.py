@@ -1,6 +1,5 @@
 """Drives a profiler: what is measured next, into which table, and when it is enough."""
 
-import contextlib
 import json
 import os
 import statistics
@@ -12,9 +11,10 @@ from typing import Any
 
 from copus.events import NOTHING_TO_SAY, Profile
 from copus.job import JobConfig, JobError
+from copus.predictor import predictor_of
 from copus.profilers import TRIED, find_profiler
 from planner.last_measurement import last_measurement
-from planner.memory_check import LIKELY, MemoryCheck
+from planner.memory_check import LIKELY
 from planner.ranking import next_round
 from planner.space import candidates
 from profiles.configuration import Configuration
@@ -147,7 +147,7 @@ class _Lead:
     def _plan(self) -> list[Configuration]:
         """The next round. Nothing is measured more than `rounds` times by one profiler, whatever it returns."""
         rows, start, within = self._rows(), self._job.training.configuration, self._job.profile.settled_within
-        possible = self._memory(rows).possible(self._space, start)
+        possible = predictor_of(self._job, rows, use_cost_model=False).memory.possible(self._space, start)
         return next_round(possible, rows, start, self._rounds, within, self._enough())
 
     def _last(self) -> Configuration | None:
@@ -156,20 +156,14 @@ class _Lead:
         usual = statistics.median(self._took or [0.0])  # the first may have taken long for reasons of its own
         if self._shards or time.monotonic() + usual <= self._deadline:
             return None
-        rows = self._rows()
-        unsure = {*self._memory(rows).refusals(self._space, LIKELY), *self._enough()}
-        with contextlib.suppress(ValueError):  # an accelerator that the cost model does not know
-            return last_measurement(self._space, rows, self._job.cluster, unsure)
-        return None
+        predictor = predictor_of(self._job, self._rows())
+        unsure = predictor.memory.refusals(self._space, LIKELY)
+        return last_measurement(predictor, {*unsure, *self._enough()} | ({*predictor.candidates} - {*self._space}))
 
     def _rows(self) -> list[Measurement]:
         """Those that count."""
         rows = (self._table.shards if self._shards else self._table.rows)(self._task.fingerprint)
         return [row for row in rows if row.time >= self._since]
-
-    def _memory(self, rows: list[Measurement]) -> MemoryCheck:
-        job, training = self._job, self._job.training
-        return MemoryCheck(job.model, job.cluster, training.precision, rows, training.implementation)
 
     def _enough(self) -> set[Configuration]:
         """What was measured as often as may be."""

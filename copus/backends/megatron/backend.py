@@ -16,10 +16,10 @@ from copus.backends.megatron.move_plan import plan_move
 from copus.collectives import RankError, run_on_all_ranks
 from copus.hardware import PhaseClock, peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig
-from copus.noise.sources import run_as
 from copus.oom_recovery import World
 from copus.reshard.execute import Fields, Place, reshard
 from copus.reshard.plan import Plan
+from planner.sampling import executed_configuration
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint
@@ -171,7 +171,7 @@ class MegatronBackend:
         of half the size: the same gradient, and parts to measure. An odd number of sequences cannot be halved: then
         `parts` is None.
         """
-        configuration = run_as(self.configuration, request.noise_source)
+        configuration = executed_configuration(self.configuration, request.noise_source)
         with self._world.trial() if request.on_trial else contextlib.nullcontext() as trial:
             self._seed_dropout(request.first_sample)
             result = step.compute_gradients(self.built, configuration, batches, request)

@@ -1,16 +1,21 @@
-"""The time that a lone micro-batch takes where its noise is measured by halving it."""
+"""One predictor: the time of a step as the job runs it, and what may be chosen."""
 
 import pytest
-from test_planner_decision import DP2, TP2, config, noise, planner, row
+from test_planner_decision import CLUSTER, DP2, MODEL, START, TP2, config, noise, planner, row
 
-from planner.as_run import predict_as_run, runs_as
-from planner.sampling import halved_share, source_of_step
+from planner.config import PlannerConfig
+from planner.predictor import Predictor
+from planner.sampling import halved_share, source_of_step, typical_configuration
 from profiles.configuration import Configuration
 from profiles.throughput import Expected, Prediction, Throughput
 
 LONE = Configuration(layout=TP2, micro_batch=2, global_batch=2)
 HALVES = Configuration(layout=TP2, micro_batch=1, global_batch=2)
 SHARED = Configuration(layout=DP2, micro_batch=1, global_batch=2)
+
+
+def step_time(throughput: Throughput, settings: PlannerConfig, configuration: Configuration) -> Prediction | None:
+    return Predictor(settings, MODEL, CLUSTER, "fp32", START, throughput).step_time(configuration)
 
 
 @pytest.mark.parametrize("source", ["auto", "normlayer", "microbatch", "replica"])
@@ -27,31 +32,31 @@ def test_a_step_takes_what_it_takes_on_average() -> None:
     throughput = Throughput([row(LONE, step_seconds=1.0), row(HALVES, step_seconds=1.8)])
 
     def seconds(**settings: object) -> float | None:
-        known = predict_as_run(throughput, config(**settings), LONE)
+        known = step_time(throughput, config(**settings), LONE)
         return known and known.step_seconds
 
     assert seconds(noise_halve_every_steps=1) == pytest.approx(1.8)
     assert seconds(noise_halve_every_steps=4) == pytest.approx(1.2)
     assert seconds(noise_source="microbatch") == pytest.approx(1.8)
     assert seconds(noise_source="replica") == pytest.approx(1.0)
-    assert predict_as_run(throughput, config(), HALVES) == throughput.predict(HALVES)
+    assert step_time(throughput, config(), HALVES) == throughput.predict(HALVES)
 
 
 def test_what_fails_fails_and_what_is_unknown_is_no_reason() -> None:
     settings = config(noise_halve_every_steps=1)
     alone = Throughput([row(LONE, step_seconds=1.0)])
-    assert predict_as_run(alone, settings, LONE) == alone.predict(LONE)
+    assert step_time(alone, settings, LONE) == alone.predict(LONE)
     failing = Throughput([row(LONE, failure="out of memory"), row(HALVES, step_seconds=1.0)])
-    known = predict_as_run(failing, settings, LONE)
+    known = step_time(failing, settings, LONE)
     assert known is not None
     assert known.failure == "out of memory"
-    assert predict_as_run(Throughput(), settings, LONE) is None
+    assert step_time(Throughput(), settings, LONE) is None
 
 
 def test_the_steps_that_are_timed_are_those_of_the_halves() -> None:
-    assert runs_as(config(noise_halve_every_steps=1), LONE) == HALVES
-    assert runs_as(config(noise_halve_every_steps=32), LONE) == LONE
-    assert runs_as(config(noise_halve_every_steps=1), SHARED) == SHARED
+    assert typical_configuration(config(noise_halve_every_steps=1), LONE) == HALVES
+    assert typical_configuration(config(noise_halve_every_steps=32), LONE) == LONE
+    assert typical_configuration(config(noise_halve_every_steps=1), SHARED) == SHARED
 
 
 def test_a_batch_that_is_fast_only_in_one_piece_is_not_chosen_where_it_never_runs_so() -> None:
@@ -71,11 +76,11 @@ def test_what_ran_in_halves_alone_has_shown_that_it_fits() -> None:
     throughput = Throughput(expected=Expected(predicted))
     for source, every, seen in (("microbatch", 32, True), ("auto", 32, False)):
         settings = config(noise_source=source, noise_halve_every_steps=every)
-        before = predict_as_run(throughput, settings, LONE)
+        before = step_time(throughput, settings, LONE)
         assert before is not None
         assert not before.memory_seen
         throughput.observe(HALVES, 1.0)
-        after = predict_as_run(throughput, settings, LONE)
+        after = step_time(throughput, settings, LONE)
         assert after is not None
         assert after.memory_seen == seen
         throughput = Throughput(expected=Expected(predicted))

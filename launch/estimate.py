@@ -1,4 +1,4 @@
-"""What a job's table and the models expect of it: for the commands that look ahead."""
+"""What is expected of a job file, for the commands that look ahead: plan, simulate."""
 
 from typing import TYPE_CHECKING
 
@@ -7,18 +7,18 @@ from profiles.measurement import OWN, Fingerprint
 from profiles.table import ThroughputTable
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command asks
-    from planner.prospects import Prospects
+    from planner.job_estimate import JobEstimate
 
 
-def prospects_of(job: JobConfig) -> "Prospects":
-    """Expect something of every candidate of a job. Raises JobError for a table that cannot be read and a cluster that
-    nothing is known about."""
-    from planner.look_ahead import look_ahead
+def estimate_of(job: JobConfig) -> "JobEstimate":
+    """Estimate every candidate of a job. Raises JobError for a table that cannot be read and for a cluster that nothing
+    is known about."""
+    from planner.job_estimate import estimate_job
 
     training = job.training
     try:
         rows = [row for row in ThroughputTable(job.profile.table).everything() if _ran_so(row.fingerprint, job)]
-        return look_ahead(
+        return estimate_job(
             job.planner,
             job.model,
             job.cluster,
@@ -34,7 +34,7 @@ def prospects_of(job: JobConfig) -> "Prospects":
 
 
 def _ran_so(fingerprint: Fingerprint, job: JobConfig) -> bool:
-    """Whether something was measured with the job's settings. Of imported rows nobody knows."""
+    """Whether a row was measured with the job's settings; imported rows do not say."""
     if not fingerprint.backend.startswith(OWN):
         return True
     said = set(fingerprint.software.split(", "))

@@ -12,11 +12,10 @@ from launch_jobs import copus_here
 from test_cli import HEAVY, imported
 
 from copus.job import load_job
+from launch.estimate import estimate_of
 from launch.plan import as_values
-from launch.prospects import prospects_of as prospects_from
-from planner.look_ahead import look_ahead, rows_of
+from planner.job_estimate import JobEstimate, estimate_job, rows_of
 from planner.memory_check import in_words
-from planner.prospects import Prospects
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.hardware import is_hardware_of, name_hardware
@@ -63,11 +62,11 @@ def add_row(
     ThroughputTable(job.profile.table).add(Measurement(**(common | {"spread_seconds": 0.1, "count": 3} | values)))
 
 
-def prospects_of(path: Path, overrides: Sequence[str] = ()) -> Prospects:
+def estimated(path: Path, overrides: Sequence[str] = ()) -> JobEstimate:
     job = load_job(path, list(overrides))
     rows = ThroughputTable(job.profile.table).rows()
     training = job.training
-    return look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
+    return estimate_job(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
 
 
 def test_it_answers_without_torch_or_an_accelerator(job_file: Path) -> None:
@@ -115,8 +114,8 @@ def test_tables_for_people(job_file: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_best_batch_grows_with_the_noise(job_file: Path) -> None:
-    prospects, config = prospects_of(job_file), load_job(job_file).planner
-    ranges = prospects.by_noise(config)
+    estimate, config = estimated(job_file), load_job(job_file).planner
+    ranges = estimate.by_noise(config)
     batches = [each.best.configuration.global_batch for each in ranges]
     assert batches == sorted(batches)
     assert batches[0] == 16
@@ -126,9 +125,9 @@ def test_the_best_batch_grows_with_the_noise(job_file: Path) -> None:
 
 
 def test_the_fastest_is_the_fastest(job_file: Path) -> None:
-    prospects = prospects_of(job_file)
-    for each in prospects.fastest():
-        same = [e for e in prospects.eligible if e.configuration.global_batch == each.best.configuration.global_batch]
+    estimate = estimated(job_file)
+    for each in estimate.fastest():
+        same = [e for e in estimate.eligible if e.configuration.global_batch == each.best.configuration.global_batch]
         assert each.best.samples_per_second == max(e.samples_per_second or 0 for e in same)
         assert each.runner_up is not None
         assert each.runner_up.configuration.layout != each.best.configuration.layout
@@ -139,35 +138,42 @@ def test_what_was_measured_takes_precedence(job_file: Path) -> None:
     layout = Layout(tp=8, dp=2, sequence_parallel=True, zero=1)
     fast = Configuration(layout=layout, micro_batch=1, global_batch=16)
     add_row(job_file, fast, step_seconds=0.01, peak_bytes=2**30, spread_seconds=0.001)
-    prospects = prospects_of(job_file)
-    (best, *_) = prospects.fastest()
+    estimate = estimated(job_file)
+    (best, *_) = estimate.fastest()
     assert best.best.configuration == fast
     assert best.best.source == "measured"
-    assert (best.best.step_seconds, best.best.step_seconds_low) == (0.01, pytest.approx(0.009))
-    assert best.best.peak_bytes == 2**30
-    assert prospects.measured_rows == 1
-    others = {each.source for each in prospects.expectations if each.configuration != fast}
+    assert (best.best.step_seconds, best.best.step_seconds_low) == (
+        0.01,
+        pytest.approx(0.01 * 1.1 ** -(5**-0.5), rel=0.01),
+    )
+    assert best.best.peak.expected_bytes == 2**30
+    assert estimate.measured_rows == 1
+    others = {each.source for each in estimate.candidates if each.configuration != fast}
     assert others == {"predicted"}
 
 
 def test_what_failed_is_not_proposed(job_file: Path) -> None:
-    first = prospects_of(job_file).fastest()[0].best.configuration
+    first = estimated(job_file).fastest()[0].best.configuration
     add_row(job_file, first, failure="out of memory", spread_seconds=None, count=0)
-    prospects = prospects_of(job_file)
-    failed = next(each for each in prospects.expectations if each.configuration == first)
+    estimate = estimated(job_file)
+    failed = next(each for each in estimate.candidates if each.configuration == first)
     assert failed.refusal == "out of memory"
-    assert prospects.fastest()[0].best.configuration != first
+    assert estimate.fastest()[0].best.configuration != first
 
 
 def test_the_start_with_other_settings(job_file: Path) -> None:
-    prospects = prospects_of(job_file)
+    estimate = estimated(job_file)
     by = {
         (e.configuration.layout.recompute, e.configuration.layout.zero, e.configuration.layout.sequence_parallel): e
-        for e in prospects.variants
+        for e in estimate.variants
     }
-    assert len(by) == len(prospects.variants) == 3 * 2 * 2
-    assert by["none", 1, True] == prospects.start
-    assert by["full", 1, True].peak_bytes < by["none", 1, True].peak_bytes < by["none", 0, True].peak_bytes
+    assert len(by) == len(estimate.variants) == 3 * 2 * 2
+    assert by["none", 1, True] == estimate.start
+    assert (
+        by["full", 1, True].peak.expected_bytes
+        < by["none", 1, True].peak.expected_bytes
+        < by["none", 0, True].peak.expected_bytes
+    )
     assert (by["full", 1, True].step_seconds or 0) > (by["none", 1, True].step_seconds or 0)
 
 
@@ -228,9 +234,7 @@ def test_rows_of_other_settings_do_not_count(job_file: Path) -> None:
     own = {"backend": "megatron-core 0.16.1"}
     add_row(job_file, start, step_seconds=1.0, software="torch 2", **own)
     add_row(job_file, start, step_seconds=2.0, software="torch 2, dropout", time=9.0, **own)
-    seen = [
-        prospects_from(load_job(job_file, changes)).start.step_seconds for changes in ([], ["training.dropout=0.1"])
-    ]
+    seen = [estimate_of(load_job(job_file, changes)).start.step_seconds for changes in ([], ["training.dropout=0.1"])]
     assert seen == [1.0, 2.0]
 
 
@@ -238,7 +242,7 @@ def test_every_row_is_timed_as_the_job_runs_it(job_file: Path) -> None:
     """Recomputation takes time, whether or not a lone micro-batch is halved for its noise."""
     alone = ["training.layout={tp: 8, pp: 2}", "training.micro_batch=8", "training.global_batch=8"]
     for every in (1, 1000):
-        prospects = prospects_of(
+        estimate = estimated(
             job_file,
             [
                 *alone,
@@ -249,11 +253,11 @@ def test_every_row_is_timed_as_the_job_runs_it(job_file: Path) -> None:
         )
         seconds = {
             each.configuration.layout.recompute: each.step_seconds or 0.0
-            for each in prospects.variants
+            for each in estimate.variants
             if (each.configuration.layout.zero, each.configuration.layout.sequence_parallel) == (0, False)
         }
         assert seconds["none"] < seconds["selective"] < seconds["full"]
-        assert any("a lone micro-batch is timed as the job runs it" in each for each in prospects.assumptions)
+        assert any("a lone micro-batch is timed as the job runs it" in each for each in estimate.predictor.assumptions)
 
 
 def test_dropout_takes_memory(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,15 +280,15 @@ def test_a_deeper_pipeline_than_was_measured_is_left_to_the_memory_model(job_fil
         )
     by_batch = {
         each.configuration.global_batch: each
-        for each in prospects_of(job_file, changes).expectations
+        for each in estimated(job_file, changes).candidates
         if (each.configuration.layout, each.configuration.micro_batch) == (start.layout, 4)
     }
     assert by_batch[8].source == "measured"
-    assert (by_batch[8].chance_to_fit, by_batch[8].peak_bytes) == (1.0, 30 * 2**30)
+    assert (by_batch[8].peak.chance_to_fit, by_batch[8].peak.expected_bytes) == (1.0, 30 * 2**30)
     deeper = by_batch[32]
     assert deeper.source == "interpolated"
-    assert deeper.chance_to_fit != 1.0
-    assert deeper.peak_bytes > 30 * 2**30
+    assert deeper.peak.chance_to_fit != 1.0
+    assert deeper.peak.expected_bytes > 30 * 2**30
 
 
 def test_a_job_that_fits_nowhere_says_so(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,8 +301,8 @@ def test_a_job_that_fits_nowhere_says_so(job_file: Path, capsys: pytest.CaptureF
 def test_on_cpu_cores_memory_is_not_checked(job_file: Path) -> None:
     job = load_job(job_file, ["cluster.accelerator=cpu", "training.precision=fp32"])
     training = job.training
-    prospects = look_ahead(job.planner, job.model, job.cluster, training.precision, training.configuration)
-    values = as_values(job, prospects)
+    estimate = estimate_job(job.planner, job.model, job.cluster, training.precision, training.configuration)
+    values = as_values(job, estimate)
     assert values["memory_bytes"] is None
     assert {each["fits"] for each in values["candidates"]} == {"not checked"}
     assert {each["mfu"] for each in values["candidates"]} == {None}  # nobody rates a core
