@@ -285,7 +285,8 @@ def test_more_noise_never_chooses_a_smaller_batch(table, current, value, other):
 @settings(max_examples=60)
 @given(tables, currents, noises)
 def test_a_dominated_configuration_is_never_chosen(table, current, value):
-    whole = planner(table, current, min_gain=0.0, noise_halve_every_steps=10**9)  # a lone micro-batch stays in one piece
+    # A lone micro-batch stays in one piece: halves would change the times that are compared.
+    whole = planner(table, current, min_gain=0.0, noise_halve_every_steps=10**9)
     chosen = whole.decide(noise(value), current, 0).chosen
     for other in SPACE:
         may = other == current or other.global_batch > 1
