@@ -46,8 +46,8 @@ ADAPTIVE: dict[str, Settings] = {
     "goodput": {"planner.policy": "goodput"},
     "goodput-unmeasured": {"planner.policy": "goodput", "profile.when": "never"},
     "goodput-lr-aware": {"planner.policy": "goodput", "planner.objective": "lr-aware"},
-    "goodput-lr-constant": {"planner.policy": "goodput", "training.lr_batch_exponent": 0},
-    "goodput-lr-linear": {"planner.policy": "goodput", "training.lr_batch_exponent": 1},
+    "goodput-lr-constant": {"planner.policy": "goodput", "training.optimizer.lr_batch_exponent": 0},
+    "goodput-lr-linear": {"planner.policy": "goodput", "training.optimizer.lr_batch_exponent": 1},
 }
 """Policies that choose a layout, and have to learn how fast they are."""
 

@@ -51,7 +51,11 @@ def run_branches(
                 continue
             _go_back(backend, configuration, branches.checkpoint, state.optimizer_steps)
             events: list[Event] = []
-            begin = TrainerState(samples_consumed=state.samples_consumed, optimizer_steps=state.optimizer_steps)
+            begin = TrainerState(
+                samples_consumed=state.samples_consumed,
+                optimizer_steps=state.optimizer_steps,
+                beta2_product=state.beta2_product,
+            )
             trainer = Trainer(
                 branch, run, backend, train, valid, None, begin, events.append, stop_requested, keep_nothing=True
             )
@@ -68,7 +72,7 @@ def run_branches(
                     configuration=configuration,
                     seed=seed,
                     sequences=branches.sequences,
-                    lr=rules_at(branch, state.samples_consumed, configuration.global_batch).lr,
+                    lr=rules_at(branch, begin, configuration.global_batch).lr,
                     first_loss=losses[0],
                     last_loss=losses[-1],
                     noise=noise.estimate(),

@@ -20,8 +20,10 @@ from pydantic import (
 )
 
 from copus.backends.megatron.limits import check_configuration, check_layout, check_model
+from copus.deprecated import deprecation_line, rename_deprecated
 from copus.engines import check_options, load_engine
 from copus.job_text import parse_job_text, read_job_text
+from copus.optimizers import AdamW, Optimizer
 from copus.profilers import check_profiler
 from copus.trackers import make_tracker
 from planner.config import PlannerConfig
@@ -42,10 +44,6 @@ class JobError(Exception):
     def __init__(self, message: str) -> None:
         """What a person wrote may be in the message: it stays on one line, and tells a terminal nothing."""
         super().__init__(_shortened(message, 1000, lambda text: " ".join(text.splitlines())))
-
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
-"""A decay rate of a moving average."""
 
 
 class DataConfig(Record):
@@ -83,7 +81,7 @@ class TrainingConfig(Record):
     micro_batch: PositiveInt = 1
     """Micro-batch to start with, in sequences."""
     global_batch: PositiveInt
-    """Global batch to start with, in sequences; also the batch that `lr` and `betas` are for."""
+    """Global batch to start with, in sequences; also the batch that `lr` and the optimizer's values are for."""
     tokens: PositiveInt
     """Length of the run."""
     max_minutes: PositiveFloat | None = None
@@ -92,8 +90,11 @@ class TrainingConfig(Record):
     """Stop cleanly, with a checkpoint, at the first evaluation whose loss is no more than this, in nats a token."""
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed of weights, sample order and dropout."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the model; bf16 keeps fp32 master weights and gradients."""
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", json_schema_extra={"default_in_words": "`bf16` on GPUs, `fp32` on CPU"}
+    )
+    """Arithmetic of the model; bf16 keeps fp32 master weights and gradients. The default follows
+    `cluster.accelerator`."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate at `reference_batch`."""
     min_lr: NonNegativeFloat = 1e-4
@@ -104,16 +105,8 @@ class TrainingConfig(Record):
     """Shape of the decay from the end of the warm-up to the end of the run."""
     reference_batch: PositiveInt | None = None
     """B_ref in κ = B / B_ref; None means `global_batch`."""
-    lr_batch_exponent: float = Field(default=0.5, ge=0, le=1)
-    """a in lr × κ^a: 0.5 for Adam (Malladi et al. 2022), 1 for SGD, 0 for none."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Adam's β1 and β2 at `reference_batch`. β2 keeps its half-life in tokens: β2(B) = β2^κ (2507.07101)."""
-    beta2_follows_batch: bool = True
-    """Whether β2 changes with the batch as said above."""
-    epsilon: PositiveFloat = 1e-8
-    """Adam's ε."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay."""
+    optimizer: Optimizer = AdamW()
+    """The optimizer, and how its values follow the batch."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
     overlap_grad_reduce: bool = False
@@ -202,6 +195,18 @@ class JobConfig(Record):
             {name: {} if each is None else each for name, each in value.items()} if isinstance(value, dict) else value
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_precision(cls, values: Any) -> Any:
+        """bf16 where the accelerators are GPUs: fp32 attention there falls back to kernels that keep every score."""
+        if not isinstance(values, dict):
+            return values
+        cluster, training = values.get("cluster"), values.get("training")
+        if isinstance(cluster, dict) and isinstance(training, dict) and "precision" not in training:
+            precision = "fp32" if cluster.get("accelerator", "cpu") == "cpu" else "bf16"
+            values = {**values, "training": {**training, "precision": precision}}
+        return values
+
     @model_validator(mode="after")
     def _check_arithmetic(self) -> "JobConfig":
         _located("model", lambda: check_model(self.model))
@@ -264,7 +269,10 @@ def first_message(error: ValidationError, *within: str) -> str:
     """`field: what is wrong (got value)` for the first thing wrong; `within` are the sections that were not validated
     with it."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in (*within, *first["loc"]))
+    # After `optimizer` pydantic names the kind, which is no part of the path in the file.
+    before = (None, *first["loc"])
+    location = [part for part, holder in zip(first["loc"], before, strict=False) if holder != "optimizer"]
+    place = ".".join(str(part) for part in (*within, *location))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key"
@@ -279,10 +287,19 @@ def _shortened(value: Any, longest: int = 80, spell: Callable[[Any], str] = repr
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def parse_job(values: Any, where: str = "job") -> JobConfig:
-    """Validate plain values (what YAML gives). Raises JobError with one line that names field, value and arithmetic."""
+def parse_job(values: Any, where: str = "job", deprecated: Callable[[str], None] = lambda line: None) -> JobConfig:
+    """Validate plain values (what YAML gives). Raises JobError with one line that names field, value and arithmetic.
+
+    Fields of earlier versions are read as their successors, and named in one line to `deprecated`.
+    """
     if not isinstance(values, dict):
         raise JobError(f"{where}: a job file is a mapping of sections, got {type(values).__name__}")
+    try:
+        values, used = rename_deprecated(values)
+    except ValueError as error:
+        raise JobError(f"{where}: {error}") from None
+    if used:
+        deprecated(f"{where}: {deprecation_line(used)}")
     try:
         job = JobConfig.model_validate(values)
     except ValidationError as error:
@@ -306,8 +323,14 @@ def _misread(written: Any, read: Any, place: str) -> Iterator[str]:
         yield f"{place}: input should be a finite number, got {written!r}"
 
 
-def load_job(path: Path, overrides: list[str] | None = None, engine: str | None = None) -> JobConfig:
+def load_job(
+    path: Path,
+    overrides: list[str] | None = None,
+    engine: str | None = None,
+    deprecated: Callable[[str], None] = lambda line: None,
+) -> JobConfig:
     """Read a job file; `overrides` are `section.field=value` with the value in YAML, `engine` is for `launch.engine`.
+    `deprecated` is as for `parse_job`.
 
     Raises JobError, one line, for everything that a user can get wrong: no file, no YAML, unknown keys, wrong types,
     impossible arithmetic.
@@ -325,7 +348,7 @@ def load_job(path: Path, overrides: list[str] | None = None, engine: str | None 
         _choose_engine(values, engine)
     for override in overrides or []:
         apply_override(values, override)
-    return parse_job(values, str(path))
+    return parse_job(values, str(path), deprecated)
 
 
 def _parse_yaml(text: str, where: str) -> Any:

@@ -131,7 +131,7 @@ class Trainer:
             return False
         seconds = time.perf_counter() - started
         self._backend.move(full)  # what a run that is made longer goes on with
-        self._count(configuration)
+        self._count(configuration, request, result)
         self._report_step(configuration, request, result, seconds)
         self._measure_noise(configuration, request, result)
         self._moves.note_step(configuration, request.noise_source, result.loss, seconds)
@@ -144,15 +144,18 @@ class Trainer:
         state = self.state
         return StepRequest(
             first_sample=state.samples_consumed,
-            rules=rules_at(self._job, state.samples_consumed, configuration.global_batch),
+            rules=rules_at(self._job, state, configuration.global_batch),
             noise_source=source_of_step(self._job.planner, configuration, state.step),
             stop=stop,
             writing=self._saver.is_writing,
             on_trial=self._moves.on_trial,
         )
 
-    def _count(self, configuration: Configuration) -> None:
-        """A step was made."""
+    def _count(self, configuration: Configuration, request: StepRequest, result: StepResult) -> None:
+        """Count a step."""
+        if not result.skipped:
+            rules = request.rules
+            self.state.beta2_product = rules.beta2_product_before(self.state.optimizer_steps) * rules.betas[1]
         self.state.samples_consumed += configuration.global_batch
         self.state.step += 1
         self.state.optimizer_steps = self._backend.optimizer_steps

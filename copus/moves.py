@@ -93,6 +93,7 @@ class Moves:
             return
         decision: Decision = broadcast_from_rank0(self._ask_planner(noise, norms))
         self._state.decisions = decision.number + 1
+        self._state.critical_batch = decision.critical_batch
         if decision.switch:
             self._move(decision.chosen, decision.number, decision.trial)
 

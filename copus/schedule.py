@@ -1,22 +1,38 @@
-"""Learning rate and betas of a step: functions of tokens and of the batch, with no state of their own."""
+"""What one optimizer step uses: functions of tokens, batch and critical batch, equal on every rank."""
 
 import math
 
-from copus.backends.base import StepRules
+from copus.backends.base import StepRules, TrainerState
 from copus.job import JobConfig
 
 
-def rules_at(job: JobConfig, samples_consumed: int, global_batch: int) -> StepRules:
-    """What holds for the step that begins after `samples_consumed` sequences and takes `global_batch` of them.
+def rules_at(job: JobConfig, state: TrainerState, global_batch: int) -> StepRules:
+    """Rules for the step that begins at `state` and takes `global_batch` sequences.
 
-    With κ = B / B_ref: lr(tokens) · κ^a (a = 0.5 for Adam: Malladi et al. 2022, 2205.10287), and β2^κ, which keeps
-    β2's half-life in tokens (2507.07101, eq. for β2*). β1 stays. Adam's moments are never rescaled.
+    The base learning rate is a function of tokens; optimizer values follow the batch by κ = `batch_ratio`, as each says
+    in `copus.optimizers`. Adam's moments are never rescaled.
     """
-    training = job.training
-    kappa = global_batch / job.reference_batch
-    lr = base_lr(job, samples_consumed * job.model.seq_len) * kappa**training.lr_batch_exponent
-    beta1, beta2 = training.betas
-    return StepRules(lr=lr, betas=(beta1, beta2**kappa if training.beta2_follows_batch else beta2))
+    optimizer = job.training.optimizer
+    kappa = batch_ratio(job, global_batch, state.critical_batch)
+    return StepRules(
+        lr=base_lr(job, state.samples_consumed * job.model.seq_len) * optimizer.lr_factor(kappa),
+        betas=optimizer.betas_at(kappa),
+        weight_decay=optimizer.weight_decay_at(kappa),
+        beta2_product=state.beta2_product,
+    )
+
+
+def batch_ratio(job: JobConfig, global_batch: int, critical_batch: float | None) -> float:
+    """κ = B / B_ref, with B at most max(φ, B_ref) unless the job says otherwise.
+
+    Above the critical batch φ gradients are hardly better than at φ (1812.06162), so larger steps are not either: the
+    best learning rate of Adam rises like √B only below it (2405.14578). No cap while φ is unknown (None), and none on
+    batches up to B_ref, for which the job file's own values were chosen.
+    """
+    reference = job.reference_batch
+    if critical_batch is None or job.training.optimizer.scale_beyond_critical_batch:
+        return global_batch / reference
+    return min(global_batch, max(critical_batch, reference)) / reference
 
 
 def base_lr(job: JobConfig, tokens: int) -> float:

@@ -59,7 +59,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
         return _resume(find_run(resume), job_file, overrides, console, manner)
     if job_file is None:
         raise JobError("nothing to train: give a job file, or --resume RUN")
-    job = portable(load_job(job_file, overrides, manner.engine))
+    job = portable(load_job(job_file, overrides, manner.engine, deprecated=lambda line: print(line, file=sys.stderr)))
     engine = engine_of(job)
     check(job)
     check_profiler(job, engine)

@@ -19,13 +19,13 @@ def tiny_job(
     accelerators: int, layout: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **training: Any
 ) -> JobConfig:
     """A job on `accelerators` CPU ranks; data parallel unless told otherwise."""
-    settings = {"layout": layout or {"dp": accelerators}, "global_batch": 8, "tokens": 100_000, "weight_decay": 0.01}
+    settings = {"layout": layout or {"dp": accelerators}, "global_batch": 8, "tokens": 100_000}
     return parse_job(
         {
             "name": "tiny",
             "model": {**SHAPE, **(model or {})},
             "cluster": {"accelerators_per_node": accelerators},
-            "training": {**settings, "evaluate_sequences": 8, **training},
+            "training": {**settings, "optimizer": {"weight_decay": 0.01}, "evaluate_sequences": 8, **training},
         }
     )
 

@@ -132,8 +132,7 @@ def fields() -> dict[str, set[str]]:
     def add(place: str, model: dict[str, Any]) -> None:
         found[place] = set(model["properties"])
         for name, field in model["properties"].items():
-            inner = field.get("$ref")
-            if inner:
+            for inner in [field["$ref"]] if "$ref" in field else [kind["$ref"] for kind in field.get("oneOf", [])]:
                 add(f"{place}.{name}".strip("."), schema["$defs"][inner.removeprefix("#/$defs/")])
 
     add("", schema)

@@ -56,9 +56,44 @@ def test_names_that_yaml_takes_for_something_else_survive(tmp_path: Path, name: 
 
 def test_what_is_dumped_is_read_back_the_same(tmp_path: Path) -> None:
     job = load(
-        tmp_path, JOB, "planner.layouts=[{tp: 2, pp: 2}, {dp: 4}]", "data.source=[a.txt, b]", "training.epsilon=1e-12"
+        tmp_path,
+        JOB,
+        "planner.layouts=[{tp: 2, pp: 2}, {dp: 4}]",
+        "data.source=[a.txt, b]",
+        "training.optimizer.epsilon=1e-12",
     )
     assert load(tmp_path, dump_job(job)) == job
+
+
+def test_the_flat_optimizer_fields_of_earlier_versions_are_read_and_named_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB + "  betas: [0.9, 0.99]\n  weight_decay: 0.2\n  optimizer: {epsilon: 1.0e-7}\n")
+    lines: list[str] = []
+    optimizer = load_job(path, ["training.lr_batch_exponent=1"], deprecated=lines.append).training.optimizer
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.epsilon) == ((0.9, 0.99), 0.2, 1e-7)
+    assert optimizer.lr_batch_exponent == 1
+    assert len(lines) == 1
+    assert "training.betas is now training.optimizer.betas, training.weight_decay is now" in lines[0]
+    path.write_text(dump_job(load_job(path)))
+    lines.clear()
+    assert load_job(path, deprecated=lines.append).training.optimizer.betas == (0.9, 0.99)
+    assert lines == []
+
+
+def test_a_field_given_by_its_old_and_its_new_name_is_refused(tmp_path: Path) -> None:
+    said = complaint(tmp_path, JOB, "training.optimizer.betas=[0.9, 0.99]", "training.betas=[0.9, 0.95]")
+    assert said == ("training.betas is called training.optimizer.betas now, and both are given: remove training.betas")
+    said = complaint(tmp_path, JOB, "training.optimizer=5", "training.betas=[0.9, 0.95]")
+    assert said == "training.optimizer: input should be a section whose kind is 'adamw', got 5"
+
+
+def test_the_precision_is_bf16_on_gpus_unless_the_job_says_otherwise(tmp_path: Path) -> None:
+    assert load(tmp_path).training.precision == "fp32"
+    on_gpus = load(tmp_path, JOB, "cluster.accelerator=h100-sxm")
+    assert on_gpus.training.precision == "bf16"
+    assert "precision: bf16" in dump_job(on_gpus)
+    asked = load(tmp_path, JOB, "cluster.accelerator=h100-sxm", "training.precision=fp32")
+    assert asked.training.precision == "fp32"
 
 
 def test_a_path_alone_is_a_list_of_one(tmp_path: Path) -> None:
@@ -130,7 +165,14 @@ def test_the_padded_vocabulary_is_divided_not_the_given_one(tmp_path: Path) -> N
          "training.layout.sequence_parallel: input should be true or false, got 1"),
         ("training.lr=.inf", "training.lr: input should be a finite number, got inf"),
         ("training.lr=.nan", "training.lr: input should be greater than 0, got nan"),
-        ("training.betas=[0.9, 1.0]", "training.betas.1: input should be less than 1, got 1.0"),
+        ("training.optimizer.betas=[0.9, 1.0]", "training.optimizer.betas.1: input should be less than 1, got 1.0"),
+        ("training.optimizer.betas=[0.9, 0.8]",
+         "training.optimizer: betas: β2(0.8) has to be larger than β1²(0.9² = 0.81)"),
+        ("training.optimizer={kind: sgd}",
+         "training.optimizer: input should be a section whose kind is 'adamw', got {'kind': 'sgd'}"),
+        ("training.optimizer=adamw",
+         "training.optimizer: input should be a section whose kind is 'adamw', got 'adamw'"),
+        ("training.optimizer.momentum=0.9", "training.optimizer.momentum: unknown key"),
         ("training.layout=5", "training.layout: input should be a valid dictionary or instance of Layout, got 5"),
         ("training.decay=cubic", "training.decay: input should be 'constant', 'cosine' or 'linear', got 'cubic'"),
         ("launch.options={partition: long}", "launch.options: partition: unknown key"),
@@ -245,7 +287,16 @@ fields = st.sampled_from(
             "training",
             "training.lr",
         ),
-        *("training.layout", "training.betas", "training.layout.tp", "planner.layouts", "profile.table", "launch.runs"),
+        *(
+            "training.layout",
+            "training.optimizer",
+            "training.betas",
+            "training.optimizer.betas",
+            "training.layout.tp",
+            "planner.layouts",
+            "profile.table",
+            "launch.runs",
+        ),
     ]
 )
 

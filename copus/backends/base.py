@@ -36,6 +36,14 @@ class StepRules:
     """Learning rate."""
     betas: tuple[float, float]
     """Adam's β1 and β2."""
+    weight_decay: float | None = None
+    """Decoupled weight decay; None for that of the job file."""
+    beta2_product: float | None = None
+    """Π β2 over the optimizer steps before this one, 1 before the first; None if β2 was always as it is now."""
+
+    def beta2_product_before(self, optimizer_steps: int) -> float:
+        """Π β2 over the `optimizer_steps` steps so far."""
+        return self.betas[1] ** optimizer_steps if self.beta2_product is None else self.beta2_product
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,11 @@ class TrainerState:
     """What the planner knows of φ and of the cost of moves."""
     decisions: int = 0
     """Decisions taken so far."""
+    critical_batch: float | None = None
+    """φ of the latest decision, in sequences, on every rank; None while it is unknown."""
+    beta2_product: float | None = None
+    """Π β2 over the optimizer steps that were not skipped; None before the first one, and in checkpoints of 0.1.0: then
+    β2 counts as constant."""
 
     @property
     def here(self) -> dict[str, int]:

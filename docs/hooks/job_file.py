@@ -119,6 +119,8 @@ def _limits(metadata: list[Any]) -> Iterator[str]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
+    if isinstance(field.json_schema_extra, dict) and "default_in_words" in field.json_schema_extra:
+        return str(field.json_schema_extra["default_in_words"])
     value = field.get_default(call_default_factory=True)
     value = list(value) if isinstance(value, tuple) else value
     if isinstance(value, Record):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from copus.backends.adamw import adamw_options
 from copus.backends.base import Batches, Moved, StepRequest, StepResult
 from copus.backends.megatron import checkpoint, cpu, groups, step, upstream
 from copus.backends.megatron.fingerprint import fingerprint
@@ -111,9 +112,8 @@ class MegatronBackend:
         chunks = run_on_all_ranks(lambda: build_model(self._job.model, layout, config, seed, overlap))
         self._built = built = BuiltModel(self.device, chunks)
         built.optimizer = self._make_optimizer(layout, chunks)
-        preconditioned = self._job.planner.noise_metric == "adam"
-        tied = self._job.model.tied_embeddings
-        built.part_norms = PartNorms(chunks, built.optimizer, layout, tied, preconditioned)
+        epsilon = training.optimizer.epsilon if self._job.planner.noise_metric == "adam" else None
+        built.part_norms = PartNorms(chunks, built.optimizer, layout, self._job.model.tied_embeddings, epsilon)
         self._optimizer_steps = 0
         self._configuration = configuration
 
@@ -123,10 +123,6 @@ class MegatronBackend:
             OptimizerConfig(
                 optimizer="adam",
                 lr=training.lr,
-                weight_decay=training.weight_decay,
-                adam_beta1=training.betas[0],
-                adam_beta2=training.betas[1],
-                adam_eps=training.epsilon,
                 clip_grad=0.0,  # the step clips, by the norm that it has anyway
                 bf16=training.precision == "bf16",
                 params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
@@ -135,17 +131,8 @@ class MegatronBackend:
             chunks,
             use_gloo_process_groups=False,
         )
-        self._apply_options(optimizer)
+        _fuse(optimizer)
         return optimizer
-
-    def _apply_options(self, optimizer: Any) -> None:
-        """What the job file says, also after a checkpoint has brought the options that it was saved with."""
-        training = self._job.training
-        for inner in upstream.inner_optimizers(optimizer):
-            for group in inner.param_groups:
-                group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
-                group["eps"] = training.epsilon
-                group["fused"], group["foreach"] = True, False  # one pass over the memory instead of ten
 
     def _tear_down(self) -> None:
         """Let go of everything that belongs to a layout, so that a job can move for days without growing."""
@@ -174,11 +161,12 @@ class MegatronBackend:
         configuration = executed_configuration(self.configuration, request.noise_source)
         with self._world.trial() if request.on_trial else contextlib.nullcontext() as trial:
             self._seed_dropout(request.first_sample)
-            result = step.compute_gradients(self.built, configuration, batches, request)
+            result = step.compute_gradients(self.built, configuration, batches, request, self._optimizer_steps)
             if trial is not None:
                 trial.commit()
             if not result.skipped:
-                step.update_weights(self.built, request.rules, self._job.training.clip_grad, result.grad_sq)
+                options = adamw_options(self._job.training.optimizer, request.rules, self._optimizer_steps)
+                step.update_weights(self.built, options, self._job.training.clip_grad, result.grad_sq)
         self._optimizer_steps += not result.skipped
         return result
 
@@ -285,8 +273,16 @@ class MegatronBackend:
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read them into what is built."""
         checkpoint.load(folder, self.built, optimizer_steps)
-        self._apply_options(self.built.optimizer)
+        _fuse(self.built.optimizer)
         self._optimizer_steps = optimizer_steps
+
+
+def _fuse(optimizer: Any) -> None:
+    """Update in one pass over the memory instead of ten, also after a checkpoint has brought the options that it was
+    saved with. All others are set at every step."""
+    for inner in upstream.inner_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["fused"], group["foreach"] = True, False
 
 
 def most_of(amount: int | None, device: torch.device) -> int | None:

@@ -56,9 +56,9 @@ class PartNorms:
     """
 
     def __init__(
-        self, chunks: list[Any], optimizer: Any, layout: Layout, tied_embeddings: bool, preconditioned: bool
+        self, chunks: list[Any], optimizer: Any, layout: Layout, tied_embeddings: bool, adam_epsilon: float | None
     ) -> None:
-        """`preconditioned` divides every gradient by Adam's √v̂ + ε before it is squared."""
+        """With `adam_epsilon` every gradient is divided by Adam's √v̂ + ε before it is squared."""
         self._layout = layout
         self._optimizer = optimizer
         self._full: str | None = None
@@ -69,7 +69,7 @@ class PartNorms:
         self._partial: dict[torch.nn.Parameter, dist.ProcessGroup] = {}
         self._norm_layers = NormLayers(chunks, layout)
         params = [param for chunk in chunks for param in chunk.parameters()]
-        self._preconditioner = Preconditioner(params, optimizer) if preconditioned else None
+        self._preconditioner = None if adam_epsilon is None else Preconditioner(params, optimizer, adam_epsilon)
         self._hooks = []
         for param in params:
             self._classify(param, layout, tied_embeddings)
@@ -118,8 +118,9 @@ class PartNorms:
         self._kept: dict[tuple[torch.nn.Parameter, int], torch.Tensor] = {}
         self._passes: dict[torch.nn.Parameter, int] = defaultdict(int)
 
-    def start(self, source: str | None, configuration: Configuration) -> None:
+    def start(self, source: str | None, configuration: Configuration, adam_correction: float) -> None:
         """Begin a step that is measured from `source` (as in `copus.noise.sources`; None measures nothing).
+        `adam_correction` is 1 − Π β2 over the optimizer steps so far.
 
         What the configuration has no two parts of is not measured, nor is anything preconditioned before Adam's first
         step.
@@ -132,7 +133,7 @@ class PartNorms:
         self._norm_layers_on = norm_layers and configuration.global_batch > 1
         self._weights = self._main_weights = None
         if self._preconditioner is not None and (self._full or self._norm_layers_on):
-            found = self._preconditioner.weights()
+            found = self._preconditioner.weights(adam_correction)
             if found is None:
                 self._full, self._norm_layers_on = None, False
             else:

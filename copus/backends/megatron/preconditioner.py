@@ -21,24 +21,28 @@ class Preconditioner:
     A coordinate that has had no gradient yet (the embedding of a token not seen so far) has no scale: its weight is 0.
     """
 
-    def __init__(self, params: list[torch.nn.Parameter], optimizer: Any) -> None:
+    def __init__(self, params: list[torch.nn.Parameter], optimizer: Any, epsilon: float) -> None:
         self._params = params
         self._optimizer = optimizer
+        self._epsilon = epsilon
 
     @torch.no_grad()
-    def weights(self) -> tuple[Weights, Weights] | None:
-        """Weights by parameter of the model (whole), and by parameter of the optimizer (this rank's share).
+    def weights(self, correction: float) -> tuple[Weights, Weights] | None:
+        """Weights by parameter of the model (whole), and by parameter of the optimizer (this rank's share), where v̂ is
+        Adam's second moment over `correction` = 1 − Π β2.
 
-        None before the first optimizer step. Collective over data parallel ranks where they share the moments out: then
-        it gathers one fp32 number for each parameter of the model.
+        None before the first optimizer step. If data parallel ranks share the moments out, it is collective over them
+        and gathers one fp32 number for each parameter of the model.
         """
+        if correction == 0:
+            return None
         of_main: Weights = {}
         whole: Weights = {}
         pieces: list[tuple[torch.nn.Parameter, int, torch.Tensor]] = []
-        for param, main, group, state, start in main_params(self._optimizer):
-            if not state or float(state["step"]) == 0:
+        for param, main, _, state, start in main_params(self._optimizer):
+            if not state:
                 continue
-            weight = _weight(state["exp_avg_sq"], float(state["step"]), group["betas"][1], group["eps"])
+            weight = _weight(state["exp_avg_sq"], correction, self._epsilon)
             of_main[main] = weight
             if start is None:
                 whole[param] = weight
@@ -67,6 +71,6 @@ class Preconditioner:
         }
 
 
-def _weight(moment: torch.Tensor, step: float, beta2: float, epsilon: float) -> torch.Tensor:
-    scale = (moment / (1 - beta2**step)).sqrt_().add_(epsilon)
+def _weight(moment: torch.Tensor, correction: float, epsilon: float) -> torch.Tensor:
+    scale = (moment / correction).sqrt_().add_(epsilon)
     return torch.where(moment > 0, 1 / scale, 0.0)

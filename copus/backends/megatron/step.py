@@ -1,13 +1,15 @@
 """One optimizer step, in two halves, and one evaluation of a built Megatron model."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import Batches, StepRequest, StepResult, StepRules
+from copus.backends.adamw import AdamWOptions
+from copus.backends.base import Batches, StepRequest, StepResult
 from copus.backends.megatron import cpu
 from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.part_norms import squared_norm
@@ -21,9 +23,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 
 
 def compute_gradients(
-    built: BuiltModel, configuration: Configuration, batches: Batches, request: StepRequest
+    built: BuiltModel, configuration: Configuration, batches: Batches, request: StepRequest, optimizer_steps: int
 ) -> StepResult:
-    """Forward, backward, reduction, and one collective for every figure of the step.
+    """Forward, backward, reduction, and one collective for every figure of the step; `optimizer_steps` came before it.
 
     When it returns every rank has its gradients. No weight has changed yet: that is `update_weights`.
     """
@@ -32,7 +34,7 @@ def compute_gradients(
     for chunk in built.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    part_norms.start(request.noise_source, configuration)
+    part_norms.start(request.noise_source, configuration, 1 - request.rules.beta2_product_before(optimizer_steps))
     losses = _run_microbatches(built, configuration, batches, request.first_sample, forward_only=False)
 
     optimizer.prepare_grads()
@@ -52,10 +54,10 @@ def compute_gradients(
     )
 
 
-def update_weights(built: BuiltModel, rules: StepRules, clip_grad: float, grad_sq: float) -> None:
-    """Clipping and Adam, with the gradients that are there; `grad_sq` is their |g|²."""
+def update_weights(built: BuiltModel, options: AdamWOptions, clip_grad: float, grad_sq: float) -> None:
+    """Clip the gradients, whose |g|² is `grad_sq`, and update the weights with them."""
     _clip(built.optimizer, clip_grad, grad_sq)
-    _set_rules(built.optimizer, rules)
+    _set_options(built.optimizer, options)
     built.optimizer.step_with_ready_grads()
 
 
@@ -165,8 +167,8 @@ def _clip(optimizer: Any, clip_grad: float, grad_sq: float) -> None:
             torch._foreach_mul_(gradients, clip_grad / (norm + 1e-6))
 
 
-def _set_rules(optimizer: Any, rules: StepRules) -> None:
+def _set_options(optimizer: Any, options: AdamWOptions) -> None:
     for inner in inner_optimizers(optimizer):
         for group in inner.param_groups:
-            group["lr"] = rules.lr
-            group["betas"] = rules.betas
+            group.update(asdict(options))
+            group["weight_decay"] *= group.get("wd_mult", 1.0)  # megatron's: 0 for norms

@@ -1,0 +1,32 @@
+"""torch's AdamW, with the right bias corrections if β2 changes from step to step."""
+
+import math
+from dataclasses import dataclass
+
+from copus.backends.base import StepRules
+from copus.optimizers import AdamW
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """What a parameter group of torch's AdamW is given for one step."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+def adamw_options(optimizer: AdamW, rules: StepRules, optimizer_steps: int) -> AdamWOptions:
+    """Options for the step after `optimizer_steps` others, with which torch does what Adam means.
+
+    From v = 0, v ← β2·v + (1−β2)·g² has E[v] = (1 − Π β2)·E[g²] over all steps, whatever β2 was at each. torch divides
+    by 1 − β2^t with today's β2, which is wrong once β2 has changed with the batch. With r² = (1 − Π β2) / (1 − β2^t),
+    passing lr·r and ε·r turns torch's lr·m̂ / (√(v / (1−β2^t)) + ε) into the update with the right correction, and
+    weight_decay/r leaves lr·weight_decay as it is. r is 1 as long as β2 is constant.
+    """
+    beta2 = rules.betas[1]
+    product = rules.beta2_product_before(optimizer_steps) * beta2
+    ratio = math.sqrt((1 - product) / (1 - beta2 ** (optimizer_steps + 1)))
+    weight_decay = optimizer.weight_decay if rules.weight_decay is None else rules.weight_decay
+    return AdamWOptions(rules.lr * ratio, rules.betas, optimizer.epsilon * ratio, weight_decay / ratio)
