@@ -28,10 +28,11 @@ from rich.table import Table
 
 from benchmarks.fault_files import final_state, largest_difference, spoil
 from copus.data.prepare import prepare
+from copus.event_lines import without_replays
 from copus.events import Checkpoint, End, Event, Failure, Reconfigure, Restart, Start, Step, read_events
 from copus.job import JobConfig, dump_job, parse_job
 from launch.engines import LocalEngine, Workers
-from launch.follow import Follower, without_replays
+from launch.follow import Follower
 from launch.run_directory import create_run, lock_run
 
 FULL = (

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from profiles.audit import Audit
 from profiles.configuration import Configuration
 from profiles.decision import Decision
 from profiles.noise_scale import NoiseScale
@@ -282,6 +283,14 @@ class Restart(Event):
     """Ranks that there are now."""
 
 
+class Audited(Event):
+    """The run looked back on itself; comes right before the `end`."""
+
+    type: Literal["audit"] = "audit"
+    audit: Audit
+    """What it cost and brought; documented field by field in `profiles/audit.py`."""
+
+
 class End(Event):
     """The workers stopped."""
 
@@ -308,6 +317,7 @@ KINDS: dict[str, type[Event]] = {
         Branch,
         Failure,
         Restart,
+        Audited,
         End,
     )
 }

@@ -26,7 +26,7 @@ from copus.checkpoints import newest_checkpoint, read_state
 from copus.collectives import broadcast_from_rank0
 from copus.data.prepared import prepared_path
 from copus.devices import check_accelerator, join_world, rank_device
-from copus.events import REQUEUED, End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
+from copus.events import REQUEUED, Audited, End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
 from copus.loopback import LOOPBACK, host_store, join_store
@@ -114,6 +114,8 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         planner = _planner(job, rows, state) if rank == 0 else None
         trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
         reason = trainer.train()
+        if rank == 0:
+            _report_audit(run, state, report)
         report(End(**state.here, reason=reason, seconds=time.monotonic() - started))
 
 
@@ -135,6 +137,14 @@ def start_of(
         hardware=fingerprint.hardware,
         software=fingerprint.software,
     )
+
+
+def _report_audit(run: Path, state: TrainerState, report: Callable[[Event], None]) -> None:
+    """Let the run look back on itself. It is trained and saved by now, so nothing that is wrong here may fail it."""
+    try:
+        report(Audited(**state.here, audit=audit_run(run)))
+    except Exception as error:
+        report(Warned(**state.here, message=f"the audit failed, `copus audit` may still work: {message_of(error)}"))
 
 
 def _skipped(line: str, report: Callable[[Event], None]) -> None:

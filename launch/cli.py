@@ -119,6 +119,24 @@ class Explain:
 
 
 @dataclass
+class Audit:
+    """Say whether adapting was worth it, by the run's own data: gain over fixed configurations, trials, predictions.
+
+    Example: copus audit shakespeare
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        from launch.audit import audit
+
+        return audit(self.run_name, as_json=self.json)
+
+
+@dataclass
 class Plot:
     """Draw loss, noise, batch, layout and throughput of a run over tokens.
 
@@ -430,6 +448,7 @@ Commands = (
     | Annotated[Watch, subcommand("watch")]
     | Annotated[Runs, subcommand("runs")]
     | Annotated[Explain, subcommand("explain")]
+    | Annotated[Audit, subcommand("audit")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Calibrate, subcommand("calibrate")]

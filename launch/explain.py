@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from copus.event_lines import event_lines, samples_of
 from copus.events import DecisionMade, Event, Reconfigure, Start, Step, parse_event
 from copus.job import JobError, load_job
-from launch.follow import event_lines, samples_of
 from launch.run_directory import find_run, shown
 from launch.tables import add_solid_column, fitted, new_table, page
 from launch.wording import count, noise_interval

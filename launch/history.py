@@ -1,12 +1,11 @@
 """A whole run, read once: what happened, by tokens and by time."""
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from copus.event_lines import DecisionTaken, done_again, read_briefly
 from copus.events import (
     Checkpoint,
     DecisionMade,
@@ -23,7 +22,6 @@ from copus.events import (
     Warned,
     parse_event,
 )
-from launch.follow import EventLine, done_again, event_lines
 from launch.status import RunStatus
 from launch.wording import describe_event, describe_move
 from profiles.configuration import Configuration
@@ -33,11 +31,6 @@ KINDS = (
     *("start", "profile", "step", "noise", "decision", "reconfigure", "evaluate", "checkpoint", "warning", "failure"),
     *("restart", "end"),
 )
-
-ENVELOPE = re.compile(
-    rb'(\{"type":.*?),\s*"decision":\s*\{"number":\s*(\d+),.*\},\s*("seconds":[^,{}]+)\}\s*$', re.DOTALL
-)
-"""What a decision's line has before and behind the decision, which is a thousand times as long as all other lines."""
 
 PauseKind = Literal["measuring", "starting", "evaluating", "moving", "checkpoints", "planning", "down"]
 
@@ -159,19 +152,10 @@ class History:
         return list(dict.fromkeys(span.configuration.layout.label for span in self.spans))
 
 
-class _Thought(Event):
-    """A decision, less what was decided."""
-
-    type: Literal["decision"] = "decision"
-    number: int
-    seconds: float
-    line: bytes
-
-
 def read_history(run: Path) -> History:
     """Read the log of a run. Torn lines and unknown events are passed over; without a log everything is empty."""
     history = History(run)
-    events = _events(run)
+    events = read_briefly(run, *KINDS)
     history.status.update(events)
     history.first_start = next((event for event in events if isinstance(event, Start)), None)
     sessions = _sessions(events)
@@ -188,38 +172,6 @@ def read_history(run: Path) -> History:
     if history.spans:
         _end_span(history, history.tokens, history.end)
     return history
-
-
-def _events(run: Path) -> list[Event]:
-    """All events; of decisions that moved nothing, but for the newest, only that they were taken: they are long."""
-    events: list[Event] = []
-    thought: _Thought | None = None
-    for line in event_lines(run, *KINDS):
-        event = _parsed(line)
-        if event is None:
-            continue
-        if isinstance(event, _Thought):
-            if thought is not None:
-                thought.line = b""
-            thought = event
-        elif isinstance(event, Reconfigure):
-            thought = None
-        events.append(event)
-    return events
-
-
-def _parsed(line: EventLine) -> Event | None:
-    if line.kind != "decision":
-        return parse_event(line.text)
-    try:
-        if match := ENVELOPE.match(line.text):
-            values = json.loads(match[1] + b"," + match[3] + b"}") | {"number": int(match[2])}
-        else:  # another program wrote it
-            values = json.loads(line.text)
-            values["number"] = values["decision"]["number"]
-        return _Thought.model_validate(values | {"line": line.text})
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _sessions(events: Sequence[Event]) -> list[int]:
@@ -273,7 +225,7 @@ def _add_pauses(history: History, events: Sequence[Event], clock: list[float], s
                 add("moving", seconds - event.seconds, describe_move(event))
             case Checkpoint():
                 add("checkpoints", seconds - event.seconds, event.path)
-            case _Thought():
+            case DecisionTaken():
                 add("planning", seconds - event.seconds, f"decision {event.number}")
         if worked is not None or isinstance(event, Start):
             worked = seconds
@@ -301,7 +253,7 @@ def _take(history: History, event: Event, seconds: float) -> None:
                 _end_span(history, tokens, seconds - event.seconds)
             _begin_span(history, event.after, tokens, seconds)
             history.moves.append(MoveAt(tokens, seconds, event, len(history.spans) - 1))
-        case _Thought() if event.line:
+        case DecisionTaken() if event.line:
             history.decisions[event.number] = event.line
         case Failure() | Restart() | Warned():
             history.notices.append(Notice(tokens, seconds, describe_event(event) or ""))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from copus.event_lines import event_lines
 from copus.events import parse_event
 from copus.job import JobError
-from launch.follow import event_lines
 from launch.run_state import RunState, state_of
 from launch.status import RunStatus
 from launch.tables import add_solid_column, fitted, new_table, page

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from copus.event_lines import without_replays
 from copus.events import Noise, Reconfigure, Start, read_events
 from copus.job import JobConfig, JobError, load_job
 from launch.estimate import estimate_of
-from launch.follow import without_replays
 from launch.plot import check_output, need_matplotlib
 from launch.run_directory import find_run, shown
 from launch.tables import new_table, page

@@ -22,7 +22,7 @@ PACKAGES = ("profiles", "planner", "copus", "launch")
 FRAMEWORKS = ("megatron", "deepspeed")
 """Each is imported by `copus/backends/<its name>` alone."""
 HEAVY = ("torch", *FRAMEWORKS)
-TORCH_FREE = ("profiles", "planner", "launch", "copus.job", "copus.events")
+TORCH_FREE = ("profiles", "planner", "launch", "copus.job", "copus.events", "copus.event_lines", "copus.audit")
 """Modules, and all below them, that reach no torch, whatever they import on the way."""
 VAGUE_NAMES = ("utils", "util", "helpers", "misc", "common")
 

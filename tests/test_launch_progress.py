@@ -22,8 +22,9 @@ from launch_events import (
 )
 from rich.console import Console
 
+from copus.event_lines import without_replays
 from copus.events import Branch, Evaluate, Event, EventLog, Failure, Profile, Warned
-from launch.follow import Follower, without_replays
+from launch.follow import Follower
 from launch.progress import Progress
 from launch.status import RunStatus
 from launch.wording import clock, count, noise_interval

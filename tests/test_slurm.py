@@ -19,8 +19,8 @@ import yaml
 from data_text import prose, write_works
 from slurm_cluster import install, slurm_cluster, wait_for
 
+from copus.event_lines import without_replays
 from copus.events import Checkpoint, End, Event, Noise, Restart, Start, Step, Warned, read_events
-from launch.follow import without_replays
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

@@ -1,0 +1,88 @@
+"""`copus audit`: was adapting worth it, what did it cost, and did predictions come true? By the run's own data."""
+
+import json
+
+from copus.audit import audit_run
+from copus.job import JobError
+from launch.run_directory import find_run, shown
+from planner.wording import duration, percent
+from profiles.audit import Audit, Estimate
+from profiles.configuration import Configuration
+
+
+def audit(run_text: str, *, as_json: bool = False) -> int:
+    """Print the audit of a run, which may still be going on. Raises JobError if it has not trained."""
+    run = find_run(run_text)
+    found = audit_run(run)
+    if found.first is None:
+        raise JobError(f"{shown(run)}: nothing has been trained yet")
+    if as_json:
+        print(json.dumps({"run": str(run), **found.model_dump(mode="json")}))
+    else:
+        print("\n".join(audit_lines(found)))
+    return 0
+
+
+def audit_lines(found: Audit) -> list[str]:
+    """The audit in a few lines for people: a heading, then a name and a finding in each."""
+    return ["audit: time to the same progress, with 90 % intervals", *(f"  {a:<14} {b}" for a, b in audit_facts(found))]
+
+
+def audit_facts(found: Audit) -> list[tuple[str, str]]:
+    """Name and value of every finding."""
+    facts = [("vs first", _gain(found.gain_over_first_pct, found.first))]
+    note = "" if found.best_fixed_ran or found.best_fixed is None else ", which never ran: predicted"
+    facts.append(("vs best fixed", _gain(found.gain_over_best_fixed_pct, found.best_fixed, note)))
+    regret = found.regret_to_best_schedule_pct
+    facts.append(("regret", "unknown" if regret is None else f"{_interval(regret)} to the best schedule of hindsight"))
+    costs = [
+        f"{found.trials} trial{'s' * (found.trials != 1)} took {duration(found.trial_seconds)}{_share(found)}",
+        f"{found.moves} move{'s' * (found.moves != 1)} took {duration(found.move_seconds)}",
+    ]
+    if found.restart_seconds:
+        costs.append(f"restarts took {duration(found.restart_seconds)}")
+    facts.append(("cost", ", ".join(costs)))
+    if found.measuring_seconds:
+        facts.append(("measuring", f"{duration(found.measuring_seconds)} before training{_with_measuring(found)}"))
+    return [*facts, ("predictions", _predictions(found))]
+
+
+def _gain(gain: Estimate | None, over: Configuration | None, note: str = "") -> str:
+    """What was gained over a configuration, in words."""
+    if gain is None or over is None:
+        return "unknown: " + ("its step time is not known" if over else "the noise scale was never known")
+    return f"{_interval(gain)} over {over.label}{note}"
+
+
+def _interval(estimate: Estimate) -> str:
+    """`+5.1 % (+1.2 to +9.8)`."""
+    return f"{signed(estimate.value)} % ({signed(estimate.low)} to {signed(estimate.high)})"
+
+
+def signed(percentage: float) -> str:
+    """`+5.1`, `−12`, `0.0`: one decimal below 10."""
+    text = f"{percentage:+.{1 if abs(percentage) < 9.95 else 0}f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def _share(found: Audit) -> str:
+    if not found.trial_seconds or not found.training_seconds:
+        return ""
+    return f" ({percent(found.trial_seconds / found.training_seconds)} of training)"
+
+
+def _with_measuring(found: Audit) -> str:
+    """What is left of the gain over the first configuration, which needs no measuring, if that is counted too."""
+    gain = found.gain_over_first_pct
+    if gain is None or not found.compared_seconds:
+        return ", in none of these figures"
+    share = found.compared_seconds / (found.compared_seconds + found.measuring_seconds)
+    return f"; with it {signed((100 + gain.value) * share - 100)} % over the first"
+
+
+def _predictions(found: Audit) -> str:
+    checked = found.predictions
+    if checked.mape_pct is None or checked.coverage_pct is None:
+        return "none was checked: the job never moved"
+    times = f"{checked.count} step time{'s' * (checked.count != 1)} off by {checked.mape_pct:.1f} % on average"
+    return f"{times}, {checked.coverage_pct:.0f} % within their 80 % interval"
