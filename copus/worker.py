@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from copus.audit import audit_run
 from copus.backends.base import Backend, Batches, TrainerState
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
@@ -35,7 +36,7 @@ from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
-from copus.user_errors import EXIT_CODE, report_failure
+from copus.user_errors import EXIT_CODE, one_line, report_failure
 from planner.planner import Planner
 from planner.policy import make_policy
 from profiles.configuration import Configuration
@@ -144,7 +145,7 @@ def _report_audit(run: Path, state: TrainerState, report: Callable[[Event], None
     try:
         report(Audited(**state.here, audit=audit_run(run)))
     except Exception as error:
-        report(Warned(**state.here, message=f"the audit failed, `copus audit` may still work: {message_of(error)}"))
+        report(Warned(**state.here, message=f"the audit failed, `copus audit` may still work: {one_line(error)}"))
 
 
 def _skipped(line: str, report: Callable[[Event], None]) -> None:

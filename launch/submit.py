@@ -10,9 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
+from copus.audit import audit_run
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized
 from launch.attend import Outcome, attend
+from launch.audit import audit_lines
 from launch.check import check_start
 from launch.data import check, prepare
 from launch.engines import AttendedEngine, Engine, QueuedEngine, check_not_queued, engine_of, engine_state
@@ -198,6 +200,7 @@ def _conclude(
     status, place = outcome.status, shown(run)
     resume = f"copus submit --resume {place}"
     tokens = status.samples_consumed * status.start.seq_len if status.start else 0
+    audited = audit_run(run) if outcome.reason != "queued" and status.step else None
     if manner.as_json:
         result = {
             "run": str(run),
@@ -208,6 +211,7 @@ def _conclude(
             "loss": status.step.loss if status.step else None,
             "validation_loss": status.evaluation.loss if status.evaluation else None,
             "seconds": outcome.seconds,
+            "audit": audited.model_dump(mode="json") if audited else None,
         }
         json.dump(result, sys.stdout)
         print()
@@ -233,6 +237,8 @@ def _conclude(
     ]
     if "tensorboard" in job.tracking:
         lines.append(f"  curves      tensorboard --logdir {place}/tensorboard")
+    if audited is not None:
+        lines += audit_lines(audited)
     console.print("\n".join(lines), markup=False, soft_wrap=True)
     return outcome.exit_code
 

@@ -23,6 +23,7 @@ COMMANDS = (
     "watch",
     "runs",
     "explain",
+    "audit",
     "report",
     "plot",
     "calibrate",

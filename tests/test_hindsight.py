@@ -14,7 +14,7 @@ WORLDS = {"still": {"drift": 0.0, "burst": 0.0}, "drifting": {"burst": 0.0}, "bu
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_intervals_cover_the_truth_about_as_often_as_they_say(world: str) -> None:
-    """At 90 % fewer than 30 of 40 happen once in 600; the best fixed one is chosen by the same data, which costs few."""
+    """At 90 % fewer than 30 of 40 happen once in 600. The best fixed one is chosen by the same data."""
     first = best = 0
     for seed in range(40):
         told = past_run(seed, **WORLDS[world])
