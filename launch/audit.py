@@ -30,11 +30,10 @@ def audit_lines(found: Audit) -> list[str]:
 
 def audit_facts(found: Audit) -> list[tuple[str, str]]:
     """Name and value of every finding."""
-    facts = [("vs first", _gain(found.gain_over_first_pct, found.first))]
-    note = "" if found.best_fixed_ran or found.best_fixed is None else ", which never ran: predicted"
-    facts.append(("vs best fixed", _gain(found.gain_over_best_fixed_pct, found.best_fixed, note)))
-    regret = found.regret_to_best_schedule_pct
-    facts.append(("regret", "unknown" if regret is None else f"{_interval(regret)} to the best schedule of hindsight"))
+    if found.best_fixed is None:
+        facts = [("gain", "unknown: the noise scale, or every step time, is")]
+    else:
+        facts = _gains(found, found.best_fixed)
     costs = [
         f"{found.trials} trial{'s' * (found.trials != 1)} took {duration(found.trial_seconds)}{_share(found)}",
         f"{found.moves} move{'s' * (found.moves != 1)} took {duration(found.move_seconds)}",
@@ -47,11 +46,23 @@ def audit_facts(found: Audit) -> list[tuple[str, str]]:
     return [*facts, ("predictions", _predictions(found))]
 
 
-def _gain(gain: Estimate | None, over: Configuration | None, note: str = "") -> str:
-    """What was gained over a configuration, in words."""
-    if gain is None or over is None:
-        return "unknown: " + ("its step time is not known" if over else "the noise scale was never known")
-    return f"{_interval(gain)} over {over.label}{note}"
+def _gains(found: Audit, best: Configuration) -> list[tuple[str, str]]:
+    """The comparisons with other ways to the same progress."""
+    first, over_best, regret = (
+        found.gain_over_first_pct,
+        found.gain_over_best_fixed_pct,
+        found.regret_to_best_schedule_pct,
+    )
+    assert found.first is not None, "something trained"
+    assert over_best is not None, "there is a best fixed one"
+    assert regret is not None, "there is a best fixed one"
+    over_first = "unknown: no step of {} was timed" if first is None else f"{_interval(first)} over {{}}"
+    note = "" if found.best_fixed_ran else ", which never ran: predicted"
+    return [
+        ("vs first", over_first.format(found.first.label)),
+        ("vs best fixed", f"{_interval(over_best)} over {best.label}{note}"),
+        ("regret", f"{_interval(regret)} to the best schedule of hindsight"),
+    ]
 
 
 def _interval(estimate: Estimate) -> str:

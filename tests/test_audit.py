@@ -43,7 +43,7 @@ class Log:
         made = decision(number, self.samples, before, after)
         scores = [
             score.model_copy(
-                update={"step_seconds": 0.1 if score.configuration == TENSOR else 0.16, "move_seconds": 2.5}
+                update={"step_seconds": 0.1 if score.configuration == TENSOR else 0.155, "move_seconds": 2.5}
             )
             for score in made.decision.candidates
         ]
@@ -68,8 +68,8 @@ def test_a_move_is_weighed_with_its_time_and_its_prediction_is_checked(tmp_path:
     assert audit.first == TENSOR
     assert audit.best_fixed == DATA
     assert audit.best_fixed_ran
-    assert (audit.predictions.count, audit.predictions.coverage_pct) == (1, 100.0)  # 0.15 of 0.16 ± 0.01
-    assert audit.predictions.mape_pct == pytest.approx(6.25, abs=0.2)
+    assert (audit.predictions.count, audit.predictions.coverage_pct) == (1, 100.0)  # 0.150 of 0.155 ± 0.01
+    assert audit.predictions.mape_pct == pytest.approx(100 * 5 / 155, abs=0.2)
     # B_simple is 12, so φ is 24 in the middle: SE is 6/7 at a batch of 4 and 3/4 at 8.
     progress = 160 * 6 / 7 + 3200 * 3 / 4
     gain = audit.gain_over_first_pct
@@ -152,7 +152,7 @@ def test_without_a_noise_scale_costs_are_known_and_gains_are_not(
     assert values["gain_over_first_pct"] is None
     assert values["predictions"] == {"count": 0, "mape_pct": None, "coverage_pct": None}
     assert copus_here("audit", str(run)) == 0
-    assert "vs first       unknown: the noise scale was never known" in capsys.readouterr().out
+    assert "gain           unknown: the noise scale, or every step time, is" in capsys.readouterr().out
 
 
 def test_a_run_without_training_is_an_error_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
