@@ -142,8 +142,9 @@ class Planner:
     def _look_ahead(self, noise: NoiseScale, samples_consumed: int) -> float | None:
         """φ now, in sequences; None while the noise scale is unknown. Tells the forecast and the check of c about it.
 
-        The noise scale is an average, which belongs to its centroid. The forecast takes it up there, and what is
-        expected to have grown since then is added.
+        The noise scale is an average, which belongs to its centroid. The forecast takes it up there, and the growth
+        since then is what the forecast expects, but no more than the growth of the samples: few points may look
+        steeper than any law of training.
         """
         self._check.critical_bounds = None
         measured = self._critical_batch(noise)
@@ -163,7 +164,8 @@ class Planner:
             (1 - repeated) / (1 + repeated),
         )
         self._observed_at = samples_consumed
-        grown = float(self._forecast.at(np.array([here]))[0] / self._forecast.at(np.array([centre]))[0])
+        then, now = (float(self._forecast.at(np.array([place]))[0]) for place in (centre, here))
+        grown = min(now / then, here / centre)
         if noise.low is not None and noise.high is not None:
             factor = self.config.critical_batch_factor * grown
             self._check.critical_bounds = (factor * noise.low, factor * noise.high)
