@@ -19,6 +19,7 @@ from copus.events import (
     Restart,
     Start,
     Step,
+    Trial,
     Warned,
     parse_event,
 )
@@ -28,7 +29,19 @@ from profiles.configuration import Configuration
 from profiles.decision import Decision
 
 KINDS = (
-    *("start", "profile", "step", "noise", "decision", "reconfigure", "evaluate", "checkpoint", "warning", "failure"),
+    *(
+        "start",
+        "profile",
+        "step",
+        "noise",
+        "decision",
+        "reconfigure",
+        "trial",
+        "evaluate",
+        "checkpoint",
+        "warning",
+        "failure",
+    ),
     *("restart", "end"),
 )
 
@@ -76,6 +89,14 @@ class MoveAt(NamedTuple):
     """Number of the span that it began."""
 
 
+class TrialAt(NamedTuple):
+    """A trial, when it was over."""
+
+    tokens: float
+    seconds: float
+    event: Trial
+
+
 class Pause(NamedTuple):
     """Time in which no step ran."""
 
@@ -119,6 +140,10 @@ class History:
     evaluations: list[LossAt] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     moves: list[MoveAt] = field(default_factory=list)
+    """Lasting ones: those of trials are here only if the job stayed."""
+    trials: list[TrialAt] = field(default_factory=list)
+    trying: MoveAt | None = None
+    """The newest move for a trial that has not ended."""
     pauses: list[Pause] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     measured: list[Profile] = field(default_factory=list)
@@ -252,7 +277,16 @@ def _take(history: History, event: Event, seconds: float) -> None:
             if history.spans:
                 _end_span(history, tokens, seconds - event.seconds)
             _begin_span(history, event.after, tokens, seconds)
-            history.moves.append(MoveAt(tokens, seconds, event, len(history.spans) - 1))
+            move = MoveAt(tokens, seconds, event, len(history.spans) - 1)
+            if event.trial:
+                history.trying = move
+            else:
+                history.moves.append(move)
+        case Trial():
+            history.trials.append(TrialAt(tokens, seconds, event))
+            if history.trying is not None and event.outcome == "stayed":
+                history.moves.append(history.trying)
+            history.trying = None
         case DecisionTaken() if event.line:
             history.decisions[event.number] = event.line
         case Failure() | Restart() | Warned():

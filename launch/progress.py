@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from copus.events import Branch, Evaluate, Event, Failure, Profile, Reconfigure, Restart, Warned
+from copus.events import Branch, Evaluate, Event, Failure, Profile, Reconfigure, Restart, Trial, Warned
 from launch.run_directory import shown
 from launch.status import RunStatus
 from launch.wording import (
@@ -95,7 +95,9 @@ class Progress:
             return not event.fatal or event is self._status.failure
         if isinstance(event, Branch | Profile | Evaluate):  # the panel shows these
             return not self._live
-        return isinstance(event, Reconfigure | Restart | Warned)
+        if isinstance(event, Reconfigure):  # what a trial was for is said when it ends
+            return not event.trial
+        return isinstance(event, Trial | Restart | Warned)
 
     def _plain(self) -> None:
         if time.monotonic() < self._next_line or self._status.profile or self._status.branch:
@@ -128,7 +130,7 @@ class Progress:
             configuration = status.configuration
             facts += [
                 ("batch", str(configuration.global_batch)),
-                ("layout", configuration.layout.label),
+                ("layout", configuration.layout.label + " (trial)" * (status.trying is not None)),
                 ("micro-batch", str(configuration.micro_batch)),
             ]
         if status.samples_per_second is not None:

@@ -23,7 +23,7 @@ WORDS = ("run", "state", "layout")
 """Columns that are no figures."""
 DISPENSABLE = ("moves", "loss", "layout", "batch", "tokens")
 """Columns that a narrow terminal goes without, the first one first; `--json` has them."""
-ALL_COUNT = ("start", "reconfigure", "failure", "end")
+ALL_COUNT = ("start", "reconfigure", "trial", "failure", "end")
 """Kinds of which every event matters to the state of a run."""
 NEWEST_COUNTS = ("profile", "step", "evaluate", "checkpoint", "noise", "restart")
 """Kinds of which the newest does."""

@@ -16,9 +16,10 @@ from copus.events import (
     Reconfigure,
     Start,
     Step,
+    Trial,
     Warned,
 )
-from launch.wording import describe_move
+from launch.wording import describe_move, describe_trial
 from profiles.configuration import Configuration
 
 RECENT_STEPS = 20
@@ -45,7 +46,12 @@ class RunStatus:
         self.failure: Failure | None = None
         self.end: End | None = None
         self.moves: list[Reconfigure] = []
-        """Those that count: not what a restart went back behind."""
+        """Lasting changes that count: neither what a restart went back behind, nor moves for a trial, unless the job
+        stayed."""
+        self.trials: list[Trial] = []
+        """Those that ended, and that count."""
+        self.trying: Reconfigure | None = None
+        """The newest move for a trial that has not ended."""
         self.time: float | None = None
         """When the newest event was written."""
         self.samples_consumed = 0
@@ -69,6 +75,8 @@ class RunStatus:
             case Start():
                 self.forget_ending()  # an attempt that the agent restarted
                 self.moves = [move for move in self.moves if move.samples_consumed <= event.samples_consumed]
+                self.trials = [trial for trial in self.trials if trial.samples_consumed <= event.samples_consumed]
+                self.trying = None
                 self.start = event
                 self.configuration = event.configuration
             case Profile():
@@ -86,9 +94,18 @@ class RunStatus:
                 self.last_change = f"decision {event.decision.number}: {event.decision.reason}"
             case Reconfigure():
                 self.configuration = event.after
-                self.moves.append(event)
+                if event.trial:
+                    self.trying = event
+                else:
+                    self.moves.append(event)
                 self.last_change = describe_move(event)
                 self._recent.clear()
+            case Trial():
+                self.trials.append(event)
+                if self.trying is not None and event.outcome == "stayed":
+                    self.moves.append(self.trying)
+                self.trying = None
+                self.last_change = describe_trial(event)
             case Checkpoint():
                 self.checkpoint = event
             case Branch():

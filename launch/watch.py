@@ -87,7 +87,8 @@ class Watched:
             case Reconfigure():
                 expected = self.score(event.after) if self.decision and self.decision.number == event.decision else None
                 self.predicted = expected.samples_per_second if expected else self._measured.get(event.after)
-        if not isinstance(event, DecisionMade) or event.decision.switch:  # "stay" is no news
+        trying = isinstance(event, Reconfigure) and event.trial  # the trial says so when it ends
+        if not trying and (not isinstance(event, DecisionMade) or event.decision.switch):  # "stay" is no news
             words = describe_event(event, self.status.start.seq_len if self.status.start else None)
             if words is not None:
                 line = f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {words}"

@@ -116,7 +116,7 @@ def _figures(watched: Watched) -> Table:
     facts = [
         ("noise", noise_interval(noise.value, noise.low, noise.high) if noise else "unknown yet"),
         ("batch", str(configuration.global_batch) if configuration else "…"),
-        ("layout", configuration.layout.label if configuration else "…"),
+        ("layout", configuration.layout.label + " (trial)" * (status.trying is not None) if configuration else "…"),
         ("samples/s", seen),
         ("micro-batch", str(configuration.micro_batch) if configuration else "…"),
         ("moves", _moves(watched)),
@@ -129,8 +129,11 @@ def _figures(watched: Watched) -> Table:
 
 
 def _moves(watched: Watched) -> str:
-    moves = watched.status.moves
-    return f"{len(moves)} in {duration(sum(move.seconds for move in moves))}" if moves else "none"
+    moves, trials = watched.status.moves, watched.status.trials
+    words = f"{len(moves)} in {duration(sum(move.seconds for move in moves))}" if moves else "none"
+    if trials:
+        words += f", {len(trials)} trial{'s' * (len(trials) != 1)} in {duration(sum(t.seconds for t in trials))}"
+    return words
 
 
 def _goodput(watched: Watched, alternatives: list[CandidateScore]) -> Table:

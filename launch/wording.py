@@ -12,6 +12,7 @@ from copus.events import (
     Reconfigure,
     Restart,
     Start,
+    Trial,
     Warned,
 )
 from planner.wording import duration, three_digits
@@ -31,6 +32,8 @@ def describe_event(event: Event, seq_len: int | None = None) -> str | None:
             return f"decision {event.decision.number}: {event.decision.reason}"
         case Reconfigure():
             return describe_move(event)
+        case Trial():
+            return describe_trial(event)
         case Evaluate():
             return f"validation loss {describe_loss(event.loss)} at {_amount(event.samples_consumed, seq_len)}"
         case Checkpoint():
@@ -53,8 +56,29 @@ def describe_event(event: Event, seq_len: int | None = None) -> str | None:
 
 
 def describe_move(event: Reconfigure) -> str:
-    """A move in words."""
-    return f"moved {event.before.label} → {event.after.label} in {duration(event.seconds)} (decision {event.decision})"
+    """A move in words; one that belongs to a trial is no lasting one, and says so."""
+    verb = "trial: now" if event.trial else "moved"
+    return f"{verb} {event.before.label} → {event.after.label} in {duration(event.seconds)} (decision {event.decision})"
+
+
+def describe_trial(event: Trial) -> str:
+    """The outcome of a trial in words."""
+    steps = f"{event.steps} step{'s' * (event.steps != 1)}"
+    tried = f"tried {event.candidate.label} for {steps} in {duration(event.seconds)} (decision {event.decision})"
+    kept = "stayed in it" if event.outcome == "stayed" else f"returned to {event.running.label}"
+    return f"{tried}: {describe_ratio(event)}, {kept}"
+
+
+def describe_ratio(event: Trial) -> str:
+    """What a trial said of the step time beside that of the running configuration: `step ×1.32 (1.20 to 1.45)`."""
+    if event.ratio is None:
+        return "no step was timed"
+    ends = (
+        ""
+        if event.ratio_low is None or event.ratio_high is None
+        else f" ({event.ratio_low:.2f} to {event.ratio_high:.2f})"
+    )
+    return f"step ×{event.ratio:.2f}{ends}"
 
 
 def describe_measurement(event: Profile) -> str:

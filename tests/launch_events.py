@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from copus.events import DecisionMade, Event, EventLog, Noise, Reconfigure, Start, Step
+from copus.events import DecisionMade, Event, EventLog, Noise, Reconfigure, Start, Step, Trial
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 from profiles.layout import Layout
@@ -101,6 +101,13 @@ def reconfigure(number: int, samples: int, before: Configuration, after: Configu
         bytes_moved=10,
         decision=number,
     )
+
+
+def trial(number: int, samples: int, outcome: str) -> Trial:
+    """A trial of DATA beside TENSOR ended."""
+    values: dict[str, Any] = {"steps": 6, "seconds": 3.0, "move_seconds": 1.0, "outcome": outcome, "decision": number}
+    values |= {"ratio": 1.32, "ratio_low": 1.2, "ratio_high": 1.45}
+    return Trial(step=samples, samples_consumed=samples, candidate=DATA, running=TENSOR, **values)
 
 
 def write_run(folder: Path, *events: Any) -> Path:

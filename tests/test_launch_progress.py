@@ -18,6 +18,7 @@ from launch_events import (
     reconfigure,
     start,
     step,
+    trial,
     write_run,
 )
 from rich.console import Console
@@ -62,6 +63,33 @@ def test_status_is_the_newest_of_everything() -> None:
     assert status.remaining_seconds == pytest.approx((TOTAL_SAMPLES - 56) / 40)
     assert status.last_change == "moved TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2 in 2.5 s (decision 0)"
     assert (status.first_evaluation, status.evaluation) == (HISTORY[1], HISTORY[-1])
+
+
+TRIAL_MOVE = reconfigure(0, 40, TENSOR, DATA).model_copy(update={"trial": True})
+MOVE_BACK = reconfigure(0, 40, DATA, TENSOR).model_copy(update={"trial": True})
+
+
+def test_a_trial_is_no_move_unless_the_job_stays() -> None:
+    trying = status_of(start(), TRIAL_MOVE)
+    assert (trying.configuration, trying.trying, trying.moves) == (DATA, TRIAL_MOVE, [])
+    returned = status_of(start(), TRIAL_MOVE, MOVE_BACK, trial(0, 40, "returned"))
+    assert (returned.configuration, returned.trying, returned.moves) == (TENSOR, None, [])
+    assert len(returned.trials) == 1
+    stayed = status_of(start(), TRIAL_MOVE, trial(0, 40, "stayed"))
+    assert (stayed.configuration, stayed.moves) == (DATA, [TRIAL_MOVE])
+    assert status_of(start(), TRIAL_MOVE, start()).trying is None
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_trial_is_called_one_and_told_once_it_has_ended(terminal: bool) -> None:
+    during = shown_by(RunStatus(), [start(), step(4), TRIAL_MOVE, step(12, 0.1, 8)], terminal)
+    assert re.search(r"layout +TP1·PP1·DP2 \(trial\)", during)
+    assert "moved" not in during
+    after = shown_by(RunStatus(), [start(), TRIAL_MOVE, MOVE_BACK, trial(0, 40, "returned")], terminal)
+    assert (
+        "tried TP1·PP1·DP2 B8 m2 for 6 steps in 3 s (decision 0): step ×1.32 (1.20 to 1.45), "
+        "returned to TP2·PP1·DP1 B4 m1" in after
+    )
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -8,15 +8,27 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from launch_events import SEQ_LEN, TOTAL_SAMPLES, noise, start, step, write_run, write_timed_run
+from launch_events import (
+    DATA,
+    SEQ_LEN,
+    TENSOR,
+    TOTAL_SAMPLES,
+    noise,
+    reconfigure,
+    start,
+    step,
+    trial,
+    write_run,
+    write_timed_run,
+)
 from launch_jobs import copus_here
 from told_run import HOSTILE, evaluate, told_events, write_told_run
 
+from copus.events import Event
 from launch.history import History, LossAt, StepAt, read_history
 from launch.report import page
 from launch.report.comparison import differences, flat, names
 from launch.report.series import (
-    adapting_gain,
     decomposition,
     first_throughput,
     move_outcomes,
@@ -66,21 +78,36 @@ def test_goodput_is_the_product_of_its_parts(told: History) -> None:
     assert last.throughput == pytest.approx(16 / 0.2)
     assert last.efficiency == pytest.approx(1 / (1 + 16 / (2 * 12.0)))
     assert last.goodput == pytest.approx(80 * 0.6)
-    assert last.unmoved == pytest.approx(50 / (1 + 4 / 24))  # 4 sequences in the 0.08 s that were measured
+    assert last.unmoved == pytest.approx(40 / (1 + 4 / 24))  # 4 sequences in 0.1 s
     aware = decomposition(told, 2.0, "lr-aware")[-1]
     assert aware.goodput == pytest.approx(80 * 0.6 * 4)
 
 
-def test_the_gain_of_adapting_is_over_the_best_known_speed_of_the_first_configuration(told: History) -> None:
-    assert first_throughput(told) == pytest.approx(4 / 0.08)  # it showed 4 / 0.1
-    rows = decomposition(told, 2.0, "plain")
-    gain = adapting_gain(told, rows)
-    known = [(row, step) for row, step in zip(rows, told.steps, strict=True) if row.goodput]
-    done = sum((row.goodput or 0) * step.duration for row, step in known)
-    unmoved = 50 / (1 + 4 / 24) * (sum(step.duration for _, step in known) + 2.501)
-    assert gain == pytest.approx(done / unmoved - 1)
-    told.moves.clear()
-    assert adapting_gain(told, rows) is None
+def test_the_first_configuration_is_as_fast_as_its_steps_were_and_before_them_as_it_was_measured(told: History) -> None:
+    assert first_throughput(told) == pytest.approx(4 / 0.1)
+    told.steps.clear()
+    assert first_throughput(told) == pytest.approx(4 / 0.08)
+
+
+def test_trials_have_a_table_of_their_own_and_are_no_moves(tmp_path: Path) -> None:
+    """One that returned, one after which the job stayed."""
+    events: list[Event] = [start(), *(step(4 * place) for place in range(1, 10))]
+    for number, outcome in enumerate(("returned", "stayed")):
+        events.append(reconfigure(number, 40, TENSOR, DATA).model_copy(update={"trial": True}))
+        if outcome == "returned":
+            events.append(reconfigure(number, 40, DATA, TENSOR).model_copy(update={"trial": True}))
+        events.append(trial(number, 40, outcome))
+    events += [reconfigure(2, 40, DATA, TENSOR), step(44)]
+    history = read_history(write_run(tmp_path, *events))
+    assert [move.event.decision for move in history.moves] == [1, 2]
+    content = single(history)
+    table = content.values["trials"]
+    assert [row.cells[-2:] for row in table.rows] == [
+        ["step ×1.32 (1.20 to 1.45)", "returned"],
+        ["step ×1.32 (1.20 to 1.45)", "stayed"],
+    ]
+    assert {"name": "trials", "value": "2", "note": "took 6 s"} in content.values["tiles"]
+    assert dict(content.values["audit"])["cost"].startswith("2 trials took 6 s")
 
 
 def test_shares_of_time_are_all_of_it(told: History) -> None:
@@ -135,7 +162,7 @@ def test_the_page_says_what_happened(told: History) -> None:
     assert f"of {TOTAL_SAMPLES * SEQ_LEN / 1000:.1f} k" in text
     assert "from 8.200 to 4.500" in text
     assert "moved 2 times, from TP2·PP1·DP1 B4 m1 to TP1·PP1·DP2 B16 m2, in 2.5 s" in text
-    assert "that run was not trained" in text
+    assert "By its own data its first configuration would have taken" in text
     assert set(content.figures) == {"loss-time", "loss-tokens", "noise", "goodput", "timeline", "lines"}
     assert [row.mark for row in content.values["decision"].rows].count("chosen") == 1
     shades = content.values["shades"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from launch_events import DATA, TENSOR, decision, reconfigure
+from launch_events import DATA, TENSOR, decision, reconfigure, trial
 from launch_jobs import JOB, copus_here, write_job
 from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -58,6 +58,7 @@ EVERYTHING: list[Event] = [
     a_noise(4),
     decision(0, 4, TENSOR, DATA),
     reconfigure(0, 4, TENSOR, DATA),
+    trial(0, 4, "stayed"),
     Checkpoint(**at(4, 12.0), path="checkpoints/samples-4", seconds=0.25, bytes=1000),
     Failure(**at(4, 13.0), rank=1, message="gone"),
     a_restart(4, 14.0),
@@ -90,6 +91,7 @@ def test_every_figure_comes_from_some_event_and_has_its_explanation() -> None:
     assert (seen["speed/samples_per_second"], seen["speed/mfu"]) == (8.0, 0.4)
     assert (seen["noise/scale"], seen["noise/critical_batch"]) == (12.0, 24.0)
     assert (seen["moves/total"], seen["moves/seconds_total"], seen["moves/bytes_total"]) == (1, 2.5, 10)
+    assert (seen["trials/total"], seen["trials/seconds_total"]) == (1, 3.0)
     assert (seen["layout/tp"], seen["layout/dp"]) == (1, 2)
     assert seen["goodput/gain"] == 1.0
     assert (seen["failures/total"], seen["restarts/total"]) == (1, 1)

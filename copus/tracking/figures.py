@@ -16,6 +16,7 @@ from copus.events import (
     Restart,
     Start,
     Step,
+    Trial,
     parse_event,
 )
 from copus.tracking.productive_time import ProductiveTime
@@ -43,8 +44,10 @@ FIGURES: dict[str, str] = {
     "goodput/current": "Predicted Goodput of what ran before the last decision.",
     "goodput/gain": "Goodput of the chosen configuration over that of the one before, minus 1.",
     "goodput/efficiency": "Statistical efficiency 1 / (1 + B/φ) of the chosen batch.",
-    "moves/total": "Moves to another batch or layout so far.",
+    "moves/total": "Moves to another batch or layout so far, those of trials included.",
     "moves/seconds_total": "Time without training because of moves so far, seconds.",
+    "trials/total": "Trials of configurations so far.",
+    "trials/seconds_total": "Time in trials so far, their training steps included, seconds.",
     "moves/bytes_total": "Bytes of weights and optimizer state that moves have sent so far.",
     "checkpoint/seconds": "How long training waited for the last checkpoint.",
     "checkpoint/bytes": "Size of the last checkpoint.",
@@ -55,7 +58,7 @@ FIGURES: dict[str, str] = {
 """Name → what it is. Names that end in `total` only grow in a run, over its restarts too."""
 
 _REMEMBERED = tuple(
-    f'{{"type":"{kind}"'.encode() for kind in ("start", "step", "reconfigure", "failure", "restart", "end")
+    f'{{"type":"{kind}"'.encode() for kind in ("start", "step", "reconfigure", "trial", "failure", "restart", "end")
 )
 """How the lines of the log begin that `Figures.catch_up` needs; parsing the others would take far longer."""
 
@@ -115,6 +118,11 @@ class Figures:
                     "moves/bytes_total": self._count("moves/bytes_total", event.bytes_moved),
                 }
                 return moves | _of_configuration(event.after)
+            case Trial():
+                return {
+                    "trials/total": self._count("trials/total", 1),
+                    "trials/seconds_total": self._count("trials/seconds_total", event.seconds),
+                }
             case Checkpoint():
                 return {"checkpoint/seconds": event.seconds, "checkpoint/bytes": event.bytes}
             case Failure():

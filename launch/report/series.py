@@ -54,7 +54,8 @@ class GoodputAt(NamedTuple):
     goodput: float | None
     """Useful sequences a second (times √B for an lr-aware job)."""
     unmoved: float | None
-    """The same for the configuration that the run began in: its median throughput, at the noise of this moment."""
+    """The same for the configuration that the run began in: its median throughput, at the noise of this moment. What
+    that would have come to is for the audit to say: the machine was not the same at all times."""
 
 
 def decomposition(history: History, factor: float, objective: Objective) -> list[GoodputAt]:
@@ -78,41 +79,20 @@ def decomposition(history: History, factor: float, objective: Objective) -> list
 
 
 def first_throughput(history: History) -> float | None:
-    """Sequences a second of the configuration that the run began in: what it showed (median of its steps), or what the
-    profiler of this run had measured, whichever is faster, so that a gain over it is not flattered. None without any.
-    """
+    """Sequences a second of the configuration that the run began in: the median of its steps, else what the profiler of
+    this run measured. None without either."""
     if not history.spans:
         return None
     first = history.spans[0].configuration
     rates = [step.batch / step.duration for step in history.steps if step.span == 0]
-    known = [median(rates)] if rates else []
-    known += [
-        first.global_batch / each.step_seconds
-        for each in history.measured
-        if each.step_seconds and each.configuration == first
+    if rates:
+        return median(rates)
+    rates = [
+        first.global_batch / row.step_seconds
+        for row in history.measured
+        if row.step_seconds and row.configuration == first
     ]
-    return max(known, default=None)
-
-
-def adapting_gain(history: History, rows: Sequence[GoodputAt]) -> float | None:
-    """Useful sequences of the steps over those of the first configuration in the same time, minus 1.
-
-    By the formula of Goodput and the noise that this run measured, less the time that moving took: an estimate, since
-    the run without moves was not trained. None without moves, or while the noise is unknown.
-    """
-    if not history.moves:
-        return None
-    known = [
-        (row.goodput, row.unmoved, step.duration)
-        for row, step in zip(rows, history.steps, strict=True)
-        if row.goodput is not None and row.unmoved is not None
-    ]
-    if not known:
-        return None
-    moving = sum(pause.end - pause.begin for pause in history.pauses if pause.kind == "moving")
-    done = sum(score * seconds for score, _, seconds in known)
-    unmoved = sum(score * seconds for _, score, seconds in known) + known[-1][1] * moving
-    return done / unmoved - 1 if unmoved > 0 else None
+    return rates[-1] if rates else None
 
 
 @dataclass(frozen=True)

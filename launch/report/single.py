@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
+from copus.audit import audit_run
 from copus.job import JobError
+from launch.audit import audit_facts, signed
 from launch.explain import BEST, COLUMNS, WORDS, Explanation, cells, explanation_of, shown_candidates
 from launch.explain import facts as decision_facts
 from launch.history import History
@@ -16,7 +18,6 @@ from launch.report.render import Column, Content, Row, Table
 from launch.report.series import (
     KIND_WORDS,
     GoodputAt,
-    adapting_gain,
     decomposition,
     first_throughput,
     move_outcomes,
@@ -26,10 +27,11 @@ from launch.report.series import (
     time_shares,
 )
 from launch.run_state import RunState, state_of
-from launch.wording import count, noise_interval
+from launch.wording import count, describe_ratio, noise_interval
 from planner.config import PlannerConfig
 from planner.goodput import Objective
 from planner.wording import duration, percent, three_digits
+from profiles.audit import Audit, Estimate
 
 MOST_ROWS = 60
 """Moves, and notices, that have a row."""
@@ -53,21 +55,25 @@ def single(history: History) -> Content:
     explanation = _last_decision(history)
     factor, objective = rules(history, explanation)
     rows = decomposition(history, factor, objective)
-    gain = adapting_gain(history, rows)
+    audit = audit_run(history.run)
+    gain = audit.gain_over_first_pct
     lines = predicted_lines(explanation.decision) if explanation else {}
     lines_from = ", as the planner predicted it in its last decision" if lines else ""
     lines = lines or profiled_lines(history)
     shades = style.colours(list(dict.fromkeys([*history.layouts(), *lines])))
     shares = time_shares(history)
-    content = Content(history.run.name, summary(history, state, gain))
+    content = Content(history.run.name, summary(history, state, audit))
     content.values = {
         "state": state,
         "tiles": _tiles(history, gain),
         "shades": shades,
         "factor": factor,
         "objective": objective,
-        "gain_words": _gain_words(history, gain),
+        "audit": audit_facts(audit) if history.steps else [],
+        "unmoved_words": _unmoved_words(history),
         "moves": _moves(history, shades),
+        "trials": _trials(history, shades),
+        "trials_left_out": max(0, len(history.trials) - MOST_ROWS),
         "moves_left_out": max(0, len(history.moves) - MOST_ROWS),
         "shares": _shares(history),
         "productive": percent(shares[0].share) if shares and shares[0].kind == "training" else "none",
@@ -108,7 +114,7 @@ def _draw(content: Content, history: History, rows: Sequence[GoodputAt], shades:
         content.reasons["noise"] = "The noise scale was not known yet: it takes some steps until it has an interval."
 
 
-def summary(history: History, state: RunState, gain: float | None) -> list[str]:
+def summary(history: History, state: RunState, audit: Audit) -> list[str]:
     """The result in a few sentences."""
     status = history.status
     if status.start is None or not history.steps:
@@ -125,11 +131,12 @@ def summary(history: History, state: RunState, gain: float | None) -> list[str]:
         sentences.append(f"The job moved {times}, from {first} to {last}, in {duration(seconds)} altogether.")
     else:
         sentences.append(f"It ran in {first} throughout.")
-    if gain is not None:
-        words = "more" if gain >= 0 else "less"
+    gain = audit.gain_over_first_pct
+    if gain is not None and history.moves:
+        words = "more" if gain.value >= 0 else "less"
         sentences.append(
-            f"By its own measurements it made {100 * abs(gain):.0f} % {words} progress than its first configuration "
-            "(not: than the best fixed one) would have in the same time (an estimate: that run was not trained)."
+            f"By its own data its first configuration would have taken {abs(gain.value):.0f} % {words} time to the "
+            f"same progress ({signed(gain.low)} to {signed(gain.high)} %)."
         )
     if state.alive:
         sentences.append("The run is still going on; this is how far it was when the page was written.")
@@ -145,19 +152,17 @@ def _losses(history: History) -> str:
     return ""
 
 
-def _gain_words(history: History, gain: float | None) -> str:
+def _unmoved_words(history: History) -> str:
     rate = first_throughput(history)
-    if gain is None or rate is None:
+    if rate is None or not history.moves:
         return ""
     first = history.spans[0].configuration.label
     return (
-        f"The dashed line is what {first} would have reached at the noise of each moment, at {three_digits(rate)} "
-        "samples/s: the best that it showed, or was measured at. Over the run, and less the time of moves, the "
-        f"difference is {100 * gain:+.0f} %."
+        f"The dashed line is {first} at the noise of each moment and its own median of {three_digits(rate)} samples/s."
     )
 
 
-def _tiles(history: History, gain: float | None) -> list[dict[str, str]]:
+def _tiles(history: History, gain: Estimate | None) -> list[dict[str, str]]:
     status, evaluations = history.status, history.evaluations
     tiles = [("tokens", count(history.tokens), f"{len(history.steps)} steps")]
     measured = -history.begin
@@ -181,8 +186,11 @@ def _tiles(history: History, gain: float | None) -> list[dict[str, str]]:
     moves = len(history.moves)
     seconds = sum(move.event.seconds for move in history.moves)
     tiles.append(("moves", str(moves), f"took {duration(seconds)}" if moves else ""))
-    if gain is not None:
-        tiles.append(("adapting", f"{100 * gain:+.0f} %", "progress, estimated"))
+    if history.trials:
+        seconds = sum(trial.event.seconds for trial in history.trials)
+        tiles.append(("trials", str(len(history.trials)), f"took {duration(seconds)}"))
+    if gain is not None and history.moves:
+        tiles.append(("vs first", f"{signed(gain.value)} %", f"{signed(gain.low)} to {signed(gain.high)} %"))
     return [{"name": name, "value": value, "note": note} for name, value, note in tiles]
 
 
@@ -206,6 +214,26 @@ def _moves(history: History, shades: dict[str, str]) -> Table | None:
             outcome.reason,
         ]
         rows.append(Row(texts, shades.get(event.after.layout.label, "")))
+    return Table(columns, rows) if rows else None
+
+
+def _trials(history: History, shades: dict[str, str]) -> Table | None:
+    columns = [Column("tried", "name"), Column("beside", "name"), *map(Column, ("at", "tokens", "took", "steps"))]
+    columns += [Column("step time", "words"), Column("outcome", "words")]
+    rows = []
+    for trial in history.trials[-MOST_ROWS:]:
+        event = trial.event
+        texts = [
+            event.candidate.label,
+            event.running.label,
+            duration(trial.seconds),
+            count(trial.tokens),
+            duration(event.seconds),
+            str(event.steps),
+            describe_ratio(event),
+            event.outcome,
+        ]
+        rows.append(Row(texts, shades.get(event.candidate.layout.label, "")))
     return Table(columns, rows) if rows else None
 
 
