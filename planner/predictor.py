@@ -11,13 +11,13 @@ from planner.sampling import halved_share, typical_configuration
 from planner.space import candidates, noise_measurable
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
-from profiles.cost import CostModel, Timings, expected
+from profiles.cost import CostModel, Timings, predict_unmeasured
 from profiles.measurement import Measurement
 from profiles.memory import MEGATRON, Implementation
 from profiles.memory.peaks import OUT_OF_MEMORY
 from profiles.mfu import peak_samples_per_second
 from profiles.model_shape import ModelShape
-from profiles.throughput import DECILE, Expected, Prediction, Throughput
+from profiles.throughput import DECILE, CostPredictions, Prediction, Throughput, relative_spread
 
 MAX_RELATIVE_SPREAD = 0.5
 """A measured time whose interval is wider than this share of it is no reason to move: the best of many such guesses is
@@ -70,11 +70,6 @@ class CandidateEstimate:
     def spread_seconds(self) -> float | None:
         """From `step_seconds` to the upper end: the ± that is shown."""
         return None if self.step_seconds is None else self.step_seconds * relative_spread(self.error)
-
-
-def relative_spread(error: float) -> float:
-    """The ± of an 80 % interval as a share, from the standard error of a logarithm: exp(1.28 · error) − 1."""
-    return math.expm1(min(DECILE * error, 700.0))
 
 
 class Predictor:
@@ -135,11 +130,12 @@ class Predictor:
         rows = list(rows)
         space = [*candidates(config, model, cluster, start), *besides]
         halves = [each.halved for each in space if halved_share(config, each) > 0]
-        predicted, cost = Expected(), None
+        predicted, cost = CostPredictions(), None
         if use_cost_model:
             with contextlib.suppress(ValueError):  # an accelerator or a precision that nothing is known about
                 cost = CostModel().fit(Timings.of(rows, cluster))
-                predicted = expected(cost, model, cluster, precision, list(dict.fromkeys([*space, *halves])), rows)
+                everything = list(dict.fromkeys([*space, *halves]))
+                predicted = predict_unmeasured(cost, model, cluster, precision, everything, rows)
         throughput = Throughput((row for row in rows if not row.shard), predicted)
         memory = MemoryCheck(model, cluster, precision, rows, implementation)
         return cls(config, model, cluster, precision, start, throughput, memory, cost)
@@ -180,14 +176,10 @@ class Predictor:
         if halves is None or halves.step_seconds is None:
             return whole
         typical = halves if share > 0.5 else whole
-        assert typical.step_seconds is not None
         seconds = (1 - share) * whole.step_seconds + share * halves.step_seconds
-        spread = None
-        if typical.spread_seconds is not None:
-            spread = typical.spread_seconds * seconds / typical.step_seconds
         seen = whole.memory_seen or (share == 1 and halves.memory_seen)  # then it never runs as a whole
-        memory = {"peak_bytes": whole.peak_bytes, "memory_seen": seen}
-        return typical.model_copy(update={"step_seconds": seconds, "spread_seconds": spread, **memory})
+        update = {"step_seconds": seconds, "peak_bytes": whole.peak_bytes, "memory_seen": seen}
+        return typical.model_copy(update=update)
 
     def steps_seen(self, configuration: Configuration) -> int:
         """How many of its steps the running job has timed."""

@@ -8,7 +8,7 @@ from planner.profiling import to_measure
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Measurement
-from profiles.throughput import Throughput
+from profiles.throughput import Throughput, relative_spread
 
 UNSEEN_DRIFT = 0.10
 """Share of its time by which a configuration measured once may be off because the machine was slow or fast then. With
@@ -52,8 +52,8 @@ def contested(candidates: Iterable[Configuration], rows: Sequence[Measurement], 
         t_l · (1 + u_l) / (t_c · (1 − u_c)) − 1 > within
 
     which is what choosing l could cost at worst. The one of the two that was measured in fewer rounds is then in
-    question, or both, and so are the rows that its time comes from. u is the spread, and `UNSEEN_DRIFT` after a single
-    round, over the root of the number of rounds.
+    question, or both, and so are the rows that its time comes from. u is the ± of the prediction, and `UNSEEN_DRIFT`
+    on top after a single round.
     """
     throughput, times = Throughput(rows), _times_measured(rows)
     points: defaultdict[_Group, list[Configuration]] = defaultdict(list)
@@ -67,8 +67,8 @@ def contested(candidates: Iterable[Configuration], rows: Sequence[Measurement], 
             continue
         group = _group(candidate)
         rounds = repeats[group]
-        share = math.hypot((known.spread_seconds or 0.0) / known.step_seconds, UNSEEN_DRIFT if rounds == 1 else 0.0)
-        by_batch[candidate.global_batch].append((known.step_seconds, min(share / math.sqrt(rounds), 0.9), group))
+        share = math.hypot(relative_spread(known.error), UNSEEN_DRIFT if rounds == 1 else 0.0)
+        by_batch[candidate.global_batch].append((known.step_seconds, min(share, 0.9), group))
     stakes: defaultdict[_Group, float] = defaultdict(float)
     for known_times in by_batch.values():
         seconds, unsure, leader = min(known_times, key=lambda each: each[0])

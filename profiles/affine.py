@@ -12,12 +12,12 @@ class Point(NamedTuple):
     """Micro-batches that each replica ran."""
     step_seconds: float
     """Duration of the step."""
-    spread_seconds: float
-    """Half-width of its interval."""
+    error_seconds: float
+    """Its standard error."""
 
 
 class AffineFit(NamedTuple):
-    """A fitted line, with what its predictions inherit from the spread of the points."""
+    """A fitted line, with the errors that its predictions inherit from the points."""
 
     fixed_seconds: float
     """Part of the step that does not depend on the number of micro-batches (optimizer, reduction, pipeline bubble)."""
@@ -36,8 +36,8 @@ class AffineFit(NamedTuple):
         """Duration of a step of that many micro-batches."""
         return self.fixed_seconds + self.microbatch_seconds * num_microbatches
 
-    def spread_seconds(self, num_microbatches: int) -> float:
-        """Half-width of the interval: the points' spreads carried through the fit, and their distance from it."""
+    def error_seconds(self, num_microbatches: int) -> float:
+        """Standard error: the points' errors carried through the fit, and their distance from it."""
         n = num_microbatches
         variance = self.variance_fixed + 2 * n * self.covariance + n * n * self.variance_microbatch
         return math.hypot(math.sqrt(max(variance, 0.0)), self.misfit * self.step_seconds(n))
@@ -69,17 +69,17 @@ def fit_affine(points: Sequence[Point]) -> AffineFit:
         to_microbatch = [w * n / squares for w, n in zip(weights, counts, strict=True)]
         to_fixed = [0.0] * len(points)
     fixed, microbatch = _dot(to_fixed, seconds), _dot(to_microbatch, seconds)
-    spreads = [point.spread_seconds for point in points]
-    carried_fixed = [share * s for share, s in zip(to_fixed, spreads, strict=True)]
-    carried_microbatch = [share * s for share, s in zip(to_microbatch, spreads, strict=True)]
-    errors = [(fixed + microbatch * n) / t - 1 for n, t in zip(counts, seconds, strict=True)]
+    errors = [point.error_seconds for point in points]
+    carried_fixed = [share * s for share, s in zip(to_fixed, errors, strict=True)]
+    carried_microbatch = [share * s for share, s in zip(to_microbatch, errors, strict=True)]
+    misses = [(fixed + microbatch * n) / t - 1 for n, t in zip(counts, seconds, strict=True)]
     return AffineFit(
         fixed_seconds=fixed,
         microbatch_seconds=microbatch,
         variance_fixed=_dot(carried_fixed, carried_fixed),
         variance_microbatch=_dot(carried_microbatch, carried_microbatch),
         covariance=_dot(carried_fixed, carried_microbatch),
-        misfit=math.sqrt(_dot(errors, errors) / len(errors)),
+        misfit=math.sqrt(_dot(misses, misses) / len(misses)),
     )
 
 

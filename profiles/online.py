@@ -1,4 +1,4 @@
-"""What the steps of the running job say about predicted step times: how far these are off, and how sure that is."""
+"""How far steps of the running job are off their predictions: which part of that is the machine, and how sure it is."""
 
 import math
 from collections import Counter, deque
@@ -7,25 +7,26 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from profiles.configuration import Configuration
+from profiles.step_regression import Block, Floats, Posterior, regress
 
-RECENT = 20
-"""Steps that the noise of a step is judged by, and in which a configuration is new."""
+RECENT = 64
+"""Steps that the noise of a step is estimated from."""
 NOISE = 0.1
-"""Noise of a step (standard deviation of its logarithm) before there are so many."""
+"""Noise of a step (standard deviation of its logarithm) before there are `SETTLED` of them."""
 LEAST_NOISE = 0.005
-"""What it is at least."""
+"""The least that it is taken to be."""
 SETTLED = 5
-"""Steps that it takes to know the noise."""
-FAR = 3.0
-"""Standard deviations that are far."""
-PAUSE = 2
-"""Steps in a row that are far off, and mean nothing: a checkpoint, a slow disk. After more of them the table is wrong
-about a configuration that is new, or the machine has changed under one that is not."""
-FREEDOM = 4.0
-"""Configurations that the assumed sizes of effects are worth: how soon what was seen sets the width of intervals."""
+"""Steps that it takes to estimate the noise."""
+BLOCK_STEPS = 8
+"""Successive steps of one configuration whose median counts as one observation: it ignores a step that met a pause."""
+MOST_BLOCKS = 64
+"""Blocks that are remembered. Of more, old neighbours are merged."""
+CHANGE_STEPS = 10.0
+"""Steps that a change of configuration takes as long as: the move itself, and first steps that are not fed."""
+DRIFT = 0.02
+"""What the machine is expected to drift by before the run has shown it: a standard deviation, as a logarithm."""
 
 Covariance = Callable[[Configuration, Configuration], float]
 """Of the logarithms of two configurations' prediction errors."""
@@ -34,14 +35,14 @@ Covariance = Callable[[Configuration, Configuration], float]
 class Effects(NamedTuple):
     """Standard deviations of the logarithms of what makes a step longer or shorter than predicted."""
 
-    machine: float = 0.15
-    """Everything runs slower: contention, heat. It comes and goes."""
+    run: float = 0.3
+    """Everything in this run: other tenants than when the table was measured, what measuring the noise costs."""
     layout: float = 0.02
-    """A layout does, at all batches."""
+    """A layout, at all batches."""
     passes: float = 0.01
-    """A layout and micro-batch do."""
+    """A layout and micro-batch."""
     configuration: float = 0.01
-    """One configuration does, besides the error of its own prediction."""
+    """One configuration, besides the error of its own prediction."""
 
 
 def independent(one: Configuration, other: Configuration) -> float:
@@ -50,38 +51,47 @@ def independent(one: Configuration, other: Configuration) -> float:
 
 
 class OnlineCorrection:
-    """Logarithm of seen ÷ predicted = machine + miss of the configuration + noise of the step.
+    """Logarithm of seen ÷ predicted = machine(t) + miss of the configuration + noise of the step.
 
-    The machine wanders, and back to 0 (an Ornstein-Uhlenbeck process): how it was is forgotten, and what was wrong in
-    the table is not. The misses are a Gaussian process: those of one layout are alike, and so are those of predictions
-    that come from one cost model (`shared`). A Kalman filter follows the machine and the misses of what has run; from
-    these the process tells the others. So steps of one configuration say most about itself, less about others of its
-    layout, and about other layouts how the machine is and how wrong the cost model. Where misses come out larger than
-    they were assumed to be, all intervals widen by as much (as in `profiles.cost.model`).
+    - The machine (contention, heat, all that differs from the time of the table) is a random walk with Student-t
+      changes: it mostly stays as it is, may drift, and jumps when a tenant comes or goes. How much it changes from
+      step to step is learned. So a slow episode is the machine's: a configuration that runs in it is judged by the
+      steps of others just before and after, and what was seen long ago says little about now.
+    - The misses are a Gaussian process: those of one layout are alike, and so are those of predictions that come from
+      one cost model (`shared`). Steps of one configuration say most about itself, less about others of its layout.
+      If misses come out larger than assumed, the process widens by as much (`profiles.cost.model` does the same).
+    - The noise is Student-t too: a step that met a pause says nothing.
+
+    All of it is one linear regression on at most `MOST_BLOCKS` blocks of steps, solved anew when it is asked, with the
+    weights of heavy tails by expectation maximization (Lange, Little and Taylor 1989).
     """
 
     def __init__(
         self,
-        half_life_steps: float = 10_000.0,
         effects: Effects | None = None,
         shared: Covariance = independent,
+        drift: float = DRIFT,
     ) -> None:
-        """`shared` is the covariance of the errors of two predictions. Raises ValueError unless all are positive."""
-        sizes = effects or Effects()
-        if not min(half_life_steps, *sizes) > 0:
-            raise ValueError("half_life_steps and the sizes of effects have to be positive")
-        self._keep = 0.5 ** (1 / half_life_steps)
-        self._sizes = sizes
+        """`shared` is the covariance of the errors of two predictions, `drift` the standard deviation of the machine's
+        drift to expect before the run has shown it. Raises ValueError unless all sizes are positive."""
+        self._sizes = effects or Effects()
+        if not min(drift, *self._sizes) > 0:
+            raise ValueError("drift and the sizes of effects have to be positive")
         self._shared = shared
+        self._expected_drift = drift
         self._places: dict[Configuration, int] = {}
-        self._know(np.zeros((0, 0)))
-        # The state of the filter: the machine, and the misses in the order of `_places`.
-        self._mean = np.zeros(1)
-        self._covariance = np.array([[sizes.machine**2]])
+        self._errors: list[float] = []
+        self._alikes = np.zeros((0, 0))
+        self._blocks: list[Block] = []
+        self._open: list[float] = []
+        """The steps of the last block, while it grows."""
+        self._clock = 0.0
+        self._seen_steps = 0.0
         self._steps: Counter[Configuration] = Counter()
         self._jumps: deque[float] = deque(maxlen=RECENT)
         self._last: tuple[Configuration, float] | None = None
-        self._far = 0.0
+        self._near_known: dict[Configuration, Floats] = {}
+        self._forget_solution()
 
     def observe(
         self,
@@ -91,7 +101,8 @@ class OnlineCorrection:
         error: float = 0.0,
         count: float = 1.0,
     ) -> None:
-        """Feed an ordinary step, or the mean of `count`; `error` is the standard error of the prediction's logarithm.
+        """Feed an ordinary step, or the mean of `count`; `error` is the standard error of the prediction's logarithm,
+        of which the last one given counts.
 
         Raises ValueError unless both times are positive and finite.
         """
@@ -102,26 +113,45 @@ class OnlineCorrection:
             )
         if self._last and self._last[0] == configuration:
             self._jumps.append(abs(math.log(step_seconds / self._last[1])))
+        elif self._last:
+            self._clock += CHANGE_STEPS * step_seconds
         self._last = configuration, step_seconds
-        self._wander(count)
-        if configuration not in self._places:
-            self._add(configuration, error)
-        place = 1 + self._places[configuration]
-        towards, own = self._towards(place)
-        off = math.log(step_seconds / predicted_seconds) - float(self._mean[0] + self._mean[place])
-        noise = self.noise**2 / count
         self._steps[configuration] += 1
-        self._far = self._far + count if abs(off) > FAR * math.sqrt(own + noise) else 0.0
-        if 0 < self._far <= PAUSE:
-            return
-        if self._far:
-            self._far = 0.0
-            blamed = place if self._steps[configuration] <= RECENT else 0
-            self._covariance[blamed, blamed] += off * off
-            towards, own = self._towards(place)
-        gain = towards / (own + noise)
-        self._mean = self._mean + gain * off
-        self._covariance = self._covariance - np.outer(gain, towards)
+        place, off = self._place(configuration, error), math.log(step_seconds / predicted_seconds)
+        start, self._clock = self._clock, self._clock + step_seconds * count
+        self._seen_steps += count
+        if self._open and self._blocks[-1].place == place and self._blocks[-1].steps + count <= BLOCK_STEPS:
+            self._open.append(off)
+            last = self._blocks[-1]
+            grown = last._replace(off=median(self._open), steps=last.steps + count, end=self._clock)
+            self._blocks[-1] = grown
+        else:
+            self._open = [off]
+            self._add(Block(place, -1, off, count, start, self._clock, 0.0))
+        self._forget_solution()
+
+    def observe_comparison(
+        self,
+        candidate: Configuration,
+        running: Configuration,
+        log_ratio: float,
+        error: float,
+        errors: tuple[float, float] = (0.0, 0.0),
+        steps: int = 1,
+    ) -> None:
+        """Feed what a trial measured: the logarithm of the candidate's step time over the running one's, less that of
+        the two predictions, with its standard error. How the machine was is not in it.
+
+        `errors` are those of the two predictions, `steps` the candidate's timed steps. Raises ValueError unless the
+        ratio is finite and the error positive and finite.
+        """
+        if not (math.isfinite(log_ratio) and 0 < error < math.inf):
+            raise ValueError(f"log_ratio({log_ratio}) has to be finite, its error({error}) positive and finite")
+        one, other = (self._place(c, e) for c, e in zip((candidate, running), errors, strict=True))
+        self._steps[candidate] += steps
+        self._open = []
+        self._add(Block(one, other, log_ratio, 1.0, self._clock, self._clock, error))
+        self._forget_solution()
 
     def steps(self, configuration: Configuration) -> int:
         """How often it was fed."""
@@ -135,9 +165,15 @@ class OnlineCorrection:
             return NOISE
         return max(median(self._jumps) / (0.6745 * math.sqrt(2)), LEAST_NOISE)
 
+    @property
+    def drift(self) -> float:
+        """Standard deviation of the machine over the run, as a logarithm: times measured at two moments differ by √2
+        times as much."""
+        return self._solve().drift
+
     def factor(self, configuration: Configuration) -> float:
         """What to multiply the prediction by; 1 while nothing has been seen."""
-        return math.exp(float(self._weights(configuration) @ self._mean))
+        return math.exp(float(self._weights(configuration) @ self._solve().mean))
 
     def error(
         self,
@@ -152,22 +188,21 @@ class OnlineCorrection:
         """
         if configuration == beside:
             return 0.0
-        weights = self._weights(configuration)
+        posterior, weights = self._solve(), self._weights(configuration)
         unknown = self._unknown(configuration, configuration, error)
         if beside is not None:
             weights = weights - self._weights(beside)
             unknown += self._unknown(beside, beside, error_beside) - 2 * self._unknown(configuration, beside)
-        variance = unknown + float(weights @ self._covariance @ weights)
-        return math.sqrt(max(variance, 0.0) * self._excess)
+        return math.sqrt(max(unknown * posterior.excess + float(weights @ posterior.covariance @ weights), 0.0))
 
-    def _weights(self, configuration: Configuration) -> NDArray[np.float64]:
+    def _weights(self, configuration: Configuration) -> Floats:
         """What its expectation takes of each part of the state: the whole machine, and misses as the process says."""
         weights = self._weights_known.get(configuration)
         if weights is None:
             place = self._places.get(configuration)
-            weights = np.zeros(len(self._mean))
+            weights = np.zeros(1 + len(self._places))
             if place is None:
-                weights[1:] = self._near(configuration) @ self._inverse
+                weights[1:] = self._near(configuration) @ self._solve().inverse
             else:
                 weights[1 + place] = 1.0
             weights[0] = 1.0
@@ -176,20 +211,11 @@ class OnlineCorrection:
 
     def _unknown(self, one: Configuration, other: Configuration, error: float = 0.0) -> float:
         """The covariance of two misses that is left when all misses of what has run are known; `error` is that of the
-        prediction where both are the same."""
+        prediction if both are the same."""
         if one in self._places or other in self._places:
             return 0.0
         prior = self._variance(error) if one == other else self._alike(one, other)
         return prior - float(self._weights(one)[1:] @ self._near(other))
-
-    @property
-    def _excess(self) -> float:
-        """How much larger squared misses are than they were assumed to be, at least 1."""
-        if not self._places:
-            return 1.0
-        machine, misses = self._mean[0] / self._sizes.machine, self._mean[1:]
-        squares = float(machine**2 + misses @ self._inverse @ misses)
-        return max(1.0, (FREEDOM + squares) / (FREEDOM + len(self._places)))
 
     def _variance(self, error: float) -> float:
         """Of a miss, before anything was seen."""
@@ -205,69 +231,84 @@ class OnlineCorrection:
                 total += self._sizes.passes**2
         return total
 
-    def _near(self, configuration: Configuration) -> NDArray[np.float64]:
+    def _near(self, configuration: Configuration) -> Floats:
         """Covariances of its miss with those of what has run."""
         near = self._near_known.get(configuration)
         if near is None:
-            near = np.array([self._alike(configuration, each) for each in self._places])
+            near = np.array([self._alike(configuration, ran) for ran in self._places])
             self._near_known[configuration] = near
         return near
 
-    def _add(self, configuration: Configuration, error: float) -> None:
-        """Take the miss of a configuration into the state, as the others' tell it."""
-        near = self._near(configuration)
-        weights = near @ self._inverse
-        # What a prediction shares with others may have been worked out anew since those ran: never less than nothing.
-        left = max(self._variance(error) - float(weights @ near), self._sizes.configuration**2)
-        self._mean = np.append(self._mean, weights @ self._mean[1:])
-        across = self._covariance[:, 1:] @ weights
-        own = float(weights @ across[1:]) + left
-        self._covariance = np.block([[self._covariance, across[:, None]], [across[None, :], np.array([[own]])]])
-        self._places[configuration] = len(self._places)
-        self._know(np.block([[self._prior, near[:, None]], [near[None, :], np.array([[weights @ near + left]])]]))
+    def _place(self, configuration: Configuration, error: float) -> int:
+        """Where its miss stands in the state, added if it is new."""
+        place = self._places.get(configuration)
+        if place is None:
+            near = np.array([self._alike(configuration, ran) for ran in self._places])
+            self._alikes = np.block([[self._alikes, near[:, None]], [near[None, :], np.zeros((1, 1))]])
+            place = self._places[configuration] = len(self._places)
+            self._errors.append(error)
+            self._near_known = {}
+        self._errors[place] = error
+        return place
 
-    def _know(self, prior: NDArray[np.float64]) -> None:
-        """Take the covariance of the misses of what has run, before anything was seen."""
-        self._prior = prior
-        self._inverse = np.linalg.inv(prior)
-        # Worked out once for all decisions until something new runs.
-        self._near_known: dict[Configuration, NDArray[np.float64]] = {}
-        self._weights_known: dict[Configuration, NDArray[np.float64]] = {}
+    def _add(self, block: Block) -> None:
+        """Remember a block. If that is one too many, neighbours of the older half are merged by twos."""
+        self._blocks.append(block)
+        if len(self._blocks) <= MOST_BLOCKS:
+            return
+        old, merged = self._blocks[: MOST_BLOCKS // 2], list[Block]()
+        del self._blocks[: len(old)]
+        while old:
+            block = old.pop(0)
+            if old and block.versus == old[0].versus == -1 and block.place == old[0].place:
+                block = block.merged(old.pop(0))
+            merged.append(block)
+        # If nothing could be merged the oldest is forgotten.
+        self._blocks = (merged if len(merged) < MOST_BLOCKS // 2 else merged[1:]) + self._blocks
 
-    def _wander(self, count: float) -> None:
-        """The machine, some steps later."""
-        keep = self._keep**count
-        self._mean[0] *= keep
-        self._covariance[0] *= keep
-        self._covariance[:, 0] *= keep
-        self._covariance[0, 0] += self._sizes.machine**2 * (1 - keep**2)
+    def _forget_solution(self) -> None:
+        self._solution: Posterior | None = None
+        self._weights_known: dict[Configuration, Floats] = {}
 
-    def _towards(self, place: int) -> tuple[NDArray[np.float64], float]:
-        """Covariances of the state with the next step of a configuration, and the variance of that, noise left out."""
-        towards = self._covariance[:, 0] + self._covariance[:, place]
-        return towards, float(towards[0] + towards[place])
+    def _solve(self) -> Posterior:
+        """The posterior of the state, worked out once for all questions until something new is seen."""
+        if self._solution is not None:
+            return self._solution
+        size = len(self._places)
+        prior = self._alikes + np.diag([self._variance(error) for error in self._errors])
+        # What predictions share may have been worked out anew since they ran: no direction has less than nothing.
+        values, vectors = np.linalg.eigh(prior) if size else (np.zeros(0), np.zeros((0, 0)))
+        values = np.maximum(values, self._sizes.configuration**2)
+        prior = (vectors * values) @ vectors.T
+        mean_seconds = self._clock / self._seen_steps if self._seen_steps else 1.0
+        self._solution = regress(self._blocks, self.noise, mean_seconds, prior, self._sizes.run, self._expected_drift)
+        return self._solution
 
     def state(self) -> dict[str, Any]:
         """Everything, as plain values for a checkpoint."""
         return {
-            "ran": [each.model_dump() for each in self._places],
-            "prior": self._prior.tolist(),
-            "mean": self._mean.tolist(),
-            "covariance": self._covariance.tolist(),
-            "steps": [(each.model_dump(), steps) for each, steps in self._steps.items()],
+            "ran": [configuration.model_dump() for configuration in self._places],
+            "errors": list(self._errors),
+            "blocks": [list(block) for block in self._blocks],
+            "open": list(self._open),
+            "clock": self._clock,
+            "seen_steps": self._seen_steps,
+            "steps": [(configuration.model_dump(), steps) for configuration, steps in self._steps.items()],
             "jumps": list(self._jumps),
             "last": self._last and (self._last[0].model_dump(), self._last[1]),
-            "far": self._far,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; an empty dict changes nothing."""
-        if not state:
+        if "blocks" not in state:
             return
-        self._places = {Configuration.model_validate(each): place for place, each in enumerate(state["ran"])}
-        self._know(np.array(state["prior"]).reshape(len(self._places), len(self._places)))
-        self._mean, self._covariance = np.array(state["mean"]), np.array(state["covariance"])
-        self._steps = Counter({Configuration.model_validate(each): steps for each, steps in state["steps"]})
+        self._places, self._errors, self._alikes = {}, [], np.zeros((0, 0))
+        for values, error in zip(state["ran"], state["errors"], strict=True):
+            self._place(Configuration.model_validate(values), error)
+        self._blocks = [Block(int(place), int(versus), *values) for place, versus, *values in state["blocks"]]
+        self._open = list(state["open"])
+        self._clock, self._seen_steps = state["clock"], state["seen_steps"]
+        self._steps = Counter({Configuration.model_validate(values): steps for values, steps in state["steps"]})
         self._jumps = deque(state["jumps"], maxlen=RECENT)
         self._last = state["last"] and (Configuration.model_validate(state["last"][0]), state["last"][1])
-        self._far = state["far"]
+        self._forget_solution()

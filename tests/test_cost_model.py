@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost import CostModel, Timings, expected
+from profiles.cost import CostModel, Timings, predict_unmeasured
 from profiles.cost.accelerator import Accelerator, accelerator, accelerators
 from profiles.cost.constants import CONSTANTS, NAMES, prior
 from profiles.cost.residual import Smoothness, coordinates, covariance, variance
@@ -402,7 +402,7 @@ def test_predictions_say_how_alike_their_errors_are() -> None:
                 rng.normal(size=6) / 5
             )
             cost = cost.fit([Timings(MODEL, CLUSTER, "bf16", arrays, seconds)])
-        found = expected(cost, MODEL, CLUSTER, "bf16", some)
+        found = predict_unmeasured(cost, MODEL, CLUSTER, "bf16", some)
         alike = np.array([[found.covariance(one, other) for other in some] for one in some])
         errors = np.array([found.predictions[each].error for each in some])
         np.testing.assert_allclose(alike, alike.T, atol=1e-12)

@@ -18,7 +18,7 @@ from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.model_shape import ModelShape
 from profiles.noise_scale import NoiseScale
-from profiles.throughput import Expected, Prediction, Throughput
+from profiles.throughput import CostPredictions, Prediction, Throughput
 
 MODEL = ModelShape(layers=4, hidden=64, ffn_hidden=192, heads=4, kv_heads=2, seq_len=32, vocab=512)
 HERE = Fingerprint(model=MODEL.digest, precision="fp32", backend="b", hardware="h", software="s")
@@ -215,8 +215,8 @@ def test_a_current_configuration_outside_the_space_is_listed():
 
 def test_a_line_that_is_hardly_known_is_refused_and_a_prediction_is_left_to_the_policy():
     for source, refused in (("extrapolated", True), ("predicted", False)):
-        guess = {of(TP2, 1, 16): Prediction(step_seconds=0.5, spread_seconds=0.4, error=0.5, source=source)}
-        decider = deciding(Throughput([row(START, step_seconds=1.0)], Expected(guess)), policy="goodput")
+        guess = {of(TP2, 1, 16): Prediction(step_seconds=0.5, error=0.5, source=source)}
+        decider = deciding(Throughput([row(START, step_seconds=1.0)], CostPredictions(guess)), policy="goodput")
         verdict = verdicts(decider.decide(noise(50.0, 45.0, 55.0), START, 0))[of(TP2, 1, 16).label]
         assert verdict.startswith("throughput too uncertain: a step takes 0.5 ± 0.4") == refused
 
@@ -224,7 +224,7 @@ def test_a_line_that_is_hardly_known_is_refused_and_a_prediction_is_left_to_the_
 def test_a_trial_goes_on_until_it_was_timed_or_had_its_chance():
     """A guess that turns out to be no better: left once it was timed, and after five steps if none could be."""
     trial = of(TP2, 1, 16)
-    guess = Expected({trial: Prediction(step_seconds=2.1, spread_seconds=2.1, error=0.7, source="predicted")})
+    guess = CostPredictions({trial: Prediction(step_seconds=2.1, error=0.7, source="predicted")})
 
     def tries() -> Planner:
         known = Throughput([row(START, step_seconds=0.5)], guess)

@@ -7,7 +7,7 @@ from planner.config import PlannerConfig
 from planner.predictor import Predictor
 from planner.sampling import halved_share, source_of_step, typical_configuration
 from profiles.configuration import Configuration
-from profiles.throughput import Expected, Prediction, Throughput
+from profiles.throughput import CostPredictions, Prediction, Throughput
 
 LONE = Configuration(layout=TP2, micro_batch=2, global_batch=2)
 HALVES = Configuration(layout=TP2, micro_batch=1, global_batch=2)
@@ -72,8 +72,8 @@ def test_a_batch_that_is_fast_only_in_one_piece_is_not_chosen_where_it_never_run
 
 
 def test_what_ran_in_halves_alone_has_shown_that_it_fits() -> None:
-    predicted = {each: Prediction(step_seconds=1.0, spread_seconds=0.1, source="predicted") for each in (LONE, HALVES)}
-    throughput = Throughput(expected=Expected(predicted))
+    predicted = {each: Prediction(step_seconds=1.0, source="predicted") for each in (LONE, HALVES)}
+    throughput = Throughput(unmeasured=CostPredictions(predicted))
     for source, every, seen in (("microbatch", 32, True), ("auto", 32, False)):
         settings = config(noise_source=source, noise_halve_every_steps=every)
         before = step_time(throughput, settings, LONE)
@@ -83,4 +83,4 @@ def test_what_ran_in_halves_alone_has_shown_that_it_fits() -> None:
         after = step_time(throughput, settings, LONE)
         assert after is not None
         assert after.memory_seen == seen
-        throughput = Throughput(expected=Expected(predicted))
+        throughput = Throughput(unmeasured=CostPredictions(predicted))

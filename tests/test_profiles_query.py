@@ -65,7 +65,6 @@ def test_a_summary_says_what_throughput_says(tmp_path):
         assert seen.failure == expected.failure
         if not seen.failure:
             assert seen.step_seconds == pytest.approx(expected.step_seconds)
-            assert seen.spread_seconds == pytest.approx(expected.spread_seconds)
             assert seen.peak_bytes == expected.peak_bytes
 
 

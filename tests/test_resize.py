@@ -77,7 +77,7 @@ def test_the_fastest_known_one_wins() -> None:
     def predict(configuration: Configuration) -> Prediction | None:
         layout = configuration.layout
         seconds = times.get((layout.tp, layout.pp, layout.dp))
-        return seconds and Prediction(step_seconds=seconds, spread_seconds=0.0, source="measured")
+        return seconds and Prediction(step_seconds=seconds, source="measured")
 
     found = fitting(current, job(), Cluster(accelerators_per_node=2), predict)
     assert found.layout == Layout(tp=2)

@@ -103,7 +103,6 @@ class _Lead:
             self._queue = []
         elif not self._queue:
             self._queue = self._plan()
-            self._queue.sort(key=lambda each: -self._deaths[each])  # another death would be taken for its own first one
         if not self._queue:
             self._tried.unlink(missing_ok=True)  # nothing is measured any more: no later death is of what was
             return None
@@ -129,8 +128,7 @@ class _Lead:
         else:
             self._table.add(measurement)
         self._tried.unlink(missing_ok=True)
-        if measurement is not None and measurement.failure is not None:
-            self._queue = self._plan()  # what needs more memory needs not be tried
+        self._queue = self._plan()  # what needs more memory than a failure, or is settled now, need not be measured
         self._report(
             Profile(
                 step=0,
@@ -148,7 +146,9 @@ class _Lead:
         """The next round. Nothing is measured more than `rounds` times by one profiler, whatever it returns."""
         rows, start, within = self._rows(), self._job.training.configuration, self._job.profile.settled_within
         possible = predictor_of(self._job, rows, use_cost_model=False).memory.possible(self._space, start)
-        return next_round(possible, rows, start, self._rounds, within, self._enough())
+        queue = next_round(possible, rows, start, self._rounds, within, self._enough())
+        # What died once comes first: another death would be taken for the first one of whatever ran then.
+        return sorted(queue, key=lambda configuration: -self._deaths[configuration])
 
     def _last(self) -> Configuration | None:
         """What to measure when no time will be left afterwards, if there is something better than the next in the

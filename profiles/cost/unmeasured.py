@@ -1,6 +1,5 @@
-"""What the cost model expects of configurations that nobody has measured, as the throughput table says it."""
+"""Predictions of configurations that nobody has measured, in the terms of the throughput table."""
 
-import math
 from collections.abc import Sequence
 
 from profiles.cluster import Cluster
@@ -11,20 +10,20 @@ from profiles.cost.model import CostModel
 from profiles.cost.work import Floats
 from profiles.measurement import Measurement
 from profiles.model_shape import ModelShape
-from profiles.throughput import DECILE, Expected, Prediction
+from profiles.throughput import DECILE, CostPredictions, Prediction
 
 COVERAGE = 0.8
 """Share that the interval of a `Prediction` holds: from the 10th to the 90th percentile."""
 
 
-def expected(
+def predict_unmeasured(
     cost: CostModel,
     model: ModelShape,
     cluster: Cluster,
     precision: str,
     configurations: Sequence[Configuration],
     rows: Sequence[Measurement] = (),
-) -> Expected:
+) -> CostPredictions:
     """A prediction of each configuration, where `cost` was fitted to the rows, and how alike their errors are. One
     whose shard failed is expected to fail.
 
@@ -40,11 +39,8 @@ def expected(
         if failure := failed.get(configuration):
             found[configuration] = Prediction(source="predicted", failure=failure)
         else:
-            spread = seconds * math.expm1(half)
-            found[configuration] = Prediction(
-                step_seconds=seconds, spread_seconds=spread, error=half / DECILE, source="predicted"
-            )
-    return Expected(found, _Alike(configurations, errors))
+            found[configuration] = Prediction(step_seconds=seconds, error=half / DECILE, source="predicted")
+    return CostPredictions(found, _Alike(configurations, errors))
 
 
 class _Alike:
