@@ -1,5 +1,6 @@
 """Which folders of a run are checkpoints, and whether one is whole. Without torch: the launcher looks at them too."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def checkpoint_names(run: Path) -> list[str]:
 def samples_of(name: str) -> int:
     """Samples that had been trained on when the checkpoint of this name was written."""
     return int(name.removeprefix("samples-").removesuffix(REPLACED))
+
+
+def set_aside(run: Path, name: str, why: str) -> str:
+    """Rename a checkpoint so that nothing takes it for one any more: no resume, and no retention. Its new name."""
+    numbers = itertools.count(2)
+    aside = f"{name}.{why}"
+    while (run / FOLDER / aside).exists():
+        aside = f"{name}.{why}-{next(numbers)}"
+    (run / FOLDER / name).rename(run / FOLDER / aside)
+    return aside
 
 
 def whats_wrong(checkpoint: Path, share: slice = slice(None)) -> str | None:

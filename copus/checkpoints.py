@@ -25,8 +25,17 @@ from profiles.configuration import Configuration
 _WRITING = ".writing"
 
 
+FULL_BYTES = 16 * 2**20
+"""A disk with less free space than this is taken for a full one: what could not be written is still there."""
+
+
 class CheckpointError(Exception):
     """A checkpoint could not be written; nothing of it is left, and the ones before it are as they were."""
+
+    def __init__(self, message: str, *, disk_is_full: bool = False) -> None:
+        super().__init__(message)
+        self.disk_is_full = disk_is_full
+        """Whether it is for want of room. Then every rank knows."""
 
 
 def newest_checkpoint(run: Path, skipped: Callable[[str], None] = lambda line: None) -> Path | None:
@@ -67,11 +76,12 @@ class Writing:
     """
 
     def __init__(self, run: Path, backend: Backend, state: TrainerState, keep: int, in_background: bool) -> None:
-        """Plan it, and begin to write a copy `in_background`, where there is room for one. Collective.
+        """Plan it, and begin to write a copy `in_background`, where there is room for one. Collective. `state` is the
+        trainer's own: what is saved is a copy of now, what is kept of older ones depends on it in the end.
 
         Raises CheckpointError on every rank where the disk of any did not take it (full, gone, …), and leaves nothing.
         """
-        self._run, self._keep = run, keep
+        self._run, self._keep, self._state = run, keep, state
         self._folder = run / FOLDER / _WRITING
         self._samples = state.samples_consumed
         values = {"state": asdict(state), "configuration": backend.configuration.model_dump(mode="json")}
@@ -136,12 +146,16 @@ class Writing:
         entries |= describe(self._folder, [name for name in files_of(self._folder) if name not in entries])
         write_manifest(self._folder, entries)
         _put_in_place(self._folder, final)
-        _prune(self._run, self._samples, self._keep)
+        prune(self._run, self._samples, self._keep, self._state.proven_samples)
 
     def _failed(self, error: RankError) -> CheckpointError:
+        """What is raised for an error, on every rank. Collective."""
+        is_full, message = False, str(error)
         if _rank() == 0:
+            is_full, message = _disk_is_full(self._folder, message)
             shutil.rmtree(self._folder, ignore_errors=True)
-        return CheckpointError(str(error))
+        is_full, message = broadcast_from_rank0((is_full, message))
+        return CheckpointError(message, disk_is_full=is_full)
 
 
 def _on_first(action: Callable[[], None]) -> None:
@@ -165,13 +179,31 @@ def _put_in_place(writing: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def _prune(run: Path, samples: int, keep: int) -> None:
-    """Remove what is older than the newest `keep`, counted back from the one that was just written.
+def _disk_is_full(folder: Path, message: str) -> tuple[bool, str]:
+    """Whether a checkpoint could not be written for want of room, and the message, which says so then.
 
-    One with more samples did not verify when this run was resumed: it takes nobody's place.
+    torch's writer does not tell: its message is about the place in the file where it failed.
+    """
+    if "No space left" in message or "quota exceeded" in message:
+        return True, f"the disk of {folder.parent} is full ({message})"
+    try:
+        free = shutil.disk_usage(folder.parent).free
+    except OSError:
+        return False, message
+    if free > FULL_BYTES:
+        return False, message
+    return True, f"the disk of {folder.parent} is full, {free / 2**20:.1f} MiB are free ({message})"
+
+
+def prune(run: Path, samples: int, keep: int, proven_samples: int) -> None:
+    """Remove what is older than the newest `keep`, counted back from `samples`.
+
+    The newest checkpoint with no more than `proven_samples` stays in any case: those after it may hold weights that are
+    useless. One with more than `samples` did not verify when this run was resumed: it takes nobody's place.
     """
     behind = [name for name in checkpoint_names(run) if samples_of(name) <= samples]
-    kept = [name for name in behind if not name.endswith(REPLACED)][:keep]
+    whole = [name for name in behind if not name.endswith(REPLACED)]
+    kept = whole[:keep] + [name for name in whole if samples_of(name) <= proven_samples][:1]
     for name in behind:
         if name not in kept:
             shutil.rmtree(run / FOLDER / name, ignore_errors=True)

@@ -295,7 +295,7 @@ class End(Event):
     """The workers stopped."""
 
     type: Literal["end"] = "end"
-    reason: Literal["finished", "interrupted", "max_minutes", "target_loss"]
+    reason: Literal["finished", "interrupted", "max_minutes", "target_loss", "diverged"]
     """Why."""
     seconds: float
     """Since `start`."""

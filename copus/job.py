@@ -125,7 +125,10 @@ class TrainingConfig(Record):
     staging_bytes: PositiveInt = 256 * 2**20
     """Most memory of a rank for what it is sending and receiving while the job moves to another layout."""
     keep_checkpoints: PositiveInt = 2
-    """Checkpoints kept; older ones are removed."""
+    """Checkpoints kept; older ones are removed. The newest from before a step that was not finite always stays."""
+    max_skipped_steps: PositiveInt = 20
+    """Steps in a row with gradients that are not finite (the optimizer skips them) after which the run ends, with exit
+    code 1."""
 
     @property
     def configuration(self) -> Configuration:

@@ -1,5 +1,6 @@
 """The training loop: steps, noise, decisions and what follows from them, in samples and tokens from end to end."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from copus.backends.base import Backend, Batches, StepRequest, StepResult, TrainerState
 from copus.collectives import broadcast_from_rank0
+from copus.divergence import Divergence
 from copus.events import Evaluate, Event, Failure, Noise, Step
 from copus.job import JobConfig
 from copus.moves import Moves
@@ -22,7 +24,7 @@ from planner.planner import Planner
 from planner.sampling import half_life, source_of_step
 from profiles.configuration import Configuration
 
-EndReason = Literal["finished", "interrupted", "max_minutes", "target_loss"]
+EndReason = Literal["finished", "interrupted", "max_minutes", "target_loss", "diverged"]
 
 
 class Trainer:
@@ -61,20 +63,30 @@ class Trainer:
         self._norms = NormWindow()
         self._norms.restore(state.norms)
         self._evaluated_at: int | None = None
+        self._last_loss_is_finite = True
+        """Of the validation losses."""
+        self._divergence = Divergence(job.training.max_skipped_steps, state, report)
         self._moves = Moves(job, backend, planner, state, report, self._survived)
         self._saver = Saver(job.training, run, backend, state, report, self._survived)
 
     def train(self) -> EndReason:
-        """Run to the end of the job, or until somebody asks to stop. Leaves a checkpoint either way."""
+        """Run to the end of the job, or until somebody asks to stop. Leaves a checkpoint, unless the run has diverged.
+
+        Raises JobError if the disk has no room for that checkpoint.
+        """
         started = time.monotonic()
         job, state = self._job, self.state
         if state.step == 0:
             self._evaluate()
         reason: EndReason = "finished"
+        save_due = False
         while (configuration := self._next_configuration()) is not None:
             before = state.samples_consumed
             overtime = self._is_overtime(started)
             stopped = self._step(configuration, stop=self._stop_requested() or overtime)
+            if self._divergence.is_certain:
+                reason = "diverged"
+                break
             reached = self._passed(before, job.training.evaluate_every_tokens) and self._evaluate()
             # What falls due is done before anything is saved or stopped: a resumed run cannot catch up on it.
             if self._passed(before, job.planner.every_samples * job.model.seq_len):
@@ -85,13 +97,27 @@ class Trainer:
             if reached:
                 reason = "target_loss"
                 break
-            if self._passed(before, job.training.checkpoint_every_tokens):
+            save_due = save_due or self._passed(before, job.training.checkpoint_every_tokens)
+            if save_due and not state.skipped_in_a_row:
                 self._save()
+                save_due = False
         if reason != "interrupted" and self._evaluated_at != state.samples_consumed:
             self._evaluate()
-        if not self._keep_nothing:
+            if self._last_loss_is_finite and not self._divergence.is_likely:
+                state.proven_samples = state.samples_consumed
+            else:
+                reason = "diverged"
+        if self._keep_nothing:
+            return reason
+        if reason == "diverged":
+            self._end_diverged()
+        else:
             self._save(last=True)
         return reason
+
+    def _end_diverged(self) -> None:
+        """Keep the checkpoints from before, and tell the user what to do."""
+        self._divergence.explain(self._saver.set_diverged_aside())
 
     def _is_overtime(self, started: float) -> bool:
         """Whether the time of the job file is up. Rank 0's clock decides: the others never ask to stop for it."""
@@ -134,9 +160,11 @@ class Trainer:
         self._count(configuration, request, result)
         self._report_step(configuration, request, result, seconds)
         self._measure_noise(configuration, request, result)
+        self._divergence.note_step(result.skipped, request)
         self._moves.note_step(configuration, request.noise_source, result.loss, seconds)
         if not result.writing:
             self._saver.finish()
+        self._saver.prune()
         return result.stop
 
     def _request(self, configuration: Configuration, stop: bool) -> StepRequest:
@@ -209,6 +237,7 @@ class Trainer:
         sequences = self._job.training.evaluate_sequences
         loss = self._backend.evaluate(self._valid, sequences)
         self._evaluated_at = self.state.samples_consumed
+        self._last_loss_is_finite = math.isfinite(loss)
         self._report(Evaluate(**self.state.here, loss=loss, sequences=sequences, seconds=time.perf_counter() - started))
         target = self._job.training.target_loss
         return target is not None and loss <= target

@@ -5,10 +5,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch.distributed as dist
+
 from copus.backends.base import Backend, TrainerState
-from copus.checkpoints import CheckpointError, Writing
+from copus.checkpoint_files import FOLDER, checkpoint_names, samples_of, set_aside
+from copus.checkpoints import CheckpointError, Writing, prune
+from copus.collectives import broadcast_from_rank0
 from copus.events import Checkpoint, Event
-from copus.job import TrainingConfig
+from copus.job import JobError, TrainingConfig
 
 
 class Saver:
@@ -32,6 +36,8 @@ class Saver:
         self._report = report
         self._survived = survived
         self._writing: Writing | None = None
+        self._unproven_samples: int | None = None
+        """Samples of the newest checkpoint, while its weights have not turned out to be good."""
         self._waited = 0.0
         """How long training waited for its beginning."""
         self._begun = 0.0
@@ -54,6 +60,7 @@ class Saver:
         behind = started - self._begun if writing.in_background else 0.0
         with self._unless(needed):
             folder, size = writing.finish()
+            self._unproven_samples = samples_of(folder.name)
             self._report(
                 Checkpoint(
                     **self._state.here,
@@ -65,8 +72,33 @@ class Saver:
             )
 
     def write_last(self) -> None:
-        """The checkpoint that a run ends with. The run depends on it: raises CheckpointError."""
-        self._begin(False, needed=True)
+        """Write the checkpoint that a run ends with. The run depends on it: raises JobError if the disk is full, and
+        CheckpointError if it cannot be written for another reason."""
+        try:
+            self._begin(False, needed=True)
+        except CheckpointError as error:
+            if not error.disk_is_full:
+                raise
+            # Another attempt would train again for nothing.
+            raise JobError(f"the last checkpoint was not written: {error}; make room, then resume") from None
+
+    def prune(self) -> None:
+        """Remove the older checkpoints that had to stay until a finite step followed the newest one."""
+        if self._unproven_samples is not None and self._unproven_samples <= self._state.proven_samples:
+            if dist.get_rank() == 0:
+                prune(self._run, self._unproven_samples, self._training.keep_checkpoints, self._state.proven_samples)
+            self._unproven_samples = None
+
+    def set_diverged_aside(self) -> str | None:
+        """Rename the checkpoints that may hold weights that are not finite, so that no resume begins with them. The
+        newest one from before, relative to the run; None if there is none. Collective."""
+        self.finish()
+        if dist.get_rank() == 0:
+            for name in checkpoint_names(self._run):
+                if samples_of(name) > self._state.proven_samples:
+                    set_aside(self._run, name, "diverged")
+        newest = next(iter(checkpoint_names(self._run)), None)
+        return broadcast_from_rank0(newest and f"{FOLDER}/{newest}")
 
     def _begin(self, in_background: bool, needed: bool) -> None:
         self.finish()

@@ -28,9 +28,9 @@ class Outcome:
     """How it ended."""
 
     exit_code: int
-    """0, 1 where workers failed, 128 + signal where they were stopped."""
+    """0, 1 if workers failed or the run diverged, 128 + signal if they were stopped."""
     reason: str
-    """finished, max_minutes, target_loss, interrupted, killed, failed; queued where the job goes on without this
+    """finished, max_minutes, target_loss, diverged, interrupted, killed, failed; queued if the job goes on without this
     command."""
     status: RunStatus
     """The run's last state."""
@@ -88,7 +88,7 @@ def attend(
     reason = status.end.reason if status.end else "interrupted" if stopped else "finished"
     if reason == "interrupted":  # without a signal to this command: somebody else asked the workers to stop
         return Outcome(128 + (interrupts.signal or signal.SIGTERM), reason, status, seconds)
-    return Outcome(0, reason, status, seconds)
+    return Outcome(1 if reason == "diverged" else 0, reason, status, seconds)
 
 
 def show_new(follower: Follower, status: RunStatus, progress: Progress) -> None:

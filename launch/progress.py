@@ -133,6 +133,8 @@ class Progress:
                 ("layout", configuration.layout.label + " (trial)" * (status.trying is not None)),
                 ("micro-batch", str(configuration.micro_batch)),
             ]
+        if status.skipped_steps:
+            facts.append(("skipped", f"{status.skipped_steps} of {status.steps} steps, not finite"))
         if status.samples_per_second is not None:
             facts.append(("samples/s", three_digits(status.samples_per_second)))
         if status.mfu is not None:

@@ -77,8 +77,8 @@ def follow_job(engine: QueuedEngine, run: Path, queued: Queued, interrupts: Inte
     if status.end is None:
         _explain_failure(engine, run, state, status)
         return Outcome(1, "failed", status, seconds)
-    code = 128 + signal.SIGTERM if status.end.reason == "interrupted" else 0
-    return Outcome(code, status.end.reason, status, seconds)
+    codes = {"interrupted": 128 + signal.SIGTERM, "diverged": 1}
+    return Outcome(codes.get(status.end.reason, 0), status.end.reason, status, seconds)
 
 
 def _explain_failure(engine: QueuedEngine, run: Path, state: EngineState, status: RunStatus) -> None:

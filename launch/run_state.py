@@ -75,6 +75,8 @@ def _ended(status: RunStatus) -> RunState | None:
     if status.end is not None:
         if status.end.reason == "finished":
             return RunState("finished")
+        if status.end.reason == "diverged":
+            return RunState("failed", "diverged: its steps were not finite")
         return RunState("stopped", LIMITS.get(status.end.reason, "interrupted"))
     if status.failure is not None:
         return RunState("failed", f"rank {status.failure.rank}: {status.failure.message}")

@@ -38,6 +38,8 @@ class RunStatus:
         self.warning: Warned | None = None
         self.configuration: Configuration | None = None
         self.step: Step | None = None
+        self.steps = self.skipped_steps = 0
+        """Steps in the log, and those of them whose gradients were not finite; both with what was done again."""
         self.noise: Noise | None = None
         self.evaluation: Evaluate | None = None
         self.first_evaluation: Evaluate | None = None
@@ -83,6 +85,8 @@ class RunStatus:
                 self.profile = event
             case Step():
                 self.step = event
+                self.steps += 1
+                self.skipped_steps += event.skipped
                 self.profile = None
                 self._recent.append((event.global_batch, event.seconds))
             case Noise():

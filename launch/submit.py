@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from copus.audit import audit_run
+from copus.checkpoint_files import FOLDER, checkpoint_names
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized
 from launch.attend import Outcome, attend
@@ -222,14 +223,19 @@ def _conclude(
     headline = {
         "finished": f"{place} finished already" if already else f"finished in {clock(outcome.seconds)}",
         **{limit: f"stopped: {reached}" for limit, reached in LIMITS.items()},
+        "diverged": "ended, it diverged",
         "interrupted": "stopped",
         "killed": "ended at once",
         "failed": "the run failed",
     }[outcome.reason]
     lines = [f"{headline}: {count(tokens)} tokens{_losses(status)}"]
+    if status.skipped_steps:
+        lines.append(f"  skipped     {status.skipped_steps} of {status.steps} steps: their gradients were not finite")
     if outcome.reason != "finished":
-        newest = f"from {status.checkpoint.path}" if status.checkpoint else "from the start: there is no checkpoint"
-        lines.append(f"  go on       {resume}   ({newest})")
+        newest = next(iter(checkpoint_names(run)), None)
+        where = f"from {FOLDER}/{newest}" if newest else "from the start: there is no checkpoint"
+        again = " --set training.lr=…" if outcome.reason == "diverged" else ""
+        lines.append(f"  go on       {resume}{again}   ({where})")
     lines += [
         f"  run         {place}",
         f"  report      copus report {place}",

@@ -121,10 +121,12 @@ def _figures(watched: Watched) -> Table:
         ("micro-batch", str(configuration.micro_batch) if configuration else "…"),
         ("moves", _moves(watched)),
     ]
+    if status.skipped_steps:
+        facts.append(("skipped", f"{status.skipped_steps} of {status.steps} steps, not finite"))
     grid = Table.grid(padding=(0, 2))
     cells = [cell for name, value in facts for cell in (Text(name, style="dim"), Text(value))]
-    grid.add_row(*cells[:6])
-    grid.add_row(*cells[6:])
+    for first in range(0, len(cells), 6):
+        grid.add_row(*cells[first : first + 6])
     return grid
 
 

@@ -43,11 +43,11 @@ class FilesSave:
         (self._folder / "common").write_bytes(b"common")
 
 
-def write(run: Path, samples: int, keep: int = 2, **attributes: Any) -> Path:
+def write(run: Path, samples: int, keep: int = 2, proven_samples: int = 0, **attributes: Any) -> Path:
     backend = FilesBackend()
     for name, value in attributes.items():
         setattr(backend, name, value)
-    state = TrainerState(samples_consumed=samples)
+    state = TrainerState(samples_consumed=samples, proven_samples=proven_samples)
     return Writing(run, backend, state, keep, in_background=False).finish()[0]  # type: ignore[arg-type]
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_jobs import copus_here, write_job
+from launch_jobs import DirectEngine, copus_here, write_job
 from test_launch_submit import LONG, steps_seen, submitted, wait_for, worker_is_gone
 
-from copus.events import End, read_events
+from copus.events import REQUEUED, End, read_events
 from copus.job import JobError, load_job
 from launch.engines import LocalEngine, engine_of, engine_state
 from launch.engines.agent import agent_environment
@@ -39,17 +39,36 @@ class ElsewhereEngine(QueuedEngine):
     def submit(self, run: Path, job: Any) -> Any: ...
 
 
-def test_gpus_get_megatrons_one_queue_and_cpu_ranks_see_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_get_megatrons_one_queue_and_cpu_ranks_see_no_gpu(tmp_path: Path) -> None:
     job = load_job(write_job(tmp_path))
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    on_cpu, cluster = agent_environment(job), job.cluster.model_copy(update={"accelerator": "h100-sxm"})
-    on_gpus = agent_environment(job.model_copy(update={"cluster": cluster}))
+    on_cpu, cluster = agent_environment(job, {}), job.cluster.model_copy(update={"accelerator": "h100-sxm"})
+    job = job.model_copy(update={"cluster": cluster})
+    on_gpus = agent_environment(job, {})
     assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in on_cpu
     assert on_gpus["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert "CUDA_VISIBLE_DEVICES" not in on_gpus
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    assert agent_environment(job.model_copy(update={"cluster": cluster}))["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    users = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "MASTER_ADDR": "elsewhere"}
+    assert agent_environment(job, users) == on_gpus | {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+
+
+def test_workers_do_not_take_the_environment_of_another_job_for_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PET_NNODES", "TORCHELASTIC_RUN_ID", REQUEUED)
+    for name in others:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    printer = tmp_path / "print_environment.py"
+    printer.write_text("import json, os, pathlib\npathlib.Path('seen.json').write_text(json.dumps(dict(os.environ)))")
+    engine = DirectEngine([str(printer)])
+    monkeypatch.setattr("launch.submit.engine_of", lambda job: engine)
+    copus_here("submit", "job.yaml")
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert {name for name in others if name in seen} == set()
+    assert (seen["WANDB_MODE"], seen["OMP_NUM_THREADS"]) == ("offline", "1")
 
 
 @pytest.fixture

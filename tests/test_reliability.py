@@ -1,5 +1,10 @@
 """Things that go wrong in a job of several ranks: moves that fail, disks that fill up, other numbers of ranks."""
 
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import Writing, newest_checkpoint
 from copus.collectives import RankError, broadcast_from_rank0, run_on_all_ranks
 from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, Step
+from copus.job import JobError
 from copus.loop import Trainer
 from copus.resize import resized
 from profiles.cluster import Cluster
@@ -203,6 +209,64 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(tmp_path: Path) -> 
     assert not failures[0].fatal
     assert [int(event.path[-12:]) for event in events if isinstance(event, Checkpoint)] == [32, 96, 96]
     assert sum(event.global_batch for event in events if isinstance(event, Step)) == 96
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nobody may mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def _fill_up(run: Path, when: str) -> tuple[list[Event], str]:
+    """Train on a disk that is full at the second and third checkpoint, or at the last one."""
+    job = tiny_job(1, global_batch=4, tokens=16 * 48, checkpoint_every_tokens=16 * 16, keep_checkpoints=1)
+    backend = backend_of(job)
+    begin_save, saves, events = backend.begin_save, [], list[Event]()
+
+    def begin_save_and_fill(folder: Path, copy: bool) -> Any:
+        saves.append(folder)
+        filler = run.parent / "filler"
+        full = len(saves) in (2, 3) if when == "meanwhile" else len(saves) == 4
+        with open(filler, "wb") as file, contextlib.suppress(OSError):
+            while full and shutil.disk_usage(run).free > 100_000:
+                file.write(bytes(4096))
+                file.flush()
+        return begin_save(folder, copy)
+
+    backend.begin_save = begin_save_and_fill  # type: ignore[method-assign]
+    data = random_batches, random_batches
+    trainer = Trainer(job, run, backend, *data, None, TrainerState(), events.append, lambda: False)
+    try:
+        return events, trainer.train()
+    except JobError as error:
+        return events, str(error)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("when", ["meanwhile", "at the end"])
+def test_a_disk_without_room_is_said_to_be_full(small_disk: Path, when: str) -> None:
+    """Whatever torch's writer says of it. Only without the last checkpoint has the run not succeeded."""
+    run = small_disk / "run"
+    run.mkdir()
+    events, end = run_ranks(1, _fill_up, run, when)[0]
+    failures = [event.message for event in events if isinstance(event, Failure)]
+    full = f"the disk of {run}/checkpoints is full"
+    if when == "meanwhile":
+        assert end == "finished"
+        assert len(failures) == 2
+        assert all(full in message and "training goes on" in message for message in failures), failures
+        assert newest_checkpoint(run) == run / "checkpoints" / "samples-000000000048"
+    else:
+        assert failures == []
+        assert end.startswith(f"the last checkpoint was not written: {full}"), end
+        assert end.endswith("make room, then resume")
+        assert newest_checkpoint(run) == run / "checkpoints" / "samples-000000000048", "of the same samples"
 
 
 def _elsewhere(run: Path, layout: dict[str, Any], ranks: int, steps: int) -> tuple[list[float], str]:

@@ -142,6 +142,38 @@ def test_a_refused_job_leaves_nothing(cluster: Cluster) -> None:
     assert not (cluster.folder / "runs" / "refused").exists()
 
 
+def test_the_environment_of_the_shell_does_not_outrank_the_job_file(cluster: Cluster) -> None:
+    """What a user, or the allocation that copus is called from, may have set; it runs on both nodes to the end."""
+    run = cluster.folder / "runs" / "environment"
+    theirs = {
+        **{"SBATCH_PARTITION": "nowhere", "SBATCH_TIMELIMIT": "1", "SBATCH_NO_REQUEUE": "1", "SBATCH_EXPORT": "NONE"},
+        **{"SLURM_MEM_PER_CPU": "100", "SLURM_MEM_PER_NODE": "200", "SLURM_EXPORT_ENV": "NONE", "SLURM_JOB_ID": "9999"},
+        **{"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1", "RANK": "7", "PET_NNODES": "9", "COPUS_REQUEUED": "1"},
+        "SQUEUE_STATES": "COMPLETED",
+    }
+    before = cluster.environment
+    cluster.environment = before | theirs
+    try:
+        output = cluster.copus(*cluster.job("environment", 6400, sbatch={"mem": "500M"}))
+    finally:
+        cluster.environment = before
+    tell(run)
+    assert "finished" in output
+    shown = cluster.run(["scontrol", "show", "job", _job_id(run)])
+    for setting in ("Partition=main", "TimeLimit=UNLIMITED", "Requeue=1", "Restarts=0"):
+        assert setting in shown, shown
+    assert len(seen(run, Start)) == 1
+    assert seen(run, Restart) == []
+
+
+def test_an_interface_that_the_nodes_do_not_have_is_no_requeue(cluster: Cluster) -> None:
+    said = cluster.copus(*cluster.job("interface", 6400, interface="eth99"), exit_code=2)
+    print(said)
+    assert "GLOO_SOCKET_IFNAME(eth99): this machine has no network interface eth99" in said.splitlines()[-1]
+    wait_for("the end of the job", lambda: cluster.run(["squeue", "--noheader"]) == "", 30)
+    assert "Restarts=0" in cluster.run(["scontrol", "show", "job", _job_id(cluster.folder / "runs" / "interface")])
+
+
 def test_a_lost_step_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
     run = cluster.folder / "runs" / "lost"
     with cluster.running(*cluster.job("lost", 38_400)) as following:

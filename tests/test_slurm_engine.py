@@ -230,6 +230,25 @@ def test_what_sbatch_refuses_leaves_nothing(tmp_path: Path, slurm: Says, capfd: 
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_options_of_the_shell_do_not_outrank_the_job_file(
+    tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whether set by the user, or by the allocation or the job that copus is called from."""
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\necho 12\n")
+    options = {"SBATCH_PARTITION": "debug", "SBATCH_NO_REQUEUE": "1", "SLURM_MEM_PER_CPU": "1", "SLURM_JOB_ID": "7"}
+    others = {"SQUEUE_STATES": "RUNNING", "SLURM_EXPORT_ENV": "NONE", "MASTER_PORT": "29500", REQUEUED: "1"}
+    kept = {"SLURM_CONF": "/etc/slurm/slurm.conf", "SLURM_JWT": "secret", "MY_DATA": "/data"}
+    for name, value in (options | others | kept).items():
+        monkeypatch.setenv(name, value)
+    job_file(tmp_path)
+    assert copus_here("submit", "job.yaml", "--detach") == 0
+    seen = dict(line.partition("=")[::2] for line in (tmp_path / "environment").read_text().splitlines())
+    assert {name for name in options | others if name in seen} == set()
+    assert {name: seen[name] for name in kept} == kept
+    said = capfd.readouterr().err
+    assert "copus: warning: SBATCH_NO_REQUEUE, SBATCH_PARTITION: not used; what the job needs stands in launch" in said
+
+
 def test_the_machine_that_submits_is_not_measured(
     tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
 ) -> None:

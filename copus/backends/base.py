@@ -91,6 +91,11 @@ class TrainerState:
     step: int = 0
     optimizer_steps: int = 0
     """Optimizer steps that were not skipped: Adam's own count."""
+    skipped_in_a_row: int = 0
+    """Steps up to now, in a row, whose gradients were not finite."""
+    proven_samples: int = 0
+    """Sequences trained on before the last step whose gradients were finite: a checkpoint with more of them may hold
+    weights that are useless."""
     noise: dict[str, Any] = field(default_factory=dict)
     """State of the noise estimate."""
     norms: list[float] = field(default_factory=list)

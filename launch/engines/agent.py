@@ -1,6 +1,5 @@
 """torch's elastic agent (`copus.agent`), which starts, watches and restarts the workers of one node."""
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,8 +38,9 @@ def agent_arguments(
     ]
 
 
-def agent_environment(job: JobConfig) -> dict[str, str]:
-    """What the agent and its workers need in their environment, whatever the engine."""
+def agent_environment(job: JobConfig, users: Mapping[str, str]) -> dict[str, str]:
+    """What the agent and its workers need in their environment, whatever the engine. `users` is the environment that
+    the user chose for them: only what is a matter of taste follows it."""
     settings = {
         "OMP_NUM_THREADS": str(job.launch.threads_per_rank),
         # torch 2.13 hosts one store for all restarts, without telling their keys apart: restarted ranks find each
@@ -54,7 +54,7 @@ def agent_environment(job: JobConfig) -> dict[str, str]:
     else:
         # Megatron's advice: with one queue kernels start in the order of their launch, so that collectives of tensor
         # parallelism begin before the matrix products that hide them. Blackwell, it says, needs it no more.
-        settings["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        settings["CUDA_DEVICE_MAX_CONNECTIONS"] = users.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return settings
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from copus.job import JobConfig, JobError
 from launch.engines.agent import WORKER, agent_arguments, agent_environment, command_line
 from launch.engines.base import AttendedEngine, EngineOptions, EngineState
+from launch.engines.environment import job_environment
 from launch.engines.this_machine import check_interfaces, check_this_machine
 from launch.process import die_with_parent, module_environment, python_module
 from launch.run_directory import lock_holder, request_stop, shown
@@ -42,7 +43,7 @@ class LocalEngine(AttendedEngine):
         with open(logs / f"{session}.agent.log", "ab") as output:
             agent = subprocess.Popen(
                 self.command(run, job, session, profile_only),
-                env=os.environ | self.settings(job) | module_environment(),
+                env=job_environment() | self.settings(job) | module_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -62,7 +63,7 @@ class LocalEngine(AttendedEngine):
     def settings(self, job: JobConfig) -> dict[str, str]:
         """What is set in the workers' environment. Interfaces that the user chose stay."""
         interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-        return {name: os.environ.get(name, "lo") for name in interfaces} | agent_environment(job)
+        return {name: os.environ.get(name, "lo") for name in interfaces} | agent_environment(job, os.environ)
 
     def state(self, run: Path) -> EngineState:
         """Running as long as somebody holds the run's lock."""

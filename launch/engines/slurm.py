@@ -7,11 +7,13 @@ The batch script (`describe`) runs `launch.engines.slurm_job` on the first node,
 node by `srun`, and sends the job back into the queue.
 """
 
+import os
 import re
 import shlex
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from copus.job import JobConfig, JobError
@@ -50,7 +52,10 @@ class SlurmEngine(QueuedEngine):
         return "\n".join(["#!/bin/bash", *self._directives(run, job), "", *self._commands(run, job)])
 
     def submit(self, run: Path, job: JobConfig) -> Ticket:
-        """`sbatch RUN/slurm.sh`."""
+        """`sbatch RUN/slurm.sh`, which takes the whole environment along but for the options of Slurm's programs."""
+        ignored = sorted(name for name in os.environ if name.startswith("SBATCH_"))
+        if ignored:
+            warnings.warn(f"{', '.join(ignored)}: not used; what the job needs stands in launch.options", stacklevel=2)
         (run / "logs").mkdir(exist_ok=True)
         write_atomically(run / SCRIPT, self.describe(run, job) + "\n")
         answer = slurm("sbatch", "--parsable", str(run / SCRIPT)).strip()
@@ -115,7 +120,7 @@ class SlurmEngine(QueuedEngine):
         ]
 
     def _commands(self, run: Path, job: JobConfig) -> list[str]:
-        environment = agent_environment(job)
+        environment = agent_environment(job, os.environ)
         if self.options.interface:
             environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.options.interface)
         exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]

@@ -5,6 +5,7 @@ import subprocess
 from dataclasses import dataclass
 
 from copus.job import JobError
+from launch.engines.environment import slurm_environment
 
 ANSWER_SECONDS = 10.0
 """How long Slurm's controller may take to answer."""
@@ -41,10 +42,16 @@ class QueueEntry:
 
 
 def slurm(program: str, *arguments: str) -> str:
-    """Run one of Slurm's programs and return what it prints. Raises JobError with its own words where it fails."""
+    """Run one of Slurm's programs, with no options but these, and return what it prints. Raises JobError with the
+    program's own words if it fails."""
     try:
         done = subprocess.run(
-            [program, *arguments], capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS
+            [program, *arguments],
+            env=slurm_environment(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ANSWER_SECONDS,
         )
     except FileNotFoundError:
         raise JobError(f"launch.engine(slurm): {program} is not on the PATH of this machine") from None

@@ -103,7 +103,7 @@ class Attempt:
             endpoint = f"{addresses[self._here]}:{self._options.port or port_of(self._job_id)}"
         log = f"{self._run}/logs/slurm-{session}.node-%t.log"
         return [
-            *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
+            *("srun", "--export=ALL", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
             *(f"--cpus-per-task={cpus_per_node(self._options, self._job)}", "--mpi=none"),
             *("--kill-on-bad-exit=1", f"--wait={LAST_AGENT_SECONDS}", "--open-mode=append", f"--output={log}"),
             *python_module("launch.engines.slurm_node", self._run, session, endpoint),
@@ -126,7 +126,7 @@ class Attempt:
             return EXIT_CODE
         done = code == 0 and status.end is not None and status.end.reason != "interrupted"
         if done or self._stopped_by_user():
-            return code
+            return 1 if status.end is not None and status.end.reason == "diverged" else code
         why = self._why or (f"its workers failed (srun: {code})" if code else "its workers were stopped")
         fruitless = 0 if self._checkpoint_samples() > counted.checkpoint_samples else counted.fruitless + 1
         if fruitless > self._options.max_requeues:

@@ -191,6 +191,8 @@ def _tiles(history: History, gain: Estimate | None) -> list[dict[str, str]]:
         tiles.append(("trials", str(len(history.trials)), f"took {duration(seconds)}"))
     if gain is not None and history.moves:
         tiles.append(("vs first", f"{signed(gain.value)} %", f"{signed(gain.low)} to {signed(gain.high)} %"))
+    if history.status.skipped_steps:
+        tiles.append(("skipped", str(history.status.skipped_steps), "steps that were not finite"))
     return [{"name": name, "value": value, "note": note} for name, value, note in tiles]
 
 
