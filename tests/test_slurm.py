@@ -154,7 +154,7 @@ def test_the_environment_of_the_shell_does_not_outrank_the_job_file(cluster: Clu
     before = cluster.environment
     cluster.environment = before | theirs
     try:
-        output = cluster.copus(*cluster.job("environment", 6400, sbatch={"mem": "500M"}))
+        output = cluster.copus(*cluster.job("environment", 6400, sbatch={"mem": "1M"}))
     finally:
         cluster.environment = before
     tell(run)
