@@ -1,55 +1,96 @@
-"""How long does it take, on this machine's clock, to train to a loss? Every policy, the same job, several seeds.
+"""How long does it take, on this machine's clock, to train to a loss? Policies against fixed batches, over seeds.
 
-    python -m benchmarks.time_to_target [--job FILE] [--seeds N] [--quick] [--out DIR] [--only NAME,NAME] [--json]
+    python -m benchmarks.time_to_target [--seeds N] [--quick] [--neighbour quiet,busy] [--decay cosine,constant]
+        [--workloads NAME,NAME] [--only NAME,NAME] [--out DIR] [--json]
 
-Every run is `copus submit` of the same job with another policy, to `training.target_loss`. Its time is what it spent
-measuring throughput, from an empty table, and training: steps, evaluations, decisions and moves. Not counted is what
-all have in common: starting processes and reading data. Each seed runs all policies, in an order that turns from seed
-to seed. Finished runs are kept in DIR and not run again, so that a benchmark that was stopped goes on.
+Every run is `copus submit` of one job (benchmarks/time_to_target.yaml, changed by the workload) with another policy.
+
+- With `cosine` the learning rate decays to the end of the run, and only the loss at the end counts. Seeds differ in the
+  length of the run, which tells what time buys: all runs are brought to one final loss along that slope
+  (`benchmarks.time_to_target_gains`). So each policy and each fixed configuration has its own decay to its own end, and
+  a run costs no more than it has to.
+- With `constant` a run stops at a target loss, on the line between two evaluations.
+
+The time of a run is what it spent measuring throughput, from an empty table, and training: steps, decisions, moves,
+trials. Evaluations are left out, which are the benchmark's and not the job's, and what all have in common: starting
+processes and reading data. With `busy` another process takes one core half of the time, in the same bursts for all runs
+of a seed. Each seed runs everything, in an order that turns from seed to seed. Finished runs are kept in DIR and not
+run again: many seeds can be had in several sittings.
 """
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
-from scipy import stats
 
 from benchmarks.command import console_of, parser_of, tell
-from copus.events import Evaluate, Event, Profile, Reconfigure, Start, read_events
-from copus.job import JobConfig, load_job
+from benchmarks.neighbour_worker import busy_neighbour
+from benchmarks.time_to_target_gains import CELL, Run, crossing, gains
+from copus.audit import audit_run
+from copus.events import Evaluate, Event, Profile, Reconfigure, Start, Trial, read_events
+from copus.job import load_job
 from planner.job_estimate import estimate_job
 from profiles.configuration import Configuration
 from profiles.table import ThroughputTable
 
 JOB = Path(__file__).with_name("time_to_target.yaml")
 OUT = Path("build/time-to-target")
-BATCHES = "8,16,32"
+BATCHES = "4,8,16"
+NEIGHBOURS = ("quiet", "busy")
+DECAYS = ("cosine", "constant")
+QUICK = 0.1
+"""Share of the tokens that `--quick` trains on."""
 Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A job to train."""
+
+    settings: Settings
+    """Over the job file."""
+    lengths: tuple[int, ...]
+    """Tokens of the runs with a decay; seeds go through them in turn."""
+    target_loss: float
+    """Where runs without a decay stop."""
+    longest: int
+    """Tokens after which these give up."""
+
+
+WORKLOADS = {
+    "short-sequences": Workload({}, (160_000, 240_000), 5.5, 400_000),
+    "long-sequences": Workload(
+        {"model.seq_len": 256, "model.hidden": 128, "model.ffn_hidden": 344, "model.layers": 4, "model.heads": 4},
+        (500_000, 750_000),
+        5.6,
+        1_500_000,
+    ),
+}
 WHOLE_TABLE: Settings = {"profile.budget_seconds": 20}
-"""For policies that can only choose what was measured. `goodput` takes the cost model's word for the rest."""
+"""For policies that can only choose what was measured. `goodput` takes the cost model's word, and tries."""
 ADAPTIVE: dict[str, Settings] = {
-    "cbs-pessimistic": {"planner.policy": "cbs", "planner.cbs_layout": "pessimistic", **WHOLE_TABLE},
-    "cbs-optimistic": {"planner.policy": "cbs", "planner.cbs_layout": "optimistic", **WHOLE_TABLE},
+    "goodput": {"planner.policy": "goodput", "profile.when": "never"},
     "copus": {"planner.policy": "copus", **WHOLE_TABLE},
-    "goodput": {"planner.policy": "goodput"},
-    "goodput-unmeasured": {"planner.policy": "goodput", "profile.when": "never"},
-    "goodput-lr-aware": {"planner.policy": "goodput", "planner.objective": "lr-aware"},
-    "goodput-lr-constant": {"planner.policy": "goodput", "training.optimizer.lr_batch_exponent": 0},
-    "goodput-lr-linear": {"planner.policy": "goodput", "training.optimizer.lr_batch_exponent": 1},
 }
 """Policies that choose a layout, and have to learn how fast they are."""
+FURTHER: dict[str, Settings] = {
+    "goodput-measured": {"planner.policy": "goodput"},
+    "goodput-lr-aware": {"planner.policy": "goodput", "planner.objective": "lr-aware"},
+    "cbs-pessimistic": {"planner.policy": "cbs", "planner.cbs_layout": "pessimistic", **WHOLE_TABLE},
+    "cbs-optimistic": {"planner.policy": "cbs", "planner.cbs_layout": "optimistic", **WHOLE_TABLE},
+}
+"""Run only if they are named with `--only`."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +99,33 @@ class Contender:
 
     name: str
     settings: Settings
-    """Over the job file."""
+    """Over the job file and the workload."""
 
 
 def contenders(fastest: dict[int, Configuration]) -> list[Contender]:
-    """Every policy; `fastest` has the fastest configuration of each fixed batch.
+    """Every way; `fastest` has the fastest configuration of each fixed batch, in ascending order.
 
-    The fixed ones are told what is fastest: measuring costs them nothing. So is the norm test, which keeps its layout:
-    it has that of the fixed batch in the middle.
+    The fixed ones, and the schedules that keep one layout, are told what is fastest: measuring costs them nothing. The
+    ramp is that of hindsight too: over half of the run, from half of the smallest fixed batch to the largest one.
     """
-    known: Settings = {"profile.when": "never"}
-    static = [
-        Contender(f"static-{batch}", {**known, "planner.policy": "static", **_settings(configuration)})
+    told: Settings = {"profile.when": "never"}
+    fixed = [
+        Contender(f"static-{batch}", {**told, "planner.policy": "static", **_settings(configuration)})
         for batch, configuration in fastest.items()
     ]
-    middle = list(fastest.values())[len(fastest) // 2]
-    smallest = middle.model_copy(update={"micro_batch": 1, "global_batch": max(2, middle.layout.dp)})
-    norm_test = Contender("norm-test", {**known, "planner.policy": "norm-test", **_settings(smallest)})
-    return [*static, norm_test, *(Contender(name, settings) for name, settings in ADAPTIVE.items())]
+    smallest, largest = min(fastest), max(fastest)
+    first = fastest[smallest]
+    begin = max(smallest // 2, first.layout.dp)
+    ramp = {
+        **told,
+        "planner.policy": "ramp",
+        **_settings(first.model_copy(update={"global_batch": begin, "micro_batch": begin // first.layout.dp})),
+        "planner.ramp_start": begin,
+        "planner.ramp_increment": begin,
+        "planner.max_global_batch": largest,
+    }
+    policies = [Contender(name, settings) for name, settings in {**ADAPTIVE, **FURTHER}.items()]
+    return [*fixed, Contender("ramp", ramp), *policies]
 
 
 def _settings(configuration: Configuration) -> Settings:
@@ -87,107 +137,115 @@ def _settings(configuration: Configuration) -> Settings:
     }
 
 
-def fastest_of(job_file: Path, overrides: Sequence[str], batches: Sequence[int], out: Path) -> dict[int, Configuration]:
-    """The fastest configuration at each fixed batch: everything is measured once, in OUT/throughput.jsonl."""
+def fastest_of(job_file: Path, settings: Settings, batches: Sequence[int], out: Path) -> dict[int, Configuration]:
+    """The fastest configuration at each fixed batch: everything is measured once, in OUT/throughput.jsonl. Raises
+    SystemExit for a batch at which nothing was measured."""
     table = out / "throughput.jsonl"
-    settings = [*overrides, f"profile.table={table}", f"launch.runs={out / 'runs'}"]
-    _copus("profile", "run", str(job_file), *_set([*settings, "profile.budget_seconds=600", "profile.rounds=3"]))
-    job, rows = load_job(job_file, settings), ThroughputTable(table).rows()
+    settings = {**settings, "profile.table": table, "launch.runs": out / "runs"}
+    _copus("profile", "run", str(job_file), *_set({**settings, "profile.budget_seconds": 600, "profile.rounds": 3}))
+    job, rows = load_job(job_file, _overrides(settings)), ThroughputTable(table).rows()
     training = job.training
     estimate = estimate_job(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
-    measured = [each for each in estimate.candidates if each.source != "predicted"]
-    found = {
-        each.best.configuration.global_batch: each.best.configuration
-        for each in replace(estimate, candidates=measured).fastest()
+    measured = [candidate for candidate in estimate.candidates if candidate.source != "predicted"]
+    fastest = {
+        of_batch.best.configuration.global_batch: of_batch.best.configuration
+        for of_batch in replace(estimate, candidates=measured).fastest()
     }
-    if missing := set(batches) - set(found):
+    if missing := set(batches) - set(fastest):
         raise SystemExit(f"--batches: nothing was measured at a global batch of {min(missing)}")
-    return {batch: found[batch] for batch in batches}
+    return {batch: fastest[batch] for batch in batches}
 
 
-def train(contender: Contender, job_file: Path, overrides: Sequence[str], seed: int, out: Path) -> dict[str, Any]:
-    """Run one contender to the target. Raises SystemExit, with what it said, where it failed."""
-    name = f"{contender.name}-seed{seed}"
+@dataclass(frozen=True)
+class Cell:
+    """What a run has in common with those that it is compared with."""
+
+    workload: str
+    decay: str
+    neighbour: str
+
+    def settings(self, seed: int, scale: float) -> Settings:
+        """Over the job file: the workload, and the length of the run, whose tokens are multiplied by `scale`."""
+        workload = WORKLOADS[self.workload]
+        if self.decay == "constant":
+            length = {"training.tokens": round(scale * workload.longest), "training.target_loss": workload.target_loss}
+            return {**workload.settings, **length}
+        tokens = round(scale * workload.lengths[(seed - 1) % len(workload.lengths)])
+        decay = {"training.decay": "cosine", "training.min_lr": 4.0e-5, "training.target_loss": "null"}
+        # Only the end counts; evaluating it well makes up for the noise of one.
+        evaluate = {"training.evaluate_every_tokens": 2 * tokens, "training.evaluate_sequences": 512}
+        return {**workload.settings, **decay, **evaluate, "training.tokens": tokens}
+
+
+def train(contender: Contender, cell: Cell, seed: int, scale: float, options: argparse.Namespace) -> Run:
+    """Run one contender. Raises SystemExit, with what it said, if it failed."""
+    out = options.out.absolute()
+    name = f"{cell.workload}-{cell.decay}-{cell.neighbour}-{contender.name}-seed{seed}"
     table = out / "tables" / f"{name}.jsonl"
     table.unlink(missing_ok=True)  # of a run that was stopped
     settings = {
+        **cell.settings(seed, scale),
         **contender.settings,
         "name": name,
         "training.seed": seed,
         "profile.table": table,
         "launch.runs": out / "runs",
     }
-    said = _copus("submit", str(job_file), "--json", *_set([*overrides, *(f"{k}={v}" for k, v in settings.items())]))
+    with busy_neighbour(seed) if cell.neighbour == "busy" else nullcontext():
+        said = _copus("submit", str(options.job), "--json", *_set(settings), *_plain(options.set))
     run = Path(json.loads(said)["run"])
     job = load_job(run / "job.yaml")
-    return {"policy": contender.name, "seed": seed, **read_run(list(read_events(run)), job)}
+    common = dict(zip(CELL, (cell.workload, cell.decay, cell.neighbour), strict=True))
+    return {**common, "policy": contender.name, "seed": seed, **read_run(run, job.training.target_loss)}
 
 
-def read_run(events: Sequence[Event], job: JobConfig) -> dict[str, Any]:
-    """What a run's events say of its time. `seconds` is None where it never came to the target."""
+def read_run(run: Path, target: float | None) -> dict[str, Any]:
+    """What a run's events say of its time. `seconds` is None if it never came to a `target` that it has."""
+    events = list(read_events(run))
     start = next(event for event in events if isinstance(event, Start))
-    target = job.training.target_loss
-    assert target is not None, "the job of this benchmark has a target"
-    evaluations = [event for event in events if isinstance(event, Evaluate) and event.loss is not None]
     profile_seconds = sum(event.seconds for event in events if isinstance(event, Profile))
-    crossed = crossing([(event.time - start.time, float(event.loss or 0)) for event in evaluations], target)
-    tokens = crossing(
-        [(event.samples_consumed * start.seq_len, float(event.loss or 0)) for event in evaluations], target
-    )
-    moves = [event for event in events if isinstance(event, Reconfigure)]
+    curve, tokens = [], []
+    for seconds, event in without_evaluations(events, start.time):
+        if isinstance(event, Evaluate) and event.loss is not None:
+            curve.append((seconds, event.loss))
+            tokens.append((float(event.samples_consumed * start.seq_len), event.loss))
+    ended = (curve[-1][0] if curve else None) if target is None else crossing(curve, target)
+    audit = audit_run(run)
     return {
         "target_loss": target,
-        "seconds": None if crossed is None else profile_seconds + crossed,
-        "training_seconds": crossed,
+        "seconds": None if ended is None else profile_seconds + ended,
+        "training_seconds": ended,
         "profile_seconds": profile_seconds,
-        "tokens": tokens,
-        "last_loss": evaluations[-1].loss if evaluations else None,
-        "moves": len(moves),
-        "layout_moves": sum(move.rung == "layout" for move in moves),
-        "configurations": [start.configuration.label, *(move.after.label for move in moves)],
+        "tokens": tokens[-1][0] if target is None and tokens else crossing(tokens, target or 0.0),
+        "final_loss": curve[-1][1] if curve else None,
+        "moves": audit.moves,
+        "trials": audit.trials,
+        "trial_seconds": audit.trial_seconds,
+        "audit": audit.model_dump(mode="json", include={"gain_over_first_pct", "gain_over_best_fixed_pct"}),
+        "configurations": _path(events),
     }
 
 
-def crossing(curve: Sequence[tuple[float, float]], target: float) -> float | None:
-    """Where a curve of (place, loss) first comes down to the target, on the line between two evaluations."""
-    for (place, loss), (next_place, next_loss) in pairwise(curve):
-        if next_loss <= target:
-            share = (loss - target) / (loss - next_loss) if loss > next_loss else 1.0
-            return place + share * (next_place - place)
-    return None
+def without_evaluations(events: Sequence[Event], began: float) -> Iterator[tuple[float, Event]]:
+    """Events with their seconds since training began, the time of evaluations left out."""
+    evaluated = 0.0
+    for event in events:
+        if isinstance(event, Evaluate):
+            evaluated += event.seconds
+        yield event.time - began - evaluated, event
 
 
-def gains(runs: Sequence[dict[str, Any]], clock: str) -> dict[str, dict[str, float | None]]:
-    """By policy: how much sooner than the best fixed configuration it was there, in percent, with its 90 % interval.
-
-    The best fixed configuration is the one with the smallest mean over seeds, seen with hindsight. Each seed is a pair;
-    the interval is Student's, on the logarithm of the ratio. A policy that missed the target has no figure.
-    """
-    seconds: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    missed = set()
-    for run in runs:
-        if run[clock] is None:
-            missed.add(run["policy"])
-        else:
-            seconds[run["policy"]][run["seed"]] = run[clock]
-    fixed = [name for name in seconds if name.startswith("static-") and name not in missed]
-    if not fixed:
-        return {}
-    best = seconds[min(fixed, key=lambda name: float(np.mean(np.log(list(seconds[name].values())))))]
-    result = {}
-    for name, own in seconds.items():
-        ratios = [math.log(best[seed] / own[seed]) for seed in own if seed in best]
-        if name in missed or not ratios:
-            continue
-        mean, half = float(np.mean(ratios)), None
-        if len(ratios) > 1:
-            half = float(stats.t.ppf(0.95, len(ratios) - 1) * np.std(ratios, ddof=1) / math.sqrt(len(ratios)))
-        result[name] = {
-            "gain_pct": 100 * math.expm1(mean),
-            "low_pct": None if half is None else 100 * math.expm1(mean - half),
-            "high_pct": None if half is None else 100 * math.expm1(mean + half),
-        }
-    return result
+def _path(events: Sequence[Event]) -> list[str]:
+    """Labels of the configurations that ran, those of trials left out unless the job stayed."""
+    labels = list[str]()
+    for event in events:
+        if isinstance(event, Start):
+            labels.append(event.configuration.label)
+        elif isinstance(event, Trial) and event.outcome == "stayed":
+            labels.append(event.candidate.label)
+        elif isinstance(event, Reconfigure) and not event.trial:
+            labels.append(event.after.label)
+    return labels
 
 
 def _copus(*arguments: str) -> str:
@@ -198,7 +256,15 @@ def _copus(*arguments: str) -> str:
     return done.stdout
 
 
-def _set(overrides: Sequence[str]) -> list[str]:
+def _overrides(settings: Settings) -> list[str]:
+    return [f"{name}={value}" for name, value in settings.items()]
+
+
+def _set(settings: Settings) -> list[str]:
+    return _plain(_overrides(settings))
+
+
+def _plain(overrides: Sequence[str]) -> list[str]:
     return [part for override in overrides for part in ("--set", override)]
 
 
@@ -207,91 +273,145 @@ def run_all(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     out = options.out.absolute()
     (out / "tables").mkdir(parents=True, exist_ok=True)
     kept = out / "results.jsonl"
-    finished = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    batches = [int(each) for each in options.batches.split(",")]
-    fastest = fastest_of(options.job, options.set, batches, out)
-    for batch, configuration in fastest.items():
-        console.print(f"fastest at a global batch of {batch}: {configuration.label}")
-    field = contenders(fastest)
-    if options.only:
-        field = [each for each in field if each.name in options.only.split(",")]
-    seeds = range(1, 1 + (1 if options.quick else options.seeds))
-    done = {(run["policy"], run["seed"]) for run in finished}
+    finished: list[Run] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {_key(run) for run in finished}
+    cells = [Cell(w, d, n) for w in options.workloads for d in options.decay for n in options.neighbour]
+    fields = {name: _field(name, options, console) for name in options.workloads}
+    seeds = range(1, 1 + options.seeds)
     for seed in seeds:
-        turned = field[(seed - 1) % len(field) :] + field[: (seed - 1) % len(field)]
-        for contender in turned:
-            if (contender.name, seed) in done:
-                continue
-            run = train(contender, options.job, options.set, seed, out)
-            with open(kept, "a", encoding="utf-8") as file:
-                file.write(json.dumps(run) + "\n")
-            finished.append(run)
-            seconds = "missed the target" if run["seconds"] is None else f"{run['seconds']:.1f} s"
-            console.print(f"seed {seed}  {contender.name:20} {seconds}  {' → '.join(run['configurations'])}")
-    measured = ThroughputTable(out / "throughput.jsonl").rows()[-1].fingerprint
-    shown = [run for run in finished if run["policy"] in {each.name for each in field} and run["seed"] in seeds]
+        for cell in cells:
+            field = fields[cell.workload]
+            for contender in field[(seed - 1) % len(field) :] + field[: (seed - 1) % len(field)]:
+                if (cell.workload, cell.decay, cell.neighbour, contender.name, seed) in done:
+                    continue
+                run = train(contender, cell, seed, QUICK if options.quick else 1.0, options)
+                with open(kept, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(run) + "\n")
+                finished.append(run)
+                console.print(_line(run), soft_wrap=True)
+    wanted = {(*_of(cell), contender.name) for cell in cells for contender in fields[cell.workload]}
+    runs = [run for run in finished if _key(run)[:-1] in wanted and run["seed"] in seeds]
+    measured = ThroughputTable(out / options.workloads[0] / "throughput.jsonl").rows()[-1].fingerprint
     return {
         "job": options.job.name,
         "hardware": measured.hardware,
         "software": measured.software,
-        "fastest_at": {str(batch): configuration.label for batch, configuration in fastest.items()},
-        "runs": shown,
-        "gain_over_best_fixed_pct": gains(shown, "seconds"),
-        "gain_without_profiling_pct": gains(shown, "training_seconds"),
+        "runs": runs,
+        "gains": gains(runs),
+        "gains_without_profiling": gains([{**run, "seconds": run["training_seconds"]} for run in runs]),
     }
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """A line for each policy."""
-    console.print(f"{result['hardware']} · {result['software']}")
-    table = Table(
-        Column("policy", no_wrap=True),
-        title="time to the target loss: medians over seeds; gain over the best fixed, 90 % interval",
-    )
-    for column in ("seeds", "seconds", "profiling", "tokens", "moves", "gain %", "without profiling"):
-        table.add_column(column, justify="right")
-    by_policy: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for run in result["runs"]:
-        by_policy[run["policy"]].append(run)
-    for name, runs in by_policy.items():
-        there = [run for run in runs if run["seconds"] is not None]
+def _key(run: Run) -> tuple[Any, ...]:
+    return (*(run[name] for name in CELL), run["policy"], run["seed"])
 
-        def middle(key: str, there: list[dict[str, Any]] = there, spelled: str = "{:.1f}") -> str:
-            return spelled.format(float(np.median([run[key] for run in there]))) if there else "–"
+
+def _of(cell: Cell) -> tuple[str, str, str]:
+    return cell.workload, cell.decay, cell.neighbour
+
+
+def _field(name: str, options: argparse.Namespace, console: Console) -> list[Contender]:
+    """Those that a workload is trained by."""
+    overrides = dict(override.split("=", 1) for override in options.set)
+    batches = [int(text) for text in options.batches.split(",")]
+    out = options.out.absolute() / name
+    out.mkdir(exist_ok=True)
+    fastest = fastest_of(options.job, {**WORKLOADS[name].settings, **overrides}, batches, out)
+    for batch, configuration in fastest.items():
+        console.print(f"{name}: fastest at a global batch of {batch}: {configuration.label}")
+    every = contenders(fastest)
+    return [one for one in every if (one.name in options.only if options.only else one.name not in FURTHER)]
+
+
+def _line(run: Run) -> str:
+    ended = "missed the target" if run["seconds"] is None else f"{run['seconds']:.1f} s"
+    loss = "" if run["final_loss"] is None else f"loss {run['final_loss']:.3f}"
+    where = " ".join(run[name] for name in CELL)
+    return f"seed {run['seed']}  {where}  {run['policy']:14} {ended}  {loss}  {' → '.join(run['configurations'])}"
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """A table for each cell, with a line for each policy."""
+    console.print(f"{result['hardware']} · {result['software']}")
+    cells: defaultdict[tuple[str, ...], list[Run]] = defaultdict(list)
+    for run in result["runs"]:
+        cells[tuple(run[name] for name in CELL)].append(run)
+    for cell, runs in cells.items():
+        console.print(_table(cell, runs, result))
+
+
+def _table(cell: tuple[str, ...], runs: list[Run], result: dict[str, Any]) -> Table:
+    spelled = {
+        key: {row["policy"]: _spelled(row) for row in result[key] if tuple(row[name] for name in CELL) == cell}
+        for key in ("gains", "gains_without_profiling")
+    }
+    title = (
+        f"{' · '.join(cell)}: medians over seeds; gain over the best fixed configuration of hindsight, 90 % interval"
+    )
+    table = Table(Column("policy", no_wrap=True), title=title)
+    for column in ("seeds", "seconds", "profiling", "trials", "tokens", "loss", "moves", "gain %", "without profiling"):
+        table.add_column(column, justify="right")
+    by_policy: defaultdict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_policy[run["policy"]].append(run)
+    for name, members in by_policy.items():
+        there = [run for run in members if run["seconds"] is not None]
+
+        def middle(key: str, spelling: str = "{:.1f}", there: list[Run] = there) -> str:
+            return spelling.format(float(np.median([run[key] for run in there]))) if there else "–"
 
         table.add_row(
             name,
-            f"{len(there)} of {len(runs)}",
+            f"{len(there)} of {len(members)}",
             middle("seconds"),
             middle("profile_seconds"),
-            middle("tokens", spelled="{:,.0f}"),
-            middle("moves", spelled="{:.0f}"),
-            _spelled(result["gain_over_best_fixed_pct"].get(name)),
-            _spelled(result["gain_without_profiling_pct"].get(name)),
+            middle("trial_seconds"),
+            middle("tokens", "{:,.0f}"),
+            middle("final_loss", "{:.3f}"),
+            middle("moves", "{:.0f}"),
+            spelled["gains"].get(name, "–"),
+            spelled["gains_without_profiling"].get(name, "–"),
         )
-    console.print(table)
+    return table
 
 
-def _spelled(gain: dict[str, float | None] | None) -> str:
-    if gain is None:
-        return "–"
-    low, high = gain["low_pct"], gain["high_pct"]
-    return f"{gain['gain_pct']:+.1f}" + ("" if low is None or high is None else f" ({low:+.1f} … {high:+.1f})")
+def _spelled(row: dict[str, Any]) -> str:
+    interval = "" if row["low"] is None else f" ({row['low']:+.1f} … {row['high']:+.1f})"
+    return f"{row['gain_over_best_fixed_pct']:+.1f}{interval}"
+
+
+def _names(allowed: Sequence[str]) -> Any:
+    """A list with commas of these names."""
+
+    def names(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(allowed):
+            raise argparse.ArgumentTypeError(f"{min(unknown)} is none of {', '.join(allowed)}")
+        return text.split(",")
+
+    return names
 
 
 def main() -> int:
     """Run the command."""
     parser = parser_of("time_to_target", __doc__)
-    parser.add_argument("--job", type=Path, default=JOB, help="job file with a training.target_loss")
+    parser.add_argument("--job", type=Path, default=JOB, help="job file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a field of it"
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one seed")
+    parser.add_argument("--seeds", type=int, default=None, help="10; 2 with --quick")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the tokens, one workload with a decay, quiet")
+    parser.add_argument("--workloads", type=_names(list(WORKLOADS)), default=None, help=", ".join(WORKLOADS))
+    parser.add_argument("--decay", type=_names(DECAYS), default=None, help=", ".join(DECAYS))
+    parser.add_argument("--neighbour", type=_names(NEIGHBOURS), default=None, help=", ".join(NEIGHBOURS))
     parser.add_argument("--batches", default=BATCHES, help="fixed global batches to compare with")
-    parser.add_argument("--only", help="names of policies, with commas")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder with the runs; finished ones are not run again")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="names of policies, with commas")
+    parser.add_argument("--out", type=Path, default=None, help=f"folder with the runs, {OUT}; finished ones are kept")
     options = parser.parse_args()
+    options.seeds = options.seeds or (2 if options.quick else 10)
+    options.workloads = options.workloads or list(WORKLOADS)[: 1 if options.quick else None]
+    options.decay = options.decay or list(DECAYS[: 1 if options.quick else None])
+    options.neighbour = options.neighbour or list(NEIGHBOURS[: 1 if options.quick else None])
+    options.out = options.out or (OUT.with_name(f"{OUT.name}-quick") if options.quick else OUT)
     console = console_of(options)
     tell(run_all(options, console), show, options, console)
     return 0

@@ -1,11 +1,12 @@
 """`copus explain`: what the planner saw, what it chose and why, and whether it was right about it."""
 
 import json
+import math
 import statistics
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from copus.event_lines import event_lines, samples_of
 from copus.events import DecisionMade, Event, Reconfigure, Start, Step, parse_event
@@ -19,18 +20,24 @@ from profiles.decision import CandidateScore, Decision
 if TYPE_CHECKING:
     from rich.table import Table
 
-BEST = 20
+BEST = 8
 """Candidates shown, unless all are asked for. The chosen and the current one are always there."""
-COLUMNS = (
-    *("layout", "micro-batch", "global batch", "samples/s", "±", "source", "efficiency", "goodput", "vs current"),
-    *("memory", "move", "saves", "verdict"),
-)
-WORDS = ("layout", "source", "verdict")
+COLUMNS = ("candidate", "step", "±", "speed", "efficiency", "now", "saves", "move", "memory", "source", "verdict")
+WORDS = ("candidate", "source", "verdict")
 """The columns that are not figures."""
-DISPENSABLE = ("memory", "±", "source", "efficiency", "move", "goodput", "saves")
+DISPENSABLE = ("memory", "source", "move", "step", "±", "efficiency", "speed")
 """Columns that a narrow terminal goes without, the first one first; `--json` has them."""
-VERDICT_WIDTH = 24
-"""Room for the verdict beside its longest word; it is wrapped."""
+VERDICTS = {
+    "CHOSEN": "CHOSEN",
+    "WOULD BE CHOSEN": "ADVISED",
+    "current": "current",
+    "slower": "slower",
+    "lower goodput": "worse",
+    "no gain": "equal",
+    "no decision yet": "waiting",
+    "not measured": "unknown",
+}
+"""First words of verdicts that one word says all of; the figures are in the row."""
 
 
 @dataclass(frozen=True)
@@ -142,51 +149,145 @@ def as_values(run: Path, explanation: Explanation) -> dict[str, object]:
 
 
 def shown_candidates(decision: Decision, all_candidates: bool) -> list[CandidateScore]:
-    """The best ones, and always the chosen and the current one."""
+    """The best ones, and always the chosen and the current one, in the order of what decides: the expected saving if
+    the policy works it out, else goodput. Those that could not be chosen come last."""
+    ranked = sorted(decision.candidates, key=lambda score: -_saving(score))
     kept = {decision.chosen, decision.current}
     return [
         candidate
-        for place, candidate in enumerate(decision.candidates)
+        for place, candidate in enumerate(ranked)
         if all_candidates or place < BEST or candidate.configuration in kept
     ]
 
 
-def cells(candidate: CandidateScore) -> list[str]:
-    """What a table says of a candidate, in the order of `COLUMNS`."""
+def _saving(candidate: CandidateScore) -> float:
+    """What a candidate is ranked by, beside others that come in the order of goodput."""
+    if candidate.move_seconds is None and candidate.saved_seconds is None:
+        return -math.inf if candidate.verdict not in ("CHOSEN", "current") else 0.0
+    return candidate.saved_expected_seconds or 0.0
+
+
+def cells(candidate: CandidateScore, current: CandidateScore | None) -> list[str]:
+    """What a table says of a candidate beside the `current` one, in the order of `COLUMNS`; the verdict in one word."""
+    ratios = ratios_of(candidate, current)
     spread = None
-    if candidate.samples_per_second and candidate.step_seconds and candidate.step_seconds_spread is not None:
-        spread = candidate.samples_per_second * candidate.step_seconds_spread / candidate.step_seconds
+    if candidate.step_seconds and candidate.step_seconds_spread is not None:
+        spread = candidate.step_seconds_spread / candidate.step_seconds
     return [
-        candidate.configuration.layout.label,
-        str(candidate.configuration.micro_batch),
-        str(candidate.configuration.global_batch),
-        _number(candidate.samples_per_second, ".1f"),
-        _number(spread, ".1f"),
-        candidate.source,
-        _number(candidate.efficiency, ".3f"),
-        _number(candidate.goodput, ".2f"),
-        _number(candidate.gain, "+.1%"),
-        "–" if candidate.peak_bytes is None else f"{candidate.peak_bytes / 2**30:.2f} GiB",
+        candidate.configuration.label,
+        "–" if candidate.step_seconds is None else f"{1000 * candidate.step_seconds:.0f} ms",
+        _number(spread, ".0%"),
+        *("–" if ratio is None else f"×{ratio:.2f}" for ratio in ratios),
+        _saved(candidate),
         "–" if candidate.move_seconds is None else duration(candidate.move_seconds),
-        "–" if candidate.saved_seconds is None else duration(candidate.saved_seconds),
-        candidate.verdict,
+        "–" if candidate.peak_bytes is None else f"{candidate.peak_bytes / 2**30:.2f} GiB",
+        candidate.source,
+        verdict_word(candidate.verdict),
     ]
+
+
+class Ratios(NamedTuple):
+    """A candidate over the current configuration, at one φ: goodput is the product of the other two (times √B for the
+    lr-aware form). None if one is not known."""
+
+    throughput: float | None
+    efficiency: float | None
+    goodput: float | None
+
+
+def ratios_of(candidate: CandidateScore, current: CandidateScore | None) -> Ratios:
+    """How much faster, and how much less or more a sequence teaches."""
+
+    def over(mine: float | None, other: float | None) -> float | None:
+        return mine / other if mine is not None and other else None
+
+    if current is None:
+        return Ratios(None, None, None)
+    gain = None if candidate.gain is None else 1 + candidate.gain
+    throughput = over(candidate.samples_per_second, current.samples_per_second)
+    return Ratios(throughput, over(candidate.efficiency, current.efficiency), gain)
+
+
+def verdict_word(verdict: str) -> str:
+    """One word for a verdict. What it leaves out stands in a note below the table."""
+    start = verdict.partition(":")[0]
+    if start in VERDICTS:
+        return VERDICTS[start]
+    for part, word in (
+        ("out of memory", "memory"),
+        ("fit:", "memory"),
+        ("cost of", "cost"),
+        ("known to", "unsure"),
+        ("uncertain", "unsure"),
+    ):
+        if part in verdict:
+            return word
+    return "less" if verdict.startswith("gain") else "refused"
+
+
+def _saved(candidate: CandidateScore) -> str:
+    """`14 min (6–21)`; only the pessimistic end where nothing else was recorded."""
+    expected, low, high = candidate.saved_expected_seconds, candidate.saved_seconds, candidate.saved_high_seconds
+    if expected is None or high is None or low is None:
+        return "–" if low is None else f"≥ {_signed(low)}"
+    return spelled_interval(expected, low, high)
+
+
+def _signed(seconds: float) -> str:
+    """A time that may be negative."""
+    return duration(seconds).replace("-", "−")
+
+
+def spelled_interval(value: float, low: float, high: float) -> str:
+    """`14 min (6–21)`, `3 s (−1 to 7)`: a time and its interval, with one unit if all have it, else with three."""
+    (middle, unit), (first, first_unit), (last, last_unit) = (
+        _signed(part).rsplit(" ", 1) for part in (value, low, high)
+    )
+    if unit == first_unit == last_unit:
+        return f"{middle} {unit} ({first}{'–' if low >= 0 else ' to '}{last})"
+    return f"{middle} {unit} ({first} {first_unit} to {last} {last_unit})"
+
+
+def trade(decision: Decision) -> str | None:
+    """The choice in one line: `throughput ×1.80, efficiency ×0.85 → ×1.53 now; 40 min left →
+    saves 14 min (6–21), move 40 s`. None if the job stays, or its goodput is not known."""
+    scores = {score.configuration: score for score in decision.candidates}
+    target = decision.advised or decision.chosen
+    chosen, current = scores.get(target), scores.get(decision.current)
+    if chosen is None or current is None or target == decision.current:
+        return None
+    throughput, efficiency, now = ratios_of(chosen, current)
+    if throughput is None or efficiency is None or now is None:
+        return None
+    line = f"throughput ×{throughput:.2f}, efficiency ×{efficiency:.2f} → ×{now:.2f} now"
+    if decision.seconds_left is not None and chosen.saved_expected_seconds is not None:
+        line += f"; {duration(decision.seconds_left)} left → saves {_saved(chosen)}"
+    return line + (f", move {duration(chosen.move_seconds)}" if chosen.move_seconds else "")
+
+
+def notes(rows: Iterable[CandidateScore]) -> dict[str, int]:
+    """Verdicts that one word does not say all of, with their numbers below the table."""
+    long = [row.verdict for row in rows if row.verdict.partition(":")[0] not in VERDICTS]
+    return {verdict: number for number, verdict in enumerate(dict.fromkeys(long), start=1)}
 
 
 def _table(decision: Decision, rows: list[CandidateScore], left_out: Collection[str]) -> "Table":
     from rich.text import Text
 
     table = new_table()
-    told = [dict(zip(COLUMNS, cells(candidate), strict=True)) for candidate in rows]
+    table.padding = (0, 1, 0, 0)  # narrower than others: eighty columns have to hold what decides
+    current = next((score for score in decision.candidates if score.configuration == decision.current), None)
+    numbers = notes(rows)
+    told = [dict(zip(COLUMNS, cells(candidate, current), strict=True)) for candidate in rows]
+    for candidate, row in zip(rows, told, strict=True):
+        if candidate.verdict in numbers:
+            row["verdict"] += f" [{numbers[candidate.verdict]}]"
     names = [name for name in COLUMNS if name not in left_out]
     for name in names:
-        if name == "verdict":
-            table.add_column(name)
-        else:
-            add_solid_column(table, name, [row[name] for row in told], right=name not in WORDS)
+        add_solid_column(table, name, [row[name] for row in told], right=name not in WORDS)
     for candidate, row in zip(rows, told, strict=True):
-        chosen, current = candidate.configuration == decision.chosen, candidate.configuration == decision.current
-        style = "bold green" if chosen else "cyan" if current else ""
+        chosen, is_current = candidate.configuration == decision.chosen, candidate.configuration == decision.current
+        style = "bold green" if chosen else "cyan" if is_current else ""
         table.add_row(*(Text(row[name]) for name in names), style=style)
     return table
 
@@ -197,9 +298,11 @@ def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
     decision = explanation.decision
     rows = shown_candidates(decision, all_candidates)
     console = page()
-    table = fitted(lambda left_out: _table(decision, rows, left_out), DISPENSABLE, console.width - VERDICT_WIDTH)
+    table = fitted(lambda left_out: _table(decision, rows, left_out), DISPENSABLE, console.width)
     console.print(Text("\n".join(_heading(run, explanation))), soft_wrap=True)
     console.print(table)
+    for verdict, number in notes(rows).items():
+        console.print(Text(f"[{number}] {verdict}", style="dim"))
     if len(rows) < len(decision.candidates):
         console.print(
             Text(f"{len(rows)} of {len(decision.candidates)} candidates; --all shows the others", style="dim")
@@ -230,16 +333,17 @@ def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:
     if decision.advised is not None:
         outcome += f"; advisory: {decision.advised.label} would have been chosen"
     if decision.switch:
-        gain = "" if decision.predicted_gain is None else f", predicted goodput {decision.predicted_gain:+.1%}"
-        outcome = f"{decision.current.label} → {decision.chosen.label}{gain}"
+        verb = "tries" if decision.trial else "moves"
+        outcome = f"{verb} {decision.current.label} → {decision.chosen.label}"
     rows = [
         ("when", f"step {event.step}, {when}"),
         ("noise", f"B_simple {interval} after {noise.samples} steps"),
         ("critical", f"φ = {factor:g} · B_simple {critical}"),
         *_forecast(decision),
         ("objective", f"{decision.objective}: goodput = {formula}, efficiency = 1 / (1 + batch/φ)"),
-        ("policy", f"{decision.policy}, thought for {event.seconds * 1000:.0f} ms"),
+        ("policy", f"{decision.policy}, decided in {event.seconds * 1000:.0f} ms"),
         ("outcome", outcome),
+        *([("trade", line)] if (line := trade(decision)) else []),
         ("reason", decision.reason),
     ]
     predicted, seen = explanation.predicted_step_seconds, explanation.seen_step_seconds

@@ -1,5 +1,6 @@
 """Tables for people: what all rows share is said once, above, and a narrow terminal goes without some columns."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ def page(stderr: bool = False) -> "Console":
     from rich.console import Console
 
     console = Console(highlight=False, stderr=stderr)
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 200  # a file or a pipe has no width to fit into
     return console
 

@@ -39,6 +39,10 @@ class CandidateScore(Record):
     saved_seconds: float | None = None
     """What moving to it saves until the end of the job at the pessimistic end, the move paid; None from policies that
     do not work it out."""
+    saved_expected_seconds: float | None = None
+    """The same as expected: what the policy ranks by."""
+    saved_high_seconds: float | None = None
+    """The same at the optimistic end."""
 
 
 class Decision(Record):
@@ -64,6 +68,8 @@ class Decision(Record):
     """What runs from now on; equal to `current` where nothing changes."""
     candidates: list[CandidateScore]
     """Every candidate, best first."""
+    seconds_left: float | None = None
+    """Expected time to the end of the job if it stays; None from policies that do not work it out."""
     predicted_gain: float | None
     """Goodput of `chosen` over `current`, minus 1."""
     reason: str

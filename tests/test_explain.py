@@ -1,15 +1,18 @@
 """`copus explain`: which decision, what stands in the table, and predicted against seen."""
 
 import json
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from launch_events import DATA, TENSOR, decision, reconfigure, start, step, write_run
+from launch_events import DATA, TENSOR, candidate, decision, reconfigure, start, step, write_run
 from launch_jobs import copus_here
 
-from launch.explain import BEST, explanation_of
+from launch.explain import BEST, explanation_of, spelled_interval
 from profiles.configuration import Configuration
+from profiles.decision import CandidateScore
 from profiles.forecast import Forecast
 from profiles.layout import Layout
 
@@ -73,25 +76,24 @@ def test_the_table_says_what_was_known(run: Path, capsys: pytest.CaptureFixture[
         "B_simple = 12 [9–20] sequences after 40 steps",
         "φ = 2 · B_simple = 24 sequences",
         "plain: goodput = throughput × efficiency",
-        "TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2, predicted goodput +100.0%",
+        "moves TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2",
+        "throughput ×2.00, efficiency ×1.00 → ×2.00 now",
         "because of [this]",
         "predicted 100 ms, seen 400 ms a step (median of 5), +300.0%",
     ):
         assert part in text
     row = next(line for line in text.splitlines() if "CHOSEN" in line)
+    # 8 sequences in 0.1 s beside 4 in 0.1 s, of equal efficiency; the time is known to ±10 %.
     assert row.split() == [
         "TP1·PP1·DP2",
-        "2",
-        "8",
-        "80.0",
-        "8.0",
+        "B8",
+        "m2",
+        "100",
+        "ms",
+        "10%",
+        *("×2.00", "×1.00", "×2.00"),
+        *"–––",
         "measured",
-        "0.750",
-        "60.00",
-        "+100.0%",
-        "–",
-        "–",
-        "–",
         "CHOSEN",
     ]
     assert "\x1b" not in text
@@ -103,12 +105,69 @@ def test_the_best_are_shown_and_always_the_chosen_and_the_current(
     others = [Configuration(layout=Layout(dp=2), micro_batch=1, global_batch=2 * place) for place in range(50, 90)]
     run = write_run(tmp_path, start(), decision(0, 4, TENSOR, DATA, others))
     text = printed(capsys, str(run))
-    assert text.count("not measured") == BEST - 1
+    assert text.count("unknown") == BEST - 2
     assert "CHOSEN" in text
-    assert "current" in text.splitlines()[-3]
-    assert "21 of 42 candidates; --all shows the others" in text
-    assert printed(capsys, str(run), "--all").count("not measured") == 40
+    assert "current" in text
+    assert "8 of 42 candidates; --all shows the others" in text
+    assert printed(capsys, str(run), "--all").count("unknown") == 40
     assert len(json.loads(printed(capsys, str(run), "--json"))["decision"]["candidates"]) == 42
+
+
+def weighed(verdict: str, batch: int, expected: float, **figures: Any) -> CandidateScore:
+    """A candidate whose saving was worked out."""
+    configuration = DATA.model_copy(update={"global_batch": batch})
+    figures = {"move_seconds": 40.0, "saved_seconds": 360.0, "saved_high_seconds": 1260.0, **figures}
+    return candidate(configuration, verdict).model_copy(update={"saved_expected_seconds": expected, **figures})
+
+
+def weighed_run(folder: Path) -> Path:
+    """Goodput and the expected saving rank the candidates in opposite orders."""
+    made = decision(0, 4, TENSOR, DATA)
+    current = candidate(TENSOR, "current").model_copy(
+        update={"gain": 0.0, "saved_expected_seconds": 0.0, "move_seconds": 0.0}
+    )
+    unsure = "gain 12.3 % (−3 % to 30 %): relative step time uncertain by ±29 %"
+    best = weighed("CHOSEN", 8, 840.0, efficiency=0.6375, gain=0.53, samples_per_second=72.0)
+    scores = [
+        weighed("slower: −12 %", 64, -30.0, saved_seconds=-60.0, saved_high_seconds=-10.0),
+        weighed(unsure, 32, 36.0, saved_seconds=-12.0, saved_high_seconds=81.0),
+        current,
+        best,
+    ]
+    decided = made.decision.model_copy(update={"candidates": scores, "seconds_left": 2400.0})
+    return write_run(folder, start(), made.model_copy(update={"decision": decided}))
+
+
+def test_candidates_come_in_the_order_of_what_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, str(weighed_run(tmp_path))).splitlines()
+    rows = [line for line in lines if line.lstrip().startswith(("TP1", "TP2"))]
+    assert [re.search(r"B\d+", row)[0] for row in rows] == ["B8", "B32", "B4", "B64"]
+    assert "14 min (6–21)" in rows[0]
+    assert rows[1].split()[-2:] == ["unsure", "[1]"]
+    assert rows[3].split()[-1] == "slower"
+    assert "[1] gain 12.3 % (−3 % to 30 %): relative step time uncertain by ±29 %" in lines
+
+
+def test_the_trade_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "throughput ×1.80, efficiency ×0.85 → ×1.53 now; 40 min left → saves 14 min (6–21), move 40 s"
+    assert line in printed(capsys, str(weighed_run(tmp_path)))
+
+
+def test_eighty_columns_keep_what_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = printed(capsys, str(weighed_run(tmp_path))).splitlines()
+    table = [line for line in lines if line.lstrip().startswith(("candidate", "TP1", "TP2"))]
+    assert len(table) == 5  # nothing wraps
+    assert max(map(len, table)) <= 80
+    assert table[0].split() == ["candidate", "speed", "efficiency", "now", "saves", "verdict"]
+
+
+def test_an_interval_of_time_has_one_unit_if_it_can() -> None:
+    assert spelled_interval(840, 360, 1260) == "14 min (6–21)"
+    assert spelled_interval(120, -2, 246) == "2 min (−2 s to 4.1 min)"
+    assert spelled_interval(-2, -3, -1) == "−2 s (−3 to −1)"
 
 
 def test_what_a_restart_went_back_behind_is_not_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,10 +254,12 @@ def _candidates(explanation: Explanation, shades: dict[str, str]) -> Table:
         Column(name, "words" if name == "verdict" else "name" if name in WORDS else "number") for name in COLUMNS
     ]
     rows = []
-    for each in shown_candidates(decision, all_candidates=False):
-        mark = "chosen" if each.configuration == decision.chosen else ""
-        mark = mark or ("current" if each.configuration == decision.current else "")
-        rows.append(Row(cells(each), shades.get(each.configuration.layout.label, ""), mark))
+    current = next((score for score in decision.candidates if score.configuration == decision.current), None)
+    for score in shown_candidates(decision, all_candidates=False):
+        mark = "chosen" if score.configuration == decision.chosen else ""
+        mark = mark or ("current" if score.configuration == decision.current else "")
+        texts = [*cells(score, current)[:-1], score.verdict]
+        rows.append(Row(texts, shades.get(score.configuration.layout.label, ""), mark))
     return Table(columns, rows)
 
 
