@@ -20,7 +20,7 @@ from copus.noise.norm_window import NormWindow
 from copus.noise.step_estimate import estimate_step
 from copus.saver import Saver
 from copus.schedule import rules_at
-from planner.planner import Planner
+from planner.planner import Planner, decision_is_due
 from planner.sampling import half_life, source_of_step
 from profiles.configuration import Configuration
 
@@ -78,6 +78,7 @@ class Trainer:
         job, state = self._job, self.state
         if state.step == 0:
             self._evaluate()
+        self._moves.leave_unfinished_trial()
         reason: EndReason = "finished"
         save_due = False
         while (configuration := self._next_configuration()) is not None:
@@ -89,7 +90,7 @@ class Trainer:
                 break
             reached = self._passed(before, job.training.evaluate_every_tokens) and self._evaluate()
             # What falls due is done before anything is saved or stopped: a resumed run cannot catch up on it.
-            if self._passed(before, job.planner.every_samples * job.model.seq_len):
+            if decision_is_due(before, state.samples_consumed, configuration.global_batch, job.planner.every_samples):
                 self._moves.decide(self._noise.estimate(), self._norms.take())
             if stopped:
                 reason = broadcast_from_rank0("max_minutes" if overtime else "interrupted")

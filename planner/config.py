@@ -80,6 +80,9 @@ class PlannerConfig(Record):
     """Moves to another layout in any hour; batches are not counted."""
     layout_move_seconds: NonNegativeFloat = 10.0
     """What a move to another layout is expected to cost `goodput` before the first has been measured."""
+    trial_budget: float = Field(default=0.02, ge=0, le=1)
+    """Share of the elapsed time that `goodput` may spend on trials: a few steps in a configuration that never ran, to
+    see how fast it is. Training goes on in them. 0 for none."""
     advisory: bool = False
     """Decide and write what would be done, but never move."""
     layouts: list[Layout] | None = None

@@ -14,9 +14,10 @@ from planner.move_costs import MoveCosts
 from planner.norm_test import plug_in_batch
 from planner.policy import make_policy
 from planner.predictor import CandidateEstimate, Predictor
-from planner.sampling import half_life
+from planner.sampling import half_life, typical_configuration
 from planner.situation import Choice, Situation
 from planner.space import noise_measurable
+from planner.trials import Trial, TrialLedger
 from planner.wording import noise_in_words, percent
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
@@ -29,10 +30,27 @@ FORECAST_REACH = 2
 """A decision shows the noise scale that is expected when this many times the tokens will have been seen."""
 UNKNOWN_DECISIONS = 200
 """Length of a job whose length is not known, in decisions."""
-FIRST_STEPS = 5
-"""Steps that a configuration gets before it is judged: the first two of a new one are not timed."""
+FEWEST_STEPS_BETWEEN = 10
+"""Steps between two decisions, at least: fewer show nothing new, and all ranks wait for a decision."""
+LEAST_SHARE_BETWEEN = 1 / 200
+"""Share of all sequences so far that two decisions are apart, at least: the noise scale grows with the logarithm of the
+sequences, so decisions in equal ratios miss nothing, and the event log of a long run stays small."""
 CHECK_HALF_LIVES = 4
 """Stretch on each side of a change of batch that c is checked on, in half-lives of the noise scale."""
+
+
+def decision_interval(samples_consumed: int, global_batch: int, every_samples: int) -> int:
+    """Sequences between two decisions: `every_samples`, doubled until these are `FEWEST_STEPS_BETWEEN` steps and
+    `LEAST_SHARE_BETWEEN` of the run so far."""
+    least = max(FEWEST_STEPS_BETWEEN * global_batch, LEAST_SHARE_BETWEEN * samples_consumed)
+    return every_samples * 2 ** max(0, math.ceil(math.log2(least / every_samples)))
+
+
+def decision_is_due(samples_before: int, samples_consumed: int, global_batch: int, every_samples: int) -> bool:
+    """Whether a step that ended at `samples_consumed` crossed a multiple of the interval between decisions. A resumed
+    run decides at the same places: nothing has to be remembered for it."""
+    interval = decision_interval(samples_consumed, global_batch, every_samples)
+    return samples_before // interval < samples_consumed // interval
 
 
 class Planner:
@@ -50,10 +68,14 @@ class Planner:
         """Number of the next decision; a resumed job sets it."""
         self.move_costs = MoveCosts(config.layout_move_seconds, config.max_layout_moves_per_hour)
         """What moves cost: the loop feeds it every one."""
+        self.trials = TrialLedger(config.trial_budget)
+        """What trials have cost, and may cost."""
+        self._trial: Trial | None = None
+        self.before_trial: Configuration | None = None
+        """What ran before the trial that the checkpoint fell into; None if there was none."""
         self._total_samples = total_samples or UNKNOWN_DECISIONS * config.every_samples
         self._forecast = CriticalBatchForecast.unknown(np.array([float(self._total_samples)]))
         self._observed_at = 0
-        self._moved_at: int | None = None
         self._seq_len = predictor.model.seq_len
         memory = half_life(config, self._total_samples, self._seq_len).at(predictor.start.global_batch)
         self._check = FactorCheck(max(1, int(CHECK_HALF_LIVES * memory)))
@@ -67,6 +89,37 @@ class Planner:
         """Feed every step's mean training loss. Returns a warning, in one line, when c is clearly off: see
         `planner.factor_check`."""
         return self._check.observe(samples_consumed, global_batch, loss)
+
+    def observe_step(self, executed: Configuration, seconds: float, settled: bool) -> None:
+        """Feed every step: as what it was executed, how long it took, and whether it was an ordinary one after the
+        configuration had settled. Steps of a trial only count beside those of what ran before (`end_trial`)."""
+        if settled and self._trial is None:
+            self.throughput.observe(executed, seconds)
+        self.trials.observe_step(seconds, settled)
+
+    def observe_move(self, before: Configuration, after: Configuration, seconds: float) -> None:
+        """Feed every move: training stood still for so long."""
+        self.move_costs.observe(rung_of(before, after), seconds)
+        self.trials.observe_move(seconds)
+
+    def begin_trial(self, decision: Decision) -> Trial:
+        """The trial that a decision asks for."""
+        score = {each.configuration: each for each in decision.candidates}
+        useful = [
+            (score[each].goodput or 1.0) * (score[each].step_seconds or 1.0)  # progress of a step
+            for each in (decision.chosen, decision.current)
+        ]
+        break_even = useful[0] / useful[1]
+        self._trial = Trial(decision.number, decision.chosen, decision.current, self.trials.recent, break_even)
+        return self._trial
+
+    def end_trial(self, trial: Trial) -> None:
+        """Take in what a trial has shown, and what it has cost."""
+        self._trial = None
+        self.trials.close(trial)
+        if trial.ratio is not None:
+            candidate, running = (typical_configuration(self.config, c) for c in (trial.candidate, trial.running))
+            self.throughput.observe_comparison(candidate, running, trial.ratio.log, trial.ratio.error)
 
     def decide(
         self,
@@ -93,8 +146,6 @@ class Planner:
         elif mine.goodput is None:
             why = f"the throughput of the current configuration, {current.label}, is not known"
             chosen, reason = mine, f"{noise_in_words(noise)}: {why}; nothing changes"
-        elif self._untimed(current, samples_consumed):
-            chosen, reason = mine, f"{noise_in_words(noise)}: no step of {current.label} was timed yet; nothing changes"
         else:
             situation = self._situation(eligible, mine, estimates, noise, critical_batch, samples_consumed, step_norms)
             choice = self.policy.choose(situation)
@@ -128,16 +179,7 @@ class Planner:
             trial=trial,
         )
         self.number += 1
-        if decision.switch:
-            self._moved_at = samples_consumed
         return decision
-
-    def _untimed(self, current: Configuration, samples_consumed: int) -> bool:
-        """Whether what runs is so new that going on will tell how fast it is. Nothing is learned from a trial that ends
-        before; policies that take predictions as they are do not try."""
-        if self._moved_at is None or not self.policy.weighs_error or self.predictor.steps_seen(current):
-            return False
-        return samples_consumed < self._moved_at + FIRST_STEPS * current.global_batch
 
     def _look_ahead(self, noise: NoiseScale, samples_consumed: int) -> float | None:
         """φ now, in sequences; None while the noise scale is unknown. Tells the forecast and the check of c about it.
@@ -240,24 +282,30 @@ class Planner:
     ) -> Situation:
         """The decision as arrays of one run."""
         assert noise.value is not None
+        to_next = decision_interval(samples_consumed, mine.configuration.global_batch, self.config.every_samples)
         errors = [0.0 if score is mine else estimates[score.configuration].error for score in eligible]
         return Situation(
             menu=Menu.of([score.configuration for score in eligible]),
             samples_per_second=np.array([[score.samples_per_second for score in eligible]], float),
             throughput_error=np.array([errors]),
-            unseen=np.array([[self.predictor.steps_seen(score.configuration) == 0 for score in eligible]]),
+            unseen=np.array([[self._unseen(score.configuration) for score in eligible]]),
             current=np.array([eligible.index(mine)]),
             noise_scale=np.array([noise.value]),
             critical_batch=np.array([critical_batch]),
             forecast=self._forecast,
             samples_consumed=np.array([float(max(samples_consumed, 1))]),
-            samples_left=np.array([float(max(self._total_samples - samples_consumed, self.config.every_samples))]),
-            samples_to_next=np.array([float(self.config.every_samples)]),
+            samples_left=np.array([float(max(self._total_samples - samples_consumed, to_next))]),
+            samples_to_next=np.array([float(to_next)]),
             move_seconds=self.move_costs.seconds(),
+            trial_allowance=np.array([self.trials.allowance]),
             objective=self.config.objective,
             number=self.number,
             plug_in=np.array([plug_in_batch(step_norms, 1.0)]) if step_norms and step_norms.grad_sq > 0 else None,
         )
+
+    def _unseen(self, configuration: Configuration) -> bool:
+        """Whether a trial would teach something: the configuration never ran, and no trial timed others of its line."""
+        return self.predictor.steps_seen(configuration) == 0 and not self.trials.tried(configuration)
 
     def _judge(
         self, situation: Situation, choice: Choice, eligible: list[CandidateScore], mine: CandidateScore
@@ -290,15 +338,18 @@ class Planner:
         return {
             "forecast": self._forecast.state() | {"observed_at": self._observed_at},
             "move_costs": self.move_costs.state(),
-            "moved_at": self._moved_at,
             "throughput": self.throughput.state(),
+            "trials": self.trials.state(),
+            "before_trial": self._trial and self._trial.running.model_dump(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; an empty dict changes nothing."""
         self.move_costs.restore(state.get("move_costs", {}))
-        self._moved_at = state.get("moved_at")
         self.throughput.restore(state.get("throughput", {}))
+        self.trials.restore(state.get("trials", {}))
+        if before_trial := state.get("before_trial"):
+            self.before_trial = Configuration.model_validate(before_trial)
         if forecast := state.get("forecast"):
             self._forecast.restore(forecast)
             self._observed_at = forecast["observed_at"]

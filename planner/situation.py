@@ -38,6 +38,8 @@ class Situation:
     """Sequences to the next decision, shape (R,)."""
     move_seconds: Floats
     """What a move costs: a batch, a micro-batch, a layout; shape (3,) or (R, 3), ascending."""
+    trial_allowance: Floats
+    """Seconds that a trial may take now, shape (R,): what the budget has left."""
     objective: Objective = "plain"
     """Form of Goodput."""
     number: int = 0

@@ -9,6 +9,7 @@ from planner.goodput import progress_per_sample
 from planner.menu import Floats
 from planner.plan import seconds_to_go
 from planner.situation import Choice, Situation
+from planner.trials import EXPECTED_STEPS, SETTLING_STEPS, expected_seconds
 from planner.wording import duration, percent
 from profiles.throughput import DECILE
 
@@ -40,10 +41,10 @@ class Goodput:
     Of several the one with the largest expected saving. So a batch, which costs nothing, follows φ at once, a layout
     waits until the rest of the job pays for it, and an estimate that swings within its interval moves nothing dear.
 
-    Where nothing is sure, a candidate that was never run may be worth trying: with X the saving if one stays there, its
-    time log-normal around its expectation, and f = −(there + back + what the trial loses), going there is worth
-    E[max(X, f)] (expected improvement; Howard 1966, value of information). Once it has run there is nothing more to
-    learn.
+    Where nothing is sure, a candidate that was never run may be worth a trial (`planner.trials`): with X the saving if
+    one stays there, its time log-normal around its expectation, a trial brings E[max(X, 0)] and costs both moves and
+    the steps that are slower meanwhile (value of information, Howard 1966). The one that brings most is tried, within
+    the budget.
     """
 
     name = "goodput"
@@ -95,7 +96,8 @@ class Goodput:
         return np.stack(found)
 
     def _worth_of_trials(self, now: Situation, stages: Floats, costs: Floats) -> Floats:
-        """What trying each candidate is worth: seconds, shape (R, C); −∞ for what has run.
+        """What a trial of each candidate is worth beyond its cost: seconds, shape (R, C); −∞ for what has run, for what
+        the budget does not allow, and for what is so slow that even its own uncertainty could not make good for it.
 
         `stages` are those for the expected φ, shape (K, R, C). What is compared with is the best batch of the layout
         that runs, which costs nothing; a candidate is kept for as long as it would beat that if it were one standard
@@ -105,9 +107,15 @@ class Goodput:
         here = np.where(now.same_layout(), stages, np.inf).min(axis=2, keepdims=True)
         kept = np.logical_and.accumulate(stages * np.exp(-error) < here, axis=0)
         kept[0] = True
-        loss = np.maximum(stages[0] * np.exp(error) - here[0], 0.0)
-        worth = worth_trying((here * kept).sum(axis=0) - costs, (stages * kept).sum(axis=0), error, -2 * costs - loss)
-        return np.where(now.unseen & (now.throughput_error > 0), worth, -np.inf)
+        step = now.menu.global_batch / now.samples_per_second
+        running_step = np.take_along_axis(step, now.current[:, None], axis=1)
+        slower = np.maximum(1 - here[0] / (stages[0] * np.exp(error)), 0.0)  # share of its steps that is lost
+        lost = 2 * costs + (SETTLING_STEPS + EXPECTED_STEPS) * step * np.exp(error) * slower
+        brought = worth_trying((here * kept).sum(axis=0) - costs, (stages * kept).sum(axis=0), error, 0.0)
+        hopeful = np.log(here[0] / stages[0]) + DECILE * error > 0
+        affordable = expected_seconds(step, running_step, costs) <= now.trial_allowance[:, None]
+        may = now.unseen & (now.throughput_error > 0) & hopeful & affordable
+        return np.where(may, brought - lost, -np.inf)
 
     def reason(self, situation: Situation, choice: Choice) -> str:
         """What the first run does and what for, as a clause."""
@@ -176,7 +184,7 @@ def _largest(worth: Floats, batch: Floats) -> np.ndarray:
     return np.where(worth >= best, batch, np.inf).argmin(axis=1)
 
 
-def worth_trying(seconds: Floats, median: Floats, error: Floats, floor: Floats) -> Floats:
+def worth_trying(seconds: Floats, median: Floats, error: Floats, floor: Floats | float) -> Floats:
     """E[max(`seconds` − T, `floor`)], where log T is normal around the logarithm of `median` with this standard error.
 
     However little is known, a time is never negative: the most that a trial can show to be saved is `seconds`. The sum

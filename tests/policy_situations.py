@@ -29,6 +29,7 @@ def situation_of(
     throughput_error=None,
     objective="plain",
     samples=JOB / 4,
+    trial_allowance=np.inf,
 ):
     """`speeds` are samples a second of each configuration; `current` runs, a quarter of the job is done."""
     menu = Menu.of(list(speeds))
@@ -45,6 +46,7 @@ def situation_of(
         samples_left=np.array([JOB - samples]),
         samples_to_next=np.array([JOB / 200]),
         move_seconds=np.array(moves),
+        trial_allowance=np.array([trial_allowance]),
         objective=objective,
         number=number,
         plug_in=None if plug_in is None else np.array([plug_in]),

@@ -19,6 +19,7 @@ from planner.predictor import Predictor
 from profiles.configuration import Configuration
 from profiles.measurement import Measurement
 from profiles.throughput import Throughput
+from tests.eager_planner import decide_often
 from tests.megatron_jobs import configuration, random_batches, tiny_job
 from tests.ranks import own_device, run_ranks
 
@@ -71,6 +72,7 @@ class _Table(Throughput):
 
 def _train(run: Path, job: JobConfig, policy: str | None = "static", stop_after: int | None = None) -> list[Event]:
     """Train, from the newest checkpoint of `run` if there is one; the events of rank 0. No policy: no planner."""
+    decide_often()
     backend = MegatronBackend(job, own_device())
     state, start = TrainerState(), job.training.configuration
     newest = newest_checkpoint(run)
@@ -129,7 +131,7 @@ def test_the_planner_changes_batch_and_layout(moved: list[Event]) -> None:
 
 @pytest.mark.dist
 def test_our_rule_moves_a_job_and_learns_what_that_costs(tmp_path: Path) -> None:
-    events = run_ranks(2, _train, tmp_path, _job(), "goodput")[0]
+    events = run_ranks(2, _train, tmp_path, _job(tokens=16 * 800), "goodput")[0]
     moves = [event for event in events if isinstance(event, Reconfigure)]
     assert moves
     layouts = [event.seconds for event in moves if event.rung == "layout"]

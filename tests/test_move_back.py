@@ -14,7 +14,7 @@ from copus.events import DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.oom_recovery import Trial, World
 from profiles.configuration import Configuration
-from tests.eager_planner import EagerPlanner
+from tests.eager_planner import EagerPlanner, decide_often
 from tests.megatron_jobs import backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 
@@ -73,6 +73,7 @@ def _run_out(backend: MegatronBackend, case: Case, in_step: int) -> None:
 
 def _train(case: Case, table: Path, moves: bool, in_step: int = 1) -> tuple[list[Event], list[torch.Tensor]]:
     """Events of rank 0, and what weights and moments this rank has in the end."""
+    decide_often()
     settings = {"global_batch": 4, "tokens": 16 * SAMPLES, "micro_batch": 1}
     job = tiny_job(dist.get_world_size(), case.before, **settings)
     limits = {"every_samples": 16, "max_global_batch": 8, "max_micro_batch": 2}

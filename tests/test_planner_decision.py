@@ -1,7 +1,5 @@
 """Decisions: what is chosen, and what is said about it."""
 
-import json
-
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -219,32 +217,6 @@ def test_a_line_that_is_hardly_known_is_refused_and_a_prediction_is_left_to_the_
         decider = deciding(Throughput([row(START, step_seconds=1.0)], CostPredictions(guess)), policy="goodput")
         verdict = verdicts(decider.decide(noise(50.0, 45.0, 55.0), START, 0))[of(TP2, 1, 16).label]
         assert verdict.startswith("throughput too uncertain: a step takes 0.5 ± 0.4") == refused
-
-
-def test_a_trial_goes_on_until_it_was_timed_or_had_its_chance():
-    """A guess that turns out to be no better: left once it was timed, and after five steps if none could be."""
-    trial = of(TP2, 1, 16)
-    guess = CostPredictions({trial: Prediction(step_seconds=2.1, error=0.7, source="predicted")})
-
-    def tries() -> Planner:
-        known = Throughput([row(START, step_seconds=0.5)], guess)
-        decider = deciding(known, policy="goodput", layout_move_seconds=0)
-        for _ in range(10):
-            decider.throughput.observe(START, 0.5)
-        decision = decider.decide(noise(50.0, 45.0, 55.0), START, 1000)
-        assert decision.chosen == trial
-        assert "is worth a trial" in decision.reason
-        waits = decider.decide(noise(50.0, 45.0, 55.0), trial, 1016)
-        assert waits.chosen == trial
-        assert waits.reason.endswith("no step of TP2·PP1·DP1 B16 m1 was timed yet; nothing changes")
-        return decider
-
-    timed, given_up = tries(), tries()
-    given_up.restore(json.loads(json.dumps(given_up.state())))
-    timed.throughput.observe(trial, 5.0)
-    assert timed.decide(noise(50.0, 45.0, 55.0), trial, 1032).chosen == START
-    assert not given_up.decide(noise(50.0, 45.0, 55.0), trial, 1079).switch
-    assert "nothing changes" not in given_up.decide(noise(50.0, 45.0, 55.0), trial, 1080).reason
 
 
 def test_decisions_are_numbered_and_the_number_can_be_restored():

@@ -139,6 +139,7 @@ def simulate(
             samples_left=np.maximum(runs.planned_samples - state.samples, runs.every_samples),
             samples_to_next=runs.every_samples,
             move_seconds=runs.move_seconds,
+            trial_allowance=np.full(len(state.row), np.inf),
             objective=objective,
             number=number,
             started=number > 0 or runs.start is not None,
