@@ -30,6 +30,8 @@ FORECAST_REACH = 2
 """A decision shows the noise scale that is expected when this many times the tokens will have been seen."""
 UNKNOWN_DECISIONS = 200
 """Length of a job whose length is not known, in decisions."""
+MOST_ELIGIBLE, MOST_REFUSED = 12, 8
+"""Candidates that a decision keeps of those that may be chosen, the best, and of those that may not."""
 FEWEST_STEPS_BETWEEN = 10
 """Steps between two decisions, at least: fewer show nothing new, and all ranks wait for a decision."""
 LEAST_SHARE_BETWEEN = 1 / 200
@@ -161,6 +163,10 @@ class Planner:
         judged = [
             score if score.verdict else score.model_copy(update={"verdict": "no decision yet"}) for score in eligible
         ]
+        named = (current, chosen.configuration, advised)
+        kept = [
+            score for rank, score in enumerate(judged) if rank < MOST_ELIGIBLE or score.configuration in named
+        ] + refused[:MOST_REFUSED]
         decision = Decision(
             number=self.number,
             samples_consumed=samples_consumed,
@@ -171,7 +177,8 @@ class Planner:
             critical_batch=critical_batch,
             current=current,
             chosen=chosen.configuration,
-            candidates=judged + refused,
+            candidates=kept,
+            omitted=len(judged) + len(refused) - len(kept),
             predicted_gain=chosen.gain,
             reason=reason,
             forecast=self._noise_to_come(FORECAST_REACH * max(samples_consumed, 1)),

@@ -67,7 +67,9 @@ class Decision(Record):
     chosen: Configuration
     """What runs from now on; equal to `current` where nothing changes."""
     candidates: list[CandidateScore]
-    """Every candidate, best first."""
+    """The contenders, best first; then the best of those that may not be chosen."""
+    omitted: int = 0
+    """Further candidates, which are not written down: a space may have thousands."""
     seconds_left: float | None = None
     """Expected time to the end of the job if it stays; None from policies that do not work it out."""
     predicted_gain: float | None

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from copus.events import DecisionMade
 from planner.config import PlannerConfig
-from planner.planner import Planner
+from planner.planner import Planner, decision_interval, decision_is_due
 from planner.predictor import Predictor
 from planner.space import candidates
 from planner.wording import duration, noise_in_words, percent, three_digits
@@ -343,3 +344,28 @@ def test_the_unit_of_a_duration_follows_from_the_rounded_figure() -> None:
     assert [duration(each) for each in seconds] == words
     assert duration(float("inf")) == "∞"
     assert duration(1.24e-5) == "0.000012 s"
+
+
+def test_the_decisions_of_a_long_run_take_little_room():
+    """250,000 steps of the event log stay below 200 MB: a step has some 330 bytes, and every fourth measures the noise,
+    which takes some 500. The planner's own decisions are counted, and one of a large space is weighed."""
+    batch, steps, every_samples = 32, 250_000, 256
+    decisions, samples = 0, 0
+    for _ in range(steps):
+        decisions += decision_is_due(samples, samples + batch, batch, every_samples)
+        samples += batch
+    wide = {"policy": "goodput", "max_micro_batch": 64, "max_global_batch": 2048}
+    space = deciding(Throughput(), **wide).candidates
+    decider = planner({c: 0.01 * c.global_batch for c in space}, **wide)
+    decision = decider.decide(noise(50.0, 45.0, 55.0), START, 10_000)
+    assert len(decision.candidates) + decision.omitted == len(set(decider.candidates) | {START})
+    size = len(DecisionMade(step=1, samples_consumed=1, decision=decision, seconds=1.0).model_dump_json())
+    assert decisions * size < 20e6
+    assert decisions * size + steps * 330 + steps / 4 * 500 < 200e6
+
+
+@given(st.integers(1, 10**9), st.integers(1, 4096), st.integers(1, 10**5))
+def test_decisions_are_never_nearer_than_ten_steps(samples, batch, every_samples):
+    interval = decision_interval(samples, batch, every_samples)
+    assert interval >= max(10 * batch, every_samples, samples / 200)
+    assert interval < 2 * max(10 * batch, every_samples, samples / 200)
