@@ -14,6 +14,8 @@ class Branches(Record):
 
     checkpoint: Path
     """Where every branch begins."""
+    checkpoint_digest: str
+    """Hash of that checkpoint's manifest: another checkpoint of the same name makes another calibration."""
     configurations: list[Configuration]
     """What is compared: one layout, several global batches."""
     seeds: list[int]
@@ -33,7 +35,7 @@ def plan_path(run: Path) -> Path:
 
 
 def read_plan(run: Path) -> Branches | None:
-    """The plan of a calibration; None for an ordinary run."""
+    """The plan of a calibration; None for an ordinary run. Raises ValueError for one that this version cannot read."""
     path = plan_path(run)
     return Branches.model_validate_json(path.read_bytes()) if path.exists() else None
 

@@ -1,9 +1,11 @@
 """Which folders of a run are checkpoints, and whether one is whole. Without torch: the launcher looks at them too."""
 
 import itertools
+import json
 import re
 from pathlib import Path
 
+from copus.job import JobError
 from copus.manifest import damage, read_manifest
 
 FOLDER = "checkpoints"
@@ -47,3 +49,19 @@ def whats_wrong(checkpoint: Path, share: slice = slice(None)) -> str | None:
     if "trainer.json" not in expected:
         return "the manifest lists no trainer.json"
     return damage(checkpoint, {name: expected[name] for name in sorted(expected)[share]})
+
+
+def check_same_data(checkpoint: Path, data: str | None) -> None:
+    """Raise JobError if a checkpoint was trained on other data than the one with this digest.
+
+    Does nothing if the checkpoint cannot be read, and so is none, or if it is of an older version and does not say.
+    """
+    try:
+        trained_on = json.loads((checkpoint / "trainer.json").read_bytes())["state"].get("data")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return
+    if data and trained_on and trained_on != data:
+        raise JobError(
+            f"{checkpoint.name} was trained on the data {trained_on}, and this job has the data {data}: a run goes on "
+            "with the text and the tokenizer that it began with"
+        )

@@ -58,6 +58,8 @@ class Start(Event):
     None where no data sheet says it, as for CPU cores."""
     resumed_from: str | None = None
     """Checkpoint that the run goes on from."""
+    data: str | None = None
+    """Digest of the prepared data: the text on both sides and the tokenizer. None in the log of an older version."""
     hardware: str
     """As in the throughput table."""
     software: str

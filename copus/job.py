@@ -46,18 +46,26 @@ class JobError(Exception):
         super().__init__(_shortened(message, 1000, lambda text: " ".join(text.splitlines())))
 
 
+DIGEST = "[0-9a-f]{16}"
+"""Form of the digest that names prepared data."""
+
+
 class DataConfig(Record):
-    """Text, and how it becomes tokens. `copus data` prepares it; `copus submit` does so too when it has not been."""
+    """Text, and how it becomes tokens. `copus data` prepares it, and so does `copus submit` if that is still to do."""
 
     source: Annotated[list[UserPath], Tag("list")] | Literal["shakespeare"] = "shakespeare"
-    """`shakespeare` (fetched once, hash-checked), or text files, JSONL files (a `text` a line) and folders of them; one
-    of these alone needs no list."""
+    """`shakespeare` (fetched once, hash-checked), or text files, JSON lines files (an object with `text` a line) and
+    folders of them; one of these alone needs no list."""
     held_out: list[str] = Field(default_factory=list)
-    """Works kept for validation, by name (`hamlet`) or shell pattern. Whole works, never offsets."""
+    """Works kept for validation: the exact name of a work (`hamlet`), or a shell pattern if no work has that name
+    (`henry_*`). Whole works, never offsets."""
     tokenizer: UserPath | None = None
     """A `tokenizer.json`; None trains a byte-level BPE of `model.vocab` tokens on the training part."""
     cache: UserPath = Path("~/.cache/copus")
-    """Where fetched text and prepared data are kept, by a digest of all that they depend on."""
+    """Where fetched text and prepared data are kept."""
+    prepared: str | None = Field(default=None, pattern=f"^{DIGEST}$")
+    """Digest of the prepared data to train on: `copus submit` writes it into the run's job.yaml. The fields above are
+    then read only if that data is no longer in the cache, and must give the same data again."""
 
     @field_validator("source", mode="before")
     @classmethod

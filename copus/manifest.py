@@ -1,15 +1,18 @@
-"""Checksums of the files of a checkpoint, written last: what they vouch for is what was meant to be there.
+"""Checksums of the files in a folder, written last: what they vouch for is what was meant to be there.
+
+Checkpoints and sample orders have them as `manifest.json`; that of prepared data says more (copus/data/manifest.py).
 
 They tell accidents (a torn write, a flipped bit, a file cut short), not malice: nothing here is secret.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from copus.durable import sync_folder, write_text
 
@@ -17,6 +20,7 @@ MANIFEST = "manifest.json"
 """Name of the file, beside those that it lists."""
 _VERSION = 1
 _THREADS = 8
+_CHUNK_BYTES = 1 << 20
 
 
 class Entry(NamedTuple):
@@ -62,27 +66,53 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         raise ValueError(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from None
 
 
-def damage(folder: Path, expected: dict[str, Entry]) -> str | None:
-    """What is wrong with the files, in a few words; None where all of them are as expected."""
-    for name, entry in expected.items():  # sizes first: they cost nothing
+def wrong_size(folder: Path, expected: dict[str, Entry]) -> str | None:
+    """The first file that is missing or of another size, in a few words; None if there is none. Reads no content."""
+    for name, entry in expected.items():
         try:
             size = (folder / name).stat().st_size
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if size != entry.bytes:
             return f"{name} has {size} bytes instead of {entry.bytes}"
+    return None
+
+
+def changed_since_checked(folder: Path, expected: dict[str, Entry]) -> bool:
+    """Whether any file was written to, replaced or copied after the manifest was written or `mark_checked`.
+
+    Goes by the time of the inode's last change, which nobody sets back by accident. Then the checksums have to be
+    compared again; as long as nothing changed there is no need to read the files.
+    """
+    checked = (folder / MANIFEST).stat().st_ctime_ns
+    return any((folder / name).stat().st_ctime_ns >= checked for name in expected)
+
+
+def mark_checked(folder: Path) -> None:
+    """Note that the checksums agree. Where the folder cannot be written to, the next reader has to compare again."""
+    with contextlib.suppress(OSError):
+        os.utime(folder / MANIFEST)
+
+
+def damage(folder: Path, expected: dict[str, Entry], advance: Callable[[int], None] = lambda count: None) -> str | None:
+    """What is wrong with the files, in a few words; None where all of them are as expected.
+
+    `advance` is called with the number of bytes that were read since the last call, from several threads.
+    """
+    if reason := wrong_size(folder, expected):
+        return reason
     with ThreadPoolExecutor(_THREADS) as threads:
-        reasons = threads.map(lambda item: _difference(folder / item[0], item[0], item[1]), expected.items())
+        reasons = threads.map(lambda item: _difference(folder, item[0], item[1], advance), expected.items())
         return next((reason for reason in reasons if reason), None)
 
 
-def _difference(path: Path, name: str, entry: Entry) -> str | None:
+def _difference(folder: Path, name: str, entry: Entry, advance: Callable[[int], None]) -> str | None:
     try:
-        with open(path, "rb") as file:
-            found = _digest(file)
+        with open(folder / name, "rb") as file:
+            digest = _digest(file, advance)
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-    return None if found == entry.blake2b else f"{name} has changed since it was written (checksum)"
+    return None if digest == entry.blake2b else f"{name} has changed since it was written (checksum)"
 
 
 def _flushed(path: Path) -> Entry:
@@ -92,5 +122,9 @@ def _flushed(path: Path) -> Entry:
     return entry
 
 
-def _digest(file: object) -> str:
-    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()  # type: ignore[arg-type]
+def _digest(file: BinaryIO, advance: Callable[[int], None] = lambda count: None) -> str:
+    digest, buffer = hashlib.blake2b(digest_size=32), memoryview(bytearray(_CHUNK_BYTES))
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(buffer[:count])
+        advance(count)
+    return digest.hexdigest()

@@ -23,6 +23,7 @@ from copus.audit import audit_run
 from copus.backends.base import Backend, Batches, TrainerState
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
+from copus.checkpoint_files import check_same_data
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.collectives import broadcast_from_rank0
 from copus.data.prepared import prepared_path
@@ -83,10 +84,13 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
 
             run_branches(job, run, branches, backend, open_data, report, stop)
         return
-    train, valid = backend.open_data(prepared_path(job))
+    prepared = prepared_path(job)
+    train, valid = backend.open_data(prepared)
     rank = dist.get_rank()
     with _Reporter(run if rank == 0 else None, job) as report:
         newest = newest_checkpoint(run, lambda line: _skipped(line, report))
+        if newest is not None:
+            check_same_data(newest, prepared.name)
         saved, ran = (None, None) if newest is None else read_state(newest)
         resumes = ran is not None and fits(ran.layout, job, job.cluster)
         finished = saved is not None and saved.samples_consumed >= job.total_samples
@@ -97,6 +101,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         fingerprint = backend.fingerprint()
         rows = ThroughputTable(job.profile.table).everything(fingerprint) if rank == 0 else []
         state = _build_or_resume(job, newest, backend, Throughput(row for row in rows if not row.shard))
+        state.data = prepared.name
         resumed_from = None if newest is None else str(newest.relative_to(run))
         done = samples_trained(run)
         if done is not None:
@@ -135,6 +140,7 @@ def start_of(
         seq_len=job.model.seq_len,
         peak_samples_per_second=peak_samples_per_second(job.model, job.cluster, job.training.precision),
         resumed_from=resumed_from,
+        data=state.data or None,
         hardware=fingerprint.hardware,
         software=fingerprint.software,
     )

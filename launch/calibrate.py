@@ -1,5 +1,6 @@
 """`copus calibrate`: measures the critical batch by branches of a checkpoint, and c = φ / B_simple."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -8,10 +9,11 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from copus.branches import Branches, plan_path, plan_text
-from copus.checkpoint_files import FOLDER, REPLACED, checkpoint_names, samples_of, whats_wrong
+from copus.branches import Branches, plan_path, plan_text, read_plan
+from copus.checkpoint_files import FOLDER, REPLACED, check_same_data, checkpoint_names, samples_of, whats_wrong
 from copus.events import Branch, read_events
 from copus.job import JobConfig, JobError, dump_job, load_job
+from copus.manifest import MANIFEST
 from launch.attend import Outcome, attend
 from launch.data import check, prepare
 from launch.engines import attended_engine_of, check_not_queued
@@ -53,9 +55,10 @@ def calibrate(
     with Interrupts() as interrupts, lock_run(run) as lock:
         check_not_queued(run)
         clear_stop(run)
-        code = prepare(job, run / "job.yaml", interrupts)
+        code, job = prepare(job, run / "job.yaml", interrupts)
         if code:
             return code
+        check_same_data(checkpoint, job.data.prepared)
         _set_up(run, folder, job, branches)
         if len(_results(folder, branches)) < len(branches.seeds) * len(branches.configurations):
             outcome = attend(engine, folder, job, lock, interrupts, console)
@@ -123,7 +126,13 @@ def _plan(job: JobConfig, checkpoint: Path, multiples: list[float], tokens: int 
     wanted = SHORTEST * largest if tokens is None else tokens // job.model.seq_len
     sequences = max(1, math.ceil(wanted / common)) * common
     seeds = [job.training.seed + order for order in range(orders)]
-    return Branches(checkpoint=checkpoint, configurations=configurations, seeds=seeds, sequences=sequences)
+    return Branches(
+        checkpoint=checkpoint,
+        checkpoint_digest=hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16],
+        configurations=configurations,
+        seeds=seeds,
+        sequences=sequences,
+    )
 
 
 def _scaled(base: Configuration, multiple: float) -> Configuration:
@@ -154,17 +163,27 @@ def _announcement(job: JobConfig, run: Path, branches: Branches) -> str:
 
 
 def _set_up(run: Path, folder: Path, job: JobConfig, branches: Branches) -> None:
-    """Make the calibration's run directory; what another model or other rules left there is removed.
+    """Make the calibration's run directory. The results of another job, or of another checkpoint, are removed from it.
 
-    Its workers stop when the run is asked to: that is what `copus cancel` takes.
+    Its workers stop when the run is asked to: `copus cancel` takes the run.
     """
-    if (folder / "job.yaml").is_file() and (folder / "job.yaml").read_text(encoding="utf-8") != dump_job(job):
+    if (folder / "job.yaml").is_file() and not _goes_on(folder, job, branches):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_job(folder, job)
     write_atomically(plan_path(folder), plan_text(branches))
     clear_stop(folder)
     (folder / "stop").symlink_to(run / "stop")
+
+
+def _goes_on(folder: Path, job: JobConfig, branches: Branches) -> bool:
+    """Whether the results in a calibration's folder are of this job and this checkpoint."""
+    try:
+        before = read_plan(folder)
+    except ValueError:
+        return False
+    same_job = (folder / "job.yaml").read_text(encoding="utf-8") == dump_job(job)
+    return same_job and before is not None and before.checkpoint_digest == branches.checkpoint_digest
 
 
 def _results(folder: Path, branches: Branches) -> dict[tuple[Configuration, int], Branch]:

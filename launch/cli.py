@@ -218,20 +218,22 @@ class Report:
 class Data:
     """Fetch and tokenize the text of a job, unless that is done already, and print where it lies.
 
-    Example: copus data examples/shakespeare.yaml
+    Example: copus data examples/shakespeare.yaml · copus data shakespeare --verify
     """
 
-    job: Positional[JobFile]
-    """Job file."""
+    job: Positional[Annotated[str, arg(metavar="JOB.yaml|RUN")]]
+    """Job file, or a run: a path, or a name below ./runs."""
     overrides: Overrides = field(default_factory=list)
     """Override a field of the job file."""
+    verify: bool = False
+    """Prepare nothing: read the data that is there and compare it with its checksums."""
     json: bool = False
     """Print one JSON object on stdout."""
 
     def run(self) -> int:
         from launch.data import data
 
-        return data(self.job, self.overrides, as_json=self.json)
+        return data(self.job, self.overrides, verify=self.verify, as_json=self.json)
 
 
 @dataclass

@@ -1,18 +1,23 @@
 """`copus data`, and the data step of every command that trains: text to tokens, in a process of its own."""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
 from copus.job import JobConfig, JobError, load_job
 from launch.interrupts import Interrupts
 from launch.process import python_module, run_module
-from launch.run_directory import portable, write_job
+from launch.run_directory import find_run, portable, shown, write_job
+from launch.status import RunStatus
 from profiles.table import ThroughputTable
+
+INPUTS = ("source", "held_out", "tokenizer")
+"""Settings of the data section that prepared data is made from."""
 
 
 def check(job: JobConfig) -> None:
-    """Raise JobError where the text, the tokenizer or the throughput table of a job is wrong. Writes nothing."""
+    """Raise JobError if the text, the tokenizer or the throughput table of a job is wrong. Writes nothing."""
     from copus.data.prepared import check_data
 
     check_data(job)
@@ -31,28 +36,84 @@ def check_table(job: JobConfig) -> None:
         raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
 
 
-def prepare(job: JobConfig, job_file: Path, interrupts: Interrupts) -> int:
-    """Prepare the job's data unless it is there, with `job_file` as what the process reads. Returns its exit code.
+def prepare(job: JobConfig, job_file: Path, interrupts: Interrupts) -> tuple[int, JobConfig]:
+    """Prepare the data of a job unless it is there, and verify it if a file in it has changed since that was done.
 
-    The file `stop` beside that one ends it, as an interrupt does.
+    Both happen in a process that reads `job_file`; a file `stop` beside that one ends it, as an interrupt does. Returns
+    its exit code, and the job with `data.prepared` filled in. If the code is not 0, the reason has been printed.
     """
-    from copus.data.prepared import is_prepared
+    from copus.data.prepared import find_prepared, needs_verifying
 
-    if is_prepared(job):
-        return 0
-    return run_module(python_module("copus.data", job_file), interrupts, stop=job_file.with_name("stop"))
+    try:
+        folder = find_prepared(job)
+        if folder is None or needs_verifying(folder):
+            command = python_module("copus.data", job_file)
+            code = run_module(command, interrupts, stop=job_file.with_name("stop"))
+            if code:
+                return code, job
+            folder = find_prepared(job)
+        if folder is None:
+            raise JobError("data.source: the text has changed since it was prepared; start again when it is complete")
+    except JobError as error:
+        print(f"copus: {error}", file=sys.stderr)
+        return 2, job
+    return 0, job.model_copy(update={"data": job.data.model_copy(update={"prepared": folder.name})})
 
 
-def data(job_file: Path, overrides: list[str], *, as_json: bool = False) -> int:
-    """Prepare the data of a job file and print where it lies."""
+def keep_data(run: Path, before: JobConfig, job: JobConfig, status: RunStatus) -> JobConfig:
+    """The job with the run's own data, whatever has become of the text since.
+
+    Raises JobError if the job asks for other data: by its digest, or by settings that give another one.
+    """
+    from copus.data.prepared import find_prepared
+
+    digest = before.data.prepared or (status.start.data if status.start else None)
+    if digest is None:  # nothing was trained on yet, or by an older version: the settings have to be the same
+        return job
+    for name in INPUTS:
+        was, now = getattr(before.data, name), getattr(job.data, name)
+        if was == now:
+            continue
+        prepared = find_prepared(job.model_copy(update={"data": job.data.model_copy(update={"prepared": None})}))
+        if prepared is None or prepared.name != digest:
+            raise JobError(
+                f"{shown(run)}: data.{name} is {was} in this run and cannot become {now}: the run was trained on the "
+                f"data {digest}, and this is " + (f"the data {prepared.name}" if prepared else "not prepared")
+            )
+    if job.data.prepared not in (None, digest):
+        raise JobError(
+            f"{shown(run)}: data.prepared is {digest} in this run and cannot become {job.data.prepared}: a run keeps "
+            "its text and its tokenizer"
+        )
+    return job.model_copy(update={"data": job.data.model_copy(update={"prepared": digest})})
+
+
+def data(target: str, overrides: list[str], *, verify: bool = False, as_json: bool = False) -> int:
+    """Prepare the data of a job file or a run, or compare it with its checksums, and print where it lies."""
     from copus.data.prepared import prepared_path
 
-    job = portable(load_job(job_file, overrides))
+    job = portable(load_job(_job_file(target), overrides))
     check(job)
+    if verify:
+        prepared_path(job)
     with tempfile.TemporaryDirectory() as folder, Interrupts() as interrupts:
         write_job(Path(folder), job)
-        code = prepare(job, Path(folder) / "job.yaml", interrupts)
+        if verify:
+            code = run_module(python_module("copus.data", "--verify", Path(folder) / "job.yaml"), interrupts)
+        else:
+            code, job = prepare(job, Path(folder) / "job.yaml", interrupts)
     if code == 0:
         path = str(prepared_path(job))
-        print(json.dumps({"prepared": path}) if as_json else path)
+        if as_json:
+            print(json.dumps({"prepared": path} | ({"verified": True} if verify else {})))
+        else:
+            print(f"{path}: every file is as it was prepared" if verify else path)
     return code
+
+
+def _job_file(target: str) -> Path:
+    """A job file, or that of a run."""
+    path = Path(target)
+    if path.suffix in (".yaml", ".yml") or (path.exists() and not path.is_dir()):
+        return path
+    return find_run(target) / "job.yaml"

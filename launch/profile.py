@@ -18,7 +18,7 @@ from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.process import python_module
 from launch.progress import SteadyConsole
-from launch.run_directory import create_run, discard_run, lock_run, portable
+from launch.run_directory import create_run, discard_run, lock_run, portable, write_job
 
 
 class AloneEngine(LocalEngine):
@@ -49,10 +49,11 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
                 assert found is not None, "it wants one process"
                 outcome = found
             else:
-                code = prepare(job, run / "job.yaml", interrupts)
+                code, job = prepare(job, run / "job.yaml", interrupts)
                 if code:
                     discard_run(run)
                     return code
+                write_job(run, job)
                 undo = partial(discard_run, run)
                 outcome = attend(engine, run, job, lock, interrupts, console, profile_only=True, undo=undo)
     _note_end(run, outcome)

@@ -11,13 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from copus.audit import audit_run
-from copus.checkpoint_files import FOLDER, checkpoint_names
+from copus.checkpoint_files import FOLDER, check_same_data, checkpoint_names
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized
 from launch.attend import Outcome, attend
 from launch.audit import audit_lines
 from launch.check import check_start
-from launch.data import check, prepare
+from launch.data import INPUTS, check, keep_data, prepare
 from launch.engines import AttendedEngine, Engine, QueuedEngine, check_not_queued, engine_of, engine_state
 from launch.engines.ticket import clear_ticket
 from launch.follow import Follower
@@ -76,10 +76,11 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     with Interrupts() as interrupts:
         run = create_run(job)
         with lock_run(run) as lock:
-            code = prepare(job, run / "job.yaml", interrupts)
-            if code:  # it has said why
+            code, job = prepare(job, run / "job.yaml", interrupts)
+            if code:
                 discard_run(run)
                 return code
+            write_job(run, job)  # from here on the run names its data
             outcome = _measure_and_launch(engine, run, job, lock, interrupts, console, partial(discard_run, run))
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
@@ -90,9 +91,12 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
     before = load_job(run / "job.yaml")
     job = portable(load_resized(job_file or run / "job.yaml", overrides, manner.engine))
     job = job.model_copy(update={"name": before.name})
-    _check_same_training(run, portable(before), job)
     status = RunStatus()
     status.update(Follower(run).read())
+    job = keep_data(run, portable(before), job, status)
+    _check_same_training(run, portable(before), job)
+    for checkpoint in checkpoint_names(run):
+        check_same_data(run / FOLDER / checkpoint, job.data.prepared)
     finished = status.end is not None and status.end.reason == "finished"
     if finished and status.start is not None and job.total_samples <= status.start.total_samples:
         return _conclude(Outcome(0, "finished", status, 0.0), run, job, console, manner, already=True)
@@ -112,10 +116,12 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
             if job != before:
                 write_job(run, job)
             undo = partial(write_job, run, before)
-            code = prepare(job, run / "job.yaml", interrupts)
+            code, job = prepare(job, run / "job.yaml", interrupts)
             if code:
                 undo()
                 return code
+            if job != before:
+                write_job(run, job)
             # As the workers do with the live profiler.
             measures = status.checkpoint is None or job.profile.when == "missing"
             begin = _measure_and_launch if measures else _launch
@@ -183,9 +189,10 @@ def _check_same_training(run: Path, before: JobConfig, after: JobConfig) -> None
     """A checkpoint belongs to one model, one text and one order of samples: refuse to go on with others."""
 
     def kept(job: JobConfig) -> dict[str, Any]:
+        by_settings = after.data.prepared is None  # else `keep_data` has compared what they were prepared to
         return {
             **{f"model.{name}": value for name, value in job.model},
-            **{f"data.{name}": value for name, value in job.data if name != "cache"},
+            **{f"data.{name}": getattr(job.data, name) for name in INPUTS if by_settings},
             **{f"training.{name}": getattr(job.training, name) for name in ("backend", "precision", "seed")},
         }
 

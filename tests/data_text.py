@@ -4,7 +4,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from copus.data.prepared import needs_verifying
 from copus.job import JobConfig, parse_job
+from copus.manifest import mark_checked
 
 _SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
 
@@ -43,3 +45,9 @@ def make_job(cache: Path, data: dict[str, Any], vocab: int = 300, seq_len: int =
             "training": {"global_batch": 4, "tokens": 10_000, **training},
         }
     )
+
+
+def take_as_verified(folder: Path) -> None:
+    """Have prepared data count as verified, once the clock has moved on from when its files were written."""
+    while needs_verifying(folder):
+        mark_checked(folder)

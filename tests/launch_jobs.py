@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from data_text import take_as_verified
 
 import launch.calibrate
 import launch.cli
 import launch.profile
 import launch.submit
-from copus.data.prepared import FILES, FORMAT_VERSION, Manifest, prepared_path
+from copus.data.manifest import FILES, FORMAT_VERSION, Manifest
+from copus.data.prepared import data_folder, input_key, remember
 from copus.job import JobConfig, load_job
+from copus.manifest import describe
 from launch.engines import LocalEngine
 
 DRIVER = Path(__file__).with_name("launch_driver.py")
@@ -40,23 +43,33 @@ def write_job(folder: Path, **sections: dict[str, object]) -> Path:
     data["cache"] = str(folder / data["cache"])
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(values))
-    prepared = prepared_path(load_job(path))
-    prepared.mkdir(parents=True)
+    prepare_fake(load_job(path))
+    return path
+
+
+def prepare_fake(job: JobConfig) -> Path:
+    """Prepared data of a job as far as the launcher looks at it: files of some bytes, and a manifest of them."""
+    making = data_folder(job) / ".making"
+    making.mkdir(parents=True)
     for name in FILES:
-        (prepared / name).touch()
-    counted = {"train_tokens": 100_000, "valid_tokens": 10_000}
+        (making / name).write_text(f"{name} of {job.data.source}")
     manifest = Manifest(
         format_version=FORMAT_VERSION,
+        files=describe(making, FILES),
         sources=[],
-        vocab=384,
+        vocab=job.model.vocab,
         eod=0,
-        tokenizer_sha256="",
+        largest_id=job.model.vocab - 1,
+        train_tokens=100_000,
+        valid_tokens=10_000,
         works=[],
         dropped=[],
-        **counted,
     )
-    (prepared / "manifest.json").write_text(manifest.model_dump_json())
-    return path
+    (making / "manifest.json").write_text(manifest.model_dump_json())
+    folder = making.rename(data_folder(job) / manifest.digest)
+    take_as_verified(folder)
+    remember(job, input_key(job), manifest.digest)
+    return folder
 
 
 class DirectEngine(LocalEngine):

@@ -251,7 +251,7 @@ FILES = [
     ),
     Bad(
         "a folder without text",
-        "data.source: no .txt, .md, .text, .jsonl file in the folder",
+        "data.source: no .txt, .md, .text, .jsonl, .ndjson, .jl file in the folder",
         ("data.source=[images]",),
         replaced("images", Path.mkdir),
     ),

@@ -97,7 +97,7 @@ def test_a_cancelled_run_starts_no_branches_until_it_is_calibrated_again(
 ) -> None:
     (run / "stop").touch()  # of an earlier command
     with monkeypatch.context() as patch:
-        patch.setattr(launch.calibrate, "prepare", lambda *arguments: 0 if copus_here("cancel", "small") == 0 else 1)
+        patch.setattr(launch.calibrate, "prepare", lambda job, *arguments: (copus_here("cancel", "small"), job))
         assert copus_here("calibrate", "small", worker=[]) == 128 + signal.SIGTERM
     assert not list(run.rglob("events.jsonl"))
     assert copus_here("calibrate", "small", worker=[]) == 0
@@ -190,7 +190,9 @@ def _train_then_branch(folder: Path, job: JobConfig, more: JobConfig) -> tuple[l
     Trainer(job, folder, backend, random_batches, random_batches, None, TrainerState(), before.append, never).train()
     checkpoint = newest_checkpoint(folder)
     configurations = [configuration(batch, 2, tp=2) for batch in (8, 4, 8, 16)]
-    plan = Branches(checkpoint=checkpoint, configurations=configurations, seeds=[1234], sequences=64)
+    plan = Branches(
+        checkpoint=checkpoint, checkpoint_digest="", configurations=configurations, seeds=[1234], sequences=64
+    )
     branches: list[Event] = []
 
     def open_data(branch: JobConfig):

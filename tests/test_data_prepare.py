@@ -1,17 +1,19 @@
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_text import make_job, prose, write_works
+from data_text import make_job, prose, take_as_verified, write_works
 from tokenizers import Tokenizer
 
 import copus.data.prepare as prepare_module
-from copus.data.prepare import prepare
-from copus.data.prepared import FILES, check_data, is_prepared, prepared_path, read_manifest
+from copus.data.manifest import FILES, read_manifest
+from copus.data.prepare import prepare, verify
+from copus.data.prepared import check_data, find_prepared, input_key, needs_verifying, prepared_path
 from copus.data.tokenizer import train_tokenizer
 from copus.job import JobConfig, JobError, dump_job
 
@@ -39,7 +41,7 @@ def test_every_work_is_whole_and_on_its_side(job):
     stages = []
     folder = prepare(job, lambda stage, done, total: stages.append((stage, done, total)))
     assert folder == prepared_path(job)
-    assert {path.name for path in folder.iterdir()} == set(FILES)
+    assert {path.name for path in folder.iterdir()} == {*FILES, "manifest.json"}
     assert _text(folder, "train") == [prose(seed) for seed in (0, 1, 2, 4, 7)]
     assert _text(folder, "valid") == [prose(seed) for seed in (3, 5, 6)]
     assert stages[-1] == ("encoding", 8, 8)
@@ -70,16 +72,30 @@ def test_same_job_gives_the_same_bytes_and_the_second_time_nothing_is_done(job, 
     elsewhere = make_job(tmp_path / "other", {"source": [str(tmp_path / "text")], "held_out": ["work[56]", "work3"]})
     second = prepare(elsewhere)
     assert first.name == second.name
-    assert [(first / name).read_bytes() for name in FILES] == [(second / name).read_bytes() for name in FILES]
+    files = (*FILES, "manifest.json")
+    assert [(first / name).read_bytes() for name in files] == [(second / name).read_bytes() for name in files]
 
     monkeypatch.setattr(prepare_module, "_build", None)
     assert prepare(job) == first
 
 
-def test_digest_is_of_what_the_data_depends_on(job, tmp_path, corpus):
+def test_the_digest_is_of_the_content_and_not_of_names(job, tmp_path):
+    """The same documents from another file, with other names of works, are the same data."""
+    first = prepare(job)
+    order = [0, 1, 2, 4, 7, 3, 5, 6]
+    for name, seeds in (("same", order), ("other", [1, 0, *order[2:]])):
+        lines = [json.dumps({"text": prose(seed), "work": f"w{seed}"}) for seed in seeds]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = {"source": [str(tmp_path / "same.jsonl")], "held_out": ["w[356]"]}
+    assert prepare(make_job(tmp_path / "cache", data)) == first
+    data["source"] = [str(tmp_path / "other.jsonl")]
+    assert prepare(make_job(tmp_path / "cache", data)) != first
+
+
+def test_prepared_data_is_looked_up_by_everything_that_it_depends_on(job, tmp_path, corpus):
     data = {"source": [str(corpus)], "held_out": ["work3", "work[56]"]}
     same = make_job(tmp_path / "cache", data, seq_len=64, seed=7, global_batch=16)
-    assert prepared_path(same) == prepared_path(job)
+    assert input_key(same) == input_key(job)
 
     tokenizer = tmp_path / "tokenizer.json"
     train_tokenizer([prose(1)], 300).save(str(tokenizer))
@@ -90,10 +106,10 @@ def test_digest_is_of_what_the_data_depends_on(job, tmp_path, corpus):
         make_job(tmp_path / "cache", {**data, "source": [str(corpus / f"work{seed}.txt") for seed in range(7)]}),
         make_job(tmp_path / "cache", {"source": "shakespeare"}),
     ]
-    before = prepared_path(job)
+    before = input_key(job)
     (corpus / "work0.txt").write_text(prose(0) + "more\n")
-    digests = {before, prepared_path(job), *map(prepared_path, others)}
-    assert len(digests) == len(others) + 2
+    keys = {before, input_key(job), *map(input_key, others)}
+    assert len(keys) == len(others) + 2
 
 
 def test_leaks_are_dropped_from_training_and_recorded(job, corpus):
@@ -117,7 +133,7 @@ def test_all_of_training_held_out(job, corpus):
         (corpus / f"work{seed}.txt").write_text(prose(3))
     with pytest.raises(JobError, match=r"data: all 5 training documents repeat held-out text; work0\.txt: same text"):
         prepare(job)
-    assert not prepared_path(job).exists()
+    assert find_prepared(job) is None
 
 
 def test_jsonl_works_stay_together(tmp_path):
@@ -146,7 +162,7 @@ def test_failure_leaves_nothing(job, monkeypatch):
     with pytest.raises(JobError, match=r"data\.cache: cannot write /somewhere: No space left on device"):
         prepare(job)
     assert not job.data.cache.exists()
-    assert not is_prepared(job)
+    assert find_prepared(job) is None
 
 
 def test_two_at_once(job):
@@ -160,19 +176,142 @@ def test_two_at_once(job):
 
     folder = prepare(job, progress)
     assert other == [folder]
-    assert list(folder.parent.iterdir()) == [folder]
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, "inputs"}
     assert len(_text(folder, "train")) == 5
 
 
-def test_a_damaged_folder_is_not_taken_for_prepared(job):
+def _touch_nothing_but(folder: Path, name: str, content: bytes) -> None:
+    path = folder / name
+    assert path.stat().st_size == len(content), "a change that its size does not give away"
+    path.write_bytes(content)
+
+
+def test_half_of_the_tokens_zeroed_is_found_before_training(job):
     folder = prepare(job)
-    (folder / "train.bin").unlink()
-    assert not is_prepared(job)
-    with pytest.raises(JobError, match=r"data\.cache: .* is there but is not prepared data; remove it"):
+    take_as_verified(folder)
+    assert prepare(job) == folder, "it was verified when it was made"
+    content = (folder / "train.bin").read_bytes()
+    half = len(content) // 2
+    _touch_nothing_but(folder, "train.bin", content[:half] + bytes(len(content) - half))
+    assert needs_verifying(folder)
+    with pytest.raises(JobError, match=r"is damaged: train\.bin has changed since it was written .*remove the folder"):
         prepare(job)
+    (folder / "train.bin").write_bytes(content)
+    assert prepare(job) == folder, "put back as it was"
+    assert not needs_verifying(folder), "verified once"
+
+
+def test_token_ids_outside_of_the_vocabulary_are_found_before_training(job):
+    folder = prepare(job)
+    ids = np.fromfile(folder / "valid.bin", dtype=np.uint16)
+    ids[::50] = 60_000
+    _touch_nothing_but(folder, "valid.bin", ids.tobytes())
+    with pytest.raises(JobError, match=r"valid\.bin has changed since it was written"):
+        prepare(job)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_cut_or_missing_file_is_found_whenever_the_data_is_opened(job, name):
+    folder = prepare(job)
+    size = (folder / name).stat().st_size
+    with open(folder / name, "r+b") as file:
+        file.truncate(size - 1)
+    for look in (check_data, prepare, lambda job: read_manifest(prepared_path(job))):
+        with pytest.raises(JobError, match=f"is damaged: {name} has {size - 1} bytes instead of {size}; remove the f"):
+            look(job)
+    (folder / name).unlink()
+    with pytest.raises(JobError, match=f"is damaged: {name} cannot be read: No such file or directory; remove the f"):
+        check_data(job)
+
+
+def test_a_manifest_of_other_data_is_not_believed(job, tmp_path, corpus):
+    folder = prepare(job)
+    other = prepare(make_job(tmp_path / "cache", {"source": [str(corpus)], "held_out": ["work1"]}))
+    (folder / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
+    with pytest.raises(JobError, match=rf"is damaged: manifest\.json is that of other data \({other.name}\)"):
+        check_data(job)
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(JobError, match=r"manifest\.json was not written by this version; remove the folder"):
-        read_manifest(folder)
+        check_data(job)
+
+
+def test_a_copied_folder_is_verified_once_and_then_used_without_its_text(job, tmp_path, corpus):
+    folder = prepare(job)
+    shutil.rmtree(corpus)
+    copy = tmp_path / "elsewhere" / "data" / folder.name
+    shutil.copytree(folder, copy)
+    (copy / "train.bin").write_bytes((copy / "train.bin").read_bytes())
+    there = make_job(tmp_path / "elsewhere", {"source": str(corpus), "prepared": folder.name})
+    assert needs_verifying(copy)
+    assert prepare(there) == copy
+    assert not needs_verifying(copy)
+    with pytest.raises(JobError, match=r"was made for a vocabulary of 300, not model\.vocab\(301\)"):
+        check_data(make_job(tmp_path / "elsewhere", {"source": str(corpus), "prepared": folder.name}, vocab=301))
+
+
+def test_verifying_reads_every_byte_even_if_no_time_tells(job):
+    folder = prepare(job)
+    assert verify(folder).digest == folder.name
+    ids = np.fromfile(folder / "train.bin", dtype=np.uint16)
+    ids[7] ^= 1
+    (folder / "train.bin").write_bytes(ids.tobytes())
+    take_as_verified(folder)  # as if a disk had done it
+    assert prepare(job) == folder
+    with pytest.raises(JobError, match=r"train\.bin has changed"):
+        verify(folder)
+
+
+def test_the_largest_token_id_is_recorded(job):
+    folder = prepare(job)
+    ids = [int(np.fromfile(folder / f"{side}.bin", dtype=np.uint16).max()) for side in ("train", "valid")]
+    assert read_manifest(folder).largest_id == max(ids) < job.model.vocab
+
+
+def test_a_job_that_names_its_data_needs_no_text_and_heeds_no_change_of_it(job, corpus):
+    folder = prepare(job)
+    named = job.model_copy(update={"data": job.data.model_copy(update={"prepared": folder.name})})
+    (corpus / "work0.txt").write_text(prose(77))
+    assert prepared_path(named) == folder
+    assert find_prepared(job) is None, "without the name it is other text"
+    shutil.rmtree(corpus)
+    check_data(named)
+    assert prepare(named) == folder
+
+
+def test_data_that_is_made_again_has_to_be_the_same(job, corpus):
+    folder = prepare(job)
+    named = job.model_copy(update={"data": job.data.model_copy(update={"prepared": folder.name})})
+    before = (folder / "train.bin").read_bytes()
+    shutil.rmtree(folder)
+    assert prepare(named) == folder
+    assert (folder / "train.bin").read_bytes() == before
+
+    shutil.rmtree(folder)
+    (corpus / "work0.txt").write_text(prose(77))
+    with pytest.raises(JobError, match=rf"\({folder.name}\) is not in .* now give other data \([0-9a-f]+\)"):
+        prepare(named)
+    shutil.rmtree(corpus)
+    with pytest.raises(JobError, match=rf"\({folder.name}\) .*cannot be made again: data\.source: no such"):
+        check_data(named)
+
+
+def test_text_that_changes_while_it_is_prepared_is_refused(job, corpus):
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "encoding" and done == 1:
+            (corpus / "work0.txt").write_text(prose(0) + "and a line more\n")
+
+    with pytest.raises(JobError, match=r"data\.source: the text changed while it was being prepared"):
+        prepare(job, progress)
+    assert find_prepared(job) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\xfe", b"../../elsewhere\n"])
+def test_a_damaged_note_of_what_inputs_gave_is_no_more_than_work_done_again(job, content):
+    folder = prepare(job)
+    (folder.parent / "inputs" / input_key(job)).write_bytes(content)
+    assert find_prepared(job) is None
+    assert prepare(job) == folder
+    assert find_prepared(job) == folder
 
 
 def test_check_data_finds_it_before_anything_is_made(tmp_path, corpus):
@@ -203,7 +342,7 @@ def test_a_side_shorter_than_a_sequence(job, tmp_path, corpus):
     long = make_job(tmp_path / "cache", {"source": [str(corpus)], "held_out": ["work3"]}, seq_len=4096)
     with pytest.raises(JobError, match=r"data: the valid side has \d+ tokens < model\.seq_len\(4096\) \+ 1 = 4097"):
         prepare(long)
-    assert not is_prepared(long)
+    assert find_prepared(long) is None
     prepare(make_job(tmp_path / "cache", {"source": [str(corpus)], "held_out": ["work3"]}))
     with pytest.raises(JobError, match="data: the valid side has"):
         check_data(long)

@@ -7,9 +7,10 @@ import torch
 from data_text import make_job, prose, write_works
 from ranks import run_ranks
 
+from copus.data.manifest import FILES, FORMAT_VERSION, Manifest
 from copus.data.prepare import prepare
-from copus.data.prepared import Manifest
 from copus.job import JobError
+from copus.manifest import describe
 
 SEQ_LEN = 16
 
@@ -27,19 +28,21 @@ def prepared(tmp_path_factory) -> Path:
         ends = first + np.cumsum([0, *lengths])
         write_indexed(folder / side, [np.arange(*span) for span in itertools.pairwise(ends)], 60_000)
         first = int(ends[-1])
+    (folder / "tokenizer.json").write_text("{}")
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
+        files=describe(folder, FILES),
         sources=[],
         vocab=60_000,
         eod=0,
-        tokenizer_sha256="",
+        largest_id=1489,
         train_tokens=1200,
         valid_tokens=290,
         works=[],
         dropped=[],
     )
     (folder / "manifest.json").write_text(manifest.model_dump_json())
-    return folder
+    return folder.rename(folder.with_name(manifest.digest))
 
 
 def _reader(prepared: Path, num_samples: int, split: str = "train", seed: int = 5, **more: Path):

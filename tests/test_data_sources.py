@@ -40,6 +40,45 @@ def test_jsonl_work_is_the_key_or_the_line(tmp_path):
     assert documents[2].bytes == 6
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.jl", "a.JSON", "a.jsonlines", "a"])
+def test_json_lines_are_read_as_json_lines_whatever_they_are_called(tmp_path, name):
+    file = tmp_path / name
+    file.write_text('{"text": "one", "id": 7}\n{"text": "two", "work": "w"}\n')
+    assert [(document.work, document.text) for document in read_documents([file])] == [("a:1", "one"), ("w", "two")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "one"}]\n', r'a\.json:1: expected an object with a string "text" a line'),
+        ('{"title": "one"}\n', r'a\.json:1: expected an object with a string "text" a line'),
+        ('{\n "text": "one"\n}\n', r"a\.json:1: not JSON: Expecting property name"),
+        ("just a text\n", r"a\.json:1: not JSON"),
+        ("[" * 100_000, r"a\.json:1: not JSON"),
+    ],
+    ids=["an array", "no text", "over several lines", "no JSON", "deep"],
+)
+def test_other_json_is_refused_and_not_trained_on_as_text(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(JobError, match=message):
+        read_documents([tmp_path / "a.json"])
+
+
+def test_a_folder_gives_its_json_lines_and_not_its_other_json(tmp_path):
+    document = '{"text": "one"}\n'
+    for name in ("a.jsonl", "b.ndjson", "c.jl", "d.json"):
+        (tmp_path / name).write_text(document)
+    (tmp_path / "package.json").write_text('{\n "name": "x"\n}\n')
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "empty.json").write_text("")
+    assert [file.name for file in source_files([tmp_path])] == ["a.jsonl", "b.ndjson", "c.jl", "d.json"]
+
+
+def test_text_that_looks_like_json_stays_text_in_a_text_file(tmp_path):
+    (tmp_path / "a.txt").write_text('{"text": "one"}\n')
+    assert read_documents([tmp_path / "a.txt"])[0].text == '{"text": "one"}\n'
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -86,6 +125,19 @@ def test_held_out_names_and_patterns():
         choose_held_out(works, ["macbeth", "hamlt"])
     with pytest.raises(JobError, match=r"data\.held_out: .* takes all 4 works"):
         choose_held_out(works, ["h*", "macbeth"])
+
+
+@pytest.mark.parametrize("name", ["draft [2020]", "what?", "star*", "[a-z]", "*", "a[!b]c"])
+def test_an_exact_name_holds_out_that_work_and_no_other(name):
+    works = dict.fromkeys(["draft 2", "whatx", "starling", "b", "abc", "axc", name], 100)
+    assert choose_held_out(works, [name]) == {name}
+
+
+def test_a_name_is_a_pattern_only_if_no_work_has_it():
+    works = dict.fromkeys(["star*", "starling", "start", "draft 2", "draft [2020]"], 100)
+    assert choose_held_out(works, ["star?*"]) == {"star*", "starling", "start"}
+    assert choose_held_out(works, ["star*", "draft ?"]) == {"star*", "draft 2"}
+    assert choose_held_out(works, ["draft [[]2020]"]) == {"draft [2020]"}
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=2, max_size=60))

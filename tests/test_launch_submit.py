@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -278,9 +279,9 @@ def test_a_cancel_while_the_run_gets_ready_starts_no_workers(
     write_job(tmp_path)
     run = tmp_path / "runs" / "small"
 
-    def cancelled(*arguments: object) -> int | None:
+    def cancelled(first: Any, *arguments: object) -> Any:
         print(LocalEngine().cancel(run, now=True))
-        return 0 if stage == "prepare" else None
+        return (0, first) if stage == "prepare" else None
 
     monkeypatch.setattr(launch.submit, stage, cancelled)
     result = copus("submit", "job.yaml", worker=["--steps", "3"])

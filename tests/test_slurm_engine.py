@@ -213,7 +213,7 @@ def test_a_resume_whose_data_cannot_be_prepared_changes_nothing(
     run = queued(tmp_path)
     slurm("squeue", "")
     before = (run / "job.yaml").read_text()
-    monkeypatch.setattr(launch.submit, "prepare", lambda *arguments: 2)
+    monkeypatch.setattr(launch.submit, "prepare", lambda job, *arguments: (2, job))
     assert copus_here("submit", "--resume", "small", "--engine", "local") == 2
     assert (run / "job.yaml").read_text() == before
 

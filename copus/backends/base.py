@@ -89,6 +89,8 @@ class TrainerState:
 
     samples_consumed: int = 0
     step: int = 0
+    data: str = ""
+    """Digest of the prepared data that it was trained on."""
     optimizer_steps: int = 0
     """Optimizer steps that were not skipped: Adam's own count."""
     skipped_in_a_row: int = 0

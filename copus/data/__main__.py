@@ -1,4 +1,7 @@
-"""`python -m copus.data JOB.yaml`: prepare the data of a job; progress on stderr, the folder on stdout."""
+"""`python -m copus.data [--verify] JOB.yaml`: prepare the data of a job, or compare it with its checksums.
+
+Progress goes to stderr, the folder to stdout.
+"""
 
 import signal
 import sys
@@ -7,21 +10,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from copus.data.prepare import prepare
-from copus.data.prepared import check_data
+from copus.data.prepare import prepare, verify
+from copus.data.prepared import check_data, prepared_path
 from copus.job import JobError, load_job
 
 
 def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 2 for what the user has to mend, 130 and 143 when interrupted."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m copus.data JOB.yaml", file=sys.stderr)
+    verifies = arguments[:1] == ["--verify"]
+    paths = arguments[verifies:]
+    if len(paths) != 1 or paths[0].startswith("-"):
+        print("usage: python -m copus.data [--verify] JOB.yaml", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half made is left
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        job = load_job(Path(arguments[0]))
+        job = load_job(Path(paths[0]))
         check_data(job)
         bars = Progress(*columns, console=console)
         stages = {}
@@ -33,9 +38,13 @@ def main(arguments: list[str]) -> int:
 
         bars.start()
         try:
-            folder = prepare(job, show)
+            if verifies:
+                folder = prepared_path(job)
+                verify(folder, show)
+            else:
+                folder = prepare(job, show)
         except BaseException:
-            bars.live.transient = True  # one line is all that a mistake prints
+            bars.live.transient = True  # a mistake prints one line and nothing else
             bars.live.stop()
             raise
         bars.stop()

@@ -11,26 +11,26 @@ DEFAULT_SHARE = 0.05
 """Share of the bytes that is held out when the job names no works."""
 
 
-def choose_held_out(work_bytes: Mapping[str, int], patterns: list[str]) -> set[str]:
+def choose_held_out(work_bytes: Mapping[str, int], names: list[str]) -> set[str]:
     """The names of the works to hold out.
 
-    `work_bytes`: every work with its size. `patterns`: names or shell patterns; where there are none, works are taken
+    `work_bytes`: every work with its size. `names`: the exact name of a work, or else a shell pattern, so that a work
+    called `draft [2020]` or `star*` can be named, and no other is held out with it. If there are none, works are taken
     in the order of a hash of their names until 5 % of the bytes are held out, passing over those that would make it
-    more than twice as much. Raises JobError for a pattern that matches nothing, and where one of the two sides would
-    be empty.
+    more than twice as much. Raises JobError for a name that matches nothing, and if one of the sides would be empty.
     """
-    if not patterns:
+    if not names:
         return _default(work_bytes)
     held_out: set[str] = set()
-    for pattern in patterns:
-        matches = fnmatch.filter(work_bytes, pattern)
+    for name in names:
+        matches = [name] if name in work_bytes else fnmatch.filter(work_bytes, name)
         if not matches:
             raise JobError(
-                f"data.held_out: {pattern!r} matches none of the {len(work_bytes)} works{_hint(pattern, work_bytes)}"
+                f"data.held_out: {name!r} matches none of the {len(work_bytes)} works{_hint(name, work_bytes)}"
             )
         held_out.update(matches)
     if len(held_out) == len(work_bytes):
-        raise JobError(f"data.held_out: {patterns} takes all {len(work_bytes)} works, which leaves none to train on")
+        raise JobError(f"data.held_out: {names} takes all {len(work_bytes)} works, which leaves none to train on")
     return held_out
 
 

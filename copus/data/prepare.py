@@ -1,4 +1,4 @@
-"""Makes the prepared data of a job: reads, splits by work, drops what leaks, trains the tokenizer, encodes, writes."""
+"""Makes the prepared data of a job: reads, splits by work, drops leaks, trains the tokenizer, encodes, writes."""
 
 import contextlib
 import os
@@ -14,65 +14,106 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copus.data import shakespeare
+from copus.data.manifest import FILES, FORMAT_VERSION, Dropped, Manifest, Side, Work, damaged, read_manifest
 from copus.data.overlap import HeldOutText
 from copus.data.prepared import (
-    FORMAT_VERSION,
-    Dropped,
-    Manifest,
-    Side,
-    Work,
     check_length,
+    check_prepared,
     check_vocabulary,
+    data_folder,
+    find_prepared,
     held_out_works,
-    is_complete,
-    prepared_path,
-    read_manifest,
+    input_key,
+    needs_verifying,
+    remember,
     sources,
 )
-from copus.data.sources import Document, file_sha256, read_documents, source_files
-from copus.data.tokenizer import check_tokenizer, encode, load_tokenizer, train_tokenizer
+from copus.data.sources import Document, read_documents, source_files
+from copus.data.tokenizer import check_spelling, check_tokenizer, encode, load_tokenizer, train_tokenizer
 from copus.durable import sync_folder, write_text
 from copus.job import JobConfig, JobError
+from copus.manifest import MANIFEST, damage, describe, mark_checked
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much."""
+"""Called with the name of a stage, how much of it is done, and how much there is to do."""
 
 
 def prepare(job: JobConfig, progress: Progress = lambda stage, done, total: None) -> Path:
-    """The folder of a job's prepared data, made unless it is there.
+    """The folder of a job's prepared data, made unless it is there, and verified if a file in it has changed.
 
-    It is made beside its place and put there in one rename, so that it is never seen half made, and two processes that
+    It is made beside its place and renamed once it is complete, so that nobody sees half of it, and two processes that
     prepare the same data at once are only wasteful. Raises JobError.
     """
-    folder = prepared_path(job)
-    if is_complete(folder):
-        check_length(job, read_manifest(folder))
-        return folder
+    folder = find_prepared(job)
+    if folder is None:
+        return _make(job, progress)
+    check_prepared(job, folder)
+    if needs_verifying(folder):
+        verify(folder, progress)
+    return folder
+
+
+def verify(folder: Path, progress: Progress = lambda stage, done, total: None) -> Manifest:
+    """Compare the files of prepared data with the checksums in its manifest. Raises JobError where they differ."""
+    manifest = read_manifest(folder)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("verifying", done >> 20, manifest.bytes >> 20)
+
+    for name, entry in manifest.files.items():
+        if reason := damage(folder, {name: entry}, advance):
+            raise damaged(folder, reason)
+    mark_checked(folder)
+    return manifest
+
+
+def _make(job: JobConfig, progress: Progress) -> Path:
     check_vocabulary(job)
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    parent = data_folder(job)
+    temporary = parent / f".{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
+        key = input_key(job)
         manifest = _build(job, temporary, progress)
+        if input_key(job) != key:
+            raise JobError("data.source: the text changed while it was being prepared; start again when it is complete")
+        _check_same(job, manifest)
         check_length(job, manifest)
-        write_text(temporary / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+        write_text(temporary / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         sync_folder(temporary)
+        folder = parent / manifest.digest
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not is_complete(folder):  # else another process was faster, and what it made is the same
-                raise JobError(f"data.cache: {folder} is there but is not prepared data; remove it") from None
+            if not folder.is_dir():
+                raise
+            read_manifest(folder)  # another process was faster, or other inputs gave the same data
+        sync_folder(parent)
+        remember(job, key, manifest.digest)
     except OSError as error:
         raise JobError(f"data.cache: cannot write {error.filename or temporary}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):  # where the first data of a cache could not be made: they are empty
-            folder.parent.rmdir()
+        with contextlib.suppress(OSError):  # if the first data of a cache could not be made: they are empty
+            parent.rmdir()
             job.data.cache.expanduser().rmdir()
-    sync_folder(folder.parent)
     return folder
+
+
+def _check_same(job: JobConfig, manifest: Manifest) -> None:
+    """Raise JobError if the data of a run was made again, and is not what the run began with."""
+    if job.data.prepared not in (None, manifest.digest):
+        raise JobError(
+            f"data.prepared({job.data.prepared}) is not in {data_folder(job)} any more, and data.source, "
+            f"data.held_out and data.tokenizer now give other data ({manifest.digest}): put that folder or the old "
+            "text back, or begin a new run"
+        )
 
 
 def _build(job: JobConfig, folder: Path, progress: Progress) -> Manifest:
@@ -94,12 +135,17 @@ def _build(job: JobConfig, folder: Path, progress: Progress) -> Manifest:
         from copus.backends.megatron.indexed import write_indexed
 
     tokens: Counter[str] = Counter()
-    done = 0
+    done, largest = 0, 0
 
     def encoded(side: list[Document]) -> Iterator[NDArray[np.int64]]:
-        nonlocal done
+        nonlocal done, largest
         for document in side:
             ids = encode(tokenizer, document.text, eod)
+            largest = max(largest, int(ids.max()))
+            if largest >= job.model.vocab:
+                raise JobError(
+                    f"data.tokenizer: {document.name} has the token id {largest}, and model.vocab is {job.model.vocab}"
+                )
             tokens[document.work] += len(ids)
             done += 1
             progress("encoding", done, len(kept))
@@ -110,10 +156,11 @@ def _build(job: JobConfig, folder: Path, progress: Progress) -> Manifest:
     works = _works(documents, kept, held_out, tokens)
     return Manifest(
         format_version=FORMAT_VERSION,
+        files=describe(folder, FILES),
         sources=sources(job.data),
         vocab=job.model.vocab,
         eod=eod,
-        tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
+        largest_id=largest,
         train_tokens=sum(work.tokens for work in works if work.side == "train"),
         valid_tokens=sum(work.tokens for work in works if work.side == "valid"),
         works=works,
@@ -134,9 +181,9 @@ def _read(job: JobConfig, progress: Progress) -> list[Document]:
 def drop_leaks(
     documents: list[Document], held_out: set[str], shared_text: tuple[tuple[str, str], ...], progress: Progress
 ) -> tuple[list[Document], list[Dropped]]:
-    """The documents without those of the training side whose text is held out, and what was left out.
+    """The documents without those of the training side whose text is held out; and those.
 
-    `shared_text`: pairs of works that are known to share text; they are not split over the two sides.
+    `shared_text`: pairs of works that share text; they are not split over the two sides.
     """
     held_out_text = HeldOutText([document for document in documents if document.work in held_out])
     kept, dropped = [], []
@@ -163,7 +210,9 @@ def _tokenizer(job: JobConfig, train: list[Document], progress: Progress) -> tup
     """The tokenizer and the id of its end-of-document token."""
     if job.data.tokenizer:
         tokenizer = load_tokenizer(job.data.tokenizer)
-        return tokenizer, check_tokenizer(tokenizer, job.data.tokenizer, job.model.vocab)
+        eod = check_tokenizer(tokenizer, job.data.tokenizer, job.model.vocab)
+        check_spelling(tokenizer, job.data.tokenizer, (document.text for document in train))
+        return tokenizer, eod
     progress("training the tokenizer", 0, 1)
     tokenizer = train_tokenizer((document.text for document in train), job.model.vocab)
     progress("training the tokenizer", 1, 1)

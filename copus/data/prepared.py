@@ -1,151 +1,144 @@
-"""Where a job's prepared data is, what it holds, and whether it can be made. Imports neither torch nor megatron.
+"""Where the prepared data of a job is, and whether it is fit for the job. Imports neither torch nor megatron.
 
-A prepared folder is `<data.cache>/data/<digest>`: train.bin, train.idx, valid.bin, valid.idx (Megatron's indexed
-datasets), tokenizer.json and manifest.json. It is complete or it is not there.
+Prepared data is a folder `<data.cache>/data/<digest>`, named after its content (`Manifest.digest`), complete or not
+there. `<data.cache>/data/inputs/<key>` says which digest a job's inputs were turned into: the key is a hash of the
+texts and of everything else that the data depends on. A run does not ask that way: its `job.yaml` names the digest in
+`data.prepared`, so that a change to the text has no effect on it.
 """
 
+import contextlib
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from copus.data import shakespeare
 from copus.data.held_out import choose_held_out
+from copus.data.manifest import FORMAT_VERSION, Manifest, Side, Source, damaged, read_manifest
 from copus.data.sources import Document, file_sha256, read_documents, source_files
-from copus.data.tokenizer import SMALLEST_VOCAB, check_tokenizer, load_tokenizer
-from copus.job import DataConfig, JobConfig, JobError
-from profiles.record import Record
+from copus.data.tokenizer import SMALLEST_VOCAB, check_spelling, check_tokenizer, load_tokenizer
+from copus.durable import replace_text
+from copus.job import DIGEST, DataConfig, JobConfig, JobError
+from copus.manifest import changed_since_checked
 
-FORMAT_VERSION = 1
-"""Goes up whenever the same job would be prepared differently, the table of Shakespeare's works included."""
-
-FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.json", "manifest.json")
-"""What a prepared folder holds; training adds `indices/`, the sample orders that it has used."""
-
-Side = Literal["train", "valid"]
 MOST_PASSES = 10_000
-"""Times that a side of the data may be gone over."""
+"""Most passes over a side of the data. The order of each pass is a file."""
 
 
-class Source(Record):
-    """A file that was read."""
+def find_prepared(job: JobConfig) -> Path | None:
+    """The folder of a job's prepared data, or None if there is none.
 
-    name: str
-    """Its name, without folders."""
-    sha256: str
-    """Hash of its content."""
-
-
-class Work(Record):
-    """What became of a work."""
-
-    name: str
-    """Its name."""
-    side: Side
-    """Trained on, or held out."""
-    documents: int
-    """Documents that are in the data, dropped ones not counted."""
-    tokens: int
-    """Tokens of these, end-of-document tokens included."""
-    bytes: int
-    """UTF-8 bytes of these."""
-
-
-class Dropped(Record):
-    """A document that is not trained on because its text is held out."""
-
-    document: str
-    """Its name."""
-    work: str
-    """Its work."""
-    reason: str
-    """What it has in common with which held-out document."""
-
-
-class Manifest(Record):
-    """What a prepared folder holds."""
-
-    format_version: int
-    """Version of this format."""
-    sources: list[Source]
-    """What was read."""
-    vocab: int
-    """The vocabulary that it was made for; every token id is smaller."""
-    eod: int
-    """Id of the token that ends a document."""
-    tokenizer_sha256: str
-    """Hash of tokenizer.json."""
-    train_tokens: int
-    """Tokens to train on."""
-    valid_tokens: int
-    """Tokens held out."""
-    works: list[Work]
-    """Every work, in the order of the data."""
-    dropped: list[Dropped]
-    """What was kept out of training."""
-
-    def tokens(self, side: Side) -> int:
-        """Tokens of one side."""
-        return self.train_tokens if side == "train" else self.valid_tokens
+    Looks for the digest that the job names, or else for what its inputs were turned into. Raises JobError if a file of
+    the source cannot be read.
+    """
+    digest = job.data.prepared or _remembered(job)
+    folder = data_folder(job) / digest if digest else None
+    return folder if folder and folder.is_dir() else None
 
 
 def prepared_path(job: JobConfig) -> Path:
-    """The folder of a job's prepared data, whether it is there or not.
+    """The folder of a job's prepared data. Raises JobError if there is none."""
+    folder = find_prepared(job)
+    if folder is None:
+        named = f" {job.data.prepared}" if job.data.prepared else ""
+        raise JobError(f"data: the prepared data{named} is not in {data_folder(job)}: run `copus data` with this job")
+    return folder
 
-    Its name is a digest of all that the data depends on: texts, held-out works, tokenizer, vocabulary and format; not
-    of seed, sequence length or batch. Raises JobError when a file cannot be read.
+
+def data_folder(job: JobConfig) -> Path:
+    """The folder in which prepared data is kept."""
+    return job.data.cache.expanduser() / "data"
+
+
+def input_key(job: JobConfig) -> str:
+    """A hash of everything that the prepared data depends on: texts, held-out works, tokenizer, vocabulary and format.
+
+    Seed, sequence length and batch are not among them. Raises JobError if a file cannot be read.
     """
     data = job.data
     depends_on = {
         "format": FORMAT_VERSION,
         "sources": [source.model_dump() for source in sources(data)],
-        "held_out": sorted(_held_out_patterns(data)),
+        "held_out": sorted(_held_out_names(data)),
         "tokenizer": file_sha256(data.tokenizer.expanduser()) if data.tokenizer else None,
         "vocab": job.model.vocab,
     }
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
-    return data.cache.expanduser() / "data" / digest
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_prepared(job: JobConfig) -> bool:
-    """Whether the prepared data is there. Raises JobError when a file of the source cannot be read."""
-    return is_complete(prepared_path(job))
+def remember(job: JobConfig, key: str, digest: str) -> None:
+    """Note that the inputs with this key were turned into the data with this digest. Raises OSError."""
+    path = data_folder(job) / "inputs" / key
+    path.parent.mkdir(exist_ok=True)
+    replace_text(path, digest + "\n")
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a folder holds prepared data."""
-    return all((folder / name).is_file() for name in FILES)
-
-
-def read_manifest(prepared: Path) -> Manifest:
-    """The manifest of a prepared folder. Raises JobError when there is none that this version can read."""
-    try:
-        return Manifest.model_validate_json((prepared / "manifest.json").read_bytes())
-    except OSError as error:
-        raise JobError(f"data: {prepared} is not prepared data: {error.strerror}") from None
-    except ValueError:
-        raise JobError(f"data: {prepared}/manifest.json was not written by this version; remove the folder") from None
+def _remembered(job: JobConfig) -> str | None:
+    """The digest of what the job's inputs were turned into, if that has been done."""
+    path = data_folder(job) / "inputs" / input_key(job)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        digest = path.read_text(encoding="utf-8").strip()
+        return digest if re.fullmatch(DIGEST, digest) else None
+    return None
 
 
 def check_data(job: JobConfig) -> None:
-    """Find what is wrong with a job's data before anything is fetched or made. Raises JobError, one line.
+    """Find everything that is wrong with a job's data before anything is fetched or made. Raises JobError.
 
-    Reads the user's own files unless they are prepared already; downloads nothing.
+    Prepared data is checked by its manifest and the sizes of its files. If there is none, the user's own files are
+    read. Downloads and writes nothing.
     """
-    folder = prepared_path(job)
-    if is_complete(folder):
-        check_length(job, read_manifest(folder))
+    folder = find_prepared(job)
+    if folder is not None:
+        check_prepared(job, folder)
         return
+    try:
+        _check_inputs(job)
+    except JobError as error:
+        if job.data.prepared is None:
+            raise
+        raise JobError(
+            f"data.prepared({job.data.prepared}) is not in {data_folder(job)} any more, and it cannot be made again: "
+            f"{error}"
+        ) from None
+
+
+def check_prepared(job: JobConfig, folder: Path) -> None:
+    """Raise JobError if prepared data is damaged, as far as sizes tell, or was made for another vocabulary, or is too
+    short for the job."""
+    manifest = read_manifest(folder)
+    if manifest.vocab != job.model.vocab:
+        raise JobError(
+            f"data: {folder} was made for a vocabulary of {manifest.vocab}, not model.vocab({job.model.vocab})"
+        )
+    check_length(job, manifest)
+
+
+def needs_verifying(folder: Path) -> bool:
+    """Whether a file of prepared data has changed since it was made or last verified. Raises JobError."""
+    manifest = read_manifest(folder)
+    try:
+        return changed_since_checked(folder, manifest.files)
+    except OSError as error:
+        raise damaged(folder, f"{error.filename}: {error.strerror}") from None
+
+
+def _check_inputs(job: JobConfig) -> None:
     check_vocabulary(job)
     if job.data.source == "shakespeare":
-        choose_held_out(dict.fromkeys(shakespeare.WORKS, 1), _held_out_patterns(job.data))
-    else:
-        held_out_works(read_documents(source_files(job.data.source)), job.data)
+        choose_held_out(dict.fromkeys(shakespeare.WORKS, 1), _held_out_names(job.data))
+        return
+    documents = read_documents(source_files(job.data.source))
+    held_out = held_out_works(documents, job.data)
+    if job.data.tokenizer:
+        train = (document.text for document in documents if document.work not in held_out)
+        check_spelling(load_tokenizer(job.data.tokenizer), job.data.tokenizer, train)
 
 
 def check_vocabulary(job: JobConfig) -> None:
-    """Raises JobError where the tokenizer cannot be read, or `model.vocab` does not go with it."""
+    """Raise JobError if the tokenizer cannot be read, or does not go with `model.vocab`."""
     if job.data.tokenizer:
         check_tokenizer(load_tokenizer(job.data.tokenizer), job.data.tokenizer, job.model.vocab)
     elif job.model.vocab < SMALLEST_VOCAB:
@@ -156,8 +149,8 @@ def check_vocabulary(job: JobConfig) -> None:
 
 
 def check_length(job: JobConfig, manifest: Manifest) -> None:
-    """Raises JobError where a side of the data is shorter than one sequence, or would be gone over absurdly often: the
-    order of every pass is a file."""
+    """Raise JobError if a side of the data is shorter than one sequence, or if the job makes absurdly many passes over
+    it."""
     seq_len = job.model.seq_len
     wanted = {
         "train": (f"training.tokens({job.training.tokens})", job.training.tokens),
@@ -168,10 +161,10 @@ def check_length(job: JobConfig, manifest: Manifest) -> None:
     }
     for side in get_args(Side):
         tokens = manifest.tokens(side)
-        what, amount = wanted[side]
+        setting, amount = wanted[side]
         if amount > MOST_PASSES * tokens > 0:
             raise JobError(
-                f"{what} is {amount / tokens:.3g} times the {tokens} tokens of the data's {side} side: at most "
+                f"{setting} is {amount / tokens:.3g} times the {tokens} tokens of the data's {side} side: at most "
                 f"{MOST_PASSES}"
             )
         if tokens < seq_len + 1:
@@ -183,7 +176,7 @@ def held_out_works(documents: list[Document], data: DataConfig) -> set[str]:
     work_bytes: Counter[str] = Counter()
     for document in documents:
         work_bytes[document.work] += document.bytes
-    return choose_held_out(work_bytes, _held_out_patterns(data))
+    return choose_held_out(work_bytes, _held_out_names(data))
 
 
 def sources(data: DataConfig) -> list[Source]:
@@ -193,7 +186,7 @@ def sources(data: DataConfig) -> list[Source]:
     return [Source(name=file.name, sha256=file_sha256(file)) for file in source_files(data.source)]
 
 
-def _held_out_patterns(data: DataConfig) -> list[str]:
+def _held_out_names(data: DataConfig) -> list[str]:
     if data.source == "shakespeare" and not data.held_out:
         return list(shakespeare.DEFAULT_HELD_OUT)
     return data.held_out

@@ -1,4 +1,4 @@
-"""Reads the user's own text: files, JSONL files and folders of them, each document with the work that it belongs to."""
+"""Reads the user's own text: text files, JSON lines files and folders of them. A document knows its work."""
 
 import functools
 import hashlib
@@ -11,7 +11,11 @@ from pathlib import Path
 from copus.job import JobError
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
-"""What a folder is searched for, besides `.jsonl`. A file that is named itself may be called anything."""
+"""Text files that a folder is searched for. A text file that is named itself may be called anything else."""
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jl")
+"""Files with one JSON object a line."""
+JSON_SUFFIX = ".json"
+"""Taken for JSON lines too. In a folder it is often something else: there the first line decides."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def source_files(paths: list[Path]) -> list[Path]:
     Raises JobError for what does not exist, for a folder without text and for a name that is not UTF-8.
     """
     if not paths:
-        raise JobError("data.source: an empty list: name text files, JSONL files or folders of them")
+        raise JobError("data.source: an empty list: name text files, JSON lines files or folders of them")
     files: dict[Path, Path] = {}
     for path in (path.expanduser() for path in paths):
         for file in _files_of(path):
@@ -54,21 +58,38 @@ def _files_of(path: Path) -> list[Path]:
         raise JobError(f"data.source: {path} is neither a regular file nor a folder")
     if not path.is_dir():
         raise JobError(f"data.source: no such file or folder: {path} (the only corpus with a name is `shakespeare`)")
-    suffixes = (*TEXT_SUFFIXES, ".jsonl")
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in suffixes
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    if not found:
-        raise JobError(f"data.source: no {', '.join(suffixes)} file in the folder {path}")
-    return found
+    files = sorted(file for file in path.rglob("*") if _is_text(file) and not _is_hidden(file.relative_to(path)))
+    if not files:
+        suffixes = ", ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES))
+        raise JobError(f"data.source: no {suffixes} file in the folder {path}, and no {JSON_SUFFIX} file of JSON lines")
+    return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_text(file: Path) -> bool:
+    suffix = file.suffix.lower()
+    if suffix == JSON_SUFFIX and file.is_file():
+        return _begins_with_a_document(file)
+    return suffix in (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES) and file.is_file()
+
+
+def _begins_with_a_document(file: Path) -> bool:
+    """Whether the first line is a JSON object with `text`."""
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            value = json.loads(next((line for line in lines if line.strip()), ""))
+    except OSError as error:
+        raise JobError(f"data.source: {file}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and "text" in value
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a file's content; read once in a process for as long as its size and time stay. Raises JobError."""
+    """Hash of a file's content, read once in a process unless its size or time changes. Raises JobError."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe has no end, and a device neither
@@ -87,18 +108,25 @@ def _hash(path: Path, size: int, mtime_ns: int) -> str:
 def read_documents(files: list[Path]) -> list[Document]:
     """Every document of the files, in order; blank ones are left out.
 
-    A text file is one document, and its work is its name without suffix. A line of JSONL is one: `text`, and the
-    optional `work`; without it the line is a work by itself, `file:line`. Raises JobError, naming file and line.
+    A text file is one document, and its work is its name without suffix. So is each JSON line: an object with `text`
+    and an optional `work`; without it the line is a work by itself, `file:line`. Raises JobError, naming file and line.
     """
     documents = [
         document
         for file in files
-        for document in (_json_lines(file) if file.suffix.lower() == ".jsonl" else _text_file(file))
+        for document in (_json_lines(file) if _is_json(file) else _text_file(file))
         if document.text.strip()
     ]
     if not documents:
         raise JobError(f"data.source: no text in {', '.join(map(str, files[:3]))}{' …' if len(files) > 3 else ''}")
     return documents
+
+
+def _is_json(file: Path) -> bool:
+    suffix = file.suffix.lower()
+    if suffix in (*JSON_LINES_SUFFIXES, JSON_SUFFIX):
+        return True
+    return suffix not in TEXT_SUFFIXES and _begins_with_a_document(file)
 
 
 def _text_file(file: Path) -> Iterator[Document]:
@@ -111,10 +139,10 @@ def _json_lines(file: Path) -> Iterator[Document]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise JobError(f"data.source: {file}:{number}: not JSON: {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise JobError(f'data.source: {file}:{number}: expected an object with a string "text"')
+            raise JobError(f'data.source: {file}:{number}: expected an object with a string "text" a line')
         work = value.get("work")
         if work is not None and not isinstance(work, str):
             raise JobError(f'data.source: {file}:{number}: "work" is not a string, got {work!r}')

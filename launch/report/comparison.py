@@ -1,7 +1,6 @@
 """What the page says that compares several runs."""
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,10 @@ from launch.run_state import state_of
 from launch.wording import count
 from planner.wording import duration, percent, three_digits
 
-SAME_LOSS = (
-    "data.source",
-    "data.held_out",
-    "data.tokenizer",
-    "model.vocab",
-    "model.seq_len",
-    "training.evaluate_sequences",
-)
-"""What has to be the same for two held-out losses to be about the same text."""
+SAME_DATA = ("data.source", "data.held_out", "data.tokenizer", "model.vocab")
+"""Settings that have to be the same if a run of an older version does not say which data it was trained on."""
+SAME_SEQUENCES = ("model.seq_len", "training.evaluate_sequences")
+"""Settings that have to be the same for two held-out losses to be of the same sequences."""
 NEVER = ("name", "launch.runs", "data.cache", "profile.table")
 """Differences that say nothing."""
 
@@ -32,7 +26,8 @@ def comparison(histories: Sequence[History]) -> Content:
     named = dict(zip(names([history.run for history in histories]), histories, strict=True))
     jobs = {name: flat(job_values(history.run)) for name, history in named.items()}
     equal, why_not = _equal_loss(named, jobs)
-    content = Content("Comparison of " + ", ".join(named), _summary(named, equal))
+    other_data = _other_data(named)
+    content = Content("Comparison of " + ", ".join(named), [other_data] if other_data else _summary(named, equal))
     content.values = {"results": _results(named), "equal": equal, "differences": _differences(jobs)}
     nothing = "None of these runs has trained a step yet."
     content.reasons = {
@@ -112,10 +107,23 @@ def _results(named: dict[str, History]) -> Table:
     return Table(columns, rows)
 
 
+def _other_data(named: dict[str, History]) -> str | None:
+    """A sentence on runs that were not trained on the same data; None if none says so."""
+    starts = {name: history.first_start for name, history in named.items()}
+    data = {name: start.data for name, start in starts.items() if start and start.data}
+    if len(set(data.values())) < 2:
+        return None
+    digests = ", ".join(f"{digest} in {name}" for name, digest in data.items())
+    return f"The losses cannot be compared: the texts or the tokenizers of these runs differ. Their data is {digests}."
+
+
 def _equal_loss(named: dict[str, History], jobs: dict[str, dict[str, Any]]) -> tuple[Table | None, str]:
     """Time and tokens to the lowest held-out loss that all runs reached; or why that cannot be said."""
-    for field in SAME_LOSS:
-        if len(list(groupby(str(job.get(field)) for job in jobs.values()))) > 1:
+    if other_data := _other_data(named):
+        return None, other_data
+    recorded = all(history.first_start and history.first_start.data for history in named.values())
+    for field in SAME_SEQUENCES if recorded else (*SAME_DATA, *SAME_SEQUENCES):
+        if len({str(job.get(field)) for job in jobs.values()}) > 1:
             return None, f"The held-out losses cannot be compared: {field} is not the same in these runs."
     if any(len(history.evaluations) < 2 for history in named.values()):
         return None, "At least two evaluations of every run are needed to say when it reached a loss."

@@ -280,6 +280,7 @@ def environment(history: History) -> list[tuple[str, str]]:
         rows += [("hardware", start.hardware), ("software", start.software)]
         rows.append(("ranks", str(start.configuration.layout.accelerators)))
         rows.append(("sequence", f"{start.seq_len} tokens"))
+        rows.append(("data", start.data or "not recorded"))
     values = job_values(history.run)
     for section, name in (("model", "layers"), ("model", "hidden"), ("training", "precision"), ("training", "seed")):
         inner = values.get(section)

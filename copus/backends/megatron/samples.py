@@ -13,8 +13,11 @@ import torch
 
 from copus.backends.megatron import cpu
 from copus.backends.megatron.safe_loading import arrays_only
-from copus.data.prepared import Manifest, read_manifest
+from copus.data.manifest import Manifest, read_manifest
+from copus.durable import sync_folder
 from copus.job import JobError
+from copus.manifest import changed_since_checked, damage, describe, files_of, mark_checked, write_manifest, wrong_size
+from copus.manifest import read_manifest as read_checksums
 
 cpu.before_import()
 import megatron.core  # noqa: E402
@@ -64,7 +67,7 @@ class SampleReader:
         self._seed = seed
         self._tokenizer = _Tokenizer(manifest)
         self._documents = GPTDataset.build_low_level_dataset(self._prefix, self._config(epoch=0))
-        key = f"{megatron.core.__version__} {manifest.model_dump_json()} {split} {seq_len} {seed}"
+        key = f"{megatron.core.__version__} {manifest.digest} {split} {seq_len} {seed}"
         self._cache = (cache or prepared / "indices") / hashlib.sha256(key.encode()).hexdigest()[:16]
         self._opened: tuple[int, GPTDataset] | None = None
         self._write_indices()
@@ -97,16 +100,23 @@ class SampleReader:
             torch.distributed.barrier()
 
     def _write_index(self, epoch: int) -> None:
-        """Have GPTDataset write the index of a pass beside its place, then rename: it trusts what it finds there."""
+        """Have GPTDataset write the index of a pass beside its place, then rename: it trusts any index that it finds.
+
+        One that is damaged is made again.
+        """
         folder = self._cache / str(epoch)
-        if folder.is_dir():
-            return
         temporary = self._cache / f".{epoch}-{uuid.uuid4().hex}"
         try:
+            if folder.is_dir():
+                if _is_whole(folder):
+                    return
+                shutil.rmtree(folder)
             temporary.mkdir(parents=True)
             self._open(epoch, temporary)
+            write_manifest(temporary, describe(temporary, files_of(temporary)))
             with contextlib.suppress(OSError):  # another job was faster; what it wrote is the same
                 os.rename(temporary, folder)
+            sync_folder(self._cache)
         except OSError as error:
             raise JobError(f"data.cache: cannot write {error.filename or temporary}: {error.strerror}") from None
         finally:
@@ -139,6 +149,21 @@ class SampleReader:
         )
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether an index is as it was written; its content is read only if a file has changed since."""
+    try:
+        files = read_checksums(folder)
+    except ValueError:
+        return False
+    if wrong_size(folder, files):
+        return False
+    if changed_since_checked(folder, files):
+        if damage(folder, files):
+            return False
+        mark_checked(folder)
+    return True
+
+
 class _Tokenizer:
     """What GPTDataset asks of a tokenizer: its special tokens, and a name for the index."""
 
@@ -147,4 +172,4 @@ class _Tokenizer:
     def __init__(self, manifest: Manifest) -> None:
         self.eod = manifest.eod
         self.vocab_size = manifest.vocab
-        self.unique_identifiers = {"sha256": manifest.tokenizer_sha256}
+        self.unique_identifiers = {"blake2b": manifest.files["tokenizer.json"].blake2b}
