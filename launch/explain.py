@@ -227,9 +227,9 @@ def verdict_word(verdict: str) -> str:
 
 def _saved(candidate: CandidateScore) -> str:
     """`14 min (6–21)`; only the pessimistic end where nothing else was recorded."""
-    expected, low, high = candidate.saved_expected_seconds, candidate.saved_seconds, candidate.saved_high_seconds
-    if expected is None or high is None or low is None:
-        return "–" if low is None else f"≥ {_signed(low)}"
+    low, expected, high = candidate.saved_low_seconds, candidate.saved_expected_seconds, candidate.saved_high_seconds
+    if low is None or expected is None or high is None:  # a log of an earlier version
+        return "–" if candidate.saved_seconds is None else f"≥ {_signed(candidate.saved_seconds)}"
     return spelled_interval(expected, low, high)
 
 

@@ -142,7 +142,7 @@ class Planner:
         mine = mine.model_copy(update={"verdict": "current", "gain": None if mine.goodput is None else 0.0})
         eligible = sorted([mine, *(score for score in others if not score.verdict)], key=_rank)
         refused = sorted((score for score in others if score.verdict), key=_rank)
-        advised, trial = None, False
+        advised, trial, seconds_left = None, False, None
         if critical_batch is None:
             chosen, reason = mine, f"{self._why_unknown(noise, current)}; nothing changes"
         elif mine.goodput is None:
@@ -153,6 +153,7 @@ class Planner:
             choice = self.policy.choose(situation)
             found = eligible[int(choice.index[0])]
             eligible = self._judge(situation, choice, eligible, mine)
+            seconds_left = None if choice.savings is None else float(choice.savings.left[0])
             reason = f"{noise_in_words(noise)}: {self.policy.reason(situation, choice)}"
             chosen = mine
             if found is not mine and self.config.advisory:
@@ -179,6 +180,7 @@ class Planner:
             chosen=chosen.configuration,
             candidates=kept,
             omitted=len(judged) + len(refused) - len(kept),
+            seconds_left=seconds_left,
             predicted_gain=chosen.gain,
             reason=reason,
             forecast=self._noise_to_come(FORECAST_REACH * max(samples_consumed, 1)),
@@ -319,7 +321,7 @@ class Planner:
     ) -> list[CandidateScore]:
         """The candidates that could be chosen, with what became of them."""
         costs = situation.menu.move_seconds(situation.current, situation.move_seconds)[0]
-        saved = choice.saved_seconds
+        saved, savings = choice.saved_seconds, choice.savings
         chosen = "WOULD BE CHOSEN" if self.config.advisory else "CHOSEN"
         judged = []
         for index, score in enumerate(eligible):
@@ -337,6 +339,12 @@ class Planner:
                 "move_seconds": float(costs[index]),
                 "saved_seconds": None if saved is None else float(saved[0, index]),
             }
+            if savings is not None:
+                figures |= {
+                    "saved_low_seconds": float(savings.low[0, index]),
+                    "saved_expected_seconds": float(savings.expected[0, index]),
+                    "saved_high_seconds": float(savings.high[0, index]),
+                }
             judged.append(score.model_copy(update=figures))
         return judged
 

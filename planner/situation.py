@@ -1,6 +1,7 @@
 """What a policy may look at, and what it answers."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -87,3 +88,18 @@ class Choice:
     (R, C). None from policies that do not work it out."""
     exploring: np.ndarray | None = None
     """Whether the choice is made to learn how fast it is, shape (R,)."""
+    savings: "Savings | None" = None
+    """What moving is expected to save; None from policies that do not work it out."""
+
+
+class Savings(NamedTuple):
+    """What moving to each candidate saves until the end of the job, less the move, seconds; shapes (R, C)."""
+
+    low: Floats
+    """At the pessimistic ends of the intervals of φ and of throughputs."""
+    expected: Floats
+    """In the middle: what candidates are ranked by."""
+    high: Floats
+    """At the optimistic ends."""
+    left: Floats
+    """Expected seconds to the end of the job if it stays, shape (R,)."""

@@ -8,7 +8,7 @@ from scipy.special import ndtr
 from planner.goodput import progress_per_sample
 from planner.menu import Floats
 from planner.plan import seconds_to_go
-from planner.situation import Choice, Situation
+from planner.situation import Choice, Savings, Situation
 from planner.trials import EXPECTED_STEPS, SETTLING_STEPS, expected_seconds
 from planner.wording import duration, percent
 from profiles.throughput import DECILE
@@ -61,10 +61,13 @@ class Goodput:
         costs = menu.move_seconds(now.current, now.move_seconds)
         saved = _saved(now, value, costs)
         expected, tried = saved[1], np.full(costs.shape, -np.inf)
+        low, high = saved.min(axis=0), saved.max(axis=0)
         if now.throughput_error.any():
             slow = np.exp(PESSIMISM * _error_beside_current(now))
             *_, slower = seconds_to_go(stages * slow, menu, now.move_seconds)
             saved = _saved(now, slower, costs)
+            low = np.minimum(low, saved.min(axis=0))
+            high = np.maximum(high, high + expected - saved[1])  # as much faster as they were taken to be slower
             tried = self._worth_of_trials(now, stages[:, 1], costs)
         least = saved.min(axis=0)
         sure = np.maximum(least, expected - costs - SWAY * (expected - least))
@@ -74,7 +77,9 @@ class Goodput:
         worth = np.where(exploring[:, None], np.where(tried > threshold, tried, -np.inf), certain)
         index = _largest(worth, menu.global_batch)
         moves = np.take_along_axis(worth, index[:, None], 1)[:, 0] > -np.inf
-        return Choice(np.where(moves, index, now.current), sure, exploring & moves)
+        left = np.take_along_axis(value[1], now.current[:, None], axis=1)[:, 0]
+        savings = Savings(low, expected, high, left)
+        return Choice(np.where(moves, index, now.current), sure, exploring & moves, savings)
 
     def _stages(self, now: Situation) -> Floats:
         """Seconds of each candidate for each stretch of what is left, shape (K, 3, R, C): φ low, expected, high."""

@@ -37,12 +37,14 @@ class CandidateScore(Record):
     move_seconds: float | None = None
     """What moving to it is expected to cost; None where no move was thought of."""
     saved_seconds: float | None = None
-    """What moving to it saves until the end of the job at the pessimistic end, the move paid; None from policies that
-    do not work it out."""
+    """What moving to it surely saves until the end of the job, the move paid: the policy moves if it is positive. None
+    from policies that do not work it out."""
+    saved_low_seconds: float | None = None
+    """What moving to it saves, the move paid, at the lower end of its 50 % interval."""
     saved_expected_seconds: float | None = None
     """The same as expected: what the policy ranks by."""
     saved_high_seconds: float | None = None
-    """The same at the optimistic end."""
+    """The same at the upper end."""
 
 
 class Decision(Record):

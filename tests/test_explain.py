@@ -116,7 +116,7 @@ def test_the_best_are_shown_and_always_the_chosen_and_the_current(
 def weighed(verdict: str, batch: int, expected: float, **figures: Any) -> CandidateScore:
     """A candidate whose saving was worked out."""
     configuration = DATA.model_copy(update={"global_batch": batch})
-    figures = {"move_seconds": 40.0, "saved_seconds": 360.0, "saved_high_seconds": 1260.0, **figures}
+    figures = {"move_seconds": 40.0, "saved_low_seconds": 360.0, "saved_high_seconds": 1260.0, **figures}
     return candidate(configuration, verdict).model_copy(update={"saved_expected_seconds": expected, **figures})
 
 
@@ -129,8 +129,8 @@ def weighed_run(folder: Path) -> Path:
     unsure = "gain 12.3 % (−3 % to 30 %): relative step time uncertain by ±29 %"
     best = weighed("CHOSEN", 8, 840.0, efficiency=0.6375, gain=0.53, samples_per_second=72.0)
     scores = [
-        weighed("slower: −12 %", 64, -30.0, saved_seconds=-60.0, saved_high_seconds=-10.0),
-        weighed(unsure, 32, 36.0, saved_seconds=-12.0, saved_high_seconds=81.0),
+        weighed("slower: −12 %", 64, -30.0, saved_low_seconds=-60.0, saved_high_seconds=-10.0),
+        weighed(unsure, 32, 36.0, saved_low_seconds=-12.0, saved_high_seconds=81.0),
         current,
         best,
     ]

@@ -90,6 +90,18 @@ def test_a_layout_waits_until_the_rest_of_the_job_pays_for_it():
     assert chosen(Goodput(), late).layout == TP2, "the end is too near"
 
 
+@settings(max_examples=50)
+@given(table=tables, phi=st.floats(0.1, 1e4), cost=st.floats(0, 1e4), error=st.floats(0, 0.3))
+def test_savings_are_between_their_ends_and_those_of_staying_are_nothing(table, phi, cost, error):
+    now = situation_of(table, SMALL, phi, moves=(0, 0, cost), throughput_error=[error] * len(table))
+    savings = Goodput().choose(now).savings
+    assert (savings.low <= savings.expected).all()
+    assert (savings.expected <= savings.high + 1e-9 * savings.left[0]).all()
+    mine = int(now.current[0])
+    assert savings.low[0, mine] == savings.expected[0, mine] == savings.high[0, mine] == 0
+    assert savings.expected.max() < savings.left[0]
+
+
 def test_a_batch_is_nearly_free_and_follows():
     now = situation_of(TABLE, of(DP2, 1, 4), 1000.0, moves=(0, 0, 1e9))
     found = chosen(Goodput(), now)
