@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,6 +38,8 @@ KINDS = (
 )
 SETTLING_STEPS = 2
 """Steps after a start or a move whose time also holds what is built and allocated only once."""
+RECENT_STEPS = 20
+"""Steps before a move that say how the machine was."""
 WIDEST = 0.25
 """Candidates that never ran are left out if their time is less certain than this (standard error of its logarithm):
 the best of many guesses is a bad one."""
@@ -109,15 +112,25 @@ def _times(events: Sequence[Event]) -> tuple[float, float]:
     return training, down
 
 
-def _checked(outcomes: Sequence[tuple[CandidateScore, float]]) -> PredictionCheck:
-    """Predictions and the median step seconds that came true."""
+class Outcome(NamedTuple):
+    """A prediction and what came true."""
+
+    score: CandidateScore
+    """The prediction."""
+    seen_seconds: float
+    """Median of the settled steps, on the machine as it was when the planner predicted."""
+
+
+def _checked(outcomes: Sequence[Outcome]) -> PredictionCheck:
+    """Whether predictions came true."""
     if not outcomes:
         return PredictionCheck(count=0, mape_pct=None, coverage_pct=None)
     misses, held = list[float](), list[bool]()
     for score, seen in outcomes:
         assert score.step_seconds is not None, "only predictions are checked"
         misses.append(abs(seen / score.step_seconds - 1))
-        held.append(abs(seen - score.step_seconds) <= (score.step_seconds_spread or 0.0))
+        spread = math.log1p((score.step_seconds_spread or 0.0) / score.step_seconds)
+        held.append(abs(math.log(seen / score.step_seconds)) <= spread)
     return PredictionCheck(count=len(outcomes), mape_pct=100 * mean(misses), coverage_pct=100 * mean(held))
 
 
@@ -125,8 +138,8 @@ class _Course:
     """What counts of a run, gone through once."""
 
     def __init__(self, events: Iterable[Event]) -> None:
-        self.outcomes: list[tuple[CandidateScore, float]] = []
-        """Predictions that the run checked, with the median of the settled steps."""
+        self.outcomes: list[Outcome] = []
+        """Predictions that the run checked."""
         self._numbers: dict[Configuration, int] = {}
         self._steps: list[tuple[int, float, float, float, bool]] = []
         self._noise: list[tuple[float, float, float]] = []
@@ -137,6 +150,7 @@ class _Course:
         self._running: Configuration | None = None
         self._since_change = 0
         self._expected: CandidateScore | None = None
+        self._drift = 1.0
         self._seen: list[float] = []
         waiting: DecisionTaken | None = None
         for event in events:
@@ -179,14 +193,19 @@ class _Course:
         self._check()
         self._running, self._since_change = after, 0
         self._numbers.setdefault(after, len(self._numbers))
-        scores = made.candidates if made else []
-        self._expected = next((score for score in scores if score.configuration == after and score.step_seconds), None)
+        scores = {score.configuration: score for score in made.candidates if score.step_seconds} if made else {}
+        self._expected = scores.get(after)
+        before = scores.get(made.current) if made else None
+        self._drift = 1.0  # of the machine since it was as the planner took it to be
+        if before is not None and before.step_seconds and len(self._seen) >= FEWEST_STEPS:
+            self._drift = median(self._seen[-RECENT_STEPS:]) / before.step_seconds
+        self._seen = []
 
     def _check(self) -> None:
         """The prediction of what ran until now."""
         if self._expected is not None and len(self._seen) >= FEWEST_STEPS:
-            self.outcomes.append((self._expected, median(self._seen)))
-        self._expected, self._seen = None, []
+            self.outcomes.append(Outcome(self._expected, median(self._seen) / self._drift))
+        self._expected = None
 
     def _step(self, event: Step) -> None:
         if self._running is None:

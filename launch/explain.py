@@ -303,10 +303,10 @@ def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
     console.print(table)
     for verdict, number in notes(rows).items():
         console.print(Text(f"[{number}] {verdict}", style="dim"))
-    if len(rows) < len(decision.candidates):
-        console.print(
-            Text(f"{len(rows)} of {len(decision.candidates)} candidates; --all shows the others", style="dim")
-        )
+    total, more = len(decision.candidates) + decision.omitted, len(decision.candidates) - len(rows)
+    if len(rows) < total:
+        rest = f"; --all shows {more} more" if more else ""
+        console.print(Text(f"{len(rows)} of {total} candidates{rest}", style="dim"))
 
 
 def _heading(run: Path, explanation: Explanation) -> list[str]:

@@ -18,7 +18,8 @@ class Estimate(Record):
 
 
 class PredictionCheck(Record):
-    """Predicted step times beside those that the run then had. One prediction for each move or trial."""
+    """Predicted step times beside those that the run then had. One prediction for each move or trial; what was seen is
+    taken beside the steps just before, as the prediction was, so that a drift of the machine is no miss."""
 
     count: NonNegativeInt
     """Predictions that could be checked: at least three settled steps ran in the configuration."""

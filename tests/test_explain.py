@@ -108,7 +108,7 @@ def test_the_best_are_shown_and_always_the_chosen_and_the_current(
     assert text.count("unknown") == BEST - 2
     assert "CHOSEN" in text
     assert "current" in text
-    assert "8 of 42 candidates; --all shows the others" in text
+    assert "8 of 42 candidates; --all shows 34 more" in text
     assert printed(capsys, str(run), "--all").count("unknown") == 40
     assert len(json.loads(printed(capsys, str(run), "--json"))["decision"]["candidates"]) == 42
 
