@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from copus.job import JobConfig
+from profiles.accelerator import accelerator
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
 from profiles.cost import CostModel
-from profiles.cost.accelerator import accelerator
 from profiles.memory import MemoryModel
 
 FILES = {

@@ -23,11 +23,11 @@ from copus.job import load_job
 from planner.config import PlannerConfig
 from planner.planner import Planner
 from planner.predictor import Predictor
+from profiles.accelerator import accelerator
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
 from profiles.cost import CostModel, Predicted, Timings
-from profiles.cost.accelerator import accelerator
 from profiles.cost.select import select
 from profiles.enumerate import enumerate_configurations
 from profiles.layout import Layout

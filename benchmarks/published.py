@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from profiles.accelerator import accelerator, accelerators
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost.accelerator import accelerator, accelerators
 from profiles.cost.timings import Timings
 from profiles.model_shape import ModelShape
 from profiles.published import (

@@ -26,10 +26,10 @@ from rich.table import Table
 
 from benchmarks.command import console_of, parser_of, tell
 from benchmarks.published import Published, Sweep, read
-from planner.memory_check import LIKELY, memory_bytes
+from planner.memory_check import LIKELY
+from profiles.accelerator import accelerator, memory_bytes
 from profiles.configurations import Configurations
 from profiles.cost import CostModel, Timings
-from profiles.cost.accelerator import accelerator
 from profiles.cost.residual import coordinates
 from profiles.cost.select import next_to_measure, select
 from profiles.memory import PYTORCH, MemoryModel

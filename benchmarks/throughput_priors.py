@@ -21,7 +21,7 @@ from scipy.optimize import least_squares
 
 from benchmarks.command import console_of, parser_of, tell
 from benchmarks.published import Sweep, read
-from profiles.cost.accelerator import accelerator
+from profiles.accelerator import accelerator
 from profiles.cost.constants import CONSTANTS, NAMES, prior
 from profiles.cost.step_time import step_seconds
 from profiles.cost.work import Work, work

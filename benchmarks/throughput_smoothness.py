@@ -24,8 +24,8 @@ from benchmarks.command import console_of, parser_of, tell
 from benchmarks.published import Published, Sweep, read
 from benchmarks.throughput_intervals import blind_spreads
 from benchmarks.throughput_priors import GUESS, Tuner
+from profiles.accelerator import accelerator
 from profiles.cost import CostModel
-from profiles.cost.accelerator import accelerator
 from profiles.cost.constants import CONSTANTS, NAMES, prior
 from profiles.cost.model import jacobian
 from profiles.cost.residual import Smoothness, coordinates, covariance

@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from profiles.calibration import read_factor
-from profiles.layout import Layout
+from profiles.layout import Layout, Recompute
 from profiles.record import NonNegativeInt, PositiveInt, Record
 
 
@@ -76,6 +76,11 @@ class PlannerConfig(Record):
     """Only layouts with this tensor parallel degree may be chosen."""
     max_pp: PositiveInt | None = None
     """Only layouts with at most so many pipeline stages may be chosen; 1 forbids pipelines."""
+    max_vp: PositiveInt | None = None
+    """Only layouts with at most so many model chunks per pipeline stage may be chosen; 1 forbids interleaving."""
+    recompute: Recompute | None = None
+    """Only layouts with this recomputation may be chosen: none, selective or full. None means all three where the
+    accelerator's memory is known, and otherwise that of the job's own layout."""
     max_layout_moves_per_hour: NonNegativeInt | None = None
     """Moves to another layout in any hour; batches are not counted."""
     layout_move_seconds: NonNegativeFloat = 10.0
@@ -86,7 +91,8 @@ class PlannerConfig(Record):
     advisory: bool = False
     """Decide and write what would be done, but never move."""
     layouts: list[Layout] | None = None
-    """Layouts that may be chosen; None means every split of the cluster into tp, pp and dp that the model allows."""
+    """Layouts that may be chosen, as they are listed; None means every split of the cluster into tp, pp and dp that the
+    model allows, with tensor parallel ranks within a node, every recomputation, and every number of chunks a stage."""
 
     @property
     def keeps_layout(self) -> bool:

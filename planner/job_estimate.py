@@ -9,10 +9,10 @@ import numpy as np
 from planner.config import PlannerConfig
 from planner.goodput import goodput
 from planner.predictor import CandidateEstimate, Predictor
+from profiles.accelerator import accelerator
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import RECOMPUTE
-from profiles.cost.accelerator import accelerator
 from profiles.hardware import is_hardware_of
 from profiles.measurement import OWN, Fingerprint, Measurement
 from profiles.memory import MEGATRON, Implementation

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from profiles.accelerator import memory_bytes
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost.accelerator import accelerator
 from profiles.measurement import Measurement
 from profiles.memory import MEGATRON, Implementation, MemoryModel, Peaks
 from profiles.memory.model import SURE
@@ -15,17 +15,6 @@ from profiles.model_shape import ModelShape
 GIB = 2.0**30
 LIKELY = 0.8
 """A configuration whose chance to fit is smaller is not proposed, nor run before it was measured."""
-
-
-def memory_bytes(cluster: Cluster) -> float | None:
-    """Memory of one of its accelerators; None for CPU cores, which share what the machine has, and for an accelerator
-    that nothing is known about."""
-    if cluster.accelerator == "cpu":
-        return None
-    try:
-        return accelerator(cluster.accelerator).memory_bytes
-    except ValueError:
-        return None
 
 
 @dataclass(frozen=True)

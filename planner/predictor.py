@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from planner.config import PlannerConfig
 from planner.memory_check import LIKELY, MemoryCheck, PeakMemory
+from planner.pruning import worthwhile
 from planner.sampling import halved_share, typical_configuration
 from planner.space import candidates, noise_measurable
 from profiles.cluster import Cluster
@@ -89,8 +90,10 @@ class Predictor:
         throughput: Throughput,
         memory: MemoryCheck | None = None,
         cost: CostModel | None = None,
+        space: list[Configuration] | None = None,
     ) -> None:
-        """From its parts, which `from_rows` makes. Without `memory` the memory model has learned from nothing."""
+        """From its parts, which `from_rows` makes. Without `memory` the memory model has learned from nothing, and
+        without `space` every configuration that the job file allows is a candidate."""
         self.config = config
         self.model = model
         self.cluster = cluster
@@ -101,8 +104,8 @@ class Predictor:
         """Step times: what the running job sees goes into it (`observe`, `refuse`)."""
         self.memory = memory or MemoryCheck(model, cluster, precision)
         """Peaks, and the memory that there is."""
-        self.candidates = candidates(config, model, cluster, start)
-        """The configurations that the job file allows, in a fixed order, `start` always among them."""
+        self.candidates = candidates(config, model, cluster, start) if space is None else space
+        """The configurations that may be worth choosing, in a fixed order, `start` always among them."""
         self.cost = cost
         """The cost model, fitted to the rows; None if it knows nothing of the accelerator, or is not to be used."""
         self._peak_samples_per_second = peak_samples_per_second(model, cluster, precision)
@@ -128,17 +131,18 @@ class Predictor:
         `besides` are configurations that will be asked about and are no candidates.
         """
         rows = list(rows)
-        space = [*candidates(config, model, cluster, start), *besides]
-        halves = [each.halved for each in space if halved_share(config, each) > 0]
+        space = worthwhile(config, model, cluster, precision, start, implementation)
+        asked = [*space, *besides]
+        halves = [each.halved for each in asked if halved_share(config, each) > 0]
         predicted, cost = CostPredictions(), None
         if use_cost_model:
             with contextlib.suppress(ValueError):  # an accelerator or a precision that nothing is known about
                 cost = CostModel().fit(Timings.of(rows, cluster))
-                everything = list(dict.fromkeys([*space, *halves]))
+                everything = list(dict.fromkeys([*asked, *halves]))
                 predicted = predict_unmeasured(cost, model, cluster, precision, everything, rows)
         throughput = Throughput((row for row in rows if not row.shard), predicted)
         memory = MemoryCheck(model, cluster, precision, rows, implementation)
-        return cls(config, model, cluster, precision, start, throughput, memory, cost)
+        return cls(config, model, cluster, precision, start, throughput, memory, cost, space)
 
     @property
     def assumptions(self) -> tuple[str, ...]:

@@ -2,22 +2,27 @@
 
 import math
 from collections.abc import Iterator
+from typing import get_args
 
 from planner.config import PlannerConfig
+from profiles.accelerator import memory_bytes, node_size
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
-from profiles.layout import Layout
+from profiles.layout import Layout, Recompute
 from profiles.model_shape import ModelShape
+
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 
 
 def candidates(config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Configuration) -> list[Configuration]:
     """Every layout × global batch × micro-batch that the job file allows, `start` always among them, in a fixed order.
 
     Layouts are `config.layouts`, or every tp × pp × dp that holds the model on the cluster, with the sequence
-    parallelism (where tp > 1), recomputation and ZeRO stage of the starting layout; `config.tp` and `config.max_pp` pin
-    them. Global batches are
-    `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the limits of
-    `config`.
+    parallelism (if tp > 1) and ZeRO stage of the starting layout, with every number of model chunks a pipeline stage
+    (vp) that divides its layers, and with every recomputation. Tensor parallel ranks stay within a node: their
+    collectives wait for the link at every layer. `config.tp`, `max_pp`, `max_vp` and `recompute` pin layouts. Global
+    batches are `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the
+    limits of `config`.
     """
     found = list(_within_limits(config, model, cluster, start.layout))
     return found if start in found else [start, *found]
@@ -26,7 +31,10 @@ def candidates(config: PlannerConfig, model: ModelShape, cluster: Cluster, start
 def check_limits(config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout) -> None:
     """Raise ValueError where the limits of the job file leave nothing to choose."""
     if next(_within_limits(config, model, cluster, start), None) is None:
-        pins = [("tp", config.tp), ("max_pp", config.max_pp), ("layouts", config.layouts and len(config.layouts))]
+        pins = [
+            *(("tp", config.tp), ("max_pp", config.max_pp), ("max_vp", config.max_vp), ("recompute", config.recompute)),
+            ("layouts", config.layouts and len(config.layouts)),
+        ]
         said = [f"{name}({value})" for name, value in pins if value is not None]
         batches = f"global batches from {config.min_global_batch} to {config.max_global_batch}"
         raise ValueError(
@@ -40,7 +48,7 @@ def _within_limits(
 ) -> Iterator[Configuration]:
     return (
         Configuration(layout=layout, micro_batch=micro_batch, global_batch=global_batch)
-        for layout in dict.fromkeys(config.layouts or layouts(model, cluster, start))
+        for layout in dict.fromkeys(config.layouts or _variants(config, model, cluster, start))
         if _allowed(layout, config)
         for global_batch in _doubling(config.batch_multiple, config.min_global_batch, config.max_global_batch)
         for micro_batch in _doubling(1, 1, config.max_micro_batch)
@@ -50,7 +58,24 @@ def _within_limits(
 
 def _allowed(layout: Layout, config: PlannerConfig) -> bool:
     """Whether the pins of the job file leave this layout."""
-    return config.tp in (None, layout.tp) and (config.max_pp is None or layout.pp <= config.max_pp)
+    return (
+        config.tp in (None, layout.tp)
+        and config.recompute in (None, layout.recompute)
+        and (config.max_pp is None or layout.pp <= config.max_pp)
+        and (config.max_vp is None or layout.vp <= config.max_vp)
+    )
+
+
+def _variants(config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout) -> Iterator[Layout]:
+    """`layouts` with every recomputation and every number of chunks a stage, tensor parallel ranks within a node."""
+    largest_tp = config.tp or max(node_size(cluster), start.tp)
+    # If memory is not checked nobody knows which recomputation is needed: the job's is one that works.
+    recompute = RECOMPUTE if memory_bytes(cluster) else (start.recompute,)
+    for layout in layouts(model, cluster, start):
+        if layout.tp <= largest_tp:
+            for vp in _divisors(model.layers // layout.pp) if layout.pp > 1 else [1]:
+                for how in [config.recompute] if config.recompute else recompute:
+                    yield layout.model_copy(update={"vp": vp, "recompute": how})
 
 
 def layouts(model: ModelShape, cluster: Cluster, start: Layout) -> list[Layout]:

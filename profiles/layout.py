@@ -8,6 +8,9 @@ from profiles.cluster import Cluster
 from profiles.model_shape import ModelShape
 from profiles.record import PositiveInt, Record
 
+Recompute = Literal["none", "selective", "full"]
+"""What of the forward pass is run again in the backward pass: nothing, attention, every layer."""
+
 
 class Layout(Record):
     """Degrees of parallelism, in the usual order: tensor, context, data, pipeline (tensor innermost)."""
@@ -26,7 +29,7 @@ class Layout(Record):
     """Data parallel degree."""
     sequence_parallel: bool = False
     """Split the activations outside of matrix products over the tensor parallel ranks (needs tp > 1)."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     """Activation recomputation: none, attention only, or every layer."""
     zero: Literal[0, 1, 2, 3] = 0
     """What data parallel ranks share out: 0 nothing, 1 optimizer state (Megatron's distributed optimizer), 2 gradients,

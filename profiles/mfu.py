@@ -1,7 +1,7 @@
 """Model FLOP utilization: the operations that a model asks for, over what its accelerators could do in the time."""
 
+from profiles.accelerator import accelerator, accelerators
 from profiles.cluster import Cluster
-from profiles.cost.accelerator import accelerator, accelerators
 from profiles.model_shape import ModelShape
 
 

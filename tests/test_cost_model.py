@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from profiles.accelerator import Accelerator, accelerator, accelerators
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
 from profiles.cost import CostModel, Timings, predict_unmeasured
-from profiles.cost.accelerator import Accelerator, accelerator, accelerators
 from profiles.cost.constants import CONSTANTS, NAMES, prior
 from profiles.cost.residual import Smoothness, coordinates, covariance, variance
 from profiles.cost.select import select

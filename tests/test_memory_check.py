@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from planner.config import PlannerConfig
-from planner.memory_check import MemoryCheck, memory_bytes
+from planner.memory_check import MemoryCheck
 from planner.planner import Planner
 from planner.predictor import Predictor
 from planner.space import candidates
+from profiles.accelerator import memory_bytes
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.layout import Layout

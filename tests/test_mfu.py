@@ -8,8 +8,8 @@ from test_profiles_table import HERE
 from copus.backends.base import TrainerState
 from copus.events import Start, parse_event
 from copus.worker import start_of
+from profiles.accelerator import accelerator, accelerators
 from profiles.cluster import Cluster
-from profiles.cost.accelerator import accelerator, accelerators
 from profiles.mfu import flops_per_token, peak_samples_per_second
 from profiles.model_shape import ModelShape
 from tests.megatron_jobs import tiny_job

@@ -94,8 +94,44 @@ def test_the_space_by_hand():
     assert {candidate.label for candidate in candidates(config, MODEL, TWO, START)} == {
         *("TP1·PP1·DP2 B2 m1", "TP1·PP1·DP2 B4 m1", "TP1·PP1·DP2 B4 m2"),
         *("TP1·PP2·DP1 B2 m1", "TP1·PP2·DP1 B2 m2", "TP1·PP2·DP1 B4 m1", "TP1·PP2·DP1 B4 m2"),
+        *("TP1·PP2·DP1·VP2 B2 m1", "TP1·PP2·DP1·VP2 B4 m1", "TP1·PP2·DP1·VP2 B4 m2"),  # whole rounds of two
         *("TP2·PP1·DP1 B2 m1", "TP2·PP1·DP1 B2 m2", "TP2·PP1·DP1 B4 m1", "TP2·PP1·DP1 B4 m2"),
     }
+
+
+H100 = Cluster(nodes=2, accelerators_per_node=4, accelerator="h100-sxm")
+EIGHT = Configuration(layout=Layout(dp=8), micro_batch=1, global_batch=8)
+
+
+def layouts_of(config, cluster=H100, start=EIGHT):
+    return {c.layout for c in candidates(config, WIDE, cluster, start)}
+
+
+WIDE = MODEL.model_copy(update={"heads": 8, "kv_heads": 8, "layers": 8})
+
+
+def test_recomputation_and_interleaving_are_in_the_space_and_can_be_pinned():
+    found = layouts_of(PlannerConfig(max_global_batch=8))
+    assert {layout.recompute for layout in found} == {"none", "selective", "full"}
+    assert {(layout.pp, layout.vp) for layout in found} == {
+        *((1, 1), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)),
+    }
+    full = layouts_of(PlannerConfig(max_global_batch=8, recompute="full", max_vp=1))
+    assert {(layout.recompute, layout.vp) for layout in full - {EIGHT.layout}} == {("full", 1)}
+    cores = Cluster(accelerators_per_node=8)
+    assert {layout.recompute for layout in layouts_of(PlannerConfig(max_global_batch=8), cores)} == {"none"}
+    pinned = layouts_of(PlannerConfig(max_global_batch=8, recompute="full"), cores)
+    assert {layout.recompute for layout in pinned - {EIGHT.layout}} == {"full"}
+
+
+def test_tensor_parallel_ranks_stay_within_a_node_unless_the_user_says_otherwise():
+    config = PlannerConfig(max_global_batch=8)
+    assert max(layout.tp for layout in layouts_of(config)) == 4
+    across = Configuration(layout=Layout(tp=8), micro_batch=1, global_batch=8)
+    assert max(layout.tp for layout in layouts_of(config, start=across)) == 8
+    assert {layout.tp for layout in layouts_of(config.model_copy(update={"tp": 8}))} == {1, 8}, "the start stays"
+    domain = Cluster(nodes=2, accelerators_per_node=4, accelerator="gb200")
+    assert max(layout.tp for layout in layouts_of(config, domain)) == 8, "NVLink joins 72 of them"
 
 
 def test_layouts_that_the_model_does_not_allow_are_left_out():

@@ -247,7 +247,7 @@ def test_pins_and_limits():
     free = CONFIG.model_copy(update={"layouts": None})
     pinned = candidates(free.model_copy(update={"tp": 1, "max_pp": 1}), MODEL, CLUSTER, START)
     assert {c.layout for c in pinned} == {DP2}
-    assert len({c.layout for c in candidates(free, MODEL, CLUSTER, START)}) == 3
+    assert len({c.layout for c in candidates(free, MODEL, CLUSTER, START)}) == 4
     assert {c.layout.pp for c in candidates(free.model_copy(update={"max_pp": 1}), MODEL, CLUSTER, START)} == {1}
     decider = planner(FASTER, policy="goodput", max_layout_moves_per_hour=1)
     assert decider.decide(noise(50.0, 45.0, 55.0), START, 10_000).switch

@@ -24,7 +24,6 @@ from launch.attend import Outcome
 from launch.status import RunStatus
 from planner.last_measurement import last_measurement
 from planner.ranking import next_round
-from planner.space import candidates
 from profiles.configuration import Configuration
 from profiles.measurement import Fingerprint, Measurement
 from profiles.profiler import Task
@@ -146,7 +145,7 @@ def test_a_filled_table_predicts_every_candidate_and_is_not_filled_again(tmp_pat
     assert events[-1].total == len(events)
     rows = ThroughputTable(job.profile.table).rows(task_of(job).fingerprint)
     known = Throughput(rows)
-    for candidate in candidates(job.planner, job.model, job.cluster, job.training.configuration):
+    for candidate in predictor_of(job, rows).candidates:
         assert known.predict(candidate) is not None
     assert fill(job, tmp_path, Told(affine)) == []
     assert not (tmp_path / TRIED).exists()
@@ -180,7 +179,7 @@ def test_the_last_measurement_of_a_budget_serves_the_choice(tmp_path: Path, monk
     fill(job, tmp_path, profiler)
     assert len(profiler.asked) == 6, "a second each; the last begins within the budget"
     *before, last = profiler.asked
-    space = candidates(job.planner, job.model, job.cluster, job.training.configuration)
+    space = predictor_of(job, []).candidates
     rows = ThroughputTable(job.profile.table).rows(task_of(job).fingerprint)
     earlier = [row for row in rows if row.configuration != last]
     assert before == next_round(space, [], before[0], 1, 0.02)[:5], "the order that a longer time has"

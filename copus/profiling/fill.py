@@ -15,8 +15,8 @@ from copus.predictor import predictor_of
 from copus.profilers import TRIED, find_profiler
 from planner.last_measurement import last_measurement
 from planner.memory_check import LIKELY
+from planner.pruning import worthwhile
 from planner.ranking import next_round
-from planner.space import candidates
 from profiles.configuration import Configuration
 from profiles.measurement import Measurement
 from profiles.profiler import ProfilerType, Task
@@ -216,7 +216,8 @@ def _space(job: JobConfig) -> list[Configuration]:
     start = job.training.configuration
     if job.planner.policy == "static":
         return [start]
-    space = candidates(job.planner, job.model, job.cluster, start)
+    training = job.training
+    space = worthwhile(job.planner, job.model, job.cluster, training.precision, start, training.implementation)
     if job.planner.keeps_layout:
         return [candidate for candidate in space if candidate.layout == start.layout]
     return space

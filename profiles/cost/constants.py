@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.cost.accelerator import Accelerator
+from profiles.accelerator import Accelerator
 
 
 class Constant(NamedTuple):

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from profiles.cost.residual import Smoothness, covariance, variance
+from profiles.cost.residual import Smoothness, covariance, covariance_of_pairs, variance
 from profiles.cost.work import Floats
 
 ALL = slice(None)
@@ -53,3 +54,15 @@ class Errors:
         if self.across is not None and self.solved is not None:
             total -= self.across @ self.solved[:, some]
         return total
+
+    def of_ratios(self, one: NDArray[np.int64], other: NDArray[np.int64]) -> Floats:
+        """Standard deviations of the logarithms of P ratios of two of them, given by their places: most of what
+        predictions are wrong by is shared, and cancels."""
+        moved = self.jacobian[one] - self.jacobian[other]
+        total: Floats = (moved * moved).sum(1)
+        total = total + 2 * (variance(self.how) - covariance_of_pairs(self.places[one], self.places[other], self.how))
+        if self.across is not None and self.solved is not None:
+            total = total - (
+                (self.across[one] - self.across[other]) * (self.solved[:, one] - self.solved[:, other]).T
+            ).sum(1)
+        return self.spread * np.sqrt(np.maximum(total, 0.0))

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import least_squares
 
+from profiles.accelerator import Accelerator, accelerator, link
 from profiles.cluster import Cluster
 from profiles.configurations import Configurations
-from profiles.cost.accelerator import Accelerator, accelerator, link
 from profiles.cost.constants import NAMES, prior
 from profiles.cost.errors import Errors
 from profiles.cost.residual import Smoothness, coordinates, covariance

@@ -1,5 +1,6 @@
 """What the formulas miss: a Gaussian process on the logarithm of measured ÷ computed time."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -80,16 +81,26 @@ def covariance(a: Floats, b: Floats, how: Smoothness) -> Floats:
     Four squared-exponential terms: shapes of the products; layout; layout and micro-batch; everything. A rank's work
     alone and a whole step have but the first in common: the others are of what ranks do together.
     """
+    alike = a[:, _SHARD][:, None] == b[:, _SHARD][None, :]
+    return _terms(a, b, alike, _near, how)
+
+
+def covariance_of_pairs(a: Floats, b: Floats, how: Smoothness) -> Floats:
+    """The same of each of N coordinates with one other: N."""
+    return _terms(a, b, a[:, _SHARD] == b[:, _SHARD], _near_pairs, how)
+
+
+def _terms(
+    a: Floats, b: Floats, alike: NDArray[np.bool_], near: Callable[[Floats, Floats], Floats], how: Smoothness
+) -> Floats:
     lengths = np.full(a.shape[1], how.degree_length)
     lengths[_FLAGS], lengths[_SIZES], lengths[_BATCH] = how.flag_length, how.size_length, how.batch_length
     rest = [index for index in range(a.shape[1]) if index not in (*_BATCH, _SHARD)]
     a_scaled, b_scaled = a / lengths, b / lengths
-    alike = a[:, _SHARD][:, None] == b[:, _SHARD][None, :]
-    layout = alike * _near(a_scaled[:, rest], b_scaled[:, rest])
-    m, n = (_near(a_scaled[:, [index]], b_scaled[:, [index]]) for index in _BATCH)
-    shape = _near(a[:, _SHAPE] / how.shape_length, b[:, _SHAPE] / how.shape_length) * _near(
-        a_scaled[:, _SIZES], b_scaled[:, _SIZES]
-    )
+    layout = alike * near(a_scaled[:, rest], b_scaled[:, rest])
+    m, n = (near(a_scaled[:, [index]], b_scaled[:, [index]]) for index in _BATCH)
+    shape = near(a[:, _SHAPE] / how.shape_length, b[:, _SHAPE] / how.shape_length)
+    shape = shape * near(a_scaled[:, _SIZES], b_scaled[:, _SIZES])
     total: Floats = how.shape_sd**2 * shape + layout * (
         how.layout_sd**2 + m * (how.microbatch_sd**2 + n * how.step_sd**2)
     )
@@ -104,3 +115,7 @@ def variance(how: Smoothness) -> float:
 def _near(a: Floats, b: Floats) -> NDArray[np.float64]:
     squared = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.T
     return np.exp(-0.5 * np.maximum(squared, 0.0))
+
+
+def _near_pairs(a: Floats, b: Floats) -> NDArray[np.float64]:
+    return np.asarray(np.exp(-0.5 * ((a - b) ** 2).sum(1)))

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from profiles.accelerator import Accelerator, node_size
 from profiles.cluster import Cluster
 from profiles.configurations import RECOMPUTE, Configurations
-from profiles.cost.accelerator import Accelerator
 from profiles.model_shape import ModelShape
 
 Floats = NDArray[np.float64]
@@ -128,7 +128,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     n = np.maximum(c.global_batch / (dp * b), 1.0)
     full, selective = c.recompute == RECOMPUTE.index("full"), c.recompute == RECOMPUTE.index("selective")
     again, attention_again = full.astype(float), (full | selective).astype(float)
-    per_node = float(max(cluster.accelerators_per_node, device.domain))
+    per_node = float(node_size(cluster))
     sheet = _Links(device, per_node)
 
     h, f, layers = float(model.hidden), float(model.ffn_hidden), float(model.layers)

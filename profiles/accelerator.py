@@ -6,9 +6,10 @@ from pathlib import Path
 import yaml
 from pydantic import Field, PositiveFloat
 
+from profiles.cluster import Cluster
 from profiles.record import Record
 
-FOLDER = Path(__file__).parent.parent / "accelerators"
+FOLDER = Path(__file__).parent / "accelerators"
 
 
 class Link(Record):
@@ -84,3 +85,17 @@ def accelerator(name: str) -> Accelerator:
     if name not in accelerators():
         raise ValueError(f"accelerator({name}) is unknown: expected one of {', '.join(accelerators())}")
     return Accelerator.model_validate({"name": name, **yaml.safe_load((FOLDER / f"{name}.yaml").read_text())})
+
+
+def memory_bytes(cluster: Cluster) -> float | None:
+    """Memory of one of its accelerators; None for CPU cores, which share what the machine has, and for an accelerator
+    that nothing is known about."""
+    if cluster.accelerator == "cpu" or cluster.accelerator not in accelerators():
+        return None
+    return accelerator(cluster.accelerator).memory_bytes
+
+
+def node_size(cluster: Cluster) -> int:
+    """Accelerators that the fast link joins: those of a node, or of a larger domain of it."""
+    domain = accelerator(cluster.accelerator).domain if cluster.accelerator in accelerators() else 1
+    return max(cluster.accelerators_per_node, domain)
