@@ -14,9 +14,9 @@ from copus.backends.base import StepResult
 from copus.backends.megatron import backend as backend_module
 from copus.backends.megatron.backend import MegatronBackend
 from copus.events import Profile
-from copus.job import JobConfig, JobError
+from copus.job import JobConfig
+from copus.predictor import predictor_of
 from copus.profiling.live import LiveProfiler, profile_missing
-from planner.space import candidates
 from profiles.cluster import Cluster
 from profiles.config import ProfileConfig
 from profiles.configuration import Configuration
@@ -72,7 +72,7 @@ def _cramped(table: Path) -> tuple[list[Measurement], str | None]:
     ended = None
     try:
         profile_missing(job, table.parent, backend, random_batches, lambda event: None, lambda: False)
-    except JobError as error:
+    except RuntimeError as error:
         ended = str(error)
     return ThroughputTable(table).rows(backend.fingerprint()), ended
 
@@ -112,7 +112,7 @@ def test_a_lack_of_memory_is_noted_and_what_all_ranks_know_of_ends_nothing(tmp_p
     assert {each.layout.tp for each in failed if each.micro_batch < 4} == {2}
     known = Throughput(rows)
     job = _job(table)
-    for candidate in candidates(job.planner, job.model, job.cluster, job.training.configuration):
+    for candidate in predictor_of(job, []).candidates:
         prediction = known.predict(candidate)
         assert prediction is not None, candidate.label
         assert (prediction.failure is not None) == (candidate.layout.tp == 2 or candidate.micro_batch == 4)
@@ -125,7 +125,7 @@ def test_the_table_predicts_every_candidate_afterwards(tmp_path: Path) -> None:
     events, rows = run_ranks(2, _profile, table)[0]
     assert len(events) == len(rows) == events[0].total > 0
     job, throughput = _job(table), Throughput(rows)
-    for candidate in candidates(job.planner, job.model, job.cluster, job.training.configuration):
+    for candidate in predictor_of(job, []).candidates:
         prediction = throughput.predict(candidate)
         assert prediction is not None, candidate.label
         assert prediction.step_seconds is not None
