@@ -217,7 +217,6 @@ def verdict_word(verdict: str) -> str:
         ("out of memory", "memory"),
         ("fit:", "memory"),
         ("cost of", "cost"),
-        ("known to", "unsure"),
         ("uncertain", "unsure"),
     ):
         if part in verdict:
@@ -228,14 +227,16 @@ def verdict_word(verdict: str) -> str:
 def _saved(candidate: CandidateScore) -> str:
     """`14 min (6–21)`; only the pessimistic end where nothing else was recorded."""
     low, expected, high = candidate.saved_low_seconds, candidate.saved_expected_seconds, candidate.saved_high_seconds
+    if candidate.verdict == "current":
+        return "–"
     if low is None or expected is None or high is None:  # a log of an earlier version
         return "–" if candidate.saved_seconds is None else f"≥ {_signed(candidate.saved_seconds)}"
     return spelled_interval(expected, low, high)
 
 
 def _signed(seconds: float) -> str:
-    """A time that may be negative."""
-    return duration(seconds).replace("-", "−")
+    """A time that may be negative; less than a tenth of a second is nothing to a job."""
+    return duration(seconds if abs(seconds) >= 0.1 else 0.0).replace("-", "−")
 
 
 def spelled_interval(value: float, low: float, high: float) -> str:

@@ -131,14 +131,13 @@ class Goodput:
         if index == here:
             return "nothing is sure to finish the job sooner than going on"
         label = situation.menu.configurations[index].label
-        goodputs = situation.goodput(situation.forecast.at(situation.samples_consumed))[0]
-        gain = goodputs[index] / goodputs[here] - 1
+        gain = situation.gain(index)
         if choice.exploring is not None and choice.exploring[0]:
             return f"{label} is worth a trial: {self._unsure(situation, index)}"
         cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
+        paid = f" net of the {duration(cost)} move" if cost else ""
         saved = duration(float(choice.saved_seconds[0, index]))
-        paid = f", {duration(cost)} of moving paid" if cost else ""
-        return f"goodput of {label} is {percent(gain)} above the current, which saves {saved} at least{paid}"
+        return f"goodput of {label} is {percent(gain)} above the current, which saves ≥ {saved}{paid}"
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Why this candidate was not chosen."""
@@ -153,20 +152,24 @@ class Goodput:
         return self._unsure(situation, index)
 
     def _unsure(self, situation: Situation, index: int) -> str:
-        """`gain 41 % (−3 to 90 %): its speed is known to ±30 %`: 80 % interval, and what does most to widen it."""
+        """`gain 41 % (−3 to 90 %): relative step time uncertain by ±30 %`: the 80 % interval, and what widens it most.
+
+        The middle is at the φ that all figures of the decision are at; the forecast says how far off it may be.
+        """
         here = int(situation.current[0])
-        phi = [situation.forecast.at(situation.samples_consumed, sigmas) for sigmas in (-DECILE, 0.0, DECILE)]
-        ratios = [float(np.log(found[0, index] / found[0, here])) for found in map(situation.goodput, phi)]
+        ends = [situation.forecast.at(situation.samples_consumed, sigmas) for sigmas in (-DECILE, 0.0, DECILE)]
+        phi = [situation.critical_batch * end / ends[1] for end in ends]
+        ratios = [float(np.log(rates[0, index] / rates[0, here])) for rates in map(situation.goodput, phi)]
         speed = DECILE * float(situation.throughput_error[0, index])
         noise = max(abs(ratios[0] - ratios[1]), abs(ratios[2] - ratios[1]))
         half = math.hypot(speed, noise)
         low, gain, high = (percent(math.expm1(ratios[1] + by * half)) for by in (-1, 0, 1))
         if speed >= noise:
             never = ", it has never run" if situation.unseen[0, index] else ""
-            what = f"its speed beside the current one's is known to ±{percent(math.expm1(speed))}{never}"
+            what = f"relative step time uncertain by ±{percent(math.expm1(speed))}{never}"
         else:
             error = percent(math.expm1(abs(math.log(phi[2][0] / phi[1][0]))))
-            what = f"the critical batch is known to ±{error}"
+            what = f"critical batch uncertain by ±{error}"
         return f"gain {gain} ({low} to {high}): {what}"
 
 

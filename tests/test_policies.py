@@ -146,8 +146,8 @@ def test_trying_what_never_ran_pays_when_it_may_be_much_faster():
     assert choice.index[0] == index
     assert choice.exploring[0]
     assert Goodput().reason(unknown, choice) == (
-        "TP2·PP1·DP1 B64 m1 is worth a trial: gain −3 % (−24.9 % to 25.3 %): its speed beside the current one's is "
-        "known to ±29.2 %, it has never run"
+        "TP2·PP1·DP1 B64 m1 is worth a trial: gain −3 % (−24.9 % to 25.3 %): relative step time "
+        "uncertain by ±29.2 %, it has never run"
     )
     dear = situation_of(slower, current, 1000.0, moves=(0, 0, 1e4), throughput_error=guess)
     assert chosen(Goodput(), dear) == current, "the way there costs more than it may be worth"
@@ -270,7 +270,7 @@ WAITS, RIVAL = of(DP2, 1, 64), of(TP2, 1, 64)
         (1.3, 1e4, 0.2, 0.05, False, "gain 30 % is below its cost of 2.8 h"),
         (
             *(1.01, 1.0, 0.2, 0.05, False),
-            "gain 1 % (−21.8 % to 30.5 %): its speed beside the current one's is known to ±29.2 %",
+            "gain 1 % (−21.8 % to 30.5 %): relative step time uncertain by ±29.2 %",
         ),
     ],
 )
@@ -289,8 +289,8 @@ def test_a_gain_that_hangs_on_the_noise_scale_says_so():
     now = situation_of(speeds, of(DP2, 1, 4), 400.0, error=2.0, throughput_error=[0.0, 0.01])
     unsure = Choice(now.current, saved_seconds=np.array([[0.0, -1.0]]))
     found = Goodput().verdict(now, unsure, 1)
-    assert found.startswith("gain 23.5 % (")
-    assert ": the critical batch is known to ±" in found
+    assert found.startswith("gain 21.8 % (")  # 1.4 × (1 + 4/400) / (1 + 64/400): at the φ that is shown
+    assert ": critical batch uncertain by ±" in found
 
 
 def test_what_saves_less_than_the_chosen_one_says_so():
