@@ -8,8 +8,16 @@ import torch.distributed as dist
 
 from copus.user_errors import one_line
 
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What RuntimeErrors say: of torch's allocator on a CPU, and on a GPU of libraries that allocate beside it."""
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch's allocator on a CPU
+    "CUDA error: out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "Cuda failure 2 'out of memory'",  # NCCL, of its buffers
+    "Failed to CUDA calloc",  # likewise
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""Messages of RuntimeErrors that mean a lack of memory: libraries that allocate beside torch have no type for it."""
 
 
 class RankError(Exception):

@@ -73,10 +73,15 @@ def _memory_available() -> float:
 
 
 def peak_memory_bytes() -> int | None:
-    """Largest memory since the last reset: allocated on the GPU, or resident on a CPU; None where the system does not
-    tell."""
+    """Largest memory since the last reset: of the GPU, or resident on a CPU; None if the system does not tell.
+
+    On a GPU it is the most that torch's allocator reserved, and what is used beside it now: CUDA's context, NCCL's
+    communicators, libraries. All of it is lacking elsewhere. Ranks that share a GPU count each other's.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        free, total = torch.cuda.mem_get_info()
+        beside = total - free - torch.cuda.memory_reserved()
+        return torch.cuda.max_memory_reserved() + max(beside, 0)
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -210,8 +210,9 @@ class Trainer:
         skipped = self._noise.skipped
         informative = self._noise.update(result, self.state.samples_consumed, configuration.global_batch)
         if result.parts is not None and not result.skipped:
-            step = estimate_step(result.grad_sq, result.parts.squared_norms, result.parts.part_size)
-            self._norms.add(result.grad_sq, step.noise_trace)
+            full = result.parts  # whose |g|² is in the coordinates of |g_j|²; the step's own may be in others
+            step = estimate_step(full.grad_sq, full.squared_norms, full.part_size)
+            self._norms.add(full.grad_sq, step.noise_trace)
         if not informative and self._noise.skipped == skipped:
             return
         noise = self._noise.estimate()

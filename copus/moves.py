@@ -96,7 +96,7 @@ class Moves:
         except RankError as error:
             lack = error
         except Exception as error:
-            if request.on_trial and is_out_of_memory(error):  # too late to go back: a restart helps, elsewhere
+            if is_out_of_memory(error):  # no way back: the restart must not resume into it
                 self._record_infeasible(self._backend.configuration)
             raise
         self._move_back(lack)  # outside of the except block: nothing refers to the step's memory any more

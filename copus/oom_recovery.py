@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
-from copus.devices import join_world
+from copus.devices import join_world, wait_for
 from copus.user_errors import one_line
 
 _POLL_SECONDS = 0.1
@@ -68,6 +68,9 @@ class World:
         """
         if self._store is None:
             self._begin()
+        # The step before was committed, but its all-gather of weights may still run: to break it off now would leave
+        # them half gathered.
+        wait_for(self._device)
         self._trials += 1
         trial = Trial()
         over = threading.Event()

@@ -1,9 +1,12 @@
 """Which device a rank gets, without any GPU: torch is told that there are some."""
 
+import os
+
 import pytest
 import torch
 
 from copus.devices import SHARING, check_accelerator, rank_device
+from copus.hardware import peak_memory_bytes
 
 
 @pytest.fixture
@@ -47,3 +50,25 @@ def test_a_gpu_job_does_not_run_on_a_machine_without_one(monkeypatch: pytest.Mon
         check_accelerator("h100-sxm")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     check_accelerator("h100-sxm")
+
+
+def test_memory_that_libraries_and_the_allocator_hold_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (50 * gib, 80 * gib))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 24 * gib)
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda: 40 * gib)
+    assert peak_memory_bytes() == 46 * gib  # 6 GiB beside torch
+
+
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "x:y"}])
+def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise(
+    given: dict[str, str], two_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    rank_device(0, 2)
+    expected = {} if given else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert {name: os.environ[name] for name in os.environ if name.endswith("ALLOC_CONF")} == {**given, **expected}

@@ -91,7 +91,9 @@ def test_the_manifest_is_one_that_kubeflow_takes(tmp_path: Path, capfd: pytest.C
     pod = job["template"]["spec"]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] == 300
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "copus-runs"
-    assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == str(tmp_path)
+    assert pod["volumes"][1] == {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}
+    places = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
+    assert places == [str(tmp_path), "/dev/shm"]
     assert (pod["serviceAccountName"], pod["nodeSelector"]) == ("trainer", {"pool": "gpu"})
     assert not (tmp_path / "runs").exists()
 
@@ -101,7 +103,7 @@ def test_gpus_are_asked_for_by_the_nodes_of_the_job(tmp_path: Path, capfd: pytes
     layout = ["--set", "training.layout={tp: 2, dp: 4}", "--set", "training.global_batch=8"]
     trainer = manifest(tmp_path, capfd, str(EXAMPLE), *cluster, *layout)["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
-    assert trainer["resourcesPerNode"]["limits"] == {"cpu": "4", "nvidia.com/gpu": "4"}
+    assert trainer["resourcesPerNode"]["limits"] == {"cpu": "32", "nvidia.com/gpu": "4"}
 
 
 def test_nothing_of_the_environment_is_in_a_manifest(

@@ -166,23 +166,6 @@ def test_small_staging_buffers_move_the_same() -> None:
     assert all(worst == 0.0 for worst, _ in little)
 
 
-def _open_groups(layouts: list[dict[str, Any]]) -> list[int]:
-    """Groups that exist after each move."""
-    backend = backend_of(tiny_job(dist.get_world_size(), layouts[0], micro_batch=2))
-    counts = []
-    for layout in layouts:
-        backend.move(configuration(8, 2, **layout))
-        counts.append(len(dist.distributed_c10d._world.pg_map))
-    return counts
-
-
-@pytest.mark.dist
-def test_groups_are_made_once_for_each_layout() -> None:
-    first, second, third, *later = run_ranks(2, _open_groups, [{"tp": 2}, {"dp": 2}, {"pp": 2}] * 3)[0]
-    assert first < second < third
-    assert set(later) == {third}
-
-
 def _living_bytes() -> int:
     gc.collect()
     alive = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]

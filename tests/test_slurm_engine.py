@@ -107,7 +107,7 @@ def test_the_script_is_what_the_job_file_says(tmp_path: Path, slurm: Says, capfd
         "--job-name=copus-small",
         "--nodes=2",
         "--ntasks-per-node=1",
-        "--cpus-per-task=8",
+        "--cpus-per-task=64",
         "--gres=gpu:8",
         "--partition=long",
         "--time=1-00:00:00",

@@ -24,6 +24,16 @@ from profiles.record import Record
 
 Phase = Literal["queued", "running", "ended", "unknown"]
 
+CPUS_PER_GPU = 8
+"""A rank on a GPU runs more than its training thread: autograd's, NCCL's proxies, the reader's and the checkpoint's.
+Nodes with eight GPUs have 12 cores or more for each."""
+
+
+def usual_cpus_per_node(job: JobConfig) -> int:
+    """CPUs to ask a scheduler for on each node: ranks × threads, on GPUs at least `CPUS_PER_GPU` for each rank."""
+    least = 1 if job.cluster.accelerator == "cpu" else CPUS_PER_GPU
+    return job.cluster.accelerators_per_node * max(job.launch.threads_per_rank, least)
+
 
 @dataclass(frozen=True)
 class EngineState:

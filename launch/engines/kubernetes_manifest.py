@@ -6,6 +6,7 @@ from typing import Any
 
 from copus.job import JobConfig
 from launch.engines.agent import agent_environment
+from launch.engines.base import usual_cpus_per_node
 from launch.engines.kubernetes_options import KubernetesOptions
 
 LONGEST = 40
@@ -13,6 +14,7 @@ LONGEST = 40
 STEP = "node"
 """What Kubeflow's torch runtimes call their job, and its container."""
 VOLUME = "copus"
+SHARED_MEMORY = "shared-memory"
 MODULE = "launch.engines.kubernetes_node"
 
 
@@ -72,7 +74,7 @@ def _resources(job: JobConfig, options: KubernetesOptions) -> Any:
     from kubeflow_trainer_api import models
 
     ranks = job.cluster.accelerators_per_node
-    wanted: dict[str, str | int] = {"cpu": ranks * job.launch.threads_per_rank}
+    wanted: dict[str, str | int] = {"cpu": usual_cpus_per_node(job)}
     if job.cluster.accelerator != "cpu":
         wanted[options.accelerator_resource] = ranks
     amounts = {
@@ -83,17 +85,26 @@ def _resources(job: JobConfig, options: KubernetesOptions) -> Any:
 
 
 def _patch(options: KubernetesOptions) -> Any:
-    """What differs from the runtime: the volume, and where the pods may run."""
+    """What differs from the runtime: the volumes, and where the pods may run."""
     from kubeflow_trainer_api import models
 
     claim = models.IoK8sApiCoreV1PersistentVolumeClaimVolumeSource(claim_name=options.claim)
+    # Containers have 64 MiB of /dev/shm unless told otherwise; NCCL needs more as soon as two ranks share a node.
+    memory = models.IoK8sApiCoreV1EmptyDirVolumeSource(medium="Memory")
+    mounts = {VOLUME: options.mount, SHARED_MEMORY: "/dev/shm"}
     pod = models.TrainerV1alpha1PodSpecPatch(
         containers=[
             models.TrainerV1alpha1ContainerPatch(
-                name=STEP, volume_mounts=[models.IoK8sApiCoreV1VolumeMount(name=VOLUME, mount_path=options.mount)]
+                name=STEP,
+                volume_mounts=[
+                    models.IoK8sApiCoreV1VolumeMount(name=name, mount_path=path) for name, path in mounts.items()
+                ],
             )
         ],
-        volumes=[models.IoK8sApiCoreV1Volume(name=VOLUME, persistent_volume_claim=claim)],
+        volumes=[
+            models.IoK8sApiCoreV1Volume(name=VOLUME, persistent_volume_claim=claim),
+            models.IoK8sApiCoreV1Volume(name=SHARED_MEMORY, empty_dir=memory),
+        ],
         termination_grace_period_seconds=options.grace_seconds,
         service_account_name=options.service_account,
         node_selector=options.node_selector or None,

@@ -38,8 +38,8 @@ class KubernetesOptions(EngineOptions):
     accelerator_resource: str = Field(default="nvidia.com/gpu", pattern=r"^[a-z0-9./-]+$")
     """What the cluster calls an accelerator."""
     resources: dict[str, Quantity] = Field(default_factory=dict)
-    """Resources of a node of the job, requested and limited alike: {memory: 64Gi}. Accelerators and CPUs follow from
-    the job unless they are named."""
+    """Resources of a node of the job, requested and limited alike: {memory: 64Gi}. Accelerators and CPUs (at
+    least 8 for each GPU) follow from the job unless they are named."""
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     """Environment variables. No secrets: everybody who may read jobs can read these."""
     secrets: dict[EnvironmentName, Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")]] = Field(

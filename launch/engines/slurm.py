@@ -18,7 +18,7 @@ from pathlib import Path
 
 from copus.job import JobConfig, JobError
 from launch.engines.agent import agent_environment
-from launch.engines.base import EngineState, QueuedEngine
+from launch.engines.base import EngineState, QueuedEngine, usual_cpus_per_node
 from launch.engines.slurm_commands import ALIVE, QUEUED, queue_entry, slurm
 from launch.engines.slurm_options import SlurmOptions, check_directive
 from launch.engines.ticket import Ticket, read_ticket
@@ -139,7 +139,7 @@ class SlurmEngine(QueuedEngine):
 
 def cpus_per_node(options: SlurmOptions, job: JobConfig) -> int:
     """CPUs that the job takes on each node."""
-    return options.cpus_per_node or job.cluster.accelerators_per_node * job.launch.threads_per_rank
+    return options.cpus_per_node or usual_cpus_per_node(job)
 
 
 def _directive(name: str, value: str | int | bool | None) -> str:

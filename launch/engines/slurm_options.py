@@ -37,7 +37,7 @@ class SlurmOptions(EngineOptions):
     gres: Word | None = None
     """Generic resources of a node, as `gpu:h100:8`; else `gpu:N` for N accelerators a node that are no CPU cores."""
     cpus_per_node: PositiveInt | None = None
-    """CPUs of a node; else ranks on the node × launch.threads_per_rank."""
+    """CPUs of a node; else ranks on the node × launch.threads_per_rank, on GPUs at least 8 for each."""
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
     """Other options of sbatch by their long names: {constraint: a100, exclusive: true}."""
     setup: list[str] = Field(default_factory=list)

@@ -1,12 +1,14 @@
 """Megatron's process groups: made for a layout, and kept for when the job comes back to it.
 
-Making them is much of the cost of a small move. A group is the same whenever it has the same ranks and the same
-purpose, so layouts share what they have in common; megatron's own globals are filled by megatron itself every time.
+Making them is much of the cost of a small move. Megatron asks for some 17 groups of every rank, most of them with the
+same ranks as another: one group serves all purposes with equal ranks, in a layout and between layouts. That is safe,
+since every rank issues its collectives in the same order. Megatron itself fills its globals every time.
 """
 
 import contextlib
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from copus.backends.megatron import cpu
@@ -15,12 +17,9 @@ from profiles.layout import Layout
 cpu.before_import()
 from megatron.core import parallel_state  # noqa: E402
 
-_KEPT_LAYOUTS = 8
-"""Groups cost threads, sockets and, on GPUs, memory."""
-
-_Key = tuple[tuple[int, ...], str | None, str | None]
+_Key = tuple[tuple[int, ...], str | None]
 _groups: dict[_Key, Any] = {}
-"""Every group that was made and not destroyed, by ranks, backend and purpose; the same keys on every rank."""
+"""Every group that was made and not destroyed, by ranks and backend; the same keys on every rank."""
 _layouts: dict[tuple[int, ...], list[_Key]] = {}
 """Which groups a layout uses; the layout that was used last is the last."""
 
@@ -30,13 +29,14 @@ def make_groups(layout: Layout, timeout_seconds: float) -> None:
     Collective."""
     degrees = (layout.tp, layout.pp, layout.cp, layout.dp)
     _layouts.pop(degrees, None)
-    while len(_layouts) >= _KEPT_LAYOUTS:
+    # Groups cost threads and sockets on a CPU, where many are cheap, and device memory with NCCL.
+    while len(_layouts) >= (2 if torch.cuda.is_available() else 8):
         _destroy(next(iter(_layouts)))
     used: list[_Key] = []
     original = parallel_state.create_group
 
     def create_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **options: Any) -> Any:
-        key = (tuple(ranks), backend, options.get("group_desc"))
+        key = (tuple(ranks), backend)
         used.append(key)
         if key not in _groups:
             _groups[key] = original(ranks, timeout=timeout, backend=backend, **options)

@@ -39,6 +39,11 @@ class NormLayers:
 
     def start(self, on: bool, weights: dict[torch.nn.Parameter, torch.Tensor] | None) -> None:
         """Begin a step; with `weights`, gradients are multiplied by them."""
+        if on and not self.params:
+            raise RuntimeError(
+                "planner.noise_source(normlayer) measures RMSNorm modules, and this model has none: its norms are of "
+                "another kind, or fused into another layer"
+            )
         self._on = on
         self._weights = weights
         self._passes: dict[torch.nn.Module, int] = defaultdict(int)

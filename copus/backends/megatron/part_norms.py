@@ -9,10 +9,11 @@ seen by the norm layers alone (`normlayer`). Every parameter of the whole model 
   embedding under pipelining), the partial gradients of a part are kept and added up over their group before they are
   squared.
 
-Long sums are in float64: in fp32 a CPU norm is off by some 1e-5, by another amount on every layout.
+Long sums on a CPU are in float64: in fp32 they are off by some 1e-5, by another amount on every layout.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,18 +34,36 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate  # noqa: E402
 from megatron.core.transformer.module import param_is_not_shared  # noqa: E402
 
+_LARGE = 2**20
+"""Elements of a tensor that is reduced by itself."""
 _ROW = 1024
 """Elements added up in fp32 before float64 takes over: exact to 1e-8, and 25 times faster on a CPU than float64
 throughout."""
 
 
-def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of squares as a 0-d float64 tensor on the tensor's device, to some 1e-8 relative."""
-    flat = tensor.detach().reshape(-1)
+def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The norm of each tensor as a 0-d tensor on its device, to some 1e-7 relative.
+
+    On a GPU in as few kernels as there are dtypes: its tree sums are good enough in fp32, and at hundreds of tensors a
+    micro-batch the launches would cost more than the sums. Nothing waits for the device.
+    """
+    if tensors and tensors[0].is_cuda:
+        return list(torch._foreach_norm([tensor.detach() for tensor in tensors], 2, torch.float32))
+    return [_norm_on_cpu(tensor.detach().reshape(-1)) for tensor in tensors]
+
+
+def _norm_on_cpu(flat: torch.Tensor) -> torch.Tensor:
     whole = flat.numel() // _ROW * _ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32).double()
     rest = flat[whole:].double()
-    return rows.dot(rows) + rest.dot(rest)
+    return (rows.dot(rows) + rest.dot(rest)).sqrt()
+
+
+def sum_of_squares(norms: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Σ norm² as a 0-d float64 tensor."""
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(list(norms)).double().square().sum()
 
 
 class PartNorms:
@@ -106,15 +125,14 @@ class PartNorms:
 
         def start_grad_sync(*args: Any, **kwargs: Any) -> Any:
             if self._full == "replica":
-                for bucket in bucket_group.buckets:
-                    for param in bucket.params_list:
-                        self._see(param, param.main_grad, part=0)
+                params = [param for bucket in bucket_group.buckets for param in bucket.params_list]
+                self._see(params, [param.main_grad for param in params], part=0)
             return reduce(*args, **kwargs)
 
         bucket_group.start_grad_sync = start_grad_sync
 
     def _reset(self) -> None:
-        self._sums: dict[int, torch.Tensor] = {}
+        self._norms: dict[int, list[torch.Tensor]] = defaultdict(list)
         self._kept: dict[tuple[torch.nn.Parameter, int], torch.Tensor] = {}
         self._passes: dict[torch.nn.Parameter, int] = defaultdict(int)
 
@@ -146,22 +164,30 @@ class PartNorms:
     @torch.no_grad()
     def _after_backward(self, param: torch.nn.Parameter) -> None:
         """Runs when autograd has one micro-batch's gradient in `param.grad`, before megatron adds it to `main_grad`."""
-        if self._full != "microbatch" or param.grad is None:
+        if self._full != "microbatch":
             return
+        if param.grad is None:  # silence would make the noise scale wrong
+            raise RuntimeError(
+                f"planner.noise_source(microbatch) needs gradients in param.grad, and a parameter of shape "
+                f"{tuple(param.shape)} has none after its backward pass: its layer adds to main_grad itself (fused "
+                "weight-gradient accumulation)"
+            )
         part = self._passes[param]
         self._passes[param] = part + 1
-        self._see(param, param.grad, part)
+        self._see([param], [param.grad], part)
 
     @torch.no_grad()
-    def _see(self, param: torch.nn.Parameter, gradient: torch.Tensor, part: int) -> None:
-        if param in self._partial:
-            self._kept[param, part] = gradient.detach().float().clone()
-        elif param in self._counted:
-            self._add(param, gradient, part)
+    def _see(self, params: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor], part: int) -> None:
+        whole = []
+        for param, gradient in zip(params, gradients, strict=True):
+            if param in self._partial:
+                self._kept[param, part] = gradient.detach().float().clone()
+            elif param in self._counted:
+                whole.append(self._weighted(param, gradient))
+        self._norms[part] += norms(whole)
 
-    def _add(self, param: torch.nn.Parameter, gradient: torch.Tensor, part: int) -> None:
-        square = squared_norm(gradient if self._weights is None else gradient * self._weights[param])
-        self._sums[part] = self._sums[part] + square if part in self._sums else square
+    def _weighted(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient if self._weights is None else gradient * self._weights[param]
 
     @torch.no_grad()
     def contribution(self, device: torch.device) -> torch.Tensor:
@@ -190,28 +216,40 @@ class PartNorms:
         return vector
 
     def _collect(self, parts: int, device: torch.device) -> torch.Tensor:
-        for param, group in self._partial.items():
-            for part in range(parts):
-                gradient = self._kept[param, part]
-                dist.all_reduce(gradient, group=group)
-                if param in self._counted:
-                    self._add(param, gradient, part)
-        sums = torch.zeros(parts, dtype=torch.float64, device=device)
-        for part, square in self._sums.items():
-            sums[part] += square
+        self._add_up_partial_gradients(parts)
+        sums = torch.stack([sum_of_squares(self._norms[part], device) for part in range(parts)])
         # megatron divides every micro-batch's loss by their number (schedules.py:243)
         return sums * self._configuration.num_microbatches**2 if self._full == "microbatch" else sums
 
+    def _add_up_partial_gradients(self, parts: int) -> None:
+        """Reduce what each rank holds a part of, and count it: one all-reduce for each group, of all small tensors and
+        parts together, and one for each large tensor, which is not worth a copy."""
+        together: dict[dist.ProcessGroup, list[tuple[torch.nn.Parameter, int]]] = defaultdict(list)
+        for param, group in self._partial.items():
+            for part in range(parts):
+                if param.numel() > _LARGE:
+                    dist.all_reduce(self._kept[param, part], group=group)
+                else:
+                    together[group].append((param, part))
+        for group, keys in together.items():
+            flat = torch.cat([self._kept[key].view(-1) for key in keys])
+            dist.all_reduce(flat, group=group)
+            for key, total in zip(keys, flat.split([key[0].numel() for key in keys]), strict=True):
+                self._kept[key] = total.view(key[0].shape)
+        for (param, part), gradient in self._kept.items():
+            if param in self._counted:
+                self._norms[part] += norms([self._weighted(param, gradient)])
+
     def _mean_sq(self, only: set[torch.nn.Parameter] | None, device: torch.device) -> torch.Tensor:
         """This rank's share of |g|² of the step's mean gradient, weighted, of all parameters or of some."""
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        if self._layout.zero == 0 and parallel_state.get_data_parallel_rank() > 0:
-            return total  # data parallel ranks have the same gradients
-        for param, main, *_ in main_params(self._optimizer):
-            if param in self._counted and (only is None or param in only) and main.grad is not None:
-                weights = self._main_weights
-                total += squared_norm(main.grad if weights is None else main.grad * weights[main])
-        return total
+        gradients = []
+        # Without the distributed optimizer data parallel ranks have the same gradients: those of rank 0 count.
+        if self._layout.zero or parallel_state.get_data_parallel_rank() == 0:
+            for param, main, *_ in main_params(self._optimizer):
+                if param in self._counted and (only is None or param in only) and main.grad is not None:
+                    weights = self._main_weights
+                    gradients.append(main.grad if weights is None else main.grad * weights[main])
+        return sum_of_squares(norms(gradients), device)
 
     def parts(self, totals: np.ndarray, grad_sq: float) -> tuple[Parts | None, Parts | None]:
         """The parts of the full source and those of the norm layers, from the sum of all ranks' contributions and |g|²

@@ -1,6 +1,7 @@
 """One optimizer step, in two halves, and one evaluation of a built Megatron model."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,7 @@ from copus.backends.adamw import AdamWOptions
 from copus.backends.base import Batches, StepRequest, StepResult
 from copus.backends.megatron import cpu
 from copus.backends.megatron.built import BuiltModel
-from copus.backends.megatron.part_norms import squared_norm
+from copus.backends.megatron.part_norms import norms, sum_of_squares
 from copus.backends.megatron.sharded import unwrap
 from copus.backends.megatron.upstream import inner_optimizers
 from profiles.configuration import Configuration
@@ -20,6 +21,9 @@ from profiles.configuration import Configuration
 cpu.before_import()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+_Microbatch = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Tokens and labels, int64 of shape (micro_batch, seq_len) each, on the stages that need them."""
 
 
 def compute_gradients(
@@ -88,16 +92,13 @@ def _run_microbatches(
     per_replica = configuration.global_batch // configuration.layout.dp
     first = first_sample + parallel_state.get_data_parallel_rank() * per_replica
     micro_batch = configuration.micro_batch
-
-    def microbatches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for index in range(configuration.num_microbatches):
-            tokens, labels = batches(first + index * micro_batch, micro_batch)
-            yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    starts = range(first, first + per_replica, micro_batch)
+    data = [_microbatches(unwrap(chunk), batches, starts, micro_batch, device) for chunk in chunks]
 
     run = get_forward_backward_func()
     outputs = run(
         forward_step_func=_forward_step,
-        data_iterator=[microbatches() for _ in chunks] if len(chunks) > 1 else microbatches(),
+        data_iterator=data if len(chunks) > 1 else data[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=configuration.num_microbatches,
         seq_length=unwrap(chunks[0]).max_sequence_length,
@@ -107,7 +108,34 @@ def _run_microbatches(
     return [output["loss"] for output in outputs]
 
 
-def _forward_step(microbatches: Iterator[tuple[torch.Tensor, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
+def _microbatches(
+    model: Any, batches: Batches, starts: range, micro_batch: int, device: torch.device
+) -> Iterator[_Microbatch]:
+    """Tokens for the chunk with the embedding, labels for the one with the output layer; the others read nothing.
+
+    A thread reads one micro-batch ahead of the step.
+    """
+    if not (model.pre_process or model.post_process):
+        yield from [(None, None)] * len(starts)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="copus-reader") as reader:
+        upcoming = reader.submit(batches, starts[0], micro_batch)
+        for following in [*starts[1:], None]:
+            tokens, labels = upcoming.result()
+            if following is not None:
+                upcoming = reader.submit(batches, following, micro_batch)
+            yield (
+                _to(device, tokens) if model.pre_process else None,
+                _to(device, labels) if model.post_process else None,
+            )
+
+
+def _to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that the host does not wait for: from pageable memory it would, for all that the GPU has still to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _forward_step(microbatches: Iterator[_Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
     """What megatron's schedules call for every micro-batch: the output, and the function that makes the loss of it."""
     tokens, labels = next(microbatches)
     # Rotary positions and a causal mask need neither positions nor a mask tensor.
@@ -126,13 +154,11 @@ def _local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Ten
     With the distributed optimizer every rank has its own shard; without it the data parallel ranks have the same
     gradients, and those of rank 0 count.
     """
-    total = torch.zeros((), dtype=torch.float64, device=built.device)
-    if configuration.layout.zero == 0 and parallel_state.get_data_parallel_rank() > 0:
-        return total
-    for wrapper in built.optimizer.chained_optimizers:
-        for gradient in wrapper.get_main_grads_for_grad_norm():
-            total += squared_norm(gradient)
-    return total
+    gradients: list[torch.Tensor] = []
+    if configuration.layout.zero or parallel_state.get_data_parallel_rank() == 0:
+        for wrapper in built.optimizer.chained_optimizers:
+            gradients += wrapper.get_main_grads_for_grad_norm()
+    return sum_of_squares(norms(gradients), built.device)
 
 
 def _share(
