@@ -156,14 +156,14 @@ def _no_memory(run: Path, table: Path) -> str:
 
 def _no_room_for_the_update(after: Configuration) -> None:
     """From now on weights cannot be updated in a configuration, on any rank."""
-    original = megatron_step._set_rules
+    original = megatron_step._set_options
 
-    def set_rules(*arguments: Any) -> None:
+    def set_options(*arguments: Any) -> None:
         original(*arguments)
         if megatron_step.parallel_state.get_data_parallel_world_size() == after.layout.dp:
             raise torch.OutOfMemoryError("no room")
 
-    megatron_step._set_rules = set_rules
+    megatron_step._set_options = set_options
 
 
 @pytest.mark.dist
