@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from copus.job import JobError
-from copus.manifest import damage, read_manifest
+from copus.manifest import damage, read_manifest, wrong_size
 
 FOLDER = "checkpoints"
 """Where they are in a run directory."""
@@ -35,6 +35,24 @@ def set_aside(run: Path, name: str, why: str) -> str:
         aside = f"{name}.{why}-{next(numbers)}"
     (run / FOLDER / name).rename(run / FOLDER / aside)
     return aside
+
+
+def set_damaged_aside(run: Path, newest: str | None) -> None:
+    """Rename the checkpoints that are newer than the newest one that verifies: none of them does. None: all of them.
+
+    So they neither take the place of a good one among those that are kept, nor are removed.
+    """
+    names = checkpoint_names(run)
+    for name in names[: len(names) if newest is None else names.index(newest)]:
+        set_aside(run, name, "damaged")
+
+
+def quick_damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint is surely not whole, by its manifest and the sizes of its files; None if that is all right."""
+    try:
+        return wrong_size(checkpoint, read_manifest(checkpoint))
+    except ValueError as error:
+        return str(error)
 
 
 def whats_wrong(checkpoint: Path, share: slice = slice(None)) -> str | None:

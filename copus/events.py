@@ -401,6 +401,19 @@ def samples_trained(run: Path) -> int | None:
         return None
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether a checkpoint was completed since the run last began at its first step."""
+    found = False
+    with contextlib.suppress(FileNotFoundError), open(run / "events.jsonl", "rb") as lines:
+        for line in lines:
+            if b'"checkpoint"' in line[:24]:
+                found = True
+            elif b'"start"' in line[:24]:
+                event = parse_event(line)
+                found = found and not (isinstance(event, Start) and event.resumed_from is None)
+    return found
+
+
 def parse_event(line: bytes) -> Event | None:
     """One line of `events.jsonl`; None for a torn line, or for a type or a value that this version does not know."""
     try:

@@ -32,7 +32,7 @@ from profiles.config import ProfileConfig
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
-from profiles.record import NonNegativeInt, PositiveInt, Record, UserPath
+from profiles.record import NonNegativeInt, PositiveInt, Record, UserPath, check_path
 
 if TYPE_CHECKING:
     from profiles.memory.implementation import Implementation
@@ -220,6 +220,10 @@ class JobConfig(Record):
 
     @model_validator(mode="after")
     def _check_arithmetic(self) -> "JobConfig":
+        for section, values in (("data", self.data), ("profile", self.profile), ("launch", self.launch)):
+            for field, value in values:
+                if isinstance(value, Path):  # a default has not been validated
+                    _located(f"{section}.{field}", lambda value=value: check_path(value))
         _located("model", lambda: check_model(self.model))
         _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
         _located("launch.engine", lambda: load_engine(self.launch.engine))
@@ -233,12 +237,7 @@ class JobConfig(Record):
         _located("training", lambda: check_configuration(self.training.configuration))
         for index, layout in enumerate(self.planner.layouts or []):
             _located(f"planner.layouts.{index}", lambda layout=layout: self._check_layout(layout))
-        training, accelerators = self.training, self.cluster.accelerators
-        if training.evaluate_sequences % accelerators:
-            raise ValueError(
-                f"training.evaluate_sequences({training.evaluate_sequences}) ÷ {accelerators} accelerators is not "
-                f"whole: {training.evaluate_sequences / accelerators:g}; every layout has to evaluate the same ones"
-            )
+        training = self.training
         if training.tokens < self.model.seq_len:
             raise ValueError(
                 f"training.tokens({training.tokens}) is less than one sequence, model.seq_len({self.model.seq_len})"
@@ -259,6 +258,12 @@ class JobConfig(Record):
     def total_samples(self) -> int:
         """Length of the run in sequences."""
         return self.training.tokens // self.model.seq_len
+
+    @property
+    def evaluate_sequences(self) -> int:
+        """Held-out sequences in an evaluation on this cluster: so many that every layout can share them evenly."""
+        accelerators = self.cluster.accelerators
+        return max(1, self.training.evaluate_sequences // accelerators) * accelerators
 
     @property
     def reference_batch(self) -> int:

@@ -46,6 +46,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _check_base(node: yaml.ScalarNode) -> None:
+    """Refuse numbers that YAML 1.1 reads in another base than a person does: 0500000 is octal, 4:00:00 base 60."""
+    plain, where = node.value.replace("_", "").lstrip("+-"), f"line {node.start_mark.line + 1}: {node.value}"
+    if node.tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+        return
+    if ":" in plain:
+        raise ValueError(f"{where} is a number to the base 60 in YAML: put it in quotes")
+    if plain.isdecimal() and plain.startswith("0") and int(plain, 8) != int(plain):
+        raise ValueError(f"{where} is octal in YAML, {int(plain, 8)}: write it without the 0 before it")
+
+
 def _check(node: yaml.Node, lengths: dict[int, int | None]) -> int:
     """Length of a node with all aliases replaced. Raises ValueError for what the module's first line rules out.
 
@@ -61,6 +72,7 @@ def _check(node: yaml.Node, lengths: dict[int, int | None]) -> int:
         length = 1 + len(node.value)
         if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MOST_DIGITS:
             raise ValueError(f"line {node.start_mark.line + 1}: a number of {len(node.value)} digits")
+        _check_base(node)
     elif isinstance(node, yaml.MappingNode):
         length = 1 + sum(_check(part, lengths) for pair in node.value for part in pair)
         seen = set()

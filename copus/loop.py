@@ -12,7 +12,7 @@ import torch.distributed as dist
 from copus.backends.base import Backend, Batches, StepRequest, StepResult, TrainerState
 from copus.collectives import broadcast_from_rank0
 from copus.divergence import Divergence
-from copus.events import Evaluate, Event, Failure, Noise, Step
+from copus.events import Evaluate, Event, Failure, Noise, Step, Warned
 from copus.job import JobConfig
 from copus.moves import Moves
 from copus.noise.meter import NoiseMeter
@@ -76,6 +76,7 @@ class Trainer:
         """
         started = time.monotonic()
         job, state = self._job, self.state
+        self._tell_of_another_lr()
         if state.step == 0:
             self._evaluate()
         self._moves.leave_unfinished_trial()
@@ -236,7 +237,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """The validation loss, which every rank knows. True where it is what the job was to reach."""
         started = time.perf_counter()
-        sequences = self._job.training.evaluate_sequences
+        sequences = self._job.evaluate_sequences
         loss = self._backend.evaluate(self._valid, sequences)
         self._evaluated_at = self.state.samples_consumed
         self._last_loss_is_finite = math.isfinite(loss)
@@ -248,11 +249,28 @@ class Trainer:
         """Save, or begin to."""
         self.state.noise = self._noise.state()
         self.state.norms = self._norms.state()
+        self.state.next_lr = self._next_lr()
         self._moves.keep_state()
         if last:
             self._saver.write_last()
         else:
             self._saver.begin()
+
+    def _next_lr(self) -> float:
+        """Learning rate of the next step, if it runs in the current configuration."""
+        return rules_at(self._job, self.state, self._backend.configuration.global_batch).lr
+
+    def _tell_of_another_lr(self) -> None:
+        """Warn if the learning rate of a resumed run goes on at another value than it had: after a change of its
+        schedule, of which the length of the run is a part, or of the batch."""
+        before, now = self.state.next_lr, self._next_lr()
+        if before is not None and not math.isclose(before, now, rel_tol=1e-6, abs_tol=1e-30):
+            message = (
+                f"the learning rate goes on at {now:.3g}; the run had come to {before:.3g}. Its schedule "
+                f"(training.tokens({self._job.training.tokens}), lr, min_lr, warmup_tokens, decay) or its batch is "
+                "another than before"
+            )
+            self._report(Warned(**self.state.here, message=message))
 
     def _survived(self, message: str) -> None:
         """Tell of a failure that the job outlives, on rank 0."""

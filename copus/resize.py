@@ -33,8 +33,6 @@ def resized(job: JobConfig, cluster: Cluster) -> JobConfig:
     values = job.model_dump(mode="json")
     values["cluster"] = cluster.model_dump(mode="json")
     values["training"] |= start.model_dump(mode="json") | {"reference_batch": job.reference_batch}
-    whole = job.training.evaluate_sequences // cluster.accelerators
-    values["training"]["evaluate_sequences"] = max(1, whole) * cluster.accelerators
     allowed = [layout for layout in job.planner.layouts or [] if fits(layout, job, cluster)]
     values["planner"]["layouts"] = [layout.model_dump(mode="json") for layout in allowed] or None
     return parse_job(values, "the job on other ranks")

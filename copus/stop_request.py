@@ -7,11 +7,12 @@ from typing import Any
 
 
 class StopRequest:
-    """True once there was a signal to this process, the file `RUN/stop`, or the death of the agent."""
+    """True once there was a signal to this process, the agent died or, on rank 0, there is the file `RUN/stop`."""
 
     def __init__(self, run: Path) -> None:
         """Takes SIGTERM and SIGINT over."""
-        self._file = run / "stop"
+        # The vote of one rank stops all: only the first asks the file system, which all share, at every step.
+        self._file = run / "stop" if os.environ.get("RANK", "0") == "0" else None
         self._agent = os.getppid()
         self._signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -21,4 +22,4 @@ class StopRequest:
         self._signalled = True
 
     def __call__(self) -> bool:
-        return self._signalled or self._file.exists() or os.getppid() != self._agent
+        return self._signalled or (self._file is not None and self._file.exists()) or os.getppid() != self._agent

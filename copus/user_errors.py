@@ -20,6 +20,8 @@ def user_message(error: BaseException) -> str | None:
         return None
     if isinstance(error, JobError):
         return str(error)
+    if isinstance(error, RuntimeError) and str(error).startswith("Could not determine home directory"):  # pathlib's
+        return "there is no home directory: set HOME"
     if isinstance(error, OSError) and error.errno in FILE_ERRORS:
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return None

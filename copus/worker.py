@@ -23,18 +23,31 @@ from copus.audit import audit_run
 from copus.backends.base import Backend, Batches, TrainerState
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
-from copus.checkpoint_files import check_same_data
+from copus.checkpoint_files import check_same_data, set_damaged_aside
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.collectives import broadcast_from_rank0
 from copus.data.prepared import prepared_path
 from copus.devices import check_accelerator, join_world, rank_device
-from copus.events import REQUEUED, Audited, End, Event, EventLog, Failure, Restart, Start, Warned, samples_trained
+from copus.events import (
+    REQUEUED,
+    Audited,
+    End,
+    Event,
+    EventLog,
+    Failure,
+    Restart,
+    Start,
+    Warned,
+    has_checkpoint,
+    samples_trained,
+)
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
 from copus.loopback import LOOPBACK, host_store, join_store
 from copus.predictor import predictor_of
 from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
+from copus.resume_request import ResumeRequest, nothing_to_resume, read_resume_request, write_resume_request
 from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
 from copus.user_errors import EXIT_CODE, one_line, report_failure
@@ -88,7 +101,8 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
     train, valid = backend.open_data(prepared)
     rank = dist.get_rank()
     with _Reporter(run if rank == 0 else None, job) as report:
-        newest = newest_checkpoint(run, lambda line: _skipped(line, report))
+        request = read_resume_request(run)
+        newest = _newest_checkpoint(run, request, report)
         if newest is not None:
             check_same_data(newest, prepared.name)
         saved, ran = (None, None) if newest is None else read_state(newest)
@@ -100,7 +114,8 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
             return
         fingerprint = backend.fingerprint()
         rows = ThroughputTable(job.profile.table).everything(fingerprint) if rank == 0 else []
-        state = _build_or_resume(job, newest, backend, Throughput(row for row in rows if not row.shard))
+        known = Throughput(row for row in rows if not row.shard)
+        state = _build_or_resume(job, newest, backend, known, request, report)
         state.data = prepared.name
         resumed_from = None if newest is None else str(newest.relative_to(run))
         done = samples_trained(run)
@@ -116,6 +131,14 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
                 )
             )
         report(start_of(job, state, backend.configuration, fingerprint, resumed_from))
+        if job.evaluate_sequences != job.training.evaluate_sequences:
+            message = (
+                f"validation losses are of {job.evaluate_sequences} sequences, not of training.evaluate_sequences("
+                f"{job.training.evaluate_sequences}): {job.cluster.accelerators} ranks share them evenly"
+            )
+            report(Warned(**state.here, message=message))
+        if rank == 0 and request.may_begin_again:  # once
+            write_resume_request(run, request.model_copy(update={"may_begin_again": False}))
         started = time.monotonic()
         planner = _planner(job, rows, state) if rank == 0 else None
         trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
@@ -169,8 +192,32 @@ def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState) -> Pl
     return planner
 
 
-def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend, known: Throughput) -> TrainerState:
-    """Start, or go on where the checkpoint was made, on whatever ranks there are now. `known` counts on rank 0."""
+def _newest_checkpoint(run: Path, request: ResumeRequest, report: Callable[[Event], None]) -> Path | None:
+    """The newest checkpoint that verifies; those that do not are set aside. Collective.
+
+    Raises JobError if the run had checkpoints and none verifies, unless the user said that it may begin again.
+    """
+    flaws: list[str] = []
+    newest = newest_checkpoint(run, flaws.append)
+    if newest is None and not request.may_begin_again and broadcast_from_rank0(has_checkpoint(run)):
+        raise nothing_to_resume(run, flaws)
+    for line in flaws:
+        _skipped(line, report)
+    if dist.get_rank() == 0:
+        set_damaged_aside(run, None if newest is None else newest.name)
+    return newest
+
+
+def _build_or_resume(
+    job: JobConfig,
+    newest: Path | None,
+    backend: Backend,
+    known: Throughput,
+    request: ResumeRequest | None = None,
+    report: Callable[[Event], None] = lambda event: None,
+) -> TrainerState:
+    """Start, or go on where the checkpoint was made, on whatever ranks there are now: in the configuration that the
+    user asked for, if any, else in the checkpoint's. `known` counts on rank 0."""
     if newest is None:
         backend.build(job.training.configuration)
         return TrainerState()
@@ -178,8 +225,17 @@ def _build_or_resume(job: JobConfig, newest: Path | None, backend: Backend, know
     seen = known.predict(saved)
     infeasible = broadcast_from_rank0(seen is not None and seen.failure is not None)
     target = saved
-    if infeasible or not fits(saved.layout, job, job.cluster):
-        target = broadcast_from_rank0(fitting(saved, job, job.cluster, known.predict))
+    if request and request.configuration and state.samples_consumed <= request.until_samples:
+        target, infeasible = request.configuration, False
+    wanted = target.global_batch
+    if infeasible or not fits(target.layout, job, job.cluster):
+        target = broadcast_from_rank0(fitting(target, job, job.cluster, known.predict))
+    if target.global_batch != wanted:
+        message = (
+            f"{job.cluster.accelerators} ranks cannot share a global batch of {wanted} evenly: it is "
+            f"{target.global_batch} now. On other ranks, --resume --set training.global_batch={wanted} goes back to it"
+        )
+        report(Warned(**state.here, message=message))
     # Megatron's checkpoints with and without the distributed optimizer do not interchange; a move in place does that.
     readable = target.layout.model_copy(update={"zero": saved.layout.zero})
     backend.build(target.model_copy(update={"layout": readable}))

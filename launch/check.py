@@ -12,6 +12,12 @@ def check_start(job: JobConfig) -> None:
             f"training.global_batch({training.global_batch}) is more than the whole run: training.tokens"
             f"({training.tokens}) ÷ model.seq_len({job.model.seq_len}) = {job.total_samples} sequences"
         )
+    sequences, accelerators = training.evaluate_sequences, job.cluster.accelerators
+    if sequences % accelerators:
+        raise JobError(
+            f"training.evaluate_sequences({sequences}) ÷ {accelerators} accelerators is not whole: "
+            f"{sequences / accelerators:g}; every layout has to evaluate the same ones"
+        )
     if job.planner.policy == "static":
         return
     try:

@@ -40,6 +40,8 @@ class Submit:
     """Override a field of the job file."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """Go on with this run (a path, or a name below ./runs), exactly where it was."""
+    allow_from_scratch: bool = False
+    """With --resume: train again from the first step if no checkpoint verifies, instead of refusing."""
     engine: Annotated[str | None, arg(metavar="ENGINE")] = None
     """Where to run, not launch.engine: local, slurm, kubernetes, or a plugin's; leaves out launch.options."""
     dry_run: bool = False
@@ -52,7 +54,7 @@ class Submit:
     def run(self) -> int:
         from launch.submit import Manner, submit
 
-        manner = Manner(self.engine, self.dry_run, self.detach, self.json)
+        manner = Manner(self.engine, self.dry_run, self.allow_from_scratch, self.detach, self.json)
         return submit(self.job, self.overrides, self.resume, manner)
 
 

@@ -212,11 +212,13 @@ def _sessions(events: Sequence[Event]) -> list[int]:
 
 
 def _clock(events: Sequence[Event], sessions: list[int]) -> list[float]:
-    """Seconds of the run for each event, 0 at the first `start`. Between two sessions the clock stands still."""
+    """Seconds of the run for each event, 0 at the first `start`. Between two sessions the clock stands still, and so it
+    does for an event that comes before the one before it: the machine's clock was set back."""
     away, again, clock = 0.0, set(sessions), list[float]()
     for place, event in enumerate(events):
-        if place in again:
-            away += max(0.0, event.time - events[place - 1].time)
+        passed = event.time - events[place - 1].time if place else 0.0
+        if place in again or passed < 0:
+            away += passed
         clock.append(event.time - away)
     origin = next((clock[place] for place, event in enumerate(events) if isinstance(event, Start)), None)
     origin = clock[0] if origin is None and clock else origin

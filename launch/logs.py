@@ -5,7 +5,7 @@ from pathlib import Path
 
 from copus.job import JobError, load_job
 from launch.engines import engine_of_run
-from launch.run_directory import find_run, shown
+from launch.run_directory import find_run, shown, typed
 
 
 def logs(run_text: str, rank: int | None, *, follow: bool) -> int:
@@ -19,7 +19,7 @@ def logs(run_text: str, rank: int | None, *, follow: bool) -> int:
         silent = False
     if silent:
         who = "the workers" if rank is None else f"rank {rank}"
-        print(f"{who} printed nothing; copus watch {shown(run)} shows what the run does", file=sys.stderr)
+        print(f"{who} printed nothing; `copus watch {typed(run)}` shows what the run does", file=sys.stderr)
     return 0
 
 

@@ -15,7 +15,7 @@ from launch.engines.ticket import write_ticket
 from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.progress import Progress
-from launch.run_directory import shown, stopped_for_good
+from launch.run_directory import stopped_for_good, typed
 from launch.status import RunStatus
 
 STATE_SECONDS = 3.0
@@ -86,4 +86,4 @@ def _explain_failure(engine: QueuedEngine, run: Path, state: EngineState, status
     what, log = f"{state.words}, and no worker said why", engine.error_log(run)
     if status.failure:
         what, log = f"rank {status.failure.rank} failed: {status.failure.message}", None
-    print("\n".join([f"copus: {what}", f"  logs: copus logs {shown(run)}", *last_lines(log)]), file=sys.stderr)
+    print("\n".join([f"copus: {what}", f"  logs: copus logs {typed(run)}", *last_lines(log)]), file=sys.stderr)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import itertools
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -115,6 +116,11 @@ def shown(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def typed(path: Path) -> str:
+    """The same as a word of a command that can be pasted into a shell."""
+    return shlex.quote(shown(path))
 
 
 @contextmanager

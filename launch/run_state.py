@@ -59,7 +59,9 @@ def state_of(
     known = ask(run)
     if known.phase == "queued":
         return RunState("queued", known.words, alive=True)
-    if held or known.phase == "running" or (ended is None and silent is not None and silent < HEARD_SECONDS):
+    # Events of the future tell that the clock was set back meanwhile, and not that somebody is alive.
+    heard = silent is not None and abs(silent) < HEARD_SECONDS
+    if held or known.phase == "running" or (ended is None and heard):
         return _alive(run, status, silent)
     if ended is not None:
         return ended

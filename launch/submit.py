@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -14,10 +13,11 @@ from copus.audit import audit_run
 from copus.checkpoint_files import FOLDER, check_same_data, checkpoint_names
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized
+from copus.resume_request import ResumeRequest, write_resume_request
 from launch.attend import Outcome, attend
 from launch.audit import audit_lines
 from launch.check import check_start
-from launch.data import INPUTS, check, keep_data, prepare
+from launch.data import check, keep_data, prepare
 from launch.engines import AttendedEngine, Engine, QueuedEngine, check_not_queued, engine_of, engine_state
 from launch.engines.ticket import clear_ticket
 from launch.follow import Follower
@@ -25,6 +25,7 @@ from launch.interrupts import Interrupts
 from launch.profile import check_profiler, profile_alone
 from launch.progress import SteadyConsole
 from launch.queued import Queued, follow_job, hand_over
+from launch.resume import check_settings, request_of, settled
 from launch.run_directory import (
     clear_stop,
     create_run,
@@ -34,6 +35,7 @@ from launch.run_directory import (
     next_run,
     portable,
     shown,
+    typed,
     write_job,
 )
 from launch.status import RunStatus
@@ -49,6 +51,8 @@ class Manner:
     """Instead of the job's `launch.engine`."""
     dry_run: bool = False
     """Only say what would be done."""
+    may_begin_again: bool = False
+    """Whether a resumed run may begin at its first step if no checkpoint verifies."""
     detach: bool = False
     """Leave a queued job alone as soon as it is queued."""
     as_json: bool = False
@@ -60,9 +64,13 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     console = SteadyConsole(stderr=manner.as_json, highlight=False)
     if resume is not None:
         return _resume(find_run(resume), job_file, overrides, console, manner)
+    if manner.may_begin_again:
+        raise JobError("--allow-from-scratch: only with --resume")
     if job_file is None:
         raise JobError("nothing to train: give a job file, or --resume RUN")
     job = portable(load_job(job_file, overrides, manner.engine, deprecated=lambda line: print(line, file=sys.stderr)))
+    training = job.training.model_copy(update={"reference_batch": job.reference_batch})  # whatever a resume changes
+    job = job.model_copy(update={"training": training})
     engine = engine_of(job)
     check(job)
     check_profiler(job, engine)
@@ -90,16 +98,17 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
 def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Console, manner: Manner) -> int:
     before = load_job(run / "job.yaml")
     job = portable(load_resized(job_file or run / "job.yaml", overrides, manner.engine))
-    job = job.model_copy(update={"name": before.name})
+    job = settled(job, before)
     status = RunStatus()
     status.update(Follower(run).read())
     job = keep_data(run, portable(before), job, status)
-    _check_same_training(run, portable(before), job)
+    check_settings(run, portable(before), job, overrides)
     for checkpoint in checkpoint_names(run):
         check_same_data(run / FOLDER / checkpoint, job.data.prepared)
     finished = status.end is not None and status.end.reason == "finished"
     if finished and status.start is not None and job.total_samples <= status.start.total_samples:
         return _conclude(Outcome(0, "finished", status, 0.0), run, job, console, manner, already=True)
+    request = request_of(run, portable(before), job, overrides, may_begin_again=manner.may_begin_again)
     engine = engine_of(job)
     check(job)
     check_profiler(job, engine)
@@ -115,7 +124,12 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
             clear_stop(run)
             if job != before:
                 write_job(run, job)
-            undo = partial(write_job, run, before)
+            write_resume_request(run, request)
+
+            def undo() -> None:
+                write_job(run, before)
+                write_resume_request(run, ResumeRequest())
+
             code, job = prepare(job, run / "job.yaml", interrupts)
             if code:
                 undo()
@@ -185,27 +199,11 @@ def _describe(engine: Engine, run: Path, job: JobConfig, manner: Manner) -> int:
     return 0
 
 
-def _check_same_training(run: Path, before: JobConfig, after: JobConfig) -> None:
-    """A checkpoint belongs to one model, one text and one order of samples: refuse to go on with others."""
-
-    def kept(job: JobConfig) -> dict[str, Any]:
-        by_settings = after.data.prepared is None  # else `keep_data` has compared what they were prepared to
-        return {
-            **{f"model.{name}": value for name, value in job.model},
-            **{f"data.{name}": getattr(job.data, name) for name in INPUTS if by_settings},
-            **{f"training.{name}": getattr(job.training, name) for name in ("backend", "precision", "seed")},
-        }
-
-    for name, value in kept(before).items():
-        if kept(after)[name] != value:
-            raise JobError(f"{shown(run)}: {name} is {value} in this run and cannot become {kept(after)[name]}")
-
-
 def _conclude(
     outcome: Outcome, run: Path, job: JobConfig, console: Console, manner: Manner, *, already: bool = False
 ) -> int:
     """Say how it ended, where the run lies, and what looks at it."""
-    status, place = outcome.status, shown(run)
+    status, place = outcome.status, typed(run)
     resume = f"copus submit --resume {place}"
     tokens = status.samples_consumed * status.start.seq_len if status.start else 0
     audited = audit_run(run) if outcome.reason != "queued" and status.step else None
@@ -228,7 +226,7 @@ def _conclude(
         console.print(_left_alone(run), markup=False, soft_wrap=True)
         return outcome.exit_code
     headline = {
-        "finished": f"{place} finished already" if already else f"finished in {clock(outcome.seconds)}",
+        "finished": f"{shown(run)} finished already" if already else f"finished in {clock(outcome.seconds)}",
         **{limit: f"stopped: {reached}" for limit, reached in LIMITS.items()},
         "diverged": "ended, it diverged",
         "interrupted": "stopped",
@@ -244,7 +242,7 @@ def _conclude(
         again = " --set training.lr=…" if outcome.reason == "diverged" else ""
         lines.append(f"  go on       {resume}{again}   ({where})")
     lines += [
-        f"  run         {place}",
+        f"  run         {shown(run)}",
         f"  report      copus report {place}",
         f"  decisions   copus explain {place}",
     ]
@@ -258,10 +256,10 @@ def _conclude(
 
 def _left_alone(run: Path) -> str:
     """Where to look at a job that goes on without this command."""
-    place = shown(run)
+    place = typed(run)
     lines = [
         f"{engine_state(run).words}; it goes on without this command",
-        f"  run         {place}",
+        f"  run         {shown(run)}",
         f"  watch       copus watch {place}",
         f"  logs        copus logs {place} --follow",
         f"  stop        copus cancel {place}",

@@ -15,8 +15,11 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
 """A count from 0 on."""
 
 
-def _check_path(path: Path) -> Path:
-    """Refuse what no file system takes, here, where the field is known; it would fail in the middle of something."""
+def check_path(path: Path) -> Path:
+    """Refuse what no file system takes, here, where the field is known; it would fail in the middle of something.
+
+    Raises ValueError.
+    """
     if "\0" in str(path):
         raise ValueError("a path has no NUL character in it")
     try:
@@ -25,6 +28,8 @@ def _check_path(path: Path) -> Path:
     except UnicodeEncodeError:
         raise ValueError("a path has no lone surrogate in it") from None
     except RuntimeError:
+        if path.parts[0] == "~":
+            raise ValueError(f"there is no home directory for {path}: set HOME, or name another path") from None
         raise ValueError(f"there is no user {path.parts[0]!r}") from None
     longest = max((len(os.fsencode(part)) for part in expanded.parts), default=0)
     if longest > 255 or len(os.fsencode(expanded)) > 4095:
@@ -32,7 +37,7 @@ def _check_path(path: Path) -> Path:
     return path
 
 
-UserPath = Annotated[Path, AfterValidator(_check_path)]
+UserPath = Annotated[Path, AfterValidator(check_path)]
 """A path that a person wrote, `~` not yet expanded."""
 
 

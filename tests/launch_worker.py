@@ -15,6 +15,7 @@ from pathlib import Path
 from copus.branches import read_plan
 from copus.events import Branch, Checkpoint, End, Evaluate, EventLog, Failure, Noise, Profile, Start, Step, read_events
 from copus.job import JobError, load_job
+from copus.manifest import describe, write_manifest
 from copus.user_errors import EXIT_CODE, report_failure
 from profiles.noise_scale import NoiseScale
 
@@ -142,6 +143,10 @@ while done < options.steps:
     log.write(Evaluate(**position, loss=loss + 0.5, sequences=4, seconds=0.01))
 checkpoint.parent.mkdir(exist_ok=True)
 checkpoint.write_text(str(done))
+whole = checkpoint.with_name(f"samples-{done * batch:012d}")  # what the launcher looks at
+whole.mkdir(exist_ok=True)
+(whole / "trainer.json").write_text("{}")
+write_manifest(whole, describe(whole, ["trainer.json"]))
 position = {"step": done, "samples_consumed": done * batch}
 log.write(Checkpoint(**position, path="checkpoints/done", seconds=0.0, bytes=1))
 log.write(End(step=done, samples_consumed=done * batch, reason=reason, seconds=1.0))

@@ -93,6 +93,8 @@ class TrainerState:
     """Digest of the prepared data that it was trained on."""
     optimizer_steps: int = 0
     """Optimizer steps that were not skipped: Adam's own count."""
+    next_lr: float | None = None
+    """Learning rate that the next step would have had when this was saved; None in older checkpoints."""
     skipped_in_a_row: int = 0
     """Steps up to now, in a row, whose gradients were not finite."""
     proven_samples: int = 0

@@ -9,7 +9,7 @@ from copus.job import JobConfig, JobError
 from launch.engines.base import AttendedEngine, Engine, EngineState, QueuedEngine, Workers
 from launch.engines.local import LocalEngine
 from launch.engines.ticket import FILE, Ticket, read_ticket
-from launch.run_directory import shown
+from launch.run_directory import shown, typed
 
 
 def engine_of(job: JobConfig) -> Engine:
@@ -67,7 +67,7 @@ def check_not_queued(run: Path) -> None:
     if state.phase == "unknown":
         raise JobError(f"{shown(run)}: {state.words}; where its job is surely gone, remove {shown(run)}/{FILE}")
     if state.phase != "ended":
-        raise JobError(f"{shown(run)}: {state.words}; `copus cancel {shown(run)}` stops it")
+        raise JobError(f"{shown(run)}: {state.words}; `copus cancel {typed(run)}` stops it")
 
 
 def _engine(name: str, options: dict[str, object]) -> Engine:

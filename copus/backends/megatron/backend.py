@@ -83,7 +83,7 @@ class MegatronBackend:
         """
         seq_len = self._job.model.seq_len
         train = SampleReader(prepared, "train", seq_len, self._job.total_samples, self._job.training.seed)
-        valid = SampleReader(prepared, "valid", seq_len, self._job.training.evaluate_sequences, seed=0)
+        valid = SampleReader(prepared, "valid", seq_len, self._job.evaluate_sequences, seed=0)
         return train.batch, valid.batch
 
     def fingerprint(self) -> Fingerprint:
