@@ -1,6 +1,7 @@
 """`copus data`, and the data step of every command that trains: text to tokens, in a process of its own."""
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,12 +17,18 @@ INPUTS = ("source", "held_out", "tokenizer")
 """Settings of the data section that prepared data is made from."""
 
 
-def check(job: JobConfig) -> None:
-    """Raise JobError if the text, the tokenizer or the throughput table of a job is wrong. Writes nothing."""
-    from copus.data.prepared import check_data
+def check(job: JobConfig, *, trains: bool = True) -> None:
+    """Raise JobError if the text, the tokenizer or the throughput table of a job is wrong. Writes nothing.
+
+    A job that `trains` has to keep the orders of its samples beside the prepared data, unless some are there already.
+    """
+    from copus.data.prepared import check_data, find_prepared
 
     check_data(job)
     check_table(job)
+    folder = find_prepared(job) if trains else None
+    if folder is not None and not (folder / "indices").is_dir() and not os.access(folder, os.W_OK):
+        raise JobError(f"data.cache: {folder} cannot be written to, and the order of samples is kept in it")
 
 
 def check_table(job: JobConfig) -> None:
@@ -93,7 +100,7 @@ def data(target: str, overrides: list[str], *, verify: bool = False, as_json: bo
     from copus.data.prepared import prepared_path
 
     job = portable(load_job(_job_file(target), overrides))
-    check(job)
+    check(job, trains=False)
     if verify:
         prepared_path(job)
     with tempfile.TemporaryDirectory() as folder, Interrupts() as interrupts:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from launch_events import start, write_run
 from launch_jobs import copus_here, copus_process, write_job
 
+from copus.data.prepared import prepared_path
+from copus.job import load_job
 from launch.engines import LocalEngine
 
 pytestmark = pytest.mark.timeout(30)  # huge numbers and pipes without a writer are refused, not waited for
@@ -218,6 +221,12 @@ YAML = [
     ),
     Bad("brackets in brackets", "not YAML: too many brackets", prepare=rewritten(lambda text: "[" * 600)),
     Bad("a file too long", "a job file has at most 262144", prepare=appended("#" * 300_000)),
+    Bad("an octal number", "0500000 is octal in YAML, 163840: write it without the 0", ("training.tokens=0500000",)),
+    Bad("an octal number with a sign", "+0_17 is octal in YAML, 15", ("training.tokens=+0_17",)),
+    Bad(
+        "a time of day for a number", "1:30:00 is a number to the base 60 in YAML", ("profile.budget_seconds=1:30:00",)
+    ),
+    Bad("minutes for a number", "1:30.5 is a number to the base 60", ("launch.timeout_seconds=1:30.5",)),
     Bad("a date that there is not", "not YAML: month must be in 1..12", ("name=2024-13-45",)),
     Bad("Latin-1", "not YAML: 'utf-8' codec", prepare=appended("# ä".encode("latin-1"))),
     Bad("UTF-16", "not YAML: 'utf-8' codec", prepare=rewritten(lambda text: text.encode("utf-16"))),
@@ -405,6 +414,20 @@ def test_every_command_that_reads_a_job_refuses_it(
     assert contents(folder) == before
 
 
+def test_data_that_nobody_may_write_to_is_refused_before_a_launch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prepared = prepared_path(load_job(folder / "job.yaml"))
+    access = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != prepared and access(path, mode))
+    before = contents(folder)
+    assert copus_here("submit", "job.yaml") == 2
+    output, errors = capfd.readouterr()
+    check_line(errors, output, f"data.cache: {prepared} cannot be written to, and the order of samples is kept in it")
+    assert contents(folder) == before
+    assert copus_here("data", "job.yaml") == 0, "which only says where it is"
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("GLOO_SOCKET_IFNAME", "eth99"), ("GLOO_SOCKET_IFNAME", "lo,eth99")],
@@ -429,6 +452,42 @@ def test_a_plan_of_the_largest_cluster_is_no_wait(folder: Path, capfd: pytest.Ca
     output, errors = capfd.readouterr()
     assert code == 0, errors
     assert "100000" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        *(
+            (command, "data.cache: there is no home directory for ~/.cache/copus")
+            for command in ("submit", "plan", "data")
+        ),
+        ("profile run", "data.cache: there is no home directory"),
+        ("submit --set data.cache=cache", "profile.table: there is no home directory"),
+        ("profile show", "there is no home directory: set HOME"),
+        ("profile import rows.csv", "there is no home directory: set HOME"),
+        ("runs ~/runs", "there is no home directory: set HOME"),
+    ],
+)
+def test_a_user_without_a_home_directory_is_told_so(
+    command: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container whose user has no entry in /etc/passwd: the defaults of paths begin with `~`."""
+
+    def no_entry(user: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    job = yaml.safe_load((folder / "job.yaml").read_text())
+    del job["data"]["cache"], job["profile"]
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    before = contents(folder)
+    arguments = command.split()
+    wants_job = arguments[0] in ("submit", "plan", "data") or arguments[:2] == ["profile", "run"]
+    assert copus_here(*arguments, *(["job.yaml"] if wants_job else [])) == 2
+    output, errors = capfd.readouterr()
+    check_line(errors, output, words)
+    assert contents(folder) == before
 
 
 RUNS: list[tuple[str, str, Prepare, str]] = [

@@ -58,6 +58,14 @@ def test_the_clock_stands_still_between_a_stop_and_its_resume(tmp_path: Path) ->
     assert len(history.spans) == 1
 
 
+def test_no_time_is_negative_although_the_clock_was_set_back(tmp_path: Path) -> None:
+    times = (0.0, 1.0, 2.0, -3598.0, -3597.0)
+    log = [(BEGAN + seconds, step(4 * number, 1.0)) for number, seconds in enumerate(times[1:], start=1)]
+    history = read_history(write_timed_run(tmp_path, (BEGAN, start()), *log))
+    assert [row.seconds for row in history.steps] == pytest.approx([1.0, 2.0, 2.0, 3.0])
+    assert history.end == pytest.approx(3.0)
+
+
 def test_a_resume_after_a_crash_may_measure_first(tmp_path: Path) -> None:
     measured = Profile(step=0, samples_consumed=0, configuration=DATA, done=1, total=1, step_seconds=0.1)
     again = Restart(step=1, samples_consumed=4, attempt=0, resumed_from="x", samples_repeated=0, ranks=2)

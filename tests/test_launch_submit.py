@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -99,6 +100,18 @@ def test_submit_trains_and_says_where_to_look(tmp_path: Path, copus: Copus) -> N
     for command in ("copus explain runs/small", "tensorboard --logdir runs/small", "copus report runs/small"):
         assert command in result.stdout
     assert "\x1b" not in result.stdout + result.stderr  # no terminal, no control codes
+
+
+def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    runs = "my runs; $(touch pwned)"
+    result = copus("submit", "job.yaml", "--set", f'launch.runs="{runs}"', worker=["--fail-at", "2"])
+    commands = re.findall(r"(?:copus|tensorboard) [a-z-]+ .*", result.stdout)
+    assert len(commands) >= 4
+    for command in commands:
+        words = shlex.split(command.partition("   (")[0])
+        assert [word for word in words if runs in word], command
+        assert "touch" not in words
 
 
 def test_tensorboard_is_named_only_where_it_has_the_curves(tmp_path: Path, copus: Copus) -> None:

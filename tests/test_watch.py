@@ -43,6 +43,7 @@ def ended(reason: str) -> End:
         ([MEASURED], 5, True, "measuring"),
         ([start(), step(4)], 5, True, "running"),
         ([start(), step(4)], 5, False, "running"),  # on a machine whose lock is not seen here
+        ([start(), step(4)], -3600, False, "crashed"),  # the clock was set back after it wrote that
         ([start(), step(4)], 500, True, "stalled"),
         ([start(), step(4, seconds=100.0)], 500, True, "running"),  # a step takes as long here
         ([start(), step(4)], 500, False, "crashed"),
