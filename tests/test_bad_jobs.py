@@ -131,6 +131,11 @@ ARITHMETIC = [
     Bad("not a number, where any will do", "planner.min_gain: ", ("planner.min_gain=.nan",)),
     Bad("infinite", "training.lr: input should be a finite number, got inf", ("training.lr=.inf",)),
     Bad(
+        "evaluations that ranks cannot share",
+        "training.evaluate_sequences(63) ÷ 2 accelerators is not whole: 31.5",
+        ("training.evaluate_sequences=63",),
+    ),
+    Bad(
         "a batch longer than the run", "global_batch(4096) is more than the whole run", ("training.global_batch=4096",)
     ),
     Bad(

@@ -338,16 +338,7 @@ def test_the_command_exits_2_with_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("training.evaluate_sequences=63", "training.evaluate_sequences(63) ÷ 2 accelerators is not whole"),
-        ("training.layout={dp: 2, zero: 3}", "zero(3) is not supported by the megatron backend"),
-    ],
-)
-def test_what_the_backend_cannot_do_is_refused_before_anything_starts(
-    override: str, words: str, tmp_path: Path
-) -> None:
+def test_what_the_backend_cannot_do_is_refused_before_anything_starts(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(
         "name: limits\n"
@@ -356,6 +347,6 @@ def test_what_the_backend_cannot_do_is_refused_before_anything_starts(
         "training: {layout: {dp: 2}, global_batch: 8, tokens: 10000}\n"
     )
     with pytest.raises(JobError) as caught:
-        load_job(path, [override])
-    assert words in str(caught.value)
+        load_job(path, ["training.layout={dp: 2, zero: 3}"])
+    assert "zero(3) is not supported by the megatron backend" in str(caught.value)
     assert "\n" not in str(caught.value)
