@@ -24,6 +24,8 @@ from planner.wording import duration, percent, three_digits
 from profiles.decision import CandidateScore
 
 BARS = "▁▂▃▄▅▆▇█"
+BAR_WIDTH = 12
+"""Characters of the longest bar of a goodput."""
 
 
 def frame(watched: Watched, width: int) -> RenderableType:
@@ -139,20 +141,21 @@ def _moves(watched: Watched) -> str:
 
 
 def _goodput(watched: Watched, alternatives: list[CandidateScore]) -> Table:
-    most = max((each.goodput or 0.0 for each in alternatives), default=0.0)
+    """Each in one line that eighty columns hold: its goodput as a bar and over that of what ran, and the verdict."""
+    most = max((score.goodput or 0.0 for score in alternatives), default=0.0)
+    labels = max((len(score.configuration.label) for score in alternatives), default=0)
     grid = Table.grid(padding=(0, 2))
-    for _ in range(5):
-        grid.add_column(no_wrap=True)
+    for width in (labels, BAR_WIDTH, len("×1.00")):
+        grid.add_column(no_wrap=True, min_width=width)
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    for each in alternatives:
-        running = each.configuration == watched.status.configuration
-        share = (each.goodput or 0.0) / most if most > 0 else 0.0
-        rate = "" if each.samples_per_second is None else f"{three_digits(each.samples_per_second)} samples/s"
-        efficiency = "" if each.efficiency is None else f"× {each.efficiency:.2f}"
-        cells = [each.configuration.label, "█" * round(share * 12), three_digits(each.goodput or 0.0), rate, efficiency]
+    for score in alternatives:
+        running = score.configuration == watched.status.configuration
+        share = (score.goodput or 0.0) / most if most > 0 else 0.0
+        over = "" if score.gain is None else f"×{1 + score.gain:.2f}"
         # What was running when the planner decided may have moved since: say what runs now, not what it said then.
-        words = "running" if running else "moved away from" if each.verdict in ("CHOSEN", "current") else each.verdict
-        grid.add_row(*map(Text, [*cells, words]), style="bold" if running else "")
+        words = "running" if running else "moved away from" if score.verdict in ("CHOSEN", "current") else score.verdict
+        cells = [score.configuration.label, "█" * round(share * BAR_WIDTH), over, words]
+        grid.add_row(*map(Text, cells), style="bold" if running else "")
     return grid
 
 

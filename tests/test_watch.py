@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from launch_events import DATA, TENSOR, decision, noise, reconfigure, start, step, write_run, write_timed_run
+from launch_events import DATA, TENSOR, decision, noise, reconfigure, start, step, trial, write_run, write_timed_run
 from launch_jobs import copus_command, copus_here
 from rich.console import Console
 from told_run import HOSTILE, WIDE, evaluate, told_events, write_told_run
@@ -150,6 +151,24 @@ def test_the_status_of_a_list_is_that_of_all_events(tmp_path: Path) -> None:
     ):
         assert getattr(whole, name) == getattr(quick, name), name
     assert len(quick.moves) == 2
+
+
+def test_eighty_columns_show_the_batch_of_every_alternative_and_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    back = reconfigure(0, 4, DATA, TENSOR).model_copy(update={"trial": True})
+    there = reconfigure(0, 4, TENSOR, DATA).model_copy(update={"trial": True})
+    run = write_run(
+        tmp_path, start(), step(4), decision(0, 4, TENSOR, DATA), there, back, trial(0, 4, "returned"), step(8)
+    )
+    assert copus_here("watch", str(run), "--once") == 0
+    text = capsys.readouterr().out
+    for configuration in (TENSOR, DATA):
+        assert re.search(rf"^{configuration.label}  █+ ", text, re.MULTILINE)
+    assert "none, 1 trial in 3 s" in text
+    assert "tried TP1·PP1·DP2 B8 m2 for 6 steps" in text
+    assert "trial: now" not in text
 
 
 def test_moves_that_a_restart_undid_do_not_count(tmp_path: Path) -> None:
