@@ -19,7 +19,7 @@ from kubernetes_api import FakeCluster, fake_cluster
 from launch_jobs import WORKER, copus_here, write_job
 from test_end_to_end import _write_job as write_tiny_job
 
-from copus.events import REQUEUED, End, Start, Step, read_events
+from copus.events import REQUEUED, End, Failure, Start, Step, read_events
 from copus.job import load_job
 from launch.engines import engine_state
 from launch.engines import kubernetes_node as node
@@ -297,6 +297,16 @@ class TestNode:
 
     def test_workers_that_fail_are_started_again(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.attempt(run, monkeypatch, "--fail-at", "2") == node.AGAIN
+
+    def test_an_interface_that_a_pod_does_not_have_is_not_tried_again(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")  # from launch.options.env
+        assert self.attempt(run, monkeypatch, "--steps", "3") == 0
+        (event,) = read_events(run)
+        assert isinstance(event, Failure)
+        assert event.user_error
+        assert event.message.startswith("node 0: GLOO_SOCKET_IFNAME(eth99): this machine has no network interface")
 
     def test_an_error_that_the_user_has_to_fix_is_not_tried_again(
         self, run: Path, monkeypatch: pytest.MonkeyPatch

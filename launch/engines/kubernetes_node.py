@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from copus.events import REQUEUED
+from copus.events import REQUEUED, EventLog
 from copus.job import JobConfig, JobError, load_job
+from copus.user_errors import report_failure
 from launch.engines.agent import agent_arguments
+from launch.engines.this_machine import check_interfaces
 from launch.engines.ticket import read_ticket
 from launch.follow import Follower
 from launch.process import die_with_parent, module_environment, python_module
@@ -62,6 +64,11 @@ class Node:
     def run(self) -> int:
         """Run the agent; its output goes to the pod's log and to the run's."""
         if _stopped_by_user(self._run):
+            return 0
+        try:
+            check_interfaces(self.environment(), self._job.cluster.accelerator)
+        except JobError as error:
+            report_failure(JobError(f"node {self._rank}: {error}"), EventLog(self._run), rank=0)
             return 0
         follower, status = Follower(self._run), RunStatus()
         status.update(follower.read())
