@@ -16,7 +16,7 @@ from copus.checkpoints import CheckpointError, Writing, newest_checkpoint, read_
 from copus.events import Checkpoint, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.manifest import files_of
-from tests.eager_planner import EagerPlanner
+from tests.eager_planner import EagerPlanner, decide_often
 from tests.megatron_jobs import configuration, random_batches, tiny_job
 from tests.ranks import own_device, run_ranks
 from tests.test_checkpoints import FilesBackend, FilesSave
@@ -103,6 +103,7 @@ def _train(run: Path, every: int, ruin: str, in_background: bool = True, moves: 
         state, _ = read_state(newest)
         backend.load(newest, state.optimizer_steps)
     _ruin(ruin, state)
+    decide_often()
     planner = EagerPlanner(job, configuration(4, 1, dp=2)) if dist.get_rank() == 0 else None
     if planner is not None and not moves:
         planner.throughput.refuse(configuration(4, 1, dp=2), "not today")
