@@ -181,7 +181,7 @@ class PartNorms:
         whole = []
         for param, gradient in zip(params, gradients, strict=True):
             if param in self._partial:
-                self._kept[param, part] = gradient.detach().float().clone()
+                self._kept[param, part] = gradient.detach().clone()  # half of fp32's memory in bf16
             elif param in self._counted:
                 whole.append(self._weighted(param, gradient))
         self._norms[part] += norms(whole)
@@ -222,23 +222,26 @@ class PartNorms:
         return sums * self._configuration.num_microbatches**2 if self._full == "microbatch" else sums
 
     def _add_up_partial_gradients(self, parts: int) -> None:
-        """Reduce what each rank holds a part of, and count it: one all-reduce for each group, of all small tensors and
-        parts together, and one for each large tensor, which is not worth a copy."""
-        together: dict[dist.ProcessGroup, list[tuple[torch.nn.Parameter, int]]] = defaultdict(list)
+        """Reduce what each rank holds a part of, in fp32, and count it: a large tensor by itself, so that one copy of
+        it is there at a time, and all small tensors and parts of a group in one all-reduce."""
+        small: dict[dist.ProcessGroup, list[tuple[torch.nn.Parameter, int]]] = defaultdict(list)
         for param, group in self._partial.items():
             for part in range(parts):
                 if param.numel() > _LARGE:
-                    dist.all_reduce(self._kept[param, part], group=group)
+                    gradient = self._kept.pop((param, part)).float()
+                    dist.all_reduce(gradient, group=group)
+                    self._count_whole(param, part, gradient)
                 else:
-                    together[group].append((param, part))
-        for group, keys in together.items():
-            flat = torch.cat([self._kept[key].view(-1) for key in keys])
+                    small[group].append((param, part))
+        for group, keys in small.items():
+            flat = torch.cat([self._kept.pop(key).float().view(-1) for key in keys])
             dist.all_reduce(flat, group=group)
-            for key, total in zip(keys, flat.split([key[0].numel() for key in keys]), strict=True):
-                self._kept[key] = total.view(key[0].shape)
-        for (param, part), gradient in self._kept.items():
-            if param in self._counted:
-                self._norms[part] += norms([self._weighted(param, gradient)])
+            for (param, part), total in zip(keys, flat.split([param.numel() for param, _ in keys]), strict=True):
+                self._count_whole(param, part, total.view(param.shape))
+
+    def _count_whole(self, param: torch.nn.Parameter, part: int, gradient: torch.Tensor) -> None:
+        if param in self._counted:
+            self._norms[part] += norms([self._weighted(param, gradient)])
 
     def _mean_sq(self, only: set[torch.nn.Parameter] | None, device: torch.device) -> torch.Tensor:
         """This rank's share of |g|² of the step's mean gradient, weighted, of all parameters or of some."""
