@@ -170,7 +170,10 @@ class _Course:
                 self._step(event)
             elif isinstance(event, Noise) and event.value and 0 < event.value < math.inf:
                 error = log_error(event.value, event.low, event.high)
-                self._noise.append((event.samples_consumed, math.log(event.value), error))
+                # An average belongs to its centre of gravity: filed later, a growing noise scale would be read late.
+                centroid = event.noise.centroid
+                place = event.samples_consumed if centroid is None else centroid
+                self._noise.append((place, math.log(event.value), error))
         self._decision(waiting)
         self._check()
 
@@ -229,7 +232,7 @@ class _Course:
             number = self._numbers.setdefault(candidate, len(self._numbers))
             if number not in ran and error <= WIDEST:
                 ratio = math.log((score.step_seconds or 1.0) / beside_seconds)
-                predicted[number] = PredictedTime(self._numbers[beside], ratio, error)
+                predicted[number] = PredictedTime(self._numbers.setdefault(beside, len(self._numbers)), ratio, error)
         noise = np.array(self._noise).reshape(-1, 3)
         decision = self._newest
         return PastRun(
