@@ -1,8 +1,10 @@
 """How the gradient noise is sampled: which source a step is measured from, and how long its averages remember."""
 
+import math
 from dataclasses import dataclass
 
 from planner.config import PlannerConfig
+from planner.space import noise_measurable
 from profiles.configuration import Configuration
 
 SHARE_OF_JOB = 0.02
@@ -35,6 +37,39 @@ def half_life(settings: PlannerConfig, total_samples: int, seq_len: int) -> Half
     if settings.noise_half_life_tokens is None:
         return HalfLife(SHARE_OF_JOB * total_samples, STEPS)
     return HalfLife(settings.noise_half_life_tokens / seq_len, FEWEST_STEPS)
+
+
+def check_measurable(settings: PlannerConfig, start: Configuration) -> None:
+    """Raise ValueError if the policy needs the noise scale, and no step of the first configuration can show any."""
+    if not settings.needs_noise_scale or noise_measurable(start, settings.noise_source):
+        return
+    if settings.noise_source == "replica":
+        why = f"noise_source(replica) compares data parallel replicas, and training.layout.dp is {start.layout.dp}"
+        remedy = "another noise_source"
+    else:
+        why = (
+            f"the noise scale is measured from parts of a step, and a step of {start.global_batch} is one micro-batch "
+            f"on one replica, training.micro_batch({start.micro_batch}), which is not even and cannot be halved"
+        )
+        remedy = "a larger training.global_batch"
+    raise ValueError(
+        f"{why}: policy({settings.policy}) would never know enough to decide; set {remedy}, or policy: static"
+    )
+
+
+def too_short(settings: PlannerConfig, start: Configuration, total_samples: int) -> str | None:
+    """Why a job of so many sequences ends before the first decision that knows the noise scale, in one line; None if
+    it does not, or if the policy does not need it."""
+    steps = settings.min_noise_samples + (settings.noise_metric == "adam")  # nothing is measured before Adam's v̂
+    measured = steps * start.global_batch
+    first = math.ceil(measured / settings.every_samples) * settings.every_samples
+    if not settings.needs_noise_scale or first < total_samples:
+        return None
+    return (
+        f"planner: nothing will be decided: the noise scale is known after {steps} steps × training.global_batch"
+        f"({start.global_batch}) = {measured} sequences, the next decision is due at {first} (every_samples"
+        f"({settings.every_samples})), and the job has {total_samples}"
+    )
 
 
 def source_of_step(settings: PlannerConfig, configuration: Configuration, step: int) -> str | None:
