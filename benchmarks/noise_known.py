@@ -8,8 +8,8 @@ examples/llama-7b-h100.yaml, begun at batches of 64 to 1024 on a simulated clock
 a machine, and a noise scale that grows.
 """
 
+import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +22,10 @@ from benchmarks.noise_synthetic import SyntheticSteps
 from copus.job import JobConfig, load_job
 from copus.noise.meter import NoiseMeter
 from planner.config import PlannerConfig
-from planner.menu import rung_of
-from planner.planner import Planner
+from planner.planner import Planner, decision_is_due
 from planner.predictor import Predictor
 from planner.sampling import executed_configuration, half_life, source_of_step
+from planner.trials import SETTLING_STEPS
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.noise_scale import NoiseScale
@@ -42,9 +42,10 @@ WANTED = 25
 """Measured steps after which the noise scale should be known, and its interval is judged."""
 JOB = Path(__file__).parent.parent / "examples" / "llama-7b-h100.yaml"
 BATCHES = (64, 128, 256, 512, 1024)
-NOISE_SCALE = (100.0, 20_000.0)
-"""Of the simulated job at its beginning and its end: it grows with the square root of the samples, and the best batch
-from the example's smallest to 256."""
+NOISE_SCALE = (100.0, 5000.0)
+"""Of the simulated job at its beginning and its end: it grows with the square root of the samples."""
+JOB_DIMENSIONS = 1024
+"""Of the simulated job's gradients. How many a model of 7 B has is not known; it is hardly fewer."""
 STEP_ERROR = 0.03
 """Standard deviation of the logarithm of a simulated step's time."""
 MOVE_SECONDS = 10.0
@@ -59,17 +60,20 @@ class Cell(NamedTuple):
     settings: PlannerConfig
 
 
-def cells() -> Iterator[Cell]:
-    """All of them. Micro-batches make at most 16 parts of a step, replicas at most 8."""
-    for seq_len, batch in STEP_SIZES:
-        for source in SOURCES:
-            dp, micro_batch, noise_source = {
-                "microbatch": (1, max(batch // 16, 1), "microbatch"),
-                "replica": (min(batch // 2, 8), 1, "replica"),
-                "lone micro-batch": (1, batch, "auto"),
-            }[source]
-            configuration = Configuration(layout=Layout(dp=dp), micro_batch=micro_batch, global_batch=batch)
-            yield Cell(seq_len, source, configuration, PlannerConfig.model_validate({"noise_source": noise_source}))
+def cell_of(seq_len: int, global_batch: int, source: str) -> Cell:
+    """One cell. Micro-batches make at most 16 parts of a step, replicas at most 8."""
+    dp, micro_batch, noise_source = {
+        "microbatch": (1, max(global_batch // 16, 1), "microbatch"),
+        "replica": (min(global_batch, 8), 1, "replica"),
+        "lone micro-batch": (1, global_batch, "auto"),
+    }[source]
+    configuration = Configuration(layout=Layout(dp=dp), micro_batch=micro_batch, global_batch=global_batch)
+    return Cell(seq_len, source, configuration, PlannerConfig.model_validate({"noise_source": noise_source}))
+
+
+def cells() -> list[Cell]:
+    """All of them."""
+    return [cell_of(*size, source) for size in STEP_SIZES for source in SOURCES]
 
 
 def measure(cell: Cell, repetitions: int, later_steps: int) -> dict[str, Any]:
@@ -118,57 +122,58 @@ def true_noise_scale(share: float) -> float:
     return float((first + (last - first) * share) ** 0.5)
 
 
-def simulate_job(job: JobConfig, batch: int, seed: int = 0) -> dict[str, Any]:
+def simulate_job(job: JobConfig, batch: int) -> dict[str, Any]:
     """The example begun at a batch, from beginning to end, on a clock that the cost model drives.
 
-    The machine is as fast as the cost model says, with some noise; what the planner knows of it is the same model and
-    the steps that it sees.
+    The machine is as fast as the cost model says, but for the scatter of steps. The planner knows the same model, and
+    the steps that it sees. There are no trials, which are about step times and not about noise.
     """
     start = job.training.configuration.model_copy(update={"global_batch": batch})
-    predictor = Predictor.from_rows(job.planner, job.model, job.cluster, job.training.precision, start)
+    settings = job.planner.model_copy(update={"trial_budget": 0.0})
+    machine, predictor = (
+        Predictor.from_rows(settings, job.model, job.cluster, job.training.precision, start) for _ in range(2)
+    )
     planner = Planner(predictor, total_samples=job.total_samples)
-    machine = Predictor.from_rows(job.planner, job.model, job.cluster, job.training.precision, start)
-    meter = NoiseMeter(half_life(job.planner, job.total_samples, job.model.seq_len))
-    rng = np.random.default_rng([batch, seed])
-    steps = SyntheticSteps(rng)
-    running, samples, step, seconds, since_move = start, 0, 0, 0.0, 0
-    decisions: list[dict[str, Any]] = []
-    moves: list[dict[str, Any]] = []
-    measured, known_after = 0, None
+    meter = NoiseMeter(half_life(settings, job.total_samples, job.model.seq_len))
+    rng = np.random.default_rng(batch)
+    gradients = SyntheticSteps(rng, JOB_DIMENSIONS)
+    running, samples, step, seconds, moved_at_step = start, 0, 0, 0.0, 0
+    measured, known_after, first_known = 0, None, None
+    errors, moves = [], []
     while samples + running.global_batch <= job.total_samples:
-        source = source_of_step(job.planner, running, step)
-        truth = true_noise_scale(samples / job.total_samples)
-        before, samples, step, since_move = samples, samples + running.global_batch, step + 1, since_move + 1
-        measured += meter.update(steps.step(running, source, truth), samples, running.global_batch)
+        source = source_of_step(settings, running, step)
+        result = gradients.step(running, source, true_noise_scale(samples / job.total_samples))
+        before, samples, step = samples, samples + running.global_batch, step + 1
+        measured += meter.update(result, samples, running.global_batch)
         executed = executed_configuration(running, source)
         expected = machine.throughput.predict(executed)
-        assert expected is not None
-        assert expected.step_seconds is not None, "the example's configurations have times"
+        assert expected is not None, "the cost model knows H100s"
+        assert expected.step_seconds is not None
         step_seconds = expected.step_seconds * float(np.exp(STEP_ERROR * rng.standard_normal()))
         seconds += step_seconds
-        if since_move > 2:  # as in a job: the first steps of a configuration are not timed
-            planner.throughput.observe(executed, step_seconds)
-        if before // job.planner.every_samples == samples // job.planner.every_samples:
+        settled = step > moved_at_step + SETTLING_STEPS
+        planner.observe_step(executed, step_seconds, settled)
+        if not settled or not decision_is_due(before, samples, running.global_batch, settings.every_samples):
             continue
         decision = planner.decide(meter.estimate(), running, samples)
         if decision.critical_batch is not None:
-            known_after = known_after or measured
-            factor = job.planner.critical_batch_factor
-            true_critical_batch = factor * true_noise_scale(samples / job.total_samples)
-            decisions.append({"ratio": decision.critical_batch / true_critical_batch})
+            if known_after is None:
+                known_after, first_known = measured, decision.number
+            truth = settings.critical_batch_factor * true_noise_scale(samples / job.total_samples)
+            errors.append(math.log(decision.critical_batch / truth))
         if decision.switch:
-            moves.append({"sample": samples, "to": decision.chosen.label})
-            planner.move_costs.observe(rung_of(running, decision.chosen), MOVE_SECONDS)
+            moves.append({"samples": samples, "to": decision.chosen.label, "reason": decision.reason})
+            planner.observe_move(running, decision.chosen, MOVE_SECONDS)
             seconds += MOVE_SECONDS
-            running, since_move = decision.chosen, 0
-    errors = np.log([decision["ratio"] for decision in decisions])
+            running, moved_at_step = decision.chosen, step
     return {
         "global_batch": batch,
         "measured_steps_until_known": known_after,
+        "first_known_decision": first_known,
         "decisions": planner.number,
-        "unknown_decisions": planner.number - len(decisions),
-        "critical_batch_bias_pct": 100 * float(np.expm1(errors.mean())),
-        "critical_batch_spread_pct": 100 * float(np.expm1(errors.std())),
+        "unknown_decisions": planner.number - len(errors),
+        "critical_batch_bias_pct": 100 * math.expm1(float(np.mean(errors))),
+        "critical_batch_spread_pct": 100 * math.expm1(float(np.std(errors))),
         "moves": moves,
         "hours": seconds / 3600,
         "ends_in": running.label,

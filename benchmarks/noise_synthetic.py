@@ -1,5 +1,6 @@
 """Gradients whose |G|² and tr Σ are known, and the noise estimate on them."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,18 @@ NORM_LAYERS = 0.6
 """Noise scale of the norm layers over that of the whole gradient: 1/κ."""
 
 
-def problem(noise_scale: float = NOISE_SCALE) -> tuple[np.ndarray, np.ndarray]:
-    """G, and the standard deviation of each coordinate of a sequence's gradient: unequal, as in a network (∝ k^−¼)."""
-    gradient = np.random.default_rng(0).normal(size=DIMENSIONS)
-    variance = np.arange(1, DIMENSIONS + 1) ** -0.5
-    return gradient / np.linalg.norm(gradient), np.sqrt(variance * noise_scale / variance.sum())
+@cache
+def _shape(dimensions: int) -> tuple[np.ndarray, np.ndarray]:
+    """G with |G|² = 1, and the share of each coordinate in tr Σ: unequal, as in a network (∝ k^−½)."""
+    gradient = np.random.default_rng(0).normal(size=dimensions)
+    variance = np.arange(1, dimensions + 1) ** -0.5
+    return gradient / np.linalg.norm(gradient), variance / variance.sum()
+
+
+def problem(noise_scale: float = NOISE_SCALE, dimensions: int = DIMENSIONS) -> tuple[np.ndarray, np.ndarray]:
+    """G, and the standard deviation of each coordinate of a sequence's gradient."""
+    gradient, share = _shape(dimensions)
+    return gradient, np.sqrt(noise_scale * share)
 
 
 class SyntheticSteps:
@@ -39,8 +47,10 @@ class SyntheticSteps:
     a χ² of J − 1 degrees. The norm layers are another such gradient, independent of the whole.
     """
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: np.random.Generator, dimensions: int = DIMENSIONS) -> None:
+        """More `dimensions` make sharper estimates: those of tr Σ scatter by √(2 / their effective number)."""
         self._rng = rng
+        self._dimensions = dimensions
 
     def step(self, configuration: Configuration, source: str | None, noise_scale: float) -> StepResult:
         """A step of a configuration, measured from a source of `copus.noise.sources`."""
@@ -60,9 +70,9 @@ class SyntheticSteps:
         """None for a single part, which says nothing."""
         if count < 2:
             return None
-        gradient, deviation = problem(noise_scale)
-        mean = gradient + deviation / (count * size) ** 0.5 * self._rng.standard_normal(DIMENSIONS)
-        scatter = float(deviation**2 @ self._rng.chisquare(count - 1, DIMENSIONS)) / size / count
+        gradient, deviation = problem(noise_scale, self._dimensions)
+        mean = gradient + deviation / (count * size) ** 0.5 * self._rng.standard_normal(self._dimensions)
+        scatter = float(deviation**2 @ self._rng.chisquare(count - 1, self._dimensions)) / size / count
         mean_sq = float(mean @ mean)
         return Parts(np.full(count, mean_sq + scatter), size, mean_sq)
 
