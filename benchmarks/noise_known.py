@@ -24,7 +24,7 @@ from copus.noise.meter import NoiseMeter
 from planner.config import PlannerConfig
 from planner.planner import Planner, decision_is_due
 from planner.predictor import Predictor
-from planner.sampling import executed_configuration, half_life, source_of_step
+from planner.sampling import executed_configuration, first_known_step, half_life, source_of_step
 from planner.trials import SETTLING_STEPS
 from profiles.configuration import Configuration
 from profiles.layout import Layout
@@ -153,7 +153,8 @@ def simulate_job(job: JobConfig, batch: int) -> dict[str, Any]:
         seconds += step_seconds
         settled = step > moved_at_step + SETTLING_STEPS
         planner.observe_step(executed, step_seconds, settled)
-        if not settled or not decision_is_due(before, samples, running.global_batch, settings.every_samples):
+        due = decision_is_due(before, samples, running.global_batch, settings.every_samples)
+        if not settled or not (due or step == first_known_step(settings)):
             continue
         decision = planner.decide(meter.estimate(), running, samples)
         if decision.critical_batch is not None:

@@ -1,6 +1,5 @@
 """How the gradient noise is sampled: which source a step is measured from, and how long its averages remember."""
 
-import math
 from dataclasses import dataclass
 
 from planner.config import PlannerConfig
@@ -60,16 +59,20 @@ def check_measurable(settings: PlannerConfig, start: Configuration) -> None:
 def too_short(settings: PlannerConfig, start: Configuration, total_samples: int) -> str | None:
     """Why a job of so many sequences ends before the first decision that knows the noise scale, in one line; None if
     it does not, or if the policy does not need it."""
-    steps = settings.min_noise_samples + (settings.noise_metric == "adam")  # nothing is measured before Adam's v̂
-    measured = steps * start.global_batch
-    first = math.ceil(measured / settings.every_samples) * settings.every_samples
-    if not settings.needs_noise_scale or first < total_samples:
+    steps = first_known_step(settings)
+    needed = steps * start.global_batch
+    if not settings.needs_noise_scale or needed < total_samples:
         return None
     return (
         f"planner: nothing will be decided: the noise scale is known after {steps} steps × training.global_batch"
-        f"({start.global_batch}) = {measured} sequences, the next decision is due at {first} (every_samples"
-        f"({settings.every_samples})), and the job has {total_samples}"
+        f"({start.global_batch}) = {needed} sequences, and the job has {total_samples}"
     )
+
+
+def first_known_step(settings: PlannerConfig) -> int:
+    """Steps of a run after which the noise scale may be known: the first ones are all measured, but nothing can be
+    divided by Adam's √v̂ before its first step."""
+    return settings.min_noise_samples + (settings.noise_metric == "adam")
 
 
 def source_of_step(settings: PlannerConfig, configuration: Configuration, step: int) -> str | None:

@@ -406,20 +406,18 @@ def test_a_bad_job_is_refused_in_one_line(bad: Bad, folder: Path, capfd: pytest.
 
 @pytest.mark.parametrize(
     ("tokens", "policy", "warned"),
-    [(8192, "copus", True), (8192 + 32, "copus", False), (8192, "static", False), (8192, "ramp", False)],
+    [(5120, "copus", True), (5120 + 32, "copus", False), (5120, "static", False), (5120, "ramp", False)],
 )
 def test_a_job_that_ends_before_the_noise_scale_is_known_is_warned_of(
     tokens: int, policy: str, warned: bool, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    changes = [f"training.tokens={tokens}", "planner.every_samples=128", f"planner.policy={policy}"]
-    changes += ["training.global_batch=8"]
+    changes = [f"training.tokens={tokens}", f"planner.policy={policy}", "training.global_batch=8"]
     arguments = [part for change in changes for part in ("--set", change)]
     assert copus_here("submit", "job.yaml", "--dry-run", *arguments) == 0
     errors = capfd.readouterr().err
     words = (
         "copus: warning: planner: nothing will be decided: the noise scale is known after 20 steps × "
-        "training.global_batch(8) = 160 sequences, the next decision is due at 256 (every_samples(128)), and the job "
-        "has 256\n"
+        "training.global_batch(8) = 160 sequences, and the job has 160\n"
     )
     assert errors == (words if warned else "")
 
