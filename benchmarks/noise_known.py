@@ -185,7 +185,7 @@ def run(only: list[str], quick: bool) -> dict[str, Any]:
     """The parts that are asked for."""
     result: dict[str, Any] = {"benchmark": "noise_known", "quick": quick}
     if "cells" in only:
-        repetitions, later = (60, 60) if quick else (600, 200)
+        repetitions, later = (60, 60) if quick else (200, 100)
         rows = [measure(cell, repetitions, later) for cell in cells()]
         result["cells"] = rows
         known = [row["steps_until_known"] for row in rows]
