@@ -203,6 +203,7 @@ def test_nccl_may_be_told_a_prefix_a_whole_name_or_what_to_leave_out() -> None:
 
 def test_a_gpu_job_is_refused_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = load_job(write_job(tmp_path), ["cluster.accelerator=h100-sxm"])
+    monkeypatch.setattr("launch.engines.this_machine._nvidia_gpus", lambda visible: None)
     monkeypatch.setattr("launch.engines.this_machine._has_gpu", lambda: False)
     with pytest.raises(JobError, match=r"cluster\.accelerator\(h100-sxm\): this machine has no GPU"):
         LocalEngine().check(job)
