@@ -16,7 +16,7 @@ from profiles.cost.constants import CONSTANTS, NAMES, prior
 from profiles.cost.residual import Smoothness, coordinates, covariance, variance
 from profiles.cost.select import select
 from profiles.cost.step_time import OWN, PARTS, parts, step_seconds
-from profiles.cost.work import work
+from profiles.cost.work import Work, work
 from profiles.enumerate import enumerate_configurations
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
@@ -137,6 +137,76 @@ def test_experts_cost_their_tokens_and_their_way() -> None:
     assert found.breakdown["ep"][0] == 0 < found.breakdown["ep"][1]
     assert found.breakdown["compute"][0] > CostModel().predict(MODEL, CLUSTER, c, "bf16").breakdown["compute"][0]
     assert any("expert" in line for line in found.assumptions)
+
+
+H100 = accelerator("h100-sxm")
+NVLINK, NIC = H100.inside_node.bytes_per_second, H100.between_nodes.bytes_per_second
+
+
+def work_of(layout: Layout, model: ModelShape = MODEL) -> Work:
+    """On nodes of eight H100s."""
+    cluster = Cluster(nodes=layout.accelerators // 8, accelerators_per_node=8, accelerator="h100-sxm")
+    c = Configurations.of([Configuration(layout=layout, micro_batch=1, global_batch=layout.dp)])
+    return work(model, cluster, H100, c, "bf16")
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 64), (1, 16), (2, 16), (8, 8)])
+def test_tokens_for_experts_on_other_nodes_go_through_the_own_link_of_each_rank(tp: int, ep: int) -> None:
+    moe = MODEL.model_copy(update={"experts": 64, "experts_per_token": 2})
+    found = work_of(Layout(tp=tp, dp=64, ep=ep), moe).layer_ep[0]
+    sent = 2 * MODEL.seq_len * MODEL.hidden * 2 * (ep - 1) / ep / tp  # to two experts, in two bytes each
+    elsewhere = (ep - max(8 // tp, 1)) / (ep - 1)
+    assert found == pytest.approx(4 * sent * elsewhere / NIC), "there and back, forward and backward"
+    inside = work_of(Layout(tp=1, dp=64, ep=8), moe).layer_ep[0]
+    assert inside == pytest.approx(4 * 2 * MODEL.seq_len * MODEL.hidden * 2 * 7 / 8 / NVLINK)
+
+
+def test_a_context_parallel_ring_leaves_a_node_by_one_link() -> None:
+    inside, across = (work_of(Layout(tp=2, cp=cp, dp=32 // cp)).layer_cp[0] for cp in (4, 8))
+    tokens = MODEL.seq_len * 2 * MODEL.hidden * 2 / 2 * 3  # keys and values of half the heads, three passes
+    assert inside == pytest.approx(tokens * 3 / 4 / NVLINK)
+    assert across == pytest.approx(tokens * 7 / 8 / NIC)
+
+
+def test_gradients_of_experts_go_as_far_as_their_replicas_are_apart() -> None:
+    """With EP8 on nodes of eight there is one replica of an expert on each node: one link for it."""
+    moe = MODEL.model_copy(update={"experts": 8})
+    near, far = (work_of(Layout(dp=64, ep=ep), moe) for ep in (1, 8))
+    matrices = 3 * MODEL.hidden * MODEL.ffn_hidden  # gated
+    experts = 2 * 2 * MODEL.layers * matrices  # gradients of two bytes, there and back
+    of_others = (64 - 1) / 64 * 8 * experts / min(8 * NIC, NVLINK)
+    with_experts_alone = near.dp_reduce[0] - of_others
+    assert far.dp_reduce[0] - with_experts_alone == pytest.approx(experts * 7 / 8 / NIC)
+
+
+@pytest.mark.parametrize(
+    ("layout", "crossing"),
+    [(Layout(tp=2, pp=4), 0.0), (Layout(tp=2, pp=8), 1 / 7), (Layout(tp=4, pp=8), 3 / 7), (Layout(tp=8, pp=4), 1.0)],
+)
+def test_a_pipeline_waits_for_its_boundary_between_nodes(layout: Layout, crossing: float) -> None:
+    found = work_of(layout)
+    sent = 2 * 2 * MODEL.seq_len * MODEL.hidden / layout.tp
+    assert found.p2p[0] == pytest.approx(sent / (NIC if crossing else NVLINK))
+    assert found.p2p_mean[0] == pytest.approx(sent * (crossing / NIC + (1 - crossing) / NVLINK))
+
+
+def test_experts_all_over_the_cluster_are_slower_than_within_nodes() -> None:
+    """737 B weights on 2,048 H100s: an all-to-all over 64 ranks has an eighth of NVLink."""
+    moe = ModelShape(
+        **{"layers": 64, "hidden": 7168, "ffn_hidden": 2048, "heads": 128, "kv_heads": 128, "seq_len": 4096},
+        **{"vocab": 129280, "gated_mlp": True, "experts": 256, "experts_per_token": 8},
+    )
+    cluster = Cluster(nodes=256, accelerators_per_node=8, accelerator="h100-sxm")
+    seconds = [
+        one(
+            Configuration(layout=Layout(pp=8, dp=256, ep=ep, zero=1), micro_batch=1, global_batch=4096),
+            model=moe,
+            cluster=cluster,
+        )
+        for ep in (8, 16, 64)
+    ]
+    assert seconds == sorted(seconds)
+    assert seconds[2] > 1.4 * seconds[0]
 
 
 def test_every_accelerator_file_is_read() -> None:

@@ -46,8 +46,11 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     )
     host_layer = w.passes * (k["layer_launch_seconds"] + k["pipeline_launch_seconds"] * w.staged_tp)
     host_batch = k["microbatch_launch_seconds"]
-    p2p = k["p2p_traffic"] * w.p2p + k["p2p_latency_seconds"] * w.p2p_messages
-    p2p = np.where(w.vp > 1, _exposed(p2p, w.stage_layers * compute), p2p)  # an interleaved schedule sends ahead
+    p2p, mean_p2p = (
+        k["p2p_traffic"] * traffic + k["p2p_latency_seconds"] * w.p2p_messages for traffic in (w.p2p, w.p2p_mean)
+    )
+    ahead, cover = w.vp > 1, w.stage_layers * compute  # an interleaved schedule sends ahead
+    p2p, mean_p2p = (np.where(ahead, _exposed(seconds, cover), seconds) for seconds in (p2p, mean_p2p))
 
     uneven = k["unbalance"] / (1 + k["unbalance"])
     last = w.last_layers * layer + head
@@ -56,7 +59,7 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     device = busiest + p2p
     host = w.stage_layers * host_layer + host_batch
     slowest = _slower(device, host)
-    whole = w.layers * layer + head + w.pp * p2p
+    whole = w.layers * layer + head + w.pp * mean_p2p
     whole = _slower(whole, w.layers * host_layer + w.pp * host_batch)
     bubble = np.maximum(whole - slowest, 0.0) / w.vp
     n = w.num_microbatches

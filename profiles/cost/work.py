@@ -87,7 +87,10 @@ class Work:
     head_elementwise: Floats
     """Loss: bytes ÷ memory bandwidth."""
     p2p: Floats
-    """Activations and their gradients to and from the next stage, one micro-batch, all chunks: bytes ÷ link."""
+    """Activations and their gradients to and from the next stage, one micro-batch, all chunks: bytes ÷ link. Of the
+    slowest boundary: that between nodes, if there is one."""
+    p2p_mean: Floats
+    """The same, mean over the boundaries."""
     p2p_messages: Floats
     """Their number."""
     dp_reduce: Floats
@@ -151,37 +154,36 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     collectives = np.where(tp > 1, 4 + 2 * again, 0.0)
     tp_link = sheet.bus(tp, np.ones_like(tp))
     kv_bytes = HALF * tokens * 2 * kv / tp
-    cp_link = sheet.bus(cp, tp)
     ep_bytes = HALF * tokens * h * chosen * (ep - 1) / ep / tp
-    stride = tp * cp
     replicas = dp * cp
     ring = (replicas - 1) / replicas
     dp_link = sheet.bus(replicas, tp)
-    expert_ring = (dp * cp / ep - 1) / (dp * cp / ep)
+    # Experts lie on neighbours of their tensor parallel ranks, and each one's replicas that far apart.
+    expert_replicas = np.maximum(replicas / ep, 1.0)
+    expert_ring, expert_link = (expert_replicas - 1) / expert_replicas, sheet.bus(expert_replicas, tp * ep)
     layer_parameters = attention_weights + 2 * h
 
     # A pipeline keeps gathered weights and sums gradients over its micro-batches: then once a step.
     single = pp == 1
     each = np.where(single, _GATHERED[c.zero], 0.0)
-    gather = each * (layer_parameters * ring + mlp_weights * np.maximum(expert_ring, 0)) / dp_link
+    gather = each * (layer_parameters * ring / dp_link + mlp_weights * expert_ring / expert_link)
     stage_layers = np.ceil(layers / (pp * vp)) * vp
     embedding = float(model.padded_vocab) * h / tp
     ends = embedding * np.where(pp > 1, 1.0, 1.0 if model.tied_embeddings else 2.0)
     dense_parameters, expert_parameters = stage_layers * layer_parameters + ends, stage_layers * mlp_weights
-    # Weights of ends and layers as they are exchanged; then bytes of each.
-    exchanged = dense_parameters * ring + expert_parameters * np.maximum(expert_ring, 0)
+    # Weights over their links, for the ends alone and for everything; then bytes of each weight.
+    ends_exchanged = ends * ring / dp_link
+    exchanged = dense_parameters * ring / dp_link + expert_parameters * expert_ring / expert_link
     reduced = np.where(single, _REDUCED[c.zero], _REDUCED_OF_PIPELINE[c.zero]) * exchanged
-    reduced = reduced + np.where((c.zero == 3) & single, GRADIENT, 0.0) * ends * ring
-    gathered = np.where(c.zero > 0, HALF, 0.0) * np.where((c.zero == 3) & single, ends * ring, exchanged)
+    reduced = reduced + np.where((c.zero == 3) & single, GRADIENT, 0.0) * ends_exchanged
+    gathered = np.where(c.zero > 0, HALF, 0.0) * np.where((c.zero == 3) & single, ends_exchanged, exchanged)
     shards = np.where(c.zero >= 1, replicas, 1.0)
-    updated = dense_parameters / shards + expert_parameters / np.where(c.zero >= 1, np.maximum(replicas / ep, 1.0), 1.0)
+    updated = dense_parameters / shards + expert_parameters / np.where(c.zero >= 1, expert_replicas, 1.0)
 
     head = 2 * tokens * h * model.padded_vocab / tp
     head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding)
     p2p_bytes = hidden_bytes / tp  # scattered before, gathered after (2104.04473, §4.1)
-    p2p_link = np.where(
-        tp * cp * dp * pp <= per_node, sheet.inside, np.where(stride * dp >= per_node, sheet.between, sheet.inside)
-    )
+    slowest_p2p, mean_p2p = sheet.boundaries(tp * cp * dp, pp)
     ones = np.ones_like(tp)
     return Work(
         num_microbatches=n,
@@ -198,17 +200,21 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         layer_elementwise=elementwise * forward / memory,
         layer_tp=collectives * hidden_bytes * 2 * (tp - 1) / tp / tp_link,
         layer_tp_messages=collectives,
-        layer_cp=(3 + attention_again) * kv_bytes * (cp - 1) / cp_link,  # backward sends gradients along
-        layer_ep=2 * passes * ep_bytes / sheet.bus(ep, stride) if model.experts else 0 * ones,  # there and back
+        layer_cp=(3 + attention_again)
+        * kv_bytes
+        * (cp - 1)
+        / sheet.ring_pass(cp, tp),  # backward sends gradients along
+        layer_ep=2 * passes * ep_bytes / sheet.all_to_all(ep, tp) if model.experts else 0 * ones,  # there and back
         layer_gather=gather,
         head_products=(1 + BACKWARD) * head / peak,
         head_operands=(1 + BACKWARD) * head_operands / device.peak(wide),
         head_elementwise=(1 + BACKWARD) * LOSS * tokens * model.padded_vocab / tp / memory,
-        p2p=np.where(pp > 1, 2 * vp * p2p_bytes / p2p_link, 0.0),
+        p2p=np.where(pp > 1, 2 * vp * p2p_bytes * slowest_p2p, 0.0),
+        p2p_mean=np.where(pp > 1, 2 * vp * p2p_bytes * mean_p2p, 0.0),
         p2p_messages=np.where(pp > 1, 2 * vp, 0.0),
-        dp_reduce=np.where(c.zero == 0, reduced, 0.0) / dp_link,
-        dp_scatter=np.where(c.zero == 0, 0.0, reduced) / dp_link,
-        dp_gather=gathered / dp_link,
+        dp_reduce=np.where(c.zero == 0, reduced, 0.0),
+        dp_scatter=np.where(c.zero == 0, 0.0, reduced),
+        dp_gather=gathered,
         dp_messages=np.where(replicas > 1, np.log2(np.maximum(replicas, 1)), 0.0),
         optimizer=OPTIMIZER_BYTES * updated / memory,
         congestion=np.log2(sheet.nodes(replicas, tp)),
@@ -218,7 +224,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
 
 
 class _Links:
-    """Bandwidth of a ring collective over a group of ranks that stand `stride` apart."""
+    """Bandwidth, in bytes per second of each rank, of what a group of ranks that stand `stride` apart does."""
 
     def __init__(self, device: Accelerator, per_node: float) -> None:
         self.inside, self.between = device.inside_node.bytes_per_second, device.between_nodes.bytes_per_second
@@ -229,8 +235,31 @@ class _Links:
         return np.maximum(np.ceil(size * stride / self._per_node), 1.0)
 
     def bus(self, size: Floats, stride: Floats) -> Floats:
-        """Bytes per second of each rank: a group that spans nodes goes out through the links of all its members on a
-        node."""
-        members = np.clip(np.floor(self._per_node / stride), 1.0, size)
-        outside = np.minimum(members * self.between, self.inside)
-        return np.where(size * stride <= self._per_node, self.inside, outside)
+        """Of a ring collective. There are as many rings as the group has members on a node, each of which leaves it
+        through the link of another one: together they go out through all of these links."""
+        outside = np.minimum(self._members(size, stride) * self.between, self.inside)
+        return np.where(self._in_a_node(size, stride), self.inside, outside)
+
+    def ring_pass(self, size: Floats, stride: Floats) -> Floats:
+        """Of blocks that every rank hands to the next one: where the ring leaves a node it does so by one link, and all
+        wait for that."""
+        return np.where(self._in_a_node(size, stride), self.inside, min(self.between, self.inside))
+
+    def all_to_all(self, size: Floats, stride: Floats) -> Floats:
+        """Of equal parts to all others: those for other nodes go through a rank's own link, beside those that stay."""
+        others = np.maximum(size - 1, 1.0)
+        here = np.where(self._in_a_node(size, stride), others, self._members(size, stride) - 1)
+        return 1 / np.maximum(here / others / self.inside, (others - here) / others / self.between)
+
+    def boundaries(self, stage_ranks: Floats, stages: Floats) -> tuple[Floats, Floats]:
+        """Seconds per byte between pipeline stages: of the slowest boundary, and the mean."""
+        crossing = np.minimum((self.nodes(stages, stage_ranks) - 1) / np.maximum(stages - 1, 1.0), 1.0)
+        mean = crossing / self.between + (1 - crossing) / self.inside
+        return np.where(crossing > 0, max(1 / self.between, 1 / self.inside), 1 / self.inside), mean
+
+    def _members(self, size: Floats, stride: Floats) -> Floats:
+        """Ranks of the group on a node."""
+        return np.clip(np.floor(self._per_node / stride), 1.0, size)
+
+    def _in_a_node(self, size: Floats, stride: Floats) -> NDArray[np.bool_]:
+        return np.asarray(size * stride <= self._per_node)
