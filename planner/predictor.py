@@ -13,12 +13,13 @@ from planner.space import candidates, noise_measurable
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.cost import CostModel, Timings, predict_unmeasured
+from profiles.cost.residual import Smoothness
 from profiles.measurement import Measurement
 from profiles.memory import MEGATRON, Implementation
 from profiles.memory.peaks import OUT_OF_MEMORY
 from profiles.mfu import peak_samples_per_second
 from profiles.model_shape import ModelShape
-from profiles.throughput import DECILE, CostPredictions, Prediction, Throughput, relative_spread
+from profiles.throughput import DECILE, CostPredictions, Prediction, Throughput, measurement_error, relative_spread
 
 MAX_RELATIVE_SPREAD = 0.5
 """A measured time whose interval is wider than this share of it is no reason to move: the best of many such guesses is
@@ -137,7 +138,7 @@ class Predictor:
         predicted, cost = CostPredictions(), None
         if use_cost_model:
             with contextlib.suppress(ValueError):  # an accelerator or a precision that nothing is known about
-                cost = CostModel().fit(Timings.of(rows, cluster))
+                cost = CostModel(Smoothness(noise_sd=measurement_error(rows))).fit(Timings.of(rows, cluster))
                 everything = list(dict.fromkeys([*asked, *halves]))
                 predicted = predict_unmeasured(cost, model, cluster, precision, everything, rows)
         throughput = Throughput((row for row in rows if not row.shard), predicted)

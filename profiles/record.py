@@ -46,3 +46,15 @@ class Record(BaseModel):
     descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+
+    # Configurations are keys of many dictionaries, and a decision looks thousands of them up: the hash is kept. It is
+    # no field, so that copies and pickles, whose strings may hash differently, work out their own.
+    __slots__ = ("_hash",)
+
+    def __hash__(self) -> int:
+        try:
+            known: int = object.__getattribute__(self, "_hash")
+        except AttributeError:
+            known = hash((type(self), *self.__dict__.values()))
+            object.__setattr__(self, "_hash", known)
+        return known

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any, Literal, NamedTuple
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
@@ -364,6 +364,17 @@ class _Pool:
     def variance(self) -> float:
         """As far as it is known."""
         return self._sum / self._weight
+
+
+def measurement_error(rows: Iterable[Measurement]) -> float:
+    """Standard deviation, as a logarithm, of what a measured time of these rows is off by: of a median of so many
+    steps, at one moment of the machine."""
+    by_configuration: defaultdict[Configuration, list[Measurement]] = defaultdict(list)
+    for row in rows:
+        by_configuration[row.configuration].append(row)
+    noise, drift = _noise_and_drift(by_configuration.values())
+    counts = [row.count for group in by_configuration.values() for row in group if row.count]
+    return math.sqrt(math.pi / 2 * noise**2 / (median(counts) if counts else 1) + drift**2)
 
 
 def _noise_and_drift(table: Collection[Sequence[Measurement]]) -> tuple[float, float]:

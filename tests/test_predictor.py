@@ -1,13 +1,23 @@
 """One predictor: the time of a step as the job runs it, and what may be chosen."""
 
+import copy
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 from test_planner_decision import CLUSTER, DP2, MODEL, START, TP2, config, noise, planner, row
 
+from benchmarks.live_profiler import make_job
 from planner.config import PlannerConfig
 from planner.predictor import Predictor
 from planner.sampling import halved_share, source_of_step, typical_configuration
+from planner.space import candidates
 from profiles.configuration import Configuration
-from profiles.throughput import CostPredictions, Prediction, Throughput
+from profiles.throughput import CostPredictions, Prediction, Throughput, relative_spread
 
 LONE = Configuration(layout=TP2, micro_batch=2, global_batch=2)
 HALVES = Configuration(layout=TP2, micro_batch=1, global_batch=2)
@@ -84,3 +94,63 @@ def test_what_ran_in_halves_alone_has_shown_that_it_fits() -> None:
         assert after is not None
         assert after.memory_seen == seen
         throughput = Throughput(unmeasured=CostPredictions(predicted))
+
+
+def test_a_kept_hash_is_that_of_the_values() -> None:
+    """Copies with other values, pickles and records read back hash as fresh ones do."""
+    assert hash(LONE) == hash(LONE)
+    changed = LONE.model_copy(update={"micro_batch": 1})
+    assert changed == HALVES
+    assert hash(changed) == hash(HALVES)
+    assert hash(LONE) == hash(Configuration.model_validate_json(LONE.model_dump_json()))
+    assert pickle.loads(pickle.dumps(LONE)) == LONE
+    assert {LONE: 1}[copy.copy(LONE)] == 1
+
+
+RESULTS = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("*-live-profiler*.json"))
+
+
+def left_out(result: Path, first: int) -> list[tuple[float, float]]:
+    """Every ninth configuration that one machine has measured, from the others: by how much the prediction is off, and
+    its error; as logarithms."""
+    told = json.loads(result.read_text())
+    job = make_job(max(int(row["configuration"].split(" B")[1].split()[0]) for row in told["rows"]))
+    space = {c.label: c for c in candidates(job.planner, job.model, job.cluster, job.training.configuration)}
+    rows = [
+        row(space[each["configuration"]], step_seconds=one["step_seconds"]).model_copy(
+            update={"spread_seconds": one["spread_seconds"], "count": told["steps"], "model": job.model}
+        )
+        for each in told["rows"]
+        for one in _as_list(each.get("one job") or each["one_job"])
+    ]
+    measured = {each.configuration: each.step_seconds or 0.0 for each in rows}
+    out = list(measured)[first::9]
+    known = [each for each in rows if each.configuration not in out]
+    predictor = Predictor.from_rows(
+        job.planner, job.model, job.cluster, "fp32", job.training.configuration, known, besides=out
+    )
+    found = []
+    for configuration in out:
+        prediction = predictor.throughput.predict(configuration)
+        assert prediction is not None
+        assert prediction.step_seconds is not None
+        found.append((math.log(measured[configuration] / prediction.step_seconds), prediction.error))
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+@pytest.mark.slow
+def test_after_24_measured_configurations_the_others_are_not_known_to_150_percent() -> None:
+    """Six profiles of four ranks on two cores, where who shares a core with whom matters, which no formula knows: the
+    predictions are off by 15 %, the intervals are 15 % wide and hold 59 % instead of 80 %."""
+    found = [
+        each for place, result in enumerate(RESULTS) for k in (0, 3, 6) for each in left_out(result, (place + k) % 9)
+    ]
+    assert len(found) == 54
+    assert max(error for _, error in found) < 0.25
+    assert np.mean([relative_spread(error) for _, error in found]) < 0.2
+    assert np.std([off for off, _ in found]) < 0.2
+    assert np.mean([abs(off) < 1.2816 * error for off, error in found]) > 0.5
