@@ -100,6 +100,7 @@ def job_for(folder: Path, ranks: int, samples: int, **training: Any) -> JobConfi
                 **training,
             },
             "planner": {
+                "start": "job",
                 "every_samples": 64,
                 "min_noise_samples": 4,
                 "max_global_batch": 4,

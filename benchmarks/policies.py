@@ -28,7 +28,7 @@ from planner.menu import Menu
 from planner.norm_test import NormTest
 from planner.plan import Plan
 from planner.policy import Copus, Policy, Static
-from planner.ramp import Ramp
+from planner.schedules import Ramp
 from planner.simulator.simulate import Runs, oracle, simulate
 from planner.simulator.trajectory import POINTS, geometric, linear, power
 from planner.switching import Goodput

@@ -21,7 +21,7 @@ from copus.noise.step_estimate import estimate_step
 from copus.saver import Saver
 from copus.schedule import rules_at
 from planner.planner import Planner, decision_is_due
-from planner.sampling import first_known_step, half_life, source_of_step
+from planner.sampling import half_life, source_of_step
 from profiles.configuration import Configuration
 
 EndReason = Literal["finished", "interrupted", "max_minutes", "target_loss", "diverged"]
@@ -79,7 +79,7 @@ class Trainer:
         self._tell_of_another_lr()
         if state.step == 0:
             self._evaluate()
-        self._moves.leave_unfinished_trial()
+        self._moves.begin(self._noise.estimate())
         reason: EndReason = "finished"
         save_due = False
         while (configuration := self._next_configuration()) is not None:
@@ -91,7 +91,7 @@ class Trainer:
                 break
             reached = self._passed(before, job.training.evaluate_every_tokens) and self._evaluate()
             # What falls due is done before anything is saved or stopped: a resumed run cannot catch up on it.
-            if self._decision_is_due(before, configuration):
+            if decision_is_due(before, state.samples_consumed, configuration.global_batch, job.planner.every_samples):
                 self._moves.decide(self._noise.estimate(), self._norms.take())
             if stopped:
                 reason = broadcast_from_rank0("max_minutes" if overtime else "interrupted")
@@ -120,14 +120,6 @@ class Trainer:
     def _end_diverged(self) -> None:
         """Keep the checkpoints from before, and tell the user what to do."""
         self._divergence.explain(self._saver.set_diverged_aside())
-
-    def _decision_is_due(self, samples_before: int, configuration: Configuration) -> bool:
-        """Whether the planner is to be asked after the last step: at its intervals, and once as soon as the noise scale
-        may be known."""
-        settings, state = self._job.planner, self.state
-        samples = state.samples_consumed
-        known_now = samples > samples_before and state.step == first_known_step(settings)
-        return known_now or decision_is_due(samples_before, samples, configuration.global_batch, settings.every_samples)
 
     def _is_overtime(self, started: float) -> bool:
         """Whether the time of the job file is up. Rank 0's clock decides: the others never ask to stop for it."""
@@ -248,6 +240,7 @@ class Trainer:
         sequences = self._job.evaluate_sequences
         loss = self._backend.evaluate(self._valid, sequences)
         self._evaluated_at = self.state.samples_consumed
+        self._moves.note_evaluation(loss)
         self._last_loss_is_finite = math.isfinite(loss)
         self._report(Evaluate(**self.state.here, loss=loss, sequences=sequences, seconds=time.perf_counter() - started))
         target = self._job.training.target_loss

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from copus.backends.base import Backend, Batches, Moved, StepRequest, StepResult, TrainerState
 from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
-from copus.events import DecisionMade, Event, Reconfigure, Trial, Warned
+from copus.events import DecisionMade, Event, Reconfigure, Trial
 from copus.job import JobConfig
 from planner.menu import rung_of
 from planner.planner import Planner
@@ -110,24 +110,30 @@ class Moves:
         if self._planner is not None:
             settled = ordinary and self._steps_since_change > SETTLING_STEPS
             self._planner.observe_step(executed_configuration(configuration, source), seconds, settled)
-            warning = self._planner.observe_loss(self._state.samples_consumed, configuration.global_batch, loss)
-            if warning:
-                self._report(Warned(**self._state.here, message=warning))
+            self._planner.observe_loss(self._state.samples_consumed, configuration.global_batch, loss)
         if self._trying and ordinary:
             self._go_on_trying(seconds)
+
+    def note_evaluation(self, loss: float) -> None:
+        """Take note of the held-out loss: it tells when a job with a target ends."""
+        if self._planner is not None:
+            self._planner.horizon.observe(self._state.samples_consumed, loss)
 
     def decide(self, noise: NoiseScale, norms: StepNorms | None) -> None:
         """Let rank 0 decide, tell everybody, and move if the decision says so. Nothing is decided during a trial, nor
         until a step of a new configuration was timed."""
         untimed = self._state.step <= self._moved_at_step + SETTLING_STEPS
-        if not self._decides or self._trying or untimed:
-            return
+        if self._decides and not self._trying and not untimed:
+            self._decide(noise, norms)
+
+    def _decide(self, noise: NoiseScale, norms: StepNorms | None) -> None:
         decision = self._ask_planner(noise, norms)
         order: _Order | None = broadcast_from_rank0(decision and _Order.of(decision))
         if order is None:
             return
         self._state.decisions = order.number + 1
-        self._state.critical_batch = order.critical_batch
+        if self._state.step:  # before the first step it is a guess from laws, no reason to cap the learning rate
+            self._state.critical_batch = order.critical_batch
         if order.target is None:
             return
         if decision is not None and decision.trial:
@@ -141,7 +147,14 @@ class Moves:
         if self._trial is not None:
             self._trial.observe_move(seconds)
 
-    def leave_unfinished_trial(self) -> None:
+    def begin(self, noise: NoiseScale) -> None:
+        """Before the first step: move to where the policy begins; or, of a resumed run, out of a trial that the
+        checkpoint fell into. Collective."""
+        if self._decides and self._state.step == 0 and self._job.planner.start == "plan":
+            self._decide(noise, None)
+        self._leave_unfinished_trial()
+
+    def _leave_unfinished_trial(self) -> None:
         """Go back to the configuration that ran before a trial which the checkpoint fell into. Collective."""
         running = None if self._planner is None else self._planner.before_trial
         running = broadcast_from_rank0(running)

@@ -45,3 +45,9 @@ def base_lr(job: JobConfig, tokens: int) -> float:
     progress = min((tokens - training.warmup_tokens) / span, 1.0)
     left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[training.decay]
     return training.min_lr + (training.lr - training.min_lr) * left
+
+
+def lr_decay(job: JobConfig, samples_consumed: int) -> float:
+    """How far the learning rate has decayed after so many sequences, over its peak; 1 during the warm-up."""
+    tokens = samples_consumed * job.model.seq_len
+    return 1.0 if tokens < job.training.warmup_tokens else base_lr(job, tokens) / job.training.lr

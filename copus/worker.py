@@ -48,6 +48,7 @@ from copus.predictor import predictor_of
 from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.resume_request import ResumeRequest, nothing_to_resume, read_resume_request, write_resume_request
+from copus.schedule import lr_decay
 from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
 from copus.user_errors import EXIT_CODE, one_line, report_failure
@@ -187,7 +188,13 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
 def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState) -> Planner:
     # A policy that takes every time for a measured one must not see what the cost model alone predicts.
     predictor = predictor_of(job, rows, use_cost_model=make_policy(job.planner).weighs_error)
-    planner = Planner(predictor, number=state.decisions, total_samples=job.total_samples)
+    planner = Planner(
+        predictor,
+        state.decisions,
+        job.total_samples,
+        lambda samples: lr_decay(job, samples),
+        job.training.target_loss,
+    )
     planner.restore(state.planner)
     return planner
 

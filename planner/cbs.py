@@ -21,6 +21,8 @@ class CriticalBatch:
 
     name = "cbs"
     weighs_error = False
+    needs_noise = True
+    picks_start = True
 
     def __init__(self, layout: CbsLayout = "present") -> None:
         self.layout = layout
@@ -49,3 +51,29 @@ class CriticalBatch:
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Goodput is not what decides."""
         return f"gain {percent(situation.gain(index))}, but cbs follows the critical batch alone"
+
+
+class CriticalBatchDoubling:
+    """Keeps the layout and doubles the batch when the critical batch reaches twice the present one (batch size warm-up
+    of Merrill et al., 2505.23971: "doubled when the measured critical batch exceeds 2·B"). The batch never shrinks.
+    """
+
+    name = "cbs-doubling"
+    weighs_error = False
+    needs_noise = True
+    picks_start = False
+
+    def choose(self, situation: Situation) -> Choice:
+        """The fastest configuration of this layout with twice the batch, or no move."""
+        doubled = 2 * situation.running_batch
+        wanted = situation.same_layout() & (situation.menu.global_batch == doubled[:, None])
+        return Choice(np.where(situation.critical_batch >= doubled, situation.fastest(wanted), situation.current))
+
+    def reason(self, situation: Situation, choice: Choice) -> str:
+        """How far the critical batch is from the next doubling."""
+        critical, batch = float(situation.critical_batch[0]), int(situation.running_batch[0])
+        return f"the batch doubles when the critical batch, {three_digits(critical)} now, reaches {2 * batch}"
+
+    def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
+        """Goodput is not what decides."""
+        return f"gain {percent(situation.gain(index))}, but cbs-doubling looks at the critical batch alone"

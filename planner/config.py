@@ -1,5 +1,6 @@
 """The `planner` section of a job file."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,18 @@ from profiles.record import NonNegativeInt, PositiveInt, Record
 class PlannerConfig(Record):
     """What may be chosen, how it is scored, and when the job moves."""
 
-    policy: Literal["copus", "goodput", "static", "norm-test", "cbs", "ramp"] = "copus"
-    """copus: move when Goodput improves by `min_gain`. goodput: move when that is sure to finish the job sooner, the
-    cost of moving included. static: keep the configuration of the job file. norm-test: keep the layout, and grow the
-    batch until the gradient's noise is at most `norm_test_eta` times the gradient. cbs: keep a layout, and follow the
-    critical batch. ramp: keep the layout, and grow the batch by schedule."""
+    policy: Literal[
+        "goodput", "copus", "static", "norm-test", "cbs", "cbs-doubling", "ramp", "seesaw", "late-switch"
+    ] = "goodput"
+    """goodput: move when that is sure to finish the job sooner, the cost of moving included. copus: move when Goodput
+    improves by `min_gain`. static: keep the configuration of the job file. The others keep a layout. norm-test: grow
+    the batch until the gradient's noise is at most `norm_test_eta` times the gradient. cbs: follow the critical batch.
+    cbs-doubling: double the batch when the critical batch reaches twice the present one. ramp: grow the batch by equal
+    increments. seesaw: grow it as the learning rate decays. late-switch: the largest batch at the end."""
+    start: Literal["plan", "job"] = "plan"
+    """plan: begin in the configuration that the policy picks, from the throughput that is known and from published laws
+    of critical batches; `static` and `norm-test` begin as the job file says all the same. job: begin in the layout,
+    micro-batch and global batch of the job file."""
     objective: Literal["plain", "lr-aware"] = "plain"
     """plain: throughput × efficiency. lr-aware: × √B too (COPUS with Adam and a √B learning rate)."""
     every_samples: PositiveInt = 256
@@ -32,7 +40,11 @@ class PlannerConfig(Record):
     """Goodput has to improve by this share before the job moves (COPUS's rule: 0.10)."""
     critical_batch_factor: PositiveFloat = 2.0
     """c in φ = c · B_simple: how far the critical batch lies from the simple noise scale (COPUS: 2.0, set by hand). Or
-    the file that `copus calibrate` wrote, RUN/calibration.json: then the c that it measured."""
+    the file that `copus calibrate` wrote, RUN/calibration.json: then the c that it measured, with its interval. The
+    run learns more of it from its own changes of batch."""
+    critical_batch_factor_range: float = Field(default=2.6, ge=1)
+    """How far the ends of the 90 % interval of c lie from it before the run has taught anything, as a factor; 1 takes
+    c for exact. A calibration file brings its own."""
     noise_source: Literal["auto", "microbatch", "replica", "normlayer"] = "auto"
     """Parts that the noise is measured from. auto: micro-batches on every `noise_every_steps`-th step, replicas on the
     others (where dp > 1); where a step is one micro-batch, the norm layers on every `noise_every_steps`-th step,
@@ -62,6 +74,8 @@ class PlannerConfig(Record):
     """How much larger each next batch of `ramp` is, in sequences."""
     ramp_samples: PositiveInt | None = None
     """Length of the ramp, in sequences; None means half of the job."""
+    late_switch_at: float = Field(default=0.7, gt=0, lt=1)
+    """Share of the sequences after which `late-switch` runs the largest batch."""
     min_noise_samples: PositiveInt = 20
     """Optimizer steps to see before the first decision; the first so many steps are all measured in full."""
     min_global_batch: PositiveInt = 1
@@ -95,14 +109,21 @@ class PlannerConfig(Record):
     model allows, with tensor parallel ranks within a node, every recomputation, and every number of chunks a stage."""
 
     @property
-    def needs_noise_scale(self) -> bool:
-        """Whether the policy decides from the noise scale."""
-        return self.policy not in ("static", "ramp")
-
-    @property
     def keeps_layout(self) -> bool:
         """Whether the policy never leaves the layout that the job starts with."""
-        return self.policy in ("static", "norm-test", "ramp") or (self.policy == "cbs" and self.cbs_layout == "present")
+        if self.policy == "cbs":
+            return self.cbs_layout == "present"
+        return self.policy not in ("goodput", "copus")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_calibrated_range(cls, values: Any) -> Any:
+        """A calibration file brings the interval of c too, unless the job file has one."""
+        if isinstance(values, dict) and isinstance(given := values.get("critical_batch_factor"), str):
+            with contextlib.suppress(ValueError):  # a number, or what the field's own validator refuses
+                spread = read_factor(Path(given))[1]
+                return values if spread is None else {"critical_batch_factor_range": spread} | values
+        return values
 
     @field_validator("critical_batch_factor", mode="before")
     @classmethod
@@ -112,7 +133,7 @@ class PlannerConfig(Record):
             try:
                 return float(value)
             except ValueError:
-                return read_factor(Path(value))
+                return read_factor(Path(value))[0]
         return value
 
     @model_validator(mode="after")

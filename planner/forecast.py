@@ -1,7 +1,7 @@
 """Where the critical batch is and where it is going: a power law that forgets, kept up with a few sums."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ OFFSET = 0.05
 """Share of the job over which a law has not yet set in: φ ∝ (samples + offset)^α. Together with α = 0.5 this says that
 φ grows by the factor of 4.6 over a job, as published batch schedules do (3 to 10: Llama 3, MiniMax-01, DeepSeek-V3,
 Nemotron-4, OLMo, BLOOM)."""
+LAWS_ERROR = 1.0
+"""Standard error of the logarithm of φ as published laws give it, for a model and a text of one's own: a factor of 5
+either way, 90 %."""
 FEWEST = 12
 """An estimate fades by no more than 1 in so many from one to the next."""
 BEND = 2.0
@@ -47,12 +50,29 @@ class CriticalBatchForecast:
     """Σw, Σwx, Σwx², Σwy, Σwxy with x = samples / samples now − 1, shape (R, 5)."""
     misses: Floats
     """Σ of faded squared misses over their expected size, and Σ of their weights, shape (R, 2)."""
+    common_error: Floats | float = 0.0
+    """Standard error of log φ that all estimates share, such as that of c; shape (R,)."""
 
     @classmethod
     def unknown(cls, job_samples: Floats) -> "CriticalBatchForecast":
         """Nothing seen yet of jobs of so many sequences, shape (R,)."""
         runs = len(job_samples)
         return cls(OFFSET * job_samples, np.zeros(runs), np.zeros((runs, 5)), np.tile([1.0, 1.0], (runs, 1)))
+
+    @classmethod
+    def of_laws(cls, job_samples: float, seq_len: int) -> "CriticalBatchForecast":
+        """What is expected of one job before anything is measured, from its length alone.
+
+        φ at the end of D tokens is the geometric mean of two laws: 22.91·(D/10⁹)^0.47 sequences of 512 tokens (Zhang et
+        al., 2410.21676: critical batches of 85 M to 1.2 B parameters) and 0.58·D^0.571 tokens (Step Law, 2503.04715:
+        best batches). They differ by 3 at 10⁶ tokens and by 14 at 10¹², hence the error. It grows to that as above.
+        """
+        tokens = job_samples * seq_len
+        zhang, step_law = 22.91 * 512 * (tokens / 1e9) ** 0.47, 0.58 * tokens**0.571
+        at_first = math.sqrt(zhang * step_law) / seq_len * (OFFSET / (1 + OFFSET)) ** EXPONENT
+        forecast = cls.unknown(np.array([float(job_samples)]))
+        forecast.observe(np.array([1.0]), np.array([at_first]), np.array([LAWS_ERROR]))
+        return forecast
 
     def observe(
         self, samples: Floats, critical_batch: Floats, error: Floats, independent: Floats | float = 1.0
@@ -86,7 +106,7 @@ class CriticalBatchForecast:
         x = np.log(samples / self.samples[shape])
         level, slope = (values[shape] for values in self._line())
         covariance = self._covariance() * self.excess[:, None, None]
-        level = level + sigmas * np.sqrt(covariance[:, 0, 0])[shape]
+        level = level + sigmas * np.sqrt(covariance[:, 0, 0] + np.square(self.common_error))[shape]
         ahead = np.maximum(x, 0.0)
         slope = slope + sigmas * np.sqrt(covariance[:, 1, 1][shape] + (BEND * ahead / 2) ** 2)
         slope = np.where(x > 0, np.maximum(slope, 0.0), slope)
@@ -113,6 +133,13 @@ class CriticalBatchForecast:
         determinant, x2 = self._determinant()
         n, x1 = self.sums[:, 0], self.sums[:, 1]
         return np.stack([np.stack([x2, -x1], -1), np.stack([-x1, n], -1)], -2) / determinant[:, None, None]
+
+    def scaled(self, factor: Floats | float, error: Floats | float) -> "CriticalBatchForecast":
+        """The forecast of `factor` times as much, where log `factor` has a standard error; shapes (R,)."""
+        shift = np.log(factor)
+        n, x1 = self.sums[:, 0], self.sums[:, 1]
+        sums = self.sums + np.stack([0 * n, 0 * n, 0 * n, n * shift, x1 * shift], axis=1)
+        return replace(self, sums=sums, common_error=error)
 
     def take(self, rows: np.ndarray) -> "CriticalBatchForecast":
         """The forecasts of some of the runs."""

@@ -40,6 +40,8 @@ class NormTest:
 
     name = "norm-test"
     weighs_error = False
+    needs_noise = True
+    picks_start = False
 
     def __init__(self, form: NormTestForm, eta: float, every: int) -> None:
         self.form = form

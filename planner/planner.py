@@ -1,14 +1,17 @@
 """The planner: from the noise scale and the throughput to a decision that explains itself."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from planner.critical_batch import CriticalBatchFactor
 from planner.efficiency import statistical_efficiency
-from planner.factor_check import FactorCheck
 from planner.forecast import QUANTILE_90, CriticalBatchForecast, log_error
 from planner.goodput import goodput
+from planner.horizon import Horizon
 from planner.menu import Menu, rung_of
 from planner.move_costs import MoveCosts
 from planner.norm_test import plug_in_batch
@@ -18,7 +21,7 @@ from planner.sampling import half_life, typical_configuration
 from planner.situation import Choice, Situation
 from planner.space import noise_measurable
 from planner.trials import Trial, TrialLedger
-from planner.wording import noise_in_words, percent
+from planner.wording import noise_in_words, percent, three_digits
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 from profiles.forecast import Forecast
@@ -37,8 +40,8 @@ FEWEST_STEPS_BETWEEN = 10
 LEAST_SHARE_BETWEEN = 1 / 200
 """Share of all sequences so far that two decisions are apart, at least: the noise scale grows with the logarithm of the
 sequences, so decisions in equal ratios miss nothing, and the event log of a long run stays small."""
-CHECK_HALF_LIVES = 4
-"""Stretch on each side of a change of batch that c is checked on, in half-lives of the noise scale."""
+LEARNING_HALF_LIVES = 4
+"""Stretch on each side of a change of batch that c is learned from, in half-lives of the noise scale."""
 
 
 def decision_interval(samples_consumed: int, global_batch: int, every_samples: int) -> int:
@@ -58,8 +61,17 @@ def decision_is_due(samples_before: int, samples_consumed: int, global_batch: in
 class Planner:
     """Decides what a job runs next. Deterministic; its state is `number` and what it sees of the job."""
 
-    def __init__(self, predictor: Predictor, number: int = 0, total_samples: int | None = None) -> None:
-        """`total_samples` is the length of the job in sequences; None if nobody knows."""
+    def __init__(
+        self,
+        predictor: Predictor,
+        number: int = 0,
+        total_samples: int | None = None,
+        lr_decay: Callable[[int], float] | None = None,
+        target_loss: float | None = None,
+    ) -> None:
+        """`total_samples` is the length of the job in sequences; None if nobody knows. `lr_decay` is the learning rate
+        of the schedule over its peak, after so many sequences; None if there is no schedule. `target_loss` ends the
+        job sooner, at the first evaluation that reaches it."""
         self.predictor = predictor
         """What is expected of configurations, and which may be chosen."""
         self.config = config = predictor.config
@@ -75,22 +87,31 @@ class Planner:
         self._trial: Trial | None = None
         self.before_trial: Configuration | None = None
         """What ran before the trial that the checkpoint fell into; None if there was none."""
+        self._lr_decay = lr_decay
         self._total_samples = total_samples or UNKNOWN_DECISIONS * config.every_samples
+        self.horizon = Horizon(self._total_samples, target_loss)
+        """Where the job ends: the loop feeds it every evaluation."""
         self._forecast = CriticalBatchForecast.unknown(np.array([float(self._total_samples)]))
         self._observed_at = 0
         self._seq_len = predictor.model.seq_len
         memory = half_life(config, self._total_samples, self._seq_len).at(predictor.start.global_batch)
-        self._check = FactorCheck(max(1, int(CHECK_HALF_LIVES * memory)))
+        self._factor = CriticalBatchFactor(
+            config.critical_batch_factor,
+            config.critical_batch_factor_range if self.policy.weighs_error else 1.0,
+            max(1, int(LEARNING_HALF_LIVES * memory)),
+        )
+        self._largest = (0, 1)
+        """The largest batch so far, and the sequences at which it came up; of the first batch, those that the noise
+        scale needs to be known."""
 
     @property
     def throughput(self) -> Throughput:
         """Step times, which the running job's own steps correct."""
         return self.predictor.throughput
 
-    def observe_loss(self, samples_consumed: int, global_batch: int, loss: float) -> str | None:
-        """Feed every step's mean training loss. Returns a warning, in one line, when c is clearly off: see
-        `planner.factor_check`."""
-        return self._check.observe(samples_consumed, global_batch, loss)
+    def observe_loss(self, samples_consumed: int, global_batch: int, loss: float) -> None:
+        """Feed every step's mean training loss: what changes of batch do to it tells what c is."""
+        self._factor.observe(samples_consumed, global_batch, loss)
 
     def observe_step(self, executed: Configuration, seconds: float, settled: bool) -> None:
         """Feed every step: as what it was executed, how long it took, and whether it was an ordinary one after the
@@ -132,29 +153,41 @@ class Planner:
     ) -> Decision:
         """Score every candidate and let the policy choose. `current` is what runs, candidate or not; `step_norms` are
         those of the steps since the last decision."""
+        starting = samples_consumed == 0 and self.config.start == "plan" and self.policy.picks_start
         critical_batch = self._look_ahead(noise, samples_consumed)
+        factor = self._factor.value / self.config.critical_batch_factor
+        forecast = self._forecast.scaled(factor, self._factor.error)
+        if starting:
+            forecast = CriticalBatchForecast.of_laws(self._total_samples, self._seq_len)
+            critical_batch = float(forecast.at(np.array([1.0]))[0])
         estimates = {c: self.predictor.estimate(c, beside=current) for c in (current, *self.candidates)}
         mine = self._score(estimates[current], critical_batch, None)
         others = [self._score(e, critical_batch, mine.goodput) for c, e in estimates.items() if c != current]
         if limit := self.move_costs.refusal("layout"):
             others = [self._limited(score, current, limit) for score in others]
+        if critical_batch is not None and not starting and self.policy.weighs_error:
+            others = self._within_growth(others, current, samples_consumed)
         # The gain of the current one is 0 by definition, not by division.
         mine = mine.model_copy(update={"verdict": "current", "gain": None if mine.goodput is None else 0.0})
         eligible = sorted([mine, *(score for score in others if not score.verdict)], key=_rank)
         refused = sorted((score for score in others if score.verdict), key=_rank)
         advised, trial, seconds_left = None, False, None
-        if critical_batch is None:
+        known = noise_in_words(noise) if noise.value is not None else "the noise scale is not known"
+        if starting:
+            known = self._laws_in_words(forecast)
+        if self.policy.needs_noise and critical_batch is None:
             chosen, reason = mine, f"{self._why_unknown(noise, current)}; nothing changes"
-        elif mine.goodput is None:
+        elif self.policy.needs_noise and mine.goodput is None:
             why = f"the throughput of the current configuration, {current.label}, is not known"
-            chosen, reason = mine, f"{noise_in_words(noise)}: {why}; nothing changes"
+            chosen, reason = mine, f"{known}: {why}; nothing changes"
         else:
             situation = self._situation(eligible, mine, estimates, noise, critical_batch, samples_consumed, step_norms)
+            situation = replace(situation, forecast=forecast, started=not starting)
             choice = self.policy.choose(situation)
             found = eligible[int(choice.index[0])]
             eligible = self._judge(situation, choice, eligible, mine)
             seconds_left = None if choice.savings is None else float(choice.savings.left[0])
-            reason = f"{noise_in_words(noise)}: {self.policy.reason(situation, choice)}"
+            reason = f"{known}: {self.policy.reason(situation, choice)}"
             chosen = mine
             if found is not mine and self.config.advisory:
                 advised, reason = found.configuration, f"{reason}; advisory, so nothing changes"
@@ -174,7 +207,9 @@ class Planner:
             policy=self.policy.name,
             objective=self.config.objective,
             noise=noise,
-            critical_batch_factor=self.config.critical_batch_factor,
+            critical_batch_factor=self._factor.value,
+            critical_batch_factor_low=self._factor.ends[0],
+            critical_batch_factor_high=self._factor.ends[1],
             critical_batch=critical_batch,
             current=current,
             chosen=chosen.configuration,
@@ -191,13 +226,14 @@ class Planner:
         return decision
 
     def _look_ahead(self, noise: NoiseScale, samples_consumed: int) -> float | None:
-        """φ now, in sequences; None while the noise scale is unknown. Tells the forecast and the check of c about it.
+        """φ now, in sequences; None while the noise scale is unknown. Tells the forecast, which is of φ with the c
+        of the job file, and the posterior of c about it.
 
         The noise scale is an average, which belongs to its centroid. The forecast takes it up there, and the growth
         since then is what the forecast expects, but no more than the growth of the samples: few points may look
         steeper than any law of training.
         """
-        self._check.critical_bounds = None
+        self._factor.noise_scale = None
         measured = self._critical_batch(noise)
         if measured is None:
             return None
@@ -217,10 +253,15 @@ class Planner:
         self._observed_at = samples_consumed
         then, now = (float(self._forecast.at(np.array([place]))[0]) for place in (centre, here))
         grown = min(now / then, here / centre)
-        if noise.low is not None and noise.high is not None:
-            factor = self.config.critical_batch_factor * grown
-            self._check.critical_bounds = (factor * noise.low, factor * noise.high)
-        return grown * measured
+        self._factor.noise_scale = grown * noise.value, log_error(noise.value, noise.low, noise.high)
+        return self._factor.value * grown * noise.value
+
+    def _laws_in_words(self, forecast: CriticalBatchForecast) -> str:
+        """What is taken for the critical batch before the first step."""
+        low, value, high = (
+            three_digits(float(forecast.at(np.array([1.0]), sigmas)[0])) for sigmas in (-QUANTILE_90, 0.0, QUANTILE_90)
+        )
+        return f"nothing is measured yet, laws say a critical batch of {value} sequences ({low}–{high})"
 
     def _noise_to_come(self, samples: int) -> Forecast | None:
         """The noise scale to be expected after so many sequences: the forecast is of φ = c · B_simple."""
@@ -234,7 +275,8 @@ class Planner:
         return Forecast(tokens=samples * self._seq_len, value=value, low=low, high=high)
 
     def _critical_batch(self, noise: NoiseScale) -> float | None:
-        """φ = c · B_simple where it was measured, sequences; None while that is unknown or has seen too little."""
+        """φ = c · B_simple where it was measured, with the c of the job file, sequences; None while that is unknown or
+        has seen too little."""
         value = noise.value
         if value is None or not 0 < value < math.inf or noise.samples < self.config.min_noise_samples:
             return None
@@ -268,9 +310,32 @@ class Planner:
             efficiency=None if critical_batch is None else statistical_efficiency(batch, critical_batch),
             goodput=score,
             gain=None if score is None or current_goodput is None else score / current_goodput - 1,
-            verdict=estimate.refusal,
+            verdict="" if estimate.can_run and not self.policy.needs_noise else estimate.refusal,
             peak_bytes=round(estimate.peak.expected_bytes),
         )
+
+    def _within_growth(
+        self, scores: list[CandidateScore], current: Configuration, samples_consumed: int
+    ) -> list[CandidateScore]:
+        """The candidates, those refused whose batch would grow by more than 2 for each doubling of the sequences since
+        the largest batch so far came up. φ is read high early in a run, and c is a guess until the run supports it."""
+        batch = current.global_batch
+        if batch > self._largest[0]:
+            since = (
+                samples_consumed if self._largest[0] else min(samples_consumed, self.config.min_noise_samples * batch)
+            )
+            self._largest = batch, max(since, 1)
+        if self._factor.is_supported:
+            return scores
+        batch, since = self._largest
+        limit = batch * samples_consumed / since
+        refusal = f"grows too fast: {limit:.0f} at most until the run has shown what c is"
+        return [
+            score.model_copy(update={"verdict": refusal})
+            if not score.verdict and score.configuration.global_batch > max(limit, batch)
+            else score
+            for score in scores
+        ]
 
     @staticmethod
     def _limited(score: CandidateScore, current: Configuration, limit: str) -> CandidateScore:
@@ -285,30 +350,32 @@ class Planner:
         mine: CandidateScore,
         estimates: dict[Configuration, CandidateEstimate],
         noise: NoiseScale,
-        critical_batch: float,
+        critical_batch: float | None,
         samples_consumed: int,
         step_norms: StepNorms | None,
     ) -> Situation:
-        """The decision as arrays of one run."""
-        assert noise.value is not None
+        """The decision as arrays of one run. What is not known is NaN, and a throughput 0: only policies that need
+        neither come so far."""
         to_next = decision_interval(samples_consumed, mine.configuration.global_batch, self.config.every_samples)
         errors = [0.0 if score is mine else estimates[score.configuration].error for score in eligible]
         return Situation(
             menu=Menu.of([score.configuration for score in eligible]),
-            samples_per_second=np.array([[score.samples_per_second for score in eligible]], float),
+            samples_per_second=np.array([[score.samples_per_second or 0.0 for score in eligible]]),
             throughput_error=np.array([errors]),
             unseen=np.array([[self._unseen(score.configuration) for score in eligible]]),
             current=np.array([eligible.index(mine)]),
-            noise_scale=np.array([noise.value]),
-            critical_batch=np.array([critical_batch]),
+            noise_scale=np.array([math.nan if noise.value is None else noise.value]),
+            critical_batch=np.array([math.nan if critical_batch is None else critical_batch]),
             forecast=self._forecast,
             samples_consumed=np.array([float(max(samples_consumed, 1))]),
-            samples_left=np.array([float(max(self._total_samples - samples_consumed, to_next))]),
+            samples_left=np.array([float(max(self.horizon.end(samples_consumed) - samples_consumed, to_next))]),
             samples_to_next=np.array([float(to_next)]),
             move_seconds=self.move_costs.seconds(),
             trial_allowance=np.array([self.trials.allowance]),
             objective=self.config.objective,
             number=self.number,
+            lr_decay=None if self._lr_decay is None else np.array([self._lr_decay(samples_consumed)]),
+            start_batch=np.array([float(self.predictor.start.global_batch)]),
             plug_in=np.array([plug_in_batch(step_norms, 1.0)]) if step_norms and step_norms.grad_sq > 0 else None,
         )
 
@@ -322,6 +389,9 @@ class Planner:
         """The candidates that could be chosen, with what became of them."""
         costs = situation.menu.move_seconds(situation.current, situation.move_seconds)[0]
         saved, savings = choice.saved_seconds, choice.savings
+        with np.errstate(divide="ignore", invalid="ignore"):  # a throughput of 0 is not known
+            seconds = situation.samples_left[0] / situation.samples_per_second[0]
+            equal_tokens = np.nan_to_num(seconds[situation.current[0]] - seconds, posinf=0.0, neginf=0.0)
         chosen = "WOULD BE CHOSEN" if self.config.advisory else "CHOSEN"
         judged = []
         for index, score in enumerate(eligible):
@@ -338,6 +408,7 @@ class Planner:
                 "verdict": verdict,
                 "move_seconds": float(costs[index]),
                 "saved_seconds": None if saved is None else float(saved[0, index]),
+                "saved_equal_tokens_seconds": float(equal_tokens[index] - costs[index]),
             }
             if savings is not None:
                 figures |= {
@@ -352,6 +423,9 @@ class Planner:
         """What a resumed job needs beside the number of the next decision, as plain values."""
         return {
             "forecast": self._forecast.state() | {"observed_at": self._observed_at},
+            "factor": self._factor.state(),
+            "largest": list(self._largest),
+            "evaluations": self.horizon.state(),
             "move_costs": self.move_costs.state(),
             "throughput": self.throughput.state(),
             "trials": self.trials.state(),
@@ -363,6 +437,9 @@ class Planner:
         self.move_costs.restore(state.get("move_costs", {}))
         self.throughput.restore(state.get("throughput", {}))
         self.trials.restore(state.get("trials", {}))
+        self._factor.restore(state.get("factor", {}))
+        self.horizon.restore(state.get("evaluations", []))
+        self._largest = tuple(state.get("largest", self._largest))
         if before_trial := state.get("before_trial"):
             self.before_trial = Configuration.model_validate(before_trial)
         if forecast := state.get("forecast"):

@@ -4,10 +4,10 @@ from typing import Protocol
 
 import numpy as np
 
-from planner.cbs import CriticalBatch
+from planner.cbs import CriticalBatch, CriticalBatchDoubling
 from planner.config import PlannerConfig
 from planner.norm_test import NormTest
-from planner.ramp import Ramp
+from planner.schedules import LateSwitch, Ramp, Seesaw
 from planner.situation import Choice, Situation
 from planner.switching import Goodput
 from planner.wording import percent
@@ -20,6 +20,10 @@ class Policy(Protocol):
     """As in `planner.policy` of the job file."""
     weighs_error: bool
     """Whether it looks at how well a throughput is known. One that does may try what the cost model alone knows of."""
+    needs_noise: bool
+    """Whether it waits for a noise scale. A schedule does not, nor for measured throughputs."""
+    picks_start: bool
+    """Whether it may begin in another configuration than that of the job file."""
 
     def choose(self, situation: Situation) -> Choice:
         """The candidate that each run uses from now on."""
@@ -36,6 +40,8 @@ class Static:
 
     name = "static"
     weighs_error = False
+    needs_noise = True
+    picks_start = False
 
     def choose(self, situation: Situation) -> Choice:
         """The current configuration."""
@@ -61,6 +67,8 @@ class Copus:
 
     name = "copus"
     weighs_error = False
+    needs_noise = True
+    picks_start = True
 
     def __init__(self, min_gain: float) -> None:
         self.min_gain = min_gain
@@ -115,3 +123,9 @@ def make_policy(config: PlannerConfig) -> Policy:
             return CriticalBatch(config.cbs_layout)
         case "ramp":
             return Ramp(config.ramp_start, config.ramp_increment, config.ramp_samples)
+        case "seesaw":
+            return Seesaw()
+        case "late-switch":
+            return LateSwitch(config.late_switch_at)
+        case "cbs-doubling":
+            return CriticalBatchDoubling()

@@ -44,6 +44,8 @@ class CandidateEstimate:
     """Memory of the fullest rank, as measured or else as the memory model expects."""
     refusal: str
     """Why it may not be chosen; empty if it may."""
+    can_run: bool
+    """Whether it neither failed nor is too large for the memory: a policy that needs no throughput may choose it."""
     peak_samples_per_second: float | None
     """Throughput at the accelerators' rated peak; None if no data sheet says it."""
 
@@ -167,7 +169,8 @@ class Predictor:
             error=error,
             source=prediction.source if prediction else "none",
             peak=peak,
-            refusal=self._refusal(configuration, prediction, peak, error),
+            refusal=self._failure(prediction, peak) or self._refusal(configuration, prediction, error),
+            can_run=not self._failure(prediction, peak),
             peak_samples_per_second=self._peak_samples_per_second,
         )
 
@@ -193,14 +196,14 @@ class Predictor:
     def _typical(self, configuration: Configuration) -> Configuration:
         return typical_configuration(self.config, configuration)
 
-    def _refusal(
-        self, configuration: Configuration, prediction: Prediction | None, peak: PeakMemory, error: float
-    ) -> str:
-        """Why it may not be chosen, whatever the noise scale; empty if it may."""
+    def _failure(self, prediction: Prediction | None, peak: PeakMemory) -> str:
+        """Why it cannot run; empty if it can."""
         if prediction and prediction.failure:
             return prediction.failure
-        if too_large := self.memory.refusal(peak, LIKELY):
-            return too_large
+        return self.memory.refusal(peak, LIKELY)
+
+    def _refusal(self, configuration: Configuration, prediction: Prediction | None, error: float) -> str:
+        """Why it may not be chosen although it can run, whatever the noise scale; empty if it may."""
         if prediction is None or prediction.step_seconds is None:
             return "not measured"
         spread = relative_spread(error)

@@ -49,6 +49,11 @@ class Situation:
     """tr Σ/|ḡ|² of the steps since the last decision, sequences, shape (R,); None where none was measured."""
     started: bool = True
     """False before the first step: then choosing costs nothing."""
+    lr_decay: Floats | None = None
+    """Learning rate that the schedule says now over its peak, for the reference batch, shape (R,); 1 during the
+    warm-up. None if there is no schedule."""
+    start_batch: Floats | None = None
+    """Global batch of the job file, sequences, shape (R,); None for the smallest that may be chosen."""
 
     def goodput(self, critical_batch: Floats) -> Floats:
         """Goodput of every candidate, shape (…, R, C), where φ has the shape (…, R)."""
@@ -66,10 +71,12 @@ class Situation:
         return self.menu.global_batch[self.current]
 
     def fastest(self, wanted: np.ndarray) -> Indices:
-        """The fastest candidate of those `wanted`, shape (R, C); of equals the smaller micro-batch. What runs, where
-        nothing is wanted."""
+        """The fastest candidate of those `wanted`, shape (R, C); of equals the one with the micro-batch nearest to what
+        runs, then the smaller. What runs, if nothing is wanted."""
         speed = np.where(wanted, self.samples_per_second, -np.inf)
-        ties = np.where(speed == speed.max(axis=1, keepdims=True), self.menu.micro_batch, np.iinfo(np.int64).max)
+        size = np.log2(self.menu.micro_batch.astype(float))
+        away = np.abs(size - size[self.current, None]) + 1e-6 * size
+        ties = np.where(speed == speed.max(axis=1, keepdims=True), away, np.inf)
         return np.where(wanted.any(axis=1), ties.argmin(axis=1), self.current)
 
     def same_layout(self) -> np.ndarray:

@@ -49,6 +49,8 @@ class Goodput:
 
     name = "goodput"
     weighs_error = True
+    needs_noise = True
+    picks_start = True
 
     def choose(self, situation: Situation) -> Choice:
         """The first step of the best plan, or no move."""
@@ -137,7 +139,17 @@ class Goodput:
         cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
         paid = f" net of the {duration(cost)} move" if cost else ""
         saved = duration(float(choice.saved_seconds[0, index]))
-        return f"goodput of {label} is {percent(gain)} above the current, which saves ≥ {saved}{paid}"
+        above = f"goodput of {label} is {percent(gain)} above the current"
+        said = f"{above}, which saves ≥ {saved}{paid} at equal loss"
+        batch, speed = situation.menu.global_batch, situation.samples_per_second[0]
+        if batch[index] == batch[here]:
+            return said
+        phi = situation.forecast.at(situation.samples_consumed)
+        worth = progress_per_sample(batch, phi, situation.objective)
+        sooner = float(situation.samples_left[0]) * (1 / speed[here] - 1 / speed[index]) - float(cost)
+        tokens = f"{duration(abs(sooner))} {'sooner' if sooner >= 0 else 'later'}"
+        learned = percent(float(worth[index] / worth[here]) - 1)
+        return f"{said}; at equal tokens {tokens} with {learned} of progress"
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Why this candidate was not chosen."""

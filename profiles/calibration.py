@@ -50,8 +50,9 @@ class Calibration(Record):
     """Batches left out because a loss was not finite."""
 
 
-def read_factor(path: Path) -> float:
-    """c from a calibration file. Raises ValueError, one line, where there is no such file or it has no c."""
+def read_factor(path: Path) -> tuple[float, float | None]:
+    """c from a calibration file, and how far the ends of its 90 % interval lie from it: the larger factor of the two;
+    None if one end is not known. Raises ValueError, one line, where there is no such file or it has no c."""
     try:
         path = path.expanduser()
         if path.exists() and not path.is_file():  # opening a pipe waits for a writer
@@ -65,4 +66,5 @@ def read_factor(path: Path) -> float:
     if found.critical_batch_factor is None:
         bound = "" if found.factor_low is None else f", only that it is above {found.factor_low:.3g}"
         raise ValueError(f"{path}: this calibration does not know c{bound}; give a number")
-    return found.critical_batch_factor
+    c, low, high = found.critical_batch_factor, found.factor_low, found.factor_high
+    return c, max(c / low, high / c) if low and high else None

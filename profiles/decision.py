@@ -37,14 +37,17 @@ class CandidateScore(Record):
     move_seconds: float | None = None
     """What moving to it is expected to cost; None where no move was thought of."""
     saved_seconds: float | None = None
-    """What moving to it surely saves until the end of the job, the move paid: the policy moves if it is positive. None
-    from policies that do not work it out."""
+    """What moving to it surely saves until the end of the job, at equal loss, the move paid: the policy moves if it is
+    positive. None from policies that do not work it out."""
     saved_low_seconds: float | None = None
     """What moving to it saves, the move paid, at the lower end of its 50 % interval."""
     saved_expected_seconds: float | None = None
     """The same as expected: what the policy ranks by."""
     saved_high_seconds: float | None = None
     """The same at the upper end."""
+    saved_equal_tokens_seconds: float | None = None
+    """What moving to it saves, and staying there, until as many tokens are trained on: another batch then leaves
+    another loss, as `efficiency` says. None if no move was thought of."""
 
 
 class Decision(Record):
@@ -61,7 +64,11 @@ class Decision(Record):
     noise: NoiseScale
     """The noise that it was based on."""
     critical_batch_factor: float
-    """c in φ = c · B_simple."""
+    """c in φ = c · B_simple, as the job file says and the run has taught."""
+    critical_batch_factor_low: float | None = None
+    """Lower end of its 90 % interval."""
+    critical_batch_factor_high: float | None = None
+    """Upper end."""
     critical_batch: float | None
     """φ in sequences; None while the noise is unknown."""
     current: Configuration

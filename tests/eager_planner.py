@@ -40,8 +40,10 @@ class EagerPlanner:
         """The real decision, but for what it chooses."""
         decision = self.real.decide(noise, current, samples_consumed, step_norms)
         known = self.throughput.predict(self._after)
-        if (known and known.failure) or self.trials.tried(self._after):
+        if known and known.failure:
             return decision
+        if self.trials.tried(self._after):
+            return decision.model_copy(update={"chosen": current})
         return decision.model_copy(update={"chosen": self._after, "trial": self._break_even is not None})
 
     def begin_trial(self, decision: Decision) -> Trial:

@@ -25,6 +25,7 @@ def tiny_job(
             "name": "tiny",
             "model": {**SHAPE, **(model or {})},
             "cluster": {"accelerators_per_node": accelerators},
+            "planner": {"policy": "copus", "start": "job"},
             "training": {**settings, "optimizer": {"weight_decay": 0.01}, "evaluate_sequences": 8, **training},
         }
     )

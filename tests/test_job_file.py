@@ -177,8 +177,8 @@ def test_the_padded_vocabulary_is_divided_not_the_given_one(tmp_path: Path) -> N
         ("training.decay=cubic", "training.decay: input should be 'constant', 'cosine' or 'linear', got 'cubic'"),
         ("launch.options={partition: long}", "launch.options: partition: unknown key"),
         ("planner.policy=best",
-            "planner.policy: input should be 'copus', 'goodput', "
-            "'static', 'norm-test', 'cbs' or 'ramp', got 'best'"),
+            "planner.policy: input should be 'goodput', 'copus', "
+            "'static', 'norm-test', 'cbs', 'cbs-doubling', 'ramp', 'seesaw' or 'late-switch', got 'best'"),
     ],
 )  # fmt: skip
 def test_unknown_keys_and_wrong_types(tmp_path: Path, override: str, message: str) -> None:

@@ -38,7 +38,7 @@ PLANNER = {
 def _job(**training: Any) -> JobConfig:
     settings = {"micro_batch": 1, "global_batch": 4, "tokens": 16 * 320, "evaluate_every_tokens": 16 * 80}
     settings |= {"lr": 3e-3, "min_lr": 3e-4, **training}
-    job = tiny_job(2, {"tp": 2}, **settings)
+    job = tiny_job(2, **{"layout": {"tp": 2}, **settings})
     return job.model_copy(update={"planner": job.planner.model_copy(update=PLANNER)})
 
 
@@ -141,6 +141,21 @@ def test_our_rule_moves_a_job_and_learns_what_that_costs(tmp_path: Path) -> None
     expected = float(np.median(layouts)) if layouts else 10.0
     cheaper = max((event.seconds for event in moves if event.rung != "layout"), default=0.0)
     assert all(cost is None or expected <= cost <= max(expected, cheaper) for cost in paid)
+
+
+@pytest.mark.dist
+def test_a_run_begins_where_the_policy_says(tmp_path: Path) -> None:
+    """The job file says a batch of 32, which laws of critical batches find too large for so short a job."""
+    job = _job(tokens=16 * 64, global_batch=32, layout={"dp": 2})
+    job = job.model_copy(update={"planner": job.planner.model_copy(update={"start": "plan"})})
+    events = run_ranks(2, _train, tmp_path, job, "goodput")[0]
+    first = next(event for event in events if isinstance(event, DecisionMade))
+    assert first.samples_consumed == 0
+    move = next(event for event in events if isinstance(event, Reconfigure))
+    assert (move.step, move.after, move.trial) == (0, first.decision.chosen, False)
+    steps = [event for event in events if isinstance(event, Step)]
+    assert steps[0].global_batch == move.after.global_batch < 32
+    assert steps[0].beta2 == pytest.approx(0.95 ** (steps[0].global_batch / 32)), "for the batch of the job file"
 
 
 @pytest.mark.dist

@@ -24,7 +24,9 @@ HERE = Fingerprint(model=MODEL.digest, precision="fp32", backend="b", hardware="
 CLUSTER = Cluster(accelerators_per_node=2)
 DP2, TP2 = Layout(dp=2), Layout(tp=2)
 START = Configuration(layout=DP2, micro_batch=1, global_batch=4)
-CONFIG = PlannerConfig(min_global_batch=1, max_global_batch=16, max_micro_batch=2, layouts=[DP2, TP2])
+CONFIG = PlannerConfig(
+    policy="copus", start="job", min_global_batch=1, max_global_batch=16, max_micro_batch=2, layouts=[DP2, TP2]
+)
 
 
 def config(**changes):
@@ -49,8 +51,9 @@ def row(configuration, step_seconds=None, failure=None):
     )
 
 
-def deciding(throughput, start=START, number=0, **changes):
-    """A planner that knows these step times."""
+def deciding(throughput, start=START, number=0, start_at="job", **changes):
+    """A planner that knows these step times; `start_at` is `planner.start`."""
+    changes["start"] = start_at
     return Planner(Predictor(config(**changes), MODEL, CLUSTER, "fp32", start, throughput), number)
 
 

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from policy_situations import situation_of
 from test_planner_decision import CONFIG, DP2, START, TP2, noise, of, planner
 
-from planner.cbs import CriticalBatch
+from planner.cbs import CriticalBatch, CriticalBatchDoubling
 from planner.config import PlannerConfig
+from planner.forecast import CriticalBatchForecast
 from planner.policy import Copus, make_policy
-from planner.ramp import Ramp
+from planner.schedules import LateSwitch, Ramp, Seesaw
 from planner.situation import Choice
 from planner.switching import Goodput, worth_trying
 from profiles.configuration import Configuration
@@ -190,7 +191,72 @@ def test_the_ramp_is_a_schedule(samples: float, batch: int):
     assert chosen(Ramp(2, 2, None), now) == of(DP2, 1, batch)
 
 
-@pytest.mark.parametrize("name", ["static", "ramp", "norm-test", "cbs", "copus", "goodput"])
+@pytest.mark.parametrize(("decay", "batch"), [(None, 8), (1.0, 8), (0.6, 8), (0.5, 16), (0.2, 32), (0.01, 64)])
+def test_seesaw_doubles_the_batch_whenever_the_learning_rate_halves(decay, batch: int):
+    now = situation_of(TABLE, of(DP2, 1, 2), 1.0)
+    now = replace(now, start_batch=np.array([8.0]), lr_decay=None if decay is None else np.array([decay]))
+    assert chosen(Seesaw(), now) == of(DP2, 1, batch)
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(1.0, 4), (60_000.0, 4), (71_000.0, 64)])
+def test_late_switch_grows_once(samples: float, batch: int):
+    now = replace(situation_of(TABLE, of(DP2, 1, 4), 1.0, samples=samples), start_batch=np.array([4.0]))
+    assert chosen(LateSwitch(0.7), now) == of(DP2, 1, batch)
+
+
+@pytest.mark.parametrize(("phi", "batch"), [(4.0, 8), (15.9, 8), (16.0, 16), (1000.0, 16)])
+def test_cbs_doubling_doubles_once_at_a_time_and_never_shrinks(phi: float, batch: int):
+    assert chosen(CriticalBatchDoubling(), situation_of(TABLE, of(DP2, 1, 8), phi)) == of(DP2, 1, batch)
+
+
+@pytest.mark.parametrize("name", ["ramp", "seesaw", "late-switch"])
+def test_a_schedule_waits_for_neither_noise_nor_measurements_and_begins_at_its_start(name: str):
+    unknown = {"policy": name, "start_at": "plan", "ramp_start": 2, "ramp_samples": 1000}
+    decider = planner({}, start=of(DP2, 2, 8), **unknown)
+    first = decider.decide(noise(None, samples=0), of(DP2, 2, 8), 0)
+    assert first.chosen.global_batch == {"ramp": 2, "seesaw": 8, "late-switch": 8}[name]
+    assert first.chosen.layout == DP2
+    later = decider.decide(noise(None, samples=0), first.chosen, 1000)
+    assert later.chosen.global_batch == (16 if name == "ramp" else 8)
+    assert later.chosen.micro_batch == first.chosen.micro_batch, "the nearest, as nothing is known of their speed"
+
+
+def test_a_schedule_does_not_run_what_ran_out_of_memory():
+    times = {of(DP2, 1, 16): "out of memory", of(DP2, 2, 16): "out of memory"}
+    decider = planner(times, start=of(DP2, 1, 8), policy="ramp", ramp_start=2, ramp_samples=100)
+    assert decider.decide(noise(None), of(DP2, 1, 8), 900).chosen.global_batch == 8
+
+
+FASTEST_SMALL = {of(TP2, 1, 2): 0.1, of(TP2, 1, 4): 0.15, of(DP2, 1, 8): 2.0, of(DP2, 1, 4): 1.0, of(TP2, 1, 16): 0.8}
+
+
+def test_a_job_begins_where_the_policy_says_unless_it_pins_its_start():
+    """Nothing is measured yet: laws of critical batches stand in for the noise scale."""
+    now = noise(None, samples=0), START, 0
+    free = planner(FASTEST_SMALL, policy="goodput", start_at="plan").decide(*now)
+    assert free.switch
+    assert free.chosen.layout == TP2
+    assert free.reason.startswith("nothing is measured yet, laws say a critical batch of ")
+    for pinned in (
+        planner(FASTEST_SMALL, policy="goodput", start_at="job"),
+        planner(FASTEST_SMALL, policy="static", start_at="plan"),
+        planner(FASTEST_SMALL, policy="norm-test", start_at="plan"),
+    ):
+        assert not pinned.decide(*now).switch
+    unmeasured = planner({}, policy="goodput", start_at="plan").decide(*now)
+    assert not unmeasured.switch, "nothing is known of any configuration"
+
+
+def test_a_longer_job_is_expected_to_have_a_larger_critical_batch():
+    short, long = (CriticalBatchForecast.of_laws(samples, 512) for samples in (1e4, 1e8))
+    ends = [float(law.at(np.array([total]))[0]) for law, total in ((short, 1e4), (long, 1e8))]
+    assert 1 < ends[0] < 100 < ends[1] < 10_000
+    assert float(short.at(np.array([1.0]))[0]) == pytest.approx(ends[0] / 4.6, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["static", "ramp", "seesaw", "late-switch", "norm-test", "cbs", "cbs-doubling", "copus", "goodput"]
+)
 def test_every_policy_decides_through_the_planner(name: str):
     times = {of(layout, m, b): 0.1 * b for layout in (DP2, TP2) for m in (1, 2) for b in (4, 8, 16)}
     decider = planner(times, policy=name, ramp_start=4)
