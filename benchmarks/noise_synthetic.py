@@ -1,13 +1,17 @@
-"""The noise estimate on gradients whose |G|² and tr Σ are known."""
+"""Gradients whose |G|² and tr Σ are known, and the noise estimate on them."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from copus.backends.base import Parts, StepResult
 from copus.noise.estimator import NoiseEstimator
 from copus.noise.memory import Clock
+from copus.noise.sources import REPLICA, split
 from copus.noise.step_estimate import StepEstimate
-from planner.sampling import HalfLife
+from planner.sampling import HalfLife, executed_configuration
+from profiles.configuration import Configuration
 
 DIMENSIONS = 64
 NOISE_SCALE = 10.0
@@ -17,11 +21,60 @@ SHAPES = ((2, 1), (2, 8), (4, 4), (8, 2), (32, 1), (2, 32))
 """(J, n): parts of a step, sequences in a part."""
 
 
-def problem() -> tuple[np.ndarray, np.ndarray]:
-    """G, and the standard deviation of each coordinate of a sequence's gradient: unequal, as in a network (∝ k^−¼)."""
-    gradient = np.random.default_rng(0).normal(size=DIMENSIONS)
-    variance = np.arange(1, DIMENSIONS + 1) ** -0.5
-    return gradient / np.linalg.norm(gradient), np.sqrt(variance * NOISE_SCALE / variance.sum())
+NORM_LAYERS = 0.6
+"""Noise scale of the norm layers over that of the whole gradient: 1/κ."""
+
+
+@cache
+def _shape(dimensions: int) -> tuple[np.ndarray, np.ndarray]:
+    """G with |G|² = 1, and the share of each coordinate in tr Σ: unequal, as in a network (∝ k^−½)."""
+    gradient = np.random.default_rng(0).normal(size=dimensions)
+    variance = np.arange(1, dimensions + 1) ** -0.5
+    return gradient / np.linalg.norm(gradient), variance / variance.sum()
+
+
+def problem(noise_scale: float = NOISE_SCALE, dimensions: int = DIMENSIONS) -> tuple[np.ndarray, np.ndarray]:
+    """G, and the standard deviation of each coordinate of a sequence's gradient."""
+    gradient, share = _shape(dimensions)
+    return gradient, np.sqrt(noise_scale * share)
+
+
+class SyntheticSteps:
+    """Steps as a backend would report them, on normal gradients of known noise and |G|² = 1.
+
+    The gradients of parts are not drawn. For normal noise the mean over the step's b sequences, ḡ ~ N(G, Σ/b), and the
+    scatter of the parts around it are independent, and in coordinate k that scatter, Σ_j (g_jk − ḡ_k)², is σ_k²/n times
+    a χ² of J − 1 degrees. The norm layers are another such gradient, independent of the whole.
+    """
+
+    def __init__(self, rng: np.random.Generator, dimensions: int = DIMENSIONS) -> None:
+        """More `dimensions` make sharper estimates: those of tr Σ scatter by √(2 / their effective number)."""
+        self._rng = rng
+        self._dimensions = dimensions
+
+    def step(self, configuration: Configuration, source: str | None, noise_scale: float) -> StepResult:
+        """A step of a configuration, measured from a source of `copus.noise.sources`."""
+        full, norm_layers = split(source)
+        run = executed_configuration(configuration, source)
+        parts = run.layout.dp if full == REPLICA else run.parts
+        return StepResult(
+            loss=1.0,
+            grad_sq=1.0,
+            parts=self._parts(noise_scale, parts, run.global_batch // parts) if full else None,
+            norm_layer_parts=self._parts(NORM_LAYERS * noise_scale, run.global_batch, 1) if norm_layers else None,
+            skipped=False,
+            stop=False,
+        )
+
+    def _parts(self, noise_scale: float, count: int, size: int) -> Parts | None:
+        """None for a single part, which says nothing."""
+        if count < 2:
+            return None
+        gradient, deviation = problem(noise_scale, self._dimensions)
+        mean = gradient + deviation / (count * size) ** 0.5 * self._rng.standard_normal(self._dimensions)
+        scatter = float(deviation**2 @ self._rng.chisquare(count - 1, self._dimensions)) / size / count
+        mean_sq = float(mean @ mean)
+        return Parts(np.full(count, mean_sq + scatter), size, mean_sq)
 
 
 def measure(parts: int, part_size: int, repetitions: int) -> dict[str, Any]:

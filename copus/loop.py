@@ -21,7 +21,7 @@ from copus.noise.step_estimate import estimate_step
 from copus.saver import Saver
 from copus.schedule import rules_at
 from planner.planner import Planner, decision_is_due
-from planner.sampling import half_life, source_of_step
+from planner.sampling import first_known_step, half_life, source_of_step
 from profiles.configuration import Configuration
 
 EndReason = Literal["finished", "interrupted", "max_minutes", "target_loss", "diverged"]
@@ -91,7 +91,7 @@ class Trainer:
                 break
             reached = self._passed(before, job.training.evaluate_every_tokens) and self._evaluate()
             # What falls due is done before anything is saved or stopped: a resumed run cannot catch up on it.
-            if decision_is_due(before, state.samples_consumed, configuration.global_batch, job.planner.every_samples):
+            if self._decision_is_due(before, configuration):
                 self._moves.decide(self._noise.estimate(), self._norms.take())
             if stopped:
                 reason = broadcast_from_rank0("max_minutes" if overtime else "interrupted")
@@ -120,6 +120,14 @@ class Trainer:
     def _end_diverged(self) -> None:
         """Keep the checkpoints from before, and tell the user what to do."""
         self._divergence.explain(self._saver.set_diverged_aside())
+
+    def _decision_is_due(self, samples_before: int, configuration: Configuration) -> bool:
+        """Whether the planner is to be asked after the last step: at its intervals, and once as soon as the noise scale
+        may be known."""
+        settings, state = self._job.planner, self.state
+        samples = state.samples_consumed
+        known_now = samples > samples_before and state.step == first_known_step(settings)
+        return known_now or decision_is_due(samples_before, samples, configuration.global_batch, settings.every_samples)
 
     def _is_overtime(self, started: float) -> bool:
         """Whether the time of the job file is up. Rank 0's clock decides: the others never ask to stop for it."""

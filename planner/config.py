@@ -109,6 +109,11 @@ class PlannerConfig(Record):
     model allows, with tensor parallel ranks within a node, every recomputation, and every number of chunks a stage."""
 
     @property
+    def needs_noise_scale(self) -> bool:
+        """Whether the policy decides from the noise scale."""
+        return self.policy not in ("static", "ramp")
+
+    @property
     def keeps_layout(self) -> bool:
         """Whether the policy never leaves the layout that the job starts with."""
         if self.policy == "cbs":

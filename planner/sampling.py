@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from planner.config import PlannerConfig
+from planner.space import noise_measurable
 from profiles.configuration import Configuration
 
 SHARE_OF_JOB = 0.02
@@ -35,6 +36,43 @@ def half_life(settings: PlannerConfig, total_samples: int, seq_len: int) -> Half
     if settings.noise_half_life_tokens is None:
         return HalfLife(SHARE_OF_JOB * total_samples, STEPS)
     return HalfLife(settings.noise_half_life_tokens / seq_len, FEWEST_STEPS)
+
+
+def check_measurable(settings: PlannerConfig, start: Configuration) -> None:
+    """Raise ValueError if the policy needs the noise scale, and no step of the first configuration can show any."""
+    if not settings.needs_noise_scale or noise_measurable(start, settings.noise_source):
+        return
+    if settings.noise_source == "replica":
+        why = f"noise_source(replica) compares data parallel replicas, and training.layout.dp is {start.layout.dp}"
+        remedy = "another noise_source"
+    else:
+        why = (
+            f"the noise scale is measured from parts of a step, and a step of {start.global_batch} is one micro-batch "
+            f"on one replica, training.micro_batch({start.micro_batch}), which is not even and cannot be halved"
+        )
+        remedy = "a larger training.global_batch"
+    raise ValueError(
+        f"{why}: policy({settings.policy}) would never know enough to decide; set {remedy}, or policy: static"
+    )
+
+
+def too_short(settings: PlannerConfig, start: Configuration, total_samples: int) -> str | None:
+    """Why a job of so many sequences ends before the first decision that knows the noise scale, in one line; None if
+    it does not, or if the policy does not need it."""
+    steps = first_known_step(settings)
+    needed = steps * start.global_batch
+    if not settings.needs_noise_scale or needed < total_samples:
+        return None
+    return (
+        f"planner: nothing will be decided: the noise scale is known after {steps} steps × training.global_batch"
+        f"({start.global_batch}) = {needed} sequences, and the job has {total_samples}"
+    )
+
+
+def first_known_step(settings: PlannerConfig) -> int:
+    """Steps of a run after which the noise scale may be known: the first ones are all measured, but nothing can be
+    divided by Adam's √v̂ before its first step."""
+    return settings.min_noise_samples + (settings.noise_metric == "adam")
 
 
 def source_of_step(settings: PlannerConfig, configuration: Configuration, step: int) -> str | None:

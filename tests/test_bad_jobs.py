@@ -120,6 +120,16 @@ ARITHMETIC = [
         "planner: global batches from 33 to 63, multiples of batch_multiple(1)",
         ("planner={min_global_batch: 33, max_global_batch: 63}",),
     ),
+    Bad(
+        "replicas to compare, and only one",
+        "planner: noise_source(replica) compares data parallel replicas, and training.layout.dp is 1",
+        ("planner.noise_source=replica",),
+    ),
+    Bad(
+        "steps of one sequence, whose noise cannot be seen",
+        "training.micro_batch(1), which is not even and cannot be halved: policy(copus) would never know",
+        ("training.global_batch=1", "planner.policy=copus"),
+    ),
     Bad("limits in the wrong order", "min_global_batch(2048) is larger than", ("planner.min_global_batch=2048",)),
     Bad(
         "no accelerator",
@@ -392,6 +402,24 @@ def test_a_bad_job_is_refused_in_one_line(bad: Bad, folder: Path, capfd: pytest.
     assert code == 2, (output, errors)
     check_line(errors, output, bad.words)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("tokens", "policy", "warned"),
+    [(5120, "copus", True), (5120 + 32, "copus", False), (5120, "static", False), (5120, "ramp", False)],
+)
+def test_a_job_that_ends_before_the_noise_scale_is_known_is_warned_of(
+    tokens: int, policy: str, warned: bool, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = [f"training.tokens={tokens}", f"planner.policy={policy}", "training.global_batch=8"]
+    arguments = [part for change in changes for part in ("--set", change)]
+    assert copus_here("submit", "job.yaml", "--dry-run", *arguments) == 0
+    errors = capfd.readouterr().err
+    words = (
+        "copus: warning: planner: nothing will be decided: the noise scale is known after 20 steps × "
+        "training.global_batch(8) = 160 sequences, and the job has 160\n"
+    )
+    assert errors == (words if warned else "")
 
 
 @pytest.mark.parametrize("command", ["plan", "data", "profile", "simulate"])

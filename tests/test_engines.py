@@ -15,7 +15,7 @@ from test_launch_submit import LONG, steps_seen, submitted, wait_for, worker_is_
 
 from copus.events import REQUEUED, End, read_events
 from copus.job import JobError, load_job
-from launch.engines import LocalEngine, engine_of, engine_state
+from launch.engines import LocalEngine, engine_of, engine_state, this_machine
 from launch.engines.agent import agent_environment
 from launch.engines.base import EngineOptions, EngineState, QueuedEngine
 from launch.engines.log_files import lines_of
@@ -203,8 +203,28 @@ def test_nccl_may_be_told_a_prefix_a_whole_name_or_what_to_leave_out() -> None:
 
 def test_a_gpu_job_is_refused_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = load_job(write_job(tmp_path), ["cluster.accelerator=h100-sxm"])
+    monkeypatch.setattr("launch.engines.this_machine._nvidia_gpus", lambda visible: None)
     monkeypatch.setattr("launch.engines.this_machine._has_gpu", lambda: False)
     with pytest.raises(JobError, match=r"cluster\.accelerator\(h100-sxm\): this machine has no GPU"):
         LocalEngine().check(job)
     monkeypatch.setattr("launch.engines.this_machine._has_gpu", lambda: True)
+    LocalEngine().check(job)
+
+
+def test_more_ranks_than_visible_gpus_are_refused_before_a_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load_job(write_job(tmp_path), ["cluster.accelerator=h100-sxm"])  # on 2 GPUs
+    devices = [Path(f"/dev/nvidia{number}") for number in range(8)]
+    monkeypatch.setattr(this_machine, "_has_gpu", lambda: True)
+    monkeypatch.setattr(this_machine.Path, "glob", lambda folder, pattern: iter(devices))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    LocalEngine().check(job)
+    for visible in ("3", "", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(
+            JobError, match=r"accelerators_per_node\(2\) is more than the \d GPUs that this machine shows"
+        ):
+            LocalEngine().check(job)
+    monkeypatch.setenv(this_machine.SHARING, "1")
     LocalEngine().check(job)

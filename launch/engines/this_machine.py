@@ -10,12 +10,14 @@ from planner.wording import three_digits
 
 RANKS_PER_CORE = 8
 """More ranks than this for each core of the machine are a mistake."""
+SHARING = "NCCL_MULTI_RANK_GPU_ENABLE"
+"""NCCL's own switch, as in `copus.devices`, which imports torch."""
 GIB = 2**30
 
 
 def check_this_machine(job: JobConfig) -> None:
-    """Raise JobError for more ranks than it can take, for GPUs where it has none, and, where the ranks share the
-    machine's memory, for a larger model than it can hold."""
+    """Raise JobError for more ranks than it can take, for more GPUs than it has, and, if the ranks share the machine's
+    memory, for a larger model than it can hold."""
     cores = os.cpu_count() or 1
     ranks = job.cluster.accelerators_per_node
     if ranks > RANKS_PER_CORE * cores:
@@ -28,6 +30,12 @@ def check_this_machine(job: JobConfig) -> None:
             raise JobError(
                 f"cluster.accelerator({job.cluster.accelerator}): this machine has no GPU; `cpu` is what runs on its "
                 "cores"
+            )
+        gpus = _nvidia_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if gpus is not None and gpus < ranks and os.environ.get(SHARING) != "1":
+            raise JobError(
+                f"cluster.accelerators_per_node({ranks}) is more than the {gpus} GPUs that this machine shows "
+                f"(CUDA_VISIBLE_DEVICES counts; {SHARING}=1 lets ranks share them)"
             )
         return
     memory, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), least_bytes(job)
@@ -64,6 +72,15 @@ def _no_interface(variable: str, named: str, missing: str, have: list[str]) -> s
 def _has_gpu() -> bool:
     """Whether the system knows of one, NVIDIA's, AMD's or Windows' own. Asking torch takes seconds."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path(place).exists() for place in ("/dev/kfd", "/dev/dxg"))
+
+
+def _nvidia_gpus(visible: str | None) -> int | None:
+    """NVIDIA's GPUs that processes see, with CUDA_VISIBLE_DEVICES as it is (None: not set). None if there are none of
+    that make: other makers' devices are not counted here."""
+    devices = sum(1 for _ in Path("/dev").glob("nvidia[0-9]*"))
+    if not devices:
+        return None
+    return devices if visible is None else sum(name.strip() not in ("", "-1") for name in visible.split(","))
 
 
 def least_bytes(job: JobConfig) -> int:
