@@ -102,30 +102,29 @@ class Contender:
     """Over the job file and the workload."""
 
 
-def contenders(fastest: dict[int, Configuration]) -> list[Contender]:
-    """Every way; `fastest` has the fastest configuration of each fixed batch, in ascending order.
+def contenders(fastest: dict[int, Configuration], table: Path) -> list[Contender]:
+    """Every way; `fastest` has the fastest configuration of each fixed batch, in ascending order, as `table` has it.
 
-    The fixed ones, and the schedules that keep one layout, are told what is fastest: measuring costs them nothing. The
-    ramp is that of hindsight too: over half of the run, from half of the smallest fixed batch to the largest one.
+    The fixed ones, and the schedules, which keep one layout, are told what is fastest: measuring costs them nothing.
+    The ramp is that of hindsight too: over half of the run, from half of the smallest fixed batch to the largest one.
+    Seesaw begins with the smallest.
     """
-    told: Settings = {"profile.when": "never"}
+    told: Settings = {"profile.when": "never", "planner.start": "job"}
     fixed = [
         Contender(f"static-{batch}", {**told, "planner.policy": "static", **_settings(configuration)})
         for batch, configuration in fastest.items()
     ]
     smallest, largest = min(fastest), max(fastest)
-    first = fastest[smallest]
-    begin = max(smallest // 2, first.layout.dp)
-    ramp = {
-        **told,
-        "planner.policy": "ramp",
-        **_settings(first.model_copy(update={"global_batch": begin, "micro_batch": begin // first.layout.dp})),
-        "planner.ramp_start": begin,
-        "planner.ramp_increment": begin,
-        "planner.max_global_batch": largest,
-    }
+    layout = list(fastest.values())[len(fastest) // 2].layout
+    schedules = []
+    for name, first in (("ramp", max(smallest // 2, layout.dp)), ("seesaw", smallest)):
+        start = Configuration(layout=layout, micro_batch=first // layout.dp, global_batch=first)
+        own = {"planner.ramp_start": first, "planner.ramp_increment": first, "planner.max_global_batch": largest}
+        own = own if name == "ramp" else {}
+        settings = {**told, "planner.policy": name, **_settings(start), **own, "profile.table": table}
+        schedules.append(Contender(name, settings))
     policies = [Contender(name, settings) for name, settings in {**ADAPTIVE, **FURTHER}.items()]
-    return [*fixed, Contender("ramp", ramp), *policies]
+    return [*fixed, *schedules, *policies]
 
 
 def _settings(configuration: Configuration) -> Settings:
@@ -185,11 +184,11 @@ def train(contender: Contender, cell: Cell, seed: int, scale: float, options: ar
     table.unlink(missing_ok=True)  # of a run that was stopped
     settings = {
         **cell.settings(seed, scale),
-        **contender.settings,
         "name": name,
         "training.seed": seed,
         "profile.table": table,
         "launch.runs": out / "runs",
+        **contender.settings,
     }
     with busy_neighbour(seed) if cell.neighbour == "busy" else nullcontext():
         said = _copus("submit", str(options.job), "--json", *_set(settings), *_plain(options.set))
@@ -319,7 +318,7 @@ def _field(name: str, options: argparse.Namespace, console: Console) -> list[Con
     fastest = fastest_of(options.job, {**WORKLOADS[name].settings, **overrides}, batches, out)
     for batch, configuration in fastest.items():
         console.print(f"{name}: fastest at a global batch of {batch}: {configuration.label}")
-    every = contenders(fastest)
+    every = contenders(fastest, out / "throughput.jsonl")
     return [one for one in every if (one.name in options.only if options.only else one.name not in FURTHER)]
 
 

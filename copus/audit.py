@@ -25,7 +25,7 @@ from copus.events import (
 )
 from planner.config import PlannerConfig
 from planner.forecast import log_error
-from planner.hindsight import FEWEST_STEPS, PastRun, PredictedTime, look_back
+from planner.hindsight import FACTOR_ERROR, FEWEST_STEPS, PastRun, PredictedTime, look_back
 from planner.menu import RUNGS, Floats, Rung, rung_of
 from profiles.audit import Audit, PredictionCheck
 from profiles.configuration import Configuration
@@ -132,6 +132,14 @@ def _checked(outcomes: Sequence[Outcome]) -> PredictionCheck:
         spread = math.log1p((score.step_seconds_spread or 0.0) / score.step_seconds)
         held.append(abs(math.log(seen / score.step_seconds)) <= spread)
     return PredictionCheck(count=len(outcomes), mape_pct=100 * mean(misses), coverage_pct=100 * mean(held))
+
+
+def _factor_error(decision: Decision | None) -> float:
+    """Standard error of log c, by what the run had learned of it in the end."""
+    if decision is None or decision.critical_batch_factor_low is None or decision.critical_batch_factor_high is None:
+        return FACTOR_ERROR
+    factor = decision.critical_batch_factor
+    return log_error(factor, decision.critical_batch_factor_low, decision.critical_batch_factor_high)
 
 
 class _Course:
@@ -246,6 +254,7 @@ class _Course:
             noise_log=noise[:, 1],
             noise_error=noise[:, 2],
             factor=decision.critical_batch_factor if decision else PlannerConfig().critical_batch_factor,
+            factor_error=_factor_error(decision),
             objective=decision.objective if decision else "plain",
             lost_seconds=self._lost,
             move_seconds=self._move_seconds(),

@@ -24,7 +24,7 @@ DRAWS = 400
 NOISE_MEMORY = 0.05
 """Share of the run over which errors of the noise scale are alike: it is a moving average."""
 FACTOR_ERROR = math.log(2.6) / QUANTILE_90
-"""Standard error of log c unless the run learned more: a factor of 2.6 either way holds 90 %."""
+"""Standard error of log c in runs that do not say it: a factor of 2.6 either way holds 90 %."""
 FEWEST_STEPS = 3
 """Settled steps that a configuration's time is taken from; with fewer the planner's prediction stands in."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import time_to_target
 from benchmarks.neighbour_worker import busy_neighbour
-from benchmarks.time_to_target import DECAYS, WORKLOADS, Cell, fastest_of, without_evaluations
+from benchmarks.time_to_target import DECAYS, WORKLOADS, Cell, contenders, fastest_of, without_evaluations
 from benchmarks.time_to_target_gains import at_equal_loss, crossing, gains, loss_slope
 from copus.events import Evaluate
 from copus.job import load_job
@@ -108,6 +108,20 @@ def test_the_neighbour_goes_when_the_run_has_ended() -> None:
     with busy_neighbour(1) as process:
         assert process.poll() is None
     assert process.poll() is not None
+
+
+def test_every_contender_is_a_job_and_schedules_are_told_what_is_fast(tmp_path: Path) -> None:
+    fastest = {4: Configuration(layout=Layout(tp=2), micro_batch=4, global_batch=4)}
+    fastest |= {batch: Configuration(layout=Layout(dp=2), micro_batch=4, global_batch=batch) for batch in (8, 16)}
+    table = tmp_path / "throughput.jsonl"
+    by_name = {one.name: one.settings for one in contenders(fastest, table)}
+    assert list(by_name)[:7] == ["static-4", "static-8", "static-16", "ramp", "seesaw", "goodput", "copus"]
+    for name, settings in by_name.items():
+        job = load_job(time_to_target.JOB, [f"{key}={value}" for key, value in settings.items()])
+        assert job.planner.policy == name.split("-")[0]
+        assert (job.profile.table == table) == (name in ("ramp", "seesaw"))
+    ramp = by_name["ramp"]
+    assert (ramp["training.global_batch"], ramp["planner.max_global_batch"]) == (2, 16)
 
 
 def test_cells_differ_in_decay_length_and_target() -> None:
