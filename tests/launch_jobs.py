@@ -52,7 +52,7 @@ def prepare_fake(job: JobConfig) -> Path:
     making = data_folder(job) / ".making"
     making.mkdir(parents=True)
     for name in FILES:
-        (making / name).write_text(f"{name} of {job.data.source}")
+        (making / name).write_text(f"{name} of {input_key(job)}")
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         files=describe(making, FILES),

@@ -132,6 +132,25 @@ def test_an_interrupted_index_is_not_trusted(prepared, tmp_path, monkeypatch):
     assert torch.equal(tokens, _reader(prepared, 74).batch(0, 74)[0])
 
 
+@pytest.mark.parametrize("damage", ["cut", "overwritten", "a file gone", "no manifest"])
+def test_a_damaged_index_is_made_again(prepared, tmp_path, damage):
+    """Also one of the right size: it would be another order of the samples, and nobody would know."""
+    expected, _ = _reader(prepared, 74, cache=tmp_path).batch(0, 74)
+    [shuffle] = tmp_path.rglob("0/*shuffle_index.npy")
+    content = shuffle.read_bytes()
+    if damage == "cut":
+        shuffle.write_bytes(content[:-4])
+    elif damage == "overwritten":
+        order = np.load(shuffle)
+        np.save(shuffle, np.roll(order, 1))
+        assert shuffle.stat().st_size == len(content)
+    else:
+        (shuffle if damage == "a file gone" else shuffle.with_name("manifest.json")).unlink()
+    tokens, _ = _reader(prepared, 74, cache=tmp_path).batch(0, 74)
+    assert torch.equal(tokens, expected)
+    assert shuffle.read_bytes() == content
+
+
 def test_reads_what_prepare_wrote(tmp_path):
     corpus = write_works(tmp_path / "text", **{f"work{seed}": prose(seed) for seed in range(4)})
     job = make_job(tmp_path / "cache", {"source": [str(corpus)], "held_out": ["work1"]})
