@@ -157,7 +157,7 @@ def test_prepared_data_may_move_to_another_cache(folder: Path) -> None:
 def test_a_checkpoint_of_other_data_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As when somebody copies one from another run."""
     checkpoint = folder / "runs/small" / FOLDER / "samples-000000000012"
-    checkpoint.mkdir()
+    checkpoint.mkdir(exist_ok=True)
     values = {"state": {"samples_consumed": 12, "data": "0123456789abcdef"}}
     (checkpoint / "trainer.json").write_text(json.dumps(values))
     line = refused(capfd)
