@@ -33,7 +33,7 @@ def write_resume_request(run: Path, request: ResumeRequest) -> None:
 
 def nothing_to_resume(run: Path, flaws: list[str]) -> JobError:
     """The error for a run that had checkpoints, of which none verifies; `flaws` says of each why."""
-    why = "; ".join(flaws) or "they are gone"
+    why = "; ".join(flaw.removesuffix(": skipped") for flaw in flaws) or "they are gone"
     return JobError(
         f"{run}: none of its checkpoints verifies ({why}). To train again from the first step: `copus submit --resume` "
         "with --allow-from-scratch"

@@ -92,7 +92,8 @@ class Progress:
     def _tells(self, event: Event) -> bool:
         """Whether an event gets a line that stays; of fatal failures only the first, the others follow from it."""
         if isinstance(event, Failure):
-            return not event.fatal or event is self._status.failure
+            # What the user has to fix is the command's own last line.
+            return not event.fatal or (event is self._status.failure and not event.user_error)
         if isinstance(event, Branch | Profile | Evaluate):  # the panel shows these
             return not self._live
         if isinstance(event, Reconfigure):  # what a trial was for is said when it ends

@@ -348,6 +348,7 @@ def test_what_the_user_has_to_fix_is_one_line_and_leaves_no_run(tmp_path: Path, 
     result = copus("submit", "job.yaml", worker=["--user-error-at", "0"])
     assert result.returncode == 2
     assert result.stderr == "copus: training.lr(0): too little\n"
+    assert "too little" not in result.stdout
     assert not (tmp_path / "runs" / "small").exists()
 
 
