@@ -7,6 +7,9 @@ CONSTRAINTS ?= constraints.txt
 # Passed to `python -m venv`; --system-site-packages keeps a torch that is installed already.
 VENV_FLAGS ?=
 PIP_FLAGS ?=
+# test-next: the newest megatron-core needs Python 3.12.
+NEXT_PYTHON ?= python3.12
+NEXT_VENV ?= .venv312
 # gpu-check: folder for the results, and a folder of wheels (`make gpu-wheels`) for a machine without network.
 OUT ?= benchmarks/results
 WHEELS ?=
@@ -19,12 +22,13 @@ IMPORTED := copus.backends.megatron.backend, copus.worker, copus.data.__main__, 
 	torch._dynamo, torch.distributed.run
 INSTALLED := $(VENV)/.installed
 GPU_SITE := build/gpu-site
+NEXT_TESTS := groups layouts moves noise_sources step
 RANK_TESTS := reshard_execute oom_recovery moves move_back noise_sources
 GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-inspection typing-extensions \
 	tyro docstring-parser typeguard
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-slurm lint format docs gpu-check gpu-ranks gpu-wheels clean
+.PHONY: help install demo test test-next test-slow test-slurm lint format docs gpu-check gpu-ranks gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +49,10 @@ demo: install  ## train the main job on Shakespeare: 2 ranks, about 10 minutes
 
 test: install  ## the default test suite
 	$(BIN)/python -m pytest --durations=15 --durations-min=8
+
+test-next:  ## layouts, moves and noise on Python 3.12 with the newest megatron-core, in .venv312 (5 GB)
+	$(MAKE) --no-print-directory install PYTHON=$(NEXT_PYTHON) VENV=$(NEXT_VENV)
+	$(NEXT_VENV)/bin/python -m pytest $(NEXT_TESTS:%=tests/test_%.py)
 
 test-slow: install  ## what the default suite leaves out for its length
 	$(BIN)/python -m pytest -m slow
@@ -107,4 +115,4 @@ gpu-wheels: install  ## collect in .wheels what a machine with torch, but withou
 	@du -sh .wheels
 
 clean:  ## remove the environment and everything built; runs and downloaded data stay
-	rm -rf $(VENV) .wheels build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEXT_VENV) .wheels build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

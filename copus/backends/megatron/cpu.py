@@ -1,8 +1,8 @@
-"""What unmodified megatron-core 0.16.1 needs to train on CPU and gloo. Does nothing where CUDA is present.
+"""What unmodified megatron-core 0.16 to 0.19 needs to train on CPU and gloo. Does nothing where CUDA is present.
 
 Call `before_import()` before anything else of megatron is imported, and `adapt()` afterwards. The real `torch` is left
 alone, but for `Tensor.cuda`: megatron's modules see a facade of it in their global `torch`. Line numbers are those of
-megatron-core 0.16.1.
+megatron-core 0.16.1; what is patched is there in every version up to 0.19, or `versions.patch` says so.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from copus.backends.megatron.versions import check_installed, patch
 
 _CPU = torch.device("cpu")
 _DEVICE_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "ones_like", "empty_like")
@@ -59,7 +61,8 @@ def _uncompiled(function: Any = None, **_: Any) -> Any:
 
 
 def adapt() -> None:
-    """Put the facade in, once."""
+    """Refuse a megatron-core that was never tried; then, without CUDA, put the facade in, once."""
+    check_installed()
     global _adapted
     if _adapted or torch.cuda.is_available():
         return
@@ -76,24 +79,27 @@ def adapt() -> None:
     # random.py:79 and :51 read and set the state of CUDA generators; here the default CPU generator stands for them
     from megatron.core.tensor_parallel import random as megatron_random
 
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _patch(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _patch(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
 
     # layers.py:150 makes every weight whole on every rank; ours are filled by `model.initialize`, or by a move
     from megatron.core.tensor_parallel import layers
 
-    layers._initialize_affine_weight_cpu = _mark_affine_weight
+    _patch(layers, "_initialize_affine_weight_cpu", _mark_affine_weight)
 
     # optimizer.py:671-690 and distrib_optimizer.py:361-420 compare `param.type()` with 'torch.cuda.FloatTensor' and the
     # like
     from megatron.core.optimizer import distrib_optimizer, optimizer
 
     half = optimizer.Float16OptimizerWithFloat16Params
-    half.__init__ = _with_cuda_type_names(half.__init__)
+    _patch(half, "__init__", _with_cuda_type_names(half.__init__))
     distributed = distrib_optimizer.DistributedOptimizer
-    distributed._build_model_and_main_param_groups = classmethod(
-        _with_cuda_type_names(distributed._build_model_and_main_param_groups.__func__)
-    )
+    build = _with_cuda_type_names(distributed._build_model_and_main_param_groups.__func__)
+    _patch(distributed, "_build_model_and_main_param_groups", classmethod(build))
+
+
+def _patch(owner: Any, name: str, replacement: Any) -> None:
+    patch(owner, name, replacement, oldest=(0, 16), newest=(0, 19))
 
 
 class _CudaFacade(types.ModuleType):
@@ -103,6 +109,7 @@ class _CudaFacade(types.ModuleType):
         super().__init__("torch.cuda")
         self.current_device = lambda: _CPU  # e.g. mappings.py:91, p2p_communication.py:313
         self.synchronize = lambda *args, **kwargs: None  # e.g. p2p_communication.py:588
+        self.current_stream = lambda *args: None  # 0.19: param_and_grad_buffer.py:632, for CUDA graphs alone
         self.empty_cache = lambda: None  # parallel_state, dist_checkpointing
         self.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # random.py:235
         self.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # random.py:80

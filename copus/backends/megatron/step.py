@@ -16,6 +16,7 @@ from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.part_norms import norms, sum_of_squares
 from copus.backends.megatron.sharded import unwrap
 from copus.backends.megatron.upstream import inner_optimizers
+from copus.backends.megatron.versions import main_grads
 from profiles.configuration import Configuration
 
 cpu.before_import()
@@ -157,7 +158,7 @@ def _local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Ten
     gradients: list[torch.Tensor] = []
     if configuration.layout.zero or parallel_state.get_data_parallel_rank() == 0:
         for wrapper in built.optimizer.chained_optimizers:
-            gradients += wrapper.get_main_grads_for_grad_norm()
+            gradients += main_grads(wrapper)
     return sum_of_squares(norms(gradients), built.device)
 
 

@@ -1,5 +1,5 @@
-"""Defects of megatron-core 0.16.1 that are gone around, on CPU and on GPU alike. Each names its upstream line and its
-effect."""
+"""Defects of megatron-core 0.16 to 0.19 that are gone around, on CPU and on GPU alike. Each names its upstream line and
+its effect."""
 
 import queue
 from collections.abc import Iterator
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from copus.backends.megatron.versions import patch
 
 
 def save_in_this_process() -> None:
@@ -48,9 +50,12 @@ def use_torch_adam() -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    optimizer.Adam = torch.optim.AdamW
-    optimizer.USING_PYTORCH_OPTIMIZER = True
-    distrib_optimizer.HAVE_APEX_OR_TE = False
+    for owner, name, value in (
+        (optimizer, "Adam", torch.optim.AdamW),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", True),
+        (distrib_optimizer, "HAVE_APEX_OR_TE", False),
+    ):
+        patch(owner, name, value, oldest=(0, 16), newest=(0, 19))
 
 
 def patch_optimizer_loading() -> None:
