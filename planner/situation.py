@@ -100,12 +100,12 @@ class Choice:
 
 
 class Savings(NamedTuple):
-    """What moving to each candidate saves until the end of the job, less the move, seconds; shapes (R, C)."""
+    """What moving to each candidate and staying there saves over staying, less the move, seconds; shapes (R, C)."""
 
     low: Floats
     """At the pessimistic ends of the intervals of φ and of throughputs."""
     expected: Floats
-    """In the middle: what candidates are ranked by."""
+    """In the middle."""
     high: Floats
     """At the optimistic ends."""
     left: Floats

@@ -63,13 +63,10 @@ class Goodput:
         costs = menu.move_seconds(now.current, now.move_seconds)
         saved = _saved(now, value, costs)
         expected, tried = saved[1], np.full(costs.shape, -np.inf)
-        low, high = saved.min(axis=0), saved.max(axis=0)
         if now.throughput_error.any():
             slow = np.exp(PESSIMISM * _error_beside_current(now))
             *_, slower = seconds_to_go(stages * slow, menu, now.move_seconds)
             saved = _saved(now, slower, costs)
-            low = np.minimum(low, saved.min(axis=0))
-            high = np.maximum(high, high + expected - saved[1])  # as much faster as they were taken to be slower
             tried = self._worth_of_trials(now, stages[:, 1], costs)
         least = saved.min(axis=0)
         sure = np.maximum(least, expected - costs - SWAY * (expected - least))
@@ -79,8 +76,7 @@ class Goodput:
         worth = np.where(exploring[:, None], np.where(tried > threshold, tried, -np.inf), certain)
         index = _largest(worth, menu.global_batch)
         moves = np.take_along_axis(worth, index[:, None], 1)[:, 0] > -np.inf
-        left = np.take_along_axis(value[1], now.current[:, None], axis=1)[:, 0]
-        savings = Savings(low, expected, high, left)
+        savings = _savings(now, stages.sum(axis=0), costs)
         return Choice(np.where(moves, index, now.current), sure, exploring & moves, savings)
 
     def _stages(self, now: Situation) -> Floats:
@@ -189,6 +185,15 @@ def _saved(now: Situation, value: Floats, costs: Floats) -> Floats:
     """What moving to each candidate saves, the move paid, where `value` are the seconds to go: shape (…, R, C)."""
     here = np.broadcast_to(now.current[:, None], (*value.shape[:-1], 1))
     return np.take_along_axis(value, here, axis=-1) - costs - value
+
+
+def _savings(now: Situation, seconds: Floats, costs: Floats) -> Savings:
+    """What moving saves over staying for good, for people: the plan weighs a move against moving later, and says only
+    what waiting for the next decision costs. `seconds` to the end in each candidate have the shape (3, R, C)."""
+    error = np.exp(PESSIMISM * _error_beside_current(now))
+    slow, middle, fast = (_saved(now, seconds * factor, costs) for factor in (error, 1.0, 1 / error))
+    left = np.take_along_axis(seconds[1], now.current[:, None], axis=1)[:, 0]
+    return Savings(slow.min(axis=0), middle[1], fast.max(axis=0), left)
 
 
 def _error_beside_current(now: Situation) -> Floats:

@@ -40,9 +40,9 @@ class CandidateScore(Record):
     """What moving to it surely saves until the end of the job, at equal loss, the move paid: the policy moves if it is
     positive. None from policies that do not work it out."""
     saved_low_seconds: float | None = None
-    """What moving to it saves, the move paid, at the lower end of its 50 % interval."""
+    """What moving to it and staying there saves over staying, the move paid, at the lower end of its 50 % interval."""
     saved_expected_seconds: float | None = None
-    """The same as expected: what the policy ranks by."""
+    """The same as expected."""
     saved_high_seconds: float | None = None
     """The same at the upper end."""
     saved_equal_tokens_seconds: float | None = None
