@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from copus.backends.megatron.safe_loading import data_only
 from copus.manifest import MANIFEST
+from copus.sharded_checkpoint import read_index
 
 
 def spoil(checkpoint: Path, kind: str, chance: random.Random) -> str:
@@ -38,16 +37,10 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
 
 
 def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole."""
-    with data_only():
-        reader = dcp.FileSystemReader(str(checkpoint))
-        described = reader.read_metadata().state_dict_metadata
-        state = {
-            name: torch.empty(item.size, dtype=item.properties.dtype)
-            for name, item in described.items()
-            if isinstance(item, TensorStorageMetadata)
-        }
-        dcp.load(state, storage_reader=reader, no_dist=True)
+    """Every tensor of a checkpoint, whole, as torch reads it."""
+    index = read_index(checkpoint)
+    state = {field.name: torch.empty(field.shape, dtype=getattr(torch, field.dtype)) for field in index}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(str(checkpoint)), no_dist=True)
     return state
 
 

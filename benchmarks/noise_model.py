@@ -12,6 +12,7 @@ from copus.backends.base import Batches, StepRequest, StepResult, StepRules
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.megatron.modules import RMSNorm
 from copus.data.prepared import prepared_path
+from copus.data.samples import open_data
 from copus.job import JobConfig
 from copus.noise.estimator import NoiseEstimator
 from copus.noise.memory import Clock
@@ -37,7 +38,7 @@ BOTH = "microbatch+normlayer"
 def _start(job: JobConfig, configuration: Configuration) -> tuple[MegatronBackend, Batches]:
     backend = MegatronBackend(job, torch.device("cpu"))
     backend.build(configuration)
-    return backend, backend.open_data(prepared_path(job))[0]
+    return backend, open_data(job, prepared_path(job))[0]
 
 
 def _frozen(job: JobConfig) -> StepRules:

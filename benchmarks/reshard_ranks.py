@@ -17,10 +17,10 @@ import torch.distributed as dist
 from benchmarks.reshard import make_job
 from copus.backends.base import StepRequest, StepRules
 from copus.backends.megatron.backend import MegatronBackend
-from copus.backends.megatron.live_state import LiveState
 from copus.devices import join_world, rank_device, wait_for
 from copus.hardware import hardware_name, software_name
-from copus.reshard.execute import Fields
+from copus.reshard.boxes import Box
+from copus.reshard.execute import LiveState
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 
@@ -94,25 +94,20 @@ def _move(backend: MegatronBackend, task: dict[str, Any], folder: Path) -> dict[
     return {"moves": moves, "saves": saves, "device": device, "software": software}
 
 
-def _whole_tensors(state: LiveState) -> dict[str, Fields]:
-    """Copies of all tensors, where this rank has them whole (gate and up lie one below the other)."""
-    parts: dict[str, list[Fields]] = {}
-    for (name, _), fields in sorted(state.items(), key=lambda item: item[0]):
-        parts.setdefault(name, []).append(fields())
-    return {name: [torch.cat(same) for same in zip(*found, strict=True)] for name, found in parts.items()}
+def _whole_tensors(state: LiveState) -> dict[str, torch.Tensor]:
+    """Copies of all tensors; this rank must have them whole."""
+    assert not any(any(start) for _, start in state), "every tensor in one piece"
+    return {name: tensor().clone() for (name, _), tensor in state.items()}
 
 
-def _difference(backend: MegatronBackend, truth: dict[str, Fields]) -> float:
+def _difference(backend: MegatronBackend, truth: dict[str, torch.Tensor]) -> float:
     """Largest difference of any element on any rank, weights and moments; infinite for one that is not a number."""
     worst = torch.zeros((), dtype=torch.float64, device=backend.device)
-    for (name, (top, left)), fields in backend.live_state().items():
-        for field, whole in zip(fields(), truth[name], strict=True):
-            if field.dim() == 1:
-                expected = whole[top : top + len(field)]
-            else:
-                expected = whole[top : top + field.shape[0], left : left + field.shape[1]]
-            if not torch.equal(field, expected):
-                worst = torch.maximum(worst, (field - expected).abs().max().double().nan_to_num(nan=torch.inf))
+    for (name, start), tensor in backend.live_state().items():
+        part = tensor()
+        expected = truth[name][Box(start, tuple(part.shape)).slices_in(Box.whole(tuple(truth[name].shape)))]
+        if not torch.equal(part, expected):
+            worst = torch.maximum(worst, (part - expected).abs().max().double().nan_to_num(nan=torch.inf))
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return float(worst)
 

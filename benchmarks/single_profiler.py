@@ -18,7 +18,7 @@ from benchmarks.command import console_of, parser_of, tell
 from benchmarks.live_profiler import configurations, make_job, measure
 from benchmarks.throughput import COVERAGE, coverage, judge, likely, mape, regret
 from benchmarks.throughput import measure as choose
-from copus.backends.megatron.fingerprint import fingerprint
+from copus.fingerprint import fingerprint_of
 from copus.job import JobConfig
 from copus.profiling.single import SingleProfiler
 from profiles.configuration import Configuration
@@ -34,7 +34,7 @@ def measure_shards(wanted: list[Configuration], job: JobConfig) -> tuple[list[Me
     """Their shards, here; and the wall seconds that it took."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    profiler = SingleProfiler(Task(job.model, job.cluster, fingerprint(job), job.profile, job=job))
+    profiler = SingleProfiler(Task(job.model, job.cluster, fingerprint_of(job), job.profile, job=job))
     return [profiler.measure(each) for each in wanted], time.perf_counter() - started
 
 
@@ -70,7 +70,7 @@ def run(ranks: int, max_batch: int, quick: bool, console: Console) -> dict[str, 
         f"{STEPS} steps": (few, chosen),
         f"shards and {STEPS} steps": (CostModel().fit([*alone, timings.take(chosen)]), chosen),
     }
-    mine = fingerprint(job)
+    mine = fingerprint_of(job)
     return {
         "benchmark": "single_profiler",
         "quick": quick,

@@ -120,8 +120,8 @@ class Writing:
             self._thread.join()
         final = self._run / FOLDER / f"samples-{self._samples:012d}"
         try:
-            self._save.finish()
             shares = all_gather(run_on_all_ranks(self._described))
+            self._save.finish()
             entries = {name: entry for share in shares for name, entry in share.items()}
             _on_first(lambda: self._commit(entries, final))
         except RankError as error:

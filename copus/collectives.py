@@ -61,6 +61,15 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
+def gather_on_rank0(value: Any) -> list[Any] | None:
+    """Every rank's value, in rank order, on rank 0; None elsewhere. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
 def broadcast_from_rank0(value: Any) -> Any:
     """Rank 0's value, on every rank. Collective; the value of the others is ignored."""
     if not dist.is_initialized():

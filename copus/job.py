@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from copus.backends.megatron.limits import check_configuration, check_layout, check_model
+from copus.backends.registry import find_backend
 from copus.deprecated import deprecation_line, rename_deprecated
 from copus.engines import check_options, load_engine
 from copus.job_text import parse_job_text, read_job_text
@@ -82,8 +82,8 @@ one that is on names it among its software."""
 class TrainingConfig(Record):
     """The training run. Batches in sequences, schedules in tokens, so that a change of batch changes no schedule."""
 
-    backend: Literal["megatron"] = "megatron"
-    """Framework that trains."""
+    backend: str = "megatron"
+    """Framework that trains: `megatron`, or a backend that a plugin adds."""
     layout: Layout = Layout()
     """Layout to start with."""
     micro_batch: PositiveInt = 1
@@ -151,9 +151,7 @@ class TrainingConfig(Record):
     @property
     def implementation(self) -> "Implementation":
         """How it spends memory."""
-        from profiles.memory.implementation import Implementation  # its package loads numpy, which few commands need
-
-        return Implementation(dropout=self.dropout > 0)
+        return find_backend(self.backend).implementation(dropout=self.dropout > 0)
 
 
 class LaunchConfig(Record):
@@ -224,7 +222,10 @@ class JobConfig(Record):
             for field, value in values:
                 if isinstance(value, Path):  # a default has not been validated
                     _located(f"{section}.{field}", lambda value=value: check_path(value))
-        _located("model", lambda: check_model(self.model))
+        _located("training.backend", lambda: find_backend(self.training.backend))
+        backend = find_backend(self.training.backend)
+        _located("model", lambda: backend.check_model(self.model))
+        _located("training.optimizer", lambda: backend.check_optimizer(self.training.optimizer))
         _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
         _located("launch.engine", lambda: load_engine(self.launch.engine))
         _located("launch.options", lambda: check_options(self.launch.engine, self.launch.options))
@@ -234,7 +235,7 @@ class JobConfig(Record):
                 lambda name=name, options=options: make_tracker(name, options),
             )
         _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
-        _located("training", lambda: check_configuration(self.training.configuration))
+        _located("training", lambda: backend.check_configuration(self.training.configuration))
         for index, layout in enumerate(self.planner.layouts or []):
             _located(f"planner.layouts.{index}", lambda layout=layout: self._check_layout(layout))
         training = self.training
@@ -252,7 +253,7 @@ class JobConfig(Record):
 
     def _check_layout(self, layout: Layout) -> None:
         layout.check(self.model, self.cluster)
-        check_layout(layout)
+        find_backend(self.training.backend).check_layout(layout)
 
     @property
     def total_samples(self) -> int:

@@ -20,13 +20,15 @@ import torch
 import torch.distributed as dist
 
 from copus.audit import audit_run
-from copus.backends.base import Backend, Batches, TrainerState
+from copus.backends.base import Backend, TrainerState
+from copus.backends.registry import find_backend
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
 from copus.checkpoint_files import check_same_data, set_damaged_aside
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.collectives import broadcast_from_rank0
 from copus.data.prepared import prepared_path
+from copus.data.samples import open_data
 from copus.devices import check_accelerator, join_world, rank_device
 from copus.events import (
     REQUEUED,
@@ -86,20 +88,16 @@ def _on_these_ranks(job: JobConfig) -> JobConfig:
 
 
 def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, profile_only: bool) -> None:
-    from copus.backends.megatron.backend import MegatronBackend  # takes seconds, and changes torch on CPU
-
-    backend: Backend = MegatronBackend(job, device)
+    backend = find_backend(job.training.backend).load()(job, device)
     branches = read_plan(run)
     if branches is not None:
         with _Reporter(run if dist.get_rank() == 0 else None, job) as report:
-
-            def open_data(branch: JobConfig) -> tuple[Batches, Batches]:
-                return MegatronBackend(branch, device).open_data(prepared_path(branch))
-
-            run_branches(job, run, branches, backend, open_data, report, stop)
+            run_branches(
+                job, run, branches, backend, lambda branch: open_data(branch, prepared_path(branch)), report, stop
+            )
         return
     prepared = prepared_path(job)
-    train, valid = backend.open_data(prepared)
+    train, valid = open_data(job, prepared)
     rank = dist.get_rank()
     with _Reporter(run if rank == 0 else None, job) as report:
         request = read_resume_request(run)
@@ -243,11 +241,8 @@ def _build_or_resume(
             f"{target.global_batch} now. On other ranks, --resume --set training.global_batch={wanted} goes back to it"
         )
         report(Warned(**state.here, message=message))
-    # Megatron's checkpoints with and without the distributed optimizer do not interchange; a move in place does that.
-    readable = target.layout.model_copy(update={"zero": saved.layout.zero})
-    backend.build(target.model_copy(update={"layout": readable}))
+    backend.build(target)
     backend.load(newest, state.optimizer_steps)
-    backend.move(target)
     return state
 
 

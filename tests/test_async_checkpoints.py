@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks.fault_files import largest_difference, state_of
+from copus import sharded_checkpoint
 from copus.backends.base import TrainerState
-from copus.backends.megatron import checkpoint
 from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import CheckpointError, Writing, newest_checkpoint, read_state
 from copus.events import Checkpoint, Event, Failure, Reconfigure, Step
@@ -75,9 +75,9 @@ class KilledError(Exception):
 def _ruin(what: str, state: TrainerState) -> None:
     """From now on writing in the background takes two steps at least, or hangs in the second checkpoint, or finds a
     full disk there on rank 1."""
-    write, calls = checkpoint.Save.write, []
+    write, calls = sharded_checkpoint.Save.write, []
 
-    def ruined(self: checkpoint.Save) -> None:
+    def ruined(self: sharded_checkpoint.Save) -> None:
         calls.append(1)
         until = min(state.samples_consumed + 8, SAMPLES)
         while what == "slow" and state.samples_consumed < until and threading.current_thread().daemon:
@@ -85,10 +85,10 @@ def _ruin(what: str, state: TrainerState) -> None:
         if what == "hangs" and len(calls) == 2:
             time.sleep(600)
         if what == "full" and len(calls) == 2 and dist.get_rank() == 1:
-            self._buckets[0] = (str(Path(self._buckets[0][0]).parent / "none" / "there"), *self._buckets[0][1:])
+            self.files = ["none/there"]
         write(self)
 
-    checkpoint.Save.write = ruined  # type: ignore[method-assign]
+    sharded_checkpoint.Save.write = ruined  # type: ignore[method-assign]
 
 
 def _train(run: Path, every: int, ruin: str, in_background: bool = True, moves: bool = False) -> list[Event]:

@@ -239,11 +239,12 @@ def _train_prepared(run: Path) -> list[Event]:
     """Train a run on its own prepared data; the events of rank 0."""
     from copus.backends.megatron.backend import MegatronBackend
     from copus.data.prepared import prepared_path
+    from copus.data.samples import open_data
     from copus.loop import Trainer
 
     job = load_job(run / "job.yaml")
     backend = MegatronBackend(job, own_device())
-    data = backend.open_data(prepared_path(job))
+    data = open_data(job, prepared_path(job))
     backend.build(job.training.configuration)
     events: list[Event] = []
     Trainer(job, run, backend, *data, None, TrainerState(), events.append, lambda: False).train()

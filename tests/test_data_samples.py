@@ -18,7 +18,7 @@ SEQ_LEN = 16
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """A prepared folder in which no token id occurs twice: a sequence says where in the data it comes from."""
-    from copus.backends.megatron.indexed import write_indexed
+    from copus.data.indexed import write_indexed
 
     folder = tmp_path_factory.mktemp("data") / "prepared"
     folder.mkdir()
@@ -46,7 +46,7 @@ def prepared(tmp_path_factory) -> Path:
 
 
 def _reader(prepared: Path, num_samples: int, split: str = "train", seed: int = 5, **more: Path):
-    from copus.backends.megatron.samples import SampleReader
+    from copus.data.samples import SampleReader
 
     return SampleReader(prepared, split, SEQ_LEN, num_samples, seed, **more)
 
@@ -107,7 +107,7 @@ def test_index_outside_the_job_and_data_too_short(prepared):
         reader.batch(8, 3)
     with pytest.raises(IndexError):
         reader[-1]
-    from copus.backends.megatron.samples import SampleReader
+    from copus.data.samples import SampleReader
 
     with pytest.raises(JobError, match=r"data: the valid side has 290 tokens < model\.seq_len\(290\) \+ 1 = 291"):
         SampleReader(prepared, "valid", 290, 1, 5)
@@ -157,7 +157,7 @@ def test_reads_what_prepare_wrote(tmp_path):
     folder = prepare(job)
     from tokenizers import Tokenizer
 
-    from copus.backends.megatron.samples import SampleReader
+    from copus.data.samples import SampleReader
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     reader = SampleReader(folder, "valid", job.model.seq_len, 5, 1)
@@ -168,7 +168,7 @@ def test_reads_what_prepare_wrote(tmp_path):
 def _read_on_rank(prepared: Path, cache: Path) -> tuple[bool, list[list[int]]]:
     import torch.distributed as dist
 
-    if dist.get_rank():  # GPTDataset writes on rank 0 alone; the others must not look before it is done
+    if dist.get_rank():  # rank 0 alone writes; the others must not look before it is done
         assert not any(cache.iterdir())
     dist.barrier()
     reader = _reader(prepared, 150, cache=cache)
@@ -183,3 +183,55 @@ def test_ranks_read_the_same_and_outlive_their_groups(prepared, tmp_path):
     results = run_ranks(2, _read_on_rank, prepared, tmp_path)
     expected = _reader(prepared, 150).batch(0, 150)[0].tolist()
     assert results == [(True, expected)] * 2
+
+
+def test_the_order_is_that_of_megatrons_dataset(prepared):
+    """So runs whose data Megatron ordered go on with the same sequences."""
+    from copus.backends.megatron import cpu
+
+    cpu.before_import()
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
+
+    class Tokenizer:
+        pad, eod, vocab_size, unique_identifiers = -1, 0, 60_000, {"name": "none"}
+
+    prefix = str(prepared / "train")
+    reader = _reader(prepared, 3 * 74)
+    for epoch in range(3):
+        config = GPTDatasetConfig(
+            random_seed=int(np.random.SeedSequence([5, epoch]).generate_state(1)[0]),
+            sequence_length=SEQ_LEN,
+            blend_per_split=[([prefix], None), None, None],
+            tokenizer=Tokenizer(),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        documents = GPTDataset.build_low_level_dataset(prefix, config)
+        indices = np.arange(len(documents), dtype=np.int32)
+        theirs = GPTDataset(documents, "train", indices, None, Split.train, config)
+        assert len(theirs) == reader.samples_per_epoch
+        for place in range(74):
+            tokens, labels = reader[74 * epoch + place]
+            assert torch.equal(tokens, theirs[place]["tokens"])
+            assert torch.equal(labels, theirs[place]["labels"])
+
+
+@pytest.mark.parametrize("vocab", [250, 65_499, 65_500])
+def test_megatron_writes_the_same_files(vocab, tmp_path):
+    from copus.backends.megatron import cpu
+    from copus.data.indexed import write_indexed
+
+    cpu.before_import()
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    documents = [np.random.default_rng(length).integers(0, vocab, length) for length in (3, 1, 40, 7)]
+    write_indexed(tmp_path / "ours", documents, vocab)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab))
+    for document in documents:
+        builder.add_document(document, [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()

@@ -102,7 +102,7 @@ def _train(case: Case, table: Path, moves: bool, in_step: int = 1) -> tuple[list
         lambda: False,
         keep_nothing=True,
     ).train()
-    state = [field.clone() for _, fields in sorted(backend.live_state().items()) for field in fields()]
+    state = [backend.live_state()[place]().clone() for place in sorted(backend.live_state())]
     backend.close()
     return events, state
 

@@ -12,7 +12,8 @@ from test_profiles_table import HERE
 from copus.backends.base import StepRequest, StepRules, TrainerState
 from copus.backends.megatron.backend import MegatronBackend
 from copus.job import JobError, load_job
-from copus.profiling.single import SingleProfiler, stage_ranks, world_of_one
+from copus.profiling.single import SingleProfiler, stage_ranks
+from copus.profiling.solo import world_of_one
 from copus.worker import _planner
 from launch.engines import LocalEngine
 from launch.profile import check_profiler
@@ -31,12 +32,11 @@ LAYOUTS = [
 ]
 
 
-def _shapes(backend: MegatronBackend) -> dict[str, list[tuple[int, ...]]]:
-    state = backend.live_state()
-    return {str(place): [tuple(field.shape) for field in fields()] for place, fields in state.items()}
+def _shapes(backend: MegatronBackend) -> dict[str, tuple[int, ...]]:
+    return {str(place): tuple(tensor().shape) for place, tensor in backend.live_state().items()}
 
 
-def _real(layouts: list[dict]) -> list[dict[str, list[tuple[int, ...]]]]:
+def _real(layouts: list[dict]) -> list[dict[str, tuple[int, ...]]]:
     """The shapes of this rank in every layout."""
     found = []
     for layout in layouts:
@@ -47,7 +47,7 @@ def _real(layouts: list[dict]) -> list[dict[str, list[tuple[int, ...]]]]:
     return found
 
 
-def _alone(layouts: list[dict]) -> list[list[dict[str, list[tuple[int, ...]]]]]:
+def _alone(layouts: list[dict]) -> list[list[dict[str, tuple[int, ...]]]]:
     """The shapes of both ranks of every layout, in this one process."""
     dist.destroy_process_group()
     found = []

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus import worker
+from copus import sharded_checkpoint, worker
 from copus.backends.base import StepRequest, TrainerState
 from copus.backends.megatron import backend as megatron_backend
 from copus.backends.megatron import step as megatron_step
@@ -187,17 +187,15 @@ def _resumed(run: Path, table: Path) -> str:
 
 def _full_disk() -> None:
     """The second checkpoint finds a full disk, on rank 0, at a file that only rank 0 writes."""
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    original, calls = sharded_checkpoint.dump_metadata, []
 
-    original, calls = TorchCommonSaveStrategy.save_common, []
-
-    def save_common(self: Any, *arguments: Any) -> None:
+    def dump_metadata(*arguments: Any) -> None:
         calls.append(1)
-        if len(calls) == 2 and dist.get_rank() == 0:
+        if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        original(self, *arguments)
+        original(*arguments)
 
-    TorchCommonSaveStrategy.save_common = save_common
+    sharded_checkpoint.dump_metadata = dump_metadata
 
 
 @pytest.mark.dist

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copus.reshard.boxes import Box, boxes_of_range
-from copus.reshard.pieces import Pieces, Row
-from copus.reshard.plan import Plan, make_plan
+from copus.reshard.plan import Plan, make_plan, owned_parts
+from copus.reshard.table import Field, Row, ShardTable
 
 SHAPE = (12, 6)
+W = (Field("w", "float32", SHAPE),)
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
@@ -27,31 +28,31 @@ def test_a_range_of_a_flat_tensor_is_its_boxes_in_order(shape: list[int], data: 
     assert len(boxes) <= 2 * len(shape) - 1
 
 
-def _grid(rows: int, columns: int, copies: int) -> Pieces:
+def _grid(rows: int, columns: int, copies: int) -> ShardTable:
     """A tensor cut into rows × columns, each cell on `copies` ranks."""
     height, width = SHAPE[0] // rows, SHAPE[1] // columns
     cells = [Box((r * height, c * width), (height, width)) for r, c in itertools.product(range(rows), range(columns))]
-    return Pieces.of((rank, "w", cells[rank // copies], 4) for rank in range(len(cells) * copies))
+    return ShardTable.of((rank, W, cells[rank // copies]) for rank in range(len(cells) * copies))
 
 
-def _ranges(shares: int, copies: int) -> Pieces:
+def _ranges(shares: int, copies: int) -> ShardTable:
     """A tensor cut as a distributed optimizer does: ranges of it when flat, in up to three boxes each."""
     bounds = np.linspace(0, np.prod(SHAPE), shares + 1).astype(int).tolist()
     rows: list[Row] = []
     for share, (start, stop) in enumerate(itertools.pairwise(bounds)):
         for copy in range(copies):
-            rows += [(share * copies + copy, "w", box, 4) for box in boxes_of_range(SHAPE, start, stop)]
-    return Pieces.of(rows)
+            rows += [(share * copies + copy, W, box) for box in boxes_of_range(SHAPE, start, stop)]
+    return ShardTable.of(rows)
 
 
 TABLES = [_grid(1, 1, 12), _grid(2, 1, 6), _grid(1, 3, 4), _grid(2, 3, 2), _grid(4, 3, 1), _grid(12, 1, 1)]
 TABLES += [_ranges(12, 1), _ranges(5, 2), _ranges(4, 3)]
 
 
-def _count(pieces: Pieces) -> np.ndarray:
+def _count(table: ShardTable) -> np.ndarray:
     """How often each element is there."""
     seen = np.zeros(SHAPE, int)
-    for (top, left), (bottom, right) in zip(*(each.tolist() for each in (pieces.start, pieces.stop)), strict=True):
+    for (top, left), (bottom, right) in zip(*(edge.tolist() for edge in (table.start, table.stop)), strict=True):
         seen[top:bottom, left:right] += 1
     return seen
 
@@ -59,12 +60,12 @@ def _count(pieces: Pieces) -> np.ndarray:
 @settings(max_examples=120, deadline=None)
 @given(st.sampled_from(TABLES), st.sampled_from(TABLES), st.sampled_from([None, 1, 4]))
 def test_every_rank_gets_all_that_it_needs_and_only_what_it_lacks(
-    held: Pieces, needed: Pieces, ranks_per_node: int | None
+    held: ShardTable, needed: ShardTable, ranks_per_node: int | None
 ) -> None:
     plan = make_plan(held, needed, ranks_per_node)
     floor = 0
     for rank in range(12):
-        own, target = (_count(table.of_rank(rank)) for table in (held, needed))
+        own, target = (_count(table.select(np.flatnonzero(table.rank == rank))) for table in (held, needed))
         filled = np.zeros(SHAPE, int)
         for row in np.flatnonzero(plan.receiver == rank):
             source, goal = plan.source[row], plan.target[row]
@@ -81,11 +82,15 @@ def test_every_rank_gets_all_that_it_needs_and_only_what_it_lacks(
     assert plan.bytes_moved == floor, "exactly the bytes that ranks lack"
 
 
-def _full(holders: range, receivers: range, tensors: int = 1) -> tuple[Pieces, Pieces]:
+def _vector(name: str, size: int) -> tuple[Field, ...]:
+    return (Field(name, "float32", (size,)),)
+
+
+def _full(holders: range, receivers: range, tensors: int = 1) -> tuple[ShardTable, ShardTable]:
     whole = Box((0,), (8,))
-    names = [f"w{index}" for index in range(tensors)]
+    names = [_vector(f"w{index}", 8) for index in range(tensors)]
     return tuple(  # type: ignore[return-value]
-        Pieces.of((rank, name, whole, 4) for rank in ranks for name in names) for ranks in (holders, receivers)
+        ShardTable.of((rank, name, whole) for rank in ranks for name in names) for ranks in (holders, receivers)
     )
 
 
@@ -103,16 +108,18 @@ def test_holders_share_where_each_tensor_has_one_receiver_only() -> None:
 
 
 def test_holders_on_the_same_node_are_preferred() -> None:
-    held = Pieces.of((rank, "w", Box((0,), (8,)), 4) for rank in (0, 4))
-    needed = Pieces.of((rank, "w", Box((0,), (8,)), 4) for rank in (1, 2, 5, 6))
+    held = ShardTable.of((rank, _vector("w", 8), Box((0,), (8,))) for rank in (0, 4))
+    needed = ShardTable.of((rank, _vector("w", 8), Box((0,), (8,))) for rank in (1, 2, 5, 6))
     plan = make_plan(held, needed, ranks_per_node=4)
     assert sorted(zip(plan.sender.tolist(), plan.receiver.tolist(), strict=True)) == [(0, 1), (0, 2), (4, 5), (4, 6)]
 
 
 def test_others_help_a_node_that_would_have_to_send_too_much() -> None:
     """Seven receivers sit beside one of two holders: it must not serve them all."""
-    held = Pieces.of((rank, f"w{tensor}", Box((0,), (8,)), 4) for rank in (0, 8) for tensor in range(16))
-    needed = Pieces.of((rank, f"w{tensor}", Box((0,), (8,)), 4) for rank in range(1, 8) for tensor in range(16))
+    held = ShardTable.of((rank, _vector(f"w{tensor}", 8), Box((0,), (8,))) for rank in (0, 8) for tensor in range(16))
+    needed = ShardTable.of(
+        (rank, _vector(f"w{tensor}", 8), Box((0,), (8,))) for rank in range(1, 8) for tensor in range(16)
+    )
     sent = _sent(make_plan(held, needed, ranks_per_node=8), 16)
     assert sent[0] == sent[8]
 
@@ -123,34 +130,76 @@ def test_others_help_a_node_that_would_have_to_send_too_much() -> None:
 )
 def test_nobody_who_sends_too_much_could_be_relieved(tensors: list[tuple[int, set[int]]], receivers: list[int]) -> None:
     """Tensors of any size, each held by some ranks of two nodes. Who helps first may need help afterwards."""
-    rows = [(f"w{index}", Box((0,), (size,)), holders) for index, (size, holders) in enumerate(tensors)]
-    held = Pieces.of((rank, name, box, 4) for name, box, holders in rows for rank in sorted(holders))
-    needed = Pieces.of((rank, name, box, 4) for name, box, _ in rows for rank in sorted(set(receivers)))
+    rows = [(_vector(f"w{index}", size), Box((0,), (size,)), holders) for index, (size, holders) in enumerate(tensors)]
+    held = ShardTable.of((rank, name, box) for name, box, holders in rows for rank in sorted(holders))
+    needed = ShardTable.of((rank, name, box) for name, box, _ in rows for rank in sorted(set(receivers)))
     plan = make_plan(held, needed, ranks_per_node=4)
     ranks = 1 + max(*receivers, *(max(holders) for _, _, holders in rows))
     sent = plan.bytes_sent(ranks)
     for row in np.flatnonzero(plan.moves):
-        name, sender = plan.names[plan.name[row]], plan.sender[row]
+        name, sender = plan.groups[plan.group[row]], plan.sender[row]
         if sent[sender] > 1.1 * sent.mean():
-            holders = next(holders for each, _, holders in rows if each == name)
+            holders = next(holders for fields, _, holders in rows if fields == name)
             assert all(sent[other] + plan.bytes[row] >= sent[sender] for other in holders - {sender})
 
 
 def test_what_nobody_holds_is_an_error() -> None:
-    held = Pieces.of([(0, "w", Box((0,), (4,)), 4)])
+    held = ShardTable.of([(0, _vector("w", 5), Box((0,), (4,)))])
     with pytest.raises(ValueError, match="nobody holds all of w"):
-        make_plan(held, Pieces.of([(0, "w", Box((0,), (5,)), 4)]))
+        make_plan(held, ShardTable.of([(0, _vector("w", 5), Box((0,), (5,)))]))
     with pytest.raises(ValueError, match="nobody holds all of v"):
-        make_plan(held, Pieces.of([(0, "v", Box((0,), (4,)), 4)]))
+        make_plan(held, ShardTable.of([(0, _vector("v", 4), Box((0,), (4,)))]))
 
 
 def test_parts_that_overlap_are_an_error() -> None:
     """Else a hole and an overlap of one size could cancel out."""
-    held = Pieces.of([(0, "w", Box((0,), (4,)), 4), (1, "w", Box((2,), (4,)), 4)])
+    w = _vector("w", 8)
+    held = ShardTable.of([(0, w, Box((0,), (4,))), (1, w, Box((2,), (4,)))])
     with pytest.raises(ValueError, match="overlap"):
-        make_plan(held, Pieces.of([(0, "w", Box((0,), (8,)), 4)]))
+        make_plan(held, ShardTable.of([(0, w, Box((0,), (8,)))]))
 
 
-def test_elements_of_two_sizes_are_an_error() -> None:
-    with pytest.raises(ValueError, match="elements of 4 and of 2 bytes"):
-        make_plan(Pieces.of([(0, "w", Box((0,), (4,)), 4)]), Pieces.of([(0, "w", Box((0,), (4,)), 2)]))
+def test_another_type_or_shape_is_an_error() -> None:
+    held = ShardTable.of([(0, _vector("w", 4), Box((0,), (4,)))])
+    for other in (Field("w", "bfloat16", (4,)), Field("w", "float32", (5,))):
+        with pytest.raises(ValueError, match=r"w: float32 of shape \[4\] is held, and "):
+            make_plan(held, ShardTable.of([(0, (other,), Box((0,), (4,)))]))
+
+
+def test_fields_travel_together_only_if_both_sides_cut_them_alike() -> None:
+    """Weight and moment are whole on rank 0; rank 1 needs all of the weight, and two ranks half of the moment each."""
+    weight, moment = Field("w", "bfloat16", (8,)), Field("w/exp_avg", "float32", (8,))
+    held = ShardTable.of([(0, (weight, moment), Box((0,), (8,)))])
+    rows: list[Row] = [(1, (weight,), Box((0,), (8,)))]
+    rows += [(rank, (moment,), Box((4 * rank,), (4,))) for rank in (0, 1)]
+    plan = make_plan(held, ShardTable.of(rows))
+    moved = {
+        (plan.groups[plan.group[row]], int(plan.receiver[row]), int(plan.bytes[row]))
+        for row in np.flatnonzero(plan.moves)
+    }
+    assert moved == {((weight,), 1, 16), ((moment,), 1, 16)}
+
+
+def test_numbers_and_tensors_of_many_axes_have_places_too() -> None:
+    counter, cube = Field("steps", "int64", ()), Field("cube", "float32", (4, 6, 2))
+    held = ShardTable.of(
+        [(0, (counter,), Box((), ())), (0, (cube,), Box((0, 0, 0), (4, 3, 2))), (1, (cube,), Box((0, 3, 0), (4, 3, 2)))]
+    )
+    needed = ShardTable.of([(1, (counter,), Box((), ())), (1, (cube,), Box((1, 0, 1), (2, 6, 1)))])
+    plan = make_plan(held, needed)
+    assert plan.bytes_moved == 8 + 4 * (2 * 3 * 1)
+    assert held.of_rank(0)["steps", ()][1] == Box((), ())
+
+
+@given(st.sampled_from(TABLES))
+def test_owners_have_everything_once(table: ShardTable) -> None:
+    owned = owned_parts(table)
+    assert (_count(owned) == 1).all()
+    for rank in range(12):
+        held = _count(table.select(np.flatnonzero(table.rank == rank)))
+        assert (_count(owned.select(np.flatnonzero(owned.rank == rank))) <= held).all(), "nobody owns what it lacks"
+
+
+def test_replicas_own_equal_shares() -> None:
+    held, _ = _full(range(4), range(1), tensors=16)
+    assert np.bincount(owned_parts(held).rank, weights=owned_parts(held).bytes).tolist() == [4 * 32] * 4

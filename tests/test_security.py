@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def whole_environments(tree: ast.AST) -> Iterator[int]:
 CHECKS = [shells, yaml_loads, unpicklings, whole_environments]
 ALLOWED = {
     "yaml_loads": {"copus/job_text.py"},  # with a subclass of SafeLoader
-    "unpicklings": {"copus/backends/megatron/safe_loading.py", "copus/backends/megatron/checkpoint.py"},
+    "unpicklings": {"copus/safe_loading.py"},
     "whole_environments": {
         *("benchmarks/live_profiler.py", "benchmarks/reshard.py"),  # for env=, one line on
         *("launch/engines/kubernetes_node.py", "launch/engines/slurm_node.py"),  # the workers', passed on
@@ -141,20 +142,6 @@ def test_the_job_file_is_read_with_a_safe_loader() -> None:
     assert job_text._Loader.yaml_constructors is yaml.SafeLoader.yaml_constructors  # none was added
 
 
-def test_checkpoints_are_loaded_as_data_alone() -> None:
-    """Every `dist_checkpointing.load…` of ours stands in a `with data_only()`."""
-    for path, tree in sources():
-        safe = {
-            inner
-            for node in ast.walk(tree)
-            if isinstance(node, ast.With) and any("data_only" in ast.dump(item) for item in node.items)
-            for inner in ast.walk(node)
-        }
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        loads = [call for call in calls if dotted(call.func).startswith("dist_checkpointing.load")]
-        assert all(call in safe for call in loads), path
-
-
 class Malice:
     """Unpickled, it makes a folder."""
 
@@ -167,15 +154,15 @@ class Malice:
         return os.mkdir, (self.place,)
 
 
-def test_arrays_with_code_in_them_are_not_run(tmp_path: Path) -> None:
-    from copus.backends.megatron.safe_loading import arrays_only
+def test_orders_of_samples_with_code_in_them_are_not_run(tmp_path: Path) -> None:
+    from copus.data.samples import SampleReader
+    from copus.job import JobError
 
-    np.save(tmp_path / "forged.npy", np.array([Malice(tmp_path / "trace")], dtype=object), allow_pickle=True)
-    np.save(tmp_path / "honest.npy", np.arange(3))
-    with arrays_only():
-        assert np.load(tmp_path / "honest.npy", allow_pickle=True).tolist() == [0, 1, 2]
-        with pytest.raises(ValueError, match="allow_pickle=False"):
-            np.load(tmp_path / "forged.npy", allow_pickle=True)
+    forged = np.array([Malice(tmp_path / "trace")], dtype=object)
+    for name in ("documents", "starts", "sequences"):
+        np.save(tmp_path / f"{name}.npy", forged, allow_pickle=True)
+    with pytest.raises(JobError, match="has no order of samples in it"):
+        SampleReader._open(SimpleNamespace(samples_per_epoch=1), tmp_path)  # type: ignore[arg-type]
     assert not (tmp_path / "trace").exists()
 
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copus.data import shakespeare
+from copus.data.indexed import write_indexed
 from copus.data.manifest import FILES, FORMAT_VERSION, Dropped, Manifest, Side, Work, damaged, read_manifest
 from copus.data.overlap import HeldOutText
 from copus.data.prepared import (
@@ -129,10 +129,6 @@ def _build(job: JobConfig, folder: Path, progress: Progress) -> Manifest:
 
     tokenizer, eod = _tokenizer(job, train, progress)
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron warns at import of every optional package that is missing
-        from copus.backends.megatron.indexed import write_indexed
 
     tokens: Counter[str] = Counter()
     done, largest = 0, 0

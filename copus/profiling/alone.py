@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from copus.backends.megatron.fingerprint import fingerprint
 from copus.devices import check_accelerator
 from copus.events import EventLog
+from copus.fingerprint import fingerprint_of
 from copus.job import JobError, load_job
 from copus.profiling.fill import fill_table, load_profiler
 from copus.stop_request import StopRequest
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         except ValueError as error:
             raise JobError(f"cluster.{error}") from None
         torch.set_num_threads(job.launch.threads_per_rank)  # a part of the fingerprint
-        task = Task(job.model, job.cluster, fingerprint(job), job.profile, job=job)
+        task = Task(job.model, job.cluster, fingerprint_of(job), job.profile, job=job)
         fill_table(job, run, load_profiler(job), task, log.write, stop)
     except Exception as error:
         if report_failure(error, log, rank=0):

@@ -7,18 +7,16 @@ that it would wait for. The cost model adds that.
 
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from copus.backends.base import StepRequest, StepRules
+from copus.backends.registry import find_backend
 from copus.collectives import RankError, is_out_of_memory
 from copus.devices import rank_device, wait_for
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig
-from copus.profiling.solo import SOLO, register
+from copus.profiling.solo import world_of_one
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Measurement
@@ -68,12 +66,10 @@ class SingleProfiler:
         )
 
     def _time_rank(self, configuration: Configuration, rank: int) -> list[float]:
-        from copus.backends.megatron.backend import MegatronBackend  # takes seconds, and changes torch on CPU
-
         rules = StepRules(lr=0.0, betas=(0.9, 0.95))  # weights stay what they are
         device = rank_device(0, 1)
         with world_of_one(configuration.layout.accelerators, rank):
-            backend = MegatronBackend(self._job, device)
+            backend = find_backend(self._job.training.backend).load()(self._job, device)
             try:
                 backend.build(configuration)
                 seconds = []
@@ -96,14 +92,3 @@ class SingleProfiler:
 def stage_ranks(layout: Layout) -> list[int]:
     """A rank of the first and one of the last pipeline stage (stages are outermost); one where there is one stage."""
     return [0] if layout.pp == 1 else [0, layout.accelerators - 1]
-
-
-@contextmanager
-def world_of_one(size: int, rank: int) -> Iterator[None]:
-    """In here this process is a rank of that many, the others of which nobody runs. There must be no other world."""
-    register()
-    dist.init_process_group(SOLO, store=dist.HashStore(), rank=rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

@@ -4,6 +4,8 @@ torch has a backend like it for its own tests (`fake`), which leaves what is rec
 memory. A gradient that is not finite by chance would skip the optimizer, and its time be missing.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,3 +111,14 @@ def register() -> None:
         dist.Backend.register_backend(
             SOLO, lambda store, rank, size, timeout: _SoloGroup(rank, size), devices=["cpu", "cuda"]
         )
+
+
+@contextmanager
+def world_of_one(size: int, rank: int) -> Iterator[None]:
+    """In here this process is a rank of that many, the others of which nobody runs. There must be no other world."""
+    register()
+    dist.init_process_group(SOLO, store=dist.HashStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

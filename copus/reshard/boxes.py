@@ -12,15 +12,30 @@ class Box:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
+    @classmethod
+    def between(cls, start: Sequence[int], stop: Sequence[int], axes: int) -> "Box":
+        """From the first element and one past the last along each axis; what is beyond `axes` is padding."""
+        return cls(tuple(start[:axes]), tuple(high - low for low, high in zip(start[:axes], stop[:axes], strict=True)))
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> "Box":
+        """All of a tensor."""
+        return cls((0,) * len(shape), shape)
+
     @property
     def elements(self) -> int:
-        """How many there are."""
+        """How many elements it has."""
         return prod(self.shape)
 
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """One past the last element along each axis."""
+        return tuple(a + b for a, b in zip(self.offset, self.shape, strict=True))
+
     def intersect(self, other: "Box") -> "Box | None":
-        """What both cover, or None."""
+        """The part that both cover, or None."""
         start = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
-        stop = tuple(min(a, b) for a, b in zip(self._stop(), other._stop(), strict=True))
+        stop = tuple(min(a, b) for a, b in zip(self.stop, other.stop, strict=True))
         if any(low >= high for low, high in zip(start, stop, strict=True)):
             return None
         return Box(start, tuple(high - low for low, high in zip(start, stop, strict=True)))
@@ -34,9 +49,6 @@ class Box:
         """The same box elsewhere."""
         return Box(tuple(a + b for a, b in zip(self.offset, by, strict=True)), self.shape)
 
-    def _stop(self) -> tuple[int, ...]:
-        return tuple(a + b for a, b in zip(self.offset, self.shape, strict=True))
-
 
 def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
     """The elements start … stop − 1 of a flattened tensor of `shape`, as boxes in flat order.
@@ -44,6 +56,9 @@ def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bo
     A distributed optimizer cuts parameters wherever its buckets end; at most 2·ndim − 1 boxes describe such a cut.
     """
     if start >= stop:
+        return
+    if not shape:
+        yield Box((), ())
         return
     if len(shape) == 1:
         yield Box((start,), (stop - start,))

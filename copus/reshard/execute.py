@@ -1,7 +1,7 @@
 """Carries a plan out on one rank: copies inside it, and messages to and from others through bounded staging buffers."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -9,74 +9,69 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.reshard.boxes import Box
-from copus.reshard.pieces import Pieces
 from copus.reshard.plan import Plan
+from copus.reshard.table import Place, ShardTable
 
-Place = tuple[str, tuple[int, int]]
-"""Where a piece of this rank begins: global tensor, and position padded to two axes."""
-Fields = list[torch.Tensor]
-"""The tensors of a piece, all of its shape: one, or those that a name stands for together."""
 ALONE = 64 * 2**10
 """Bytes from which on a tensor is a message of its own: below, a message costs more than a copy."""
 
-
-def place_of(name: str, box: Box) -> Place:
-    """The place of a piece."""
-    first, second = (*box.offset, 0)[:2]
-    return name, (first, second)
+LiveState = dict[Place, Callable[[], torch.Tensor]]
+"""For each shard of this rank the function that returns its tensor: a view of the live one. Statistics of an optimizer
+that has made no step yet are made when they are asked for."""
 
 
 class Transfer(NamedTuple):
-    """Part of one piece that becomes part of another."""
+    """Part of one shard that becomes part of another, for all fields of a group."""
 
-    name: int
-    source: Place
-    target: Place
-    in_source: tuple[slice, slice]
-    in_target: tuple[slice, slice]
+    group: int
+    names: tuple[str, ...]
+    source: tuple[int, ...]
+    """Where the held shard begins."""
+    target: tuple[int, ...]
+    """Where the needed shard begins."""
+    in_source: tuple[slice, ...]
+    in_target: tuple[slice, ...]
     bytes: int
 
 
 @torch.no_grad()
 def reshard(
     plan: Plan,
-    held: dict[Place, Fields],
-    needed: Mapping[Place, Callable[[], Fields]],
+    held: dict[Place, torch.Tensor],
+    needed: Mapping[Place, Callable[[], torch.Tensor]],
     staging_bytes: int,
     device: torch.device,
 ) -> None:
     """Fill what `needed` gives from what all ranks hold in `held`. Collective over the default group.
 
-    Bit-exact: bytes are copied and nothing is computed. `held` is emptied on the way, each piece as soon as nobody
+    Bit-exact: bytes are copied and nothing is computed. `held` is emptied on the way, each shard as soon as nobody
     wants more of it, and what `needed` makes is asked for in the round in which its first bytes come: with that, the
-    most memory in use stays below old + new + `staging_bytes`. Raises ValueError on every rank, before anything is
-    touched, where the plan does not describe what is there.
+    most memory in use stays below old + new + `staging_bytes`. Both must be as the plan's tables say (`misfit`).
     """
     rank = dist.get_rank()
     work = _Work(plan, rank, staging_bytes)
-    _agree(_misfit(plan, held, needed, rank), device)
     uses = work.uses()
     for place in [place for place in held if not uses[place]]:
         del held[place]
 
     def take(transfer: Transfer) -> Iterator[torch.Tensor]:
-        for field in held[transfer.source]:
-            yield _part(field, transfer.in_source)
-        uses[transfer.source] -= 1
-        if not uses[transfer.source]:
-            del held[transfer.source]
+        for name in transfer.names:
+            place = name, transfer.source
+            yield torch.atleast_1d(held[place][transfer.in_source])
+            uses[place] -= 1
+            if not uses[place]:
+                del held[place]
 
     def give(transfer: Transfer) -> Iterator[torch.Tensor]:
-        for field in needed[transfer.target]():
-            yield _part(field, transfer.in_target)
+        for name in transfer.names:
+            yield torch.atleast_1d(needed[name, transfer.target]()[transfer.in_target])
 
     staging = _Staging(rank, device)
     copies = iter([*work.copies, None])
     copy = next(copies)
     for messages in [*work.rounds, None]:
-        last = np.inf if messages is None else max(message.transfers[-1].name for message in messages)
-        while copy is not None and copy.name <= last:
+        last = np.inf if messages is None else max(message.transfers[-1].group for message in messages)
+        while copy is not None and copy.group <= last:
             for target, source in zip(give(copy), take(copy), strict=True):
                 target.copy_(source)
             copy = next(copies)
@@ -110,19 +105,21 @@ class _Work:
         channels: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
         for row in np.flatnonzero((plan.sender == rank) | (plan.receiver == rank)):
             sender, receiver = int(plan.sender[row]), int(plan.receiver[row])
-            source, target = plan.source[row], plan.target[row]
-            origins = plan.held.start[source], plan.needed.start[target]
-            name = plan.names[plan.name[row]]
-            places = [(name, (int(origin[0]), int(origin[1]))) for origin in origins]
-            box = np.stack([plan.start[row], plan.stop[row]])
+            group = int(plan.group[row])
+            axes = len(plan.groups[group][0].shape)
+            names = tuple(field.name for field in plan.groups[group])
+            source = plan.held.start[plan.source[row], :axes]
+            target = plan.needed.start[plan.target[row], :axes]
+            box = np.stack([plan.start[row, :axes], plan.stop[row, :axes]])
             size = int(plan.bytes[row])
-            for part in _split(box, size, limit if sender != receiver else size):
+            for part in split_box(box, size, limit if sender != receiver else size):
                 transfer = Transfer(
-                    int(plan.name[row]),
-                    places[0],
-                    places[1],
-                    _slices(part - origins[0]),
-                    _slices(part - origins[1]),
+                    group,
+                    names,
+                    tuple(source.tolist()),
+                    tuple(target.tolist()),
+                    _slices(part - source),
+                    _slices(part - target),
                     size * _elements(part) // _elements(box),
                 )
                 if sender == receiver:
@@ -137,10 +134,10 @@ class _Work:
         self._rank = rank
 
     def uses(self) -> Counter[Place]:
-        """How often each held piece is read."""
+        """How often each held shard is read."""
         sent = (message for messages in self.rounds for message in messages if message.sender == self._rank)
-        read = [transfer.source for message in sent for transfer in message.transfers]
-        return Counter(read + [copy.source for copy in self.copies])
+        read = [transfer for message in sent for transfer in message.transfers] + self.copies
+        return Counter((name, transfer.source) for transfer in read for name in transfer.names)
 
 
 def _messages(transfers: list[Transfer], limit: int) -> list[list[Transfer]]:
@@ -155,31 +152,25 @@ def _messages(transfers: list[Transfer], limit: int) -> list[list[Transfer]]:
     return messages
 
 
-def _split(box: np.ndarray, size: int, limit: int) -> Iterator[np.ndarray]:
-    """Cut a box of `size` bytes ([start, stop], of shape (2, 2)) in halves until every part fits, or is one element:
-    between rows while there are several, so that parts of whole rows stay in one piece."""
-    shape = box[1] - box[0]
+def split_box(box: np.ndarray, size: int, limit: int) -> Iterator[np.ndarray]:
+    """Cut a box of `size` bytes ([start, stop], of shape (2, axes)) in halves until every part fits into `limit`, or is
+    one element: along the first axis that can be cut, so that parts of whole rows stay in one piece of memory."""
     if size <= limit or _elements(box) == 1:
         yield box
         return
-    axis = 0 if shape[0] > 1 else 1
+    axis = int(np.flatnonzero(box[1] - box[0] > 1)[0])
     first, second = box.copy(), box.copy()
-    first[1, axis] = second[0, axis] = box[0, axis] + shape[axis] // 2
+    first[1, axis] = second[0, axis] = box[:, axis].sum() // 2
     for half in (first, second):
-        yield from _split(half, size * _elements(half) // _elements(box), limit)
+        yield from split_box(half, size * _elements(half) // _elements(box), limit)
 
 
 def _elements(box: np.ndarray) -> int:
     return int((box[1] - box[0]).prod())
 
 
-def _slices(box: np.ndarray) -> tuple[slice, slice]:
-    (low, left), (high, right) = box.tolist()
-    return slice(low, high), slice(left, right)
-
-
-def _part(tensor: torch.Tensor, slices: tuple[slice, slice]) -> torch.Tensor:
-    return tensor[slices[: tensor.dim()]]
+def _slices(box: np.ndarray) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box.T.tolist())
 
 
 class _Staging:
@@ -203,7 +194,7 @@ class _Staging:
         parcels = []
         for message in messages:
             sends = message.sender == self._rank
-            fields = [field for each in message.transfers for field in (take if sends else give)(each)]
+            fields = [field for transfer in message.transfers for field in (take if sends else give)(transfer)]
             peer = message.receiver if sends else message.sender
             parcels += [_Parcel(sends, peer, tag, parts) for tag, parts in enumerate(_shared(fields))]
         staged = sum(parcel.bytes for parcel in parcels if not parcel.in_place)
@@ -224,7 +215,7 @@ class _Staging:
 class _Parcel:
     """Tensors that go to, or come from, one peer at once."""
 
-    def __init__(self, sends: bool, peer: int, tag: int, parts: Fields) -> None:
+    def __init__(self, sends: bool, peer: int, tag: int, parts: list[torch.Tensor]) -> None:
         self.in_place = len(parts) == 1 and parts[0].is_contiguous()
         self.bytes = sum(_size(part) for part in parts)
         self.buffer = parts[0].view(-1).view(torch.uint8) if self.in_place else None
@@ -256,7 +247,7 @@ class _Parcel:
             rest = rest[there.numel() :]
 
 
-def _shared(fields: Fields) -> Iterator[Fields]:
+def _shared(fields: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """The tensors of a message as both ends send them: the large ones alone, the small ones together."""
     small = [field for field in fields if _size(field) < ALONE]
     yield from ([field] for field in fields if _size(field) >= ALONE)
@@ -268,34 +259,11 @@ def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _misfit(
-    plan: Plan, held: Mapping[Place, Fields], needed: Mapping[Place, Callable[[], Fields]], rank: int
-) -> str | None:
-    """What the plan says of this rank and is not so."""
-    told, wanted = _shapes(plan.held, rank), _shapes(plan.needed, rank)
-    for what, planned, there in (("held", told, held.keys()), ("needed", wanted, needed.keys())):
-        if planned.keys() != there:
-            return f"{what} on rank {rank}, but not as planned: {sorted(planned.keys() ^ there)[0]}"
-    for place, fields in held.items():
-        for field in fields:
-            if (*field.shape, 1)[:2] != told[place]:
-                return f"held on rank {rank}, but not as planned: {place} has shape {list(field.shape)}"
-    return None
-
-
-def _shapes(table: Pieces, rank: int) -> dict[Place, tuple[int, int]]:
-    own = table.of_rank(rank)
-    return {
-        (table.names[name], (row, column)): (bottom - row, right - column)
-        for name, (row, column), (bottom, right) in zip(
-            own.name.tolist(), own.start.tolist(), own.stop.tolist(), strict=True
-        )
-    }
-
-
-def _agree(problem: str | None, device: torch.device) -> None:
-    """Raise on every rank where any has a problem."""
-    vote = torch.tensor([int(problem is not None)], device=device)
-    dist.all_reduce(vote)
-    if vote.item():
-        raise ValueError(problem or f"{int(vote.item())} other ranks do not hold what was planned")
+def misfit(side: str, table: ShardTable, rank: int, live: Collection[Place]) -> str | None:
+    """The first way in which the live shards of a rank differ from its rows of a table, in a few words; None if they
+    are the same."""
+    differences = sorted(table.of_rank(rank).keys() ^ set(live))
+    if not differences:
+        return None
+    name, start = differences[0]
+    return f"the state {side} on rank {rank} is not as planned: {name} from {list(start)} on"

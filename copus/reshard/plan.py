@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from copus.reshard.pieces import Pieces, merge_names
+from copus.reshard.boxes import Box
+from copus.reshard.table import Field, ShardTable
 
 _FAIR = 1.1
 """What a rank may send because it is near, in means over all ranks; beyond that, others help."""
@@ -17,26 +18,27 @@ _FAIR = 1.1
 
 @dataclass(frozen=True)
 class Plan:
-    """Every needed part, from whom to whom: one row each, in an order that all ranks share.
+    """Every part that a rank needs, and the rank that it comes from: one row each, in an order that all ranks share.
 
-    Where sender and receiver are the same, the row is a copy inside that rank.
+    If sender and receiver are the same, the row is a copy inside that rank.
     """
 
-    held: Pieces
-    needed: Pieces
-    names: tuple[str, ...]
-    """Global tensors, in the order of the rows."""
+    held: ShardTable
+    needed: ShardTable
+    groups: tuple[tuple[Field, ...], ...]
+    """Fields that travel together, because both tables cut them alike; in the order of the rows."""
     sender: np.ndarray
     source: np.ndarray
     """Row in the table of what is held."""
     receiver: np.ndarray
     target: np.ndarray
     """Row in the table of what is needed."""
-    name: np.ndarray
+    group: np.ndarray
     start: np.ndarray
-    """Of shape (rows, 2): first element along each axis of the global tensor."""
+    """Of shape (rows, axes): first element along each axis of the whole tensor."""
     stop: np.ndarray
     bytes: np.ndarray
+    """All fields of the group together."""
 
     @property
     def moves(self) -> np.ndarray:
@@ -54,68 +56,116 @@ class Plan:
         return _sum_by(self.sender[moves], self.bytes[moves], ranks)
 
     def most_peers(self) -> int:
-        """The most ranks that any rank sends to, or receives from; 0 where nothing moves."""
+        """The most ranks that any rank sends to, or receives from; 0 if nothing moves."""
         moves = self.moves
         if not moves.any():
             return 0
         pairs = np.unique(np.stack([self.sender[moves], self.receiver[moves]]), axis=1)
         return int(max(np.bincount(pairs[0]).max(), np.bincount(pairs[1]).max()))
 
+    def select(self, rows: np.ndarray) -> "Plan":
+        """Some rows of the plan, in order."""
+        columns = (self.sender, self.source, self.receiver, self.target, self.group, self.start, self.stop, self.bytes)
+        return Plan(self.held, self.needed, self.groups, *(column[rows] for column in columns))
 
-def make_plan(held: Pieces, needed: Pieces, ranks_per_node: int | None = None) -> Plan:
-    """Cover every needed piece of every rank from held pieces.
+
+def make_plan(held: ShardTable, needed: ShardTable, ranks_per_node: int | None = None) -> Plan:
+    """Cover every needed part of every rank from parts that ranks hold.
 
     What a rank holds itself is copied. Of several other holders, those on the receiver's node are asked first (ranks
-    are numbered node by node; None: all on one), and among them the one that has the least to send; where that would
-    make a rank send more than 1.1 times the mean, others help. Pieces of a tensor that different ranks hold must be the
-    same box or disjoint. Raises ValueError where they are not, and where nobody holds a part that somebody needs.
+    are numbered node by node; None: all on one), and among them the one that has the least to send; if that would
+    make a rank send more than 1.1 times the mean, others help. Parts of a tensor that different ranks hold must be the
+    same box or disjoint. Raises ValueError if they are not, or if nobody holds a part that somebody needs.
     """
-    names, element_bytes, (held_number, needed_number) = merge_names([held, needed])
+    groups, (held_group, needed_group) = _common_groups(held, needed)
+    element_bytes = np.array([sum(field.element_bytes for field in fields) for fields in groups], np.int64)
     ranks = 1 + max(_highest(held.rank), _highest(needed.rank))
-    have = _Boxes.of(held, held_number)
-    want = _Boxes.of(needed, needed_number)
-    _check_disjoint(have, names)
+    axes = max(held.start.shape[1], needed.start.shape[1])
+    have = _Boxes.of(held, held_group, axes)
+    want = _Boxes.of(needed, needed_group, axes)
+    _check_disjoint(have, groups)
 
     source, target = _overlaps(have, want)
     start = np.maximum(have.start[source], want.start[target])
     stop = np.minimum(have.stop[source], want.stop[target])
     elements = (stop - start).prod(axis=1)
-    covered = _sum_by(target, elements, len(want.name))
-    _check_covered(covered, want, names)
+    _check_covered(_sum_by(target, elements, len(want.group)), want, groups)
 
     # one request for each overlap and each rank that needs it
     overlap, receiver, target_row = want.spread(target)
     have_box = source[overlap]
-    size = elements[overlap] * element_bytes[have.name[have_box]]
+    size = elements[overlap] * element_bytes[have.group[have_box]]
     order = np.argsort(-size, kind="stable")  # the large first: what comes last evens out
     overlap, receiver, target_row, have_box, size = (
-        each[order] for each in (overlap, receiver, target_row, have_box, size)
+        column[order] for column in (overlap, receiver, target_row, have_box, size)
     )
     holder = _choose(have, have_box, receiver, size, ranks, ranks_per_node or ranks)
     sender = have.rank[holder]
-    name = have.name[have_box]
-    order = np.lexsort((receiver, sender, start[overlap, 1], start[overlap, 0], name))
+    group = have.group[have_box]
+    order = np.lexsort((receiver, sender, *start[overlap].T[::-1], group))
     picked = overlap[order]
     return Plan(
         held,
         needed,
-        names,
+        groups,
         sender[order],
         have.row[holder[order]],
         receiver[order],
         target_row[order],
-        name[order],
+        group[order],
         start[picked],
         stop[picked],
         size[order],
     )
 
 
+def owned_parts(table: ShardTable) -> ShardTable:
+    """One owner for every part of the state: all of it once, shared out evenly among the ranks that hold it.
+
+    Owners write checkpoints, and read them for the others. It is the plan of a move to one more rank, which holds
+    nothing and needs everything. Raises ValueError if nobody holds some part.
+    """
+    outside = 1 + _highest(table.rank)
+    plan = make_plan(table, ShardTable.of((outside, fields, Box.whole(fields[0].shape)) for fields in table.groups))
+    return ShardTable(plan.groups, plan.sender, plan.group, plan.start, plan.stop)
+
+
+def _common_groups(
+    held: ShardTable, needed: ShardTable
+) -> tuple[tuple[tuple[Field, ...], ...], tuple[list[list[int]], list[list[int]]]]:
+    """The coarsest groups of fields that both tables cut alike, and which of them are in each group of each table.
+
+    Raises ValueError if the tables do not agree on the type or the shape of a field.
+    """
+    in_held = {field.name: (number, field) for number, fields in enumerate(held.groups) for field in fields}
+    in_needed = {field.name: (number, field) for number, fields in enumerate(needed.groups) for field in fields}
+    together: dict[tuple[int, int], list[Field]] = {}
+    for name, (number, field) in in_held.items():
+        other, needed_field = in_needed.get(name, (-1, field))
+        if needed_field != field:
+            raise ValueError(f"{name}: {_described(field)} is held, and {_described(needed_field)} needed")
+        together.setdefault((number, other), []).append(field)
+    for name, (number, field) in in_needed.items():
+        if name not in in_held:
+            together.setdefault((-1, number), []).append(field)
+    parts: tuple[list[list[int]], list[list[int]]] = ([[] for _ in held.groups], [[] for _ in needed.groups])
+    for index, pair in enumerate(together):
+        for side, number in enumerate(pair):
+            if number >= 0:
+                parts[side][number].append(index)
+    return tuple(tuple(fields) for fields in together.values()), parts
+
+
+def _described(field: Field) -> str:
+    return f"{field.dtype} of shape {list(field.shape)}"
+
+
 @dataclass(frozen=True)
 class _Boxes:
     """The different boxes of a table, and for each the ranks that have it: `rank[first[b] : first[b + 1]]`, sorted."""
 
-    name: np.ndarray
+    group: np.ndarray
+    """In the plan's groups."""
     start: np.ndarray
     stop: np.ndarray
     first: np.ndarray
@@ -124,22 +174,22 @@ class _Boxes:
     """In the table, for each entry of `rank`."""
 
     @classmethod
-    def of(cls, pieces: Pieces, number: np.ndarray) -> "_Boxes":
-        name = number[pieces.name]
-        columns = (name, pieces.start[:, 0], pieces.start[:, 1], pieces.stop[:, 0], pieces.stop[:, 1])
-        order = np.lexsort((pieces.rank, *columns[::-1]))
+    def of(cls, table: ShardTable, groups: list[list[int]], axes: int) -> "_Boxes":
+        """`groups` says into which groups of the plan a group of the table is divided."""
+        count = np.array([len(parts) for parts in groups], np.int64)
+        flat = np.array([part for parts in groups for part in parts], np.int64)
+        begin = np.cumsum(count) - count
+        row, entry = _expand(begin[table.group], begin[table.group] + count[table.group])
+        group, rank = flat[entry], table.rank[row]
+        padding = ((0, 0), (0, axes - table.start.shape[1]))
+        start, stop = np.pad(table.start, padding)[row], np.pad(table.stop, padding, constant_values=1)[row]
+        columns = (group, *start.T, *stop.T)
+        order = np.lexsort((rank, *columns[::-1]))
         new = np.ones(len(order), bool)
-        new[1:] = np.any([each[order][1:] != each[order][:-1] for each in columns], axis=0)
+        new[1:] = np.any([column[order][1:] != column[order][:-1] for column in columns], axis=0)
         first = np.flatnonzero(new)
         unique = order[first]
-        return cls(
-            name[unique],
-            pieces.start[unique],
-            pieces.stop[unique],
-            np.append(first, len(order)),
-            pieces.rank[order],
-            order,
-        )
+        return cls(group[unique], start[unique], stop[unique], np.append(first, len(order)), rank[order], row[order])
 
     def spread(self, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For each of `boxes` and each rank that has it: index into `boxes`, rank, row in the table."""
@@ -153,17 +203,17 @@ def _overlaps(a: _Boxes, b: _Boxes) -> tuple[np.ndarray, np.ndarray]:
     A sweep along the first axis: with the boxes of `b` in order of where they begin, those that can meet a box of `a`
     are neighbours, since none of a tensor is higher than its highest.
     """
-    count = 1 + max(_highest(a.name), _highest(b.name))
+    count = 1 + max(_highest(a.group), _highest(b.group))
     extent, reach = np.zeros(count, np.int64), np.zeros(count, np.int64)
     for boxes in (a, b):
-        np.maximum.at(extent, boxes.name, boxes.stop[:, 0])
-    np.maximum.at(reach, b.name, b.stop[:, 0] - b.start[:, 0])
+        np.maximum.at(extent, boxes.group, boxes.stop[:, 0])
+    np.maximum.at(reach, b.group, b.stop[:, 0] - b.start[:, 0])
     base = np.cumsum(extent + reach) - extent  # one line for all tensors, none within reach of the next
-    begin = base[b.name] + b.start[:, 0]
+    begin = base[b.group] + b.start[:, 0]
     order = np.argsort(begin, kind="stable")
     begin = begin[order]
-    low = np.searchsorted(begin, base[a.name] + a.start[:, 0] - reach[a.name], side="right")
-    high = np.searchsorted(begin, base[a.name] + a.stop[:, 0], side="left")
+    low = np.searchsorted(begin, base[a.group] + a.start[:, 0] - reach[a.group], side="right")
+    high = np.searchsorted(begin, base[a.group] + a.stop[:, 0], side="left")
     first, entry = _expand(low, np.maximum(low, high))
     second = order[entry]
     meet = np.all((a.start[first] < b.stop[second]) & (b.start[second] < a.stop[first]), axis=1)
@@ -175,7 +225,7 @@ def _choose(
 ) -> np.ndarray:
     """For each request (a box that is held, and a rank that needs some of it) the entry of `have.rank` that serves
     it."""
-    owner = np.repeat(np.arange(len(have.name)), np.diff(have.first))
+    owner = np.repeat(np.arange(len(have.group)), np.diff(have.first))
     of_rank = owner * ranks + have.rank  # sorted, since ranks are within each box
     own = np.searchsorted(of_rank, box * ranks + receiver)
     holder = np.where(own < len(of_rank), own, 0)
@@ -197,7 +247,7 @@ def _choose(
     group = open_requests[order]  # those with the same holders to choose from are neighbours, the largest first
     new = np.flatnonzero(np.diff(low[group], prepend=-1).astype(bool) | np.diff(high[group], prepend=-1).astype(bool))
     groups = np.split(group, new[1:]) if len(group) else []
-    for requests in sorted(groups, key=lambda each: -int(size[each[0]])):
+    for requests in sorted(groups, key=lambda requests: -int(size[requests[0]])):
         heap = [(sent[rank_of[entry]], entry) for entry in range(low[requests[0]], high[requests[0]])]
         heapq.heapify(heap)
         for request, amount in zip(requests.tolist(), size[requests].tolist(), strict=True):
@@ -217,40 +267,40 @@ def _relieve(
     `holder`."""
     limit = int(_FAIR * sent.mean())
     shared = requests[np.diff(have.first)[box[requests]] > 1]
+    rank_of, first, loads = have.rank.tolist(), have.first.tolist(), sent.tolist()
     moved = True
     while moved:  # who helped may now have too much: every pass makes the loads more alike
         moved = False
-        server = have.rank[holder[shared]]
-        busy = shared[sent[server] > limit]
-        for request in busy[np.lexsort((-size[busy], -sent[have.rank[holder[busy]]]))].tolist():
-            server, amount = have.rank[holder[request]], size[request]
-            if sent[server] <= limit:
+        load = np.array(loads)[have.rank[holder[shared]]]
+        busy = shared[load > limit]
+        order = np.lexsort((-size[busy], -load[load > limit]))
+        columns = (busy, box[busy], size[busy], holder[busy])
+        for request, boxed, amount, entry in zip(*(column[order].tolist() for column in columns), strict=True):
+            server = rank_of[entry]
+            if loads[server] <= limit:
                 continue
-            first, last = have.first[box[request]], have.first[box[request] + 1]
-            entry = first + int(np.argmin(sent[have.rank[first:last]]))
-            other = have.rank[entry]
-            if sent[other] + amount < sent[server]:
-                sent[server] -= amount
-                sent[other] += amount
-                holder[request] = entry
+            helper = min(range(first[boxed], first[boxed + 1]), key=lambda entry: loads[rank_of[entry]])
+            other = rank_of[helper]
+            if loads[other] + amount < loads[server]:
+                loads[server] -= amount
+                loads[other] += amount
+                holder[request] = helper
                 moved = True
 
 
-def _check_disjoint(have: _Boxes, names: tuple[str, ...]) -> None:
+def _check_disjoint(have: _Boxes, groups: tuple[tuple[Field, ...], ...]) -> None:
     first, second = _overlaps(have, have)
     wrong = np.flatnonzero(first != second)
     if len(wrong):
-        raise ValueError(f"{names[have.name[first[wrong[0]]]]} is held in parts that overlap")
+        raise ValueError(f"{groups[have.group[first[wrong[0]]]][0].name} is held in parts that overlap")
 
 
-def _check_covered(covered: np.ndarray, want: _Boxes, names: tuple[str, ...]) -> None:
+def _check_covered(covered: np.ndarray, want: _Boxes, groups: tuple[tuple[Field, ...], ...]) -> None:
     wrong = np.flatnonzero(covered != (want.stop - want.start).prod(axis=1))
     if len(wrong):
         box = wrong[0]
-        raise ValueError(
-            f"nobody holds all of {names[want.name[box]]} {want.start[box].tolist()}…{want.stop[box].tolist()}, "
-            f"which rank {want.rank[want.first[box]]} needs"
-        )
+        name, part = groups[want.group[box]][0].name, f"{want.start[box].tolist()}…{want.stop[box].tolist()}"
+        raise ValueError(f"nobody holds all of {name} {part}, which rank {want.rank[want.first[box]]} needs")
 
 
 def _expand(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import torch
 
 from copus.backends.megatron.part_norms import PartNorms
 from copus.backends.megatron.upstream import inner_optimizers
+from profiles.layout import Layout
 
 
 @dataclass
@@ -14,6 +15,7 @@ class BuiltModel:
     """What a layout consists of on this rank. A build that fails half-way lacks the last of it."""
 
     device: torch.device
+    layout: Layout
     chunks: list[Any]
     """The model chunks of this rank (one, or `vp`), in megatron's data parallel wrappers."""
     optimizer: Any = None

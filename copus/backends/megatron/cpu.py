@@ -20,12 +20,6 @@ from copus.backends.megatron.versions import check_installed, patch
 _CPU = torch.device("cpu")
 _DEVICE_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "ones_like", "empty_like")
 _MODULES = (  # every module whose global `torch` has to be the facade must have been imported when it is put in
-    "dist_checkpointing.exchange_utils",
-    "dist_checkpointing.strategies.async_utils",
-    "dist_checkpointing.strategies.filesystem_async",
-    "dist_checkpointing.strategies.fully_parallel",
-    "dist_checkpointing.strategies.state_dict_saver",
-    "dist_checkpointing.strategies.torch",
     "distributed",
     "models.gpt",
     "optimizer.clip_grads",

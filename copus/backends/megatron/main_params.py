@@ -24,7 +24,9 @@ class MainParam(NamedTuple):
     state: dict[str, Any]
     """Adam's state of it; empty before the first step."""
     start: int | None
-    """Where `main` begins in the flattened `param`; None where it is all of it."""
+    """Where `main` begins in the flattened `param`; None if it is all of it."""
+    optimizer: torch.optim.Optimizer
+    """The inner optimizer."""
 
 
 def main_params(optimizer: Any) -> Iterator[MainParam]:
@@ -34,20 +36,22 @@ def main_params(optimizer: Any) -> Iterator[MainParam]:
     """
     for wrapper in optimizer.chained_optimizers:
         inner = wrapper.optimizer
+        if inner is None:  # nothing to optimise on this rank
+            continue
         if isinstance(wrapper, DistributedOptimizer):
             for param, (index, order) in wrapper.model_param_group_index_map.items():
                 group = inner.param_groups[index]
                 main = group["params"][order]
                 start = wrapper._get_model_param_range_map(param)["param"].start
-                yield MainParam(param, main, group, inner.state.get(main, {}), start)
+                yield MainParam(param, main, group, inner.state.get(main, {}), start, inner)
             continue
         halves: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         if isinstance(wrapper, Float16OptimizerWithFloat16Params):
             for low, full in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True):
                 halves.update(zip(full, low, strict=True))
-        for group in inner.param_groups if inner is not None else []:
+        for group in inner.param_groups:
             for main in group["params"]:
-                yield MainParam(halves.get(main, main), main, group, inner.state.get(main, {}), None)
+                yield MainParam(halves.get(main, main), main, group, inner.state.get(main, {}), None, inner)
 
 
 def shares_out_moments(optimizer: Any) -> bool:

@@ -1,12 +1,15 @@
 """Builds the Megatron GPT of a job in a layout, with weights that depend on the seed alone and not on the layout."""
 
 import hashlib
+import re
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 
 from copus.backends.megatron import cpu
+from copus.job import JobConfig
+from copus.reshard.boxes import Box
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
@@ -18,13 +21,16 @@ from megatron.core.distributed import (  # noqa: E402
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
+from copus.backends.megatron.local_tensors import local_tensors  # noqa: E402
 from copus.backends.megatron.modules import block_spec  # noqa: E402
-from copus.backends.megatron.sharded import model_tensors  # noqa: E402
 
 _INIT_STD = 0.02
+_LAYER = re.compile(r"(?<=layers\.)(\d+)\.")
+"""The number of a layer in a name, and the dot that follows it."""
 
 
 def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropout: float) -> TransformerConfig:
@@ -75,46 +81,52 @@ def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropou
 
 
 def build_model(
-    shape: ModelShape, layout: Layout, config: TransformerConfig, seed: int | None, overlap_grad_reduce: bool
+    job: JobConfig, layout: Layout, seed: int | None, groups: ProcessGroupCollection | None = None
 ) -> list[DistributedDataParallel]:
     """The model chunks of this rank (one, or `vp`), wrapped in megatron's data parallelism.
 
-    Process groups of the layout must exist. Without a seed the weights are left as they come, for somebody else to
-    fill.
+    Process groups of the layout must exist, unless `groups` stand in for them. Without a seed the weights are left as
+    they come, for somebody else to fill.
     """
+    shape, training = job.model, job.training
+    config = transformer_config(shape, layout, training.precision, training.dropout)
+    if groups is not None:  # else it names the GPU, whatever torch's default device is
+        config.use_cpu_initialization = True
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank() if groups is None else groups.pp.rank()
     chunks: list[Any] = []
     for stage in range(layout.vp):
         vp_stage = stage if layout.vp > 1 else None
         chunk: Any = GPTModel(
             config,
-            block_spec(config, vp_stage),
+            block_spec(config, vp_stage, pp_rank),
             shape.padded_vocab,
             shape.seq_len,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            pre_process=pp_rank == 0 and stage == 0,
+            post_process=pp_rank == layout.pp - 1 and stage == layout.vp - 1,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=shape.rope_base,
             vp_stage=vp_stage,
+            pg_collection=groups,
         )
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and groups is None:
             chunk = chunk.cuda()
         if seed is not None:
-            initialize(chunk, shape.layers, seed)
+            initialize(chunk, layout, shape.layers, seed)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
 
     reduce = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=layout.zero > 0,
-        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_grad_reduce=training.overlap_grad_reduce,
         check_for_nan_in_grad=False,  # the step itself looks at the norm, and skips
     )
     wrapped = [
-        DistributedDataParallel(config, reduce, chunk, disable_bucketing=index > 0)
+        DistributedDataParallel(config, reduce, chunk, disable_bucketing=index > 0, pg_collection=groups)
         for index, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
-    if overlap_grad_reduce:  # only the last micro-batch's gradients may set a reduction off
+    if training.overlap_grad_reduce:  # only the last micro-batch's gradients may set a reduction off
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
 
@@ -124,24 +136,28 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def initialize(chunk: torch.nn.Module, layers: int, seed: int) -> None:
+def initialize(chunk: torch.nn.Module, layout: Layout, layers: int, seed: int) -> None:
     """Fill the weights: a function of the seed and of each tensor's name, the same numbers on every layout.
 
     Every layer's whole tensor is drawn, and the part that this rank holds is kept. Standard deviation 0.02; the
-    projections that write to the residual stream have 0.02 / √(2·layers) (GPT-2); norms start at 1.
+    projections that write to the residual stream have 0.02 / √(2·layers) (GPT-2); norms start at 1, biases at 0.
     """
-    for tensor in model_tensors(chunk):
-        if "norm" in tensor.key:
-            tensor.data.fill_(1.0)
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    for weight, described in local_tensors(chunk, layout.tp, tp_rank):
+        if described.name.endswith("bias"):
+            weight.zero_()
             continue
-        layer = tensor.global_offset[: tensor.prepend_axis_num]  # which layer, where layers are stacked under one name
-        digest = hashlib.sha256(f"{seed}/{tensor.key}/{layer}".encode()).digest()
-        generator = torch.Generator(device=tensor.data.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        whole = torch.randn(
-            tensor.global_shape[tensor.prepend_axis_num :], generator=generator, device=tensor.data.device
-        )
-        residual = "linear_proj" in tensor.key or "linear_fc2" in tensor.key
+        if "norm" in described.name:
+            weight.fill_(1.0)
+            continue
+        layer = tuple(int(number) for number in _LAYER.findall(described.name))
+        stream = f"{seed}/{_LAYER.sub('', described.name)}/{layer}"
+        number = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little") >> 1
+        generator = torch.Generator(device=weight.device).manual_seed(number)
+        whole = torch.randn(described.whole_shape, generator=generator, device=weight.device)
+        residual = "linear_proj" in described.name or "linear_fc2" in described.name
         whole *= _INIT_STD / (2 * layers) ** 0.5 if residual else _INIT_STD
-        offsets = tensor.global_offset[tensor.prepend_axis_num :]
-        part = tuple(slice(start, start + size) for start, size in zip(offsets, tensor.local_shape, strict=True))
-        tensor.data.copy_(whole[part].reshape(tensor.data.shape))
+        everything, here = Box.whole(described.whole_shape), Box.whole(described.shape)
+        for region in described.regions:
+            part = region.place(region.box)
+            weight[region.box.slices_in(here)] = whole[part.slices_in(everything)]

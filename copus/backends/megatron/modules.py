@@ -83,8 +83,8 @@ class CausalAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * width)
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage (and virtual stage), and the norm that follows the last one."""
+def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
+    """The layers of a pipeline stage (and virtual stage), and the norm that follows the last one."""
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -108,5 +108,5 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

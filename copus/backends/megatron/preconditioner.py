@@ -39,7 +39,7 @@ class Preconditioner:
         of_main: Weights = {}
         whole: Weights = {}
         pieces: list[tuple[torch.nn.Parameter, int, torch.Tensor]] = []
-        for param, main, _, state, start in main_params(self._optimizer):
+        for param, main, _, state, start, _ in main_params(self._optimizer):
             if not state:
                 continue
             weight = _weight(state["exp_avg_sq"], correction, self._epsilon)

@@ -1,20 +1,19 @@
-"""One optimizer step, in two halves, and one evaluation of a built Megatron model."""
+"""Gradients, update and evaluation of a built Megatron model."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from copus.backends.adamw import AdamWOptions
-from copus.backends.base import Batches, StepRequest, StepResult
+from copus.backends.base import Batches, StepRequest, StepShares
 from copus.backends.megatron import cpu
 from copus.backends.megatron.built import BuiltModel
+from copus.backends.megatron.local_tensors import unwrap
 from copus.backends.megatron.part_norms import norms, sum_of_squares
-from copus.backends.megatron.sharded import unwrap
 from copus.backends.megatron.upstream import inner_optimizers
 from copus.backends.megatron.versions import main_grads
 from profiles.configuration import Configuration
@@ -29,11 +28,9 @@ _Microbatch = tuple[torch.Tensor | None, torch.Tensor | None]
 
 def compute_gradients(
     built: BuiltModel, configuration: Configuration, batches: Batches, request: StepRequest, optimizer_steps: int
-) -> StepResult:
-    """Forward, backward, reduction, and one collective for every figure of the step; `optimizer_steps` came before it.
-
-    When it returns every rank has its gradients. No weight has changed yet: that is `update_weights`.
-    """
+) -> StepShares:
+    """Forward, backward and reduction, and what this rank adds to the figures of the step; `optimizer_steps` came
+    before it."""
     optimizer, part_norms = built.optimizer, built.part_norms
     assert part_norms is not None, "it is built"
     for chunk in built.chunks:
@@ -41,27 +38,17 @@ def compute_gradients(
     optimizer.zero_grad()
     part_norms.start(request.noise_source, configuration, 1 - request.rules.beta2_product_before(optimizer_steps))
     losses = _run_microbatches(built, configuration, batches, request.first_sample, forward_only=False)
-
     optimizer.prepare_grads()
-    local_sq = _local_grad_sq(built, configuration)
-    contribution = part_norms.contribution(built.device)
-    votes = (float(request.stop), float(request.writing))
-    loss, grad_sq, votes, totals = _share(configuration, losses, local_sq, votes, contribution)
-    parts, norm_layer_parts = part_norms.parts(totals, grad_sq)
-    return StepResult(
-        loss=loss,
-        grad_sq=grad_sq,
-        parts=parts,
-        norm_layer_parts=norm_layer_parts,
-        skipped=not np.isfinite(grad_sq),
-        stop=votes[0] > 0,
-        writing=votes[1] > 0,
+    return StepShares(
+        _loss_share(built, configuration, losses),
+        _local_grad_sq(built, configuration),
+        part_norms.contribution(built.device),
     )
 
 
-def update_weights(built: BuiltModel, options: AdamWOptions, clip_grad: float, grad_sq: float) -> None:
-    """Clip the gradients, whose |g|² is `grad_sq`, and update the weights with them."""
-    _clip(built.optimizer, clip_grad, grad_sq)
+def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> None:
+    """Multiply the gradients by `scale`, and update the weights with them."""
+    _scale_gradients(built.optimizer, scale)
     _set_options(built.optimizer, options)
     built.optimizer.step_with_ready_grads()
 
@@ -80,9 +67,9 @@ def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, 
         losses = _run_microbatches(built, whole, batches, 0, forward_only=True)
     for chunk in built.chunks:
         chunk.train()
-    nothing = torch.zeros(1, dtype=torch.float64, device=built.device)
-    loss, *_ = _share(whole, losses, nothing[0], (0.0, 0.0), nothing)
-    return loss
+    loss = _loss_share(built, whole, losses)
+    dist.all_reduce(loss)
+    return float(loss)
 
 
 def _run_microbatches(
@@ -162,36 +149,20 @@ def _local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Ten
     return sum_of_squares(norms(gradients), built.device)
 
 
-def _share(
-    configuration: Configuration,
-    losses: list[torch.Tensor],
-    local_grad_sq: torch.Tensor,
-    votes: tuple[float, float],
-    contribution: torch.Tensor,
-) -> tuple[float, float, tuple[float, float], np.ndarray]:
-    """Add up everything that ranks have to tell each other in a step, in one collective: loss, |g|², votes, and what
-    the noise is measured from."""
-    message = torch.zeros(4, dtype=torch.float64, device=contribution.device)
-    if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
-        message[0] = torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)
-    message[1] = local_grad_sq
-    message[2], message[3] = votes
-    message = torch.cat([message, contribution])
-    dist.all_reduce(message)
-    loss, grad_sq, *rest = message.tolist()
-    return loss, grad_sq, (rest[0], rest[1]), np.array(rest[2:])
+def _loss_share(built: BuiltModel, configuration: Configuration, losses: list[torch.Tensor]) -> torch.Tensor:
+    """This rank's share of the mean loss: the last stage has losses, and its tensor parallel ranks the same ones."""
+    if not losses or parallel_state.get_tensor_model_parallel_rank() > 0:
+        return torch.zeros((), dtype=torch.float64, device=built.device)
+    return torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)
 
 
-def _clip(optimizer: Any, clip_grad: float, grad_sq: float) -> None:
-    """Scale the gradients so that their norm is at most `clip_grad`. The norm is ours, in float64, so megatron's is not
-    computed again."""
-    norm = grad_sq**0.5
-    if clip_grad <= 0 or norm <= clip_grad:
+def _scale_gradients(optimizer: Any, scale: float) -> None:
+    if scale == 1:
         return
     for inner in inner_optimizers(optimizer):
         gradients = [param.grad for group in inner.param_groups for param in group["params"] if param.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, clip_grad / (norm + 1e-6))
+            torch._foreach_mul_(gradients, scale)
 
 
 def _set_options(optimizer: Any, options: AdamWOptions) -> None:

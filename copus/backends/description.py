@@ -1,0 +1,64 @@
+"""What is known of a backend before its framework is imported: what it can run, and how it spends memory.
+
+No torch: a job file is checked against it before any process starts.
+"""
+
+from abc import ABC, abstractmethod
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from copus.optimizers import Optimizer
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.model_shape import ModelShape
+
+if TYPE_CHECKING:
+    from profiles.memory.implementation import Implementation
+
+
+class BackendDescription(ABC):
+    """A backend that a job file can name; made without arguments.
+
+    The checks raise ValueError with the field, the value and the limit.
+    """
+
+    framework: ClassVar[str]
+    """The distribution that trains, such as `megatron-core`. Measurements name it with its version."""
+    largest_zero: ClassVar[int] = 0
+    """The highest ZeRO stage that it runs."""
+    optimizers: ClassVar[tuple[str, ...]] = ("adamw",)
+    """Kinds of optimizers that it has, as in `copus.optimizers`."""
+
+    @abstractmethod
+    def check_model(self, model: ModelShape) -> None:
+        """Raise ValueError for a model that it does not build."""
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise ValueError for an optimizer that it does not have."""
+        if optimizer.kind not in self.optimizers:
+            raise ValueError(f"kind({optimizer.kind}): this backend has {', '.join(self.optimizers)}")
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ValueError for a layout that it does not run."""
+        if layout.zero > self.largest_zero:
+            raise ValueError(f"zero({layout.zero}) is not supported by this backend: at most {self.largest_zero}")
+
+    def check_configuration(self, configuration: Configuration) -> None:
+        """Raise ValueError for a configuration that it does not run."""
+        self.check_layout(configuration.layout)
+
+    def implementation(self, dropout: bool) -> "Implementation":
+        """How it spends memory."""
+        from profiles.memory.implementation import Implementation  # its package loads numpy, which few commands need
+
+        return Implementation(dropout=dropout)
+
+    @property
+    def software(self) -> str:
+        """The framework and its version: `megatron-core 0.16.1`."""
+        return f"{self.framework} {version(self.framework)}"
+
+    @abstractmethod
+    def load(self) -> type[Any]:
+        """The class that trains, a subclass of `copus.backends.base.Backend`. Imports the framework, which may take
+        seconds."""

@@ -1,0 +1,293 @@
+"""Weights and optimizer state on disk, in the format of `torch.distributed.checkpoint`: every rank writes the parts
+that it owns, and any layout reads them.
+
+Who owns what follows from the shard table of the layout, as a move does. To load is a move too: the owners of the new
+layout read their parts from the files and send them to their replicas, so every byte is read once. Neither takes more
+memory than the staging buffer, beyond a copy that is asked for.
+
+Nothing in the files is executed: the index is unpickled by `load_metadata`, and tensors are read as plain bytes.
+"""
+
+import math
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from copus.collectives import all_gather, gather_on_rank0, run_on_all_ranks
+from copus.hardware import room_for_a_copy
+from copus.reshard.boxes import Box
+from copus.reshard.execute import LiveState, reshard, split_box
+from copus.reshard.plan import make_plan
+from copus.reshard.table import Field, ShardTable
+from copus.safe_loading import dump_metadata, load_metadata
+
+INDEX = ".metadata"
+"""The file that says what is where, under torch's name for it."""
+
+
+class Chunk(NamedTuple):
+    """A part of a field in a file."""
+
+    box: Box
+    file: str
+    """Relative to the checkpoint's folder."""
+    offset: int
+    """Bytes from the beginning of the file."""
+    length: int
+    """Bytes, with what torch writes around the tensor."""
+
+
+SavedState = dict[Field, list[Chunk]]
+"""Everything in a checkpoint."""
+
+
+class Save:
+    """A checkpoint on its way to disk: planned here, then written, then finished."""
+
+    def __init__(self, folder: Path, owned: ShardTable, state: LiveState, staging_bytes: int, copy: bool) -> None:
+        """`owned`: every part of the state once, on the rank that writes it. Collective. `folder` must exist and be
+        empty.
+
+        With `copy` the state of now is written, copied into the memory of the host, and training may go on. Raises
+        RankError, on every rank, if any rank could not do its part.
+        """
+        self._folder, self._owned = folder, owned
+        rank = dist.get_rank()
+        parts = owned.of_rank(rank)
+        self._limit = max(1, staging_bytes // 8)  # torch.save, and what frees memory late, take some four times as much
+        self._tensors: list[tuple[Field, Box, torch.Tensor]] = run_on_all_ranks(
+            lambda: [(field, box, state[place]()) for place, (field, box) in parts.items()]
+        )
+        self._records: dict[Field, list[Chunk]] = defaultdict(list)
+        self.files = [f"__{rank}_0.distcp"] if parts else []
+        """The files that `write` writes on this rank, relative to the folder."""
+        own_bytes = sum(tensor.nbytes for _, _, tensor in self._tensors)
+        self.is_copy = copy and all(all_gather(own_bytes < room_for_a_copy()))
+        """Whether training may go on before `write`. False, on every rank, if the memory of any has no room."""
+        if self.is_copy:
+            run_on_all_ranks(self._copy)
+
+    def _copy(self) -> None:
+        """Replace the live tensors by copies in the host's memory: from a GPU through pinned memory."""
+        on_gpu = any(tensor.is_cuda for _, _, tensor in self._tensors)
+        for index, (field, box, tensor) in enumerate(self._tensors):
+            copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._tensors[index] = field, box, copied.copy_(tensor, non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    def write(self) -> None:
+        """Write this rank's parts. Not collective."""
+        for name in self.files:
+            with open(self._folder / name, "wb") as file:
+                while self._tensors:
+                    field, box, tensor = self._tensors.pop(0)  # a copy is let go of when it is written
+                    for part in _cut(box, tensor.nbytes, self._limit):
+                        # torch.save would write all the memory that a view is a part of
+                        piece = tensor[part.slices_in(box)].detach().clone(memory_format=torch.contiguous_format).cpu()
+                        offset = file.tell()
+                        torch.save(piece, file)
+                        self._records[field].append(Chunk(part, name, offset, file.tell() - offset))
+
+    def finish(self) -> None:
+        """Write the index, when every rank has written its parts. Collective.
+
+        Raises RankError, on every rank, if rank 0 could not.
+        """
+        records = gather_on_rank0(dict(self._records))
+        run_on_all_ranks(lambda: None if records is None else _write_index(self._folder, records), OSError)
+
+
+def _cut(box: Box, size: int, limit: int) -> Iterator[Box]:
+    edges = np.array([box.offset, box.stop], np.int64).reshape(2, -1)
+    for part in split_box(edges, size, limit):
+        yield Box.between(part[0].tolist(), part[1].tolist(), len(box.shape))
+
+
+def _write_index(folder: Path, records: list[SavedState]) -> None:
+    described: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for record in records:
+        for field, chunks in record.items():
+            properties = TensorProperties(dtype=getattr(torch, field.dtype))
+            entry = described.setdefault(field.name, TensorStorageMetadata(properties, torch.Size(field.shape), []))
+            for chunk in chunks:
+                offset = torch.Size(chunk.box.offset)
+                index = MetadataIndex(field.name, offset, len(entry.chunks))
+                entry.chunks.append(ChunkStorageMetadata(offset, torch.Size(chunk.box.shape)))
+                places[index] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
+    with open(folder / INDEX, "wb") as file:
+        dump_metadata(Metadata(described, storage_data=places), file)
+
+
+def read_index(folder: Path) -> SavedState:
+    """Which part of which field is where. Raises UnsafeCheckpointError if the index asks for anything that could run
+    code, and leaves out whatever is no tensor."""
+    with open(folder / INDEX, "rb") as file:
+        index = load_metadata(file)
+    saved: SavedState = {}
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        field = Field(name, str(entry.properties.dtype).removeprefix("torch."), tuple(entry.size))
+        saved[field] = []
+        for chunk in entry.chunks:
+            place = index.storage_data[MetadataIndex(name, chunk.offsets)]
+            box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+            saved[field].append(Chunk(box, place.relative_path, place.offset, place.length))
+    return saved
+
+
+def check_saved(saved: SavedState, table: ShardTable) -> None:
+    """Raise ValueError if a checkpoint lacks a field of a table, or has it with another type or shape."""
+    by_name = {field.name: field for field in saved}
+    for field in table.fields:
+        other = by_name.get(field.name)
+        if other is None:
+            raise ValueError(f"the checkpoint has no {field.name}: another model, precision or optimizer wrote it")
+        if other != field:
+            raise ValueError(
+                f"{field.name} is {other.dtype} {list(other.shape)} in the checkpoint, and {field.dtype} "
+                f"{list(field.shape)} in this job"
+            )
+
+
+def load(
+    folder: Path,
+    saved: SavedState,
+    owned: ShardTable,
+    table: ShardTable,
+    state: LiveState,
+    staging_bytes: int,
+    device: torch.device,
+) -> None:
+    """Read a checkpoint into the live state of a layout, whose table and owners are given. Collective.
+
+    In windows: each rank reads at most half of `staging_bytes`, and what others need of it is sent on through as much
+    again.
+    """
+    rank, limit = dist.get_rank(), max(1, staging_bytes // 2)
+    reading, window = _windows(owned, limit)
+    plan = make_plan(reading, table)
+    chunks = {field.name: parts for field, parts in saved.items()}
+    with _Files(folder) as files:
+        for number in range(int(window.max(initial=-1)) + 1):
+            own = reading.select(np.flatnonzero(window == number)).of_rank(rank)
+            held = {place: files.read(chunks[field.name], field, box).to(device) for place, (field, box) in own.items()}
+            reshard(plan.select(np.flatnonzero(window[plan.source] == number)), held, state, limit, device)
+
+
+def _windows(owned: ShardTable, limit: int) -> tuple[ShardTable, np.ndarray]:
+    """The rows of a table in the order of a move, cut so that none has more than `limit` bytes; and the number of the
+    window that each is in. In a window no rank has more than `limit` bytes."""
+    order = np.lexsort((owned.rank, *owned.start.T[::-1], owned.group))
+    columns: tuple[list[Any], ...] = ([], [], [], [])
+    windows: list[int] = []
+    used: dict[int, int] = defaultdict(int)
+    window = 0
+    for row, size in zip(order.tolist(), owned.bytes[order].tolist(), strict=True):
+        rank, edges = int(owned.rank[row]), np.stack([owned.start[row], owned.stop[row]])
+        for part in [edges] if size <= limit else split_box(edges, size, limit):
+            share = size * math.prod((part[1] - part[0]).tolist()) // math.prod((edges[1] - edges[0]).tolist())
+            if used[rank] and used[rank] + share > limit:
+                window += 1
+                used.clear()
+            used[rank] += share
+            for column, value in zip(columns, (rank, owned.group[row], part[0], part[1]), strict=True):
+                column.append(value)
+            windows.append(window)
+    axes = owned.start.shape[1]
+    rank_column, group, start, stop = (np.array(column, np.int64) for column in columns)
+    cut = ShardTable(owned.groups, rank_column, group, start.reshape(-1, axes), stop.reshape(-1, axes))
+    return cut, np.array(windows, np.int64)
+
+
+class _Files:
+    """The data files of a checkpoint, opened when they are first read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._opened: dict[str, IO[bytes]] = {}
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for file in self._opened.values():
+            file.close()
+
+    def read(self, chunks: list[Chunk], field: Field, box: Box) -> torch.Tensor:
+        """A part of a field, in the memory of the host. Raises ValueError if the files do not have all of it."""
+        numbers = np.empty(box.shape, f"u{field.element_bytes}")
+        missing = box.elements
+        for chunk in chunks:
+            common = chunk.box.intersect(box)
+            if common is not None:
+                numbers[common.slices_in(box)] = self._map(chunk, field)[common.slices_in(chunk.box)]
+                missing -= common.elements
+        if missing:
+            raise ValueError(f"the checkpoint lacks {missing} elements of {field.name}")
+        return torch.from_numpy(numbers).view(getattr(torch, field.dtype))
+
+    def _map(self, chunk: Chunk, field: Field) -> np.ndarray:
+        """The tensor in a chunk, as unsigned integers of its size, mapped from the file: only pages that are read from
+        it take memory."""
+        if chunk.file not in self._opened:
+            path = (self._folder / chunk.file).resolve()
+            if self._folder.resolve() not in path.parents:
+                raise ValueError(f"the checkpoint's index points to {chunk.file}, which is not in its folder")
+            self._opened[chunk.file] = open(path, "rb")  # noqa: SIM115 (closed in __exit__)
+        file = self._opened[chunk.file]
+        start = _start_of_data(file, chunk, chunk.box.elements * field.element_bytes)
+        return np.memmap(file, f"u{field.element_bytes}", "r", start, chunk.box.shape)
+
+
+def _start_of_data(file: IO[bytes], chunk: Chunk, size: int) -> int:
+    """Where the numbers of a tensor begin in a file. torch.save makes a zip archive, whose record `data/0` they are, as
+    they lay in memory."""
+    with zipfile.ZipFile(_Section(file, chunk.offset, chunk.length)) as archive:
+        (record,) = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
+    if record.compress_type != zipfile.ZIP_STORED or record.file_size != size:
+        raise ValueError(f"{chunk.file}: the tensor at byte {chunk.offset} has {record.file_size} bytes, not {size}")
+    header = chunk.offset + record.header_offset
+    file.seek(header + 26)  # lengths of the name and of the extra field, which stand between the header and the data
+    name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    return header + 30 + name + extra
+
+
+class _Section:
+    """A part of a file, as a file that can be read: no more than zipfile asks for."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        self._position = position + (0, self._position, self._length)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, count: int = -1) -> bytes:
+        rest = max(0, self._length - self._position)
+        self._file.seek(self._offset + self._position)
+        data = self._file.read(rest if count < 0 else min(count, rest))
+        self._position += len(data)
+        return data

@@ -1,0 +1,180 @@
+"""Weights and optimizer state on disk: written by owners, read by any layout, and in little memory."""
+
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from copus.backends.base import StepRequest
+from copus.hardware import peak_memory_bytes, reset_peak_memory
+from copus.reshard.boxes import Box
+from copus.reshard.plan import owned_parts
+from copus.reshard.table import Field, ShardTable
+from copus.sharded_checkpoint import Save, _windows, check_saved, load, read_index
+from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
+from tests.ranks import own_device, run_ranks
+from tests.test_any_model import build_another_model
+
+FORMER = Path(__file__).parent / "checkpoints_0_1_0.tar.xz"
+"""Checkpoints of 0.1.0 of three layouts, each with its job and the losses of the four steps that followed."""
+
+
+def _write(backend: Any, folder: Path) -> None:
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    save = backend.begin_save(folder, copy=False)
+    save.write()
+    save.finish()
+    dist.barrier()
+
+
+def _save_and_load(
+    folder: Path, before: dict[str, Any], after: list[dict[str, Any]], another: bool, settings: dict[str, Any]
+) -> None:
+    """What is read on any layout is what was written, to the bit, and training goes on with it."""
+    if another:
+        build_another_model()
+    job = tiny_job(dist.get_world_size(), before, {"tied_embeddings": not another}, micro_batch=2, **settings)
+    backend = backend_of(job)
+    for step in range(2):
+        backend.train_step(random_batches, StepRequest(8 * step, RULES))
+    _write(backend, folder)
+    losses = [backend.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in range(2, 4)]
+    state = {field.name: torch.empty(field.shape, dtype=getattr(torch, field.dtype)) for field in read_index(folder)}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=True)  # torch's own reader
+    for layout in after:
+        configuration = job.training.configuration
+        target = configuration.layout.model_validate({**configuration.layout.model_dump(), **_SINGLE, **layout})
+        backend.build(configuration.model_copy(update={"layout": target}))
+        backend.load(folder, optimizer_steps=2)
+        for (name, start), tensor in backend.live_state().items():
+            part, whole = tensor(), state[name]
+            expected = whole[Box(start, tuple(part.shape)).slices_in(Box.whole(tuple(whole.shape)))]
+            assert torch.equal(part.cpu(), expected), (layout, name, start)
+        again = [backend.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in range(2, 4)]
+        np.testing.assert_allclose(again, losses, rtol=1e-4)
+    backend.close()
+
+
+_SINGLE = {"tp": 1, "pp": 1, "dp": 1, "vp": 1, "zero": 0}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("before", "after", "settings"),
+    [
+        ({"tp": 2, "zero": 0}, [{"dp": 2, "zero": 1}, {"pp": 2, "vp": 2}], {}),
+        ({"dp": 2, "zero": 1}, [{"tp": 2}, {"pp": 2, "zero": 1}], {"precision": "bf16", "staging_bytes": 3000}),
+    ],
+    ids=str,
+)
+def test_any_layout_reads_what_any_layout_wrote(
+    before: dict[str, Any], after: list[dict[str, Any]], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run_ranks(2, _save_and_load, tmp_path / "saved", before, after, False, settings)
+
+
+@pytest.mark.dist
+def test_a_model_that_copus_has_no_line_about_resumes(tmp_path: Path) -> None:
+    layouts = [{"tp": 2, "dp": 2, "zero": 1}, {"pp": 2, "dp": 2}]
+    run_ranks(4, _save_and_load, tmp_path / "saved", {"dp": 4}, layouts, True, {"precision": "bf16"})
+
+
+def _resume(folder: Path, layout: dict[str, Any]) -> list[float]:
+    job = json.loads((folder / "job.json").read_text())
+    backend = backend_of(tiny_job(2, layout, job["model"], micro_batch=2, precision=job["precision"]))
+    backend.load(folder / "checkpoint", optimizer_steps=3)
+    return [backend.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in range(3, 7)]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", ["tensor-parallel", "pipeline", "distributed-optimizer"])
+def test_checkpoints_of_the_first_version_are_read(case: str, tmp_path: Path) -> None:
+    with tarfile.open(FORMER) as archive:
+        archive.extractall(tmp_path, filter="data")
+    job = json.loads((tmp_path / case / "job.json").read_text())
+    for layout in (job["layout"], {"dp": 2, "zero": 1}):
+        losses = run_ranks(2, _resume, tmp_path / case, layout)[0]
+        np.testing.assert_allclose(losses, job["losses"], rtol=1e-4 if job["precision"] == "bf16" else 1e-6)
+
+
+FIELDS = (Field("w", "float32", (4096, 512)), Field("w/exp_avg", "float32", (4096, 512)))
+
+
+def _little_memory(folder: Path, staging_bytes: int) -> tuple[int, int]:
+    """16 MB on each rank, half of which two replicas share; most memory beyond the state, to save and to load."""
+    rank = dist.get_rank()
+    shared, own = Box((0, 0), (2048, 512)), Box((2048, 128 * (rank % 4)), (2048, 128))
+    table = ShardTable.of((number, FIELDS, box) for number in range(4) for box in (shared, _own(number)))
+    assert own == _own(rank)
+    generator = torch.Generator().manual_seed(1)
+    whole = {field.name: torch.randn(field.shape, generator=generator) for field in FIELDS}
+    slices = {box.offset: box.slices_in(Box.whole((4096, 512))) for box in (shared, own)}
+    live = {(name, start): whole[name][where].clone() for name in whole for start, where in slices.items()}
+    expected = {place: tensor.double().sum() for place, tensor in live.items()}
+    del whole
+    state = {place: lambda place=place: live[place] for place in live}
+    if rank == 0:
+        folder.mkdir()
+    dist.barrier()
+    owned = owned_parts(table)
+    extra = []
+    for action in ("save", "load"):
+        reset_peak_memory()
+        before = _resident_bytes()
+        if action == "save":
+            save = Save(folder, owned, state, staging_bytes, copy=False)
+            save.write()
+            save.finish()
+            for tensor in live.values():
+                tensor.zero_()
+        else:
+            load(folder, read_index(folder), owned, table, state, staging_bytes, own_device())
+        extra.append((peak_memory_bytes() or 0) - before)
+        dist.barrier()
+    assert all(tensor.double().sum() == expected[place] for place, tensor in live.items())
+    return extra[0], extra[1]
+
+
+def _own(rank: int) -> Box:
+    return Box((2048, 128 * rank), (2048, 128))
+
+
+def _resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells of a peak")
+def test_neither_way_takes_more_than_the_staging_bytes(tmp_path: Path) -> None:
+    staging_bytes = 4 * 2**20
+    for save_bytes, load_bytes in run_ranks(4, _little_memory, tmp_path / "saved", staging_bytes):
+        assert save_bytes <= 1.25 * staging_bytes
+        assert load_bytes <= 1.25 * staging_bytes
+
+
+def test_no_rank_reads_more_than_the_limit_in_a_window() -> None:
+    rows = [(rank, FIELDS, Box((1024 * rank, 0), (1024, 512))) for rank in range(4)]
+    reading, window = _windows(ShardTable.of(rows), limit=300_000)
+    assert reading.bytes.sum() == 2 * 4 * 4096 * 512
+    for number in range(window.max() + 1):
+        rows_of_window = np.flatnonzero(window == number)
+        assert np.bincount(reading.rank[rows_of_window], weights=reading.bytes[rows_of_window]).max() <= 300_000
+
+
+def test_another_model_or_precision_is_refused_by_name() -> None:
+    table = ShardTable.of([(0, FIELDS[:1], Box.whole((4096, 512)))])
+    with pytest.raises(ValueError, match="the checkpoint has no w: another model, precision or optimizer wrote it"):
+        check_saved({}, table)
+    with pytest.raises(ValueError, match=r"w is bfloat16 \[4096, 512\] in the checkpoint, and float32 "):
+        check_saved({Field("w", "bfloat16", (4096, 512)): []}, table)
+    check_saved({FIELDS[0]: [], FIELDS[1]: []}, table)
