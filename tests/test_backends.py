@@ -25,7 +25,7 @@ SAMPLES = 64
 def _toy_job(layout: dict[str, Any], **training: Any) -> JobConfig:
     registry.BUILT_IN["toy"] = "tests.toy_backend:ToyDescription"  # as a plugin would, in this process
     shape = {"layers": 2, "hidden": 8, "ffn_hidden": 8, "heads": 2, "kv_heads": 2, "seq_len": 16, "vocab": 256}
-    settings = {"backend": "toy", "layout": layout, "global_batch": 4, "tokens": 16 * SAMPLES, "lr": 0.05}
+    settings = {"backend": "toy", "layout": layout, "global_batch": 4, "tokens": 16 * SAMPLES, "lr": 0.3}
     return parse_job(
         {
             "name": "toy",
