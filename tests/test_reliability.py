@@ -202,7 +202,8 @@ def _full_disk() -> None:
 def test_a_full_disk_costs_a_checkpoint_and_not_the_training(tmp_path: Path) -> None:
     events = run_ranks(2, _train, tmp_path, tmp_path / "table.jsonl", "disk")[0]
     failures = [event for event in events if isinstance(event, Failure)]
-    assert [event.samples_consumed for event in failures] == [64]
+    assert len(failures) == 1
+    assert 64 <= failures[0].samples_consumed < 96, "it is told when the checkpoint of 64 would have been complete"
     assert "No space left" in failures[0].message
     assert not failures[0].fatal
     assert [int(event.path[-12:]) for event in events if isinstance(event, Checkpoint)] == [32, 96, 96]
