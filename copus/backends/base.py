@@ -248,7 +248,8 @@ class Backend(ABC):
         """One optimizer step: gradients, then one collective for every figure of it, then the update.
 
         The update is skipped if the gradient is not finite. If a step `on_trial` finds too little memory on any rank
-        before a weight has changed on any, RankError is raised on all, and `recover` has to come next.
+        before a weight has changed on any, RankError is raised on all, and `recover` or `abandon` has to come
+        next.
         """
         with self._world.trial() if request.on_trial else contextlib.nullcontext() as trial:
             shares = self.compute_gradients(batches, request)
@@ -343,6 +344,13 @@ class Backend(ABC):
         """Let go of model and groups; what is built next makes its own."""
         self._tear_down()
         self.drop_groups(broken=False)
+
+    def abandon(self) -> None:
+        """Let go of the model after a step on trial raised RankError, and make the process groups, which the step
+        broke, anew. `build` has to come next."""
+        self._tear_down()
+        self.drop_groups(broken=True)
+        self._world.reform()
 
     def begin_save(self, folder: Path, copy: bool) -> sharded_checkpoint.Save:
         """Prepare to write weights and optimizer state into an existing, empty folder, in a format that every layout

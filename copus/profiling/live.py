@@ -16,6 +16,7 @@ from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig
 from copus.profilers import find_profiler
 from copus.profiling.fill import fill_table, load_profiler
+from planner.sampling import source_of_step
 from profiles.configuration import Configuration
 from profiles.measurement import Measurement
 from profiles.profiler import Processes, Task
@@ -71,32 +72,30 @@ class LiveProfiler:
         self._backend: Backend = task.backend
 
     def measure(self, configuration: Configuration) -> Measurement:
-        """Median and spread of a few steps, or the lack of memory that all ranks know of. Collective.
+        """Median and spread of a few steps, or the lack of memory that any rank met. Collective.
 
-        A rank whose memory runs out in the middle of a step cannot tell the others, which wait for it: it writes that
-        into the table itself and raises RuntimeError. The workers have to be started again; the configuration is then
-        left out.
+        All steps are on trial, so that a rank whose memory runs out takes the others out with it, and the next
+        configuration is built in the same processes. Only the weights' update is beyond that: if memory runs out there,
+        the rank writes it into the table and raises RuntimeError. The workers then start again and leave it out.
         """
         reset_peak_memory()
+        seconds: list[float] = []
         try:
             self._configure(configuration)
             seconds = self._time_steps()
         except RankError as error:
             if not error.out_of_memory:
                 raise
-            return self._measurement(configuration, [], self._peak())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            failed = self._measurement(configuration, [], peak_memory_bytes())
-            if dist.get_world_size() == 1:
-                return failed
             table = self._task.config.table
-            ThroughputTable(table).add(failed)
-            # A restart forms the process group anew; by then the table says what not to measure.
+            ThroughputTable(table).add(self._measurement(configuration, [], peak_memory_bytes()))
             raise RuntimeError(
                 f"{configuration.label}: {OUT_OF_MEMORY}; noted in {table}, and left out from now on"
             ) from None
+        if not seconds and self._backend.is_built:  # a step failed; after the except block nothing holds its memory
+            self._backend.abandon()
         return self._measurement(configuration, seconds, self._peak())
 
     def _configure(self, configuration: Configuration) -> None:
@@ -116,8 +115,9 @@ class LiveProfiler:
         layout = configuration.layout
         batch = min(configuration.global_batch, layout.dp * configuration.micro_batch * layout.pp)
         self._backend.move(configuration.model_copy(update={"global_batch": batch}))
-        for _ in range(self._task.config.warmup_steps):
-            self._step()
+        for number in range(self._task.config.warmup_steps):
+            # The first step takes the memory of a measured one: the job will need that too.
+            self._step(source_of_step(self._task.job.planner, configuration, 0) if number == 0 else None)
 
     def _time_steps(self) -> list[float]:
         seconds = []
@@ -129,9 +129,9 @@ class LiveProfiler:
             seconds.append(time.perf_counter() - started)
         return seconds
 
-    def _step(self) -> None:
+    def _step(self, noise_source: str | None = None) -> None:
         rules = StepRules(lr=0.0, betas=(0.9, 0.95))  # weights stay what they are
-        self._backend.train_step(self._task.batches, StepRequest(0, rules))
+        self._backend.train_step(self._task.batches, StepRequest(0, rules, noise_source, on_trial=True))
 
     def _peak(self) -> int | None:
         """Most memory of any rank."""
