@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,15 @@ RANGES = ((2, 64), (4, 256), (8, 1024))
 MOVE_STEPS = (0, 30, 300)
 CALIBRATIONS = (1.0, 0.5, 2.0)
 NOISE = 0.3
+DRIFTING_RANGE = (4, 256)
 DECISIONS = 200
+LEARNED_RANGE = 2.6
+"""90 % interval of c, as a factor either way, where the run learns it from its changes of batch."""
+DRIFTING: dict[str, Any] = {"drift": 0.2, "bursts": 0.1, "throughput_error": 0.15, "trial_budget": 0.02}
+"""A machine that is shared: its speed wanders, for a tenth of the time it is half, tables are off by 15 %, and trials
+find that out. Deciding there is dear to simulate: with one range, and c right."""
+COMPARED = {("still", True): ("goodput",), ("drifting", False): ("goodput", "copus", "static"), ("still", False): ()}
+"""Policies that are simulated beyond a still world: only these learn c, or are worth the time on one that drifts."""
 SHAPES = {"geometric": geometric, "linear": linear, "power": power}
 
 
@@ -53,6 +61,10 @@ class Cell:
     last: float
     move_steps: int
     calibration: float
+    calibration_learned: bool
+    """Whether c is a prior that the run learns from, or what it is."""
+    world: str
+    """`still`, or `drifting`: see `DRIFTING`."""
     plan: Plan
     """What the oracle does, and the best fixed configuration."""
     runs: Runs
@@ -108,7 +120,10 @@ def make_cells(table: str, menu: Menu, speed: np.ndarray, args: argparse.Namespa
         for steps in MOVE_STEPS:
             rungs = np.array([steps if args.every_move_pays else 0, steps if args.every_move_pays else 0, steps])
             plan = oracle(menu, speed, phi, progress, rungs * step_seconds)
-            for calibration in CALIBRATIONS:
+            circumstances = [(c, learned, "still") for learned in (False, True) for c in CALIBRATIONS]
+            if (first, last) == DRIFTING_RANGE:
+                circumstances.append((1.0, False, "drifting"))
+            for calibration, learned, world in circumstances:
                 n = args.seeds
                 runs = Runs(
                     critical_batch=np.broadcast_to(phi, (n, POINTS)),
@@ -120,8 +135,10 @@ def make_cells(table: str, menu: Menu, speed: np.ndarray, args: argparse.Namespa
                     noise=np.full(n, args.noise),
                     factor_error=np.full(n, calibration),
                     correlation=args.correlation,
+                    factor_range=LEARNED_RANGE if learned else 1.0,
+                    **(DRIFTING if world == "drifting" else {}),
                 )
-                cells.append(Cell(table, first, last, steps, calibration, plan, runs))
+                cells.append(Cell(table, first, last, steps, calibration, learned, world, plan, runs))
     return cells
 
 
@@ -137,22 +154,44 @@ def measure(tables: dict[str, tuple[Menu, np.ndarray]], args: argparse.Namespace
     """Figures of every cell and policy, and how many runs were simulated."""
     found, count = [], 0
     for table, (menu, speed) in tables.items():
-        cells = make_cells(table, menu, speed, args)
-        joined = _joined(cells)
-        for name, policy in policies(menu).items():
-            if args.only and name not in args.only:
-                continue
-            outcome = simulate(menu, speed, joined, policy)
-            count += len(joined.seed)
-            for cell, rows in zip(cells, np.split(np.arange(len(joined.seed)), len(cells)), strict=True):
-                found.append(_figures(cell, name, menu, outcome.seconds[rows], outcome.moves[rows]))
-        if not args.only:
-            found += [_figures(c, "oracle", menu, np.full(1, c.plan.seconds), np.zeros((1, 3))) for c in cells]
+        everything = make_cells(table, menu, speed, args)
+        for key in {(cell.world, cell.calibration_learned): None for cell in everything}:
+            cells = [cell for cell in everything if (cell.world, cell.calibration_learned) == key]
+            joined = _joined(cells)
+            fixed = _best_fixed_seconds(menu, speed, cells, joined)
+            for name, policy in policies(menu).items():
+                if args.only and name not in args.only:
+                    continue
+                if name not in ("goodput", *(("copus", "static") if key[0] == "drifting" else ())) and key != (
+                    "still",
+                    False,
+                ):
+                    continue  # the others neither learn c nor weigh what drifts
+                outcome = simulate(menu, speed, joined, policy)
+                count += len(joined.seed)
+                for cell, rows in zip(cells, np.split(np.arange(len(joined.seed)), len(cells)), strict=True):
+                    found.append(_figures(cell, name, menu, outcome.seconds[rows], outcome.moves[rows], fixed[rows]))
+            if not args.only and key == ("still", False):
+                for cell in cells:
+                    own = np.full(1, cell.plan.seconds), np.zeros((1, 3)), np.full(1, cell.plan.fixed_seconds)
+                    found.append(_figures(cell, "oracle", menu, *own))
     return found, count
 
 
-def _figures(cell: Cell, policy: str, menu: Menu, seconds: np.ndarray, moves: np.ndarray) -> dict[str, Any]:
-    gains = cell.plan.fixed_seconds / seconds - 1
+def _best_fixed_seconds(menu: Menu, speed: np.ndarray, cells: Sequence[Cell], joined: Runs) -> np.ndarray:
+    """Time that the best fixed configuration takes in each run, shape (R,): known, but for a machine that drifts, on
+    which it is simulated."""
+    seeds = len(joined.seed) // len(cells)
+    if cells[0].world == "still":
+        return np.repeat([cell.plan.fixed_seconds for cell in cells], seeds)
+    start = np.repeat([cell.plan.fixed_index for cell in cells], seeds)
+    return simulate(menu, speed, replace(joined, start=start), Static()).seconds
+
+
+def _figures(
+    cell: Cell, policy: str, menu: Menu, seconds: np.ndarray, moves: np.ndarray, fixed: np.ndarray
+) -> dict[str, Any]:
+    gains = fixed / seconds - 1
     mean = float(gains.mean())
     half = 1.645 * float(gains.std(ddof=1)) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
     return {
@@ -162,6 +201,8 @@ def _figures(cell: Cell, policy: str, menu: Menu, seconds: np.ndarray, moves: np
         "noise_to": cell.last,
         "move_cost_steps": cell.move_steps,
         "calibration": cell.calibration,
+        "calibration_learned": cell.calibration_learned,
+        "world": cell.world,
         "policy": policy,
         "seeds": len(seconds),
         "seconds": float(seconds.mean()),
@@ -226,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(result))
     else:
-        print_cells(cells)
+        print_cells([cell for cell in cells if cell["world"] == "still" and not cell["calibration_learned"]])
         print_summary(result)
         print_setups(result["setups"])
     return 0

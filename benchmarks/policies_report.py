@@ -20,21 +20,31 @@ def _place(cell: dict[str, Any]) -> tuple[Any, ...]:
 
 def summary(cells: Cells) -> dict[str, Any]:
     """The figures that the targets are about, for all tables and for those with 7 global batches."""
-    full = [cell for cell in cells if cell["batches"] >= FULL_BATCHES]
-    return {"all_tables": _figures(cells), "seven_batches": _figures(full)} if full else {"all_tables": _figures(cells)}
+    still = _where(cells, world="still", calibration_learned=False)
+    full = [cell for cell in still if cell["batches"] >= FULL_BATCHES]
+    beyond = {
+        "calibration_learned": _means(_where(cells, calibration_learned=True)),
+        "drifting": _means(_where(cells, world="drifting")),
+    }
+    return beyond | {"all_tables": _figures(still)} | ({"seven_batches": _figures(full)} if full else {})
+
+
+def _means(cells: Cells) -> dict[str, dict[str, float]]:
+    """Mean gain over the best fixed configuration by policy, cost of moves and error of c, in percent."""
+    return {
+        name: {
+            f"cost {steps}, c ×{c:g}": float(np.mean([cell["gain_over_best_fixed_pct"] for cell in chosen]))
+            for steps in (0, 30, 300)
+            for c in (1.0, 0.5, 2.0)
+            if (chosen := _where(cells, policy=name, move_cost_steps=steps, calibration=c))
+        }
+        for name in dict.fromkeys(cell["policy"] for cell in cells)
+    }
 
 
 def _figures(cells: Cells) -> dict[str, Any]:
     ours = _where(cells, policy="goodput")
-    found: dict[str, Any] = {"tables": len({cell["table"] for cell in cells}), "policies": {}}
-    for name in dict.fromkeys(cell["policy"] for cell in cells):
-        rows = _where(cells, policy=name)
-        found["policies"][name] = {
-            f"cost {steps}, c ×{c:g}": float(np.mean([r["gain_over_best_fixed_pct"] for r in chosen]))
-            for steps in (0, 30, 300)
-            for c in (1.0, 0.5, 2.0)
-            if (chosen := _where(rows, move_cost_steps=steps, calibration=c))
-        }
+    found: dict[str, Any] = {"tables": len({cell["table"] for cell in cells}), "policies": _means(cells)}
     if not ours:
         return found
     right = _where(ours, calibration=1.0)
@@ -96,7 +106,12 @@ def print_cells(cells: Cells) -> None:
 
 def print_summary(result: dict[str, Any]) -> None:
     """Means over the tables, and what the targets are about."""
+    for group in ("calibration_learned", "drifting"):
+        for name, row in result["summary"][group].items():
+            print(f"{group:20} {name:20} " + ", ".join(f"{place}: {gain:.2f}" for place, gain in row.items()))
     for group, figures in result["summary"].items():
+        if group in ("calibration_learned", "drifting"):
+            continue
         print(f"\n{group}: {figures['tables']} tables; mean gain over the best fixed configuration, %")
         columns = list(next(iter(figures["policies"].values())))
         print(f"{'policy':20}" + "".join(f"{column:>16}" for column in columns))

@@ -57,7 +57,7 @@ class Menu:
         return np.array([numbers.setdefault(c.layout, len(numbers)) for c in self.configurations], np.int64)
 
     @cached_property
-    def _passes(self) -> Indices:
+    def passes(self) -> Indices:
         """Number of the layout and micro-batch of each, shape (C,)."""
         numbers: dict[tuple[int, int], int] = {}
         pairs = zip(self.layout.tolist(), self.micro_batch.tolist(), strict=True)
@@ -67,7 +67,7 @@ class Menu:
         """Seconds from each run's configuration `start`, shape (R,), to every other, shape (R, C). `rungs` are the
         seconds of the three rungs, shape (3,) or (R, 3)."""
         start, costs = np.asarray(start), np.broadcast_to(rungs, (len(start), 3))
-        rung = np.where(self._passes == self._passes[start, None], 0, 1)
+        rung = np.where(self.passes == self.passes[start, None], 0, 1)
         rung = np.where(self.layout == self.layout[start, None], rung, 2)
         moved = np.arange(len(self)) != start[:, None]
         return np.where(moved, np.take_along_axis(costs, rung, axis=1), 0.0)
@@ -91,7 +91,7 @@ class Menu:
 
     @cached_property
     def _by_pass(self) -> tuple[Indices, Indices, Indices]:
-        return _groups(self._passes)
+        return _groups(self.passes)
 
 
 def _groups(number: Indices) -> tuple[Indices, Indices, Indices]:

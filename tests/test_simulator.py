@@ -1,6 +1,7 @@
 """The simulator: exact where the answer is known, the same for the same seed, and the benchmark on a small table."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,9 +147,30 @@ def test_the_benchmark_prints_every_cell(tmp_path: Path, capsys):
         policies.main(["--data", str(tmp_path), "--json", "--seeds", "2", "--only", "copus", "goodput", "static"]) == 0
     )
     result = json.loads(capsys.readouterr().out)
-    assert len(result["cells"]) == 27 * 3
+    # Three policies in a still world, `goodput` again where c is learned, and three on one range that drifts.
+    assert len(result["cells"]) == 27 * 3 + 27 + 3 * 3
+    assert {cell["world"] for cell in result["cells"]} == {"still", "drifting"}
     keys = {"table", "noise_from", "noise_to", "move_cost_steps", "calibration", "policy", "ratio_to_oracle"}
     assert keys | {"gain_over_best_fixed_pct", "low", "high"} <= set(result["cells"][0])
     assert all(cell["ratio_to_oracle"] > 0.999 for cell in result["cells"])
     assert result["summary"]["all_tables"]["goodput"]["cells"] == 27
     assert policies.main(["--data", str(tmp_path / "none")]) == 2
+
+
+def test_a_wrong_c_is_learned_from_changes_of_batch_and_costs_less_then():
+    """c is believed twice what it is: changes of batch pull it back, and what it costs becomes less."""
+    phi = geometric(2.0, 128.0)
+    long = {"planned_samples": np.full(8, 4e6), "progress": np.full(8, 2e6), "every_samples": np.full(8, 2e4)}
+    wrong = runs_of(phi, seeds=8, factor_error=np.full(8, 2.0), **long)
+    fixed = simulate(MENU, SPEED, wrong, Goodput())
+    learned = simulate(MENU, SPEED, replace(wrong, factor_range=2.6), Goodput())
+    assert learned.seconds.mean() < fixed.seconds.mean()
+
+
+def test_trials_stay_within_their_budget():
+    """With wrong tables, and none allowed, nothing that never ran is tried."""
+    wrong = runs_of(geometric(8.0, 64.0), seeds=4, cost=1.0, throughput_error=0.2)
+    none = simulate(MENU, SPEED, replace(wrong, trial_budget=0.0), Goodput())
+    some = simulate(MENU, SPEED, replace(wrong, trial_budget=0.02), Goodput())
+    assert np.isfinite(some.seconds).all()
+    assert none.seconds.tolist() != some.seconds.tolist()

@@ -4,16 +4,24 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from planner.forecast import CriticalBatchForecast
+from planner.critical_batch import NEAR, SYSTEMATIC
+from planner.forecast import QUANTILE_90, CriticalBatchForecast
 from planner.goodput import Objective, progress_per_sample
-from planner.menu import Floats, Indices, Menu
+from planner.menu import RUNGS, Floats, Indices, Menu, rung_of
 from planner.plan import Plan, plan_run
 from planner.policy import Policy
-from planner.situation import Situation
+from planner.situation import Choice, Situation
+from planner.trials import EXPECTED_STEPS, SETTLING_STEPS
 from profiles.online import OnlineCorrection
 
 DRAWS = 1024
 """Errors of noise estimates that a seed makes; a longer run begins anew with the first."""
+TRIAL_ERROR = 0.03
+"""Standard error of the logarithm of the ratio that a trial measures, on a machine with bursts."""
+LOSS_SLOPE = 0.25
+"""Nats a token that the loss falls by in an e-folding of samples: how much a change of batch has to show."""
+LOSS_NOISE = 0.5
+"""Standard deviation of the loss of a sequence, nats a token (docs/calibration.md)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,13 @@ class Runs:
     drift: float = 0.0
     """Standard deviation that the logarithm of the machine's speed reaches by the end, as a random walk, and a quarter
     of it for what each layout does besides."""
+    bursts: float = 0.0
+    """Share of the time between decisions in which something else takes half of the machine."""
+    trial_budget: float = np.inf
+    """Share of the elapsed time that trials may take."""
+    factor_range: float = 1.0
+    """How far the 90 % interval of c reaches either way at first, as a factor: changes of batch then teach it. 1: what
+    is believed of c stays."""
     start: Indices | None = None
     """What runs first, shape (R,), and is left at the cost of a move; None where the policy picks it, for nothing."""
 
@@ -85,6 +100,14 @@ class _State:
     error: Floats
     actual: Floats
     unseen: np.ndarray = field(repr=False)
+    spent: Floats
+    """Seconds that trials took, shape (R,)."""
+    shift: Floats
+    """What the run has taught of log c, beyond what was believed, shape (R,)."""
+    shift_error: Floats
+    """Its standard error, shape (R,)."""
+    changed_at: Floats
+    """Samples at the last change of batch, shape (R,)."""
     live: list[OnlineCorrection] | None
     """What each run's steps taught; None where throughputs are known."""
 
@@ -122,6 +145,7 @@ def simulate(
         runs = state.runs
         true_phi = _read(runs.critical_batch, state.progress)
         seen = true_phi * runs.factor_error * np.exp(errors[state.row, number % DRAWS] * runs.noise)
+        learned = np.exp(state.shift)
         place = np.maximum(state.samples, runs.every_samples / 2)
         state.forecast.observe(
             place, seen, np.maximum(runs.noise, 0.01), (1 - runs.correlation) / (1 + runs.correlation)
@@ -133,13 +157,13 @@ def simulate(
             unseen=state.unseen,
             current=state.current,
             noise_scale=seen / 2,
-            critical_batch=seen,
-            forecast=state.forecast,
+            critical_batch=seen * learned,
+            forecast=state.forecast.scaled(learned, state.shift_error),
             samples_consumed=place,
             samples_left=np.maximum(runs.planned_samples - state.samples, runs.every_samples),
             samples_to_next=runs.every_samples,
             move_seconds=runs.move_seconds,
-            trial_allowance=np.full(len(state.row), np.inf),
+            trial_allowance=_allowance(state),
             objective=objective,
             number=number,
             started=number > 0 or runs.start is not None,
@@ -148,15 +172,19 @@ def simulate(
             state.current = np.argmax(situation.goodput(seen), axis=1) if runs.start is None else runs.start
             situation = replace(situation, current=state.current)
         situation = replace(situation, plug_in=seen / 2 / (1 + seen / 2 / situation.running_batch))
-        index = policy.choose(situation).index
+        choice = policy.choose(situation)
+        index = choice.index
+        if choice.exploring is not None and choice.exploring.any() and situation.started:
+            index = _try(menu, state, choice, situation, _speed(state, walk, number), objective)
         if record:
             for place_in, (row, before, after) in enumerate(zip(state.row, state.current, index, strict=True)):
                 if number == 0 or before != after:
                     paths[row].append((float(state.progress[place_in]), int(after)))
         if situation.started:
             _pay(menu, state, index)
+            _learn_factor(menu, state, index, true_phi)
         state.current = index
-        finished = _advance(menu, state, walk[:, number % DRAWS] if walk is not None else None, objective)
+        finished = _advance(menu, state, _speed(state, walk, number), objective)
         number += 1
         if finished.any():
             rows = state.row[finished]
@@ -201,7 +229,11 @@ def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
         error=np.full((count, size), runs.throughput_error),
         actual=actual,
         unseen=np.ones((count, size), bool),
-        live=[OnlineCorrection() for _ in range(count)] if runs.throughput_error or runs.drift else None,
+        spent=np.zeros(count),
+        shift=np.zeros(count),
+        shift_error=np.full(count, np.log(runs.factor_range) / QUANTILE_90),
+        changed_at=np.zeros(count),
+        live=[OnlineCorrection() for _ in range(count)] if runs.throughput_error or runs.drift or runs.bursts else None,
     )
 
 
@@ -219,7 +251,7 @@ def _errors(runs: Runs) -> Floats:
 
 def _walks(runs: Runs, menu: Menu) -> Floats | None:
     """Logarithm of how much faster each layout is than at the start, shape (R, DRAWS, layouts); None without drift."""
-    if not runs.drift:
+    if not runs.drift and not runs.bursts:
         return None
     layouts = int(menu.layout.max()) + 1
     share = np.array([0.25] * layouts + [1.0])
@@ -239,13 +271,101 @@ def _pay(menu: Menu, state: _State, index: Indices) -> None:
     np.add.at(state.moves, (np.flatnonzero(moved), rung[moved]), 1)
 
 
-def _advance(menu: Menu, state: _State, walk: Floats | None, objective: Objective) -> np.ndarray:
+def _speed(state: _State, walk: Floats | None, number: int) -> Floats | None:
+    """Logarithm of how much faster each layout is now than at the start, shape (R, layouts); None if nothing drifts."""
+    if walk is None:
+        return None
+    machine = walk[state.row, number % DRAWS]
+    runs = state.runs
+    if runs.bursts:
+        draws = [np.random.default_rng([seed, 3, number]).random() for seed in runs.seed.tolist()]
+        machine = machine - np.log(2) * (np.array(draws) < runs.bursts)[:, None]
+    return np.asarray(machine)
+
+
+def _allowance(state: _State) -> Floats:
+    """Seconds that trials may take now, shape (R,)."""
+    if np.isinf(state.runs.trial_budget):
+        return np.full(len(state.row), np.inf)
+    return np.maximum(state.runs.trial_budget * state.seconds - state.spent, 0.0)
+
+
+def _try(
+    menu: Menu, state: _State, choice: Choice, situation: Situation, machine: Floats | None, objective: Objective
+) -> Indices:
+    """Make the trials that were asked for: there, a few steps, and back unless it was better; what runs then.
+
+    The comparison is beside what ran, so the machine is not in it. The progress of the steps is that of the candidate.
+    """
+    assert choice.exploring is not None
+    assert state.live is not None
+    index, runs = choice.index.copy(), state.runs
+    worth = situation.goodput(situation.critical_batch) / situation.samples_per_second
+    for row in np.flatnonzero(choice.exploring):
+        candidate, running = int(index[row]), int(state.current[row])
+        rates = state.actual[row].copy()
+        if machine is not None:
+            rates = rates * np.exp(machine[row, menu.layout])
+        ratio = float(
+            np.log(menu.global_batch[candidate] / menu.global_batch[running] / rates[candidate] * rates[running])
+        )
+        seen = ratio + TRIAL_ERROR * float(np.random.default_rng([int(runs.seed[row]), 4, situation.number]).normal())
+        table = state.table
+        step = menu.global_batch / table
+        off = seen - float(np.log(step[candidate] / step[running]))
+        own = runs.throughput_error
+        configurations = menu.configurations[candidate], menu.configurations[running]
+        state.live[row].observe_comparison(*configurations, off, TRIAL_ERROR, (own, own), 5)
+        state.unseen[row, menu.passes == menu.passes[candidate]] = False
+        useful = np.log(menu.global_batch[candidate] * worth[row, candidate])
+        useful -= np.log(menu.global_batch[running] * worth[row, running])
+        stays = seen < useful - 2 * TRIAL_ERROR
+        move = float(menu.move_seconds(np.array([running]), runs.move_seconds[row])[0, candidate])
+        steps = SETTLING_STEPS + EXPECTED_STEPS
+        seconds = steps * menu.global_batch[candidate] / rates[candidate]
+        phi = float(_read(runs.critical_batch[row : row + 1], state.progress[row : row + 1])[0])
+        made = progress_per_sample(menu.global_batch[candidate], phi, objective) * steps * menu.global_batch[candidate]
+        state.progress[row] += min(float(made) / float(runs.progress[row]), 1 - state.progress[row])
+        state.samples[row] += steps * menu.global_batch[candidate]
+        state.seconds[row] += seconds + (0.0 if stays else 2 * move)
+        state.spent[row] += seconds + 2 * move + steps * menu.global_batch[running] / rates[running]
+        if not stays:
+            rung = rung_of(*configurations)
+            state.moves[row, RUNGS.index(rung)] += 2
+            index[row] = running
+    return index
+
+
+def _learn_factor(menu: Menu, state: _State, index: Indices, true_phi: Floats) -> None:
+    """What a change of batch teaches of c, by the slopes of the loss before and after it (`planner.critical_batch`):
+    the ratio of the slopes is known as well as the noise of the loss of all sequences on both sides allows."""
+    before, after = menu.global_batch[state.current], menu.global_batch[index]
+    changed = before != after
+    stretch = np.minimum(NEAR * state.samples, state.samples - state.changed_at)
+    told = changed & (stretch > 0) & (state.shift_error > 0)
+    if told.any():
+        fall = LOSS_SLOPE * stretch / np.maximum(state.samples, 1)  # nats over the stretch
+        slope_error = 4 * np.sqrt(12 / np.maximum(stretch, 1)) * LOSS_NOISE / np.maximum(fall, 1e-9)
+        sensitivity = np.abs(after / (true_phi + after) - before / (true_phi + before))
+        error = np.hypot(slope_error * np.sqrt(2) / np.maximum(sensitivity, 1e-9), SYSTEMATIC)
+        draws = [
+            np.random.default_rng([seed, 5, int(at)]).normal()
+            for seed, at in zip(state.runs.seed, state.samples, strict=True)
+        ]
+        seen = -np.log(state.runs.factor_error) + error * np.array(draws)
+        gain = np.where(told, state.shift_error**2 / (state.shift_error**2 + error**2), 0.0)
+        state.shift = state.shift + gain * (seen - state.shift)
+        state.shift_error = state.shift_error * np.sqrt(1 - gain)
+    state.changed_at = np.where(changed, state.samples, state.changed_at)
+
+
+def _advance(menu: Menu, state: _State, machine: Floats | None, objective: Objective) -> np.ndarray:
     """Train to the next decision, or to the target; which runs reached it."""
     runs, rows = state.runs, np.arange(len(state.current))
     batch = menu.global_batch[state.current]
     rate = state.actual[rows, state.current]
-    if walk is not None:
-        rate = rate * np.exp(walk[state.row, menu.layout[state.current]])
+    if machine is not None:
+        rate = rate * np.exp(machine[rows, menu.layout[state.current]])
     left = 1 - state.progress
     step = np.zeros_like(left)
     for _ in range(3):  # the midpoint rule, solved by iteration: φ hardly changes within a step
