@@ -4,6 +4,7 @@ The planner of a real run decides by measured seconds, which no two runs share. 
 so that a run with faults has to end with the very weights of the run without.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import copus.moves
 import copus.worker
+import planner.planner
 from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import Writing
 from copus.moves import Moves
@@ -64,6 +67,8 @@ def main(arguments: list[str]) -> int:
     run = Path(arguments[0])
     (run / f"worker-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     copus.worker.Planner = ScriptedPlanner  # type: ignore[misc]
+    # Decisions fall due with the samples alone: on a busy machine some would else be left out, and with them a move.
+    planner.planner.FEWEST_STEPS_BETWEEN, copus.moves.DECIDING_SHARE = 1, math.inf
     Writing._write = announced(run, "checkpoint", Writing._write)  # type: ignore[method-assign]
     Moves._move = announced(run, "move", Moves._move)  # type: ignore[method-assign]
     assert MegatronBackend is not None  # imported here and not between two collectives: it takes seconds
