@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cbs": {"policy": "cbs"},
     "cbs-pessimistic": {"policy": "cbs", "cbs_layout": "pessimistic"},
     "cbs-optimistic": {"policy": "cbs", "cbs_layout": "optimistic"},
+    "cbs-doubling": {"policy": "cbs-doubling"},
+    "late-switch": {"policy": "late-switch"},
     "copus": {"policy": "copus"},
     "goodput": {"policy": "goodput"},
 }

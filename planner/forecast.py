@@ -97,16 +97,17 @@ class CriticalBatchForecast:
         weight = independent / variance
         self.sums += np.stack([weight, 0 * y, 0 * y, weight * y, 0 * y], axis=1)
 
-    def at(self, samples: Floats, sigmas: float = 0.0) -> Floats:
-        """φ expected at so many sequences, shape (R,) or (R, K), `sigmas` standard errors of its logarithm up or down.
-        Before anything is seen it is NaN."""
+    def at(self, samples: Floats, sigmas: float = 0.0, *, with_common_error: bool = True) -> Floats:
+        """φ expected at so many sequences, shape (R,) or (R, K), `sigmas` standard errors of its logarithm up or down,
+        with or without the error that all estimates share. Before anything is seen it is NaN."""
         samples = np.asarray(samples, float)
         samples = samples + self.offset[(slice(None),) + (None,) * (samples.ndim - 1)]
         shape = (slice(None),) + (None,) * (samples.ndim - 1)
         x = np.log(samples / self.samples[shape])
         level, slope = (values[shape] for values in self._line())
         covariance = self._covariance() * self.excess[:, None, None]
-        level = level + sigmas * np.sqrt(covariance[:, 0, 0] + np.square(self.common_error))[shape]
+        common = np.square(self.common_error) if with_common_error else 0.0
+        level = level + sigmas * np.sqrt(covariance[:, 0, 0] + common)[shape]
         ahead = np.maximum(x, 0.0)
         slope = slope + sigmas * np.sqrt(covariance[:, 1, 1][shape] + (BEND * ahead / 2) ** 2)
         slope = np.where(x > 0, np.maximum(slope, 0.0), slope)

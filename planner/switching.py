@@ -55,7 +55,9 @@ class Goodput:
     def choose(self, situation: Situation) -> Choice:
         """The first step of the best plan, or no move."""
         now, menu = situation, situation.menu
-        stages = self._stages(now)
+        # Sure is what no further estimate would undo. The error of c stays whatever the noise scale does, so waiting
+        # would not make anything surer: it widens the savings that are shown, and bars no move.
+        stages = self._stages(now, with_common_error=False)
         *_, value = seconds_to_go(stages, menu, now.move_seconds)
         if not now.started:  # nobody pays, and nothing is known but the prior: weigh the ends against each other
             regret = value / value.min(axis=2, keepdims=True)
@@ -76,18 +78,24 @@ class Goodput:
         worth = np.where(exploring[:, None], np.where(tried > threshold, tried, -np.inf), certain)
         index = _largest(worth, menu.global_batch)
         moves = np.take_along_axis(worth, index[:, None], 1)[:, 0] > -np.inf
-        savings = _savings(now, stages.sum(axis=0), costs)
+        savings = _savings(now, self._stages(now, with_common_error=True).sum(axis=0), costs)
         return Choice(np.where(moves, index, now.current), sure, exploring & moves, savings)
 
-    def _stages(self, now: Situation) -> Floats:
-        """Seconds of each candidate for each stretch of what is left, shape (K, 3, R, C): φ low, expected, high."""
+    def _stages(self, now: Situation, with_common_error: bool) -> Floats:
+        """Seconds of each candidate for each stretch of what is left, shape (K, 3, R, C): φ low, expected, high, with
+        or without the error of c in its ends."""
         first = now.samples_to_next
         left = np.maximum(now.samples_left, first * 1.001)
         grown = first[:, None] * (left / first)[:, None] ** np.linspace(0, 1, STAGES)
         edges = np.concatenate([np.zeros((len(left), 1)), grown], axis=1)
         middles, lengths = (edges[:, 1:] + edges[:, :-1]) / 2, np.diff(edges, axis=1)
         where = now.samples_consumed[:, None] + middles
-        phi = np.stack([now.forecast.at(where, sigmas) for sigmas in (-PESSIMISM, 0.0, PESSIMISM)])
+        phi = np.stack(
+            [
+                now.forecast.at(where, sigmas, with_common_error=with_common_error)
+                for sigmas in (-PESSIMISM, 0.0, PESSIMISM)
+            ]
+        )
         batch = now.menu.global_batch
         found = []
         for k in range(STAGES):
