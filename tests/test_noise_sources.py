@@ -55,10 +55,10 @@ def _by_autograd(part_size: int, model: dict[str, Any], norms_only: bool, adam: 
     norm_weights = {id(module.weight) for module in network.modules() if isinstance(module, RMSNorm)}
     params = [param for param in network.parameters() if not norms_only or id(param) in norm_weights]
     weights = {}
-    for param, _, group, state, _ in main_params(backend.built.optimizer):
+    for main in main_params(backend.built.optimizer):
         if adam:
-            v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-            weights[id(param)] = torch.where(v > 0, 1 / (v.sqrt() + group["eps"]), 0.0).double()
+            v = main.state["exp_avg_sq"] / (1 - main.group["betas"][1] ** float(main.state["step"]))
+            weights[id(main.param)] = torch.where(v > 0, 1 / (v.sqrt() + main.group["eps"]), 0.0).double()
     parts = []
     for first in range(8 * steps_before, 8 * steps_before + 8, part_size):
         tokens, labels = (each.to(own_device()) for each in random_batches(first, part_size))
