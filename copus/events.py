@@ -53,6 +53,8 @@ class Start(Event):
     """Length of the run in sequences."""
     seq_len: int
     """Tokens in a sequence."""
+    max_minutes: float | None = None
+    """Minutes after this event in which training stops by itself; None without such a limit."""
     peak_samples_per_second: float | None = None
     """What the accelerators would do at their rated peak: a throughput over this is the model FLOP utilization (MFU).
     None where no data sheet says it, as for CPU cores."""

@@ -160,6 +160,7 @@ def start_of(
         configuration=configuration,
         total_samples=job.total_samples,
         seq_len=job.model.seq_len,
+        max_minutes=job.training.max_minutes,
         peak_samples_per_second=peak_samples_per_second(job.model, job.cluster, job.training.precision),
         resumed_from=resumed_from,
         data=state.data or None,

@@ -323,7 +323,7 @@ def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:
         when = f"{count(event.samples_consumed * load_job(run / 'job.yaml').model.seq_len)} tokens"
     except JobError:  # the run is from another version; what it decided can still be read
         when = f"{event.samples_consumed} sequences"
-    noise, factor = decision.noise, decision.critical_batch_factor
+    noise = decision.noise
     interval = noise_interval(noise.value, noise.low, noise.high)
     interval = f"= {interval} sequences" if noise.value is not None else "is unknown"
     critical = (
@@ -339,7 +339,7 @@ def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:
     rows = [
         ("when", f"step {event.step}, {when}"),
         ("noise", f"B_simple {interval} after {noise.samples} steps"),
-        ("critical", f"φ = {factor:g} · B_simple {critical}"),
+        ("critical", f"φ {critical}{_factors(decision)}"),
         *_forecast(decision),
         ("objective", f"{decision.objective}: goodput = {formula}, efficiency = 1 / (1 + batch/φ)"),
         ("policy", f"{decision.policy}, decided in {event.seconds * 1000:.0f} ms"),
@@ -356,6 +356,18 @@ def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:
             seen_text += f", {seen / predicted - 1:+.1%}"
     predicted_text = "no prediction" if predicted is None else f"predicted {predicted * 1000:.0f} ms"
     return [*rows, ("chosen", f"{predicted_text}, {seen_text}")]
+
+
+def _factors(decision: Decision) -> str:
+    """`: c = 2 × B_simple, expected to be 1.49 × larger by now`: how φ follows from the noise scale."""
+    value, factor = decision.noise.value, decision.critical_batch_factor
+    if value is None:
+        return "" if decision.critical_batch is None else ", by general laws: no noise scale has been measured"
+    if decision.critical_batch is None:
+        return ""
+    grown = decision.critical_batch / (factor * value)
+    since = f", {grown:.2f} × larger by now than when it was measured" if abs(grown - 1) >= 0.005 else ""
+    return f": {factor:.3g} · B_simple{since}"
 
 
 def _forecast(decision: Decision) -> list[tuple[str, str]]:

@@ -141,7 +141,10 @@ class RunStatus:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Time to the end of the run at the current throughput."""
+        """Time to the end of the run: at the current throughput, or to the limit of `training.max_minutes`."""
         if self.start is None or self.samples_per_second is None:
             return None
-        return max(0, self.start.total_samples - self.samples_consumed) / self.samples_per_second
+        seconds = max(0, self.start.total_samples - self.samples_consumed) / self.samples_per_second
+        if self.start.max_minutes is not None and self.time is not None:
+            seconds = min(seconds, max(0.0, self.start.time + self.start.max_minutes * 60 - self.time))
+        return seconds

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from planner.config import PlannerConfig
 from planner.memory_check import LIKELY, MemoryCheck, PeakMemory
+from planner.policy import make_policy
 from planner.pruning import worthwhile
 from planner.sampling import halved_share, typical_configuration
 from planner.space import candidates, noise_measurable
@@ -22,8 +23,9 @@ from profiles.model_shape import ModelShape
 from profiles.throughput import DECILE, CostPredictions, Prediction, Throughput, measurement_error, relative_spread
 
 MAX_RELATIVE_SPREAD = 0.5
-"""A measured time whose interval is wider than this share of it is no reason to move: the best of many such guesses is
-a bad one. (What the cost model alone predicts is left to policies that weigh its error.)"""
+"""A time whose interval is wider than this share of it is no reason to move: the best of many guesses is a bad one. A
+policy that weighs errors decides for itself, as it may try the configuration, unless the time is read off a line
+through few rows, which is wrong in ways that its error does not say."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Predictor:
         """The configurations that may be worth choosing, in a fixed order, `start` always among them."""
         self.cost = cost
         """The cost model, fitted to the rows; None if it knows nothing of the accelerator, or is not to be used."""
+        self._weighs_error = make_policy(config).weighs_error
         self._peak_samples_per_second = peak_samples_per_second(model, cluster, precision)
         self.memory.peaks(self.candidates)  # all at once is a hundred times faster than one by one
 
@@ -207,7 +210,8 @@ class Predictor:
         if prediction is None or prediction.step_seconds is None:
             return "not measured"
         spread = relative_spread(error)
-        if spread > MAX_RELATIVE_SPREAD and prediction.source != "predicted":
+        off_a_line = prediction.source in ("interpolated", "extrapolated")
+        if spread > MAX_RELATIVE_SPREAD and (off_a_line or not self._weighs_error):
             seconds = prediction.step_seconds
             return f"throughput too uncertain: a step takes {seconds:.3g} ± {seconds * spread:.2g} s"
         if not noise_measurable(configuration, self.config.noise_source):

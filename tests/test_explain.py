@@ -74,7 +74,7 @@ def test_the_table_says_what_was_known(run: Path, capsys: pytest.CaptureFixture[
     for part in (
         "decision 1 of 0–3 (the newest that moved the job)",
         "B_simple = 12 [9–20] sequences after 40 steps",
-        "φ = 2 · B_simple = 24 sequences",
+        "φ = 24 sequences: 2 · B_simple",
         "plain: goodput = throughput × efficiency",
         "moves TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2",
         "throughput ×2.00, efficiency ×1.00 → ×2.00 now",

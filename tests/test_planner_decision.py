@@ -372,3 +372,12 @@ def test_decisions_are_never_nearer_than_ten_steps(samples, batch, every_samples
     interval = decision_interval(samples, batch, every_samples)
     assert interval >= max(10 * batch, every_samples, samples / 200)
     assert interval < 2 * max(10 * batch, every_samples, samples / 200)
+
+
+def test_a_measured_time_that_is_hardly_known_bars_only_policies_that_do_not_weigh_errors():
+    noisy = of(TP2, 1, 16)
+    for policy, refused in (("copus", True), ("goodput", False)):
+        rows = [row(START, step_seconds=1.0), row(noisy, step_seconds=0.5).model_copy(update={"spread_seconds": 2.0})]
+        decider = deciding(Throughput(rows), policy=policy)
+        verdict = verdicts(decider.decide(noise(50.0, 45.0, 55.0), START, 0))[noisy.label]
+        assert verdict.startswith("throughput too uncertain: a step takes ") == refused
