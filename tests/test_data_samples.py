@@ -136,7 +136,7 @@ def test_an_interrupted_index_is_not_trusted(prepared, tmp_path, monkeypatch):
 def test_a_damaged_index_is_made_again(prepared, tmp_path, damage):
     """Also one of the right size: it would be another order of the samples, and nobody would know."""
     expected, _ = _reader(prepared, 74, cache=tmp_path).batch(0, 74)
-    [shuffle] = tmp_path.rglob("0/*shuffle_index.npy")
+    [shuffle] = tmp_path.rglob("0/sequences.npy")
     content = shuffle.read_bytes()
     if damage == "cut":
         shuffle.write_bytes(content[:-4])
