@@ -27,6 +27,7 @@ from planner.config import PlannerConfig
 from planner.forecast import log_error
 from planner.hindsight import FACTOR_ERROR, FEWEST_STEPS, PastRun, PredictedTime, look_back
 from planner.menu import RUNGS, Floats, Rung, rung_of
+from planner.trials import SETTLING_STEPS
 from profiles.audit import Audit, PredictionCheck
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
@@ -36,8 +37,6 @@ KINDS = (
     *("start", "profile", "step", "noise", "decision", "reconfigure", "trial", "evaluate", "checkpoint"),
     *("restart", "end"),
 )
-SETTLING_STEPS = 2
-"""Steps after a start or a move whose time also holds what is built and allocated only once."""
 RECENT_STEPS = 20
 """Steps before a move that say how the machine was."""
 WIDEST = 0.25

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.forecast import QUANTILE_90
 from planner.menu import Floats
 
 BLOCKS = 16
@@ -23,7 +24,6 @@ SYSTEMATIC = 0.3
 REACH = 3.0
 """Logarithm of the largest factor either way, from the prior, that is thought of."""
 POINTS = 121
-QUANTILE_90 = 1.645
 GENERAL_FACTOR = 2.6
 """c is 2 within this factor either way in 9 of 10 cases: branched runs of small models showed 1.0 to 6.6
 (docs/calibration.md)."""

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from planner.forecast import QUANTILE_90
 from planner.menu import Floats
 from profiles.configuration import Configuration
 from profiles.layout import Layout
@@ -27,7 +28,6 @@ only one side of the candidate has been timed."""
 LEAST_NOISE = 0.005
 """Standard deviation of the logarithm of a step that is assumed at least: the few steps of a trial may happen to
 agree."""
-QUANTILE_90 = 1.645
 
 Verdict = Literal["continue", "stay", "return", "end"]
 
