@@ -10,6 +10,7 @@ from typing import Any
 from copus.checkpoint_files import FOLDER, checkpoint_names, quick_damage, samples_of
 from copus.events import has_checkpoint
 from copus.job import JobConfig, JobError
+from copus.job_text import parse_job_text
 from copus.resume_request import ResumeRequest, nothing_to_resume
 from launch.data import INPUTS
 from launch.run_directory import shown, typed
@@ -89,6 +90,17 @@ def _leaves(field: str, was: Any, becomes: Any) -> list[tuple[str, Any, Any]]:
 
 
 def _is_named(overrides: list[str], field: str) -> bool:
-    """Whether `--set` names the field, or a part of it."""
-    keys = [override.partition("=")[0] for override in overrides]
-    return any(key == field or key.startswith(f"{field}.") for key in keys)
+    """Whether `--set` names the field, a part of it, or a section with the field in it."""
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key == field or key.startswith(f"{field}."):
+            return True
+        if field.startswith(f"{key}."):
+            value = parse_job_text(text)
+            for name in field.removeprefix(f"{key}.").split("."):
+                if not isinstance(value, dict) or name not in value:
+                    break
+                value = value[name]
+            else:
+                return True
+    return False

@@ -77,6 +77,7 @@ LONGER = ["--set", "training.tokens=25600"]
         ("planner.noise_metric=adam", "planner.noise_metric is plain in this run and cannot become adam"),
         ("name=other", "name is small in this run: a resumed run stays in place"),
         ("launch.runs=elsewhere", "in this run: a resumed run stays in place"),
+        ("launch={runs: elsewhere}", "in this run: a resumed run stays in place"),
         ("profile.when=always", "profile.when(always) measures everything before a run begins"),
     ],
 )
