@@ -47,6 +47,17 @@ def make_job(cache: Path, data: dict[str, Any], vocab: int = 300, seq_len: int =
     )
 
 
+def write_in_the_past(path: Path, content: bytes) -> None:
+    """Write a file and return once the file system's clock (some milliseconds a tick) has moved on since."""
+    path.write_bytes(content)
+    probe = path.with_name("clock")
+    try:
+        while not probe.exists() or probe.stat().st_ctime_ns <= path.stat().st_ctime_ns:
+            probe.touch()
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def take_as_verified(folder: Path) -> None:
     """Have prepared data count as verified, once the clock has moved on from when its files were written."""
     while needs_verifying(folder):

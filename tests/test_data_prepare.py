@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_text import make_job, prose, take_as_verified, write_works
+from data_text import make_job, prose, take_as_verified, write_in_the_past, write_works
 from tokenizers import Tokenizer
 
 import copus.data.prepare as prepare_module
@@ -196,7 +196,7 @@ def test_half_of_the_tokens_zeroed_is_found_before_training(job):
     assert needs_verifying(folder)
     with pytest.raises(JobError, match=r"is damaged: train\.bin has changed since it was written .*remove the folder"):
         prepare(job)
-    (folder / "train.bin").write_bytes(content)
+    write_in_the_past(folder / "train.bin", content)
     assert prepare(job) == folder, "put back as it was"
     assert not needs_verifying(folder), "verified once"
 
@@ -240,7 +240,7 @@ def test_a_copied_folder_is_verified_once_and_then_used_without_its_text(job, tm
     shutil.rmtree(corpus)
     copy = tmp_path / "elsewhere" / "data" / folder.name
     shutil.copytree(folder, copy)
-    (copy / "train.bin").write_bytes((copy / "train.bin").read_bytes())
+    write_in_the_past(copy / "train.bin", (copy / "train.bin").read_bytes())
     there = make_job(tmp_path / "elsewhere", {"source": str(corpus), "prepared": folder.name})
     assert needs_verifying(copy)
     assert prepare(there) == copy
