@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import StepRequest, StepRules
 from copus.backends.megatron.backend import MegatronBackend
+from copus.backends.step_contract import StepRequest, StepRules
 from copus.devices import join_world, rank_device
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.job import parse_job

@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu_predicted import accelerator_file, predictions
-from copus.backends.base import Backend, StepRequest, StepResult, StepRules
+from copus.backends.base import Backend
+from copus.backends.step_contract import StepRequest, StepResult, StepRules
 from copus.devices import join_world, rank_device, wait_for
 from copus.hardware import hardware_name, peak_memory_bytes, reset_peak_memory, software_name
 from copus.job import JobConfig, parse_job

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import Batches, StepRequest, StepResult, StepRules
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.megatron.modules import RMSNorm
+from copus.backends.step_contract import Batches, StepRequest, StepResult, StepRules
 from copus.data.prepared import prepared_path
 from copus.data.samples import open_data
 from copus.job import JobConfig

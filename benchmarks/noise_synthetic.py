@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from copus.backends.base import Parts, StepResult
+from copus.backends.step_contract import Parts, StepResult
 from copus.noise.estimator import NoiseEstimator
 from copus.noise.memory import Clock
 from copus.noise.sources import REPLICA, split

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.reshard import make_job
-from copus.backends.base import StepRequest, StepRules
 from copus.backends.megatron.backend import MegatronBackend
+from copus.backends.step_contract import StepRequest, StepRules
 from copus.devices import join_world, rank_device, wait_for
 from copus.hardware import hardware_name, software_name
 from copus.reshard.boxes import Box

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from copus.backends.base import Backend, Batches, TrainerState
+from copus.backends.base import Backend
+from copus.backends.step_contract import Batches
 from copus.branches import Branches, branch_job
 from copus.checkpoints import read_state
 from copus.events import Branch, End, Evaluate, Event, read_events
@@ -14,6 +15,7 @@ from copus.job import JobConfig, JobError
 from copus.loop import Trainer
 from copus.noise.meter import NoiseMeter
 from copus.schedule import base_lr, rules_at
+from copus.trainer_state import TrainerState
 from planner.sampling import half_life
 from profiles.configuration import Configuration
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from copus.backends.base import Backend, TrainerState
+from copus.backends.base import Backend
 from copus.checkpoint_files import FOLDER, REPLACED, checkpoint_names, samples_of, whats_wrong
 from copus.collectives import RankError, all_gather, broadcast_from_rank0, run_on_all_ranks
 from copus.durable import sync_folder, write_text
 from copus.manifest import Entry, describe, files_of, write_manifest
+from copus.trainer_state import TrainerState
 from profiles.configuration import Configuration
 
 _WRITING = ".writing"

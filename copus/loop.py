@@ -9,7 +9,8 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from copus.backends.base import Backend, Batches, StepRequest, StepResult, TrainerState
+from copus.backends.base import Backend
+from copus.backends.step_contract import Batches, StepRequest, StepResult
 from copus.collectives import broadcast_from_rank0
 from copus.divergence import Divergence
 from copus.events import Evaluate, Event, Failure, Noise, Step, Warned
@@ -20,6 +21,7 @@ from copus.noise.norm_window import NormWindow
 from copus.noise.step_estimate import estimate_step
 from copus.saver import Saver
 from copus.schedule import rules_at
+from copus.trainer_state import TrainerState
 from planner.planner import Planner, decision_is_due
 from planner.sampling import first_known_step, half_life, source_of_step
 from profiles.configuration import Configuration

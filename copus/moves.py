@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from copus.backends.base import Backend, Batches, Moved, StepRequest, StepResult, TrainerState
+from copus.backends.base import Backend, Moved
+from copus.backends.step_contract import Batches, StepRequest, StepResult
 from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
 from copus.events import DecisionMade, Event, Reconfigure, Trial
 from copus.job import JobConfig
+from copus.trainer_state import TrainerState
 from planner.menu import rung_of
 from planner.planner import Planner
 from planner.sampling import executed_configuration

@@ -2,8 +2,9 @@
 
 import math
 
-from copus.backends.base import StepRules, TrainerState
+from copus.backends.step_contract import StepRules
 from copus.job import JobConfig
+from copus.trainer_state import TrainerState
 
 
 def rules_at(job: JobConfig, state: TrainerState, global_batch: int) -> StepRules:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from copus.audit import audit_run
-from copus.backends.base import Backend, TrainerState
+from copus.backends.base import Backend
 from copus.backends.registry import find_backend
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
@@ -53,6 +53,7 @@ from copus.resume_request import ResumeRequest, nothing_to_resume, read_resume_r
 from copus.schedule import lr_decay
 from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
+from copus.trainer_state import TrainerState
 from copus.user_errors import EXIT_CODE, one_line, report_failure
 from planner.planner import Planner
 from planner.policy import make_policy

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from copus.backends.base import StepRules
 from copus.backends.megatron.backend import MegatronBackend
+from copus.backends.step_contract import StepRules
 from copus.job import JobConfig, parse_job
 from profiles.configuration import Configuration
 from profiles.layout import Layout

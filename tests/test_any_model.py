@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import StepRequest
 from copus.backends.megatron import model as megatron_model
+from copus.backends.step_contract import StepRequest
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 

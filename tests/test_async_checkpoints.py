@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 from benchmarks.fault_files import largest_difference, state_of
 from copus import sharded_checkpoint
-from copus.backends.base import TrainerState
 from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import CheckpointError, Writing, newest_checkpoint, read_state
 from copus.events import Checkpoint, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.manifest import files_of
+from copus.trainer_state import TrainerState
 from tests.eager_planner import EagerPlanner, decide_often
 from tests.megatron_jobs import configuration, random_batches, tiny_job
 from tests.ranks import own_device, run_ranks

@@ -8,12 +8,12 @@ import pytest
 import torch.distributed as dist
 
 from copus.backends import registry
-from copus.backends.base import TrainerState
 from copus.backends.registry import find_backend
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.events import Checkpoint, Event, Reconfigure, Step
 from copus.job import JobConfig, JobError, parse_job
 from copus.loop import Trainer
+from copus.trainer_state import TrainerState
 from tests.eager_planner import EagerPlanner, decide_often
 from tests.megatron_jobs import configuration, random_batches
 from tests.ranks import own_device, run_ranks

@@ -14,11 +14,11 @@ from launch_jobs import copus_here, write_job
 from test_end_to_end import _write_job as write_tiny_job
 
 import launch.calibrate
-from copus.backends.base import TrainerState
 from copus.branches import Branches, read_plan
 from copus.events import Branch, Evaluate, Event, Noise, Step, read_events
 from copus.job import JobConfig, JobError, load_job
 from copus.manifest import describe, files_of, write_manifest
+from copus.trainer_state import TrainerState
 from planner.config import PlannerConfig
 from profiles.calibration import Calibration
 from tests.megatron_jobs import configuration, random_batches, tiny_job

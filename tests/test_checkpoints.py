@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from copus import checkpoints
-from copus.backends.base import TrainerState
 from copus.checkpoints import CheckpointError, Writing, newest_checkpoint, read_state
 from copus.collectives import RankError
 from copus.manifest import MANIFEST, damage, describe, files_of, read_manifest, write_manifest
+from copus.trainer_state import TrainerState
 from tests.launch_events import TENSOR
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import StepRequest, StepRules
 from copus.backends.megatron import groups
 from copus.backends.megatron.backend import MegatronBackend
+from copus.backends.step_contract import StepRequest, StepRules
 from copus.collectives import RankError
 from copus.job import JobConfig
 from tests.megatron_jobs import configuration, random_batches, tiny_job

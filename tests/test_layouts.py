@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from copus.backends.base import StepRequest
+from copus.backends.step_contract import StepRequest
 from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
 from tests.ranks import run_ranks
 

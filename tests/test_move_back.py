@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from copus.backends.base import TrainerState
 from copus.backends.megatron.backend import MegatronBackend
 from copus.events import DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.oom_recovery import Trial, World
+from copus.trainer_state import TrainerState
 from profiles.configuration import Configuration
 from tests.eager_planner import EagerPlanner, decide_often
 from tests.megatron_jobs import backend_of, configuration, random_batches, tiny_job

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import StepRequest
+from copus.backends.step_contract import StepRequest
 from copus.reshard import execute
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from copus.backends.base import Parts, StepResult
+from copus.backends.step_contract import Parts, StepResult
 from copus.noise.meter import NoiseMeter
 from copus.noise.sources import split
 from planner.config import PlannerConfig

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from copus.backends.base import StepRequest
 from copus.backends.megatron import model as megatron_model
 from copus.backends.megatron.main_params import main_params
 from copus.backends.megatron.modules import RMSNorm
+from copus.backends.step_contract import StepRequest
 from profiles.configuration import Configuration
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
 from tests.ranks import own_device, run_ranks

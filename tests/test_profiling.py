@@ -10,10 +10,10 @@ import torch.distributed as dist
 from test_profiles_table import HERE, MODEL
 
 import copus.profiling.live as live_module
-from copus.backends.base import StepResult
 from copus.backends.megatron import backend as backend_module
 from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
+from copus.backends.step_contract import StepResult
 from copus.events import Profile
 from copus.job import JobConfig
 from copus.predictor import predictor_of

@@ -14,16 +14,17 @@ import torch
 import torch.distributed as dist
 
 from copus import sharded_checkpoint, worker
-from copus.backends.base import StepRequest, TrainerState
 from copus.backends.megatron import backend as megatron_backend
 from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
+from copus.backends.step_contract import StepRequest
 from copus.checkpoints import Writing, newest_checkpoint
 from copus.collectives import RankError, broadcast_from_rank0, run_on_all_ranks
 from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, Step
 from copus.job import JobError
 from copus.loop import Trainer
 from copus.resize import resized
+from copus.trainer_state import TrainerState
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.table import ThroughputTable

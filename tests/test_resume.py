@@ -13,7 +13,6 @@ from launch_jobs import write_job
 from test_launch_submit import Copus, copus  # noqa: F401
 
 from copus import worker
-from copus.backends.base import TrainerState
 from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoint_files import set_damaged_aside
 from copus.checkpoints import Writing, newest_checkpoint, read_state
@@ -22,6 +21,7 @@ from copus.job import JobConfig, JobError, load_job, parse_job
 from copus.loop import Trainer
 from copus.resize import load_resized
 from copus.resume_request import ResumeRequest, read_resume_request, write_resume_request
+from copus.trainer_state import TrainerState
 from launch.resume import FIXED, KEPT, STARTING
 from profiles.throughput import Throughput
 from tests.launch_events import start, step

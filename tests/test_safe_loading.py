@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from copus.backends.base import StepRequest
+from copus.backends.step_contract import StepRequest
 from copus.safe_loading import UnsafeCheckpointError, load_metadata
 from copus.sharded_checkpoint import INDEX, read_index
 from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from copus.backends.adamw import adamw_options
-from copus.backends.base import StepRules, TrainerState
+from copus.backends.step_contract import StepRules
 from copus.job import JobConfig
 from copus.optimizers import AdamW
 from copus.schedule import base_lr, batch_ratio, rules_at
+from copus.trainer_state import TrainerState
 from tests.megatron_jobs import tiny_job
 
 JOB = tiny_job(1, global_batch=8, tokens=100_000, lr=1e-2, min_lr=1e-3, warmup_tokens=10_000)

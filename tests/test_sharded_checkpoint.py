@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from copus.backends.base import StepRequest
+from copus.backends.step_contract import StepRequest
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.reshard.boxes import Box
 from copus.reshard.plan import owned_parts

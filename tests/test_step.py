@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import StepRequest
 from copus.backends.megatron.part_norms import norms, sum_of_squares
+from copus.backends.step_contract import StepRequest
 from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
 from tests.ranks import run_ranks
 

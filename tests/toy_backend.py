@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import Backend, Batches, Parts, StepRequest, StepRules, StepShares
+from copus.backends.base import Backend
 from copus.backends.description import BackendDescription
+from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
 from copus.reshard.boxes import Box
 from copus.reshard.execute import LiveState
 from copus.reshard.table import Field, Row, ShardTable

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from copus.backends.base import StepRules
+from copus.backends.step_contract import StepRules
 from copus.optimizers import AdamW
 
 

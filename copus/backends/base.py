@@ -1,14 +1,12 @@
-"""What a training framework has to offer. The loop, the profiler and the planner know this and nothing more."""
+"""The class that a training framework implements. The loop and the profiler use this class and nothing else."""
 
 import contextlib
 import functools
 import gc
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ import torch.distributed as dist
 
 from copus import sharded_checkpoint
 from copus.backends.registry import find_backend
+from copus.backends.step_contract import Batches, Parts, StepRequest, StepResult, StepRules, StepShares
 from copus.collectives import RankError, run_on_all_ranks
 from copus.fingerprint import fingerprint_of
 from copus.hardware import PhaseClock, peak_memory_bytes, reset_peak_memory
@@ -29,136 +28,15 @@ from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint
 
-Batches = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
-"""(first sample, how many) → tokens and labels, int64 of shape (how many, seq_len)."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts that a step's gradient is the mean of, as the noise estimate needs them."""
-
-    squared_norms: np.ndarray
-    """|g_j|² of each part's mean gradient, float64 of shape (J,)."""
-    part_size: int
-    """n, sequences in each part."""
-    grad_sq: float
-    """|g|² of the mean of the parts, in the same coordinates: the step's own, or that of some weights, or divided by
-    Adam's √v̂."""
-
-
-@dataclass(frozen=True)
-class StepRules:
-    """What holds for one optimizer step; all of it changes with the batch."""
-
-    lr: float
-    """Learning rate."""
-    betas: tuple[float, float]
-    """Adam's β1 and β2."""
-    weight_decay: float | None = None
-    """Decoupled weight decay; None for that of the job file."""
-    beta2_product: float | None = None
-    """Π β2 over the optimizer steps before this one, 1 before the first; None if β2 was always as it is now."""
-
-    def beta2_product_before(self, optimizer_steps: int) -> float:
-        """Π β2 over the `optimizer_steps` steps so far."""
-        return self.betas[1] ** optimizer_steps if self.beta2_product is None else self.beta2_product
-
-
-@dataclass(frozen=True)
-class StepRequest:
-    """What is asked of one optimizer step."""
-
-    first_sample: int
-    """Where its global batch begins."""
-    rules: StepRules
-    noise_source: str | None = None
-    """What parts to show: a name as in `copus.noise.sources`, or None for none."""
-    stop: bool = False
-    """Whether this rank asks to stop."""
-    writing: bool = False
-    """Whether this rank still writes a checkpoint."""
-    on_trial: bool = False
-    """Whether all ranks are to be able to go back where memory runs out on any."""
-
-
-@dataclass(frozen=True)
-class StepShares:
-    """What one rank adds to the figures of a step: summed over all ranks they are the figures. float64, on the device
-    of the backend."""
-
-    loss: torch.Tensor
-    """Of the mean training loss over the global batch, nats a token. One element."""
-    grad_sq: torch.Tensor
-    """Of |g|², squared norm of the mean gradient before clipping. One element."""
-    parts: torch.Tensor
-    """Of whatever `Backend.read_parts` makes parts from; a vector of the same length on all ranks, which may be 0."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step showed; equal on every rank."""
-
-    loss: float
-    """Mean training loss over the global batch, nats a token."""
-    grad_sq: float
-    """|g|², squared norm of the mean gradient before clipping."""
-    parts: Parts | None
-    """Micro-batches or replicas, where they were asked for and there are at least two."""
-    norm_layer_parts: Parts | None
-    """Sequences seen by the norm layers' weights alone, where they were asked for and there are at least two."""
-    skipped: bool
-    """True where the gradient was not finite: the optimizer did nothing."""
-    stop: bool
-    """True where any rank asked to stop."""
-    writing: bool = False
-    """True where any rank still writes a checkpoint."""
-
-
-@dataclass
-class TrainerState:
-    """What goes into a checkpoint beside weights and optimizer state."""
-
-    samples_consumed: int = 0
-    step: int = 0
-    data: str = ""
-    """Digest of the prepared data that it was trained on."""
-    optimizer_steps: int = 0
-    """Optimizer steps that were not skipped: Adam's own count."""
-    next_lr: float | None = None
-    """Learning rate that the next step would have had when this was saved; None in older checkpoints."""
-    skipped_in_a_row: int = 0
-    """Steps up to now, in a row, whose gradients were not finite."""
-    proven_samples: int = 0
-    """Sequences trained on before the last step whose gradients were finite: a checkpoint with more of them may hold
-    weights that are useless."""
-    noise: dict[str, Any] = field(default_factory=dict)
-    """State of the noise estimate."""
-    norms: list[float] = field(default_factory=list)
-    """Norms of the steps since the last decision."""
-    planner: dict[str, Any] = field(default_factory=dict)
-    """What the planner knows of φ and of the cost of moves."""
-    decisions: int = 0
-    """Decisions taken so far."""
-    critical_batch: float | None = None
-    """φ of the latest decision, in sequences, on every rank; None while it is unknown."""
-    beta2_product: float | None = None
-    """Π β2 over the optimizer steps that were not skipped; None before the first one, and in checkpoints of 0.1.0: then
-    β2 counts as constant."""
-
-    @property
-    def here(self) -> dict[str, int]:
-        """Where the run is, as every event says it."""
-        return {"step": self.step, "samples_consumed": self.samples_consumed}
-
 
 @dataclass(frozen=True)
 class Moved:
-    """What a move did, over all ranks."""
+    """The cost of a move, over all ranks."""
 
     bytes_moved: int = 0
     """Bytes that changed rank."""
     peak_bytes: int | None = None
-    """Most memory that any rank used meanwhile; None where nothing moved, or the system does not tell."""
+    """The most memory that any rank used during the move; None if nothing moved or the system does not report it."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of each phase on this rank, in order."""
 
@@ -166,9 +44,10 @@ class Moved:
 class Backend(ABC):
     """A model in training on one rank.
 
-    A framework says how a layout is built, which rank of it holds which part of the state (`shard_table`), and gives
-    its live tensors by the same names. Moves, the way back out of one, recovery and checkpoints follow from that; they
-    are written here, once for all frameworks. `build` comes first; every method is collective over all ranks.
+    The abstract methods are a framework's own: how to build a layout, which rank holds which part of the state
+    (`shard_table`), the live tensors under the same names, and the three parts of a step. Moves, undoing a failed
+    move, recovery and checkpoints follow from those; they are written here, once for all frameworks. Call `build`
+    first. Every method is collective over all ranks unless it says otherwise.
     """
 
     def __init__(self, job: JobConfig, device: torch.device) -> None:
@@ -184,7 +63,7 @@ class Backend(ABC):
 
     @property
     def is_built(self) -> bool:
-        """Whether there is a model."""
+        """Whether a model is built."""
         return self._configuration is not None
 
     @property
@@ -195,61 +74,67 @@ class Backend(ABC):
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps that were not skipped."""
+        """Optimizer steps so far, without the skipped ones."""
         return self._optimizer_steps
 
     def fingerprint(self) -> Fingerprint:
-        """The model, the machine and the software that measurements made here are about."""
+        """Identifies the model, the machine and the software that were measured."""
         return fingerprint_of(self._job)
 
     @abstractmethod
     def make(self, configuration: Configuration, initial_weights: bool) -> None:
-        """Make groups, model and optimizer. Weights are a function of the seed alone or, without `initial_weights`,
-        whatever lies in memory: they are to be filled through `live_state`."""
+        """Make groups, model and optimizer. The weights are a function of the seed alone; without `initial_weights`
+        they are uninitialized, and the caller fills them through `live_state`."""
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of model and optimizer, however far they were built. Process groups may stay for later."""
+        """Free the model and the optimizer, however far they were built. Process groups may stay for later use."""
 
     @abstractmethod
     def drop_groups(self, broken: bool) -> None:
-        """Let go of all process groups that were made. Collective, unless a step has broken them."""
+        """Destroy all process groups that were made. Collective, unless a step has broken them."""
 
     @abstractmethod
     def shard_table(self, layout: Layout) -> ShardTable:
-        """Which rank of a layout holds which part of which field of the state. Needs no other process."""
+        """Which rank of a layout holds which part of which field of the state. Not collective."""
 
     @abstractmethod
     def live_state(self) -> LiveState:
-        """This rank's shards of the built layout. Statistics of the optimizer that do not exist yet are made, as zeros,
-        when they are asked for."""
+        """This rank's shards of the layout that is built. Optimizer statistics that do not exist yet are created as
+        zeros when they are read."""
 
     @abstractmethod
     def count_optimizer_steps(self, steps: int) -> None:
-        """Let the optimizer go on as if it had made this many steps."""
+        """Set the optimizer's step count."""
 
     @abstractmethod
     def compute_gradients(self, batches: Batches, request: StepRequest) -> StepShares:
-        """Forward and backward pass, reduced gradients included, and this rank's shares of the step's figures.
+        """Run the forward and backward passes, reduce the gradients, and return this rank's shares of the step's
+        figures.
 
-        Changes no weight, so that a step on trial can be taken back until all ranks are through.
+        Changes no weight, so that a step on trial can be undone until every rank has finished it.
         """
 
     @abstractmethod
     def read_parts(self, totals: np.ndarray, grad_sq: float) -> tuple[Parts | None, Parts | None]:
-        """The parts of the full source and those of the norm layers, from the sum of all ranks' `StepShares.parts` and
-        |g|² of the step. Not collective."""
+        """The parts of the full source and those of the norm layers, computed from the sum of all ranks'
+        `StepShares.parts` and |g|² of the step. Not collective."""
 
     @abstractmethod
     def update_weights(self, rules: StepRules, scale: float) -> None:
-        """Multiply the gradients by `scale`, which clips them, and let the optimizer make its step."""
+        """Multiply the gradients by `scale`, which clips them, and run the optimizer."""
+
+    @abstractmethod
+    def evaluate(self, batches: Batches, sequences: int) -> float:
+        """Mean loss over the first `sequences` held-out sequences, nats a token."""
+
+    # From here on everything follows from the methods above, for every framework.
 
     def train_step(self, batches: Batches, request: StepRequest) -> StepResult:
-        """One optimizer step: gradients, then one collective for every figure of it, then the update.
+        """Run one optimizer step: gradients, then one all-reduce of every figure of the step, then the update.
 
-        The update is skipped if the gradient is not finite. If a step `on_trial` finds too little memory on any rank
-        before a weight has changed on any, RankError is raised on all, and `recover` or `abandon` has to come
-        next.
+        The update is skipped if the gradient is not finite. If any rank runs out of memory in a step `on_trial`
+        before a weight has changed, RankError is raised on all ranks; call `recover` or `abandon` next.
         """
         with self._world.trial() if request.on_trial else contextlib.nullcontext() as trial:
             shares = self.compute_gradients(batches, request)
@@ -271,25 +156,21 @@ class Backend(ABC):
         limit, norm = self._job.training.clip_grad, grad_sq**0.5
         return limit / (norm + 1e-6) if 0 < limit < norm else 1.0
 
-    @abstractmethod
-    def evaluate(self, batches: Batches, sequences: int) -> float:
-        """Mean loss over the first `sequences` held-out sequences, nats a token."""
-
     def build(self, configuration: Configuration) -> None:
-        """Make groups, model and optimizer from nothing; what was built before is torn down. Raises ValueError for a
-        layout that cannot run, and RankError, on every rank, if one could not build it."""
+        """Make groups, model and optimizer anew, after tearing down what was built before. Raises ValueError for a
+        layout that cannot run, and RankError on every rank if any rank could not build it."""
         self._check(configuration.layout)
         self._tear_down()
         run_on_all_ranks(lambda: self.make(configuration, initial_weights=True))
         self._configuration, self._optimizer_steps = configuration, 0
 
     def move(self, configuration: Configuration) -> Moved:
-        """Go on in another configuration, with the same weights and optimizer state.
+        """Continue in another configuration with the same weights and optimizer state.
 
-        A new batch or micro-batch costs nothing. For a new layout the state goes straight from the ranks that have it
-        to the ranks that need it, in these very processes. All ranks move, or none: if the new layout cannot be built
-        on any rank, the old one is made again from the tensors that are still there, and RankError raised on all.
-        Raises ValueError for a layout that cannot run. Either way the job goes on as before.
+        A new batch or micro-batch costs nothing. For a new layout the state goes directly from the ranks that hold it
+        to the ranks that need it, in the same processes. All ranks move, or none: if any rank cannot build the new
+        layout, the old one is rebuilt from the tensors that are still there, and RankError is raised on all ranks.
+        Raises ValueError for a layout that cannot run. After either error the job can train on as before.
         """
         if configuration.layout == self.configuration.layout:
             self._configuration = configuration
@@ -316,15 +197,15 @@ class Backend(ABC):
             self._fill(self._plan(before.layout, before.layout), held, before)
             raise
         clock.end("build")
-        self._fill(plan, held, configuration)  # from here on there is no way back: what fails now ends in a restart
+        self._fill(plan, held, configuration)  # an error from here on cannot be undone and ends in a restart
         clock.end("transfer")
         return Moved(plan.bytes_moved, _most(peak_memory_bytes(), self.device), clock.seconds)
 
     def recover(self, configuration: Configuration) -> Moved:
-        """Go on in another configuration after a step on trial raised RankError, from the weights before that step.
+        """Continue in another configuration after a step on trial raised RankError, from the weights before that step.
 
-        Weights and optimizer state are where they were: it is the move back, but for the process groups, which the
-        step broke: all are made anew. What fails now ends in a restart.
+        This is a move back, except that the failed step has broken all process groups, so they are made anew. An
+        error in here ends in a restart.
         """
         reset_peak_memory()
         clock = PhaseClock()
@@ -341,27 +222,26 @@ class Backend(ABC):
         return Moved(plan.bytes_moved, _most(peak_memory_bytes(), self.device), clock.seconds)
 
     def close(self) -> None:
-        """Let go of model and groups; what is built next makes its own."""
+        """Free the model and destroy the groups; the next `build` makes its own."""
         self._tear_down()
         self.drop_groups(broken=False)
 
     def abandon(self) -> None:
-        """Let go of the model after a step on trial raised RankError, and make the process groups, which the step
-        broke, anew. `build` has to come next."""
+        """Free the model after a step on trial raised RankError, and make anew the process groups that the step broke.
+        Call `build` next."""
         self._tear_down()
         self.drop_groups(broken=True)
         self._world.reform()
 
     def begin_save(self, folder: Path, copy: bool) -> sharded_checkpoint.Save:
         """Prepare to write weights and optimizer state into an existing, empty folder, in a format that every layout
-        can read. With `copy` they are those of now, whatever the job does before they are written. Raises RankError if
-        a rank could not."""
+        can read. With `copy`, later steps do not change the data to be written. Raises RankError if any rank failed."""
         owned, staging_bytes = self._owned(self.configuration.layout), self._job.training.staging_bytes
         return sharded_checkpoint.Save(folder, owned, self.live_state(), staging_bytes, copy)
 
     def load(self, folder: Path, optimizer_steps: int) -> None:
-        """Read them into the layout that is built, without running any code that the files may ask for. Raises JobError
-        if the checkpoint is not of this job's model, precision and optimizer."""
+        """Read weights and optimizer state into the layout that is built; no code in the files is executed. Raises
+        JobError if the checkpoint is not of this job's model, precision and optimizer."""
         layout = self.configuration.layout
         table, saved = self._table(layout), self.translate_saved(sharded_checkpoint.read_index(folder))
         try:
@@ -376,7 +256,7 @@ class Backend(ABC):
         self._optimizer_steps = optimizer_steps
 
     def translate_saved(self, saved: SavedState) -> SavedState:
-        """The fields of a checkpoint that an earlier version wrote, under the names that `shard_table` gives them."""
+        """The fields of a checkpoint from an earlier version, renamed to the names that `shard_table` uses."""
         return saved
 
     def _check(self, layout: Layout) -> None:
@@ -387,13 +267,13 @@ class Backend(ABC):
         return make_plan(self._table(before), self._table(after), self._job.cluster.accelerators_per_node)
 
     def _check_shards(self, side: str, table: ShardTable) -> None:
-        """Raise ValueError if the live shards of this rank are not those of the table."""
+        """Raise ValueError if this rank's live shards differ from the table."""
         problem = misfit(side, table, dist.get_rank(), self.live_state().keys())
         if problem:
             raise ValueError(problem)
 
     def _take_state(self) -> dict[Place, torch.Tensor]:
-        """Tear down, but for the tensors of the state."""
+        """Tear down everything except the tensors of the state, which are returned."""
         held = {place: tensor() for place, tensor in self.live_state().items()}
         self._tear_down()
         return held
@@ -406,14 +286,14 @@ class Backend(ABC):
             torch.cuda.empty_cache()
 
     def _fill(self, plan: Plan, held: dict[Place, torch.Tensor], configuration: Configuration) -> None:
-        """Fill the layout that was made with the state that ranks hold, and let go of that."""
+        """Fill the new layout with the state that the ranks hold, and free the old tensors."""
         reshard(plan, held, self.live_state(), self._job.training.staging_bytes, self.device)
         self.count_optimizer_steps(self._optimizer_steps)
         self._configuration = configuration
 
 
 def _most(amount: int | None, device: torch.device) -> int | None:
-    """The largest amount of any rank; None if no rank knows. Collective."""
+    """The largest amount of any rank; None if no rank has one. Collective."""
     most = torch.tensor([-1 if amount is None else amount], device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return None if most.item() < 0 else int(most.item())

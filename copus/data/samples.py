@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import Batches
+from copus.backends.step_contract import Batches
 from copus.data.indexed import IndexedDocuments
 from copus.data.manifest import read_manifest
 from copus.durable import sync_folder

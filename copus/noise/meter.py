@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from copus.backends.base import Parts, StepResult
+from copus.backends.step_contract import Parts, StepResult
 from copus.noise.calibration import NormLayerCalibration
 from copus.noise.estimator import NoiseEstimator
 from copus.noise.memory import Clock

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import Backend, Batches, StepRequest, StepRules
+from copus.backends.base import Backend
+from copus.backends.step_contract import Batches, StepRequest, StepRules
 from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
 from copus.devices import wait_for
 from copus.events import Profile

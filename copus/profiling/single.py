@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from copus.backends.base import StepRequest, StepRules
 from copus.backends.registry import find_backend
+from copus.backends.step_contract import StepRequest, StepRules
 from copus.collectives import RankError, is_out_of_memory
 from copus.devices import rank_device, wait_for
 from copus.hardware import peak_memory_bytes, reset_peak_memory

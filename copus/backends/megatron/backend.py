@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from copus.backends.adamw import adamw_options
-from copus.backends.base import Backend, Batches, Parts, StepRequest, StepRules, StepShares
+from copus.backends.base import Backend
 from copus.backends.megatron import cpu, former_checkpoint, groups, step, upstream
+from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
 from copus.collectives import run_on_all_ranks
 from copus.job import JobConfig
 from copus.reshard.execute import LiveState

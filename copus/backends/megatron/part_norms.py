@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.backends.base import Parts
 from copus.backends.megatron import cpu
 from copus.backends.megatron.main_params import main_params
 from copus.backends.megatron.norm_layers import NormLayers
 from copus.backends.megatron.preconditioner import Preconditioner
+from copus.backends.step_contract import Parts
 from copus.noise.sources import split
 from profiles.configuration import Configuration
 from profiles.layout import Layout
