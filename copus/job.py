@@ -222,8 +222,9 @@ class JobConfig(Record):
             for field, value in values:
                 if isinstance(value, Path):  # a default has not been validated
                     _located(f"{section}.{field}", lambda value=value: check_path(value))
-        _located("training.backend", lambda: find_backend(self.training.backend))
+        _located("training.backend", lambda: find_backend(self.training.backend).check_installed())
         backend = find_backend(self.training.backend)
+        _located("training", lambda: backend.check_training(self.training))
         _located("model", lambda: backend.check_model(self.model))
         _located("training.optimizer", lambda: backend.check_optimizer(self.training.optimizer))
         _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))

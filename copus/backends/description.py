@@ -5,6 +5,7 @@ No torch: a job file is checked against it before any process starts.
 
 from abc import ABC, abstractmethod
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from copus.optimizers import Optimizer
@@ -13,6 +14,7 @@ from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
 if TYPE_CHECKING:
+    from copus.job import TrainingConfig
     from profiles.memory.implementation import Implementation
 
 
@@ -28,6 +30,16 @@ class BackendDescription(ABC):
     """The highest ZeRO stage that it runs."""
     optimizers: ClassVar[tuple[str, ...]] = ("adamw",)
     """Kinds of optimizers that it has, as in `copus.optimizers`."""
+    extra: ClassVar[str | None] = None
+    """The extra of copus that installs `packages`."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Top-level modules that it imports and copus itself does not require."""
+
+    def check_installed(self) -> None:
+        """Raise ValueError if a package is missing, with the command that installs it."""
+        missing = [name for name in self.packages if find_spec(name) is None]
+        if missing:
+            raise ValueError(f"this backend needs {' and '.join(missing)}: pip install 'copus[{self.extra}]'")
 
     @abstractmethod
     def check_model(self, model: ModelShape) -> None:
@@ -37,6 +49,9 @@ class BackendDescription(ABC):
         """Raise ValueError for an optimizer that it does not have."""
         if optimizer.kind not in self.optimizers:
             raise ValueError(f"kind({optimizer.kind}): this backend has {', '.join(self.optimizers)}")
+
+    def check_training(self, training: "TrainingConfig") -> None:  # noqa: B027 (most backends need no own)
+        """Raise ValueError for a setting of the training that it does not have. The default has all of them."""
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError for a layout that it does not run."""

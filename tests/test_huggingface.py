@@ -1,0 +1,81 @@
+"""The model of a job as transformers builds it: its size, its weights at the start, recomputation, and loss."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from copus.backends.huggingface import (
+    build_causal_lm,
+    causal_lm_config,
+    initial_weight,
+    mean_loss,
+    restore_rotary_frequencies,
+)
+from profiles.model_shape import ModelShape
+from tests.megatron_jobs import SHAPE, random_batches
+
+CPU = torch.device("cpu")
+VARIANTS: list[dict[str, Any]] = [{}, {"gated_mlp": False}, {"tied_embeddings": True}, {"kv_heads": 2}]
+
+
+def _shape(variant: dict[str, Any]) -> ModelShape:
+    return ModelShape(**{**SHAPE, **variant})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_model_has_as_many_weights_as_its_shape_says(variant: dict[str, Any]) -> None:
+    shape = _shape(variant)
+    model = build_causal_lm(shape, torch.float32, torch.device("meta"), None)
+    assert sum(parameter.numel() for parameter in model.parameters()) == shape.parameters
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_untrained_model_guesses_and_recomputation_changes_nothing(variant: dict[str, Any]) -> None:
+    shown = set()
+    for recompute in ("none", "selective", "full"):
+        model = build_causal_lm(_shape(variant), torch.float32, CPU, 1234, recompute)  # type: ignore[arg-type]
+        loss = mean_loss(model, *random_batches(0, 4))
+        loss.backward()
+        grad_sq = sum(float(parameter.grad.double().square().sum()) for parameter in model.parameters())
+        shown.add((loss.item(), grad_sq))
+    ((loss_value, grad_sq),) = shown
+    assert loss_value == pytest.approx(math.log(256), abs=0.05)
+    assert grad_sq > 0.1
+
+
+def test_weights_at_the_start_are_a_function_of_the_seed_and_the_name() -> None:
+    first, again, other = (
+        build_causal_lm(_shape({}), torch.float32, CPU, seed).state_dict() for seed in (1234, 1234, 1235)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert not torch.equal(first[name], other[name])
+    assert torch.equal(first[name], initial_weight(name, first[name].shape, 4, 1234, CPU))
+    assert not torch.equal(first[name], first["model.layers.2.mlp.up_proj.weight"])
+    assert first["model.layers.3.mlp.down_proj.weight"].std() == pytest.approx(0.02 / math.sqrt(8), rel=0.1)
+    assert bool((first["model.norm.weight"] == 1).all())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_made_on_meta_computes_the_same_once_it_is_filled(variant: dict[str, Any]) -> None:
+    filled = build_causal_lm(_shape(variant), torch.float32, CPU, 1234)
+    model = build_causal_lm(_shape(variant), torch.float32, torch.device("meta"), None)
+    model.to_empty(device=CPU)
+    model.tie_weights()
+    restore_rotary_frequencies(model)
+    model.load_state_dict(filled.state_dict())
+    assert torch.equal(mean_loss(model, *random_batches(0, 4)), mean_loss(filled, *random_batches(0, 4)))
+
+
+def test_a_bf16_model_keeps_rotary_frequencies_and_the_loss_in_fp32() -> None:
+    model = build_causal_lm(_shape({}), torch.bfloat16, CPU, 1234)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert mean_loss(model, *random_batches(0, 4)).dtype == torch.float32
+
+
+def test_a_mixture_of_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"experts\(4\): only dense models"):
+        causal_lm_config(_shape({"experts": 4, "experts_per_token": 2}))
