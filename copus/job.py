@@ -3,13 +3,15 @@
 `load_job` is the only door: whatever is wrong with a job file is raised here, before any process starts.
 """
 
+import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    BaseModel,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -283,20 +285,40 @@ def _located(where: str, check: Any) -> None:
         raise ValueError(f"{where}: {error}") from None
 
 
-def first_message(error: ValidationError, *within: str) -> str:
+def first_message(error: ValidationError, *within: str, model: type[BaseModel] | None = None) -> str:
     """`field: what is wrong (got value)` for the first thing wrong; `within` are the sections that were not validated
-    with it."""
-    first = error.errors(include_url=False)[0]
+    with it. For an unknown key the nearest fields of `model`, which was validated, are offered."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    if first["type"] == "missing":  # a misspelt field is missing too: the key that was written says more
+        beside = (other for other in errors if other["loc"][:-1] == first["loc"][:-1])
+        first = next((other for other in beside if other["type"] == "extra_forbidden"), first)
     # After `optimizer` pydantic names the kind, which is no part of the path in the file.
     before = (None, *first["loc"])
     location = [part for part, holder in zip(first["loc"], before, strict=False) if holder != "optimizer"]
     place = ".".join(str(part) for part in (*within, *location))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown key"
+        near = difflib.get_close_matches(str(location[-1]), _fields_at(model, location[:-1]), n=2, cutoff=0.7)
+        message = f"unknown key; did you mean {' or '.join(near)}?" if near else "unknown key"
     elif first["type"] not in ("value_error", "missing"):
         message = f"{message[0].lower()}{message[1:]}, got {_shortened(first['input'])}"
     return f"{_shortened(place, 200, str)}: {message}" if place else message
+
+
+def _fields_at(model: type[BaseModel] | None, location: Sequence[Any]) -> list[str]:
+    """The fields of the section at a place in a model; of all kinds, where a section comes in several."""
+    sections = [] if model is None else [model]
+    for part in location:
+        inside = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
+        sections = [section for annotation in inside for section in _sections_in(annotation)]
+    return list(dict.fromkeys(name for section in sections for name in section.model_fields))
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
 
 
 def _shortened(value: Any, longest: int = 80, spell: Callable[[Any], str] = repr) -> str:
@@ -321,7 +343,7 @@ def parse_job(values: Any, where: str = "job", deprecated: Callable[[str], None]
     try:
         job = JobConfig.model_validate(values)
     except ValidationError as error:
-        raise JobError(f"{where}: {first_message(error)}") from None
+        raise JobError(f"{where}: {first_message(error, model=JobConfig)}") from None
     for complaint in _misread(values, job, ""):
         raise JobError(f"{where}: {complaint}")
     return job

@@ -105,10 +105,9 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         newest = _newest_checkpoint(run, request, report)
         if newest is not None:
             check_same_data(newest, prepared.name)
-        saved, ran = (None, None) if newest is None else read_state(newest)
-        resumes = ran is not None and fits(ran.layout, job, job.cluster)
+        saved = None if newest is None else read_state(newest)[0]
         finished = saved is not None and saved.samples_consumed >= job.total_samples
-        if profile_only or not resumes or (job.profile.when == "missing" and not finished):
+        if profile_only or not finished:
             profile_missing(job, run, backend, train, report, stop)
         if profile_only:
             return

@@ -136,10 +136,7 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
                 return code
             if job != before:
                 write_job(run, job)
-            # As the workers do with the live profiler.
-            measures = status.checkpoint is None or job.profile.when == "missing"
-            begin = _measure_and_launch if measures else _launch
-            outcome = begin(engine, run, job, lock, interrupts, console, undo)
+            outcome = _measure_and_launch(engine, run, job, lock, interrupts, console, undo)
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
     return _conclude(outcome, run, job, console, manner)

@@ -14,7 +14,8 @@ class ProfileConfig(Record):
     table: UserPath = Path("~/.cache/copus/throughput.jsonl")
     """Throughput table (append-only JSONL) that is read, and that new measurements are added to."""
     when: Literal["missing", "always", "never"] = "missing"
-    """Measure before training: what the table lacks, everything again, or nothing."""
+    """Measure before training: what the table lacks, everything again, or nothing. A resumed run measures only if the
+    table has nothing of its machine, its software and its number of ranks."""
     budget_seconds: PositiveFloat = 120.0
     """Stop measuring after this long; what is left stays unmeasured and is never chosen."""
     warmup_steps: int = Field(default=1, gt=0, le=1000)

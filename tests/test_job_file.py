@@ -151,7 +151,9 @@ def test_the_padded_vocabulary_is_divided_not_the_given_one(tmp_path: Path) -> N
     ("override", "message"),
     [
         ("training.epochs=3", "training.epochs: unknown key"),
-        ("trainin.lr=1", "trainin: unknown key"),
+        ("trainin.lr=1", "trainin: unknown key; did you mean training?"),
+        ("model={layers: 4, hiden: 64}", "model.hiden: unknown key; did you mean hidden?"),
+        ("training.optimizer.beta=[0.9, 0.99]", "training.optimizer.beta: unknown key; did you mean betas?"),
         ("training.layout.tensor=2", "training.layout.tensor: unknown key"),
         ("training.tokens=many",
          "training.tokens: input should be a valid integer, unable to parse string as an integer, got 'many'"),

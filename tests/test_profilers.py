@@ -1,5 +1,6 @@
 """Profilers as plugins: what is installed, what is refused, and what drives them. No torch, no ranks."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from launch_jobs import JOB, copus_here, write_job
 
 import copus.profiling.fill as fill_module
 import launch.submit
-from copus.events import Profile, read_events
+from copus.events import Checkpoint, EventLog, Profile, read_events
 from copus.job import JobConfig, JobError, parse_job
 from copus.predictor import predictor_of
 from copus.profilers import BUILT_IN, TRIED, find_profiler, installed
@@ -195,6 +196,25 @@ def test_always_measures_again_and_never_does_not(tmp_path: Path) -> None:
     time.sleep(1.1)
     assert len(fill(always, tmp_path, Told(affine))) == len(first)
     assert fill(job_of(tmp_path, when="never"), tmp_path, Told(affine)) == []
+
+
+def test_a_run_that_has_trained_measures_only_on_other_ranks_or_another_machine(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    first = Told(affine)
+    stop_after_two = lambda: len(first.asked) == 2  # noqa: E731
+    fill(job, tmp_path, first, stop_after_two)
+    log = EventLog(tmp_path)
+    log.write(Checkpoint(step=5, samples_consumed=20, path="checkpoints/5", seconds=1.0, bytes=1))
+    log.close()
+    again = Told(affine)
+    assert fill(job, tmp_path, again) == [] and again.asked == []
+    task = task_of(job)
+    elsewhere = dataclasses.replace(task, fingerprint=task.fingerprint.model_copy(update={"hardware": "elsewhere"}))
+    events: list[Profile] = []
+    fill_table(job, tmp_path, Told(affine), elsewhere, events.append, lambda: False)
+    assert events
+    rows = ThroughputTable(job.profile.table)
+    assert len({row.fingerprint.hardware for row in rows.everything()}) == 2
 
 
 def test_what_nothing_can_be_said_of_is_asked_once_and_not_written(tmp_path: Path) -> None:

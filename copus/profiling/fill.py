@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from copus.events import NOTHING_TO_SAY, Profile
+from copus.events import NOTHING_TO_SAY, Profile, has_checkpoint
 from copus.job import JobConfig, JobError
 from copus.predictor import predictor_of
 from copus.profilers import TRIED, find_profiler
@@ -42,7 +42,8 @@ def fill_table(
 
     Called on every rank where the profiler runs on all of them: the one that `leads` decides, and writes; `share` gives
     its value to the others. Every measurement is in the table as soon as it is made, so that an interrupted profile
-    goes on where it was. Ends after `profile.budget_seconds`, or when asked to. Raises JobError for options that the
+    goes on where it was. Ends after `profile.budget_seconds`, or when asked to. A run that has trained already measures
+    nothing, unless no row is of this machine, this software and this many ranks. Raises JobError for options that the
     profiler cannot take.
     """
     try:
@@ -96,10 +97,15 @@ class _Lead:
         self._took: list[float] = []
         self._measured: Counter[Configuration] = Counter()
         self._note_death()
+        ranks = job.cluster.accelerators
+        self._measured_before = has_checkpoint(run) and any(
+            row.configuration.layout.accelerators == ranks for row in self._rows()
+        )
 
     def next(self) -> Configuration | None:
         """What to measure; None where that is all."""
-        if self._job.profile.when == "never" or time.monotonic() > self._deadline or self._stop_requested():
+        never = self._job.profile.when == "never" or self._measured_before
+        if never or time.monotonic() > self._deadline or self._stop_requested():
             self._queue = []
         elif not self._queue:
             self._queue = self._plan()
