@@ -191,12 +191,24 @@ class _Course:
             return None
         decision = self._newest = made.decision
         running = next((score for score in decision.candidates if score.configuration == decision.current), None)
-        if running is not None and running.step_seconds:
-            for score in decision.candidates:
-                # The planner thinks of a move only to what it may choose.
-                if score.step_seconds and score.move_seconds is not None:
-                    self._scores[score.configuration] = (decision.current, running.step_seconds, score)
+        if running is None or not running.step_seconds:
+            return decision
+        for score in decision.candidates:
+            # The planner thinks of a move only to what it may choose.
+            if score.step_seconds and score.move_seconds is not None:
+                self._predict(score, running)
+        chosen = next((score for score in decision.candidates if score.configuration == decision.chosen), None)
+        if not self._steps and chosen is not None and chosen.step_seconds:
+            self._predict(running, chosen)  # the job file's configuration, which the planner leaves before any step
         return decision
+
+    def _predict(self, score: CandidateScore, beside: CandidateScore) -> None:
+        """Keep the newest prediction of a configuration that is sure enough, and the time it was compared with."""
+        assert score.step_seconds, "a prediction"
+        assert beside.step_seconds, "a prediction"
+        error = math.log1p((score.step_seconds_spread or 0.0) / score.step_seconds) / DECILE
+        if error <= WIDEST:
+            self._scores[score.configuration] = (beside.configuration, beside.step_seconds, score)
 
     def _change(self, after: Configuration, made: Decision | None) -> None:
         """What runs from here on, and the decision that wanted it for a time that it expected."""
@@ -237,7 +249,7 @@ class _Course:
         for candidate, (beside, beside_seconds, score) in self._scores.items():
             error = math.log1p((score.step_seconds_spread or 0.0) / (score.step_seconds or 1.0)) / DECILE
             number = self._numbers.setdefault(candidate, len(self._numbers))
-            if number not in ran and error <= WIDEST:
+            if number not in ran:
                 ratio = math.log((score.step_seconds or 1.0) / beside_seconds)
                 predicted[number] = PredictedTime(self._numbers.setdefault(beside, len(self._numbers)), ratio, error)
         noise = np.array(self._noise).reshape(-1, 3)

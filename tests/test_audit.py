@@ -187,3 +187,15 @@ def test_the_lines_say_signs_shares_and_what_never_ran() -> None:
         "  measuring      10 s before training; with it +8.0 % over the first",
         "  predictions    1 step time off by 4.0 % on average, 100 % within their 80 % interval",
     ]
+
+
+def test_a_first_configuration_that_was_left_before_any_step_counts_by_its_prediction(tmp_path: Path) -> None:
+    log = Log()
+    log.add(start())
+    log.move(0, TENSOR, DATA)
+    log.train(DATA, 60)
+    audit = audit_run(log.write(tmp_path))
+    assert audit.first == TENSOR
+    # Both do the same number of sequences a second but for 3 %, and a batch of 4 teaches more: 24 ÷ 28 beside 24 ÷ 32.
+    assert audit.gain_over_first_pct is not None
+    assert audit.gain_over_first_pct.value < 0

@@ -207,7 +207,8 @@ def test_a_run_that_has_trained_measures_only_on_other_ranks_or_another_machine(
     log.write(Checkpoint(step=5, samples_consumed=20, path="checkpoints/5", seconds=1.0, bytes=1))
     log.close()
     again = Told(affine)
-    assert fill(job, tmp_path, again) == [] and again.asked == []
+    assert fill(job, tmp_path, again) == []
+    assert again.asked == []
     task = task_of(job)
     elsewhere = dataclasses.replace(task, fingerprint=task.fingerprint.model_copy(update={"hardware": "elsewhere"}))
     events: list[Profile] = []
