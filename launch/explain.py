@@ -14,7 +14,7 @@ from copus.job import JobError, load_job
 from launch.run_directory import find_run, shown
 from launch.tables import add_solid_column, fitted, new_table, page
 from launch.wording import count, noise_interval
-from planner.wording import duration, three_digits
+from planner.wording import duration, duration_interval, percent, signed_duration, three_digits
 from profiles.decision import CandidateScore, Decision
 
 if TYPE_CHECKING:
@@ -230,23 +230,8 @@ def _saved(candidate: CandidateScore) -> str:
     if candidate.verdict == "current":
         return "–"
     if low is None or expected is None or high is None:  # a log of an earlier version
-        return "–" if candidate.saved_seconds is None else f"≥ {_signed(candidate.saved_seconds)}"
-    return spelled_interval(expected, low, high)
-
-
-def _signed(seconds: float) -> str:
-    """A time that may be negative; less than a tenth of a second is nothing to a job."""
-    return duration(seconds if abs(seconds) >= 0.1 else 0.0).replace("-", "−")
-
-
-def spelled_interval(value: float, low: float, high: float) -> str:
-    """`14 min (6–21)`, `3 s (−1 to 7)`: a time and its interval, with one unit if all have it, else with three."""
-    (middle, unit), (first, first_unit), (last, last_unit) = (
-        _signed(part).rsplit(" ", 1) for part in (value, low, high)
-    )
-    if unit == first_unit == last_unit:
-        return f"{middle} {unit} ({first}{'–' if low >= 0 else ' to '}{last})"
-    return f"{middle} {unit} ({first} {first_unit} to {last} {last_unit})"
+        return "–" if candidate.saved_seconds is None else f"≥ {signed_duration(candidate.saved_seconds)}"
+    return duration_interval(expected, low, high)
 
 
 def trade(decision: Decision) -> str | None:
@@ -264,6 +249,17 @@ def trade(decision: Decision) -> str | None:
     if decision.seconds_left is not None and chosen.saved_expected_seconds is not None:
         line += f"; {duration(decision.seconds_left)} left → saves {_saved(chosen)}"
     return line + (f", move {duration(chosen.move_seconds)}" if chosen.move_seconds else "")
+
+
+def at_stake(decision: Decision) -> str | None:
+    """`at most 3 % of the time left (72 s), as φ may be 84 to 440`: what the noise scale and c leave open. None if the
+    policy does not work it out."""
+    share, low, high = decision.regret_bound, decision.critical_batch_low, decision.critical_batch_high
+    if share is None or low is None or high is None:
+        return None
+    seconds = "" if decision.seconds_left is None else f" ({duration(share * decision.seconds_left)})"
+    open_end = f"as φ may be {three_digits(low)} to {three_digits(high)} sequences"
+    return f"at most {percent(share)} of the time left{seconds}, {open_end}"
 
 
 def notes(rows: Iterable[CandidateScore]) -> dict[str, int]:
@@ -345,6 +341,7 @@ def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:
         ("policy", f"{decision.policy}, decided in {event.seconds * 1000:.0f} ms"),
         ("outcome", outcome),
         *([("trade", line)] if (line := trade(decision)) else []),
+        *([("at stake", line)] if (line := at_stake(decision)) else []),
         ("reason", decision.reason),
     ]
     predicted, seen = explanation.predicted_step_seconds, explanation.seen_step_seconds

@@ -14,12 +14,13 @@ from launch.estimate import estimate_of
 from launch.plot import check_output, need_matplotlib
 from launch.run_directory import find_run, shown
 from launch.tables import new_table, page
+from planner.job_estimate import JobEstimate
 from planner.menu import Floats, Menu
 from planner.plan import Plan
 from planner.policy import Policy, make_policy
 from planner.simulator.compare import Row, Setting, compare
 from planner.simulator.trajectory import geometric, linear, power, published_schedules, through
-from planner.wording import duration, three_digits
+from planner.wording import duration, percent, three_digits
 
 LAWS = {"geometric": geometric, "linear": linear, "power": power}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -34,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "copus": {"policy": "copus"},
     "goodput": {"policy": "goodput"},
 }
+SMALL_GAIN = 0.01
+"""A gain below this share is hardly one."""
 MOST_DECISIONS = 400
 """A simulation decides no more often than this in a job of the planned length."""
 
@@ -71,8 +74,9 @@ def simulate(
         if not holds:
             raise JobError(words)
     phi, said = _trajectory(job, noise, law, run)
-    menu, speed, source = _throughputs(job)
-    cost = move_seconds if move_seconds is not None else _measured_cost(run) or job.planner.layout_move_seconds
+    estimate = estimate_of(job)
+    menu, speed, source = _throughputs(job, estimate)
+    cost = move_seconds if move_seconds is not None else _measured_cost(run) or estimate.predictor.layout_move_seconds
     setting = Setting(
         menu=menu,
         samples_per_second=speed,
@@ -141,10 +145,9 @@ def _published(noise: str) -> tuple[Floats, str]:
     return schedules[model], f"φ as the published batch schedule of {model}"
 
 
-def _throughputs(job: JobConfig) -> tuple[Menu, Floats, str]:
+def _throughputs(job: JobConfig, estimate: JobEstimate) -> tuple[Menu, Floats, str]:
     """What may be chosen, with samples a second, and where these come from: the table, and the cost model beyond it."""
     start = job.training.configuration
-    estimate = estimate_of(job)
     usable = [
         each for each in estimate.candidates if each.step_seconds and (not each.refusal or each.configuration == start)
     ]
@@ -229,5 +232,16 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
             f"  from {stretch.first:4.0%} of the progress (φ = {three_digits(stretch.critical_batch)}): "
             f"{label[stretch.index]}, {duration(stretch.seconds)}"
         )
-    worth = f"adapting is worth {plan.gain:.1%} over {label[plan.fixed_index]} at best"
-    console.print(worth if plan.gain >= 0.01 else f"{worth}: hardly anything", soft_wrap=True)
+    console.print(_conclusion(plan, label[plan.fixed_index]), soft_wrap=True)
+
+
+def _conclusion(plan: Plan, fixed: str) -> str:
+    """Whether adapting is worth it, in words. The best schedule is behind the best fixed configuration if the job does
+    not start in that, and the way there costs more than it brings."""
+    if plan.gain >= 0:
+        worth = f"adapting is worth {percent(plan.gain)} over {fixed} at best"
+        return worth if plan.gain >= SMALL_GAIN else f"{worth}: hardly anything"
+    return (
+        f"adapting does not pay here: even the best schedule takes {percent(-plan.gain / (1 + plan.gain))} longer than "
+        f"{fixed} from start to end, because the job starts elsewhere and the move costs more than it brings"
+    )

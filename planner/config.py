@@ -97,8 +97,9 @@ class PlannerConfig(Record):
     accelerator's memory is known, and otherwise that of the job's own layout."""
     max_layout_moves_per_hour: NonNegativeInt | None = None
     """Moves to another layout in any hour; batches are not counted."""
-    layout_move_seconds: NonNegativeFloat = 10.0
-    """What a move to another layout is expected to cost `goodput` before the first has been measured."""
+    layout_move_seconds: NonNegativeFloat | None = None
+    """What a move to another layout is expected to cost `goodput` before the first has been measured. null: an estimate
+    from the model's size and the links of the cluster."""
     trial_budget: float = Field(default=0.02, ge=0, le=1)
     """Share of the elapsed time that `goodput` may spend on trials: a few steps in a configuration that never ran, to
     see how fast it is. Training goes on in them. 0 for none."""

@@ -8,10 +8,35 @@ from typing import Any
 import numpy as np
 
 from planner.menu import RUNGS, Floats, Rung
+from profiles.accelerator import accelerator, accelerators
+from profiles.cluster import Cluster
+from profiles.layout import Layout
+from profiles.model_shape import ModelShape
 
 MEMORY = 8
 """Moves of each rung that are looked back on."""
 HOUR = 3600.0
+BYTES_PER_WEIGHT = 16
+"""What moves with a weight: an fp32 master, both of Adam's moments, and the weight itself, at most."""
+LINK_SHARE = 0.5
+"""Share of a link's bandwidth that a move reaches."""
+BUILD_SECONDS, BUILD_SECONDS_CPU = 5.0, 0.5
+"""Tearing down the old layout and building the new one, process groups included. On CPU cores as measured
+(docs/moving.md); NCCL's communicators take seconds."""
+
+
+def expected_layout_seconds(model: ModelShape, cluster: Cluster, layout: Layout) -> float:
+    """What a move to another layout is expected to take before one has been measured, in seconds.
+
+    The time to build the new layout, and that to receive the weights and the optimizer state of a rank of `layout`
+    through the slowest link. An accelerator without a file counts as one on 10 Gb/s Ethernet.
+    """
+    known = cluster.accelerator in accelerators()
+    links = accelerator(cluster.accelerator if known else "cpu")
+    link = links.inside_node if known and cluster.nodes == 1 else links.between_nodes
+    state_bytes = BYTES_PER_WEIGHT * model.parameters / (layout.tp * layout.pp)
+    build_seconds = BUILD_SECONDS_CPU if cluster.accelerator == "cpu" else BUILD_SECONDS
+    return build_seconds + state_bytes / (LINK_SHARE * link.bytes_per_second)
 
 
 class MoveCosts:

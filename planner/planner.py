@@ -15,6 +15,7 @@ from planner.horizon import Horizon
 from planner.menu import Menu, rung_of
 from planner.move_costs import MoveCosts
 from planner.norm_test import plug_in_batch
+from planner.outlook import Outlook, look_ahead
 from planner.policy import make_policy
 from planner.predictor import CandidateEstimate, Predictor
 from planner.sampling import half_life, typical_configuration
@@ -80,7 +81,7 @@ class Planner:
         self.policy = make_policy(config)
         self.number = number
         """Number of the next decision; a resumed job sets it."""
-        self.move_costs = MoveCosts(config.layout_move_seconds, config.max_layout_moves_per_hour)
+        self.move_costs = MoveCosts(predictor.layout_move_seconds, config.max_layout_moves_per_hour)
         """What moves cost: the loop feeds it every one."""
         self.trials = TrialLedger(config.trial_budget)
         """What trials have cost, and may cost."""
@@ -171,7 +172,7 @@ class Planner:
         mine = mine.model_copy(update={"verdict": "current", "gain": None if mine.goodput is None else 0.0})
         eligible = sorted([mine, *(score for score in others if not score.verdict)], key=_rank)
         refused = sorted((score for score in others if score.verdict), key=_rank)
-        advised, trial, seconds_left = None, False, None
+        advised, trial, outlook = None, False, None
         known = noise_in_words(noise) if noise.value is not None else "the noise scale is not known"
         if starting:
             known = self._laws_in_words(forecast)
@@ -185,8 +186,9 @@ class Planner:
             situation = replace(situation, forecast=forecast, started=not starting)
             choice = self.policy.choose(situation)
             found = eligible[int(choice.index[0])]
-            eligible = self._judge(situation, choice, eligible, mine)
-            seconds_left = None if choice.savings is None else float(choice.savings.left[0])
+            if self.policy.weighs_error and not starting:
+                outlook = look_ahead(situation)
+            eligible = self._judge(situation, choice, outlook, eligible, mine)
             reason = f"{known}: {self.policy.reason(situation, choice)}"
             chosen = mine
             if found is not mine and self.config.advisory:
@@ -215,7 +217,10 @@ class Planner:
             chosen=chosen.configuration,
             candidates=kept,
             omitted=len(judged) + len(refused) - len(kept),
-            seconds_left=seconds_left,
+            seconds_left=outlook and outlook.seconds_left,
+            critical_batch_low=outlook and outlook.critical_batch_low,
+            critical_batch_high=outlook and outlook.critical_batch_high,
+            regret_bound=outlook and outlook.regret_bound,
             predicted_gain=chosen.gain,
             reason=reason,
             forecast=self._noise_to_come(FORECAST_REACH * max(samples_consumed, 1)),
@@ -384,11 +389,16 @@ class Planner:
         return self.predictor.steps_seen(configuration) == 0 and not self.trials.tried(configuration)
 
     def _judge(
-        self, situation: Situation, choice: Choice, eligible: list[CandidateScore], mine: CandidateScore
+        self,
+        situation: Situation,
+        choice: Choice,
+        outlook: Outlook | None,
+        eligible: list[CandidateScore],
+        mine: CandidateScore,
     ) -> list[CandidateScore]:
         """The candidates that could be chosen, with what became of them."""
         costs = situation.menu.move_seconds(situation.current, situation.move_seconds)[0]
-        saved, savings = choice.saved_seconds, choice.savings
+        saved = choice.saved_seconds
         with np.errstate(divide="ignore", invalid="ignore"):  # a throughput of 0 is not known
             seconds = situation.samples_left[0] / situation.samples_per_second[0]
             equal_tokens = np.nan_to_num(seconds[situation.current[0]] - seconds, posinf=0.0, neginf=0.0)
@@ -410,11 +420,11 @@ class Planner:
                 "saved_seconds": None if saved is None else float(saved[0, index]),
                 "saved_equal_tokens_seconds": float(equal_tokens[index] - costs[index]),
             }
-            if savings is not None:
+            if outlook is not None:
                 figures |= {
-                    "saved_low_seconds": float(savings.low[0, index]),
-                    "saved_expected_seconds": float(savings.expected[0, index]),
-                    "saved_high_seconds": float(savings.high[0, index]),
+                    "saved_low_seconds": float(outlook.saved_low[index]),
+                    "saved_expected_seconds": float(outlook.saved_expected[index]),
+                    "saved_high_seconds": float(outlook.saved_high[index]),
                 }
             judged.append(score.model_copy(update=figures))
         return judged

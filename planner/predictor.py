@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from planner.config import PlannerConfig
 from planner.memory_check import LIKELY, MemoryCheck, PeakMemory
+from planner.move_costs import expected_layout_seconds
 from planner.policy import make_policy
 from planner.pruning import worthwhile
 from planner.sampling import halved_share, typical_configuration
@@ -149,6 +150,14 @@ class Predictor:
         throughput = Throughput((row for row in rows if not row.shard), predicted)
         memory = MemoryCheck(model, cluster, precision, rows, implementation)
         return cls(config, model, cluster, precision, start, throughput, memory, cost, space)
+
+    @property
+    def layout_move_seconds(self) -> float:
+        """What a move to another layout is expected to take, as the job file says or else by the size of the model."""
+        given = self.config.layout_move_seconds
+        if given is not None:
+            return given
+        return expected_layout_seconds(self.model, self.cluster, self.start.layout)
 
     @property
     def assumptions(self) -> tuple[str, ...]:

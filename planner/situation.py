@@ -1,7 +1,6 @@
 """What a policy may look at, and what it answers."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -52,6 +51,8 @@ class Situation:
     lr_decay: Floats | None = None
     """Learning rate that the schedule says now over its peak, for the reference batch, shape (R,); 1 during the
     warm-up. None if there is no schedule."""
+    growth_limit: Floats | None = None
+    """Largest batch that is not taken on trust (`planner.growth`), sequences, shape (R,); None for no limit."""
     start_batch: Floats | None = None
     """Global batch of the job file, sequences, shape (R,); None for the smallest that may be chosen."""
 
@@ -95,18 +96,3 @@ class Choice:
     (R, C). None from policies that do not work it out."""
     exploring: np.ndarray | None = None
     """Whether the choice is made to learn how fast it is, shape (R,)."""
-    savings: "Savings | None" = None
-    """What moving is expected to save; None from policies that do not work it out."""
-
-
-class Savings(NamedTuple):
-    """What moving to each candidate and staying there saves over staying, less the move, seconds; shapes (R, C)."""
-
-    low: Floats
-    """At the pessimistic ends of the intervals of φ and of throughputs."""
-    expected: Floats
-    """In the middle."""
-    high: Floats
-    """At the optimistic ends."""
-    left: Floats
-    """Expected seconds to the end of the job if it stays, shape (R,)."""

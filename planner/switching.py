@@ -7,19 +7,19 @@ from scipy.special import ndtr
 
 from planner.goodput import progress_per_sample
 from planner.menu import Floats
+from planner.outlook import QUANTILE_50, error_beside_current, look_ahead
 from planner.plan import seconds_to_go
-from planner.situation import Choice, Savings, Situation
+from planner.remaining import stage_seconds
+from planner.situation import Choice, Situation
 from planner.trials import EXPECTED_STEPS, SETTLING_STEPS, expected_seconds
-from planner.wording import duration, percent
+from planner.wording import duration, duration_interval, percent
 from profiles.throughput import DECILE
 
-PESSIMISM = 0.67
+PESSIMISM = QUANTILE_50
 """Standard errors of log φ and of the throughput that a gain has to survive: the ends of the 50 % intervals."""
 SWAY = 0.1
 """Standard errors that the expected gain has to exceed even where a move costs nothing, so that noise does not make the
 batch go to and fro."""
-STAGES = 12
-"""Stretches that the rest of the job is planned in: the first lasts to the next decision, the others grow."""
 SMALLEST_SAVING = 1e-6
 """A saving below this share of the time left is none."""
 
@@ -57,7 +57,7 @@ class Goodput:
         now, menu = situation, situation.menu
         # Sure is what no further estimate would undo. The error of c stays whatever the noise scale does, so waiting
         # would not make anything surer: it widens the savings that are shown, and bars no move.
-        stages = self._stages(now, with_common_error=False)
+        stages = stage_seconds(now, (-PESSIMISM, 0.0, PESSIMISM), with_common_error=False)
         *_, value = seconds_to_go(stages, menu, now.move_seconds)
         if not now.started:  # nobody pays, and nothing is known but the prior: weigh the ends against each other
             regret = value / value.min(axis=2, keepdims=True)
@@ -66,7 +66,7 @@ class Goodput:
         saved = _saved(now, value, costs)
         expected, tried = saved[1], np.full(costs.shape, -np.inf)
         if now.throughput_error.any():
-            slow = np.exp(PESSIMISM * _error_beside_current(now))
+            slow = np.exp(PESSIMISM * error_beside_current(now))
             *_, slower = seconds_to_go(stages * slow, menu, now.move_seconds)
             saved = _saved(now, slower, costs)
             tried = self._worth_of_trials(now, stages[:, 1], costs)
@@ -78,33 +78,7 @@ class Goodput:
         worth = np.where(exploring[:, None], np.where(tried > threshold, tried, -np.inf), certain)
         index = _largest(worth, menu.global_batch)
         moves = np.take_along_axis(worth, index[:, None], 1)[:, 0] > -np.inf
-        savings = _savings(now, self._stages(now, with_common_error=True).sum(axis=0), costs)
-        return Choice(np.where(moves, index, now.current), sure, exploring & moves, savings)
-
-    def _stages(self, now: Situation, with_common_error: bool) -> Floats:
-        """Seconds of each candidate for each stretch of what is left, shape (K, 3, R, C): φ low, expected, high, with
-        or without the error of c in its ends."""
-        first = now.samples_to_next
-        left = np.maximum(now.samples_left, first * 1.001)
-        grown = first[:, None] * (left / first)[:, None] ** np.linspace(0, 1, STAGES)
-        edges = np.concatenate([np.zeros((len(left), 1)), grown], axis=1)
-        middles, lengths = (edges[:, 1:] + edges[:, :-1]) / 2, np.diff(edges, axis=1)
-        where = now.samples_consumed[:, None] + middles
-        phi = np.stack(
-            [
-                now.forecast.at(where, sigmas, with_common_error=with_common_error)
-                for sigmas in (-PESSIMISM, 0.0, PESSIMISM)
-            ]
-        )
-        batch = now.menu.global_batch
-        found = []
-        for k in range(STAGES):
-            rate = now.goodput(phi[:, :, k])
-            best = batch[rate.argmax(axis=2)]
-            # The samples of a stretch are those of the best batch; every candidate has to make as much progress.
-            progress = lengths[:, k] * progress_per_sample(best, phi[:, :, k], now.objective)
-            found.append(progress[..., None] / rate)
-        return np.stack(found)
+        return Choice(np.where(moves, index, now.current), sure, exploring & moves)
 
     def _worth_of_trials(self, now: Situation, stages: Floats, costs: Floats) -> Floats:
         """What a trial of each candidate is worth beyond its cost: seconds, shape (R, C); −∞ for what has run, for what
@@ -114,7 +88,7 @@ class Goodput:
         that runs, which costs nothing; a candidate is kept for as long as it would beat that if it were one standard
         error faster than predicted. The trial itself is taken to be one standard error slower.
         """
-        error = _error_beside_current(now)
+        error = error_beside_current(now)
         here = np.where(now.same_layout(), stages, np.inf).min(axis=2, keepdims=True)
         kept = np.logical_and.accumulate(stages * np.exp(-error) < here, axis=0)
         kept[0] = True
@@ -141,10 +115,14 @@ class Goodput:
         if choice.exploring is not None and choice.exploring[0]:
             return f"{label} is worth a trial: {self._unsure(situation, index)}"
         cost = situation.menu.move_seconds(situation.current, situation.move_seconds)[0, index]
-        paid = f" net of the {duration(cost)} move" if cost else ""
-        saved = duration(float(choice.saved_seconds[0, index]))
+        ahead = look_ahead(situation)
+        ends = (ahead.saved_expected, ahead.saved_low, ahead.saved_high)
+        saved = duration_interval(*(float(end[index]) for end in ends))
+        paid = f", the {duration(cost)} move paid" if cost else ""
+        surely = float(choice.saved_seconds[0, index])
+        waiting = f"; waiting for the next decision would lose {duration(surely)}" if surely >= 0.1 else ""
         above = f"goodput of {label} is {percent(gain)} above the current"
-        said = f"{above}, which saves ≥ {saved}{paid} at equal loss"
+        said = f"{above}, which saves {saved} at equal loss{paid}{waiting}"
         batch, speed = situation.menu.global_batch, situation.samples_per_second[0]
         if batch[index] == batch[here]:
             return said
@@ -193,22 +171,6 @@ def _saved(now: Situation, value: Floats, costs: Floats) -> Floats:
     """What moving to each candidate saves, the move paid, where `value` are the seconds to go: shape (…, R, C)."""
     here = np.broadcast_to(now.current[:, None], (*value.shape[:-1], 1))
     return np.take_along_axis(value, here, axis=-1) - costs - value
-
-
-def _savings(now: Situation, seconds: Floats, costs: Floats) -> Savings:
-    """What moving saves over staying for good, for people: the plan weighs a move against moving later, and says only
-    what waiting for the next decision costs. `seconds` to the end in each candidate have the shape (3, R, C)."""
-    error = np.exp(PESSIMISM * _error_beside_current(now))
-    slow, middle, fast = (_saved(now, seconds * factor, costs) for factor in (error, 1.0, 1 / error))
-    left = np.take_along_axis(seconds[1], now.current[:, None], axis=1)[:, 0]
-    return Savings(slow.min(axis=0), middle[1], fast.max(axis=0), left)
-
-
-def _error_beside_current(now: Situation) -> Floats:
-    """Relative standard error of the ratio of each candidate's time to that of what runs, shape (R, C)."""
-    own = np.take_along_axis(now.throughput_error, now.current[:, None], 1)
-    other = np.arange(len(now.menu)) != now.current[:, None]
-    return np.where(other, np.hypot(now.throughput_error, own), 0.0)
 
 
 def _largest(worth: Floats, batch: Floats) -> np.ndarray:

@@ -23,6 +23,24 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h"
 
 
+def signed_duration(seconds: float) -> str:
+    """A time that may be negative: `−38 s`; a tenth of a second is nothing to a job: `0 s`."""
+    return duration(seconds if abs(seconds) >= 0.1 else 0.0).replace("-", "−")
+
+
+def duration_interval(value: float, low: float, high: float) -> str:
+    """`14 min (6–21)`, `3 s (−1 to 7)`: a time and its interval, with one unit if all have it, else with three.
+    `< 0.1 s` if none of the three is worth telling."""
+    if max(abs(value), abs(low), abs(high)) < 0.1:
+        return "< 0.1 s"
+    (middle, unit), (first, first_unit), (last, last_unit) = (
+        signed_duration(part).rsplit(" ", 1) for part in (value, low, high)
+    )
+    if unit == first_unit == last_unit:
+        return f"{middle} {unit} ({first}{'–' if low >= 0 else ' to '}{last})"
+    return f"{middle} {unit} ({first} {first_unit} to {last} {last_unit})"
+
+
 def three_digits(amount: float) -> str:
     """Three significant digits, never as a power of ten: `0.0321`, `37`, `1240`."""
     return _plain(amount, 3)

@@ -81,6 +81,14 @@ class Decision(Record):
     """Further candidates, which are not written down: a space may have thousands."""
     seconds_left: float | None = None
     """Expected time to the end of the job if it stays; None from policies that do not work it out."""
+    critical_batch_low: float | None = None
+    """Lower end of φ's 90 % interval, the errors of the noise scale and of c included; None from policies that do not
+    work it out."""
+    critical_batch_high: float | None = None
+    """Upper end."""
+    regret_bound: float | None = None
+    """Share of the time left that is lost at most if φ lies within that interval, and nothing more is learned of it:
+    beside the best batches for the φ that is true. None from policies that do not work it out."""
     predicted_gain: float | None
     """Goodput of `chosen` over `current`, minus 1."""
     reason: str

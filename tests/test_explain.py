@@ -10,7 +10,8 @@ import pytest
 from launch_events import DATA, TENSOR, candidate, decision, reconfigure, start, step, write_run
 from launch_jobs import copus_here
 
-from launch.explain import BEST, explanation_of, spelled_interval
+from launch.explain import BEST, explanation_of
+from planner.wording import duration_interval
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore
 from profiles.forecast import Forecast
@@ -153,6 +154,14 @@ def test_the_trade_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert line in printed(capsys, str(weighed_run(tmp_path)))
 
 
+def test_what_is_at_stake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = decision(0, 4, TENSOR, DATA)
+    known = {"regret_bound": 0.03, "critical_batch_low": 84.0, "critical_batch_high": 440.0, "seconds_left": 2400.0}
+    decided = made.decision.model_copy(update=known)
+    run = write_run(tmp_path, start(), made.model_copy(update={"decision": decided}))
+    assert "at most 3 % of the time left (72 s), as φ may be 84 to 440 sequences" in printed(capsys, str(run))
+
+
 def test_eighty_columns_keep_what_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,9 +174,10 @@ def test_eighty_columns_keep_what_decides(
 
 
 def test_an_interval_of_time_has_one_unit_if_it_can() -> None:
-    assert spelled_interval(840, 360, 1260) == "14 min (6–21)"
-    assert spelled_interval(120, -2, 246) == "2 min (−2 s to 4.1 min)"
-    assert spelled_interval(-2, -3, -1) == "−2 s (−3 to −1)"
+    assert duration_interval(840, 360, 1260) == "14 min (6–21)"
+    assert duration_interval(120, -2, 246) == "2 min (−2 s to 4.1 min)"
+    assert duration_interval(-2, -3, -1) == "−2 s (−3 to −1)"
+    assert duration_interval(0.01, -0.02, 0.05) == "< 0.1 s"
 
 
 def test_what_a_restart_went_back_behind_is_not_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """`copus simulate` on a throughput table written by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from launch_jobs import copus_here, write_job
 
 import launch.simulate
 from copus.job import load_job
+from planner.plan import Plan
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
@@ -86,6 +88,15 @@ def test_the_noise_of_a_run_that_was_made_longer_is_spread_over_all_of_it(job: P
     phi, _ = launch.simulate._trajectory(load_job(job), None, "geometric", "one")
     assert (phi[0], phi[-1]) == pytest.approx((2 * 1, 2 * 9), rel=0.01)
     assert phi[len(phi) // 2] == pytest.approx(2 * 4, rel=0.01)
+
+
+def test_a_loss_is_called_a_loss() -> None:
+    """The best schedule may be behind the best fixed configuration, if the job does not start in that."""
+    plan = Plan((), seconds=150.0, fixed_index=0, fixed_seconds=100.0, fixed_samples=1.0, samples=1.0)
+    said = launch.simulate._conclusion(plan, "TP1")
+    assert said.startswith("adapting does not pay here: even the best schedule takes 50 % longer than TP1")
+    assert "worth 100 % over TP1" in launch.simulate._conclusion(replace(plan, seconds=50.0), "TP1")
+    assert launch.simulate._conclusion(replace(plan, seconds=99.5), "TP1").endswith("hardly anything")
 
 
 def test_a_picture(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
