@@ -165,7 +165,7 @@ class LaunchConfig(Record):
     options: dict[str, Any] = Field(default_factory=dict)
     """What that engine wants to know, such as a partition; each engine has its own."""
     runs: UserPath = Path("runs")
-    """Folder that run directories are made in."""
+    """Folder that run directories are made in; `$COPUS_RUNS`, if that is set, unless the job file says otherwise."""
     threads_per_rank: int = Field(default=1, gt=0, le=1024)
     """OMP_NUM_THREADS of each rank."""
     max_restarts: NonNegativeInt = 3

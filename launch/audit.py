@@ -10,7 +10,7 @@ from profiles.audit import Audit, Estimate
 from profiles.configuration import Configuration
 
 
-def audit(run_text: str, *, as_json: bool = False) -> int:
+def audit(run_text: str | None, *, as_json: bool = False) -> int:
     """Print the audit of a run, which may still be going on. Raises JobError if it has not trained."""
     run = find_run(run_text)
     found = audit_run(run)

@@ -3,12 +3,14 @@
 Nothing heavy is imported here: `copus --help` is for people, and answers at once.
 """
 
+import difflib
 import os
 import sys
 import warnings
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, get_args
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg, subcommand
@@ -16,6 +18,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppend
 JobFile = Annotated[Path, arg(metavar="JOB.yaml")]
 OptionalJobFile = Annotated[Path | None, arg(metavar="[JOB.yaml]", help_behavior_hint="")]
 Run = Annotated[str, arg(metavar="RUN", name="run")]
+OptionalRun = Annotated[str | None, arg(metavar="[RUN]", name="run", help_behavior_hint="")]
 Overrides = Annotated[list[str], UseAppendAction, arg(name="set", metavar="SECTION.FIELD=VALUE")]
 
 
@@ -38,6 +41,8 @@ class Submit:
     """Job file. With --resume: settings to go on with, instead of the run's own."""
     overrides: Overrides = field(default_factory=list)
     """Override a field of the job file."""
+    name: Annotated[str | None, arg(metavar="NAME")] = None
+    """Name of the run; short for --set name=NAME."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """Go on with this run (a path, or a name below ./runs), exactly where it was."""
     allow_from_scratch: bool = False
@@ -55,7 +60,8 @@ class Submit:
         from launch.submit import Manner, submit
 
         manner = Manner(self.engine, self.dry_run, self.allow_from_scratch, self.detach, self.json)
-        return submit(self.job, self.overrides, self.resume, manner)
+        named = [] if self.name is None else [f"name={self.name}"]
+        return submit(self.job, [*self.overrides, *named], self.resume, manner)
 
 
 @dataclass
@@ -65,8 +71,8 @@ class Logs:
     Example: copus logs shakespeare --follow --rank 0
     """
 
-    run_name: Positional[Run]
-    """Run directory, or its name below ./runs."""
+    run_name: Positional[OptionalRun] = None
+    """Run directory, or its name below ./runs; the newest run there if it is not given."""
     rank: Annotated[int | None, arg(metavar="N")] = None
     """Only the lines of this rank; without it those of all ranks, and of what starts them."""
     follow: Annotated[bool, arg(aliases=["-f"])] = False
@@ -105,8 +111,8 @@ class Explain:
     Example: copus explain shakespeare --decision 3
     """
 
-    run_name: Positional[Run]
-    """Run directory, or its name below ./runs."""
+    run_name: Positional[OptionalRun] = None
+    """Run directory, or its name below ./runs; the newest run there if it is not given."""
     decision: Annotated[int | None, arg(metavar="N")] = None
     """Number of the decision; without it the newest that moved the job, else the newest."""
     all: bool = False
@@ -127,8 +133,8 @@ class Audit:
     Example: copus audit shakespeare
     """
 
-    run_name: Positional[Run]
-    """Run directory, or its name below ./runs."""
+    run_name: Positional[OptionalRun] = None
+    """Run directory, or its name below ./runs; the newest run there if it is not given."""
     json: bool = False
     """Print one JSON object."""
 
@@ -145,8 +151,8 @@ class Plot:
     Example: copus plot shakespeare --output shakespeare.svg
     """
 
-    run_name: Positional[Run]
-    """Run directory, or its name below ./runs."""
+    run_name: Positional[OptionalRun] = None
+    """Run directory, or its name below ./runs; the newest run there if it is not given."""
     output: Annotated[Path | None, arg(metavar="FILE.png|.svg")] = None
     """File to write; RUN/plot.png if it is not given."""
     json: bool = False
@@ -165,8 +171,8 @@ class Watch:
     Example: copus watch shakespeare
     """
 
-    run_name: Positional[Run]
-    """Run directory, or its name below ./runs."""
+    run_name: Positional[OptionalRun] = None
+    """Run directory, or its name below ./runs; the newest run there if it is not given."""
     once: bool = False
     """Print one frame and end."""
     json: bool = False
@@ -186,7 +192,7 @@ class Runs:
     """
 
     folder: Positional[Annotated[Path | None, arg(metavar="[FOLDER]", help_behavior_hint="")]] = None
-    """Folder with run directories; ./runs if it is not given."""
+    """Folder with run directories; $COPUS_RUNS or ./runs if it is not given."""
     json: bool = False
     """Print one JSON object."""
 
@@ -203,8 +209,10 @@ class Report:
     Example: copus report shakespeare · copus report with-moves without-moves --output both.html
     """
 
-    run_names: Positional[Annotated[list[str], arg(metavar="RUN [RUN …]", name="runs")]]
-    """Run directories, or their names below ./runs."""
+    run_names: Positional[Annotated[list[str], arg(metavar="[RUN …]", name="runs", help_behavior_hint="")]] = field(
+        default_factory=list
+    )
+    """Run directories, or their names below ./runs; the newest run there if none is given."""
     output: Annotated[Path | None, arg(metavar="FILE.html")] = None
     """File to write; RUN/report.html if it is not given, and comparison.html in this folder for several runs."""
     json: bool = False
@@ -470,12 +478,19 @@ def main(arguments: list[str] | None = None) -> int:
     Returns the exit code: 0, 1 where workers failed, 2 for what the user has to mend, 128 + signal where stopped.
     """
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that lacks a sign gets a "?"
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"copus {version('copus')}")
+        return 0
+    if misspelt := _misspelt(arguments):
+        print(f"copus: {misspelt}", file=sys.stderr)
+        return 2
     try:
         command: Command = tyro.cli(
             Commands,
             prog="copus",
             description=DESCRIPTION,
-            args=_in_full(sys.argv[1:] if arguments is None else arguments),
+            args=_in_full(arguments or ["--help"]),
             config=(FlagCreatePairsOff, OmitArgPrefixes),
         )
         return _run(command)
@@ -507,6 +522,16 @@ def _run(command: Command) -> int:
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
     """A warning in one line, without the place in the code."""
     print(f"copus: warning: {message}", file=sys.stderr)
+
+
+def _misspelt(arguments: list[str]) -> str | None:
+    """What to say of a command that there is not; None if there is no such command line."""
+    names = [metadata.name for command in get_args(Commands) for metadata in command.__metadata__]
+    if not arguments or arguments[0].startswith("-") or arguments[0] in names:
+        return None
+    near = difflib.get_close_matches(arguments[0], names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"no command {arguments[0]}; {hint}"
 
 
 def _in_full(arguments: list[str]) -> list[str]:

@@ -65,7 +65,7 @@ class Explanation:
         return self.event.decision
 
 
-def explain(run_text: str, number: int | None, *, as_json: bool = False, all_candidates: bool = False) -> int:
+def explain(run_text: str | None, number: int | None, *, as_json: bool = False, all_candidates: bool = False) -> int:
     """Print a decision of a run. Raises JobError where there is no such run or decision."""
     run = find_run(run_text)
     explanation = explanation_of(run, number)

@@ -8,7 +8,7 @@ from launch.engines import engine_of_run
 from launch.run_directory import find_run, shown, typed
 
 
-def logs(run_text: str, rank: int | None, *, follow: bool) -> int:
+def logs(run_text: str | None, rank: int | None, *, follow: bool) -> int:
     """Print the lines. Raises JobError where there is no such run or rank, or its engine cannot be asked."""
     run = find_run(run_text)
     if rank is not None:

@@ -7,6 +7,7 @@ import itertools
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ def portable(job: JobConfig) -> JobConfig:
         }
     )
     profile = job.profile.model_copy(update={"table": absolute(job.profile.table)})
-    launch = job.launch.model_copy(update={"runs": absolute(job.launch.runs)})
+    runs = job.launch.runs if "runs" in job.launch.model_fields_set else runs_folder()
+    launch = job.launch.model_copy(update={"runs": absolute(runs)})
     return job.model_copy(update={"data": data, "profile": profile, "launch": launch})
 
 
@@ -89,16 +91,39 @@ def discard_run(run: Path) -> None:
         run.parent.rmdir()
 
 
-def find_run(text: str) -> Path:
-    """A run directory from what a person typed: a path, or a name below ./runs. Raises JobError where there is none."""
+def runs_folder() -> Path:
+    """Where runs are made and looked for unless somebody says otherwise: `$COPUS_RUNS`, else ./runs."""
+    return Path(os.environ.get("COPUS_RUNS") or "runs").expanduser()
+
+
+def newest_run() -> Path:
+    """The run in `runs_folder` that wrote an event last, or was made last. Raises JobError if there is none."""
+    folder = runs_folder()
+    runs = [job.parent for job in folder.glob("*/job.yaml")]
+    if not runs:
+        raise JobError(f"no run in {folder}: name one, or go to the folder that has runs/, or set COPUS_RUNS")
+    return max(runs, key=_last_written).absolute()
+
+
+def _last_written(run: Path) -> float:
+    return max(path.stat().st_mtime for path in (run / "job.yaml", run / "events.jsonl") if path.exists())
+
+
+def find_run(text: str | None) -> Path:
+    """A run directory from what a person typed: a path, or a name below `runs_folder`; None for the newest run there.
+    Raises JobError if there is none."""
+    if text is None:
+        run = newest_run()
+        print(f"copus: {shown(run)}, the newest run", file=sys.stderr)
+        return find_run(str(run))
     try:
-        for path in (Path(text).expanduser(), Path("runs") / text):
+        for path in (Path(text).expanduser(), runs_folder() / text):
             if text and (path / "job.yaml").is_file():
                 _check_events(path)
                 return path.absolute()
     except (OSError, RuntimeError) as error:  # a name that is too long; `~` of a user that there is not
         raise JobError(f"no run {text[:80]}: {getattr(error, 'strerror', error)}") from None
-    raise JobError(f"no run {text}: neither {text} nor {Path('runs') / text} is a folder with a job.yaml")
+    raise JobError(f"no run {text}: neither {text} nor {runs_folder() / text} is a folder with a job.yaml")
 
 
 def _check_events(run: Path) -> None:

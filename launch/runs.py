@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from copus.event_lines import event_lines
 from copus.events import parse_event
 from copus.job import JobError
+from launch.run_directory import runs_folder
 from launch.run_state import RunState, state_of
 from launch.status import RunStatus
 from launch.tables import add_solid_column, fitted, new_table, page
@@ -41,8 +42,8 @@ class RunSummary:
 
 
 def runs(folder: Path | None, *, as_json: bool = False) -> int:
-    """Print the runs in a folder (./runs), the newest first. Raises JobError where there is no such folder."""
-    folder = folder or Path("runs")
+    """Print the runs in a folder (`runs_folder`), the newest first. Raises JobError where there is no such folder."""
+    folder = folder or runs_folder()
     try:
         found = [summary_of(job.parent) for job in folder.expanduser().absolute().glob("*/job.yaml")]
         if not found and not folder.expanduser().is_dir():

@@ -118,8 +118,8 @@ class Watched:
         return [*scored[: ALTERNATIVES - 1], running]
 
 
-def watch(run_text: str, *, once: bool = False, as_json: bool = False) -> int:
-    """Show a run until it has ended. Raises JobError where there is no such run."""
+def watch(run_text: str | None, *, once: bool = False, as_json: bool = False) -> int:
+    """Show a run until it has ended. Returns 1 if it failed or crashed. Raises JobError if there is no such run."""
     run = find_run(run_text)
     follower, watched = Follower(run, idle_decisions=False), Watched(run)
     watched.update(follower.read())
@@ -137,7 +137,7 @@ def watch(run_text: str, *, once: bool = False, as_json: bool = False) -> int:
         _live(follower, watched, console)
     else:
         _lines(follower, watched, console)
-    return 0
+    return 1 if watched.state.name in ("failed", "crashed") else 0
 
 
 def frame_as_values(watched: Watched) -> dict[str, object]:

@@ -1,13 +1,17 @@
 """The `copus` command itself: it answers at once, imports nothing heavy, and ends as the shell expects."""
 
 import json
+import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from launch_events import DATA, TENSOR, decision, reconfigure, start, step, write_run
 from launch_jobs import copus_here, copus_process
+
+from copus.events import Failure
 
 HEAVY = ("torch", "megatron", "numpy", "matplotlib", "plotly", "jinja2", "tokenizers", "tensorboard", "duckdb")
 COMMANDS = (
@@ -69,9 +73,58 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
     assert "{None}" not in text
 
 
+def test_the_command_alone_prints_the_help_and_its_version_is_that_of_the_package(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        copus_here()
+    assert ended.value.code == 0
+    assert "usage: copus" in capsys.readouterr().out
+    assert copus_here("--version") == 0
+    assert capsys.readouterr().out == f"copus {version('copus')}\n"
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["submti"], ["submit", "--frobnicate"], ["explain"], ["explain", "a", "--decision", "x"]]
+    ("typed", "message"),
+    [
+        ("explian", "copus: no command explian; did you mean explain?\n"),
+        ("zzz", "copus: no command zzz; there are submit, logs, cancel, data, profile, plan, watch, runs, explain, "),
+    ],
 )
+def test_a_misspelt_command_is_answered_with_the_nearest(
+    typed: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert copus_here(typed, "x") == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_the_newest_run_is_meant_if_none_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "runs" / "older", start())
+    os.utime(tmp_path / "runs" / "older" / "events.jsonl", (1, 1))
+    os.utime(tmp_path / "runs" / "older" / "job.yaml", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    assert copus_here("explain", "--json") == 0
+    output, errors = capsys.readouterr()
+    assert json.loads(output)["run"] == str(run)
+    assert errors == "copus: runs/one, the newest run\n"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert copus_here("audit") == 2
+    assert capsys.readouterr().err.startswith("copus: no run in runs: name one")
+    monkeypatch.setenv("COPUS_RUNS", str(tmp_path / "runs"))
+    assert copus_here("explain", "one", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["run"] == str(run)
+
+
+def test_a_watch_of_a_run_that_failed_does_not_end_well(tmp_path: Path) -> None:
+    failure = Failure(step=1, samples_consumed=4, rank=1, message="lost", fatal=True)
+    failed = write_run(tmp_path / "failed", start(), step(4), failure)
+    assert copus_here("watch", str(failed), "--once") == 1
+
+
+@pytest.mark.parametrize("arguments", [["submit", "--frobnicate"], ["cancel"], ["explain", "a", "--decision", "x"]])
 def test_what_cannot_be_parsed_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         copus_here(*arguments)

@@ -5,17 +5,16 @@ needing nothing else.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from copus.job import JobError
 from launch.run_directory import find_run, shown, write_atomically
 
 
-def report(run_texts: list[str], output: Path | None, *, as_json: bool = False) -> int:
+def report(run_texts: Sequence[str | None], output: Path | None, *, as_json: bool = False) -> int:
     """Write the page. Raises JobError where a run does not exist or the file cannot be written."""
-    runs = list(dict.fromkeys(find_run(text) for text in run_texts))
-    if not runs:
-        raise JobError("nothing to report: give a run, or several to compare them")
+    runs = list(dict.fromkeys(map(find_run, run_texts or [None])))
     if output is None:
         output = runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html")
     if output.suffix not in (".html", ".htm"):
