@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from copus.events import Branch, Evaluate, Event, Failure, Profile, Reconfigure, Restart, Trial, Warned
+from launch.explain import trade
 from launch.run_directory import shown
 from launch.status import RunStatus
 from launch.wording import (
@@ -84,6 +85,8 @@ class Progress:
         for event in events:
             if self._tells(event):
                 self.say(describe_event(event, seq_len) or "")
+            if isinstance(event, Reconfigure) and not event.trial and (reason := self._reason(event)):
+                self.say(f"  {reason}")
         if self._live:
             self._live.refresh()
         else:
@@ -99,6 +102,15 @@ class Progress:
         if isinstance(event, Reconfigure):  # what a trial was for is said when it ends
             return not event.trial
         return isinstance(event, Trial | Restart | Warned)
+
+    def _reason(self, move: Reconfigure) -> str | None:
+        """Why the planner made a move, in one line; None if it is not the planner's newest."""
+        decision = self._status.decision
+        if decision is None or decision.number != move.decision or (gain := trade(decision)) is None:
+            return None
+        noise = decision.noise
+        scale = "not measured yet" if noise.value is None else noise_interval(noise.value, noise.low, noise.high)
+        return f"noise scale {scale}: {gain}"
 
     def _plain(self) -> None:
         if time.monotonic() < self._next_line or self._status.profile or self._status.branch:

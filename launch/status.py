@@ -21,6 +21,7 @@ from copus.events import (
 )
 from launch.wording import describe_move, describe_trial
 from profiles.configuration import Configuration
+from profiles.decision import Decision
 
 RECENT_STEPS = 20
 """Steps that the shown throughput is the mean of; forgotten at a move, which is no step time."""
@@ -44,6 +45,8 @@ class RunStatus:
         self.evaluation: Evaluate | None = None
         self.first_evaluation: Evaluate | None = None
         self.checkpoint: Checkpoint | None = None
+        self.decision: Decision | None = None
+        """The newest."""
         self.last_change: str | None = None
         self.failure: Failure | None = None
         self.end: End | None = None
@@ -95,6 +98,7 @@ class RunStatus:
                 self.evaluation = event
                 self.first_evaluation = self.first_evaluation or event
             case DecisionMade():
+                self.decision = event.decision
                 self.last_change = f"decision {event.decision.number}: {event.decision.reason}"
             case Reconfigure():
                 self.configuration = event.after

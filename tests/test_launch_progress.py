@@ -134,6 +134,7 @@ def test_progress_shows_what_a_person_looks_for(terminal: bool) -> None:
         "TP1·PP1·DP2",
         "40",
         "moved TP2·PP1·DP1 B4 m1",
+        "noise scale 12 [9–20]: throughput ×2.00, efficiency ×1.00 → ×2.00 now",
     ]
     assert [part for part in expected if part not in text] == []
     assert ("\x1b" in text) == terminal
