@@ -21,6 +21,7 @@ from benchmarks.command import console_of, parser_of, tell
 from benchmarks.noise_synthetic import SyntheticSteps
 from copus.job import JobConfig, load_job
 from copus.noise.meter import NoiseMeter
+from planner.backend_traits import ANY_BACKEND
 from planner.config import PlannerConfig
 from planner.planner import Planner, decision_is_due
 from planner.predictor import Predictor
@@ -87,7 +88,7 @@ def measure(cell: Cell, repetitions: int, later_steps: int) -> dict[str, Any]:
         meter = NoiseMeter(half_life(cell.settings, JOB_STEPS * batch, cell.seq_len))
         known_after, measured = None, 0
         for step in range(later_steps):
-            source = source_of_step(cell.settings, cell.configuration, step)
+            source = source_of_step(cell.settings, ANY_BACKEND, cell.configuration, step)
             informative = meter.update(steps.step(cell.configuration, source, truth), (step + 1) * batch, batch)
             if not informative:
                 continue
@@ -141,11 +142,11 @@ def simulate_job(job: JobConfig, batch: int) -> dict[str, Any]:
     measured, known_after, first_known = 0, None, None
     errors, moves = [], []
     while samples + running.global_batch <= job.total_samples:
-        source = source_of_step(settings, running, step)
+        source = source_of_step(settings, ANY_BACKEND, running, step)
         result = gradients.step(running, source, true_noise_scale(samples / job.total_samples))
         before, samples, step = samples, samples + running.global_batch, step + 1
         measured += meter.update(result, samples, running.global_batch)
-        executed = executed_configuration(running, source)
+        executed = executed_configuration(ANY_BACKEND, running, source)
         expected = machine.throughput.predict(executed)
         assert expected is not None, "the cost model knows H100s"
         assert expected.step_seconds is not None

@@ -72,7 +72,7 @@ def brute_force(job: JobConfig, training_steps: int, sequences: int, online_step
     }.items():
         meter = NoiseMeter(HalfLife(configuration.global_batch, online_steps // 2))
         for step in range(online_steps):
-            source = source_of_step(settings, configuration, step)
+            source = source_of_step(settings, backend.description, configuration, step)
             first = sample + step * configuration.global_batch
             seen = backend.train_step(batches, StepRequest(first, _frozen(job), source))
             meter.update(seen, (step + 1) * configuration.global_batch, configuration.global_batch)
@@ -197,7 +197,7 @@ def step_times(job: JobConfig, configuration: Configuration, rounds: int) -> dic
     several = configuration.layout.dp > 1
     if job.planner.noise_metric == "adam":
         variants = ["off", "microbatch", *["replica"] * several]
-    elif configuration.layout.dp * configuration.num_microbatches == 1:
+    elif backend.description.parts(configuration)["microbatch"].number == 1:
         variants = ["off", "microbatch", "normlayer"]
     else:
         variants = ["off", "microbatch", "normlayer", "auto", *["replica"] * several]
@@ -208,7 +208,8 @@ def step_times(job: JobConfig, configuration: Configuration, rounds: int) -> dic
             variant = variants[(place + index) % len(variants)]
             source: str | None = {"off": None}.get(variant, variant)
             if variant == "auto":
-                source = source_of_step(job.planner, configuration, index % job.planner.noise_every_steps)
+                step = index % job.planner.noise_every_steps
+                source = source_of_step(job.planner, backend.description, configuration, step)
             dist.barrier()
             started = time.perf_counter()
             backend.train_step(batches, StepRequest(sample, _frozen(job), source))

@@ -8,8 +8,9 @@ import numpy as np
 from copus.backends.step_contract import Parts, StepResult
 from copus.noise.estimator import NoiseEstimator
 from copus.noise.memory import Clock
-from copus.noise.sources import REPLICA, split
 from copus.noise.step_estimate import StepEstimate
+from planner.backend_traits import ANY_BACKEND
+from planner.noise_sources import NORMLAYER, split
 from planner.sampling import HalfLife, executed_configuration
 from profiles.configuration import Configuration
 
@@ -53,15 +54,15 @@ class SyntheticSteps:
         self._dimensions = dimensions
 
     def step(self, configuration: Configuration, source: str | None, noise_scale: float) -> StepResult:
-        """A step of a configuration, measured from a source of `copus.noise.sources`."""
+        """A step of a configuration, measured from a source of `planner.noise_sources`."""
         full, norm_layers = split(source)
-        run = executed_configuration(configuration, source)
-        parts = run.layout.dp if full == REPLICA else run.parts
+        run = executed_configuration(ANY_BACKEND, configuration, source)
+        parts = ANY_BACKEND.parts(run)
         return StepResult(
             loss=1.0,
             grad_sq=1.0,
-            parts=self._parts(noise_scale, parts, run.global_batch // parts) if full else None,
-            norm_layer_parts=self._parts(NORM_LAYERS * noise_scale, run.global_batch, 1) if norm_layers else None,
+            parts=self._parts(noise_scale, *parts[full]) if full else None,
+            norm_layer_parts=self._parts(NORM_LAYERS * noise_scale, *parts[NORMLAYER]) if norm_layers else None,
             skipped=False,
             stop=False,
         )

@@ -185,7 +185,7 @@ class Trainer:
         return StepRequest(
             first_sample=state.samples_consumed,
             rules=rules_at(self._job, state, configuration.global_batch),
-            noise_source=source_of_step(self._job.planner, configuration, state.step),
+            noise_source=source_of_step(self._job.planner, self._backend.description, configuration, state.step),
             stop=stop,
             writing=self._saver.is_writing,
             on_trial=self._moves.on_trial,

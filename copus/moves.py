@@ -111,7 +111,8 @@ class Moves:
         ordinary = configuration == self._backend.configuration
         if self._planner is not None:
             settled = ordinary and self._steps_since_change > SETTLING_STEPS
-            self._planner.observe_step(executed_configuration(configuration, source), seconds, settled)
+            executed = executed_configuration(self._backend.description, configuration, source)
+            self._planner.observe_step(executed, seconds, settled)
             self._planner.observe_loss(self._state.samples_consumed, configuration.global_batch, loss)
         if self._trying and ordinary:
             self._go_on_trying(seconds)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from copus.backends.registry import find_backend
 from copus.job import JobConfig
 from planner.predictor import Predictor
 from profiles.measurement import Measurement
@@ -18,5 +19,6 @@ def predictor_of(job: JobConfig, rows: Iterable[Measurement], *, use_cost_model:
         training.configuration,
         rows,
         training.implementation,
+        backend=find_backend(training.backend),
         use_cost_model=use_cost_model,
     )

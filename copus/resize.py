@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from copus.backends.registry import find_backend
 from copus.job import JobConfig, JobError, apply_override, first_message, load_job, parse_job
 from planner.space import layouts
 from profiles.cluster import Cluster
@@ -39,9 +40,10 @@ def resized(job: JobConfig, cluster: Cluster) -> JobConfig:
 
 
 def fits(layout: Layout, job: JobConfig, cluster: Cluster) -> bool:
-    """Whether the job's model can lie so on the cluster."""
+    """Whether the job's model and backend can run the layout on the cluster."""
     try:
         layout.check(job.model, cluster)
+        find_backend(job.training.backend).check_layout(layout)
     except ValueError:
         return False
     return True

@@ -1,7 +1,8 @@
-"""What nobody wants of a new run, said before it starts. A run that goes on on other ranks may have come to it."""
+"""Checks for new runs only; a run that resumes on other ranks may violate them."""
 
 import warnings
 
+from copus.backends.registry import find_backend
 from copus.job import JobConfig, JobError
 from planner.sampling import check_measurable, too_short
 from planner.space import check_limits
@@ -24,9 +25,10 @@ def check_start(job: JobConfig) -> None:
         )
     if job.planner.policy == "static":
         return
+    backend = find_backend(training.backend)
     try:
-        check_limits(job.planner, job.model, job.cluster, training.layout)
-        check_measurable(job.planner, training.configuration)
+        check_limits(job.planner, job.model, job.cluster, training.layout, backend)
+        check_measurable(job.planner, backend, training.configuration)
     except ValueError as error:
         raise JobError(f"planner: {error}") from None
     if warning := too_short(job.planner, training.configuration, job.total_samples):

@@ -1,9 +1,10 @@
-"""What is expected of a job file, for the commands that look ahead: plan, simulate."""
+"""Estimates for a job file, for the commands that look ahead: plan, simulate."""
 
 from typing import TYPE_CHECKING
 
+from copus.backends.registry import BUILT_IN, find_backend
 from copus.job import STEP_SETTINGS, JobConfig, JobError
-from profiles.measurement import OWN, Fingerprint
+from profiles.measurement import Fingerprint
 from profiles.table import ThroughputTable
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command asks
@@ -26,6 +27,7 @@ def estimate_of(job: JobConfig) -> "JobEstimate":
             training.configuration,
             rows,
             training.implementation,
+            find_backend(training.backend),
         )
     except OSError as error:
         raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
@@ -34,8 +36,9 @@ def estimate_of(job: JobConfig) -> "JobEstimate":
 
 
 def _ran_so(fingerprint: Fingerprint, job: JobConfig) -> bool:
-    """Whether a row was measured with the job's settings; imported rows do not say."""
-    if not fingerprint.backend.startswith(OWN):
-        return True
+    """Whether a row was measured with the job's backend and settings. Imported rows do not say, and pass."""
+    framework = fingerprint.backend.partition(" ")[0]
+    if framework != find_backend(job.training.backend).framework:
+        return framework not in {find_backend(name).framework for name in BUILT_IN}
     said = set(fingerprint.software.split(", "))
     return [name for name in STEP_SETTINGS if name in said] == job.training.step_settings

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planner.backend_traits import ANY_BACKEND, BackendTraits
 from planner.config import PlannerConfig
 from planner.goodput import goodput
 from planner.predictor import CandidateEstimate, Predictor
@@ -14,14 +15,12 @@ from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import RECOMPUTE
 from profiles.hardware import is_hardware_of
-from profiles.measurement import OWN, Fingerprint, Measurement
+from profiles.measurement import Fingerprint, Measurement
 from profiles.memory import MEGATRON, Implementation
 from profiles.model_shape import ModelShape
 
 NOISE_SCALES = 2.0 ** np.arange(-2, 24.01, 0.25)
 """Noise scales that the best configuration is looked up for, sequences."""
-LARGEST_ZERO = 1
-"""The largest ZeRO stage that the backend has."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +128,18 @@ def estimate_job(
     start: Configuration,
     table: Iterable[Measurement] = (),
     implementation: Implementation = MEGATRON,
+    backend: BackendTraits = ANY_BACKEND,
 ) -> JobEstimate:
     """Estimate every candidate from the table's rows of this job and from the models that learn from them.
 
     Raises ValueError for an accelerator that nothing is known about.
     """
     accelerator(cluster.accelerator).peak(precision)
-    rows = rows_of(table, model, cluster, precision)
-    variants = list(_variants(model, start))
-    predictor = Predictor.from_rows(config, model, cluster, precision, start, rows, implementation, besides=variants)
+    rows = rows_of(table, model, cluster, precision, backend)
+    variants = list(_variants(model, start, backend))
+    predictor = Predictor.from_rows(
+        config, model, cluster, precision, start, rows, implementation, backend=backend, besides=variants
+    )
     steps = sum(not row.shard for row in rows)
     return JobEstimate(
         predictor=predictor,
@@ -150,9 +152,16 @@ def estimate_job(
     )
 
 
-def rows_of(table: Iterable[Measurement], model: ModelShape, cluster: Cluster, precision: str) -> list[Measurement]:
-    """The rows that were measured for this model and precision on a cluster like this, with the software that was used
-    last; imported rows only if there are no others. Nothing here can ask the hardware what it is."""
+def rows_of(
+    table: Iterable[Measurement],
+    model: ModelShape,
+    cluster: Cluster,
+    precision: str,
+    backend: BackendTraits = ANY_BACKEND,
+) -> list[Measurement]:
+    """The rows of this model and precision on a cluster like this, with the software that was used last; rows of
+    another framework, which were imported, only if there are no others. Nothing here can ask the hardware what it is.
+    """
     mine = [
         row
         for row in table
@@ -161,15 +170,19 @@ def rows_of(table: Iterable[Measurement], model: ModelShape, cluster: Cluster, p
     ]
     if not mine:
         return []
-    newest = max(mine, key=lambda row: (row.fingerprint.backend.startswith(OWN), row.time)).fingerprint
+
+    def preference(row: Measurement) -> tuple[bool, float]:
+        return row.fingerprint.backend.partition(" ")[0] == backend.framework, row.time
+
+    newest = max(mine, key=preference).fingerprint
     return [row for row in mine if row.fingerprint == newest]
 
 
-def _variants(model: ModelShape, start: Configuration) -> Iterator[Configuration]:
-    """The starting configuration with other settings that cost time and save memory, or the other way round."""
+def _variants(model: ModelShape, start: Configuration, backend: BackendTraits) -> Iterator[Configuration]:
+    """The starting configuration with other settings that trade time for memory."""
     layout = start.layout
     split = [False, True] if layout.tp > 1 and model.seq_len % layout.tp == 0 else [layout.sequence_parallel]
-    stages: Sequence[int] = range(LARGEST_ZERO + 1) if layout.dp * layout.cp > 1 else [layout.zero]
+    stages: Sequence[int] = range(backend.largest_zero + 1) if layout.dp * layout.cp > 1 else [layout.zero]
     for zero in stages:
         for sequence_parallel in split:
             for recompute in RECOMPUTE:

@@ -18,9 +18,8 @@ from planner.norm_test import plug_in_batch
 from planner.outlook import Outlook, look_ahead
 from planner.policy import make_policy
 from planner.predictor import CandidateEstimate, Predictor
-from planner.sampling import half_life, typical_configuration
+from planner.sampling import half_life
 from planner.situation import Choice, Situation
-from planner.space import noise_measurable
 from planner.trials import Trial, TrialLedger
 from planner.wording import noise_in_words, percent, three_digits
 from profiles.configuration import Configuration
@@ -142,7 +141,7 @@ class Planner:
         self._trial = None
         self.trials.close(trial)
         if trial.ratio is not None:
-            candidate, running = (typical_configuration(self.config, c) for c in (trial.candidate, trial.running))
+            candidate, running = (self.predictor.typical(c) for c in (trial.candidate, trial.running))
             self.throughput.observe_comparison(candidate, running, trial.ratio.log, trial.ratio.error)
 
     def decide(
@@ -289,14 +288,11 @@ class Planner:
 
     def _why_unknown(self, noise: NoiseScale, current: Configuration) -> str:
         """Why there is no critical batch."""
-        if not self._noise_measurable(current):
+        if not self.predictor.noise_measurable(current):
             return f"the noise scale is unknown, and cannot be measured with {current.label}: one part a step"
         if noise.samples < self.config.min_noise_samples:
             return f"the noise scale has seen {noise.samples} steps, {self.config.min_noise_samples} are needed"
         return f"the noise scale cannot be told yet after {noise.samples} steps"
-
-    def _noise_measurable(self, configuration: Configuration) -> bool:
-        return noise_measurable(configuration, self.config.noise_source)
 
     def _score(
         self, estimate: CandidateEstimate, critical_batch: float | None, current_goodput: float | None

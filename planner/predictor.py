@@ -5,13 +5,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from planner.backend_traits import ANY_BACKEND, BackendTraits
 from planner.config import PlannerConfig
 from planner.memory_check import LIKELY, MemoryCheck, PeakMemory
 from planner.move_costs import expected_layout_seconds
 from planner.policy import make_policy
 from planner.pruning import worthwhile
-from planner.sampling import halved_share, typical_configuration
-from planner.space import candidates, noise_measurable
+from planner.sampling import halved_share, noise_measurable, typical_configuration
+from planner.space import candidates
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.cost import CostModel, Timings, predict_unmeasured
@@ -97,10 +98,13 @@ class Predictor:
         memory: MemoryCheck | None = None,
         cost: CostModel | None = None,
         space: list[Configuration] | None = None,
+        backend: BackendTraits = ANY_BACKEND,
     ) -> None:
         """From its parts, which `from_rows` makes. Without `memory` the memory model has learned from nothing, and
-        without `space` every configuration that the job file allows is a candidate."""
+        without `space` every configuration that the job file and the backend allow is a candidate."""
         self.config = config
+        self.backend = backend
+        """What trains."""
         self.model = model
         self.cluster = cluster
         self.precision = precision
@@ -110,7 +114,7 @@ class Predictor:
         """Step times: what the running job sees goes into it (`observe`, `refuse`)."""
         self.memory = memory or MemoryCheck(model, cluster, precision)
         """Peaks, and the memory that there is."""
-        self.candidates = candidates(config, model, cluster, start) if space is None else space
+        self.candidates = candidates(config, model, cluster, start, backend) if space is None else space
         """The configurations that may be worth choosing, in a fixed order, `start` always among them."""
         self.cost = cost
         """The cost model, fitted to the rows; None if it knows nothing of the accelerator, or is not to be used."""
@@ -129,6 +133,7 @@ class Predictor:
         rows: Iterable[Measurement] = (),
         implementation: Implementation = MEGATRON,
         *,
+        backend: BackendTraits = ANY_BACKEND,
         use_cost_model: bool = True,
         besides: Sequence[Configuration] = (),
     ) -> "Predictor":
@@ -138,9 +143,9 @@ class Predictor:
         `besides` are configurations that will be asked about and are no candidates.
         """
         rows = list(rows)
-        space = worthwhile(config, model, cluster, precision, start, implementation)
+        space = worthwhile(config, model, cluster, precision, start, implementation, backend)
         asked = [*space, *besides]
-        halves = [each.halved for each in asked if halved_share(config, each) > 0]
+        halves = [each.halved for each in asked if halved_share(config, backend, each) > 0]
         predicted, cost = CostPredictions(), None
         if use_cost_model:
             with contextlib.suppress(ValueError):  # an accelerator or a precision that nothing is known about
@@ -149,7 +154,7 @@ class Predictor:
                 predicted = predict_unmeasured(cost, model, cluster, precision, everything, rows)
         throughput = Throughput((row for row in rows if not row.shard), predicted)
         memory = MemoryCheck(model, cluster, precision, rows, implementation)
-        return cls(config, model, cluster, precision, start, throughput, memory, cost, space)
+        return cls(config, model, cluster, precision, start, throughput, memory, cost, space, backend)
 
     @property
     def layout_move_seconds(self) -> float:
@@ -163,7 +168,7 @@ class Predictor:
     def assumptions(self) -> tuple[str, ...]:
         """What the predictions take for granted, in words."""
         found = [*(self.cost.assumptions(self.model, self.cluster) if self.cost else ()), *self.memory.assumptions]
-        if any(halved_share(self.config, candidate) for candidate in self.candidates):
+        if any(halved_share(self.config, self.backend, candidate) for candidate in self.candidates):
             found.append("a lone micro-batch is timed as the job runs it: some or all steps in two halves")
         return tuple(found)
 
@@ -173,7 +178,7 @@ class Predictor:
         prediction = self.step_time(configuration)
         error = prediction.error if prediction else 0.0
         if prediction and beside is not None and beside != configuration:
-            error = self.throughput.error_beside(self._typical(configuration), self._typical(beside))
+            error = self.throughput.error_beside(self.typical(configuration), self.typical(beside))
         peak = _with_measured(self.memory.peaks([configuration])[0], prediction)
         return CandidateEstimate(
             configuration=configuration,
@@ -189,7 +194,7 @@ class Predictor:
     def step_time(self, configuration: Configuration) -> Prediction | None:
         """The mean duration of its steps, those that are halved to measure their noise included; None if nothing is
         known. Nothing known of the halves leaves what `Throughput.predict` says."""
-        whole, share = self.throughput.predict(configuration), halved_share(self.config, configuration)
+        whole, share = self.throughput.predict(configuration), halved_share(self.config, self.backend, configuration)
         if not share or whole is None or whole.step_seconds is None:
             return whole
         halves = self.throughput.predict(configuration.halved)
@@ -203,10 +208,15 @@ class Predictor:
 
     def steps_seen(self, configuration: Configuration) -> int:
         """How many of its steps the running job has timed."""
-        return self.throughput.steps(self._typical(configuration))
+        return self.throughput.steps(self.typical(configuration))
 
-    def _typical(self, configuration: Configuration) -> Configuration:
-        return typical_configuration(self.config, configuration)
+    def noise_measurable(self, configuration: Configuration) -> bool:
+        """Whether the noise scale can be measured while it runs."""
+        return noise_measurable(self.config, self.backend, configuration)
+
+    def typical(self, configuration: Configuration) -> Configuration:
+        """The configuration that most of its steps execute, and are timed as."""
+        return typical_configuration(self.config, self.backend, configuration)
 
     def _failure(self, prediction: Prediction | None, peak: PeakMemory) -> str:
         """Why it cannot run; empty if it can."""
@@ -223,7 +233,7 @@ class Predictor:
         if spread > MAX_RELATIVE_SPREAD and (off_a_line or not self._weighs_error):
             seconds = prediction.step_seconds
             return f"throughput too uncertain: a step takes {seconds:.3g} ± {seconds * spread:.2g} s"
-        if not noise_measurable(configuration, self.config.noise_source):
+        if not self.noise_measurable(configuration):
             return "noise cannot be measured: one part a step"
         return ""
 

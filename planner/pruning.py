@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.backend_traits import ANY_BACKEND, BackendTraits
 from planner.config import PlannerConfig
-from planner.space import candidates, noise_measurable
+from planner.sampling import noise_measurable
+from planner.space import candidates
 from profiles.accelerator import memory_bytes
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
@@ -32,6 +34,7 @@ def worthwhile(
     precision: str,
     start: Configuration,
     implementation: Implementation = MEGATRON,
+    backend: BackendTraits = ANY_BACKEND,
 ) -> list[Configuration]:
     """What the job file allows (`planner.space.candidates`), in its order, without what is dominated.
 
@@ -39,10 +42,10 @@ def worthwhile(
     expect before any row decides, so that profiling, the running job and a resumed one look at the same candidates. If
     nothing is known of the accelerator none is left out.
     """
-    allowed = candidates(config, model, cluster, start)
+    allowed = candidates(config, model, cluster, start, backend)
     if config.layouts:
         return allowed
-    usable = np.array([noise_measurable(candidate, config.noise_source) for candidate in allowed], bool)
+    usable = np.array([noise_measurable(config, backend, candidate) for candidate in allowed], bool)
     try:
         out = dominated(allowed, usable, model, cluster, precision, implementation)
     except ValueError:

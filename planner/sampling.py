@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from planner.backend_traits import BackendTraits, PartCount
 from planner.config import PlannerConfig
-from planner.space import noise_measurable
+from planner.noise_sources import MICROBATCH, NORMLAYER, REPLICA, split
 from profiles.configuration import Configuration
 
 SHARE_OF_JOB = 0.02
@@ -38,11 +39,26 @@ def half_life(settings: PlannerConfig, total_samples: int, seq_len: int) -> Half
     return HalfLife(settings.noise_half_life_tokens / seq_len, FEWEST_STEPS)
 
 
-def check_measurable(settings: PlannerConfig, start: Configuration) -> None:
-    """Raise ValueError if the policy needs the noise scale, and no step of the first configuration can show any."""
-    if not settings.needs_noise_scale or noise_measurable(start, settings.noise_source):
+def noise_measurable(settings: PlannerConfig, backend: BackendTraits, configuration: Configuration) -> bool:
+    """Whether some step of the configuration has two parts to compare: as it is, or as two halves of a lone
+    micro-batch."""
+    parts = backend.parts(configuration)
+    if settings.noise_source == "replica" or MICROBATCH not in parts:
+        return settings.noise_source in ("auto", "replica") and _comparable(parts, REPLICA)
+    if settings.noise_source == "normlayer" and NORMLAYER not in parts:
+        return False
+    return _comparable(parts, MICROBATCH) or _can_halve(backend, configuration)
+
+
+def check_measurable(settings: PlannerConfig, backend: BackendTraits, start: Configuration) -> None:
+    """Raise ValueError if the policy needs the noise scale and no step of the first configuration can measure it."""
+    if not settings.needs_noise_scale or noise_measurable(settings, backend, start):
         return
-    if settings.noise_source == "replica":
+    parts = backend.parts(start)
+    if settings.noise_source not in ("auto", *parts):
+        why = f"noise_source({settings.noise_source}) is not among this backend's sources, {', '.join(parts) or 'none'}"
+        remedy = "another noise_source"
+    elif settings.noise_source == "replica":
         why = f"noise_source(replica) compares data parallel replicas, and training.layout.dp is {start.layout.dp}"
         remedy = "another noise_source"
     else:
@@ -75,42 +91,64 @@ def first_known_step(settings: PlannerConfig) -> int:
     return settings.min_noise_samples + (settings.noise_metric == "adam")
 
 
-def source_of_step(settings: PlannerConfig, configuration: Configuration, step: int) -> str | None:
-    """The source of step number `step` (0 is the first), as `planner.noise_source` wants it.
+def source_of_step(
+    settings: PlannerConfig, backend: BackendTraits, configuration: Configuration, step: int
+) -> str | None:
+    """The noise source of step number `step` (0 is the first), by `planner.noise_source`; None to measure nothing.
 
-    Steps are sampled; between samples the replicas' gradients are compared where there is more than one. A step of one
-    micro-batch has no parts: there the norm layers are measured, and on a few steps the micro-batch is halved, which is
-    what they are calibrated with. The first steps of a run are all measured in full: nothing can be decided before
-    there is an estimate, and they are few.
+    With `auto`, one step in `noise_every_steps` compares micro-batches, and the steps between compare replicas, if
+    there are any, which is cheaper. A lone micro-batch has nothing to be compared with: the norm layers are measured
+    instead, and on a few steps the micro-batch is halved, to calibrate them. All of the first steps of a run are
+    measured in full, because nothing can be decided before there is an estimate. Sources that the backend does not
+    have are left out.
     """
     if settings.noise_source in ("microbatch", "replica"):
         return settings.noise_source
+    parts = backend.parts(configuration)
     first = step < settings.min_noise_samples
     sampled = first or step % settings.noise_every_steps == 0
-    if settings.noise_source == "normlayer" or configuration.parts == 1:
+    lone = MICROBATCH in parts and not _comparable(parts, MICROBATCH)
+    if settings.noise_source == "normlayer" or lone:
         if first or step % settings.noise_halve_every_steps == 0:
-            return "microbatch+normlayer"
-        return "normlayer" if sampled else None
-    if sampled:
-        return "microbatch+normlayer"
-    return "replica" if configuration.layout.dp > 1 else None
+            return _joined(parts, MICROBATCH, NORMLAYER)
+        return _joined(parts, NORMLAYER) if sampled else None
+    if sampled and MICROBATCH in parts:
+        return _joined(parts, MICROBATCH, NORMLAYER)
+    return REPLICA if _comparable(parts, REPLICA) else None
 
 
-def halved_share(settings: PlannerConfig, configuration: Configuration) -> float:
-    """Share of its steps that are run as two halves to be measured, later than the first ones of a run: of a lone
-    micro-batch, which is even."""
-    if configuration.parts > 1 or configuration.micro_batch % 2 or settings.noise_source == "replica":
+def halved_share(settings: PlannerConfig, backend: BackendTraits, configuration: Configuration) -> float:
+    """Share of the steps, after the first ones of a run, that execute a lone micro-batch as two halves."""
+    parts = backend.parts(configuration)
+    if settings.noise_source == "replica" or _comparable(parts, MICROBATCH) or not _can_halve(backend, configuration):
         return 0.0
     return 1.0 if settings.noise_source == "microbatch" else 1 / settings.noise_halve_every_steps
 
 
-def typical_configuration(settings: PlannerConfig, configuration: Configuration) -> Configuration:
+def typical_configuration(
+    settings: PlannerConfig, backend: BackendTraits, configuration: Configuration
+) -> Configuration:
     """The configuration that most of its steps execute, and are timed as."""
-    return configuration.halved if halved_share(settings, configuration) > 0.5 else configuration
+    return configuration.halved if halved_share(settings, backend, configuration) > 0.5 else configuration
 
 
-def executed_configuration(configuration: Configuration, source: str | None) -> Configuration:
-    """The configuration that a step with this noise source executes: a lone micro-batch is halved if micro-batches
-    are to be compared, and its size is even. The gradient is the same, and has parts."""
-    compares_microbatches = source is not None and "microbatch" in source.split("+")
-    return configuration.halved if compares_microbatches and configuration.parts == 1 else configuration
+def executed_configuration(backend: BackendTraits, configuration: Configuration, source: str | None) -> Configuration:
+    """The configuration that a step with this noise source executes. A lone micro-batch is run as two halves if
+    micro-batches are to be compared: the gradient is the same, and has two parts."""
+    full, _ = split(source)
+    lone = full == MICROBATCH and not _comparable(backend.parts(configuration), MICROBATCH)
+    return configuration.halved if lone and _can_halve(backend, configuration) else configuration
+
+
+def _comparable(parts: dict[str, PartCount], source: str) -> bool:
+    return source in parts and parts[source].number > 1
+
+
+def _can_halve(backend: BackendTraits, configuration: Configuration) -> bool:
+    """Whether two halves of the micro-batch make the micro-batches comparable."""
+    return configuration.micro_batch % 2 == 0 and _comparable(backend.parts(configuration.halved), MICROBATCH)
+
+
+def _joined(parts: dict[str, PartCount], *sources: str) -> str | None:
+    """The source of a step that measures those of the sources that it has; None if it has none."""
+    return "+".join(source for source in sources if source in parts) or None

@@ -1,9 +1,10 @@
 """The configurations that may be chosen."""
 
 import math
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Callable, Iterator
+from typing import TypeVar, get_args
 
+from planner.backend_traits import ANY_BACKEND, BackendTraits
 from planner.config import PlannerConfig
 from profiles.accelerator import memory_bytes, node_size
 from profiles.cluster import Cluster
@@ -11,11 +12,19 @@ from profiles.configuration import Configuration
 from profiles.layout import Layout, Recompute
 from profiles.model_shape import ModelShape
 
+_T = TypeVar("_T")
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 
 
-def candidates(config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Configuration) -> list[Configuration]:
-    """Every layout × global batch × micro-batch that the job file allows, `start` always among them, in a fixed order.
+def candidates(
+    config: PlannerConfig,
+    model: ModelShape,
+    cluster: Cluster,
+    start: Configuration,
+    backend: BackendTraits = ANY_BACKEND,
+) -> list[Configuration]:
+    """Every layout × global batch × micro-batch that the job file allows and the backend runs, in a fixed order;
+    `start` is always among them.
 
     Layouts are `config.layouts`, or every tp × pp × dp that holds the model on the cluster, with the sequence
     parallelism (if tp > 1) and ZeRO stage of the starting layout, with every number of model chunks a pipeline stage
@@ -24,13 +33,15 @@ def candidates(config: PlannerConfig, model: ModelShape, cluster: Cluster, start
     batches are `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the
     limits of `config`.
     """
-    found = list(_within_limits(config, model, cluster, start.layout))
-    return found if start in found else [start, *found]
+    allowed = list(_within_limits(config, model, cluster, start.layout, backend))
+    return allowed if start in allowed else [start, *allowed]
 
 
-def check_limits(config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout) -> None:
-    """Raise ValueError where the limits of the job file leave nothing to choose."""
-    if next(_within_limits(config, model, cluster, start), None) is None:
+def check_limits(
+    config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout, backend: BackendTraits
+) -> None:
+    """Raise ValueError if the limits of the job file leave nothing to choose."""
+    if next(_within_limits(config, model, cluster, start, backend), None) is None:
         pins = [
             *(("tp", config.tp), ("max_pp", config.max_pp), ("max_vp", config.max_vp), ("recompute", config.recompute)),
             ("layouts", config.layouts and len(config.layouts)),
@@ -44,16 +55,17 @@ def check_limits(config: PlannerConfig, model: ModelShape, cluster: Cluster, sta
 
 
 def _within_limits(
-    config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout
+    config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout, backend: BackendTraits
 ) -> Iterator[Configuration]:
-    return (
-        Configuration(layout=layout, micro_batch=micro_batch, global_batch=global_batch)
-        for layout in dict.fromkeys(config.layouts or _variants(config, model, cluster, start))
-        if _allowed(layout, config)
-        for global_batch in _doubling(config.batch_multiple, config.min_global_batch, config.max_global_batch)
-        for micro_batch in _doubling(1, 1, config.max_micro_batch)
-        if _fits(layout, micro_batch, global_batch)
-    )
+    for layout in dict.fromkeys(config.layouts or _variants(config, model, cluster, start)):
+        if not (_allowed(layout, config) and _passes(backend.check_layout, layout)):
+            continue
+        for global_batch in _doubling(config.batch_multiple, config.min_global_batch, config.max_global_batch):
+            for micro_batch in _doubling(1, 1, config.max_micro_batch):
+                if global_batch % (layout.dp * micro_batch) == 0:
+                    candidate = Configuration(layout=layout, micro_batch=micro_batch, global_batch=global_batch)
+                    if _passes(backend.check_configuration, candidate):
+                        yield candidate
 
 
 def _allowed(layout: Layout, config: PlannerConfig) -> bool:
@@ -80,16 +92,12 @@ def _variants(config: PlannerConfig, model: ModelShape, cluster: Cluster, start:
 
 def layouts(model: ModelShape, cluster: Cluster, start: Layout) -> list[Layout]:
     """Every split of the cluster into tp × pp × dp that passes `Layout.check`, else like `start`, and `start`."""
-    found = [layout for layout in _splits(cluster.accelerators, start) if _holds(layout, model, cluster)]
-    return found if start in found else [start, *found]
-
-
-def noise_measurable(configuration: Configuration, noise_source: str) -> bool:
-    """Whether a step has two parts to compare; a lone micro-batch is run as two halves where it is even."""
-    replicas = configuration.layout.dp
-    if noise_source == "replica":
-        return replicas > 1
-    return configuration.parts > 1 or configuration.micro_batch % 2 == 0
+    possible = [
+        layout
+        for layout in _splits(cluster.accelerators, start)
+        if _passes(lambda layout: layout.check(model, cluster), layout)
+    ]
+    return possible if start in possible else [start, *possible]
 
 
 def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
@@ -105,18 +113,13 @@ def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
             )
 
 
-def _holds(layout: Layout, model: ModelShape, cluster: Cluster) -> bool:
+def _passes(check: Callable[[_T], None], value: _T) -> bool:
+    """Whether a check raises no ValueError."""
     try:
-        layout.check(model, cluster)
+        check(value)
     except ValueError:
         return False
     return True
-
-
-def _fits(layout: Layout, micro_batch: int, global_batch: int) -> bool:
-    """Whether a step is whole micro-batches; an interleaved pipeline needs a multiple of pp (2104.04473, §2.2.2)."""
-    num_microbatches, rest = divmod(global_batch, layout.dp * micro_batch)
-    return rest == 0 and num_microbatches > 0 and (layout.vp == 1 or num_microbatches % layout.pp == 0)
 
 
 def _divisors(number: int) -> list[int]:

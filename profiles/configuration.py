@@ -32,11 +32,6 @@ class Configuration(Record):
         return self.global_batch // (self.layout.dp * self.micro_batch)
 
     @property
-    def parts(self) -> int:
-        """Micro-batches of the whole step, over all replicas: what the noise of its gradient can be measured from."""
-        return self.layout.dp * self.num_microbatches
-
-    @property
     def halved(self) -> "Configuration":
         """The same step as twice as many micro-batches of half the size, where the micro-batch is even; else itself."""
         return self if self.micro_batch % 2 else self.model_copy(update={"micro_batch": self.micro_batch // 2})

@@ -6,9 +6,6 @@ from profiles.configuration import Configuration
 from profiles.model_shape import ModelShape
 from profiles.record import Record
 
-OWN = "megatron-core"
-"""What the backend of rows begins with that copus measured, here or, where a file says so, elsewhere."""
-
 
 class Fingerprint(Record):
     """What has to be equal for two measurements to be about the same thing."""

@@ -11,6 +11,7 @@ import yaml
 from launch_jobs import copus_here
 from test_cli import HEAVY, imported
 
+from copus.backends.registry import BUILT_IN, find_backend
 from copus.job import load_job
 from launch.estimate import estimate_of
 from launch.plan import as_values
@@ -66,7 +67,8 @@ def estimated(path: Path, overrides: Sequence[str] = ()) -> JobEstimate:
     job = load_job(path, list(overrides))
     rows = ThroughputTable(job.profile.table).rows()
     training = job.training
-    return estimate_job(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
+    start, backend = training.configuration, find_backend("megatron")
+    return estimate_job(job.planner, job.model, job.cluster, training.precision, start, rows, backend=backend)
 
 
 def test_it_answers_without_torch_or_an_accelerator(job_file: Path) -> None:
@@ -194,10 +196,25 @@ def test_rows_of_other_jobs_do_not_count(job_file: Path) -> None:
 def test_imported_rows_count_only_where_there_are_no_others(job_file: Path) -> None:
     job = load_job(job_file)
     start, table = job.training.configuration, ThroughputTable(job.profile.table)
+
+    def seconds() -> list[float | None]:
+        rows = rows_of(table.rows(), job.model, job.cluster, "bf16", find_backend("megatron"))
+        return [row.step_seconds for row in rows]
+
     add_row(job_file, start, step_seconds=1.0, time=9.0)
-    assert [row.step_seconds for row in rows_of(table.rows(), job.model, job.cluster, "bf16")] == [1.0]
+    assert seconds() == [1.0]
     add_row(job_file, start, step_seconds=2.0, backend="megatron-core 0.16.1")
-    assert [row.step_seconds for row in rows_of(table.rows(), job.model, job.cluster, "bf16")] == [2.0]
+    assert seconds() == [2.0]
+
+
+def test_rows_of_another_backend_of_copus_are_not_imported_ones(
+    job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = load_job(job_file).training.configuration
+    add_row(job_file, start, step_seconds=1.0, backend="torch 2.13.0")
+    assert estimate_of(load_job(job_file)).measured_rows == 1
+    monkeypatch.setitem(BUILT_IN, "toy", "tests.toy_backend:ToyDescription")
+    assert estimate_of(load_job(job_file)).measured_rows == 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from benchmarks.noise_known import JOB, SOURCES, WANTED, cell_of, cells, main, m
 from benchmarks.noise_synthetic import SyntheticSteps
 from copus.job import load_job
 from copus.noise.meter import NoiseMeter
+from planner.backend_traits import ANY_BACKEND
 from planner.sampling import half_life, source_of_step
 
 
@@ -36,9 +37,8 @@ def test_known_within_25_measured_steps_at_every_scale(
     meter = NoiseMeter(half_life(planner, job_steps * global_batch, seq_len))
     steps, measured, step = SyntheticSteps(np.random.default_rng(seed)), 0, 0
     while measured < WANTED:
-        result = steps.step(
-            cell.configuration, source_of_step(planner, cell.configuration, step), noise_over_batch * global_batch
-        )
+        source = source_of_step(planner, ANY_BACKEND, cell.configuration, step)
+        result = steps.step(cell.configuration, source, noise_over_batch * global_batch)
         step += 1
         measured += meter.update(result, step * global_batch, global_batch)
     noise = meter.estimate()

@@ -8,9 +8,17 @@ import pytest
 
 from copus.backends.step_contract import Parts, StepResult
 from copus.noise.meter import NoiseMeter
-from copus.noise.sources import split
+from planner.backend_traits import ANY_BACKEND, BackendTraits, PartCount
 from planner.config import PlannerConfig
-from planner.sampling import HalfLife, half_life, source_of_step
+from planner.noise_sources import split
+from planner.sampling import (
+    HalfLife,
+    check_measurable,
+    executed_configuration,
+    half_life,
+    noise_measurable,
+    source_of_step,
+)
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 
@@ -118,7 +126,43 @@ def test_state_goes_through_json_and_back() -> None:
 def _sources(steps: int, dp: int, micro_batch: int, batch: int, **settings: Any) -> list[str | None]:
     configuration = Configuration(layout=Layout(dp=dp), micro_batch=micro_batch, global_batch=batch)
     planner = PlannerConfig(**{"min_noise_samples": 1, **settings})
-    return [source_of_step(planner, configuration, step) for step in range(steps)]
+    return [source_of_step(planner, ANY_BACKEND, configuration, step) for step in range(steps)]
+
+
+class _Reduced(BackendTraits):
+    """Reduces every micro-batch over the replicas, as ZeRO 2 may: a part is a micro-batch of all replicas."""
+
+    def parts(self, configuration: Configuration) -> dict[str, PartCount]:
+        return {
+            "microbatch": PartCount(configuration.num_microbatches, configuration.layout.dp * configuration.micro_batch)
+        }
+
+
+class _ReplicasAlone(BackendTraits):
+    """Measures whole replicas alone."""
+
+    def parts(self, configuration: Configuration) -> dict[str, PartCount]:
+        return {"replica": super().parts(configuration)["replica"]}
+
+
+def test_steps_measure_what_the_backend_has() -> None:
+    settings = PlannerConfig(min_noise_samples=1, noise_every_steps=2, noise_halve_every_steps=2)
+    several, lone, odd = (
+        Configuration(layout=Layout(dp=2), micro_batch=size, global_batch=batch)
+        for size, batch in ((2, 8), (2, 4), (1, 2))
+    )
+    reduced, replicas = _Reduced(), _ReplicasAlone()
+    assert [source_of_step(settings, reduced, several, step) for step in range(3)] == ["microbatch", None, "microbatch"]
+    assert [source_of_step(settings, reduced, lone, step) for step in range(3)] == ["microbatch", None, "microbatch"]
+    assert executed_configuration(reduced, lone, "microbatch") == lone.halved, "one micro-batch of both replicas"
+    assert executed_configuration(ANY_BACKEND, lone, "microbatch") == lone, "one of either replica"
+    assert [source_of_step(settings, replicas, several, step) for step in range(2)] == ["replica", "replica"]
+    assert [noise_measurable(settings, reduced, each) for each in (several, lone, odd)] == [True, True, False]
+    assert [noise_measurable(settings, replicas, each) for each in (several, lone, odd)] == [True, True, True]
+    with pytest.raises(
+        ValueError, match=r"noise_source\(normlayer\) is not among this backend's sources, replica: policy"
+    ):
+        check_measurable(settings.model_copy(update={"noise_source": "normlayer"}), replicas, several)
 
 
 def test_which_steps_measure_what() -> None:

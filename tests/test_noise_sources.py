@@ -11,7 +11,11 @@ import torch
 from copus.backends.megatron import model as megatron_model
 from copus.backends.megatron.main_params import main_params
 from copus.backends.megatron.modules import RMSNorm
+from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest
+from planner.backend_traits import PartCount
+from planner.noise_sources import NORMLAYER, split
+from planner.sampling import executed_configuration
 from profiles.configuration import Configuration
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
 from tests.ranks import own_device, run_ranks
@@ -161,19 +165,48 @@ def test_in_bf16_the_parts_are_those_of_fp32(layout: dict[str, Any]) -> None:
         np.testing.assert_allclose(rounded[kind][1], parts, rtol=5e-2)
 
 
-def _sizes(configurations: list[Configuration], source: str) -> list[tuple[int, int]]:
-    """Number of parts that the full source and the norm layers give in each configuration."""
-    backend = backend_of(tiny_job(1, {}))
-    sizes = []
-    for each in configurations:
-        backend.move(each)
-        result = backend.train_step(random_batches, StepRequest(0, RULES, source))
-        kinds = (result.parts, result.norm_layer_parts)
-        sizes.append(tuple(0 if parts is None else len(parts.squared_norms) for parts in kinds))
-    return sizes  # type: ignore[return-value]
+def _parts(configurations: list[Configuration], sources: list[str]) -> list[list[dict[str, PartCount]]]:
+    """The parts that steps of every configuration give, by source, for every source of a step."""
+    backend = backend_of(tiny_job(configurations[0].layout.accelerators, configurations[0].layout.model_dump()))
+    seen = []
+    for one in configurations:
+        backend.move(one)
+        results = [backend.train_step(random_batches, StepRequest(0, RULES, source)) for source in sources]
+        seen.append(
+            [
+                {
+                    name: PartCount(len(parts.squared_norms), parts.part_size)
+                    for name, parts in zip(
+                        (split(source)[0], NORMLAYER), (result.parts, result.norm_layer_parts), strict=True
+                    )
+                    if name and parts is not None
+                }
+                for source, result in zip(sources, results, strict=True)
+            ]
+        )
+    return seen
+
+
+SOURCES = ["microbatch+normlayer", "replica", "normlayer"]
 
 
 def test_a_lone_micro_batch_has_the_sequences_of_the_norm_layers() -> None:
-    lone, odd, single = configuration(8, 8), configuration(3, 3), configuration(1, 1)
-    assert run_ranks(1, _sizes, [lone, odd, single], "normlayer")[0] == [(0, 8), (0, 3), (0, 0)]
-    assert run_ranks(1, _sizes, [lone, odd, single], "microbatch+normlayer")[0] == [(2, 8), (0, 3), (0, 0)]
+    lone, odd, single = run_ranks(1, _parts, [configuration(8, 8), configuration(3, 3), configuration(1, 1)], SOURCES)[
+        0
+    ]
+    assert lone == [{"microbatch": (2, 4), "normlayer": (8, 1)}, {}, {"normlayer": (8, 1)}]
+    assert odd == [{"normlayer": (3, 1)}, {}, {"normlayer": (3, 1)}]
+    assert single == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"tp": 2}, {"pp": 2, "vp": 2}], ids=str)
+def test_the_description_tells_the_parts_without_torch(layout: dict[str, Any]) -> None:
+    """`BackendTraits.parts` of the configuration that is executed, those that can be compared, is what steps show."""
+    description = find_backend("megatron")
+    configurations = [configuration(8, 2, **layout), configuration(4, 1, **layout), configuration(4, 2, **layout)]
+    if "vp" in layout:
+        configurations.pop()  # an interleaved pipeline needs whole rounds
+    for one, seen in zip(configurations, run_ranks(2, _parts, configurations, SOURCES)[0], strict=True):
+        for source, parts in zip(SOURCES, seen, strict=True):
+            told = description.parts(executed_configuration(description, one, source))
+            assert parts == {name: told[name] for name in source.split("+") if told[name].number > 1}

@@ -12,9 +12,10 @@ import pytest
 from test_planner_decision import CLUSTER, DP2, MODEL, START, TP2, config, noise, planner, row
 
 from benchmarks.live_profiler import make_job
+from planner.backend_traits import ANY_BACKEND
 from planner.config import PlannerConfig
 from planner.predictor import Predictor
-from planner.sampling import halved_share, source_of_step, typical_configuration
+from planner.sampling import executed_configuration, halved_share, source_of_step, typical_configuration
 from planner.space import candidates
 from profiles.configuration import Configuration
 from profiles.throughput import CostPredictions, Prediction, Throughput, relative_spread
@@ -33,9 +34,9 @@ def step_time(throughput: Throughput, settings: PlannerConfig, configuration: Co
 def test_the_share_is_that_of_the_steps_that_are_halved(source: str, every: int) -> None:
     settings = config(noise_source=source, noise_halve_every_steps=every, min_noise_samples=1)
     for each in (LONE, HALVES, SHARED):
-        steps = [source_of_step(settings, each, step) for step in range(64, 128)]
-        halved = [str(step).startswith("microbatch") and each.parts == 1 and each.halved != each for step in steps]
-        assert halved_share(settings, each) == sum(halved) / len(halved)
+        steps = [source_of_step(settings, ANY_BACKEND, each, step) for step in range(64, 128)]
+        halved = [executed_configuration(ANY_BACKEND, each, source) != each for source in steps]
+        assert halved_share(settings, ANY_BACKEND, each) == sum(halved) / len(halved)
 
 
 def test_a_step_takes_what_it_takes_on_average() -> None:
@@ -64,9 +65,9 @@ def test_what_fails_fails_and_what_is_unknown_is_no_reason() -> None:
 
 
 def test_the_steps_that_are_timed_are_those_of_the_halves() -> None:
-    assert typical_configuration(config(noise_halve_every_steps=1), LONE) == HALVES
-    assert typical_configuration(config(noise_halve_every_steps=32), LONE) == LONE
-    assert typical_configuration(config(noise_halve_every_steps=1), SHARED) == SHARED
+    assert typical_configuration(config(noise_halve_every_steps=1), ANY_BACKEND, LONE) == HALVES
+    assert typical_configuration(config(noise_halve_every_steps=32), ANY_BACKEND, LONE) == LONE
+    assert typical_configuration(config(noise_halve_every_steps=1), ANY_BACKEND, SHARED) == SHARED
 
 
 def test_a_batch_that_is_fast_only_in_one_piece_is_not_chosen_where_it_never_runs_so() -> None:

@@ -16,6 +16,7 @@ from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules,
 from copus.reshard.boxes import Box
 from copus.reshard.execute import LiveState
 from copus.reshard.table import Field, Row, ShardTable
+from planner.backend_traits import PartCount
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
@@ -35,6 +36,9 @@ class ToyDescription(BackendDescription):
         super().check_layout(layout)
         if layout.pp > 1:
             raise ValueError(f"pp({layout.pp}) is not supported by the toy: at most 1")
+
+    def parts(self, configuration: Configuration) -> dict[str, PartCount]:
+        return {}  # it measures no noise
 
     def load(self) -> type[Backend]:
         return ToyBackend

@@ -24,6 +24,7 @@ from copus.reshard.execute import LiveState, misfit, reshard
 from copus.reshard.plan import Plan, make_plan, owned_parts
 from copus.reshard.table import Place, ShardTable
 from copus.sharded_checkpoint import SavedState
+from planner.sampling import executed_configuration
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint
@@ -53,6 +54,8 @@ class Backend(ABC):
     def __init__(self, job: JobConfig, device: torch.device) -> None:
         """`torch.distributed` must be initialised on all the ranks of the job's cluster."""
         self.device = device
+        self.description = find_backend(job.training.backend)
+        """The torch-free description of this backend."""
         self._job = job
         self._configuration: Configuration | None = None
         self._optimizer_steps = 0
@@ -76,6 +79,11 @@ class Backend(ABC):
     def optimizer_steps(self) -> int:
         """Optimizer steps so far, without the skipped ones."""
         return self._optimizer_steps
+
+    def executed_configuration(self, noise_source: str | None) -> Configuration:
+        """The configuration that a step with this noise source executes. A lone micro-batch is run as two halves if
+        micro-batches are to be compared: the gradient is the same, and has two parts."""
+        return executed_configuration(self.description, self.configuration, noise_source)
 
     def fingerprint(self) -> Fingerprint:
         """Identifies the model, the machine and the software that were measured."""
@@ -260,7 +268,7 @@ class Backend(ABC):
         return saved
 
     def _check(self, layout: Layout) -> None:
-        find_backend(self._job.training.backend).check_layout(layout)
+        self.description.check_layout(layout)
         layout.check(self._job.model, self._job.cluster)
 
     def _make_plan(self, before: Layout, after: Layout) -> Plan:

@@ -1,6 +1,6 @@
-"""What is known of a backend before its framework is imported: what it can run, and how it spends memory.
+"""Everything about a backend that can be said without importing its framework.
 
-No torch: a job file is checked against it before any process starts.
+No torch: a job file is checked against the description before any process starts.
 """
 
 from abc import ABC, abstractmethod
@@ -9,23 +9,20 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from copus.optimizers import Optimizer
-from profiles.configuration import Configuration
-from profiles.layout import Layout
+from planner.backend_traits import BackendTraits
 from profiles.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from copus.job import TrainingConfig
-    from profiles.memory.implementation import Implementation
 
 
-class BackendDescription(ABC):
-    """A backend that a job file can name; made without arguments.
+class BackendDescription(BackendTraits, ABC):
+    """A backend that a job file can name; constructed without arguments.
 
-    The checks raise ValueError with the field, the value and the limit.
+    The checks raise ValueError with the field, the value and the limit. `framework`, `check_model` and `load` must be
+    given; what a backend shares with others it inherits from `BackendTraits`.
     """
 
-    framework: ClassVar[str]
-    """The distribution that trains, such as `megatron-core`. Measurements name it with its version."""
     largest_zero: ClassVar[int] = 0
     """The highest ZeRO stage that it runs."""
     optimizers: ClassVar[tuple[str, ...]] = ("adamw",)
@@ -52,21 +49,6 @@ class BackendDescription(ABC):
 
     def check_training(self, training: "TrainingConfig") -> None:  # noqa: B027 (most backends need no own)
         """Raise ValueError for a setting of the training that it does not have. The default has all of them."""
-
-    def check_layout(self, layout: Layout) -> None:
-        """Raise ValueError for a layout that it does not run."""
-        if layout.zero > self.largest_zero:
-            raise ValueError(f"zero({layout.zero}) is not supported by this backend: at most {self.largest_zero}")
-
-    def check_configuration(self, configuration: Configuration) -> None:
-        """Raise ValueError for a configuration that it does not run."""
-        self.check_layout(configuration.layout)
-
-    def implementation(self, dropout: bool) -> "Implementation":
-        """How it spends memory."""
-        from profiles.memory.implementation import Implementation  # its package loads numpy, which few commands need
-
-        return Implementation(dropout=dropout)
 
     @property
     def software(self) -> str:

@@ -53,7 +53,7 @@ class StepRequest:
     """Index of the first sample of the global batch."""
     rules: StepRules
     noise_source: str | None = None
-    """The parts to measure, by a name of `copus.noise.sources`; None for none."""
+    """The parts to measure, by a name of `planner.noise_sources`; None for none."""
     stop: bool = False
     """Whether this rank asks to stop."""
     writing: bool = False

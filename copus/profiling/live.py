@@ -116,9 +116,10 @@ class LiveProfiler:
         layout = configuration.layout
         batch = min(configuration.global_batch, layout.dp * configuration.micro_batch * layout.pp)
         self._backend.move(configuration.model_copy(update={"global_batch": batch}))
+        first_source = source_of_step(self._task.job.planner, self._backend.description, configuration, 0)
         for number in range(self._task.config.warmup_steps):
             # The first step takes the memory of a measured one: the job will need that too.
-            self._step(source_of_step(self._task.job.planner, configuration, 0) if number == 0 else None)
+            self._step(first_source if number == 0 else None)
 
     def _time_steps(self) -> list[float]:
         seconds = []

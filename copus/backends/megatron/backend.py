@@ -15,7 +15,6 @@ from copus.job import JobConfig
 from copus.reshard.execute import LiveState
 from copus.reshard.table import ShardTable
 from copus.sharded_checkpoint import SavedState
-from planner.sampling import executed_configuration
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 
@@ -104,13 +103,8 @@ class MegatronBackend(Backend):
         upstream.set_adam_step(self.built.optimizer, steps)
 
     def compute_gradients(self, batches: Batches, request: StepRequest) -> StepShares:
-        """Forward and backward pass, and this rank's shares of the step's figures.
-
-        If the configuration has one micro-batch only, and micro-batches are to be measured, the step is run as two of
-        half the size: the same gradient, and parts to measure. An odd number of sequences cannot be halved: then there
-        are no parts.
-        """
-        configuration = executed_configuration(self.configuration, request.noise_source)
+        """Run the forward and backward passes, and return this rank's shares of the step's figures."""
+        configuration = self.executed_configuration(request.noise_source)
         self._seed_dropout(request.first_sample)
         return step.compute_gradients(self.built, configuration, batches, request, self._optimizer_steps)
 

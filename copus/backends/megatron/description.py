@@ -1,9 +1,8 @@
-"""What the Megatron backend can run. Imports no megatron."""
+"""The description of the Megatron backend. Imports no megatron."""
 
 from typing import Any
 
 from copus.backends.description import BackendDescription
-from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
@@ -27,16 +26,6 @@ class MegatronDescription(BackendDescription):
         for name, value, limit in limits:
             if value > limit:
                 raise ValueError(f"{name}({value}) is not supported by the megatron backend: at most {limit}")
-
-    def check_configuration(self, configuration: Configuration) -> None:
-        """Raise ValueError for a configuration that the Megatron backend does not run."""
-        self.check_layout(configuration.layout)
-        pp, vp, count = configuration.layout.pp, configuration.layout.vp, configuration.num_microbatches
-        if vp > 1 and count % pp:  # 2104.04473, section 2.2.2
-            raise ValueError(
-                f"global_batch({configuration.global_batch}) makes {count} micro-batches of micro_batch"
-                f"({configuration.micro_batch}), and an interleaved pipeline (vp({vp})) needs a multiple of pp({pp})"
-            )
 
     def load(self) -> type[Any]:
         """The class that trains. Takes seconds, and changes torch on a CPU."""

@@ -25,7 +25,7 @@ from copus.backends.megatron.main_params import main_params
 from copus.backends.megatron.norm_layers import NormLayers
 from copus.backends.megatron.preconditioner import Preconditioner
 from copus.backends.step_contract import Parts
-from copus.noise.sources import split
+from planner.noise_sources import split
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 
@@ -137,7 +137,7 @@ class PartNorms:
         self._passes: dict[torch.nn.Parameter, int] = defaultdict(int)
 
     def start(self, source: str | None, configuration: Configuration, adam_correction: float) -> None:
-        """Begin a step that is measured from `source` (as in `copus.noise.sources`; None measures nothing).
+        """Begin a step that is measured from `source` (as in `planner.noise_sources`; None measures nothing).
         `adam_correction` is 1 − Π β2 over the optimizer steps so far.
 
         What the configuration has no two parts of is not measured, nor is anything preconditioned before Adam's first
