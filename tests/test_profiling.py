@@ -18,6 +18,7 @@ from copus.events import Profile
 from copus.job import JobConfig
 from copus.predictor import predictor_of
 from copus.profiling.live import LiveProfiler, profile_missing
+from planner.backend_traits import ANY_BACKEND
 from planner.config import PlannerConfig
 from profiles.cluster import Cluster
 from profiles.config import ProfileConfig
@@ -127,6 +128,7 @@ class Noted:
     """A backend that notes what it is asked for."""
 
     device = torch.device("cpu")
+    description = ANY_BACKEND
 
     def __init__(self) -> None:
         self.is_built = False
