@@ -46,6 +46,14 @@ class BackendTraits:
                 f"({configuration.micro_batch}), and an interleaved pipeline (vp({vp})) needs a multiple of pp({pp})"
             )
 
+    def runs(self, configuration: Configuration) -> bool:
+        """Whether `check_configuration` passes."""
+        try:
+            self.check_configuration(configuration)
+        except ValueError:
+            return False
+        return True
+
     def parts(self, configuration: Configuration) -> dict[str, PartCount]:
         """The parts that a step of this configuration has, by noise source; sources that the backend cannot measure in
         it are left out.

@@ -187,4 +187,6 @@ def _variants(model: ModelShape, start: Configuration, backend: BackendTraits) -
         for sequence_parallel in split:
             for recompute in RECOMPUTE:
                 changes = {"recompute": recompute, "zero": zero, "sequence_parallel": sequence_parallel}
-                yield start.model_copy(update={"layout": layout.model_copy(update=changes)})
+                variant = start.model_copy(update={"layout": layout.model_copy(update=changes)})
+                if backend.runs(variant):
+                    yield variant

@@ -1,8 +1,8 @@
 """The configurations that may be chosen."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import TypeVar, get_args
+from collections.abc import Iterator
+from typing import get_args
 
 from planner.backend_traits import ANY_BACKEND, BackendTraits
 from planner.config import PlannerConfig
@@ -12,7 +12,6 @@ from profiles.configuration import Configuration
 from profiles.layout import Layout, Recompute
 from profiles.model_shape import ModelShape
 
-_T = TypeVar("_T")
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 
 
@@ -58,13 +57,13 @@ def _within_limits(
     config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout, backend: BackendTraits
 ) -> Iterator[Configuration]:
     for layout in dict.fromkeys(config.layouts or _variants(config, model, cluster, start)):
-        if not (_allowed(layout, config) and _passes(backend.check_layout, layout)):
+        if not _allowed(layout, config):
             continue
         for global_batch in _doubling(config.batch_multiple, config.min_global_batch, config.max_global_batch):
             for micro_batch in _doubling(1, 1, config.max_micro_batch):
                 if global_batch % (layout.dp * micro_batch) == 0:
                     candidate = Configuration(layout=layout, micro_batch=micro_batch, global_batch=global_batch)
-                    if _passes(backend.check_configuration, candidate):
+                    if backend.runs(candidate):
                         yield candidate
 
 
@@ -92,11 +91,7 @@ def _variants(config: PlannerConfig, model: ModelShape, cluster: Cluster, start:
 
 def layouts(model: ModelShape, cluster: Cluster, start: Layout) -> list[Layout]:
     """Every split of the cluster into tp × pp × dp that passes `Layout.check`, else like `start`, and `start`."""
-    possible = [
-        layout
-        for layout in _splits(cluster.accelerators, start)
-        if _passes(lambda layout: layout.check(model, cluster), layout)
-    ]
+    possible = [layout for layout in _splits(cluster.accelerators, start) if _holds(layout, model, cluster)]
     return possible if start in possible else [start, *possible]
 
 
@@ -113,10 +108,9 @@ def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
             )
 
 
-def _passes(check: Callable[[_T], None], value: _T) -> bool:
-    """Whether a check raises no ValueError."""
+def _holds(layout: Layout, model: ModelShape, cluster: Cluster) -> bool:
     try:
-        check(value)
+        layout.check(model, cluster)
     except ValueError:
         return False
     return True

@@ -84,6 +84,7 @@ def test_the_old_layout_is_no_part_of_a_peak(tmp_path: Path, monkeypatch: pytest
     backend = SimpleNamespace(
         is_built=True,
         configuration=start,
+        description=ANY_BACKEND,
         build=lambda configuration: done.append("build"),
         move=lambda configuration: done.append("move"),
         train_step=lambda *request: done.append("step"),

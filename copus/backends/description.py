@@ -47,7 +47,7 @@ class BackendDescription(BackendTraits, ABC):
         if optimizer.kind not in self.optimizers:
             raise ValueError(f"kind({optimizer.kind}): this backend has {', '.join(self.optimizers)}")
 
-    def check_training(self, training: "TrainingConfig") -> None:  # noqa: B027 (most backends need no own)
+    def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for a setting of the training that it does not have. The default has all of them."""
 
     @property
