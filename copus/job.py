@@ -60,7 +60,7 @@ class DataConfig(Record):
     folders of them; one of these alone needs no list."""
     held_out: list[str] = Field(default_factory=list)
     """Works kept for validation: the exact name of a work (`hamlet`), or a shell pattern if no work has that name
-    (`henry_*`). Whole works, never offsets."""
+    (`henry_*`). Whole works; if the source is one single document, its end is held out."""
     tokenizer: UserPath | None = None
     """A `tokenizer.json`; None trains a byte-level BPE of `model.vocab` tokens on the training part."""
     cache: UserPath = Path("~/.cache/copus")

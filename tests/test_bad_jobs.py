@@ -309,7 +309,12 @@ FILES = [
         ("data.source=[bad.jsonl]",),
         replaced("bad.jsonl", lambda path: path.write_text('{"txet": "a"}\n')),
     ),
-    Bad("one work alone", "data.held_out: the source is one work (one)", ("data.source=[one.txt]", "data.held_out=[]")),
+    Bad(
+        "one word alone",
+        "data.held_out: the source is one work (word)",
+        ("data.source=[word.txt]", "data.held_out=[]"),
+        replaced("word.txt", lambda path: path.write_text("antidisestablishmentarianism")),
+    ),
     Bad(
         "held-out works that there are not",
         "data.held_out: 'hamlet' matches none of the 2 works",

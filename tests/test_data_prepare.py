@@ -329,8 +329,11 @@ def test_check_data_finds_it_before_anything_is_made(tmp_path, corpus):
         check({"source": "shakespeare", "held_out": ["hamlt"]})
     with pytest.raises(JobError, match=r"data\.held_out: \['\*'\] takes all 8 works"):
         check({**source, "held_out": ["*"]})
-    with pytest.raises(JobError, match=r"data\.held_out: the source is one work \(work1\)"):
-        check({"source": str(corpus / "work1.txt")})
+    check({"source": str(corpus / "work1.txt")})
+    with pytest.raises(
+        JobError, match=r"data\.held_out: 'work1' matches none of the 2 works; did you mean 'work1 \(end"
+    ):
+        check({"source": str(corpus / "work1.txt"), "held_out": ["work1"]})
     with pytest.raises(JobError, match=r"model\.vocab\(256\) is less than 256 bytes \+ 1 end-of-document token = 257"):
         check(source, vocab=256)
     with pytest.raises(JobError, match=r"data: .*gone\.json: No such file"):

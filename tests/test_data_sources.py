@@ -158,3 +158,20 @@ def test_default_held_out_covers_five_percent_of_many_works():
 def test_one_work_cannot_be_held_out():
     with pytest.raises(JobError, match=r"data\.held_out: the source is one work \(poem\)"):
         choose_held_out({"poem": 5}, [])
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\n", " "])
+def test_a_document_that_is_alone_is_cut_where_something_ends_and_nothing_is_lost(tmp_path, separator):
+    text = separator.join(f"sentence {number} of this text." for number in range(400))
+    (tmp_path / "novel.txt").write_text(text)
+    beginning, end = read_documents([tmp_path / "novel.txt"])
+    assert (beginning.work, end.work) == ("novel (beginning)", "novel (end)")
+    assert beginning.text + end.text == text
+    assert beginning.text.endswith(".")
+    assert 0.05 <= end.bytes / len(text) <= 0.1
+    assert choose_held_out({part.work: part.bytes for part in (beginning, end)}, []) == {"novel (end)"}
+
+
+def test_a_document_that_cannot_be_cut_stays_whole(tmp_path):
+    (tmp_path / "word.txt").write_text("a" * 1000)
+    assert [document.work for document in read_documents([tmp_path / "word.txt"])] == ["word"]

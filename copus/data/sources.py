@@ -109,7 +109,8 @@ def read_documents(files: list[Path]) -> list[Document]:
     """Every document of the files, in order; blank ones are left out.
 
     A text file is one document, and its work is its name without suffix. So is each JSON line: an object with `text`
-    and an optional `work`; without it the line is a work by itself, `file:line`. Raises JobError, naming file and line.
+    and an optional `work`; without it the line is a work by itself, `file:line`. A document that is alone is cut in
+    two, so that there is something to hold out. Raises JobError, naming file and line.
     """
     documents = [
         document
@@ -119,7 +120,20 @@ def read_documents(files: list[Path]) -> list[Document]:
     ]
     if not documents:
         raise JobError(f"data.source: no text in {', '.join(map(str, files[:3]))}{' …' if len(files) > 3 else ''}")
-    return documents
+    return _cut(documents[0]) if len(documents) == 1 else documents
+
+
+def _cut(document: Document) -> list[Document]:
+    """A beginning and an end of 5 to 10 %, cut between paragraphs, else lines, else words; whole if there is no such
+    place."""
+    text = document.text
+    for separator in ("\n\n", "\n", " "):
+        place = text.rfind(separator, round(0.9 * len(text)), round(0.95 * len(text)))
+        beginning, end = text[:place], text[place:]
+        if place > 0 and beginning.strip() and end.strip():
+            parts = ("beginning", beginning), ("end", end)
+            return [Document(document.name, f"{document.work} ({name})", part) for name, part in parts]
+    return [document]
 
 
 def _is_json(file: Path) -> bool:
