@@ -1,6 +1,7 @@
 """`copus submit`: from a job file, or from an interrupted run, to a trained model."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -245,6 +246,8 @@ def _conclude(
     ]
     if "tensorboard" in job.tracking:
         lines.append(f"  curves      tensorboard --logdir {place}/tensorboard")
+    if shutil.which("copus") is None:  # in an environment that is not activated
+        lines.append(f"  copus       is {shown(Path(sys.argv[0]).absolute())}")
     if audited is not None:
         lines += audit_lines(audited)
     console.print("\n".join(lines), markup=False, soft_wrap=True)
@@ -269,6 +272,8 @@ def _losses(status: RunStatus) -> str:
     first, last = status.first_evaluation, status.evaluation
     if last and last.loss is not None:
         text += f", validation loss {last.loss:.3f}"
+        if status.start and last.samples_consumed < status.samples_consumed:
+            text += f" at {count(last.samples_consumed * status.start.seq_len)}"
         if first and first is not last and first.loss:
             text += f" ({last.loss / first.loss:.0%} of the first one, {first.loss:.3f})"
     return text

@@ -64,13 +64,18 @@ def verify(folder: Path, progress: Progress = lambda stage, done, total: None) -
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        progress("verifying", done >> 20, manifest.bytes >> 20)
+        progress("verifying, MiB", _mebibytes(done), _mebibytes(manifest.bytes))
 
     for name, entry in manifest.files.items():
         if reason := damage(folder, {name: entry}, advance):
             raise damaged(folder, reason)
     mark_checked(folder)
     return manifest
+
+
+def _mebibytes(count: int) -> int:
+    """Rounded up: little data is not none."""
+    return -(-count >> 20)
 
 
 def _make(job: JobConfig, progress: Progress) -> Path:
