@@ -18,10 +18,14 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.megatron.backend import MegatronBackend
-from copus.backends.step_contract import StepRequest, StepRules
 from copus.devices import join_world, rank_device
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.job import parse_job
+
+try:
+    from copus.backends.step_contract import StepRequest, StepRules
+except ImportError:  # 0.1.0
+    from copus.backends.base import StepRequest, StepRules
 
 _RULES = StepRules(lr=1e-3, betas=(0.9, 0.95))
 

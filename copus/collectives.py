@@ -1,6 +1,7 @@
 """Collectives that raise one rank's error on every rank, and the plain ones that go with them."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,19 +31,34 @@ class RankError(Exception):
         """Whether that rank ran out of memory."""
 
 
+class MidCollectiveError(RuntimeError):
+    """An error of this rank in the middle of a collective that the other ranks may still wait in. They cannot agree on
+    it: this process must end, and the launcher ends the others."""
+
+
+@contextlib.contextmanager
+def no_agreement() -> Iterator[None]:
+    """Raise what fails in here as MidCollectiveError, which `run_on_all_ranks` passes through."""
+    try:
+        yield
+    except Exception as error:
+        raise MidCollectiveError(one_line(error)) from error
+
+
 def run_on_all_ranks(
     action: Callable[[], Any], catch: type[Exception] | tuple[type[Exception], ...] = Exception
 ) -> Any:
     """Run an action on every rank and return this rank's result. Collective over the default group.
 
     If the action raises one of `catch` on any rank, every rank raises RankError for the first such rank. An action that
-    contains collectives must fail between them on all ranks or on none; the RankError of an inner call passes through.
+    contains collectives must fail between them on all ranks or on none, or within `no_agreement`; the RankError of an
+    inner call passes through.
     """
     result, mine = None, None
     try:
         result = action()
-    except RankError as error:  # agreed on already, further in
-        raise error
+    except (RankError, MidCollectiveError):  # agreed on already, further in, or never
+        raise
     except catch as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
         mine = (rank, one_line(error), is_out_of_memory(error))
@@ -81,6 +97,8 @@ def broadcast_from_rank0(value: Any) -> Any:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host ran out of memory. Only torch's GPU allocator has an exception type for it."""
+    if isinstance(error, MidCollectiveError) and error.__cause__ is not None:
+        return is_out_of_memory(error.__cause__)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

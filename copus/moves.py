@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from copus.backends.base import Backend, Moved
 from copus.backends.step_contract import Batches, StepRequest, StepResult
-from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
+from copus.collectives import MidCollectiveError, RankError, broadcast_from_rank0, is_out_of_memory
 from copus.events import DecisionMade, Event, Reconfigure, Trial
 from copus.job import JobConfig
 from copus.trainer_state import TrainerState
@@ -230,6 +230,10 @@ class Moves:
             self._survived(f"the move to {after.label} was taken back, training goes on with {before.label}: {error}")
             self._give_up(after, error)
             return None
+        except MidCollectiveError as error:
+            if is_out_of_memory(error):  # the job restarts, and must not move there again
+                self._record_infeasible(after)
+            raise
         dist.barrier()
         seconds = time.perf_counter() - started
         self._steps_since_change, self._before, self._decision = 0, before, decision

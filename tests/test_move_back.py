@@ -8,12 +8,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from copus.backends.megatron import groups
 from copus.backends.megatron.backend import MegatronBackend
+from copus.collectives import MidCollectiveError, no_agreement
 from copus.events import DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.oom_recovery import Trial, World
 from copus.trainer_state import TrainerState
 from profiles.configuration import Configuration
+from profiles.layout import Layout
 from tests.eager_planner import EagerPlanner, decide_often
 from tests.megatron_jobs import backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
@@ -105,6 +108,31 @@ def _train(case: Case, table: Path, moves: bool, in_step: int = 1) -> tuple[list
     state = [backend.live_state()[place]().clone() for place in sorted(backend.live_state())]
     backend.close()
     return events, state
+
+
+def _no_memory_for_groups(folder: Path) -> list[str]:
+    """A move whose groups no rank has memory for: what is raised, and what the throughput table then says."""
+    case = Case({"tp": 2}, configuration(4, 1, dp=2), "", 0, torch.OutOfMemoryError("no room"))
+    make_groups = groups.make_groups
+
+    def make(layout: Layout, timeout_seconds: float) -> None:
+        with no_agreement():
+            if layout == case.after.layout:
+                raise case.error
+        make_groups(layout, timeout_seconds)
+
+    groups.make_groups = make
+    table = folder / f"{dist.get_rank()}.jsonl"
+    with pytest.raises(MidCollectiveError):
+        _train(case, table, moves=True)
+    return table.read_text().splitlines()
+
+
+@pytest.mark.dist
+def test_a_layout_without_memory_for_its_groups_is_recorded_before_the_restart(tmp_path: Path) -> None:
+    for rows in run_ranks(2, _no_memory_for_groups, tmp_path):
+        assert len(rows) == 1
+        assert '"failure":"out of memory"' in rows[0]
 
 
 def _forget_all_groups() -> None:

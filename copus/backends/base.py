@@ -178,7 +178,8 @@ class Backend(ABC):
         A new batch or micro-batch costs nothing. For a new layout the state goes directly from the ranks that hold it
         to the ranks that need it, in the same processes. All ranks move, or none: if any rank cannot build the new
         layout, the old one is rebuilt from the tensors that are still there, and RankError is raised on all ranks.
-        Raises ValueError for a layout that cannot run. After either error the job can train on as before.
+        Raises ValueError for a layout that cannot run. After either error the job can train on as before; after a
+        MidCollectiveError, which only this rank may meet, it has to restart.
         """
         if configuration.layout == self.configuration.layout:
             self._configuration = configuration

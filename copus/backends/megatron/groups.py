@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.megatron import cpu
+from copus.collectives import no_agreement
 from profiles.layout import Layout
 
 cpu.before_import()
@@ -25,8 +26,8 @@ _layouts: dict[tuple[int, ...], list[_Key]] = {}
 
 
 def make_groups(layout: Layout, timeout_seconds: float) -> None:
-    """Make the tensor, pipeline and data parallel groups of a layout over all ranks, or take those that are there.
-    Collective."""
+    """Make the tensor, pipeline and data parallel groups of a layout over all ranks, or reuse those that exist.
+    Collective. Raises MidCollectiveError if this rank cannot make a group that its peers may wait for."""
     degrees = (layout.tp, layout.pp, layout.cp, layout.dp)
     _layouts.pop(degrees, None)
     # Groups cost threads and sockets on a CPU, where many are cheap, and device memory with NCCL.
@@ -39,7 +40,8 @@ def make_groups(layout: Layout, timeout_seconds: float) -> None:
         key = (tuple(ranks), backend)
         used.append(key)
         if key not in _groups:
-            _groups[key] = original(ranks, timeout=timeout, backend=backend, **options)
+            with no_agreement():
+                _groups[key] = original(ranks, timeout=timeout, backend=backend, **options)
         elif dist.get_rank() in ranks:
             listed = parallel_state._global_process_group_list
             parallel_state._global_process_group_list = [*(listed or [None]), _groups[key]]
