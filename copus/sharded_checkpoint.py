@@ -43,6 +43,9 @@ class Chunk(NamedTuple):
     """A part of a field in a file."""
 
     box: Box
+    stored: Box
+    """The tensor in the file, in the coordinates of the field. It is larger than the box if what is one tensor in the
+    file is several today; then it may begin before the field does."""
     file: str
     """Relative to the checkpoint's folder."""
     offset: int
@@ -101,7 +104,7 @@ class Save:
                         piece = tensor[part.slices_in(box)].detach().clone(memory_format=torch.contiguous_format).cpu()
                         offset = file.tell()
                         torch.save(piece, file)
-                        self._records[field].append(Chunk(part, name, offset, file.tell() - offset))
+                        self._records[field].append(Chunk(part, part, name, offset, file.tell() - offset))
 
     def finish(self) -> None:
         """Write the index, when every rank has written its parts. Collective.
@@ -148,7 +151,7 @@ def read_index(folder: Path) -> SavedState:
         for chunk in entry.chunks:
             place = index.storage_data[MetadataIndex(name, chunk.offsets)]
             box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-            saved[field].append(Chunk(box, place.relative_path, place.offset, place.length))
+            saved[field].append(Chunk(box, box, place.relative_path, place.offset, place.length))
     return saved
 
 
@@ -237,7 +240,7 @@ class _Files:
         for chunk in chunks:
             common = chunk.box.intersect(box)
             if common is not None:
-                numbers[common.slices_in(box)] = self._map(chunk, field)[common.slices_in(chunk.box)]
+                numbers[common.slices_in(box)] = self._map(chunk, field)[common.slices_in(chunk.stored)]
                 missing -= common.elements
         if missing:
             raise ValueError(f"the checkpoint lacks {missing} elements of {field.name}")
@@ -252,8 +255,8 @@ class _Files:
                 raise ValueError(f"the checkpoint's index points to {chunk.file}, which is not in its folder")
             self._opened[chunk.file] = open(path, "rb")  # noqa: SIM115 (closed in __exit__)
         file = self._opened[chunk.file]
-        start = _start_of_data(file, chunk, chunk.box.elements * field.element_bytes)
-        return np.memmap(file, f"u{field.element_bytes}", "r", start, chunk.box.shape)
+        start = _start_of_data(file, chunk, chunk.stored.elements * field.element_bytes)
+        return np.memmap(file, f"u{field.element_bytes}", "r", start, chunk.stored.shape)
 
 
 def _start_of_data(file: IO[bytes], chunk: Chunk, size: int) -> int:

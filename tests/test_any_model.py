@@ -95,9 +95,9 @@ def test_it_moves_through_six_layouts_to_the_bit_and_learns(precision: str, over
         assert changed == []
         moved = {name.partition("layers.0.")[2] for name in names}
         assert {
-            "self_attention.linear_qkv.bias",
-            "self_attention.q_layernorm.bias/exp_avg",
-            "mlp.linear_fc1.bias",
+            "self_attn.v_proj.bias",
+            "self_attn.q_norm.bias/exp_avg",
+            "mlp.gate_proj.bias",
             "input_layernorm.bias/exp_avg_sq",
         } <= moved
         assert losses[-1] < 0.9 * losses[0]

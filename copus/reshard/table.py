@@ -20,13 +20,19 @@ ELEMENT_BYTES = {
 }
 """Bytes of an element, by torch's name of its type."""
 
+MASTER = "master"
+"""Suffix of the fp32 copy of a weight that is not fp32 itself."""
+ADAM_STATISTICS = ("exp_avg", "exp_avg_sq")
+"""Suffixes of what Adam keeps of each weight: fp32 tensors of its shape."""
+
 
 class Field(NamedTuple):
     """One tensor of the state as it is on one rank that has everything: a weight, its fp32 master, or one statistic
     that the optimizer keeps of it."""
 
     name: str
-    """`decoder.layers.3.mlp.linear_fc2.weight`, `decoder.layers.3.mlp.linear_fc2.weight/exp_avg`."""
+    """Of a weight the name that Hugging Face gives it, `model.layers.3.mlp.down_proj.weight`, on every backend; of what
+    is kept of it that name and a suffix: `/master`, or the statistic's name."""
     dtype: str
     """torch's name of the type, as in `ELEMENT_BYTES`."""
     shape: tuple[int, ...]

@@ -96,7 +96,7 @@ class MegatronBackend(Backend):
 
     def live_state(self) -> LiveState:
         """The tensors of this rank, by their place in the whole model."""
-        return live_state(self.built)
+        return live_state(self.built, self._job.model)
 
     def count_optimizer_steps(self, steps: int) -> None:
         """Give every parameter Adam's step count."""
@@ -137,8 +137,8 @@ class MegatronBackend(Backend):
         return step.evaluate(self.built, self.configuration, batches, sequences)
 
     def translate_saved(self, saved: SavedState) -> SavedState:
-        """The fields of a checkpoint of 0.1.0 under the names of today."""
-        return former_checkpoint.translate(saved)
+        """The fields of a checkpoint of an earlier version under the names of today."""
+        return former_checkpoint.translate(saved, self._job.model)
 
 
 def _fuse(optimizer: Any) -> None:

@@ -11,12 +11,13 @@ import torch
 
 from copus.backends.megatron import cpu
 from copus.backends.megatron.built import BuiltModel
-from copus.backends.megatron.local_tensors import MASTER, LocalTensor, local_tensors
+from copus.backends.megatron.local_tensors import LocalTensor, Region, local_tensors
 from copus.backends.megatron.main_params import MainParam, main_params
 from copus.backends.megatron.upstream import adam_state
 from copus.reshard.boxes import Box
 from copus.reshard.execute import LiveState
-from copus.reshard.table import Place
+from copus.reshard.table import MASTER, Place
+from profiles.model_shape import ModelShape
 
 cpu.before_import()
 from megatron.core import parallel_state  # noqa: E402
@@ -24,32 +25,37 @@ from megatron.core import parallel_state  # noqa: E402
 _Shard = tuple[Place, Callable[[], torch.Tensor]]
 
 
-def live_state(built: BuiltModel) -> LiveState:
+def live_state(built: BuiltModel, model: ModelShape) -> LiveState:
     """Everything that this rank holds, or is to hold."""
     # The group itself is asked: `parallel_state.get_tensor_model_parallel_rank` asks torch, which knows no groups any
     # more after a step that broke them.
     tp_rank = parallel_state.get_tensor_model_parallel_group().rank()
-    local = dict(pair for chunk in built.chunks for pair in local_tensors(chunk, built.layout.tp, tp_rank))
+    local = dict(pair for chunk in built.chunks for pair in local_tensors(chunk, model, built.layout.tp, tp_rank))
     shards: LiveState = {}
     for tensor, described in local.items():
-        shards.update(_whole(described.name, described, functools.partial(_data, tensor)))
+        for region in described.regions:
+            shards[region.weight.name, region.offset] = _part_of(described, region, functools.partial(_data, tensor))
     for main in main_params(built.optimizer):
         shards.update(_optimizer_state(main, local[main.param]))
     return shards
 
 
 def _optimizer_state(main: MainParam, described: LocalTensor) -> Iterator[_Shard]:
-    for field in described.optimizer_fields:
-        statistic = field.name.rpartition("/")[2]
-        tensor = functools.partial(_statistic, main, statistic)
-        if main.start is None:
-            yield from _whole(field.name, described, tensor)
-            continue
-        for region, part, position, block in described.parts_of_range(main.start, main.start + main.main.numel()):
-            yield (
-                (field.name, region.place(part).offset),
-                functools.partial(_view, tensor, position, block, part.slices_in(block)),
-            )
+    if main.start is None:
+        for region in described.regions:
+            for name, tensor in _statistics(main, region):
+                yield (name, region.offset), _part_of(described, region, tensor)
+        return
+    for region, part, position, block in described.parts_of_range(main.start, main.start + main.main.numel()):
+        for name, tensor in _statistics(main, region):
+            view = functools.partial(_view, tensor, position, block, part.slices_in(block))
+            yield (name, region.place(part).offset), view
+
+
+def _statistics(main: MainParam, region: Region) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Name of each field of the optimizer, and what returns it as it lies in the optimizer."""
+    for field in region.optimizer_fields:
+        yield field.name, functools.partial(_statistic, main, field.name.rpartition("/")[2])
 
 
 def _data(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,12 +66,9 @@ def _statistic(main: MainParam, name: str) -> torch.Tensor:
     return main.main.data if name == MASTER else adam_state(main.optimizer, main.main)[name]
 
 
-def _whole(name: str, described: LocalTensor, tensor: Callable[[], torch.Tensor]) -> Iterator[_Shard]:
-    """Shards of a tensor that has the described one's shape."""
-    everything = Box.whole(described.shape)
-    for region in described.regions:
-        slices = region.box.slices_in(everything)
-        yield (name, region.offset), functools.partial(_part, tensor, slices)
+def _part_of(described: LocalTensor, region: Region, tensor: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """What returns the region of a tensor of the described one's shape."""
+    return functools.partial(_part, tensor, region.box.slices_in(Box.whole(described.shape)))
 
 
 def _part(tensor: Callable[[], torch.Tensor], slices: tuple[slice, ...]) -> torch.Tensor:

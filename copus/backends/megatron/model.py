@@ -1,12 +1,11 @@
 """Builds the Megatron GPT of a job in a layout, with weights that depend on the seed alone and not on the layout."""
 
-import hashlib
-import re
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 
+from copus.backends.initial_weights import initial_weight
 from copus.backends.megatron import cpu
 from copus.job import JobConfig
 from copus.reshard.boxes import Box
@@ -27,10 +26,6 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from copus.backends.megatron.local_tensors import local_tensors  # noqa: E402
 from copus.backends.megatron.modules import block_spec  # noqa: E402
-
-_INIT_STD = 0.02
-_LAYER = re.compile(r"(?<=layers\.)(\d+)\.")
-"""The number of a layer in a name, and the dot that follows it."""
 
 
 def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropout: float) -> TransformerConfig:
@@ -112,7 +107,7 @@ def build_model(
         if torch.cuda.is_available() and groups is None:
             chunk = chunk.cuda()
         if seed is not None:
-            initialize(chunk, layout, shape.layers, seed)
+            initialize(chunk, shape, layout, seed)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
 
     reduce = DistributedDataParallelConfig(
@@ -136,28 +131,14 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def initialize(chunk: torch.nn.Module, layout: Layout, layers: int, seed: int) -> None:
-    """Fill the weights: a function of the seed and of each tensor's name, the same numbers on every layout.
-
-    Every layer's whole tensor is drawn, and the part that this rank holds is kept. Standard deviation 0.02; the
-    projections that write to the residual stream have 0.02 / √(2·layers) (GPT-2); norms start at 1, biases at 0.
-    """
+def initialize(chunk: torch.nn.Module, model: ModelShape, layout: Layout, seed: int) -> None:
+    """Fill the weights of a chunk with this rank's parts of the initial weights, one whole tensor after the other."""
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    for weight, described in local_tensors(chunk, layout.tp, tp_rank):
-        if described.name.endswith("bias"):
-            weight.zero_()
-            continue
-        if "norm" in described.name:
-            weight.fill_(1.0)
-            continue
-        layer = tuple(int(number) for number in _LAYER.findall(described.name))
-        stream = f"{seed}/{_LAYER.sub('', described.name)}/{layer}"
-        number = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little") >> 1
-        generator = torch.Generator(device=weight.device).manual_seed(number)
-        whole = torch.randn(described.whole_shape, generator=generator, device=weight.device)
-        residual = "linear_proj" in described.name or "linear_fc2" in described.name
-        whole *= _INIT_STD / (2 * layers) ** 0.5 if residual else _INIT_STD
-        everything, here = Box.whole(described.whole_shape), Box.whole(described.shape)
-        for region in described.regions:
-            part = region.place(region.box)
-            weight[region.box.slices_in(here)] = whole[part.slices_in(everything)]
+    for weight, described in local_tensors(chunk, model, layout.tp, tp_rank):
+        here = Box.whole(described.shape)
+        for field in dict.fromkeys(region.weight for region in described.regions):
+            whole = initial_weight(field.name, field.shape, model.layers, seed, weight.device)
+            for region in described.regions:
+                if region.weight == field:
+                    part = region.place(region.box).slices_in(Box.whole(field.shape))
+                    weight[region.box.slices_in(here)] = whole[part]

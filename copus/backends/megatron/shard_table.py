@@ -53,7 +53,7 @@ def shard_table(job: JobConfig, layout: Layout) -> ShardTable:
         chunks = _chunks_on_meta(job, layout, pp_rank)
         for tp_rank in range(layout.tp):
             ranks = tp_rank + layout.tp * (np.arange(replicas) + replicas * pp_rank)
-            local = dict(pair for chunk in chunks for pair in local_tensors(chunk, layout.tp, tp_rank))
+            local = dict(pair for chunk in chunks for pair in local_tensors(chunk, job.model, layout.tp, tp_rank))
             tables.append(ShardTable.of(_whole_rows(local.values(), layout.zero == 0)).on_ranks(ranks))
             if layout.zero:
                 tables.append(ShardTable.of(_sharded_rows(chunks, local, ranks)))
@@ -64,9 +64,9 @@ def _whole_rows(tensors: Iterable[LocalTensor], with_optimizer: bool) -> Iterato
     for tensor in tensors:
         for region in tensor.regions:
             box = region.place(region.box)
-            yield 0, tensor.weight, box
+            yield 0, (region.weight,), box
             if with_optimizer and tensor.is_trained:
-                yield 0, tensor.optimizer_fields, box
+                yield 0, region.optimizer_fields, box
 
 
 def _sharded_rows(chunks: list[Any], local: dict[torch.Tensor, LocalTensor], ranks: np.ndarray) -> Iterator[Row]:
@@ -74,7 +74,7 @@ def _sharded_rows(chunks: list[Any], local: dict[torch.Tensor, LocalTensor], ran
         for replica, param, start, stop in owned_ranges(chunk, len(ranks)):
             tensor = local[param]
             for region, part, _, _ in tensor.parts_of_range(start, stop):
-                yield int(ranks[replica]), tensor.optimizer_fields, region.place(part)
+                yield int(ranks[replica]), region.optimizer_fields, region.place(part)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,104 @@
+"""Megatron's weights as the Hugging Face tensors that they consist of.
+
+The state of a job has Hugging Face's names on every backend, so that a checkpoint of one backend is a checkpoint of
+all. Megatron keeps the projections of queries, keys and values in one matrix (`linear_qkv`: queries, key and value of
+the first group of heads that share a key, then those of the second, and so on), and the gate and up projections in
+another (`linear_fc1`), one below the other. So every Hugging Face tensor consists of whole rows of a Megatron tensor.
+Both frameworks rotate the first half of a head against the second, so no rows within a head are permuted.
+
+A weight without a counterpart here keeps Megatron's name: moves and checkpoints of this backend carry it, and other
+backends refuse it.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from copus.reshard.boxes import Box
+from profiles.model_shape import ModelShape
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_IN_A_LAYER = {
+    "input_layernorm": "input_layernorm",
+    "self_attention.linear_proj": "self_attn.o_proj",
+    "self_attention.q_layernorm": "self_attn.q_norm",
+    "self_attention.k_layernorm": "self_attn.k_norm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+    "mlp.linear_fc2": "mlp.down_proj",
+}
+_OUTSIDE = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "decoder.final_layernorm.bias": "model.norm.bias",
+    "output_layer.weight": "lm_head.weight",
+}
+
+
+class Part(NamedTuple):
+    """Part of a Megatron tensor that lies in one Hugging Face tensor."""
+
+    box: Box
+    """In Megatron's whole tensor."""
+    name: str
+    """Of the Hugging Face tensor."""
+    shape: tuple[int, ...]
+    """Of the whole Hugging Face tensor."""
+    offset: tuple[int, ...]
+    """Where the part begins in that."""
+
+
+class _Rows(NamedTuple):
+    """Consecutive rows of a Megatron tensor that are consecutive rows of a Hugging Face tensor."""
+
+    first: int
+    """In Megatron's tensor."""
+    length: int
+    name: str
+    """Of the Hugging Face tensor."""
+    height: int
+    """Rows of the whole Hugging Face tensor."""
+    start: int
+    """First of these rows in the Hugging Face tensor."""
+
+
+def hugging_face_parts(name: str, shape: tuple[int, ...], box: Box, model: ModelShape) -> Iterator[Part]:
+    """A box of a whole Megatron tensor, cut where Hugging Face tensors begin and end."""
+    if not shape:
+        yield Part(box, name, shape, ())
+        return
+    height, *width = shape
+    for rows in _rows_of(name, height, model.heads, model.kv_heads, model.gated_mlp):
+        common = box.intersect(Box((rows.first, *[0] * len(width)), (rows.length, *width)))
+        if common is not None:
+            offset = (common.offset[0] - rows.first + rows.start, *common.offset[1:])
+            yield Part(common, rows.name, (rows.height, *width), offset)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows_of(name: str, height: int, heads: int, kv_heads: int, gated_mlp: bool) -> tuple[_Rows, ...]:
+    """The rows of a whole Megatron tensor, from the first to the last."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return (_Rows(0, height, _OUTSIDE.get(name, name), height, 0),)
+    layer, module, kind = match.groups()
+    prefix = f"model.layers.{layer}"
+    if module == "self_attention.linear_qkv" and height % (heads + 2 * kv_heads) == 0:
+        return tuple(_query_key_value(f"{prefix}.self_attn", kind, height // (heads + 2 * kv_heads), heads, kv_heads))
+    if module == "mlp.linear_fc1" and gated_mlp and height % 2 == 0:
+        half = height // 2
+        projections = ((0, "gate_proj"), (half, "up_proj"))
+        return tuple(_Rows(first, half, f"{prefix}.mlp.{which}.{kind}", half, 0) for first, which in projections)
+    counterparts = _IN_A_LAYER if gated_mlp else {**_IN_A_LAYER, "mlp.linear_fc1": "mlp.up_proj"}
+    renamed = f"{prefix}.{counterparts[module]}.{kind}" if module in counterparts else name
+    return (_Rows(0, height, renamed, height, 0),)
+
+
+def _query_key_value(prefix: str, kind: str, width: int, heads: int, kv_heads: int) -> Iterator[_Rows]:
+    """`width` is that of a head."""
+    first = 0
+    for group in range(kv_heads):
+        for which, heads_of_group in (("q_proj", heads // kv_heads), ("k_proj", 1), ("v_proj", 1)):
+            length = heads_of_group * width
+            yield _Rows(first, length, f"{prefix}.{which}.{kind}", kv_heads * length, group * length)
+            first += length
