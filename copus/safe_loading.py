@@ -11,6 +11,7 @@ import torch
 
 _ALLOWED = {
     ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),  # of the folder: torch's own writer leaves it there
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),

@@ -32,7 +32,7 @@ from copus.hardware import room_for_a_copy
 from copus.reshard.boxes import Box
 from copus.reshard.execute import LiveState, reshard, split_box
 from copus.reshard.plan import make_plan
-from copus.reshard.table import Field, ShardTable
+from copus.reshard.table import MASTER, Field, ShardTable
 from copus.safe_loading import dump_metadata, load_metadata
 
 INDEX = ".metadata"
@@ -56,6 +56,8 @@ class Chunk(NamedTuple):
 
 SavedState = dict[Field, list[Chunk]]
 """Everything in a checkpoint."""
+Sources = dict[str, tuple[Field, list[Chunk]]]
+"""For each field of a job, by name, what it is read from."""
 
 
 class Save:
@@ -155,23 +157,41 @@ def read_index(folder: Path) -> SavedState:
     return saved
 
 
-def check_saved(saved: SavedState, table: ShardTable) -> None:
-    """Raise ValueError if a checkpoint lacks a field of a table, or has it with another type or shape."""
+def find_sources(saved: SavedState, table: ShardTable) -> Sources:
+    """Find every field of a table in a checkpoint.
+
+    The precision may be another one, since the fp32 numbers are what training goes on from: a weight's master if it has
+    one, else the weight itself. A bf16 weight is the fp32 one rounded.
+
+    Raises ValueError if the checkpoint lacks a field, has it with another shape, or has a weight that the table lacks.
+    """
     by_name = {field.name: field for field in saved}
+    sources: Sources = {}
     for field in table.fields:
-        other = by_name.get(field.name)
-        if other is None:
-            raise ValueError(f"the checkpoint has no {field.name}: another model, precision or optimizer wrote it")
-        if other != field:
+        weight, _, suffix = field.name.partition("/")
+        names = [field.name]
+        if suffix in ("", MASTER):  # the weight and its master stand in for each other
+            names.append(weight if suffix else f"{weight}/{MASTER}")
+        candidates = [by_name[name] for name in names if name in by_name]
+        if not candidates:
+            raise ValueError(f"the checkpoint has no {field.name}: another model or optimizer wrote it")
+        source = next((other for other in candidates if other.dtype in (field.dtype, "float32")), candidates[0])
+        if source.shape != field.shape or source.dtype not in (field.dtype, "float32"):
             raise ValueError(
-                f"{field.name} is {other.dtype} {list(other.shape)} in the checkpoint, and {field.dtype} "
-                f"{list(field.shape)} in this job"
+                f"{source.name} is {source.dtype} {list(source.shape)} in the checkpoint, and {field.name} is "
+                f"{field.dtype} {list(field.shape)} in this job"
             )
+        sources[field.name] = source, saved[source]
+    weights = {name.partition("/")[0] for name in sources}
+    surplus = next((field.name for field in saved if field.name.partition("/")[0] not in weights), None)
+    if surplus is not None:
+        raise ValueError(f"the checkpoint has {surplus}, which the model of this job has not: another model wrote it")
+    return sources
 
 
 def load(
     folder: Path,
-    saved: SavedState,
+    sources: Sources,
     owned: ShardTable,
     table: ShardTable,
     state: LiveState,
@@ -186,11 +206,12 @@ def load(
     rank, limit = dist.get_rank(), max(1, staging_bytes // 2)
     reading, window = _windows(owned, limit)
     plan = make_plan(reading, table)
-    chunks = {field.name: parts for field, parts in saved.items()}
     with _Files(folder) as files:
         for number in range(int(window.max(initial=-1)) + 1):
             own = reading.select(np.flatnonzero(window == number)).of_rank(rank)
-            held = {place: files.read(chunks[field.name], field, box).to(device) for place, (field, box) in own.items()}
+            held = {}
+            for place, (field, box) in own.items():
+                held[place] = files.read(*sources[field.name], box).to(device, getattr(torch, field.dtype))
             reshard(plan.select(np.flatnonzero(window[plan.source] == number)), held, state, limit, device)
 
 
@@ -233,7 +254,7 @@ class _Files:
         for file in self._opened.values():
             file.close()
 
-    def read(self, chunks: list[Chunk], field: Field, box: Box) -> torch.Tensor:
+    def read(self, field: Field, chunks: list[Chunk], box: Box) -> torch.Tensor:
         """A part of a field, in the memory of the host. Raises ValueError if the files do not have all of it."""
         numbers = np.empty(box.shape, f"u{field.element_bytes}")
         missing = box.elements

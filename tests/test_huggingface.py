@@ -9,10 +9,10 @@ import torch
 from copus.backends.huggingface import (
     build_causal_lm,
     causal_lm_config,
-    initial_weight,
     mean_loss,
     restore_rotary_frequencies,
 )
+from copus.backends.initial_weights import initial_weight
 from profiles.model_shape import ModelShape
 from tests.megatron_jobs import SHAPE, random_batches
 

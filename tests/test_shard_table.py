@@ -14,6 +14,7 @@ from copus.backends.megatron.shard_table import shard_table
 from copus.job import parse_job
 from copus.reshard.table import ShardTable
 from profiles.layout import Layout
+from profiles.model_shape import ModelShape
 from tests.megatron_jobs import backend_of, tiny_job
 from tests.ranks import run_ranks
 
@@ -55,7 +56,7 @@ def _megatron_cells(
     job = _job(dist.get_world_size(), layout, model, precision, overlap_grad_reduce=overlap)
     backend = backend_of(job)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    where: dict[torch.nn.Parameter, tuple[str, np.ndarray]] = {}
+    where: dict[torch.nn.Parameter, list[tuple[str, int]]] = {}
     for chunk in backend.built.chunks:
         module = unwrap(chunk)
         by_storage = {param.data_ptr(): param for param in module.parameters()}
@@ -66,17 +67,19 @@ def _megatron_cells(
             parts = [item]
             if isinstance(item, ShardedTensorFactory):
                 parts = list(nested_values(item.build_fn(item.key, item.data, item.replica_id, None)))
-            where[param] = (_name(parts[0]), np.concatenate([_global_indices(part).ravel() for part in parts]))
-    cells = {(name, index) for name, indices in where.values() for index in indices.tolist()}
+            names, indices = _hugging_face(_name(parts[0]), _shape(parts[0]), job.model)
+            own = np.concatenate([_global_indices(part).ravel() for part in parts])
+            where[param] = list(zip(names[own].tolist(), indices[own].tolist(), strict=True))
+    cells = {cell for cells in where.values() for cell in cells}
     kept = ["exp_avg", "exp_avg_sq"] + ["master"] * (precision == "bf16")
     for wrapper in backend.built.optimizer.chained_optimizers:
         sharded = isinstance(wrapper, DistributedOptimizer)
         for param in wrapper.model_param_group_index_map if sharded else where:
-            name, indices = where[param]
+            of_param = where[param]
             if sharded:
                 owned = wrapper._get_model_param_range_map(param)["param"]
-                indices = indices[owned.start : owned.end]
-            cells |= {(f"{name}/{field}", index) for index in indices.tolist() for field in kept}
+                of_param = of_param[owned.start : owned.end]
+            cells |= {(f"{name}/{field}", index) for name, index in of_param for field in kept}
     table = backend.shard_table(job.training.layout)
     assert {*backend.live_state()} == {*table.of_rank(dist.get_rank())}, "and so are the live tensors"
     if overlap and job.training.layout.zero:
@@ -93,9 +96,37 @@ def _name(part: Any) -> str:
     return part.key.replace("decoder.layers.", f"decoder.layers.{part.global_offset[0]}.", 1)
 
 
+def _shape(part: Any) -> tuple[int, ...]:
+    return part.global_shape[part.prepend_axis_num :]
+
+
+def _hugging_face(name: str, shape: tuple[int, ...], model: ModelShape) -> tuple[np.ndarray, np.ndarray]:
+    """For each element of a Megatron tensor, flattened: the Hugging Face tensor that it is in, and where in that."""
+    name = name.replace("decoder.layers", "model.layers").replace("pre_mlp_layernorm", "post_attention_layernorm")
+    name = name.replace("decoder.final_layernorm", "model.norm").replace("output_layer", "lm_head")
+    name = name.replace("embedding.word_embeddings", "model.embed_tokens")
+    name = name.replace("self_attention.linear_proj", "self_attn.o_proj").replace("mlp.linear_fc2", "mlp.down_proj")
+    if not model.gated_mlp:
+        name = name.replace("mlp.linear_fc1", "mlp.up_proj")
+    names, indices = np.full(shape, name, object), np.arange(np.prod(shape)).reshape(shape)
+    if "linear_fc1" in name:
+        for half, which in enumerate(("gate_proj", "up_proj")):
+            rows = slice(half * model.ffn_hidden, (half + 1) * model.ffn_hidden)
+            names[rows] = name.replace("linear_fc1", which)
+            indices[rows] = np.arange(indices[rows].size).reshape(indices[rows].shape)
+    if "linear_qkv" in name:
+        queries, width = model.heads // model.kv_heads, model.hidden // model.heads
+        grouped = (model.kv_heads, queries + 2, width, *shape[1:])
+        grouped_names, grouped_indices = names.reshape(grouped), indices.reshape(grouped)  # views
+        for which, heads in (("q_proj", slice(0, queries)), ("k_proj", [queries]), ("v_proj", [queries + 1])):
+            grouped_names[:, heads] = name.replace("self_attention.linear_qkv", f"self_attn.{which}")
+            part = grouped_indices[:, heads]
+            grouped_indices[:, heads] = np.arange(part.size).reshape(part.shape)
+    return names.ravel(), indices.ravel()
+
+
 def _global_indices(part: Any) -> np.ndarray:
-    lead = part.prepend_axis_num
-    shape, offset = part.global_shape[lead:], part.global_offset[lead:]
+    shape, offset = _shape(part), part.global_offset[part.prepend_axis_num :]
     every = np.arange(int(np.prod(shape))).reshape(shape)
     return every[tuple(slice(start, start + size) for start, size in zip(offset, part.local_shape, strict=True))]
 
@@ -127,6 +158,7 @@ def _in_both_precisions(layout: dict[str, Any], model: dict[str, Any]) -> list[t
         ({"tp": 2, "pp": 2, "sequence_parallel": True, "zero": 1}, {"tied_embeddings": True}),
         ({"pp": 2, "vp": 2, "dp": 2, "zero": 1}, {"tied_embeddings": True}),
         ({"pp": 2, "vp": 2, "tp": 2}, {"gated_mlp": False, "vocab": 100}),
+        ({"tp": 2, "dp": 2, "zero": 1}, {"kv_heads": 2}),
         ({"tp": 4}, {"vocab": 130}),
         ({"dp": 3, "zero": 1}, {"vocab": 130}),
     ],

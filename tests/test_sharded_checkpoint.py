@@ -17,7 +17,7 @@ from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.reshard.boxes import Box
 from copus.reshard.plan import owned_parts
 from copus.reshard.table import Field, ShardTable
-from copus.sharded_checkpoint import Save, _windows, check_saved, load, read_index
+from copus.sharded_checkpoint import Save, _windows, find_sources, load, read_index
 from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
 from tests.ranks import own_device, run_ranks
 from tests.test_any_model import build_another_model
@@ -137,7 +137,7 @@ def _little_memory(folder: Path, staging_bytes: int) -> tuple[int, int]:
             for tensor in live.values():
                 tensor.zero_()
         else:
-            load(folder, read_index(folder), owned, table, state, staging_bytes, own_device())
+            load(folder, find_sources(read_index(folder), table), owned, table, state, staging_bytes, own_device())
         extra.append((peak_memory_bytes() or 0) - before)
         dist.barrier()
     assert all(tensor.double().sum() == expected[place] for place, tensor in live.items())
@@ -171,10 +171,31 @@ def test_no_rank_reads_more_than_the_limit_in_a_window() -> None:
         assert np.bincount(reading.rank[rows_of_window], weights=reading.bytes[rows_of_window]).max() <= 300_000
 
 
-def test_another_model_or_precision_is_refused_by_name() -> None:
+def test_another_model_is_refused_by_name() -> None:
     table = ShardTable.of([(0, FIELDS[:1], Box.whole((4096, 512)))])
-    with pytest.raises(ValueError, match="the checkpoint has no w: another model, precision or optimizer wrote it"):
-        check_saved({}, table)
-    with pytest.raises(ValueError, match=r"w is bfloat16 \[4096, 512\] in the checkpoint, and float32 "):
-        check_saved({Field("w", "bfloat16", (4096, 512)): []}, table)
-    check_saved({FIELDS[0]: [], FIELDS[1]: []}, table)
+    with pytest.raises(ValueError, match="the checkpoint has no w: another model or optimizer wrote it"):
+        find_sources({}, table)
+    with pytest.raises(
+        ValueError, match=r"w is float32 \[4096\] in the checkpoint, and w is float32 \[4096, 512\] in this"
+    ):
+        find_sources({Field("w", "float32", (4096,)): []}, table)
+    with pytest.raises(ValueError, match="the checkpoint has v, which the model of this job has not"):
+        find_sources({FIELDS[0]: [], Field("v", "float32", (2,)): []}, table)
+    with pytest.raises(ValueError, match=r"w is bfloat16 \[4096, 512\] in the checkpoint, and w is float32"):
+        find_sources({FIELDS[0]._replace(dtype="bfloat16"): []}, table)
+
+
+def test_the_precision_may_change_since_the_fp32_numbers_are_what_counts() -> None:
+    fp32, moment = FIELDS
+    bf16, master = fp32._replace(dtype="bfloat16"), Field("w/master", "float32", fp32.shape)
+    everything = {name: field for name, field in [("fp32", fp32), ("bf16", bf16), ("master", master)]}
+
+    def sources(saved: list[str], wanted: str) -> str:
+        table = ShardTable.of([(0, (everything[wanted], moment), Box.whole(fp32.shape))])
+        found = find_sources({field: [] for field in [*(everything[name] for name in saved), moment]}, table)
+        assert found[moment.name][0] == moment
+        return next(name for name, field in everything.items() if field == found[everything[wanted].name][0])
+
+    assert [sources(["fp32"], wanted) for wanted in everything] == ["fp32"] * 3
+    assert [sources(["bf16", "master"], wanted) for wanted in everything] == ["master", "bf16", "master"]
+    assert [sources(["master"], wanted) for wanted in everything] == ["master"] * 3, "as FSDP keeps bf16 models"

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from copus.backends.step_contract import StepRules
 from copus.optimizers import AdamW
 
+ADAM_STATISTICS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps of each weight: fp32 tensors of its shape."""
+
 
 @dataclass(frozen=True)
 class AdamWOptions:

@@ -250,16 +250,16 @@ class Backend(ABC):
 
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read weights and optimizer state into the layout that is built; no code in the files is executed. Raises
-        JobError if the checkpoint is not of this job's model, precision and optimizer."""
+        JobError if the checkpoint is not of this job's model and optimizer."""
         layout = self.configuration.layout
         table, saved = self._table(layout), self.translate_saved(sharded_checkpoint.read_index(folder))
         try:
-            sharded_checkpoint.check_saved(saved, table)
+            sources = sharded_checkpoint.find_sources(saved, table)
         except ValueError as error:
             raise JobError(f"{folder.name}: {error}") from None
         staging_bytes = self._job.training.staging_bytes
         sharded_checkpoint.load(
-            folder, saved, self._owned(layout), table, self.live_state(), staging_bytes, self.device
+            folder, sources, self._owned(layout), table, self.live_state(), staging_bytes, self.device
         )
         self.count_optimizer_steps(optimizer_steps)
         self._optimizer_steps = optimizer_steps

@@ -1,11 +1,6 @@
-"""The decoder of a job as transformers' own model, for the backends that train what people fine-tune and serve.
-
-Its weights at the start are a function of the seed and of each parameter's name: the same in every layout and on every
-backend that builds them here.
-"""
+"""The decoder of a job as transformers' own model, for the backends that train what people fine-tune and serve."""
 
 import functools
-import hashlib
 
 import torch
 import torch.nn.functional as functional
@@ -13,12 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import ArceeConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from copus.backends.initial_weights import initial_weight
 from profiles.layout import Recompute
 from profiles.model_shape import ModelShape
-
-_INIT_STD = 0.02
-_RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
-"""The matrices that write to the residual stream."""
 
 
 def causal_lm_config(shape: ModelShape) -> PretrainedConfig:
@@ -69,20 +61,6 @@ def build_causal_lm(
             for name, weight in model.named_parameters():
                 weight.copy_(initial_weight(name, weight.shape, shape.layers, seed, weight.device))
     return model
-
-
-def initial_weight(name: str, shape: tuple[int, ...], layers: int, seed: int, device: torch.device) -> torch.Tensor:
-    """The whole parameter of that name at the start, fp32: a function of these arguments alone.
-
-    Standard deviation 0.02; the projections that write to the residual stream have 0.02 / √(2·layers) (GPT-2); norms
-    start at 1.
-    """
-    if len(shape) == 1:
-        return torch.ones(shape, device=device)
-    number = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
-    generator = torch.Generator(device=device).manual_seed(number)
-    std = _INIT_STD / (2 * layers) ** 0.5 if name.endswith(_RESIDUAL_PROJECTIONS) else _INIT_STD
-    return torch.randn(shape, generator=generator, device=device).mul_(std)
 
 
 def restore_rotary_frequencies(model: PreTrainedModel) -> None:

@@ -21,9 +21,7 @@ ELEMENT_BYTES = {
 """Bytes of an element, by torch's name of its type."""
 
 MASTER = "master"
-"""Suffix of the fp32 copy of a weight that is not fp32 itself."""
-ADAM_STATISTICS = ("exp_avg", "exp_avg_sq")
-"""Suffixes of what Adam keeps of each weight: fp32 tensors of its shape."""
+"""The fp32 copy of a weight that is not fp32 itself, in the name of its field: `model.norm.weight/master`."""
 
 
 class Field(NamedTuple):

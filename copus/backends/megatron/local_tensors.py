@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from copus.backends.adamw import ADAM_STATISTICS
 from copus.backends.megatron import cpu
 from copus.backends.megatron.hugging_face import hugging_face_parts
 from copus.reshard.boxes import Box, boxes_of_range
-from copus.reshard.table import ADAM_STATISTICS, MASTER, Field
+from copus.reshard.table import MASTER, Field
 from profiles.model_shape import ModelShape
 
 cpu.before_import()
