@@ -22,8 +22,9 @@ from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
 from tests.ranks import own_device, run_ranks
 from tests.test_any_model import build_another_model
 
-FORMER = Path(__file__).parent / "checkpoints_0_1_0.tar.xz"
-"""Checkpoints of 0.1.0 of three layouts, each with its job and the losses of the four steps that followed."""
+FORMER = Path(__file__).parent / "former_checkpoints.tar.xz"
+"""Checkpoints of earlier versions, each with its job and the losses of the four steps that followed: three of 0.1.0 in
+different layouts, and one of a later version that still had Megatron's names (`megatron-names`)."""
 
 
 def _write(backend: Any, folder: Path) -> None:
@@ -96,8 +97,8 @@ def _resume(folder: Path, layout: dict[str, Any]) -> list[float]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("case", ["tensor-parallel", "pipeline", "distributed-optimizer"])
-def test_checkpoints_of_the_first_version_are_read(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["tensor-parallel", "pipeline", "distributed-optimizer", "megatron-names"])
+def test_checkpoints_of_earlier_versions_are_read(case: str, tmp_path: Path) -> None:
     with tarfile.open(FORMER) as archive:
         archive.extractall(tmp_path, filter="data")
     job = json.loads((tmp_path / case / "job.json").read_text())
