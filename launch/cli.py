@@ -339,7 +339,7 @@ class Profile:
 
 @dataclass
 class Plan:
-    """Say what to expect of a job without launching it: what fits, how fast, and the best configuration by noise.
+    """Say what to expect of a job without launching it, and what to begin in: what fits, how fast, for how much.
 
     Needs no accelerator. Times are measured ones where the throughput table has them, else the cost model's.
     Example: copus plan examples/shakespeare.yaml --set cluster.accelerator=h100-sxm
@@ -349,6 +349,8 @@ class Plan:
     """Job file."""
     overrides: Overrides = field(default_factory=list)
     """Override a field of the job file."""
+    price: Annotated[float | None, arg(metavar="PRICE")] = None
+    """Price of an hour of one accelerator, in any currency: says what the run costs."""
     all: bool = False
     """Show every candidate, not only the fastest of each global batch."""
     json: bool = False
@@ -357,7 +359,7 @@ class Plan:
     def run(self) -> int:
         from launch.plan import plan
 
-        return plan(self.job, self.overrides, as_json=self.json, all_candidates=self.all)
+        return plan(self.job, self.overrides, self.price, as_json=self.json, all_candidates=self.all)
 
 
 @dataclass

@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copus.job import JobConfig, load_job
+from copus.job import JobConfig, JobError, load_job
 from launch.estimate import estimate_of
+from launch.recommendation import Recommendation, lines, recommend
+from launch.recommendation import as_values as recommendation_values
 from launch.tables import page, print_columns, print_table
 from launch.wording import count
 from planner.wording import duration, percent, three_digits
@@ -20,14 +22,25 @@ DISPENSABLE = ("source", "80 %", "memory 80 %", "MFU", "fit")
 """Columns that a narrow terminal goes without, the first one first; `--json` has them."""
 
 
-def plan(job_file: Path, overrides: list[str], *, as_json: bool = False, all_candidates: bool = False) -> int:
-    """Print what is expected of a job file. Raises JobError where nothing can be."""
+def plan(
+    job_file: Path,
+    overrides: list[str],
+    price_per_hour: float | None = None,
+    *,
+    as_json: bool = False,
+    all_candidates: bool = False,
+) -> int:
+    """Print what is expected of a job file; `price_per_hour` is that of one accelerator. Raises JobError if nothing can
+    be expected."""
     job = load_job(job_file, overrides)
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+        raise JobError(f"--price({price_per_hour}): expected the price of an accelerator-hour, at least 0")
     estimate = estimate_of(job)
+    recommendation = recommend(job, estimate, price_per_hour)
     if as_json:
-        print(json.dumps(as_values(job, estimate)))
+        print(json.dumps(as_values(job, estimate) | {"recommended": recommendation_values(recommendation)}))
     else:
-        _print(job, estimate, all_candidates)
+        _print(job, estimate, recommendation, all_candidates)
     return 0
 
 
@@ -92,7 +105,9 @@ def _values(each: "CandidateEstimate") -> dict[str, Any]:
     }
 
 
-def _print(job: JobConfig, estimate: "JobEstimate", all_candidates: bool) -> None:
+def _print(
+    job: JobConfig, estimate: "JobEstimate", recommendation: Recommendation | None, all_candidates: bool
+) -> None:
     from rich.text import Text
 
     console = page()
@@ -121,6 +136,10 @@ def _print(job: JobConfig, estimate: "JobEstimate", all_candidates: bool) -> Non
     else:
         console.print(Text(_nothing(estimate)))
     console.print(Text("assumed: " + "; ".join(estimate.predictor.assumptions), style="dim"))
+    if recommendation is not None:
+        chosen = recommendation.estimate
+        memory = f"{_peak(chosen)}{_of(estimate.memory_bytes)}: {_fit(chosen)}"
+        console.print(Text("\n".join(lines(job, recommendation, memory))), soft_wrap=True)
 
 
 def _heading(job: JobConfig, estimate: "JobEstimate") -> list[str]:
@@ -242,6 +261,10 @@ def _step(each: "CandidateEstimate") -> str:
 
 def _peak(each: "CandidateEstimate") -> str:
     return f"{_gib(each.peak.expected_bytes)} ({each.peak.low_bytes / GIB:.1f}–{each.peak.high_bytes / GIB:.1f})"
+
+
+def _of(memory_bytes: float | None) -> str:
+    return "" if memory_bytes is None else f" of {memory_bytes / GIB:.1f} GiB"
 
 
 def _fit(each: "CandidateEstimate") -> str:

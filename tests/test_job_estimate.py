@@ -136,6 +136,25 @@ def test_the_fastest_is_the_fastest(job_file: Path) -> None:
         assert 0.5 <= (each.sure or 0) <= 1
 
 
+def test_it_ends_with_the_start_that_the_job_would_choose_and_what_the_run_costs_there(
+    job_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert copus_here("plan", str(job_file), "--json", "--price", "2") == 0
+    recommended = json.loads(capsys.readouterr().out)["recommended"]
+    job = load_job(job_file)
+    rate = recommended["tokens_per_second"]
+    assert recommended["run_seconds"] == pytest.approx(job.total_samples * job.model.seq_len / rate)
+    hours = recommended["run_seconds"] / 3600 * job.cluster.accelerators
+    assert (recommended["accelerator_hours"], recommended["price"]) == pytest.approx((hours, 2 * hours))
+    assert copus_here("plan", str(job_file)) == 0
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    pasted = yaml.safe_load(last.partition("job file")[2].strip())["training"]
+    overrides = [f"training.{name}={json.dumps(value)}" for name, value in pasted.items()]
+    assert load_job(job_file, overrides).training.configuration.label == recommended["label"]
+    assert copus_here("plan", str(job_file), "--price", "-1") == 2
+    assert capsys.readouterr().err.startswith("copus: --price(-1.0): expected the price of an accelerator-hour")
+
+
 def test_what_was_measured_takes_precedence(job_file: Path) -> None:
     layout = Layout(tp=8, dp=2, sequence_parallel=True, zero=1)
     fast = Configuration(layout=layout, micro_batch=1, global_batch=16)

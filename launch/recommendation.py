@@ -1,0 +1,117 @@
+"""What `copus plan` ends with: the configuration to begin in, what the run takes in it, and the lines to paste."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from copus.job import JobConfig
+from launch.wording import count
+from planner.wording import duration, percent, three_digits
+from profiles.configuration import Configuration
+from profiles.noise_scale import NoiseScale
+
+if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs
+    from planner.job_estimate import JobEstimate
+    from planner.predictor import CandidateEstimate
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A configuration, and what the whole run would take in it."""
+
+    estimate: "CandidateEstimate"
+    """What is expected of it."""
+    reason: str
+    """Why, in one line: what the planner says when such a job begins."""
+    speedup: float | None
+    """Its samples per second over those of the job file's configuration; None if that one's are not known."""
+    tokens_per_second: float
+    """Throughput."""
+    run_seconds: float
+    """Time for all tokens of the job at that throughput."""
+    accelerator_hours: float
+    """That, times the number of accelerators."""
+    price: float | None
+    """Price of these at `--price`; None if no price was given."""
+
+
+def recommend(job: JobConfig, estimate: "JobEstimate", price_per_hour: float | None) -> Recommendation | None:
+    """The configuration that the job's policy begins in, before any noise scale is known. None if no configuration may
+    be chosen, or the step time of the policy's choice is not known."""
+    from planner.planner import Planner
+
+    planner = Planner(estimate.predictor, total_samples=job.total_samples, target_loss=job.training.target_loss)
+    unknown = NoiseScale(grad_sq=0.0, noise_trace=0.0, value=None, low=None, high=None, samples=0)
+    decision = planner.decide(unknown, estimate.start.configuration, 0)
+    chosen = estimate.predictor.estimate(decision.advised or decision.chosen)
+    rate = chosen.samples_per_second
+    if rate is None or chosen.refusal:
+        return None
+    seconds = job.total_samples / rate
+    hours = seconds / 3600 * job.cluster.accelerators
+    before = estimate.start.samples_per_second
+    return Recommendation(
+        estimate=chosen,
+        reason=decision.reason,
+        speedup=rate / before if before else None,
+        tokens_per_second=rate * job.model.seq_len,
+        run_seconds=seconds,
+        accelerator_hours=hours,
+        price=None if price_per_hour is None else hours * price_per_hour,
+    )
+
+
+def lines(job: JobConfig, recommendation: Recommendation, memory: str) -> list[str]:
+    """The recommendation for people; `memory` says what the configuration needs, and whether it fits."""
+    estimate = recommendation.estimate
+    rate = estimate.samples_per_second or 0.0
+    speed = f"{count(recommendation.tokens_per_second)} tokens/s ({three_digits(rate)} samples/s), {estimate.source}"
+    if estimate.step_seconds_low and estimate.step_seconds_high:
+        tokens = estimate.configuration.global_batch * job.model.seq_len
+        low, high = (tokens / seconds for seconds in (estimate.step_seconds_high, estimate.step_seconds_low))
+        speed += f", 80 %: {count(low)} to {count(high)}"
+    if estimate.mfu is not None:
+        speed += f"; MFU {percent(estimate.mfu)}"
+    if recommendation.speedup is not None and estimate.configuration != job.training.configuration:
+        speed += f"; ×{recommendation.speedup:.2f} of the job file's"
+    price = "" if recommendation.price is None else f", {three_digits(recommendation.price)} at --price"
+    run = (
+        f"{count(job.training.tokens)} tokens in {duration(recommendation.run_seconds)} at this speed, "
+        f"{three_digits(recommendation.accelerator_hours)} accelerator-hours{price}"
+    )
+    return [
+        f"recommended: begin in {estimate.configuration.label}",
+        f"  why         {recommendation.reason}",
+        f"  speed       {speed}",
+        f"  run         {run}",
+        f"  memory      {memory}",
+        f"  job file    training: {flow(estimate.configuration)}",
+    ]
+
+
+def flow(configuration: Configuration) -> str:
+    """The settings of a configuration on one line of YAML, without those that are as usual."""
+    layout = configuration.layout.model_dump(mode="json", exclude_defaults=True)
+    values = {
+        "layout": layout,
+        "micro_batch": configuration.micro_batch,
+        "global_batch": configuration.global_batch,
+    }
+    return yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=1000).strip()
+
+
+def as_values(recommendation: Recommendation | None) -> dict[str, Any] | None:
+    """The recommendation as plain values, for `--json`."""
+    if recommendation is None:
+        return None
+    return {
+        "label": recommendation.estimate.configuration.label,
+        "configuration": recommendation.estimate.configuration.model_dump(mode="json"),
+        "reason": recommendation.reason,
+        "speedup": recommendation.speedup,
+        "tokens_per_second": recommendation.tokens_per_second,
+        "run_seconds": recommendation.run_seconds,
+        "accelerator_hours": recommendation.accelerator_hours,
+        "price": recommendation.price,
+    }
