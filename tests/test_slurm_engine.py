@@ -230,6 +230,15 @@ def test_what_sbatch_refuses_leaves_nothing(tmp_path: Path, slurm: Says, capfd: 
     assert not (tmp_path / "runs").exists()
 
 
+def test_nodes_with_fewer_cpus_are_answered_with_the_option_that_says_how_many(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job_file(tmp_path)
+    slurm("sbatch", "sbatch: error: CPU count per node can not be satisfied\n", 1)
+    assert copus_here("submit", "job.yaml") == 2
+    assert "; launch.options.cpus_per_node(2) may be more than a node has: set it" in capfd.readouterr().err
+
+
 def test_the_options_of_the_shell_do_not_outrank_the_job_file(
     tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,8 @@ from launch.run_directory import write_atomically
 
 SCRIPT = "slurm.sh"
 """In the run directory: what was submitted."""
+TOO_LARGE = ("CPU count per node", "Requested node configuration is not available")
+"""sbatch's words for nodes that do not have the CPUs, or other resources, that a job asks for."""
 
 
 class SlurmEngine(QueuedEngine):
@@ -58,7 +60,13 @@ class SlurmEngine(QueuedEngine):
             warnings.warn(f"{', '.join(ignored)}: not used; what the job needs stands in launch.options", stacklevel=2)
         (run / "logs").mkdir(exist_ok=True)
         write_atomically(run / SCRIPT, self.describe(run, job) + "\n")
-        answer = slurm("sbatch", "--parsable", str(run / SCRIPT)).strip()
+        try:
+            answer = slurm("sbatch", "--parsable", str(run / SCRIPT)).strip()
+        except JobError as error:
+            if not any(words in str(error) for words in TOO_LARGE):
+                raise
+            asked = f"launch.options.cpus_per_node({cpus_per_node(self.options, job)})"
+            raise JobError(f"{error}; {asked} may be more than a node has: set it") from None
         job_id = answer.partition(";")[0]  # a federation's name may follow: its ids are known in all of it
         return Ticket(engine="slurm", job_id=job_id, submitted=time.time())
 
