@@ -145,9 +145,9 @@ def test_nobody_who_sends_too_much_could_be_relieved(tensors: list[tuple[int, se
 
 def test_what_nobody_holds_is_an_error() -> None:
     held = ShardTable.of([(0, _vector("w", 5), Box((0,), (4,)))])
-    with pytest.raises(ValueError, match="nobody holds all of w"):
+    with pytest.raises(ValueError, match="no rank holds all of w"):
         make_plan(held, ShardTable.of([(0, _vector("w", 5), Box((0,), (5,)))]))
-    with pytest.raises(ValueError, match="nobody holds all of v"):
+    with pytest.raises(ValueError, match="no rank holds all of v"):
         make_plan(held, ShardTable.of([(0, _vector("v", 4), Box((0,), (4,)))]))
 
 

@@ -1,1 +1,1 @@
-"""Training frameworks behind one interface: `base.Backend` is the interface, each folder one framework."""
+"""Training frameworks behind one interface, `base.Backend`. Every folder is a framework."""

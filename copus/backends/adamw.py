@@ -12,7 +12,7 @@ ADAM_STATISTICS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class AdamWOptions:
-    """What a parameter group of torch's AdamW is given for one step."""
+    """The options of a parameter group of torch's AdamW for one step."""
 
     lr: float
     betas: tuple[float, float]
@@ -21,9 +21,9 @@ class AdamWOptions:
 
 
 def adamw_options(optimizer: AdamW, rules: StepRules, optimizer_steps: int) -> AdamWOptions:
-    """Options for the step after `optimizer_steps` others, with which torch does what Adam means.
+    """Options for the step after `optimizer_steps` others that give torch the right bias corrections.
 
-    From v = 0, v ← β2·v + (1−β2)·g² has E[v] = (1 − Π β2)·E[g²] over all steps, whatever β2 was at each. torch divides
+    From v = 0, v ← β2·v + (1−β2)·g² has E[v] = (1 − Π β2)·E[g²] over all steps, however β2 changed. torch divides
     by 1 − β2^t with today's β2, which is wrong once β2 has changed with the batch. With r² = (1 − Π β2) / (1 − β2^t),
     passing lr·r and ε·r turns torch's lr·m̂ / (√(v / (1−β2^t)) + ε) into the update with the right correction, and
     weight_decay/r leaves lr·weight_decay as it is. r is 1 as long as β2 is constant.

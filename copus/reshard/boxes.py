@@ -1,4 +1,4 @@
-"""Rectangular parts of tensors, and the little geometry that resharding needs. No torch."""
+"""Rectangular parts of tensors, and the geometry that resharding needs. No torch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from math import prod
 
 @dataclass(frozen=True)
 class Box:
-    """The part of a tensor from `offset` (inclusive) with `shape` elements along each axis."""
+    """The part of a tensor that begins at `offset` and has `shape` elements along its axes."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
     @classmethod
     def between(cls, start: Sequence[int], stop: Sequence[int], axes: int) -> "Box":
-        """From the first element and one past the last along each axis; what is beyond `axes` is padding."""
+        """From the first element and one past the last along every axis; axes beyond `axes` are padding."""
         return cls(tuple(start[:axes]), tuple(high - low for low, high in zip(start[:axes], stop[:axes], strict=True)))
 
     @classmethod
@@ -24,12 +24,12 @@ class Box:
 
     @property
     def elements(self) -> int:
-        """How many elements it has."""
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def stop(self) -> tuple[int, ...]:
-        """One past the last element along each axis."""
+        """One past the last element along every axis."""
         return tuple(a + b for a, b in zip(self.offset, self.shape, strict=True))
 
     def intersect(self, other: "Box") -> "Box | None":
@@ -53,7 +53,7 @@ class Box:
 def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
     """The elements start … stop − 1 of a flattened tensor of `shape`, as boxes in flat order.
 
-    A distributed optimizer cuts parameters wherever its buckets end; at most 2·ndim − 1 boxes describe such a cut.
+    A distributed optimizer cuts parameters at the ends of its buckets; at most 2·ndim − 1 boxes describe such a range.
     """
     if start >= stop:
         return

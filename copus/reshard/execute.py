@@ -1,4 +1,4 @@
-"""Carries a plan out on one rank: copies inside it, and messages to and from others through bounded staging buffers."""
+"""Executes a plan on one rank: local copies, and messages to and from other ranks through bounded staging buffers."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,15 +13,15 @@ from copus.reshard.plan import Plan
 from copus.reshard.table import Place, ShardTable
 
 ALONE = 64 * 2**10
-"""Bytes from which on a tensor is a message of its own: below, a message costs more than a copy."""
+"""Tensors of at least this many bytes are sent alone; for smaller ones a message costs more than a copy."""
 
 LiveState = dict[Place, Callable[[], torch.Tensor]]
-"""For each shard of this rank the function that returns its tensor: a view of the live one. Statistics of an optimizer
-that has made no step yet are made when they are asked for."""
+"""For every shard of this rank, a function that returns its tensor, a view of the live one. Statistics of an optimizer
+without a step so far are created when the function is called."""
 
 
 class Transfer(NamedTuple):
-    """Part of one shard that becomes part of another, for all fields of a group."""
+    """A part of a held shard that becomes part of a needed one, for all fields of a group."""
 
     group: int
     names: tuple[str, ...]
@@ -42,11 +42,11 @@ def reshard(
     staging_bytes: int,
     device: torch.device,
 ) -> None:
-    """Fill what `needed` gives from what all ranks hold in `held`. Collective over the default group.
+    """Fill the `needed` tensors of all ranks from the `held` ones. Collective over the default group.
 
-    Bit-exact: bytes are copied and nothing is computed. `held` is emptied on the way, each shard as soon as nobody
-    wants more of it, and what `needed` makes is asked for in the round in which its first bytes come: with that, the
-    most memory in use stays below old + new + `staging_bytes`. Both must be as the plan's tables say (`misfit`).
+    Bit-exact: bytes are copied and nothing is computed. A shard is removed from `held` as soon as it has been read for
+    the last time, and a needed tensor is created in the round in which its first bytes arrive. So the peak of memory
+    stays below old + new + `staging_bytes`. Both sides must be as the plan's tables say (`misfit`).
     """
     rank = dist.get_rank()
     work = _Work(plan, rank, staging_bytes)
@@ -80,7 +80,7 @@ def reshard(
 
 
 class Message(NamedTuple):
-    """What one rank sends to another at once."""
+    """The transfers from one rank to another in one round."""
 
     sender: int
     receiver: int
@@ -93,10 +93,10 @@ class Message(NamedTuple):
 
 
 class _Work:
-    """What one rank does of a plan.
+    """One rank's part of a plan.
 
-    In each round there is at most one message to and one from every peer, and all of them fit into the staging bytes.
-    Both ends cut their common list of transfers the same way, since sizes depend on the plan alone.
+    A round has at most one message to and one from every peer, and all of them fit into the staging bytes. Sender and
+    receiver cut their common list of transfers alike, because sizes depend on the plan alone.
     """
 
     def __init__(self, plan: Plan, rank: int, staging_bytes: int) -> None:
@@ -134,7 +134,7 @@ class _Work:
         self._rank = rank
 
     def uses(self) -> Counter[Place]:
-        """How often each held shard is read."""
+        """How often a held shard is read, by place."""
         sent = (message for messages in self.rounds for message in messages if message.sender == self._rank)
         read = [transfer for message in sent for transfer in message.transfers] + self.copies
         return Counter((name, transfer.source) for transfer in read for name in transfer.names)
@@ -174,7 +174,7 @@ def _slices(box: np.ndarray) -> tuple[slice, ...]:
 
 
 class _Staging:
-    """A buffer for what does not lie in one piece, or is small; as large as the largest round needs."""
+    """A buffer for small and for non-contiguous tensors, as large as the largest round needs."""
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self._rank, self._device = rank, device
@@ -186,10 +186,9 @@ class _Staging:
         take: Callable[[Transfer], Iterator[torch.Tensor]],
         give: Callable[[Transfer], Iterator[torch.Tensor]],
     ) -> None:
-        """One round: send and receive, as bytes, so that any mix of types shares a message.
+        """Send and receive one round, as bytes, so that different types can share a message.
 
-        A large tensor is a message of its own, which leaves from where it lies and arrives where it belongs, at either
-        end that has it in one piece.
+        A large tensor is a message of its own. An end that has it contiguous sends or receives it in place.
         """
         parcels = []
         for message in messages:
@@ -199,7 +198,7 @@ class _Staging:
             parcels += [_Parcel(sends, peer, tag, parts) for tag, parts in enumerate(_shared(fields))]
         staged = sum(parcel.bytes for parcel in parcels if not parcel.in_place)
         if staged > len(self._buffer):
-            self._buffer = torch.empty(0)  # the old one goes before a larger one comes
+            self._buffer = torch.empty(0)  # free the old one before allocating a larger one
             self._buffer = torch.empty(staged, dtype=torch.uint8, device=self._device)
         free, operations = self._buffer, []
         for parcel in parcels:
@@ -213,7 +212,7 @@ class _Staging:
 
 
 class _Parcel:
-    """Tensors that go to, or come from, one peer at once."""
+    """Tensors that are sent to, or received from, one peer together."""
 
     def __init__(self, sends: bool, peer: int, tag: int, parts: list[torch.Tensor]) -> None:
         self.in_place = len(parts) == 1 and parts[0].is_contiguous()
@@ -222,7 +221,7 @@ class _Parcel:
         self._sends, self._peer, self._tag, self._parts = sends, peer, tag, parts
 
     def operation(self) -> dist.P2POp:
-        """What sends or receives it, packed before."""
+        """The operation that sends or receives it; tensors to be sent are packed first."""
         assert self.buffer is not None
         if self._sends:
             for part, packed in self._staged():
@@ -230,13 +229,13 @@ class _Parcel:
         return dist.P2POp(dist.isend if self._sends else dist.irecv, self.buffer, self._peer, tag=self._tag)
 
     def unpack(self) -> None:
-        """Put what has come where it belongs."""
+        """Copy received bytes to their tensors."""
         if not self._sends:
             for part, packed in self._staged():
                 part.copy_(packed)
 
     def _staged(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each tensor and its place in the buffer, as bytes."""
+        """The tensors and their places in the buffer, as bytes."""
         if self.in_place:
             return
         assert self.buffer is not None
@@ -248,7 +247,7 @@ class _Parcel:
 
 
 def _shared(fields: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The tensors of a message as both ends send them: the large ones alone, the small ones together."""
+    """The tensors of a message, grouped as both ends send them: large ones alone, small ones together."""
     small = [field for field in fields if _size(field) < ALONE]
     yield from ([field] for field in fields if _size(field) >= ALONE)
     if small:
@@ -260,8 +259,8 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def misfit(side: str, table: ShardTable, rank: int, live: Collection[Place]) -> str | None:
-    """The first way in which the live shards of a rank differ from its rows of a table, in a few words; None if they
-    are the same."""
+    """The first difference between the live shards of a rank and its rows of a table, in words; None if there is
+    none."""
     differences = sorted(table.of_rank(rank).keys() ^ set(live))
     if not differences:
         return None

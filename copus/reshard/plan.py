@@ -1,7 +1,7 @@
-"""Who sends which part of which tensor to whom.
+"""Plans a move: which rank sends which part of which tensor to which other rank.
 
-Pure arithmetic on tables: every rank computes the same plan, no process is needed to test it, and thousands of ranks
-take seconds.
+Pure arithmetic on tables: every rank computes the same plan, tests need no processes, and thousands of ranks take
+seconds.
 """
 
 import heapq
@@ -13,26 +13,26 @@ from copus.reshard.boxes import Box
 from copus.reshard.table import Field, ShardTable
 
 _FAIR = 1.1
-"""What a rank may send because it is near, in means over all ranks; beyond that, others help."""
+"""The most that a rank sends for being near, in multiples of the mean over all ranks; other ranks send the rest."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every part that a rank needs, and the rank that it comes from: one row each, in an order that all ranks share.
+    """Every part that a rank needs and the rank that it comes from: a row per part, in the same order on all ranks.
 
-    If sender and receiver are the same, the row is a copy inside that rank.
+    If sender and receiver are the same, the row is a local copy.
     """
 
     held: ShardTable
     needed: ShardTable
     groups: tuple[tuple[Field, ...], ...]
-    """Fields that travel together, because both tables cut them alike; in the order of the rows."""
+    """Fields that are sent together because both tables cut them alike; in the order of the rows."""
     sender: np.ndarray
     source: np.ndarray
-    """Row in the table of what is held."""
+    """Row of the held table."""
     receiver: np.ndarray
     target: np.ndarray
-    """Row in the table of what is needed."""
+    """Row of the needed table."""
     group: np.ndarray
     start: np.ndarray
     """Of shape (rows, axes): first element along each axis of the whole tensor."""
@@ -42,16 +42,16 @@ class Plan:
 
     @property
     def moves(self) -> np.ndarray:
-        """Which rows change rank."""
+        """The rows whose part changes rank."""
         return self.sender != self.receiver
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that change rank: what each rank lacks, and nothing twice."""
+        """Bytes that change rank: those that ranks lack, and none twice."""
         return int(self.bytes[self.moves].sum())
 
     def bytes_sent(self, ranks: int) -> np.ndarray:
-        """By each rank, of shape (ranks,)."""
+        """Bytes sent, by rank; of shape (ranks,)."""
         moves = self.moves
         return _sum_by(self.sender[moves], self.bytes[moves], ranks)
 
@@ -72,10 +72,10 @@ class Plan:
 def make_plan(held: ShardTable, needed: ShardTable, ranks_per_node: int | None = None) -> Plan:
     """Cover every needed part of every rank from parts that ranks hold.
 
-    What a rank holds itself is copied. Of several other holders, those on the receiver's node are asked first (ranks
-    are numbered node by node; None: all on one), and among them the one that has the least to send; if that would
-    make a rank send more than 1.1 times the mean, others help. Parts of a tensor that different ranks hold must be the
-    same box or disjoint. Raises ValueError if they are not, or if nobody holds a part that somebody needs.
+    A part that the rank holds itself is copied. Among several other holders, those on the receiver's node come first
+    (ranks are numbered node by node; None: all on one node), then the one with the least to send. If a rank would send
+    more than 1.1 times the mean, holders on other nodes take some of it. The parts of a tensor that different ranks
+    hold must be the same box or disjoint. Raises ValueError if they are not, or if no rank holds a part that is needed.
     """
     groups, (held_group, needed_group) = _common_groups(held, needed)
     element_bytes = np.array([sum(field.element_bytes for field in fields) for fields in groups], np.int64)
@@ -91,11 +91,11 @@ def make_plan(held: ShardTable, needed: ShardTable, ranks_per_node: int | None =
     elements = (stop - start).prod(axis=1)
     _check_covered(_sum_by(target, elements, len(want.group)), want, groups)
 
-    # one request for each overlap and each rank that needs it
+    # a request per overlap and rank that needs it
     overlap, receiver, target_row = want.spread(target)
     have_box = source[overlap]
     size = elements[overlap] * element_bytes[have.group[have_box]]
-    order = np.argsort(-size, kind="stable")  # the large first: what comes last evens out
+    order = np.argsort(-size, kind="stable")  # the largest first: the small ones even the loads out
     overlap, receiver, target_row, have_box, size = (
         column[order] for column in (overlap, receiver, target_row, have_box, size)
     )
@@ -120,10 +120,10 @@ def make_plan(held: ShardTable, needed: ShardTable, ranks_per_node: int | None =
 
 
 def owned_parts(table: ShardTable) -> ShardTable:
-    """One owner for every part of the state: all of it once, shared out evenly among the ranks that hold it.
+    """An owner for every part of the state: all of it once, spread evenly over the ranks that hold it.
 
-    Owners write checkpoints, and read them for the others. It is the plan of a move to one more rank, which holds
-    nothing and needs everything. Raises ValueError if nobody holds some part.
+    Owners write checkpoints, and read them for the others. Computed as the plan of a move to an additional rank, which
+    holds nothing and needs everything. Raises ValueError if no rank holds some part.
     """
     outside = 1 + _highest(table.rank)
     plan = make_plan(table, ShardTable.of((outside, fields, Box.whole(fields[0].shape)) for fields in table.groups))
@@ -133,7 +133,7 @@ def owned_parts(table: ShardTable) -> ShardTable:
 def _common_groups(
     held: ShardTable, needed: ShardTable
 ) -> tuple[tuple[tuple[Field, ...], ...], tuple[list[list[int]], list[list[int]]]]:
-    """The coarsest groups of fields that both tables cut alike, and which of them are in each group of each table.
+    """The coarsest groups of fields that both tables cut alike; and which of these a table's own groups consist of.
 
     Raises ValueError if the tables do not agree on the type or the shape of a field.
     """
@@ -162,20 +162,20 @@ def _described(field: Field) -> str:
 
 @dataclass(frozen=True)
 class _Boxes:
-    """The different boxes of a table, and for each the ranks that have it: `rank[first[b] : first[b + 1]]`, sorted."""
+    """The distinct boxes of a table. Those ranks have box b: `rank[first[b] : first[b + 1]]`, sorted."""
 
     group: np.ndarray
-    """In the plan's groups."""
+    """Index into the plan's groups."""
     start: np.ndarray
     stop: np.ndarray
     first: np.ndarray
     rank: np.ndarray
     row: np.ndarray
-    """In the table, for each entry of `rank`."""
+    """Row of the table, for every entry of `rank`."""
 
     @classmethod
     def of(cls, table: ShardTable, groups: list[list[int]], axes: int) -> "_Boxes":
-        """`groups` says into which groups of the plan a group of the table is divided."""
+        """`groups` lists the groups of the plan that a group of the table is divided into."""
         count = np.array([len(parts) for parts in groups], np.int64)
         flat = np.array([part for parts in groups for part in parts], np.int64)
         begin = np.cumsum(count) - count
@@ -192,7 +192,7 @@ class _Boxes:
         return cls(group[unique], start[unique], stop[unique], np.append(first, len(order)), rank[order], row[order])
 
     def spread(self, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each of `boxes` and each rank that has it: index into `boxes`, rank, row in the table."""
+        """An entry per box and rank that has it: index into `boxes`, rank, row of the table."""
         index, entry = _expand(self.first[boxes], self.first[boxes + 1])
         return index, self.rank[entry], self.row[entry]
 
@@ -200,8 +200,8 @@ class _Boxes:
 def _overlaps(a: _Boxes, b: _Boxes) -> tuple[np.ndarray, np.ndarray]:
     """All pairs of boxes of the same tensor that have elements in common.
 
-    A sweep along the first axis: with the boxes of `b` in order of where they begin, those that can meet a box of `a`
-    are neighbours, since none of a tensor is higher than its highest.
+    A sweep along the first axis: sorted by their beginning, the boxes of `b` that can meet a box of `a` are neighbours,
+    because no box of a tensor is higher than its highest one.
     """
     count = 1 + max(_highest(a.group), _highest(b.group))
     extent, reach = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -223,10 +223,10 @@ def _overlaps(a: _Boxes, b: _Boxes) -> tuple[np.ndarray, np.ndarray]:
 def _choose(
     have: _Boxes, box: np.ndarray, receiver: np.ndarray, size: np.ndarray, ranks: int, ranks_per_node: int
 ) -> np.ndarray:
-    """For each request (a box that is held, and a rank that needs some of it) the entry of `have.rank` that serves
-    it."""
+    """The entry of `have.rank` that serves a request, for all requests. A request is a held box and a rank that needs
+    some of it."""
     owner = np.repeat(np.arange(len(have.group)), np.diff(have.first))
-    of_rank = owner * ranks + have.rank  # sorted, since ranks are within each box
+    of_rank = owner * ranks + have.rank  # sorted, because ranks are sorted within a box
     own = np.searchsorted(of_rank, box * ranks + receiver)
     holder = np.where(own < len(of_rank), own, 0)
     lacks = of_rank[holder] != box * ranks + receiver
@@ -244,7 +244,7 @@ def _choose(
     rank_of = have.rank.tolist()
     open_requests = np.flatnonzero(lacks & ~only)
     order = np.lexsort((high[open_requests], low[open_requests]))
-    group = open_requests[order]  # those with the same holders to choose from are neighbours, the largest first
+    group = open_requests[order]  # requests with the same possible holders are neighbours, the largest first
     new = np.flatnonzero(np.diff(low[group], prepend=-1).astype(bool) | np.diff(high[group], prepend=-1).astype(bool))
     groups = np.split(group, new[1:]) if len(group) else []
     for requests in sorted(groups, key=lambda requests: -int(size[requests[0]])):
@@ -263,13 +263,13 @@ def _choose(
 def _relieve(
     have: _Boxes, box: np.ndarray, size: np.ndarray, holder: np.ndarray, sent: np.ndarray, requests: np.ndarray
 ) -> None:
-    """Let holders on other nodes serve some of what a rank would send beyond `_FAIR` times the mean. Changes
-    `holder`."""
+    """Let holders on other nodes serve requests of ranks that would send more than `_FAIR` times the mean. Changes
+    `holder` in place."""
     limit = int(_FAIR * sent.mean())
     shared = requests[np.diff(have.first)[box[requests]] > 1]
     rank_of, first, loads = have.rank.tolist(), have.first.tolist(), sent.tolist()
     moved = True
-    while moved:  # who helped may now have too much: every pass makes the loads more alike
+    while moved:  # a helper may now have too much; every pass makes the loads more alike
         moved = False
         load = np.array(loads)[have.rank[holder[shared]]]
         busy = shared[load > limit]
@@ -300,11 +300,11 @@ def _check_covered(covered: np.ndarray, want: _Boxes, groups: tuple[tuple[Field,
     if len(wrong):
         box = wrong[0]
         name, part = groups[want.group[box]][0].name, f"{want.start[box].tolist()}…{want.stop[box].tolist()}"
-        raise ValueError(f"nobody holds all of {name} {part}, which rank {want.rank[want.first[box]]} needs")
+        raise ValueError(f"no rank holds all of {name} {part}, which rank {want.rank[want.first[box]]} needs")
 
 
 def _expand(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For ranges low[i] … high[i] − 1: the i of each element, and the element."""
+    """All elements of the ranges low[i] … high[i] − 1: the i of the range, and the element."""
     count = high - low
     index = np.repeat(np.arange(len(low)), count)
     return index, np.arange(len(index)) - np.repeat(np.cumsum(count) - count - low, count)

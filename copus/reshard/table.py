@@ -1,4 +1,4 @@
-"""Which rank holds which part of which tensor, for all ranks at once. No torch."""
+"""Tables of which rank holds which part of which tensor, for all ranks. No torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,17 +43,17 @@ class Field(NamedTuple):
 
 
 Place = tuple[str, tuple[int, ...]]
-"""Where a shard begins: the field's name, and the first element along each of its axes."""
+"""Where a shard begins: the field's name, and the first element along every axis."""
 Row = tuple[int, tuple[Field, ...], Box]
-"""A rank, the fields that are cut alike, and the part of them that this rank holds."""
+"""A rank, fields that are cut alike, and the part of them that the rank holds."""
 
 
 @dataclass(frozen=True)
 class ShardTable:
-    """One row for each part of the state that a rank holds.
+    """A row per part of the state that a rank holds.
 
-    Fields that are cut alike (both moments of Adam, say) share their rows: `groups` lists them, and a row names a
-    group. Positions are padded to the most axes of any field.
+    Fields that are cut alike (such as both moments of Adam) share their rows: `groups` lists them, and a row names a
+    group. Positions are padded to the largest number of axes of any field.
     """
 
     groups: tuple[tuple[Field, ...], ...]
@@ -62,7 +62,7 @@ class ShardTable:
     group: np.ndarray
     """Index into `groups`."""
     start: np.ndarray
-    """First element along each axis, of shape (rows, axes)."""
+    """First element along every axis, of shape (rows, axes)."""
     stop: np.ndarray
     """One past the last."""
 
@@ -97,7 +97,7 @@ class ShardTable:
         return cls(tuple(index), *(np.concatenate(column) for column in columns))
 
     def on_ranks(self, ranks: np.ndarray) -> "ShardTable":
-        """The same rows on each of `ranks`."""
+        """The same rows on all of `ranks`."""
         count = len(ranks)
         return ShardTable(
             self.groups,
@@ -112,7 +112,7 @@ class ShardTable:
         return ShardTable(self.groups, self.rank[rows], self.group[rows], self.start[rows], self.stop[rows])
 
     def of_rank(self, rank: int) -> dict[Place, tuple[Field, Box]]:
-        """What one rank holds, field by field."""
+        """The shards of one rank, field by field."""
         shards: dict[Place, tuple[Field, Box]] = {}
         rows = np.flatnonzero(self.rank == rank)
         columns = (self.group[rows], self.start[rows], self.stop[rows])
@@ -134,7 +134,7 @@ class ShardTable:
 
     @property
     def bytes(self) -> np.ndarray:
-        """Bytes of each row, all fields together."""
+        """Bytes of every row, all fields together."""
         return (self.stop - self.start).prod(axis=1) * self.element_bytes[self.group]
 
     def __len__(self) -> int:

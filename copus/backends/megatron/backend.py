@@ -42,7 +42,7 @@ class MegatronBackend(Backend):
 
     @property
     def built(self) -> BuiltModel:
-        """What that consists of on this rank."""
+        """Its parts on this rank."""
         assert self._built is not None, "build() comes first"
         return self._built
 
@@ -52,7 +52,7 @@ class MegatronBackend(Backend):
         groups.make_groups(layout, self._job.launch.timeout_seconds)
         tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
         seed = training.seed if initial_weights else None
-        # Megatron's optimizer begins with a collective: a rank without memory for the model must not miss it alone.
+        # Megatron's optimizer begins with a collective, which a rank without memory for the model must not miss alone.
         chunks = run_on_all_ranks(lambda: build_model(self._job, layout, seed))
         self._built = built = BuiltModel(self.device, layout, chunks)
         built.optimizer = self._make_optimizer(layout, chunks)
@@ -65,7 +65,7 @@ class MegatronBackend(Backend):
             OptimizerConfig(
                 optimizer="adam",
                 lr=training.lr,
-                clip_grad=0.0,  # the step clips, by the norm that it has anyway
+                clip_grad=0.0,  # the step clips, by the norm that it computes anyway
                 bf16=training.precision == "bf16",
                 params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
                 use_distributed_optimizer=layout.zero > 0,
@@ -77,7 +77,7 @@ class MegatronBackend(Backend):
         return optimizer
 
     def release(self) -> None:
-        """Let go of everything that belongs to a layout, so that a job can move for days without growing."""
+        """Free everything that belongs to a layout, so that a job can move for days without growing."""
         if self._built is not None:
             self._built.release()
         self._built = None
@@ -95,7 +95,7 @@ class MegatronBackend(Backend):
         return shard_table(self._job, layout)
 
     def live_state(self) -> LiveState:
-        """The tensors of this rank, by their place in the whole model."""
+        """The live tensors of this rank, by their place in the whole model."""
         return live_state(self.built, self._job.model)
 
     def count_optimizer_steps(self, steps: int) -> None:
@@ -119,10 +119,10 @@ class MegatronBackend(Backend):
         step.update_weights(self.built, options, scale)
 
     def _seed_dropout(self, first_sample: int) -> None:
-        """Dropout is a function of seed, samples and rank, so that a resumed run needs no random state to be saved.
+        """Seed dropout by seed, samples and rank, so that no random state has to be saved for a resume.
 
-        Replicas and stages drop different things, as in megatron's own launcher; tensor parallel ranks get their offset
-        inside of megatron.
+        Replicas and stages drop different elements, as in Megatron's own launcher. Megatron itself gives
+        tensor-parallel ranks their offset.
         """
         if self._job.training.dropout:
             place = (
@@ -142,7 +142,7 @@ class MegatronBackend(Backend):
 
 
 def _fuse(optimizer: Any) -> None:
-    """Update in one pass over the memory instead of ten. All other options are set at every step."""
+    """Let the update take one pass over the memory instead of ten. All other options are set at every step."""
     for inner in upstream.inner_optimizers(optimizer):
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False

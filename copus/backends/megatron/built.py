@@ -1,4 +1,4 @@
-"""A built model on one rank: what it consists of, and how to let go of it."""
+"""A built model on one rank: its parts, and how their memory is freed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from profiles.layout import Layout
 
 @dataclass
 class BuiltModel:
-    """What a layout consists of on this rank. A build that fails half-way lacks the last of it."""
+    """The parts of a layout on this rank. A build that failed half-way lacks the later ones."""
 
     device: torch.device
     layout: Layout
@@ -21,11 +21,10 @@ class BuiltModel:
     optimizer: Any = None
     """Megatron's chain of optimizers."""
     part_norms: PartNorms | None = None
-    """What the noise is measured with."""
+    """Measures the noise."""
 
     def release(self) -> None:
-        """Let go of the memory. Megatron's wrappers refer to each other in circles and hang their buffers on the
-        parameters."""
+        """Free the memory. Megatron's wrappers form reference cycles and attach their buffers to the parameters."""
         if self.part_norms is not None:
             self.part_norms.close()
         if self.optimizer is not None:
@@ -42,8 +41,8 @@ def _release_optimizer(optimizer: Any) -> None:
                 param.data = param.data.new_empty(0)
             group["params"] = []
     for wrapper in optimizer.chained_optimizers:
-        # The shards of an fp32 distributed optimizer are views of the weights, with a graph behind them that ends in
-        # the hooks of the data parallel wrapper: a circle that no collector sees.
+        # The shards of an fp32 distributed optimizer are views of the weights, and their autograd graph ends in the
+        # hooks of the data parallel wrapper: a cycle that the garbage collector cannot see.
         vars(wrapper).clear()
 
 

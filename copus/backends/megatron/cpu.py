@@ -1,8 +1,8 @@
-"""What unmodified megatron-core 0.16 to 0.19 needs to train on CPU and gloo. Does nothing where CUDA is present.
+"""Lets unmodified megatron-core 0.16 to 0.19 train on CPU and gloo. Does nothing if CUDA is present.
 
-Call `before_import()` before anything else of megatron is imported, and `adapt()` afterwards. The real `torch` is left
-alone, but for `Tensor.cuda`: megatron's modules see a facade of it in their global `torch`. Line numbers are those of
-megatron-core 0.16.1; what is patched is there in every version up to 0.19, or `versions.patch` says so.
+Call `before_import()` before any other import of megatron, and `adapt()` afterwards. The real `torch` stays as it is,
+except for `Tensor.cuda`: Megatron's modules get a facade as their global `torch`. Line numbers are those of
+megatron-core 0.16.1. Everything that is patched exists up to 0.19; if not, `versions.patch` fails.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from copus.backends.megatron.versions import check_installed, patch
 
 _CPU = torch.device("cpu")
 _DEVICE_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "ones_like", "empty_like")
-_MODULES = (  # every module whose global `torch` has to be the facade must have been imported when it is put in
+_MODULES = (  # modules whose global `torch` becomes the facade: all must be imported before it is installed
     "distributed",
     "models.gpt",
     "optimizer.clip_grads",
@@ -33,9 +33,9 @@ _adapted = False
 
 
 def before_import() -> None:
-    """Turn the jit fuser off, in the modules that importing megatron.core.jit itself imports too (jit.py:21).
+    """Turn the jit fuser off, also in the modules that megatron.core.jit itself imports (jit.py:21).
 
-    torch.compile of pointwise functions takes a C++ compiler on CPU, and importing what it needs a third of all
+    torch.compile of pointwise functions needs a C++ compiler on CPU, and importing it takes a third of the time of all
     imports.
     """
     if torch.cuda.is_available():
@@ -55,7 +55,7 @@ def _uncompiled(function: Any = None, **_: Any) -> Any:
 
 
 def adapt() -> None:
-    """Refuse a megatron-core that was never tried; then, without CUDA, put the facade in, once."""
+    """Refuse an untested megatron-core. Then, without CUDA, install the facade, once."""
     check_installed()
     global _adapted
     if _adapted or torch.cuda.is_available():
@@ -70,13 +70,13 @@ def adapt() -> None:
     # `.cuda()` raises on a CPU build; megatron calls it on activations, e.g. schedules.py:596, optimizer.py:473
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
-    # random.py:79 and :51 read and set the state of CUDA generators; here the default CPU generator stands for them
+    # random.py:79 and :51 read and set the state of CUDA generators; here the default CPU generator stands in for them
     from megatron.core.tensor_parallel import random as megatron_random
 
     _patch(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _patch(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
 
-    # layers.py:150 makes every weight whole on every rank; ours are filled by `model.initialize`, or by a move
+    # layers.py:150 creates every whole weight on every rank; ours are filled by `model.initialize`, or by a move
     from megatron.core.tensor_parallel import layers
 
     _patch(layers, "_initialize_affine_weight_cpu", _mark_affine_weight)
@@ -97,7 +97,7 @@ def _patch(owner: Any, name: str, replacement: Any) -> None:
 
 
 class _CudaFacade(types.ModuleType):
-    """`torch.cuda` as megatron sees it: the few functions that it calls without asking whether there is a device."""
+    """`torch.cuda` as Megatron sees it: the few functions that it calls without checking for a device."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -114,8 +114,7 @@ class _CudaFacade(types.ModuleType):
 
 
 class _TorchFacade(types.ModuleType):
-    """`torch` as megatron's modules see it: factories asked for a tensor on "cuda" make it on the CPU (e.g.
-    schedules.py:983)."""
+    """`torch` as Megatron's modules see it: factories create tensors for "cuda" on the CPU (e.g. schedules.py:983)."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -166,8 +165,8 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _mark_affine_weight(weight: torch.Tensor, *args: Any, stride: int = 1, **kwargs: Any) -> None:
-    """What is left of `_initialize_affine_weight_cpu(weight, output_size, input_size, per_partition_size,
-    partition_dim, …)`."""
+    """Replaces `_initialize_affine_weight_cpu(weight, output_size, input_size, per_partition_size, partition_dim, …)`:
+    marks the weight without filling it."""
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
     set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=args[3], stride=stride)

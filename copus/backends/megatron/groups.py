@@ -1,8 +1,8 @@
-"""Megatron's process groups: made for a layout, and kept for when the job comes back to it.
+"""Megatron's process groups: made for a layout, and kept in case the job returns to it.
 
-Making them is much of the cost of a small move. Megatron asks for some 17 groups of every rank, most of them with the
-same ranks as another: one group serves all purposes with equal ranks, in a layout and between layouts. That is safe,
-since every rank issues its collectives in the same order. Megatron itself fills its globals every time.
+Creating them is much of the cost of a small move. Megatron asks for some 17 groups on every rank, most of them with the
+same ranks as another. So groups with equal ranks are one group, within a layout and between layouts. That is safe
+because every rank issues its collectives in the same order. Megatron itself fills its globals every time.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from megatron.core import parallel_state  # noqa: E402
 
 _Key = tuple[tuple[int, ...], str | None]
 _groups: dict[_Key, Any] = {}
-"""Every group that was made and not destroyed, by ranks and backend; the same keys on every rank."""
+"""Every existing group, by ranks and backend; the same keys on every rank."""
 _layouts: dict[tuple[int, ...], list[_Key]] = {}
-"""Which groups a layout uses; the layout that was used last is the last."""
+"""The groups of a layout; the most recently used layout comes last."""
 
 
 def make_groups(layout: Layout, timeout_seconds: float) -> None:
@@ -30,7 +30,7 @@ def make_groups(layout: Layout, timeout_seconds: float) -> None:
     Collective. Raises MidCollectiveError if this rank cannot make a group that its peers may wait for."""
     degrees = (layout.tp, layout.pp, layout.cp, layout.dp)
     _layouts.pop(degrees, None)
-    # Groups cost threads and sockets on a CPU, where many are cheap, and device memory with NCCL.
+    # Groups cost threads and sockets on a CPU, which are cheap, and device memory with NCCL.
     while len(_layouts) >= (2 if torch.cuda.is_available() else 8):
         _destroy(next(iter(_layouts)))
     used: list[_Key] = []
@@ -63,7 +63,7 @@ def make_groups(layout: Layout, timeout_seconds: float) -> None:
 
 
 def leave_groups() -> None:
-    """Make megatron forget the groups of the current layout; they stay for later."""
+    """Clear Megatron's globals of the current layout. The groups stay for later use."""
     parallel_state.destroy_model_parallel()
     parallel_state._global_process_group_list = None
 
@@ -76,21 +76,21 @@ def destroy_groups() -> None:
 
 
 def forget_groups() -> None:
-    """Drop every group that `make_groups` made, broken as they are. Not collective."""
+    """Drop every group without destroying it, after a step that broke them. Not collective."""
     leave_groups()
     _groups.clear()
     _layouts.clear()
 
 
 def _destroy(degrees: tuple[int, ...]) -> None:
-    """Destroy the groups that this layout alone uses, in the order in which they were made: the same on every rank.
+    """Destroy the groups that no other layout uses, in the order of their creation, which is the same on every rank.
 
-    Megatron's own `destroy_model_parallel` only forgets them: threads and sockets would pile up.
+    Megatron's own `destroy_model_parallel` only forgets them, and threads and sockets would pile up.
     """
     unused = _layouts.pop(degrees)
-    still = {key for keys in _layouts.values() for key in keys}
+    used_elsewhere = {key for keys in _layouts.values() for key in keys}
     for key in dict.fromkeys(unused):
-        if key not in still and key in _groups:
+        if key not in used_elsewhere and key in _groups:
             group = _groups.pop(key)
             if group is not dist.GroupMember.NON_GROUP_MEMBER:
                 with contextlib.suppress(ValueError):  # gone with the default group

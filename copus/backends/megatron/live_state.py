@@ -1,7 +1,7 @@
-"""The live tensors of a rank by their place in the whole model: weights, fp32 masters, and what the optimizer keeps.
+"""The live tensors of a rank by their place in the whole model: weights, fp32 masters and optimizer statistics.
 
-Nothing is copied to be described: what is here are views. Works with and without the distributed optimizer, whose
-shards are ranges of flattened parameters.
+All of them are views, so describing them copies nothing. Works with and without the distributed optimizer, whose shards
+are ranges of flattened parameters.
 """
 
 import functools
@@ -26,9 +26,9 @@ _Shard = tuple[Place, Callable[[], torch.Tensor]]
 
 
 def live_state(built: BuiltModel, model: ModelShape) -> LiveState:
-    """Everything that this rank holds, or is to hold."""
-    # The group itself is asked: `parallel_state.get_tensor_model_parallel_rank` asks torch, which knows no groups any
-    # more after a step that broke them.
+    """All shards of this rank."""
+    # Ask the group itself: `parallel_state.get_tensor_model_parallel_rank` asks torch, which has forgotten all groups
+    # after a step that broke them.
     tp_rank = parallel_state.get_tensor_model_parallel_group().rank()
     local = dict(pair for chunk in built.chunks for pair in local_tensors(chunk, model, built.layout.tp, tp_rank))
     shards: LiveState = {}
@@ -53,7 +53,7 @@ def _optimizer_state(main: MainParam, described: LocalTensor) -> Iterator[_Shard
 
 
 def _statistics(main: MainParam, region: Region) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Name of each field of the optimizer, and what returns it as it lies in the optimizer."""
+    """The name of every optimizer field, and a function that returns the optimizer's tensor of it."""
     for field in region.optimizer_fields:
         yield field.name, functools.partial(_statistic, main, field.name.rpartition("/")[2])
 
@@ -67,7 +67,7 @@ def _statistic(main: MainParam, name: str) -> torch.Tensor:
 
 
 def _part_of(described: LocalTensor, region: Region, tensor: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """What returns the region of a tensor of the described one's shape."""
+    """A function that returns the region of a tensor that has the described shape."""
     return functools.partial(_part, tensor, region.box.slices_in(Box.whole(described.shape)))
 
 
@@ -76,5 +76,5 @@ def _part(tensor: Callable[[], torch.Tensor], slices: tuple[slice, ...]) -> torc
 
 
 def _view(tensor: Callable[[], torch.Tensor], position: int, block: Box, slices: tuple[slice, ...]) -> torch.Tensor:
-    """A part of a block that lies from `position` on in a flat tensor."""
+    """A part of the block that begins at `position` of a flat tensor."""
     return tensor().view(-1)[position : position + block.elements].view(block.shape)[slices]

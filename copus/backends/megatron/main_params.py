@@ -1,4 +1,4 @@
-"""Which parameter of the optimizer belongs to which parameter of the model."""
+"""Pairs the parameters of the optimizer with those of the model."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -24,15 +24,15 @@ class MainParam(NamedTuple):
     state: dict[str, Any]
     """Adam's state of it; empty before the first step."""
     start: int | None
-    """Where `main` begins in the flattened `param`; None if it is all of it."""
+    """Where `main` begins in the flattened `param`; None if `main` is the whole parameter."""
     optimizer: torch.optim.Optimizer
     """The inner optimizer."""
 
 
 def main_params(optimizer: Any) -> Iterator[MainParam]:
-    """All of this rank.
+    """All pairs of this rank.
 
-    The distributed optimizer updates, of each parameter, the range that this data parallel rank owns, if any.
+    The distributed optimizer updates the range of a parameter that this data-parallel rank owns, if it owns any.
     """
     for wrapper in optimizer.chained_optimizers:
         inner = wrapper.optimizer
@@ -55,5 +55,5 @@ def main_params(optimizer: Any) -> Iterator[MainParam]:
 
 
 def shares_out_moments(optimizer: Any) -> bool:
-    """Whether data parallel ranks own ranges of the parameters (megatron's distributed optimizer)."""
+    """Whether data-parallel ranks own ranges of the parameters (Megatron's distributed optimizer)."""
     return any(isinstance(wrapper, DistributedOptimizer) for wrapper in optimizer.chained_optimizers)

@@ -57,8 +57,8 @@ def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropou
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
         use_cpu_initialization=on_cpu,
-        # `initialize` below fills the weights; perform_initialization itself must stay on, since it also marks what is
-        # tensor parallel
+        # `initialize` below fills the weights; perform_initialization must stay on, because it also marks the
+        # tensor-parallel weights
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -78,14 +78,14 @@ def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropou
 def build_model(
     job: JobConfig, layout: Layout, seed: int | None, groups: ProcessGroupCollection | None = None
 ) -> list[DistributedDataParallel]:
-    """The model chunks of this rank (one, or `vp`), wrapped in megatron's data parallelism.
+    """The model chunks of this rank (one, or `vp`), wrapped in Megatron's data parallelism.
 
-    Process groups of the layout must exist, unless `groups` stand in for them. Without a seed the weights are left as
-    they come, for somebody else to fill.
+    The process groups of the layout must exist, unless `groups` stand in for them. Without a seed the weights are
+    uninitialized, for the caller to fill.
     """
     shape, training = job.model, job.training
     config = transformer_config(shape, layout, training.precision, training.dropout)
-    if groups is not None:  # else it names the GPU, whatever torch's default device is
+    if groups is not None:  # else it uses the GPU, whatever torch's default device is
         config.use_cpu_initialization = True
     pp_rank = parallel_state.get_pipeline_model_parallel_rank() if groups is None else groups.pp.rank()
     chunks: list[Any] = []
@@ -114,14 +114,14 @@ def build_model(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=layout.zero > 0,
         overlap_grad_reduce=training.overlap_grad_reduce,
-        check_for_nan_in_grad=False,  # the step itself looks at the norm, and skips
+        check_for_nan_in_grad=False,  # the step itself checks the norm
     )
     wrapped = [
         DistributedDataParallel(config, reduce, chunk, disable_bucketing=index > 0, pg_collection=groups)
         for index, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
-    if training.overlap_grad_reduce:  # only the last micro-batch's gradients may set a reduction off
+    if training.overlap_grad_reduce:  # only the last micro-batch's gradients may start a reduction
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
 

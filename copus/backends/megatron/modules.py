@@ -33,10 +33,10 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, its weight marked for megatron's all-reduce of gradients over tensor parallel ranks.
+    """torch's RMSNorm, its weight marked for Megatron's all-reduce of gradients over tensor-parallel ranks.
 
-    Under sequence parallel every rank normalises a slice of the sequence, so the gradient of the weight is a partial
-    sum on each.
+    With sequence parallelism every rank normalises a slice of the sequence, so its gradient of the weight is a partial
+    sum.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -67,7 +67,7 @@ class CausalAttention(torch.nn.Module):
         **_: Any,
     ) -> torch.Tensor:
         sequence, batch, heads, width = query.shape
-        query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         options: dict[str, Any] = {
             "dropout_p": dropout,
@@ -75,7 +75,7 @@ class CausalAttention(torch.nn.Module):
             "scale": self.scale,
             "enable_gqa": key.shape[1] != heads,
         }
-        if dropout:  # the heads of two tensor parallel ranks must not drop the same scores
+        if dropout:  # two tensor-parallel ranks must not drop the same scores
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 context = functional.scaled_dot_product_attention(query, key, value, **options)
         else:

@@ -1,5 +1,4 @@
-"""Gradients of the norm layers' weights for each sequence, from what a backward pass has at hand (Gray et al. 2024,
-2411.00999)."""
+"""Per-sequence gradients of the norm layers' weights, computed in the backward pass (Gray et al. 2024, 2411.00999)."""
 
 from collections import defaultdict
 from typing import Any
@@ -16,11 +15,11 @@ from megatron.core import parallel_state  # noqa: E402
 
 
 class NormLayers:
-    """Sees every RMSNorm y = w·x̂ of this rank; the gradient of w for sequence i is g_i = Σ_t x̂_it · dy_it.
+    """Observes every RMSNorm y = w·x̂ of this rank; the gradient of w for sequence i is g_i = Σ_t x̂_it · dy_it.
 
-    Under sequence parallel each rank has some of the tokens: its g_i are partial sums, which are kept (one vector of
-    `hidden` for each norm and sequence) and added up before they are squared. Otherwise tensor parallel ranks see the
-    same, and rank 0 counts.
+    With sequence parallelism a rank has some of the tokens, so its g_i are partial sums. They are kept (one vector of
+    `hidden` per norm and sequence) and summed over the ranks before they are squared. Otherwise all tensor-parallel
+    ranks have the same g_i, and those of rank 0 count.
     """
 
     def __init__(self, chunks: list[Any], layout: Layout) -> None:
@@ -73,16 +72,16 @@ class NormLayers:
         if self._weights is not None:
             of_sequences = of_sequences * self._weights[weight]
         squares = torch.linalg.vector_norm(of_sequences, dim=1).double().square_()
-        known = self._squares.get(pass_number)
-        self._squares[pass_number] = squares if known is None else known + squares
+        total = self._squares.get(pass_number)
+        self._squares[pass_number] = squares if total is None else total + squares
 
     @torch.no_grad()
     def collect(self, num_microbatches: int, micro_batch: int, device: torch.device) -> torch.Tensor:
-        """This rank's contribution to Σ|g_i|² of each of its replica's sequences: float64 of shape (num_microbatches ·
+        """This rank's summands of |g_i|², for every sequence of its replica: float64 of shape (num_microbatches ·
         micro_batch,).
 
-        Gradients of each sequence's own mean loss: megatron's are divided by the replica's sequences, which is undone.
-        Collective over tensor parallel ranks under sequence parallel.
+        g_i is the gradient of the sequence's own mean loss; Megatron divides it by the replica's sequences, which is
+        undone here. Collective over tensor-parallel ranks with sequence parallelism.
         """
         if self._kept:
             keys = [(weight, pass_number) for weight in self.params for pass_number in range(num_microbatches)]

@@ -1,15 +1,15 @@
-"""Squared norms of the gradients of the parts of a step, under every kind of parallelism, without touching megatron's
+"""Squared norms of the gradients of the parts of a step, under every kind of parallelism, without changing Megatron's
 source.
 
-A part is a micro-batch of one replica (`microbatch`), all that one replica does in the step (`replica`), or a sequence
-seen by the norm layers alone (`normlayer`). Every parameter of the whole model is counted once:
+A part is a micro-batch of one replica (`microbatch`), the whole step of one replica (`replica`), or one sequence in the
+coordinates of the norm layers (`normlayer`). Every parameter of the whole model counts once:
 
-- a tensor parallel duplicate (norm weights) counts on tensor rank 0, a pipeline-shared embedding on the first stage;
-- where each rank holds a partial sum of one gradient (norm weights under sequence parallel; the two ends of a tied
-  embedding under pipelining), the partial gradients of a part are kept and added up over their group before they are
+- a tensor-parallel duplicate (norm weights) counts on tensor rank 0, a pipeline-shared embedding on the first stage;
+- if every rank holds a partial sum of a gradient (norm weights with sequence parallelism; the two ends of a tied
+  embedding with pipelining), the partial gradients of a part are kept and summed over their group before they are
   squared.
 
-Long sums on a CPU are in float64: in fp32 they are off by some 1e-5, by another amount on every layout.
+Long sums on a CPU are in float64. In fp32 they would be off by some 1e-5, differently on every layout.
 """
 
 from collections import defaultdict
@@ -42,9 +42,9 @@ throughout."""
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The norm of each tensor as a 0-d tensor on its device, to some 1e-7 relative.
+    """The norms of tensors, as 0-d tensors on their device, to some 1e-7 relative.
 
-    On a GPU in as few kernels as there are dtypes: its tree sums are good enough in fp32, and at hundreds of tensors a
+    On a GPU this takes one kernel per dtype: tree sums are exact enough in fp32, and with hundreds of tensors per
     micro-batch the launches would cost more than the sums. Nothing waits for the device.
     """
     if tensors and tensors[0].is_cuda:
@@ -67,11 +67,10 @@ def sum_of_squares(norms: Sequence[torch.Tensor], device: torch.device) -> torch
 
 
 class PartNorms:
-    """Collects the squared norms of the parts of each step. Made once for a built model, and closed with
-    it.
+    """Collects the squared norms of the parts of a step. Created once for a built model, and closed with it.
 
-    Use: `start` before the forward-backward pass, `contribution` once the optimizer has its gradients, and `parts` with
-    the sum of the contributions of all ranks.
+    Call `start` before the forward-backward pass, `contribution` when the optimizer has its gradients, and `parts` with
+    the sum of all ranks' contributions.
     """
 
     def __init__(
@@ -99,10 +98,8 @@ class PartNorms:
         self._reset()
 
     def close(self) -> None:
-        """Let go of the model and the optimizer.
-
-        The garbage collector does not see through these hooks: parameter, hook and optimizer would keep each other.
-        """
+        """Remove the hooks. The garbage collector does not see through them: parameter, hook and optimizer would keep
+        each other alive."""
         for hook in self._hooks:
             hook.remove()
 
@@ -119,8 +116,8 @@ class PartNorms:
             self._partial[param] = parallel_state.get_tensor_model_parallel_group()
 
     def _watch_reduction(self, bucket_group: Any) -> None:
-        """See the local gradients right before data parallel ranks reduce them: at the end of the pass or, where the
-        reduction overlaps with it, when the last gradient of the group is there."""
+        """Read the local gradients right before data-parallel ranks reduce them: at the end of the pass or, if the
+        reduction overlaps with it, when the last gradient of the bucket group is complete."""
         reduce = bucket_group.start_grad_sync
 
         def start_grad_sync(*args: Any, **kwargs: Any) -> Any:
@@ -140,8 +137,7 @@ class PartNorms:
         """Begin a step that is measured from `source` (as in `planner.noise_sources`; None measures nothing).
         `adam_correction` is 1 − Π β2 over the optimizer steps so far.
 
-        What the configuration has no two parts of is not measured, nor is anything preconditioned before Adam's first
-        step.
+        A source with fewer than two parts is not measured, and with Adam's metric nothing is before its first step.
         """
         self._reset()
         self._full, norm_layers = split(source)
@@ -151,11 +147,11 @@ class PartNorms:
         self._norm_layers_on = norm_layers and configuration.global_batch > 1
         self._weights = self._main_weights = None
         if self._preconditioner is not None and (self._full or self._norm_layers_on):
-            found = self._preconditioner.weights(adam_correction)
-            if found is None:
+            weights = self._preconditioner.weights(adam_correction)
+            if weights is None:
                 self._full, self._norm_layers_on = None, False
             else:
-                self._weights, self._main_weights = found
+                self._weights, self._main_weights = weights
         self._norm_layers.start(self._norm_layers_on, self._weights)
 
     def _parts_of_replica(self) -> int:
@@ -163,7 +159,8 @@ class PartNorms:
 
     @torch.no_grad()
     def _after_backward(self, param: torch.nn.Parameter) -> None:
-        """Runs when autograd has one micro-batch's gradient in `param.grad`, before megatron adds it to `main_grad`."""
+        """Runs when autograd has put a micro-batch's gradient into `param.grad`, before Megatron adds it to
+        `main_grad`."""
         if self._full != "microbatch":
             return
         if param.grad is None:  # silence would make the noise scale wrong
@@ -191,11 +188,11 @@ class PartNorms:
 
     @torch.no_grad()
     def contribution(self, device: torch.device) -> torch.Tensor:
-        """This rank's share of what the whole world has to add up: a float64 vector, of one length on all ranks.
+        """This rank's summands, a float64 vector of the same length on all ranks.
 
-        |g|² of the mean gradient in the coordinates of the full source and in those of the norm layers, then Σ|g_j|² of
-        every part of the full source, then of every sequence. Collective over tensor parallel ranks (sequence parallel)
-        and over the first and last stage (tied embeddings).
+        |g|² of the mean gradient in the coordinates of the full source and in those of the norm layers, then |g_j|² of
+        every part of the full source, then of every sequence. Collective over tensor-parallel ranks (with sequence
+        parallelism) and over the first and last stage (with tied embeddings).
         """
         configuration = self._configuration
         rank, replicas = parallel_state.get_data_parallel_rank(), configuration.layout.dp
@@ -222,8 +219,8 @@ class PartNorms:
         return sums * self._configuration.num_microbatches**2 if self._full == "microbatch" else sums
 
     def _add_up_partial_gradients(self, parts: int) -> None:
-        """Reduce what each rank holds a part of, in fp32, and count it: a large tensor by itself, so that one copy of
-        it is there at a time, and all small tensors and parts of a group in one all-reduce."""
+        """Sum the partial gradients over their group, in fp32, and count them: large tensors one by one, so that there
+        is one fp32 copy at a time, and all small tensors and parts of a group in one all-reduce."""
         small: dict[dist.ProcessGroup, list[tuple[torch.nn.Parameter, int]]] = defaultdict(list)
         for param, group in self._partial.items():
             for part in range(parts):
@@ -256,7 +253,7 @@ class PartNorms:
 
     def parts(self, totals: np.ndarray, grad_sq: float) -> tuple[Parts | None, Parts | None]:
         """The parts of the full source and those of the norm layers, from the sum of all ranks' contributions and |g|²
-        of the whole step."""
+        of the step."""
         configuration = self._configuration
         count = self._parts_of_replica() * configuration.layout.dp
         full = norm_layers = None

@@ -1,4 +1,4 @@
-"""Adam's scaling of each coordinate, as weights for the norms of gradients (Pollux, OSDI'21, §3.1)."""
+"""Adam's scaling of the coordinates, as weights for the norms of gradients (Pollux, OSDI'21, §3.1)."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ Weights = dict[torch.nn.Parameter, torch.Tensor]
 
 
 class Preconditioner:
-    """1 / (√v̂ + ε) of every coordinate, with v̂ from before the step: then it does not depend on the step's gradients,
-    and the estimates stay unbiased.
+    """1 / (√v̂ + ε) of every coordinate. v̂ is from before the step: independent of the step's gradients, so the
+    estimates stay unbiased.
 
-    A coordinate that has had no gradient yet (the embedding of a token not seen so far) has no scale: its weight is 0.
+    A coordinate without any gradient so far (the embedding of an unseen token) has no scale; its weight is 0.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], optimizer: Any, epsilon: float) -> None:
@@ -28,11 +28,11 @@ class Preconditioner:
 
     @torch.no_grad()
     def weights(self, correction: float) -> tuple[Weights, Weights] | None:
-        """Weights by parameter of the model (whole), and by parameter of the optimizer (this rank's share), where v̂ is
-        Adam's second moment over `correction` = 1 − Π β2.
+        """Weights by parameter of the model (whole) and by parameter of the optimizer (this rank's share). v̂ is Adam's
+        second moment divided by `correction` = 1 − Π β2.
 
-        None before the first optimizer step. If data parallel ranks share the moments out, it is collective over them
-        and gathers one fp32 number for each parameter of the model.
+        None before the first optimizer step. If the moments are sharded over data-parallel ranks, this is collective
+        over them and gathers an fp32 tensor as large as the model.
         """
         if correction == 0:
             return None
@@ -53,7 +53,7 @@ class Preconditioner:
         return (whole, of_main) if whole else None
 
     def _gather(self, pieces: list[tuple[torch.nn.Parameter, int, torch.Tensor]]) -> Weights:
-        """Every parameter whole, from the ranges that data parallel ranks own; empty where no rank has any."""
+        """Every parameter whole, from the ranges that data-parallel ranks own; empty if no rank has any."""
         offsets, total = {}, 0
         for param in self._params:
             offsets[param] = total

@@ -23,14 +23,14 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 _Microbatch = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Tokens and labels, int64 of shape (micro_batch, seq_len) each, on the stages that need them."""
+"""Tokens and labels, both int64 of shape (micro_batch, seq_len), on the stages that need them."""
 
 
 def compute_gradients(
     built: BuiltModel, configuration: Configuration, batches: Batches, request: StepRequest, optimizer_steps: int
 ) -> StepShares:
-    """Forward, backward and reduction, and what this rank adds to the figures of the step; `optimizer_steps` came
-    before it."""
+    """Run the forward and backward passes, reduce the gradients, and return this rank's shares of the step's figures.
+    `optimizer_steps` is the number of steps before this one."""
     optimizer, part_norms = built.optimizer, built.part_norms
     assert part_norms is not None, "it is built"
     for chunk in built.chunks:
@@ -47,7 +47,7 @@ def compute_gradients(
 
 
 def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> None:
-    """Multiply the gradients by `scale`, and update the weights with them."""
+    """Multiply the gradients by `scale` and update the weights."""
     _scale_gradients(built.optimizer, scale)
     _set_options(built.optimizer, options)
     built.optimizer.step_with_ready_grads()
@@ -75,7 +75,7 @@ def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, 
 def _run_microbatches(
     built: BuiltModel, configuration: Configuration, batches: Batches, first_sample: int, forward_only: bool
 ) -> list[torch.Tensor]:
-    """Run this replica's micro-batches; the loss of each, on the last pipeline stage only."""
+    """Run this replica's micro-batches and return their losses, on the last pipeline stage only."""
     chunks, device = built.chunks, built.device
     per_replica = configuration.global_batch // configuration.layout.dp
     first = first_sample + parallel_state.get_data_parallel_rank() * per_replica
@@ -99,7 +99,7 @@ def _run_microbatches(
 def _microbatches(
     model: Any, batches: Batches, starts: range, micro_batch: int, device: torch.device
 ) -> Iterator[_Microbatch]:
-    """Tokens for the chunk with the embedding, labels for the one with the output layer; the others read nothing.
+    """Tokens for the chunk with the embedding, labels for the chunk with the output layer; the others read nothing.
 
     A thread reads one micro-batch ahead of the step.
     """
@@ -119,12 +119,12 @@ def _microbatches(
 
 
 def _to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that the host does not wait for: from pageable memory it would, for all that the GPU has still to do."""
+    """A copy that the host does not wait for. A copy from pageable memory would wait for all queued work of the GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _forward_step(microbatches: Iterator[_Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
-    """What megatron's schedules call for every micro-batch: the output, and the function that makes the loss of it."""
+    """Megatron's schedules call this for every micro-batch: the output, and a function that computes the loss."""
     tokens, labels = next(microbatches)
     # Rotary positions and a causal mask need neither positions nor a mask tensor.
     output = model(tokens, None, None, labels=labels)
@@ -137,9 +137,9 @@ def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torc
 
 
 def _local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Tensor:
-    """This rank's share of |g|²: each gradient counted once over all ranks.
+    """This rank's share of |g|², in which every gradient counts once over all ranks.
 
-    With the distributed optimizer every rank has its own shard; without it the data parallel ranks have the same
+    With the distributed optimizer every rank has its own shard. Without it all data-parallel ranks have the same
     gradients, and those of rank 0 count.
     """
     gradients: list[torch.Tensor] = []
@@ -150,7 +150,7 @@ def _local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Ten
 
 
 def _loss_share(built: BuiltModel, configuration: Configuration, losses: list[torch.Tensor]) -> torch.Tensor:
-    """This rank's share of the mean loss: the last stage has losses, and its tensor parallel ranks the same ones."""
+    """This rank's share of the mean loss. Only the last stage has losses, the same on all its tensor-parallel ranks."""
     if not losses or parallel_state.get_tensor_model_parallel_rank() > 0:
         return torch.zeros((), dtype=torch.float64, device=built.device)
     return torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)

@@ -1,5 +1,5 @@
-"""Defects of megatron-core 0.16 to 0.19 that are gone around, on CPU and on GPU alike. Each names its upstream line and
-its effect."""
+"""Workarounds for defects of megatron-core 0.16 to 0.19, on CPU and GPU alike, with the upstream line and its
+effect."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from copus.backends.megatron.versions import patch
 
 
 def use_torch_adam() -> None:
-    """Build torch's (fused) AdamW also where Transformer Engine or Apex is installed.
+    """Build torch's (fused) AdamW even if Transformer Engine or Apex is installed.
 
-    optimizer/__init__.py:10-35 would then take FusedAdam, which keeps its step count in the parameter group and not in
-    the state: one optimizer on every machine means one way to save, to load and to move its state.
+    optimizer/__init__.py:10-35 would then use FusedAdam, which keeps its step count in the parameter group instead of
+    the state. With one optimizer on every machine there is one way to save, load and move its state.
     """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
@@ -26,7 +26,7 @@ def use_torch_adam() -> None:
 
 
 def adam_state(inner: torch.optim.Optimizer, param: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter's state in torch's Adam: `step`, `exp_avg` and `exp_avg_sq`; zeros if it has made no step yet."""
+    """A parameter's state in torch's Adam: `step`, `exp_avg` and `exp_avg_sq`; zeros before the first step."""
     state = inner.state[param]
     if len(state) == 0:
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)  # where fused AdamW wants it

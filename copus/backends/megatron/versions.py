@@ -1,7 +1,7 @@
-"""The one place that knows which megatron-core is installed: 0.16.1 (the newest for Python 3.11) to 0.19 (Python 3.12).
+"""The one place that depends on the version of megatron-core: 0.16.1 (the newest for Python 3.11) to 0.19 (3.12).
 
-What has another name in another version is found by what is there. What is patched goes through `patch`, which names
-the versions that the patch was written for and fails if what it replaces is gone.
+Renamed functions are looked up under both names. Patches go through `patch`, which names the versions that a patch was
+written for and fails if the thing that it replaces is gone.
 """
 
 import importlib.metadata
@@ -13,12 +13,12 @@ OLDEST, NEWEST = (0, 16), (0, 19)
 
 
 def installed() -> str:
-    """Version of the megatron-core that is installed."""
+    """The installed version of megatron-core."""
     return importlib.metadata.version("megatron-core")
 
 
 def check_installed() -> None:
-    """Raise RuntimeError for a version that nobody has tried: patches may miss, and gradients may be wrong silently."""
+    """Raise RuntimeError for an untested version: patches may miss, and gradients may be silently wrong."""
     if not OLDEST <= _release(installed()) <= NEWEST:
         raise RuntimeError(
             f"megatron-core {installed()} is not supported: {_text(OLDEST)} to {_text(NEWEST)} are (pyproject.toml)"
@@ -26,9 +26,9 @@ def check_installed() -> None:
 
 
 def patch(owner: Any, name: str, replacement: Any, oldest: tuple[int, int], newest: tuple[int, int]) -> None:
-    """Replace an attribute of a module or class of megatron's, in the releases from `oldest` to `newest`.
+    """Replace an attribute of one of Megatron's modules or classes, in the releases from `oldest` to `newest` alone.
 
-    Does nothing in others, whose defect or need is another. Raises RuntimeError if there is nothing to replace.
+    Raises RuntimeError if there is nothing to replace.
     """
     if not oldest <= _release(installed()) <= newest:
         return
@@ -41,7 +41,7 @@ def patch(owner: Any, name: str, replacement: Any, oldest: tuple[int, int], newe
 
 
 def main_grads(wrapper: Any) -> list[Any]:
-    """The gradients of one of megatron's optimizers, without those that another rank counts."""
+    """The gradients of one of Megatron's optimizers, without those that another rank counts."""
     if hasattr(wrapper, "get_grads_for_grad_norm"):  # from 0.19 on
         return list(wrapper.get_grads_for_grad_norm())
     return list(wrapper.get_main_grads_for_grad_norm())
