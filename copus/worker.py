@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -51,6 +52,7 @@ from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.resume_request import ResumeRequest, nothing_to_resume, read_resume_request, write_resume_request
 from copus.schedule import lr_decay
+from copus.step_lines import StepLines
 from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
 from copus.trainer_state import TrainerState
@@ -271,7 +273,7 @@ def _meeting_place(timeout: timedelta) -> dict[str, Any]:
 
 @dataclass
 class _Reporter:
-    """Where events go on rank 0: the log, and the trackers of the job. Elsewhere (no run) nowhere."""
+    """Where events go on rank 0: its output, the log, and the trackers of the job. Elsewhere (no run) nowhere."""
 
     run: Path | None
     job: JobConfig
@@ -280,10 +282,14 @@ class _Reporter:
         if self.run is None:
             return lambda event: None
         self._log = EventLog(self.run)
+        self._lines = StepLines()
         self._trackers = FanOut(self.run, self.job)
         return self._write
 
     def _write(self, event: Event) -> None:
+        if line := self._lines.line(event):
+            with suppress(OSError):  # on a full disk training goes on
+                print(line, flush=True)
         for line in self._trackers.write(self._log.write(event)):
             self._log.write(Warned(step=event.step, samples_consumed=event.samples_consumed, message=line))
 
@@ -298,6 +304,7 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     # Not by way of C++'s own end, where a thread of torch or gloo that is still there aborts the process: the
     # agent then starts a finished run again.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
