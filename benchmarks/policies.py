@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from planner.norm_test import NormTest
 from planner.plan import Plan
 from planner.policy import Copus, Policy, Static
 from planner.schedules import Ramp
-from planner.simulator.simulate import Runs, oracle, simulate
+from planner.simulator.simulate import Runs, fixed_seconds, oracle, simulate
 from planner.simulator.trajectory import POINTS, geometric, linear, power
 from planner.switching import Goodput
 from profiles.configuration import Configuration
@@ -47,8 +47,15 @@ LEARNED_RANGE = 2.6
 DRIFTING: dict[str, Any] = {"drift": 0.2, "bursts": 0.1, "throughput_error": 0.15, "trial_budget": 0.02}
 """A machine that is shared: its speed wanders, for a tenth of the time it is half, tables are off by 15 %, and trials
 find that out. Deciding there is dear to simulate: with one range, and c right."""
-COMPARED = {("still", True): ("goodput",), ("drifting", False): ("goodput", "copus", "static"), ("still", False): ()}
-"""Policies that are simulated beyond a still world: only these learn c, or are worth the time on one that drifts."""
+BLIND_SPREAD = 1.0
+"""Standard deviation of the logarithm of what laws say of φ over what it is, before the first step of a blind start."""
+COMPARED = {
+    ("still", True): ("goodput",),
+    ("blind", True): ("goodput", "copus"),
+    ("drifting", False): ("goodput", "copus", "static"),
+}
+"""Policies that are simulated beyond a still world with a c that is taken for exact: only these learn c, or are worth
+the time. All are simulated there."""
 SHAPES = {"geometric": geometric, "linear": linear, "power": power}
 
 
@@ -64,7 +71,8 @@ class Cell:
     calibration_learned: bool
     """Whether c is a prior that the run learns from, or what it is."""
     world: str
-    """`still`, or `drifting`: see `DRIFTING`."""
+    """`still`; `drifting`: see `DRIFTING`; or `blind`: as a job begins, from what laws say of φ, and with a noise scale
+    that is an average over the steps so far."""
     plan: Plan
     """What the oracle does, and the best fixed configuration."""
     runs: Runs
@@ -121,6 +129,7 @@ def make_cells(table: str, menu: Menu, speed: np.ndarray, args: argparse.Namespa
             rungs = np.array([steps if args.every_move_pays else 0, steps if args.every_move_pays else 0, steps])
             plan = oracle(menu, speed, phi, progress, rungs * step_seconds)
             circumstances = [(c, learned, "still") for learned in (False, True) for c in CALIBRATIONS]
+            circumstances += [(c, True, "blind") for c in CALIBRATIONS]
             if (first, last) == DRIFTING_RANGE:
                 circumstances.append((1.0, False, "drifting"))
             for calibration, learned, world in circumstances:
@@ -136,10 +145,16 @@ def make_cells(table: str, menu: Menu, speed: np.ndarray, args: argparse.Namespa
                     factor_error=np.full(n, calibration),
                     correlation=args.correlation,
                     factor_range=LEARNED_RANGE if learned else 1.0,
+                    first_guess=_first_guesses(n) if world == "blind" else None,
                     **(DRIFTING if world == "drifting" else {}),
                 )
                 cells.append(Cell(table, first, last, steps, calibration, learned, world, plan, runs))
     return cells
+
+
+def _first_guesses(seeds: int) -> np.ndarray:
+    """What laws say of φ over what it is, one factor a seed."""
+    return np.exp([BLIND_SPREAD * np.random.default_rng([seed, 6]).normal() for seed in range(seeds)])
 
 
 def _joined(cells: Sequence[Cell]) -> Runs:
@@ -162,11 +177,8 @@ def measure(tables: dict[str, tuple[Menu, np.ndarray]], args: argparse.Namespace
             for name, policy in policies(menu).items():
                 if args.only and name not in args.only:
                     continue
-                if name not in ("goodput", *(("copus", "static") if key[0] == "drifting" else ())) and key != (
-                    "still",
-                    False,
-                ):
-                    continue  # the others neither learn c nor weigh what drifts
+                if name not in COMPARED.get(key, (name,)):
+                    continue
                 outcome = simulate(menu, speed, joined, policy)
                 count += len(joined.seed)
                 for cell, rows in zip(cells, np.split(np.arange(len(joined.seed)), len(cells)), strict=True):
@@ -179,13 +191,12 @@ def measure(tables: dict[str, tuple[Menu, np.ndarray]], args: argparse.Namespace
 
 
 def _best_fixed_seconds(menu: Menu, speed: np.ndarray, cells: Sequence[Cell], joined: Runs) -> np.ndarray:
-    """Time that the best fixed configuration takes in each run, shape (R,): known, but for a machine that drifts, on
-    which it is simulated."""
+    """Time that the best fixed configuration takes in each run, shape (R,): as planned, but for a machine that drifts,
+    on which all are run, and hindsight takes the fastest in that run."""
     seeds = len(joined.seed) // len(cells)
-    if cells[0].world == "still":
+    if cells[0].world != "drifting":
         return np.repeat([cell.plan.fixed_seconds for cell in cells], seeds)
-    start = np.repeat([cell.plan.fixed_index for cell in cells], seeds)
-    return simulate(menu, speed, replace(joined, start=start), Static()).seconds
+    return np.min([fixed_seconds(menu, speed, joined, index) for index in range(len(menu))], axis=0)
 
 
 def _figures(

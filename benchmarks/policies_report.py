@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 Cells = list[dict[str, Any]]
+BEYOND = ("calibration_learned", "blind", "drifting")
+"""Groups of cells beyond a still world with a c that is taken for exact."""
 FULL_BATCHES = 7
 """Tables with fewer global batches cannot follow φ far: figures are given for those with so many, and for all."""
 
@@ -23,7 +25,8 @@ def summary(cells: Cells) -> dict[str, Any]:
     still = _where(cells, world="still", calibration_learned=False)
     full = [cell for cell in still if cell["batches"] >= FULL_BATCHES]
     beyond = {
-        "calibration_learned": _means(_where(cells, calibration_learned=True)),
+        "calibration_learned": _means(_where(cells, calibration_learned=True, world="still")),
+        "blind": _means(_where(cells, world="blind")),
         "drifting": _means(_where(cells, world="drifting")),
     }
     return beyond | {"all_tables": _figures(still)} | ({"seven_batches": _figures(full)} if full else {})
@@ -106,11 +109,11 @@ def print_cells(cells: Cells) -> None:
 
 def print_summary(result: dict[str, Any]) -> None:
     """Means over the tables, and what the targets are about."""
-    for group in ("calibration_learned", "drifting"):
+    for group in BEYOND:
         for name, row in result["summary"][group].items():
             print(f"{group:20} {name:20} " + ", ".join(f"{place}: {gain:.2f}" for place, gain in row.items()))
     for group, figures in result["summary"].items():
-        if group in ("calibration_learned", "drifting"):
+        if group in BEYOND:
             continue
         print(f"\n{group}: {figures['tables']} tables; mean gain over the best fixed configuration, %")
         columns = list(next(iter(figures["policies"].values())))

@@ -24,11 +24,6 @@ SYSTEMATIC = 0.3
 REACH = 3.0
 """Logarithm of the largest factor either way, from the prior, that is thought of."""
 POINTS = 121
-GENERAL_FACTOR = 2.6
-"""c is 2 within this factor either way in 9 of 10 cases: branched runs of small models showed 1.0 to 6.6
-(docs/calibration.md)."""
-SUPPORTED = 0.7
-"""Share of its prior's width below which c counts as supported by the run."""
 _NODES = np.polynomial.hermite_e.hermegauss(7)
 
 
@@ -80,11 +75,6 @@ class CriticalBatchFactor:
         """The 90 % interval of c."""
         factor = math.exp(QUANTILE_90 * self.error)
         return self.value / factor, self.value * factor
-
-    @property
-    def is_supported(self) -> bool:
-        """Whether the run, or a calibration, says what c is: its error is well below that of the general prior."""
-        return self.error <= SUPPORTED * math.log(GENERAL_FACTOR) / QUANTILE_90
 
     def observe(self, samples_consumed: int, global_batch: int, loss: float) -> None:
         """A step ended at `samples_consumed` with this mean training loss."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from planner.menu import Floats
+from profiles.model_shape import ModelShape
 
 EXPONENT = 0.5
 """Before anything is seen, φ ∝ samples^α with this α: what is measured over training lengths and in branched runs
@@ -60,17 +61,20 @@ class CriticalBatchForecast:
         return cls(OFFSET * job_samples, np.zeros(runs), np.zeros((runs, 5)), np.tile([1.0, 1.0], (runs, 1)))
 
     @classmethod
-    def of_laws(cls, job_samples: float, seq_len: int) -> "CriticalBatchForecast":
-        """What is expected of one job before anything is measured, from its length alone.
+    def of_laws(cls, job_samples: float, model: ModelShape) -> "CriticalBatchForecast":
+        """What is expected of one job before anything is measured, from its length and the size of its model.
 
-        φ at the end of D tokens is the geometric mean of two laws: 22.91·(D/10⁹)^0.47 sequences of 512 tokens (Zhang et
-        al., 2410.21676: critical batches of 85 M to 1.2 B parameters) and 0.58·D^0.571 tokens (Step Law, 2503.04715:
-        best batches). They differ by 3 at 10⁶ tokens and by 14 at 10¹², hence the error. It grows to that as above.
+        φ at the end of D tokens of a model of N weights is the geometric mean of three laws: 22.91·(D/10⁹)^0.47
+        sequences of 512 tokens (Zhang et al., 2410.21676: critical batches of 85 M to 1.2 B parameters), 0.58·D^0.571
+        tokens (Step Law, 2503.04715: best batches), and 0.292·(6·N·D)^0.3271 tokens (DeepSeek LLM, 2401.02954: the
+        same). They differ by 20 at 10⁶ tokens and at 10¹², hence the error. φ grows to that as above.
         """
-        tokens = job_samples * seq_len
+        tokens = job_samples * model.seq_len
         zhang, step_law = 22.91 * 512 * (tokens / 1e9) ** 0.47, 0.58 * tokens**0.571
-        at_first = math.sqrt(zhang * step_law) / seq_len * (OFFSET / (1 + OFFSET)) ** EXPONENT
+        deepseek = 0.292 * (6 * model.parameters * tokens) ** 0.3271
+        at_end = (zhang * step_law * deepseek) ** (1 / 3) / model.seq_len
         forecast = cls.unknown(np.array([float(job_samples)]))
+        at_first = at_end * (OFFSET / (1 + OFFSET)) ** EXPONENT
         forecast.observe(np.array([1.0]), np.array([at_first]), np.array([LAWS_ERROR]))
         return forecast
 
@@ -112,6 +116,11 @@ class CriticalBatchForecast:
         slope = slope + sigmas * np.sqrt(covariance[:, 1, 1][shape] + (BEND * ahead / 2) ** 2)
         slope = np.where(x > 0, np.maximum(slope, 0.0), slope)
         return np.exp(np.clip(level + slope * x, -300.0, 300.0))
+
+    def grown(self, since: Floats, now: Floats) -> Floats:
+        """What φ is expected to have grown by from `since` to `now`, shape (R,). It is no more than the growth of the
+        samples: few points may look steeper than any law of training."""
+        return np.minimum(self.at(now) / self.at(since), now / since)
 
     @property
     def excess(self) -> Floats:

@@ -100,9 +100,6 @@ class Planner:
             config.critical_batch_factor_range if self.policy.weighs_error else 1.0,
             max(1, int(LEARNING_HALF_LIVES * memory)),
         )
-        self._largest = (0, 1)
-        """The largest batch so far, and the sequences at which it came up; of the first batch, those that the noise
-        scale needs to be known."""
 
     @property
     def throughput(self) -> Throughput:
@@ -158,15 +155,13 @@ class Planner:
         factor = self._factor.value / self.config.critical_batch_factor
         forecast = self._forecast.scaled(factor, self._factor.error)
         if starting:
-            forecast = CriticalBatchForecast.of_laws(self._total_samples, self._seq_len)
+            forecast = CriticalBatchForecast.of_laws(self._total_samples, self.predictor.model)
             critical_batch = float(forecast.at(np.array([1.0]))[0])
         estimates = {c: self.predictor.estimate(c, beside=current) for c in (current, *self.candidates)}
         mine = self._score(estimates[current], critical_batch, None)
         others = [self._score(e, critical_batch, mine.goodput) for c, e in estimates.items() if c != current]
         if limit := self.move_costs.refusal("layout"):
             others = [self._limited(score, current, limit) for score in others]
-        if critical_batch is not None and not starting and self.policy.weighs_error:
-            others = self._within_growth(others, current, samples_consumed)
         # The gain of the current one is 0 by definition, not by division.
         mine = mine.model_copy(update={"verdict": "current", "gain": None if mine.goodput is None else 0.0})
         eligible = sorted([mine, *(score for score in others if not score.verdict)], key=_rank)
@@ -233,9 +228,8 @@ class Planner:
         """φ now, in sequences; None while the noise scale is unknown. Tells the forecast, which is of φ with the c
         of the job file, and the posterior of c about it.
 
-        The noise scale is an average, which belongs to its centroid. The forecast takes it up there, and the growth
-        since then is what the forecast expects, but no more than the growth of the samples: few points may look
-        steeper than any law of training.
+        The noise scale is an average, which belongs to its centroid. The forecast takes it up there, and says what it
+        has grown by since then.
         """
         self._factor.noise_scale = None
         measured = self._critical_batch(noise)
@@ -255,8 +249,7 @@ class Planner:
             (1 - repeated) / (1 + repeated),
         )
         self._observed_at = samples_consumed
-        then, now = (float(self._forecast.at(np.array([place]))[0]) for place in (centre, here))
-        grown = min(now / then, here / centre)
+        grown = float(self._forecast.grown(np.array([centre]), np.array([here]))[0])
         self._factor.noise_scale = grown * noise.value, log_error(noise.value, noise.low, noise.high)
         return self._factor.value * grown * noise.value
 
@@ -314,29 +307,6 @@ class Planner:
             verdict="" if estimate.can_run and not self.policy.needs_noise else estimate.refusal,
             peak_bytes=round(estimate.peak.expected_bytes),
         )
-
-    def _within_growth(
-        self, scores: list[CandidateScore], current: Configuration, samples_consumed: int
-    ) -> list[CandidateScore]:
-        """The candidates, those refused whose batch would grow by more than 2 for each doubling of the sequences since
-        the largest batch so far came up. φ is read high early in a run, and c is a guess until the run supports it."""
-        batch = current.global_batch
-        if batch > self._largest[0]:
-            since = (
-                samples_consumed if self._largest[0] else min(samples_consumed, self.config.min_noise_samples * batch)
-            )
-            self._largest = batch, max(since, 1)
-        if self._factor.is_supported:
-            return scores
-        batch, since = self._largest
-        limit = batch * samples_consumed / since
-        refusal = f"grows too fast: {limit:.0f} at most until the run has shown what c is"
-        return [
-            score.model_copy(update={"verdict": refusal})
-            if not score.verdict and score.configuration.global_batch > max(limit, batch)
-            else score
-            for score in scores
-        ]
 
     @staticmethod
     def _limited(score: CandidateScore, current: Configuration, limit: str) -> CandidateScore:
@@ -430,7 +400,6 @@ class Planner:
         return {
             "forecast": self._forecast.state() | {"observed_at": self._observed_at},
             "factor": self._factor.state(),
-            "largest": list(self._largest),
             "evaluations": self.horizon.state(),
             "move_costs": self.move_costs.state(),
             "throughput": self.throughput.state(),
@@ -445,7 +414,6 @@ class Planner:
         self.trials.restore(state.get("trials", {}))
         self._factor.restore(state.get("factor", {}))
         self.horizon.restore(state.get("evaluations", []))
-        self._largest = tuple(state.get("largest", self._largest))
         if before_trial := state.get("before_trial"):
             self.before_trial = Configuration.model_validate(before_trial)
         if forecast := state.get("forecast"):

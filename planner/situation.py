@@ -51,8 +51,6 @@ class Situation:
     lr_decay: Floats | None = None
     """Learning rate that the schedule says now over its peak, for the reference batch, shape (R,); 1 during the
     warm-up. None if there is no schedule."""
-    growth_limit: Floats | None = None
-    """Largest batch that is not taken on trust (`planner.growth`), sequences, shape (R,); None for no limit."""
     start_batch: Floats | None = None
     """Global batch of the job file, sequences, shape (R,); None for the smallest that may be chosen."""
 

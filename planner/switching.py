@@ -20,6 +20,8 @@ PESSIMISM = QUANTILE_50
 SWAY = 0.1
 """Standard errors that the expected gain has to exceed even where a move costs nothing, so that noise does not make the
 batch go to and fro."""
+BISECTIONS = 30
+"""Halvings of the interval that a reservation value is looked for in: to a billionth of it."""
 SMALLEST_SAVING = 1e-6
 """A saving below this share of the time left is none."""
 
@@ -41,10 +43,10 @@ class Goodput:
     Of several the one with the largest expected saving. So a batch, which costs nothing, follows φ at once, a layout
     waits until the rest of the job pays for it, and an estimate that swings within its interval moves nothing dear.
 
-    Where nothing is sure, a candidate that was never run may be worth a trial (`planner.trials`): with X the saving if
-    one stays there, its time log-normal around its expectation, a trial brings E[max(X, 0)] and costs both moves and
-    the steps that are slower meanwhile (value of information, Howard 1966). The one that brings most is tried, within
-    the budget.
+    Where nothing is sure, a candidate whose time is a guess may be worth a trial (`planner.trials`): with X the saving
+    if one stays there, its time log-normal around its expectation, a trial brings E[max(X, 0)] and costs both moves and
+    the steps that are slower meanwhile (value of information, Howard 1966). Of several the one with the highest
+    reservation value goes first, within the budget: that counts what the others may still bring.
     """
 
     name = "goodput"
@@ -81,8 +83,9 @@ class Goodput:
         return Choice(np.where(moves, index, now.current), sure, exploring & moves)
 
     def _worth_of_trials(self, now: Situation, stages: Floats, costs: Floats) -> Floats:
-        """What a trial of each candidate is worth beyond its cost: seconds, shape (R, C); −∞ for what has run, for what
-        the budget does not allow, and for what is so slow that even its own uncertainty could not make good for it.
+        """The reservation value of a trial of each candidate: seconds, shape (R, C), positive where the trial brings
+        more than it costs; −∞ for what has run, for what the budget does not allow, and for what is so slow that even
+        its own uncertainty could not make good for it.
 
         `stages` are those for the expected φ, shape (K, R, C). What is compared with is the best batch of the layout
         that runs, which costs nothing; a candidate is kept for as long as it would beat that if it were one standard
@@ -96,11 +99,11 @@ class Goodput:
         running_step = np.take_along_axis(step, now.current[:, None], axis=1)
         slower = np.maximum(1 - here[0] / (stages[0] * np.exp(error)), 0.0)  # share of its steps that is lost
         lost = 2 * costs + (SETTLING_STEPS + EXPECTED_STEPS) * step * np.exp(error) * slower
-        brought = worth_trying((here * kept).sum(axis=0) - costs, (stages * kept).sum(axis=0), error, 0.0)
+        value = reservation_value((here * kept).sum(axis=0) - costs, (stages * kept).sum(axis=0), error, lost)
         hopeful = np.log(here[0] / stages[0]) + DECILE * error > 0
         affordable = expected_seconds(step, running_step, costs) <= now.trial_allowance[:, None]
         may = now.unseen & (now.throughput_error > 0) & hopeful & affordable
-        return np.where(may, brought - lost, -np.inf)
+        return np.where(may, value, -np.inf)
 
     def reason(self, situation: Situation, choice: Choice) -> str:
         """What the first run does and what for, as a clause."""
@@ -179,13 +182,28 @@ def _largest(worth: Floats, batch: Floats) -> np.ndarray:
     return np.where(worth >= best, batch, np.inf).argmin(axis=1)
 
 
-def worth_trying(seconds: Floats, median: Floats, error: Floats, floor: Floats | float) -> Floats:
-    """E[max(`seconds` − T, `floor`)], where log T is normal around the logarithm of `median` with this standard error.
+def worth_trying(seconds: Floats, median: Floats, error: Floats) -> Floats:
+    """E[max(`seconds` − T, 0)], where log T is normal around the logarithm of `median` with this standard error.
 
-    However little is known, a time is never negative: the most that a trial can show to be saved is `seconds`. The sum
-    is that of a put option (Black and Scholes 1973).
+    However little is known, a time is never negative: the most that a trial can show to be saved is `seconds`. The
+    expectation is that of a put option (Black and Scholes 1973).
     """
-    strike = np.maximum(seconds - floor, 1e-300)
+    strike = np.maximum(seconds, 1e-300)
     spread = np.maximum(error, 1e-9)
     d = np.clip(np.log(strike / median) / spread, -1e6, 1e6)
-    return floor + strike * ndtr(d) - median * np.exp(np.minimum(spread**2 / 2, 300.0)) * ndtr(d - spread)
+    return strike * ndtr(d) - median * np.exp(np.minimum(spread**2 / 2, 300.0)) * ndtr(d - spread)
+
+
+def reservation_value(seconds: Floats, median: Floats, error: Floats, cost: Floats) -> Floats:
+    """The saving z that a trial is worth giving up for: E[max(`seconds` − T − z, 0)] = `cost`, with T as above.
+
+    If one may try several candidates, one after the other, and end in the best, it is optimal to go by descending z
+    for as long as z exceeds what is already had (Weitzman 1979, Pandora's rule). So a trial that may bring much goes
+    before one that surely brings little. −∞ where the trial brings less than it costs.
+    """
+    low, high = np.zeros_like(cost), np.maximum(seconds, 0.0)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        enough = worth_trying(seconds - middle, median, error) >= cost
+        low, high = np.where(enough, middle, low), np.where(enough, high, middle)
+    return np.where(worth_trying(seconds, median, error) > cost, low, -np.inf)

@@ -11,7 +11,8 @@ from test_planner_decision import DP2, TP2, of
 from benchmarks import policies
 from planner.menu import Menu
 from planner.policy import Copus, Static
-from planner.simulator.simulate import Runs, oracle, simulate
+from planner.simulator.meter import NoiseMeter
+from planner.simulator.simulate import Runs, fixed_seconds, oracle, simulate
 from planner.simulator.trajectory import (
     POINTS,
     geometric,
@@ -106,6 +107,14 @@ def test_a_drift_is_followed(monkeypatch: pytest.MonkeyPatch):
     assert corrected < simulate(MENU, SPEED, drifting, Goodput()).seconds.mean()
 
 
+def test_a_fixed_configuration_takes_the_same_time_as_a_run_that_never_leaves_it():
+    """Also on a machine that drifts and has bursts: the best fixed one of hindsight is the best by these times."""
+    runs = runs_of(geometric(2.0, 128.0), drift=0.2, bursts=0.2, throughput_error=0.15)
+    for index in (0, 5, 9):
+        stayed = simulate(MENU, SPEED, replace(runs, start=np.full(4, index)), Static())
+        assert fixed_seconds(MENU, SPEED, runs, index) == pytest.approx(stayed.seconds)
+
+
 def test_drift_and_correlated_errors_are_survived():
     phi = geometric(8.0, 64.0)
     steady = simulate(MENU, SPEED, runs_of(phi), Goodput())
@@ -113,6 +122,44 @@ def test_drift_and_correlated_errors_are_survived():
     assert np.isfinite(drifting.seconds).all()
     assert drifting.seconds == pytest.approx(steady.seconds, rel=0.5)
     assert drifting.seconds.tolist() != steady.seconds.tolist()
+
+
+def test_a_blind_start_costs_the_more_the_further_off_the_guess_is():
+    """100 to 400 steps are so short that 20 of them, before the noise scale is known, count."""
+    short = {"planned_samples": np.full(8, 4000.0), "progress": np.full(8, 2000.0), "every_samples": np.full(8, 20.0)}
+    runs = runs_of(geometric(64.0, 256.0), seeds=8, **short)
+    seconds = {
+        guess: simulate(MENU, SPEED, replace(runs, first_guess=np.full(8, guess)), Goodput()).seconds.mean()
+        for guess in (1e-3, 1.0, 1e3)
+    }
+    plan = oracle(MENU, SPEED, geometric(64.0, 256.0), 2000.0, np.zeros(3))
+    assert plan.seconds < seconds[1.0] < min(seconds[1e-3], seconds[1e3])
+    assert seconds[1.0] < 1.1 * plan.seconds, "one noise scale and 20 steps cost little"
+
+
+def test_a_pinned_start_is_kept_until_the_noise_scale_is_known():
+    first = next(index for index, each in enumerate(TABLE) if each == of(TP2, 1, 2))
+    runs = runs_of(geometric(64.0, 256.0), first_guess=np.ones(4), start=np.full(4, first))
+    for path in simulate(MENU, SPEED, runs, Goodput(), record=True).paths:
+        assert path[0] == (0.0, first)
+        assert path[1][0] * 50_000 >= 20 * 2 / (1 + 2 / 64), "20 steps of two sequences"
+
+
+def test_the_noise_scale_of_a_job_is_late_and_gets_surer():
+    meter = NoiseMeter.unknown(1)
+    rng = np.random.default_rng(0)
+    lags, errors = [], []
+    for first in range(0, 40_000, 100):
+        now = 10.0 + first / 100
+        ends = np.array([float(first)]), np.array([first + 100.0])
+        meter.observe(np.array([now]), *ends, np.array([4.0]), np.array([40_000.0]), rng.normal(size=1))
+        lags.append(float(first + 100 - meter.centroid[0]))
+        errors.append(float(np.sqrt(meter.variance[0])))
+    half_life = 0.02 * 40_000
+    assert lags[-1] == pytest.approx(half_life / np.log(2), rel=0.1)
+    assert errors[0] == pytest.approx(0.8 * np.sqrt(4 / 100))
+    assert errors[-1] == pytest.approx(0.8 * np.sqrt(4 / half_life * np.log(2) / 2), rel=0.1)
+    assert meter.average[0] == pytest.approx(10 + float(meter.centroid[0]) / 100, rel=0.25)
 
 
 def test_trajectories():
@@ -147,9 +194,9 @@ def test_the_benchmark_prints_every_cell(tmp_path: Path, capsys):
         policies.main(["--data", str(tmp_path), "--json", "--seeds", "2", "--only", "copus", "goodput", "static"]) == 0
     )
     result = json.loads(capsys.readouterr().out)
-    # Three policies in a still world, `goodput` again where c is learned, and three on one range that drifts.
-    assert len(result["cells"]) == 27 * 3 + 27 + 3 * 3
-    assert {cell["world"] for cell in result["cells"]} == {"still", "drifting"}
+    # Three policies in a still world, `goodput` again if c is learned, two from a blind start, three on a drift.
+    assert len(result["cells"]) == 27 * 3 + 27 + 27 * 2 + 3 * 3
+    assert {cell["world"] for cell in result["cells"]} == {"still", "blind", "drifting"}
     keys = {"table", "noise_from", "noise_to", "move_cost_steps", "calibration", "policy", "ratio_to_oracle"}
     assert keys | {"gain_over_best_fixed_pct", "low", "high"} <= set(result["cells"][0])
     assert all(cell["ratio_to_oracle"] > 0.999 for cell in result["cells"])

@@ -5,15 +5,21 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 
 from planner.critical_batch import NEAR, SYSTEMATIC
-from planner.forecast import QUANTILE_90, CriticalBatchForecast
+from planner.forecast import LAWS_ERROR, QUANTILE_90, CriticalBatchForecast
 from planner.goodput import Objective, progress_per_sample
 from planner.menu import RUNGS, Floats, Indices, Menu, rung_of
 from planner.plan import Plan, plan_run
+from planner.planner import FEWEST_STEPS_BETWEEN
 from planner.policy import Policy
+from planner.simulator.meter import NoiseMeter
 from planner.situation import Choice, Situation
 from planner.trials import EXPECTED_STEPS, SETTLING_STEPS
 from profiles.online import OnlineCorrection
 
+KNOWN_STEPS = 20
+"""Steps after which a job knows its noise scale (`planner.min_noise_samples`)."""
+EARLY = 0.03
+"""Share of the progress in which an early error of φ falls to 1/e of its logarithm."""
 DRAWS = 1024
 """Errors of noise estimates that a seed makes; a longer run begins anew with the first."""
 TRIAL_ERROR = 0.03
@@ -59,6 +65,13 @@ class Runs:
     factor_range: float = 1.0
     """How far the 90 % interval of c reaches either way at first, as a factor: changes of batch then teach it. 1: what
     is believed of c stays."""
+    first_guess: Floats | None = None
+    """What laws say of φ before the first step over what it is, shape (R,): a start in the dark, as of a job. The noise
+    scale is then an average over the steps so far (`planner.simulator.meter`), unknown for the first `KNOWN_STEPS`, and
+    its errors are those of the steps, not `noise`. None: the job begins with one estimate of φ, without any lag."""
+    early_error: Floats | None = None
+    """What φ is believed to be over what it is at the very beginning, beyond the error of c, shape (R,). It fades over
+    the first `EARLY` of the progress."""
     start: Indices | None = None
     """What runs first, shape (R,), and is left at the cost of a move; None where the policy picks it, for nothing."""
 
@@ -108,6 +121,9 @@ class _State:
     """Its standard error, shape (R,)."""
     changed_at: Floats
     """Samples at the last change of batch, shape (R,)."""
+    meter: NoiseMeter
+    observed_at: Floats
+    """Samples at the last estimate that the forecast took in, shape (R,)."""
     live: list[OnlineCorrection] | None
     """What each run's steps taught; None where throughputs are known."""
 
@@ -144,12 +160,14 @@ def simulate(
     while len(state.row):
         runs = state.runs
         true_phi = _read(runs.critical_batch, state.progress)
-        seen = true_phi * runs.factor_error * np.exp(errors[state.row, number % DRAWS] * runs.noise)
+        draws = errors[state.row, number % DRAWS]
+        if runs.first_guess is None:
+            seen, place, forecast = _estimate(state, true_phi * np.exp(draws * runs.noise))
+        elif number == 0:
+            seen, place, forecast = _guess(state, true_phi)
+        else:
+            seen, place, forecast = _measured(state)
         learned = np.exp(state.shift)
-        place = np.maximum(state.samples, runs.every_samples / 2)
-        state.forecast.observe(
-            place, seen, np.maximum(runs.noise, 0.01), (1 - runs.correlation) / (1 + runs.correlation)
-        )
         situation = Situation(
             menu=menu,
             samples_per_second=state.believed,
@@ -158,10 +176,10 @@ def simulate(
             current=state.current,
             noise_scale=seen / 2,
             critical_batch=seen * learned,
-            forecast=state.forecast.scaled(learned, state.shift_error),
+            forecast=forecast,
             samples_consumed=place,
             samples_left=np.maximum(runs.planned_samples - state.samples, runs.every_samples),
-            samples_to_next=runs.every_samples,
+            samples_to_next=_to_next(menu, state),
             move_seconds=runs.move_seconds,
             trial_allowance=_allowance(state),
             objective=objective,
@@ -173,7 +191,7 @@ def simulate(
             situation = replace(situation, current=state.current)
         situation = replace(situation, plug_in=seen / 2 / (1 + seen / 2 / situation.running_batch))
         choice = policy.choose(situation)
-        index = choice.index
+        index = choice.index if number or runs.first_guess is None or runs.start is None else state.current
         if choice.exploring is not None and choice.exploring.any() and situation.started:
             index = _try(menu, state, choice, situation, _speed(state, walk, number), objective)
         if record:
@@ -184,7 +202,7 @@ def simulate(
             _pay(menu, state, index)
             _learn_factor(menu, state, index, true_phi)
         state.current = index
-        finished = _advance(menu, state, _speed(state, walk, number), objective)
+        finished = _advance(menu, state, _speed(state, walk, number), objective, number, draws)
         number += 1
         if finished.any():
             rows = state.row[finished]
@@ -192,6 +210,68 @@ def simulate(
             done_moves[rows] = state.moves[finished]
             state = state.keep(~finished)
     return Outcome(done_seconds, done_samples, done_moves, paths if record else ())
+
+
+def fixed_seconds(
+    menu: Menu, samples_per_second: Floats, runs: Runs, index: int, objective: Objective = "plain"
+) -> Floats:
+    """What one configuration takes from start to target in every run, by the true times and nobody's decision; shape
+    (R,)."""
+    walk = _walks(runs, menu)
+    state = _begin(menu, np.asarray(samples_per_second, float), replace(runs, first_guess=None))
+    state.live = None  # nobody learns anything
+    state.current = np.full(len(runs.seed), index)
+    seconds = np.zeros(len(runs.seed))
+    number = 0
+    while len(state.row):
+        nothing = np.zeros(len(state.row))
+        finished = _advance(menu, state, _speed(state, walk, number), objective, number, nothing)
+        seconds[state.row[finished]] = state.seconds[finished]
+        state, number = state.keep(~finished), number + 1
+    return seconds
+
+
+def _estimate(state: _State, seen: Floats) -> tuple[Floats, Floats, CriticalBatchForecast]:
+    """An estimate of φ now, without any lag; where the run is; and the forecast."""
+    runs = state.runs
+    seen = seen * runs.factor_error
+    place = np.maximum(state.samples, runs.every_samples / 2)
+    state.forecast.observe(place, seen, np.maximum(runs.noise, 0.01), (1 - runs.correlation) / (1 + runs.correlation))
+    return seen, place, _with_factor(state)
+
+
+def _with_factor(state: _State) -> CriticalBatchForecast:
+    """The forecast with what the run has learned of c."""
+    return state.forecast.scaled(np.exp(state.shift), state.shift_error)
+
+
+def _guess(state: _State, true_phi: Floats) -> tuple[Floats, Floats, CriticalBatchForecast]:
+    """What laws say before the first step."""
+    assert state.runs.first_guess is not None
+    place = np.ones_like(true_phi)
+    guess = true_phi * state.runs.first_guess
+    prior = CriticalBatchForecast.unknown(state.runs.planned_samples)
+    prior.observe(place, guess, np.full_like(place, LAWS_ERROR))
+    return guess, place, prior
+
+
+def _measured(state: _State) -> tuple[Floats, Floats, CriticalBatchForecast]:
+    """φ now by the averages, as `Planner` works it out: filed at their centroid, and grown since as forecast."""
+    meter, here = state.meter, state.samples
+    error = np.sqrt(meter.variance)
+    memory = np.maximum(here - meter.centroid, 1e-9)
+    repeated = np.where(state.observed_at > 0, np.exp(-np.maximum(here - state.observed_at, 1) / memory), 0.0)
+    state.forecast.observe(meter.centroid, meter.average, error, (1 - repeated) / (1 + repeated))
+    state.observed_at = here.copy()
+    return meter.average * state.forecast.grown(meter.centroid, here), here, _with_factor(state)
+
+
+def _to_next(menu: Menu, state: _State) -> Floats:
+    """Sequences to the next decision: of a job as `planner.planner.decision_interval` says, but for its doublings."""
+    runs = state.runs
+    if runs.first_guess is None:
+        return runs.every_samples
+    return np.maximum(runs.every_samples, FEWEST_STEPS_BETWEEN * menu.global_batch[state.current])
 
 
 def oracle(
@@ -233,6 +313,8 @@ def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
         shift=np.zeros(count),
         shift_error=np.full(count, np.log(runs.factor_range) / QUANTILE_90),
         changed_at=np.zeros(count),
+        meter=NoiseMeter.unknown(count),
+        observed_at=np.zeros(count),
         live=[OnlineCorrection() for _ in range(count)] if runs.throughput_error or runs.drift or runs.bursts else None,
     )
 
@@ -359,10 +441,13 @@ def _learn_factor(menu: Menu, state: _State, index: Indices, true_phi: Floats) -
     state.changed_at = np.where(changed, state.samples, state.changed_at)
 
 
-def _advance(menu: Menu, state: _State, machine: Floats | None, objective: Objective) -> np.ndarray:
+def _advance(
+    menu: Menu, state: _State, machine: Floats | None, objective: Objective, number: int, draws: Floats
+) -> np.ndarray:
     """Train to the next decision, or to the target; which runs reached it."""
     runs, rows = state.runs, np.arange(len(state.current))
     batch = menu.global_batch[state.current]
+    length = KNOWN_STEPS * batch if number == 0 and runs.first_guess is not None else _to_next(menu, state)
     rate = state.actual[rows, state.current]
     if machine is not None:
         rate = rate * np.exp(machine[rows, menu.layout[state.current]])
@@ -371,9 +456,13 @@ def _advance(menu: Menu, state: _State, machine: Floats | None, objective: Objec
     for _ in range(3):  # the midpoint rule, solved by iteration: φ hardly changes within a step
         phi = _read(runs.critical_batch, state.progress + np.minimum(step, left) / 2)
         worth = progress_per_sample(batch, phi, objective)
-        step = runs.every_samples * worth / runs.progress
+        step = length * worth / runs.progress
     finished = step >= left
-    samples = np.where(finished, left * runs.progress / worth, runs.every_samples)
+    samples = np.where(finished, left * runs.progress / worth, length)
+    if runs.first_guess is not None:
+        early = 1.0 if runs.early_error is None else runs.early_error ** np.exp(-(state.progress + step / 2) / EARLY)
+        ends = state.samples, state.samples + length
+        state.meter.observe(phi * runs.factor_error * early, *ends, batch, runs.planned_samples, draws)
     state.progress = state.progress + np.minimum(step, left)
     state.samples = state.samples + samples
     state.seconds = state.seconds + samples / rate
