@@ -62,6 +62,8 @@ class Start(Event):
     """Checkpoint that the run goes on from."""
     data: str | None = None
     """Digest of the prepared data: the text on both sides and the tokenizer. None in the log of an older version."""
+    backend: str | None = None
+    """Name of the backend that trains, as in the job file. None in the log of an older version."""
     hardware: str
     """As in the throughput table."""
     software: str

@@ -1,8 +1,7 @@
-"""Another number of ranks: the same job on the accelerators that there are."""
+"""Another number of ranks, or another backend: the same job in a configuration that fits there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -25,25 +24,33 @@ def found_cluster(planned: Cluster, ranks: int, ranks_per_node: int) -> Cluster:
     return planned.model_copy(update={"nodes": ranks // per_node, "accelerators_per_node": per_node})
 
 
-def resized(job: JobConfig, cluster: Cluster) -> JobConfig:
-    """The job for another cluster. Its starting configuration is replaced by one that fits (`fitting`); everything that
-    the training depends on stays: the batch that the learning rate is for, the length, the seed."""
-    if cluster == job.cluster:
+def resized(job: JobConfig, cluster: Cluster, backend: str | None = None) -> JobConfig:
+    """The job on another cluster or another backend (None: its own). Its starting configuration is replaced by one that
+    fits there (`fitting`), unless it fits itself. What the training depends on stays: the batch that the learning rate
+    is for, the length, the seed."""
+    training = job.training.model_copy(update={"backend": backend or job.training.backend})
+    there = job.model_copy(update={"training": training})
+    if cluster == job.cluster and there == job:
         return job
-    start = fitting(job.training.configuration, job, cluster)
-    values = job.model_dump(mode="json")
+    start = job.training.configuration
+    if not fits(start.layout, there, cluster):
+        start = fitting(start, there, cluster)
+    values = there.model_dump(mode="json")
     values["cluster"] = cluster.model_dump(mode="json")
     values["training"] |= start.model_dump(mode="json") | {"reference_batch": job.reference_batch}
-    allowed = [layout for layout in job.planner.layouts or [] if fits(layout, job, cluster)]
+    allowed = [layout for layout in job.planner.layouts or [] if fits(layout, there, cluster)]
     values["planner"]["layouts"] = [layout.model_dump(mode="json") for layout in allowed] or None
-    return parse_job(values, "the job on other ranks")
+    where = "the job on other ranks" if training == job.training else f"the job on the {backend} backend"
+    return parse_job(values, where)
 
 
 def fits(layout: Layout, job: JobConfig, cluster: Cluster) -> bool:
     """Whether the job's model and backend can run the layout on the cluster."""
+    backend = find_backend(job.training.backend)
     try:
         layout.check(job.model, cluster)
-        find_backend(job.training.backend).check_layout(layout)
+        backend.check_layout(layout)
+        backend.check_training(job.training.model_copy(update={"layout": layout}))
     except ValueError:
         return False
     return True
@@ -52,28 +59,41 @@ def fits(layout: Layout, job: JobConfig, cluster: Cluster) -> bool:
 def fitting(
     current: Configuration, job: JobConfig, cluster: Cluster, predict: Predict = lambda configuration: None
 ) -> Configuration:
-    """What to run on a cluster that `current` does not fit.
+    """What to run on a cluster, or a backend, that `current` does not fit.
 
-    The global batch stays, or becomes the next smaller one that the layout divides. Among those that keep it, the
-    layout and micro-batch with the highest predicted throughput; where nothing is known of any, the split over tensor
-    and pipeline ranks that runs now, else the next larger one, since a rank then holds no more of the model than it
-    does already, and the micro-batch that runs now. There is always one that fits: data parallelism alone.
+    The global batch stays, or becomes the next smaller one that the layout divides. Among the layouts that keep it, the
+    layout and micro-batch with the highest predicted throughput. If no throughput is known, the share of the weights
+    that a rank holds does not grow, since more may not fit into memory. Then ZeRO stage, split over tensor and pipeline
+    ranks, and micro-batch stay as far as they can. Data parallelism alone always fits a cluster; if the
+    backend refuses even that, `current` is returned, for the check of the job to say why.
     """
-    possible = [layout for layout in job.planner.layouts or [] if fits(layout, job, cluster)]
-    template = current.layout.model_copy(update={"tp": 2, "pp": 1, "vp": 1, "dp": 1})  # sequence parallel needs tp > 1
-    possible = possible or [each for each in layouts(job.model, cluster, template) if fits(each, job, cluster)]
-    found = [
+    possible = [layout for layout in job.planner.layouts or [] if fits(layout, job, cluster)] or [
+        layout for layout in _layouts_like(current.layout, job, cluster) if fits(layout, job, cluster)
+    ]
+    if not possible:
+        return current
+    configurations = [
         _with_batch(layout, micro_batch, current)
         for layout in possible
         for micro_batch in {current.micro_batch, *_powers_of_two(job.planner.max_micro_batch)}
     ]
-    unchanged = [each for each in found if each.global_batch == current.global_batch] or found
-    known = [(each, predict(each)) for each in unchanged]
-    fast = [(each, seen.step_seconds / each.global_batch) for each, seen in known if seen and seen.step_seconds]
+    unchanged = [other for other in configurations if other.global_batch == current.global_batch] or configurations
+    predicted = [(other, predict(other)) for other in unchanged]
+    fast = [(other, seen.step_seconds / other.global_batch) for other, seen in predicted if seen and seen.step_seconds]
     if fast:
         return min(fast, key=lambda item: item[1])[0]
-    untried = [each for each, seen in known if not (seen and seen.failure)] or unchanged
-    return min(untried, key=lambda each: _distance(current, each))
+    untried = [other for other, seen in predicted if not (seen and seen.failure)] or unchanged
+    return min(untried, key=lambda other: _distance(current, other))
+
+
+def _layouts_like(layout: Layout, job: JobConfig, cluster: Cluster) -> Iterator[Layout]:
+    """Splits of the cluster with every ZeRO stage of the backend, and with the sequence parallelism of a layout or
+    without."""
+    for sequence_parallel in {layout.sequence_parallel, False}:
+        for zero in range(find_backend(job.training.backend).largest_zero + 1):
+            changes = {"tp": 2, "pp": 1, "vp": 1, "dp": 1, "zero": zero, "sequence_parallel": sequence_parallel}
+            template = layout.model_copy(update=changes)  # sequence parallelism needs tp > 1
+            yield from layouts(job.model, cluster, template)
 
 
 def _with_batch(layout: Layout, micro_batch: int, current: Configuration) -> Configuration:
@@ -85,16 +105,23 @@ def _with_batch(layout: Layout, micro_batch: int, current: Configuration) -> Con
 def _distance(current: Configuration, other: Configuration) -> tuple[int, ...]:
     """How far from what runs, the most important difference first."""
     was, now = current.layout, other.layout
-    split_was, split_now = was.tp * was.pp, now.tp * now.pp
+    split_was, split_now = _weights_split(was), _weights_split(now)
     return (
         abs(other.global_batch - current.global_batch),
-        int((was.tp, was.pp) != (now.tp, now.pp)),
+        int((was.tp, was.pp, was.zero) != (now.tp, now.pp, now.zero)),
         int(split_now < split_was),
+        abs(now.zero - was.zero),
         abs(split_now - split_was),
         abs(now.tp - was.tp),
+        int(now.sequence_parallel != was.sequence_parallel),
         int(other.micro_batch > current.micro_batch),
         abs(other.micro_batch - current.micro_batch),
     )
+
+
+def _weights_split(layout: Layout) -> int:
+    """Among how many ranks one copy of the weights is divided."""
+    return layout.tp * layout.pp * (layout.dp if layout.zero == 3 else 1)
 
 
 def _powers_of_two(largest: int) -> list[int]:
@@ -102,20 +129,29 @@ def _powers_of_two(largest: int) -> list[int]:
 
 
 def load_resized(job_file: Path, overrides: list[str], engine: str | None = None) -> JobConfig:
-    """`load_job`, where `--set cluster.…` may change the number of accelerators without naming a layout: one that fits
-    is chosen. Raises JobError."""
-    of_cluster = [override for override in overrides if override.startswith("cluster.")]
-    others = [override for override in overrides if override not in of_cluster]
-    if not of_cluster or any(override.startswith("training.layout") for override in others):
+    """`load_job`, where `--set cluster.…` and `--set training.backend=…` may change the number of accelerators and the
+    backend without naming a layout: one that fits is chosen. Raises JobError."""
+    freed = [override for override in overrides if override.startswith(("cluster.", "training.backend="))]
+    others = [override for override in overrides if override not in freed]
+    if not freed or any(override.startswith("training.layout") for override in others):
         return load_job(job_file, overrides, engine)
-    job = load_job(job_file, others, engine)
-    values: dict[str, Any] = {"cluster": job.cluster.model_dump(mode="json")}
-    for override in of_cluster:
+    # The layouts that are named are for the new place, where the old ones need not fit.
+    layouts_named = [override for override in others if override.startswith("planner.layouts")]
+    job = load_job(job_file, [override for override in others if override not in layouts_named], engine)
+    values = job.model_dump(mode="json")
+    for override in freed:
         apply_override(values, override)
+    backend = values["training"]["backend"]
     try:
         cluster = Cluster.model_validate(values["cluster"])
+        find_backend(backend)
     except ValidationError as error:
         raise JobError(first_message(error, "cluster")) from None
-    if cluster.accelerators == job.cluster.accelerators:
+    except ValueError as error:
+        raise JobError(f"training.backend: {error}") from None
+    if cluster.accelerators == job.cluster.accelerators and backend == job.training.backend:
         return load_job(job_file, overrides, engine)
-    return resized(job, cluster)
+    values = resized(job, cluster, backend).model_dump(mode="json")
+    for override in layouts_named:
+        apply_override(values, override)
+    return parse_job(values, str(job_file))

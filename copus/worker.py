@@ -166,6 +166,7 @@ def start_of(
         peak_samples_per_second=peak_samples_per_second(job.model, job.cluster, job.training.precision),
         resumed_from=resumed_from,
         data=state.data or None,
+        backend=job.training.backend,
         hardware=fingerprint.hardware,
         software=fingerprint.software,
     )

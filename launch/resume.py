@@ -16,11 +16,11 @@ from launch.data import INPUTS
 from launch.run_directory import shown, typed
 
 FIXED = (
-    *("model", "training.backend", "training.precision", "training.seed", "training.optimizer.kind"),
+    *("model", "training.seed", "training.optimizer.kind"),
     "planner.noise_metric",
 )
 """Sections and fields that the weights, the order of samples or the noise estimate of a run depend on. The text is
-compared by its digest."""
+compared by its digest. Backend and precision are none of them: the state is the same on every backend."""
 KEPT = ("name", "launch.runs")
 """Fields of the run's place: it keeps its own. Another job file may say otherwise, `--set` may not."""
 STARTING = ("training.layout", "training.micro_batch", "training.global_batch")
@@ -66,7 +66,9 @@ def request_of(
         flaws = {name: quick_damage(run / FOLDER / name) for name in names}
         if all(flaws.values()):
             raise nothing_to_resume(run, [f"{FOLDER}/{name}: {flaw}" for name, flaw in flaws.items()])
-    moved = job.cluster == before.cluster and job.training.configuration != before.training.configuration
+    # A configuration that was chosen for another cluster or backend is none that the user asked for.
+    is_chosen = job.cluster != before.cluster or _is_named(overrides, "training.backend")
+    moved = not is_chosen and job.training.configuration != before.training.configuration
     named = any(_is_named(overrides, field) for field in STARTING)
     return ResumeRequest(
         configuration=job.training.configuration if moved or named else None,

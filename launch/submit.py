@@ -109,6 +109,8 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
     finished = status.end is not None and status.end.reason == "finished"
     if finished and status.start is not None and job.total_samples <= status.start.total_samples:
         return _conclude(Outcome(0, "finished", status, 0.0), run, job, console, manner, already=True)
+    if job.training.backend != before.training.backend:
+        console.print(f"goes on with the {job.training.backend} backend, not {before.training.backend}", markup=False)
     request = request_of(run, portable(before), job, overrides, may_begin_again=manner.may_begin_again)
     engine = engine_of(job)
     check(job)

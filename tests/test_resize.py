@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from copus.backends import registry
 from copus.job import JobConfig, JobError, dump_job, parse_job
 from copus.resize import fits, fitting, found_cluster, load_resized, resized
 from profiles.cluster import Cluster
@@ -113,3 +114,37 @@ def test_set_cluster_chooses_a_layout_and_a_layout_that_is_named_is_taken(tmp_pa
         load_resized(path, ["cluster.accelerators_per_node=many"])
     with pytest.raises(JobError, match=r"training\.layout"):
         load_resized(path, ["cluster.accelerators_per_node=2", "training.layout={tp: 4}"])
+
+
+def test_another_backend_runs_the_layout_or_one_whose_ranks_hold_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The toy has tensor parallelism and ZeRO 1, and no pipelines."""
+    monkeypatch.setitem(registry.BUILT_IN, "toy", "tests.toy_backend:ToyDescription")
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        dump_job(job(4, {"tp": 2, "pp": 2, "zero": 1}, planner={"layouts": [{"tp": 2, "pp": 2}, {"dp": 4}]}))
+    )
+    there = load_resized(path, ["training.backend=toy", "planner.max_micro_batch=4"])
+    assert there.training.backend == "toy"
+    assert there.training.layout == Layout(dp=4), "the job file's layouts are all that may be chosen"
+    assert there.planner.layouts == [Layout(dp=4)]
+    assert (there.training.global_batch, there.reference_batch, there.planner.max_micro_batch) == (8, 8, 4)
+    path.write_text(dump_job(job(4, {"tp": 2, "pp": 2, "zero": 1})))
+    assert load_resized(path, ["training.backend=toy"]).training.layout == Layout(tp=4, zero=1)
+    named = load_resized(path, ["training.backend=toy", "planner.layouts=[{tp: 2, dp: 2}]"])
+    assert named.planner.layouts == [Layout(tp=2, dp=2)]
+    path.write_text(dump_job(job(4, {"tp": 2, "dp": 2})))
+    assert load_resized(path, ["training.backend=toy"]).training.layout == Layout(tp=2, dp=2)
+
+
+def test_a_backend_that_cannot_run_the_job_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.BUILT_IN, "toy", "tests.toy_backend:ToyDescription")
+    path = tmp_path / "job.yaml"
+    path.write_text(dump_job(job(4)))
+    with pytest.raises(JobError, match=r"training.backend: no backend 'other' is installed"):
+        load_resized(path, ["training.backend=other"])
+    with pytest.raises(JobError, match=r"training.layout: .*pp\(2\)|training: pp\(2\) is not supported by the toy"):
+        load_resized(path, ["training.backend=toy", "training.layout={pp: 2, dp: 2}"])

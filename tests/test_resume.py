@@ -34,7 +34,8 @@ FOLLOWED = {
     *("cluster.nodes", "cluster.accelerators_per_node", "cluster.accelerator"),
     *("training.tokens", "training.max_minutes", "training.target_loss", "training.lr", "training.min_lr"),
     *("training.warmup_tokens", "training.decay", "training.reference_batch", "training.clip_grad"),
-    *("training.optimizer", "training.overlap_grad_reduce", "training.dropout", "training.evaluate_every_tokens"),
+    *("training.backend", "training.precision", "training.optimizer", "training.overlap_grad_reduce"),
+    *("training.dropout", "training.evaluate_every_tokens"),
     *("training.evaluate_sequences", "training.checkpoint_every_tokens", "training.async_checkpoints"),
     *("training.staging_bytes", "training.keep_checkpoints", "training.max_skipped_steps"),
     *("launch.engine", "launch.options", "launch.threads_per_rank", "launch.max_restarts", "launch.timeout_seconds"),
@@ -73,7 +74,6 @@ LONGER = ["--set", "training.tokens=25600"]
     [
         ("model.layers=6", "model.layers is 4 in this run and cannot become 6"),
         ("training.seed=7", "training.seed is 1234 in this run and cannot become 7"),
-        ("training.precision=bf16", "training.precision is fp32 in this run and cannot become bf16"),
         ("planner.noise_metric=adam", "planner.noise_metric is plain in this run and cannot become adam"),
         ("name=other", "name is small in this run: a resumed run stays in place"),
         ("launch.runs=elsewhere", "in this run: a resumed run stays in place"),
@@ -112,6 +112,12 @@ def test_a_configuration_that_is_named_is_what_the_workers_are_asked_for(
     again = copus("submit", "--resume", "small", "--set", "training.tokens=38400", worker=["--steps", "4"])
     assert again.returncode == 0
     assert read_resume_request(trained) == ResumeRequest(), "an earlier request is over"
+
+
+def test_the_precision_may_change(trained: Path, copus: Copus) -> None:
+    setting = ["--set", "training.precision=bf16"]
+    assert copus("submit", "--resume", "small", *LONGER, *setting, worker=["--steps", "3"]).returncode == 0
+    assert load_job(trained / "job.yaml").training.precision == "bf16"
 
 
 def test_other_ranks_ask_for_no_configuration(trained: Path, copus: Copus) -> None:

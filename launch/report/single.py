@@ -277,6 +277,7 @@ def environment(history: History) -> list[tuple[str, str]]:
     start = history.status.start
     rows = [("run directory", str(history.run))]
     if start:
+        rows.append(("backend", start.backend or "not recorded"))
         rows += [("hardware", start.hardware), ("software", start.software)]
         rows.append(("ranks", str(start.configuration.layout.accelerators)))
         rows.append(("sequence", f"{start.seq_len} tokens"))
