@@ -21,6 +21,7 @@ from copus.devices import join_world, rank_device, wait_for
 from copus.hardware import hardware_name, software_name
 from copus.reshard.boxes import Box
 from copus.reshard.execute import LiveState
+from copus.reshard.table import ShardTable
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 
@@ -64,10 +65,11 @@ def _move(backend: MegatronBackend, task: dict[str, Any], folder: Path) -> dict[
         tokens = torch.randint(vocab, (count, seq_len + 1), generator=torch.Generator().manual_seed(first))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    backend.build(_configuration(tour[0].model_copy(update={"zero": 0})))  # DP: every rank has everything
+    everything = tour[0].model_copy(update={"zero": 0})  # DP: every rank has everything
+    backend.build(_configuration(everything))
     for step in range(_STEPS):
         backend.train_step(batches, StepRequest(8 * step, _RULES))
-    truth = _whole_tensors(backend.live_state())
+    truth = _whole_tensors(backend.shard_table(everything), backend.live_state())
     backend.move(_configuration(tour[0]))
     moves, saves = [], {}
     for index, layout in enumerate(tour):
@@ -94,10 +96,18 @@ def _move(backend: MegatronBackend, task: dict[str, Any], folder: Path) -> dict[
     return {"moves": moves, "saves": saves, "device": device, "software": software}
 
 
-def _whole_tensors(state: LiveState) -> dict[str, torch.Tensor]:
-    """Copies of all tensors; this rank must have them whole."""
-    assert not any(any(start) for _, start in state), "every tensor in one piece"
-    return {name: tensor().clone() for (name, _), tensor in state.items()}
+def _whole_tensors(table: ShardTable, state: LiveState) -> dict[str, torch.Tensor]:
+    """Copies of all tensors, put together from the shards of this rank, which must have all of them."""
+    shapes = {field.name: field.shape for field in table.fields}
+    whole: dict[str, torch.Tensor] = {}
+    filled = dict.fromkeys(shapes, 0)
+    for (name, start), tensor in state.items():
+        part = tensor()
+        together = whole.setdefault(name, part.new_empty(shapes[name]))
+        together[Box(start, tuple(part.shape)).slices_in(Box.whole(shapes[name]))] = part
+        filled[name] += part.numel()
+    assert all(filled[name] == tensor.numel() for name, tensor in whole.items()), "this rank has everything"
+    return whole
 
 
 def _difference(backend: MegatronBackend, truth: dict[str, torch.Tensor]) -> float:
