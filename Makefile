@@ -22,7 +22,7 @@ IMPORTED := copus.backends.megatron.backend, copus.worker, copus.data.__main__, 
 	torch._dynamo, torch.distributed.run
 INSTALLED := $(VENV)/.installed
 GPU_SITE := build/gpu-site
-NEXT_TESTS := groups layouts moves noise_sources step
+NEXT_TESTS := groups layouts moves noise_sources step shard_table sharded_checkpoint async_checkpoints
 RANK_TESTS := reshard_execute oom_recovery moves move_back noise_sources
 GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-inspection typing-extensions \
 	tyro docstring-parser typeguard
@@ -50,7 +50,7 @@ demo: install  ## train the main job on Shakespeare: 2 ranks, about 10 minutes
 test: install  ## the default test suite
 	$(BIN)/python -m pytest --durations=15 --durations-min=8
 
-test-next:  ## layouts, moves and noise on Python 3.12 with the newest megatron-core, in .venv312 (5 GB)
+test-next:  ## layouts, moves, checkpoints and noise on Python 3.12 with the newest megatron-core, in .venv312 (5 GB)
 	$(MAKE) --no-print-directory install PYTHON=$(NEXT_PYTHON) VENV=$(NEXT_VENV)
 	$(NEXT_VENV)/bin/python -m pytest $(NEXT_TESTS:%=tests/test_%.py)
 

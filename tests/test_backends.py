@@ -13,7 +13,12 @@ from copus.checkpoints import newest_checkpoint, read_state
 from copus.events import Checkpoint, Event, Reconfigure, Step
 from copus.job import JobConfig, JobError, parse_job
 from copus.loop import Trainer
+from copus.predictor import predictor_of
+from copus.resize import resized
 from copus.trainer_state import TrainerState
+from launch.check import check_start
+from planner.config import PlannerConfig
+from profiles.cluster import Cluster
 from tests.eager_planner import EagerPlanner, decide_often
 from tests.megatron_jobs import configuration, random_batches
 from tests.ranks import own_device, run_ranks
@@ -89,6 +94,16 @@ def test_a_backend_says_what_it_can_run() -> None:
     with pytest.raises(JobError, match=r"zero\(2\) is not supported by this backend: at most 1"):
         _toy_job({"dp": 2, "zero": 2})
     assert find_backend("megatron").software.startswith("megatron-core ")
+
+
+def test_the_planner_and_a_resize_choose_among_what_the_backend_runs() -> None:
+    job = _toy_job({"dp": 2, "zero": 1})
+    layouts = {candidate.layout for candidate in predictor_of(job, []).candidates}
+    assert {(layout.tp, layout.pp, layout.dp) for layout in layouts} == {(1, 1, 2), (2, 1, 1)}
+    four = resized(job, Cluster(accelerators_per_node=4)).training.layout
+    assert (four.pp, four.zero) == (1, 1)
+    with pytest.raises(JobError, match=r"noise_source\(replica\) is not among this backend's sources, none"):
+        check_start(job.model_copy(update={"planner": PlannerConfig(policy="copus", noise_source="replica")}))
 
 
 @pytest.mark.parametrize(
