@@ -1,9 +1,9 @@
 """Weights and optimizer state on disk, in the format of `torch.distributed.checkpoint`: every rank writes the parts
 that it owns, and any layout reads them.
 
-Who owns what follows from the shard table of the layout, as a move does. To load is a move too: the owners of the new
-layout read their parts from the files and send them to their replicas, so every byte is read once. Neither takes more
-memory than the staging buffer, beyond a copy that is asked for.
+Ownership follows from the shard table of the layout, as a move does. Loading is a move too: the owners of the new
+layout read their parts from the files and send them to their replicas, so every byte is read once. Except for a copy
+that the caller asks for, neither takes more memory than the staging buffer.
 
 Nothing in the files is executed: the index is unpickled by `load_metadata`, and tensors are read as plain bytes.
 """
@@ -36,7 +36,7 @@ from copus.reshard.table import MASTER, Field, ShardTable
 from copus.safe_loading import dump_metadata, load_metadata
 
 INDEX = ".metadata"
-"""The file that says what is where, under torch's name for it."""
+"""The index of the data files, under torch's name for it."""
 
 
 class Chunk(NamedTuple):
@@ -44,36 +44,36 @@ class Chunk(NamedTuple):
 
     box: Box
     stored: Box
-    """The tensor in the file, in the coordinates of the field. It is larger than the box if what is one tensor in the
-    file is several today; then it may begin before the field does."""
+    """The tensor in the file, in the coordinates of the field. It is larger than the box if one tensor of the file has
+    become several fields; then it may begin before the field does."""
     file: str
     """Relative to the checkpoint's folder."""
     offset: int
     """Bytes from the beginning of the file."""
     length: int
-    """Bytes, with what torch writes around the tensor."""
+    """Bytes, including torch's own header and trailer of the tensor."""
 
 
 SavedState = dict[Field, list[Chunk]]
-"""Everything in a checkpoint."""
+"""All fields of a checkpoint and their chunks."""
 Sources = dict[str, tuple[Field, list[Chunk]]]
-"""For each field of a job, by name, what it is read from."""
+"""The source of every field of a job, by the field's name."""
 
 
 class Save:
     """A checkpoint on its way to disk: planned here, then written, then finished."""
 
     def __init__(self, folder: Path, owned: ShardTable, state: LiveState, staging_bytes: int, copy: bool) -> None:
-        """`owned`: every part of the state once, on the rank that writes it. Collective. `folder` must exist and be
-        empty.
+        """`owned` has every part of the state once, on the rank that writes it. `folder` must exist and be empty.
+        Collective.
 
-        With `copy` the state of now is written, copied into the memory of the host, and training may go on. Raises
-        RankError, on every rank, if any rank could not do its part.
+        With `copy` the state is copied into the host's memory, so that training may go on before it is written. Raises
+        RankError on every rank if any rank failed.
         """
         self._folder, self._owned = folder, owned
         rank = dist.get_rank()
         parts = owned.of_rank(rank)
-        self._limit = max(1, staging_bytes // 8)  # torch.save, and what frees memory late, take some four times as much
+        self._limit = max(1, staging_bytes // 8)  # torch.save and late frees take some four times as much
         self._tensors: list[tuple[Field, Box, torch.Tensor]] = run_on_all_ranks(
             lambda: [(field, box, state[place]()) for place, (field, box) in parts.items()]
         )
@@ -82,12 +82,12 @@ class Save:
         """The files that `write` writes on this rank, relative to the folder."""
         own_bytes = sum(tensor.nbytes for _, _, tensor in self._tensors)
         self.is_copy = copy and all(all_gather(own_bytes < room_for_a_copy()))
-        """Whether training may go on before `write`. False, on every rank, if the memory of any has no room."""
+        """Whether training may go on before `write`. False on every rank if any rank has no room for the copy."""
         if self.is_copy:
             run_on_all_ranks(self._copy)
 
     def _copy(self) -> None:
-        """Replace the live tensors by copies in the host's memory: from a GPU through pinned memory."""
+        """Replace the live tensors by copies in the host's memory, pinned if they come from a GPU."""
         on_gpu = any(tensor.is_cuda for _, _, tensor in self._tensors)
         for index, (field, box, tensor) in enumerate(self._tensors):
             copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -100,19 +100,17 @@ class Save:
         for name in self.files:
             with open(self._folder / name, "wb") as file:
                 while self._tensors:
-                    field, box, tensor = self._tensors.pop(0)  # a copy is let go of when it is written
+                    field, box, tensor = self._tensors.pop(0)  # frees a copy as soon as it is written
                     for part in _cut(box, tensor.nbytes, self._limit):
-                        # torch.save would write all the memory that a view is a part of
+                        # torch.save would write the whole storage of a view
                         piece = tensor[part.slices_in(box)].detach().clone(memory_format=torch.contiguous_format).cpu()
                         offset = file.tell()
                         torch.save(piece, file)
                         self._records[field].append(Chunk(part, part, name, offset, file.tell() - offset))
 
     def finish(self) -> None:
-        """Write the index, when every rank has written its parts. Collective.
-
-        Raises RankError, on every rank, if rank 0 could not.
-        """
+        """Write the index, after every rank has written its parts. Collective. Raises RankError on every rank if rank 0
+        failed."""
         records = gather_on_rank0(dict(self._records))
         run_on_all_ranks(lambda: None if records is None else _write_index(self._folder, records), OSError)
 
@@ -140,8 +138,8 @@ def _write_index(folder: Path, records: list[SavedState]) -> None:
 
 
 def read_index(folder: Path) -> SavedState:
-    """Which part of which field is where. Raises UnsafeCheckpointError if the index asks for anything that could run
-    code, and leaves out whatever is no tensor."""
+    """The fields of a checkpoint and where their chunks are; entries that are not tensors are left out. Raises
+    UnsafeCheckpointError if the index asks for anything that could run code."""
     with open(folder / INDEX, "rb") as file:
         index = load_metadata(file)
     saved: SavedState = {}
@@ -160,8 +158,8 @@ def read_index(folder: Path) -> SavedState:
 def find_sources(saved: SavedState, table: ShardTable) -> Sources:
     """Find every field of a table in a checkpoint.
 
-    The precision may be another one, since the fp32 numbers are what training goes on from: a weight's master if it has
-    one, else the weight itself. A bf16 weight is the fp32 one rounded.
+    The precision may differ, because training continues from the fp32 numbers: a weight's master if it has one, else
+    the weight itself. A bf16 weight is the fp32 one, rounded.
 
     Raises ValueError if the checkpoint lacks a field, has it with another shape, or has a weight that the table lacks.
     """
@@ -185,7 +183,7 @@ def find_sources(saved: SavedState, table: ShardTable) -> Sources:
     weights = {name.partition("/")[0] for name in sources}
     surplus = next((field.name for field in saved if field.name.partition("/")[0] not in weights), None)
     if surplus is not None:
-        raise ValueError(f"the checkpoint has {surplus}, which the model of this job has not: another model wrote it")
+        raise ValueError(f"the checkpoint has {surplus}, which this job's model does not have: another model wrote it")
     return sources
 
 
@@ -198,10 +196,10 @@ def load(
     staging_bytes: int,
     device: torch.device,
 ) -> None:
-    """Read a checkpoint into the live state of a layout, whose table and owners are given. Collective.
+    """Read a checkpoint into the live state of a layout with this table and these owners. Collective.
 
-    In windows: each rank reads at most half of `staging_bytes`, and what others need of it is sent on through as much
-    again.
+    In windows: a rank reads at most half of `staging_bytes` at a time, and sends it on through buffers of the other
+    half.
     """
     rank, limit = dist.get_rank(), max(1, staging_bytes // 2)
     reading, window = _windows(owned, limit)
@@ -216,8 +214,8 @@ def load(
 
 
 def _windows(owned: ShardTable, limit: int) -> tuple[ShardTable, np.ndarray]:
-    """The rows of a table in the order of a move, cut so that none has more than `limit` bytes; and the number of the
-    window that each is in. In a window no rank has more than `limit` bytes."""
+    """The rows of a table in the order of a move, cut into at most `limit` bytes; and the number of the window of every
+    row. No rank has more than `limit` bytes in a window."""
     order = np.lexsort((owned.rank, *owned.start.T[::-1], owned.group))
     columns: tuple[list[Any], ...] = ([], [], [], [])
     windows: list[int] = []
@@ -255,7 +253,7 @@ class _Files:
             file.close()
 
     def read(self, field: Field, chunks: list[Chunk], box: Box) -> torch.Tensor:
-        """A part of a field, in the memory of the host. Raises ValueError if the files do not have all of it."""
+        """A part of a field, in the host's memory. Raises ValueError if the files do not have all of it."""
         numbers = np.empty(box.shape, f"u{field.element_bytes}")
         missing = box.elements
         for chunk in chunks:
@@ -281,20 +279,20 @@ class _Files:
 
 
 def _start_of_data(file: IO[bytes], chunk: Chunk, size: int) -> int:
-    """Where the numbers of a tensor begin in a file. torch.save makes a zip archive, whose record `data/0` they are, as
-    they lay in memory."""
+    """The byte at which the numbers of a tensor begin in a file. torch.save writes a zip archive, whose record `data/0`
+    has the numbers as they were in memory."""
     with zipfile.ZipFile(_Section(file, chunk.offset, chunk.length)) as archive:
         (record,) = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
     if record.compress_type != zipfile.ZIP_STORED or record.file_size != size:
         raise ValueError(f"{chunk.file}: the tensor at byte {chunk.offset} has {record.file_size} bytes, not {size}")
     header = chunk.offset + record.header_offset
-    file.seek(header + 26)  # lengths of the name and of the extra field, which stand between the header and the data
+    file.seek(header + 26)  # lengths of the name and the extra field, which lie between header and data
     name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
     return header + 30 + name + extra
 
 
 class _Section:
-    """A part of a file, as a file that can be read: no more than zipfile asks for."""
+    """A part of a file as a readable file, with just the methods that zipfile calls."""
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._position = file, offset, length, 0

@@ -180,7 +180,7 @@ def test_another_model_is_refused_by_name() -> None:
         ValueError, match=r"w is float32 \[4096\] in the checkpoint, and w is float32 \[4096, 512\] in this"
     ):
         find_sources({Field("w", "float32", (4096,)): []}, table)
-    with pytest.raises(ValueError, match="the checkpoint has v, which the model of this job has not"):
+    with pytest.raises(ValueError, match="the checkpoint has v, which this job's model does not have"):
         find_sources({FIELDS[0]: [], Field("v", "float32", (2,)): []}, table)
     with pytest.raises(ValueError, match=r"w is bfloat16 \[4096, 512\] in the checkpoint, and w is float32"):
         find_sources({FIELDS[0]._replace(dtype="bfloat16"): []}, table)
