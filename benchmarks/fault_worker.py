@@ -38,9 +38,10 @@ class ScriptedPlanner(Planner):
         current: Configuration,
         samples_consumed: int,
         step_norms: StepNorms | None = None,
+        seconds_left: float = math.inf,
     ) -> Decision:
         """The next layout; the batch stays."""
-        decision = super().decide(noise, current, samples_consumed, step_norms)
+        decision = super().decide(noise, current, samples_consumed, step_norms, seconds_left)
         layout = LAYOUTS[samples_consumed // self.config.every_samples % len(LAYOUTS)]
         chosen = current.model_copy(update={"layout": layout})
         return decision.model_copy(update={"chosen": chosen, "reason": "scripted", "predicted_gain": None})

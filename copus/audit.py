@@ -25,7 +25,7 @@ from copus.events import (
 )
 from planner.config import PlannerConfig
 from planner.forecast import log_error
-from planner.hindsight import FACTOR_ERROR, FEWEST_STEPS, PastRun, PredictedTime, look_back
+from planner.hindsight import FACTOR_ERROR, FEWEST_STEPS, WIDEST, PastRun, PredictedTime, look_back
 from planner.menu import RUNGS, Floats, Rung, rung_of
 from planner.trials import SETTLING_STEPS
 from profiles.audit import Audit, PredictionCheck
@@ -39,9 +39,6 @@ KINDS = (
 )
 RECENT_STEPS = 20
 """Steps before a move that say how the machine was."""
-WIDEST = 0.25
-"""Candidates that never ran are left out if their time is less certain than this (standard error of its logarithm):
-the best of many guesses is a bad one."""
 
 
 def audit_run(run: Path) -> Audit:
@@ -141,6 +138,11 @@ def _factor_error(decision: Decision | None) -> float:
     return log_error(factor, decision.critical_batch_factor_low, decision.critical_batch_factor_high)
 
 
+def _log_error(score: CandidateScore) -> float:
+    """Standard error of the logarithm of a predicted step time."""
+    return math.log1p((score.step_seconds_spread or 0.0) / (score.step_seconds or 1.0)) / DECILE
+
+
 class _Course:
     """What counts of a run, gone through once."""
 
@@ -203,11 +205,13 @@ class _Course:
         return decision
 
     def _predict(self, score: CandidateScore, beside: CandidateScore) -> None:
-        """Keep the newest prediction of a configuration that is sure enough, and the time it was compared with."""
-        assert score.step_seconds, "a prediction"
+        """Keep the newest prediction of a configuration that is sure enough to compare with many others, and the time
+        it was made beside; of the first configuration the surest one."""
         assert beside.step_seconds, "a prediction"
-        error = math.log1p((score.step_seconds_spread or 0.0) / score.step_seconds) / DECILE
-        if error <= WIDEST:
+        first = self._numbers.get(score.configuration) == 0
+        before = self._scores.get(score.configuration)
+        surest = first and (before is None or _log_error(score) <= _log_error(before[2]))
+        if surest or _log_error(score) <= WIDEST:
             self._scores[score.configuration] = (beside.configuration, beside.step_seconds, score)
 
     def _change(self, after: Configuration, made: Decision | None) -> None:
@@ -247,11 +251,11 @@ class _Course:
         ran = set(np.unique(configuration[settled]).tolist())
         predicted = dict[int, PredictedTime]()
         for candidate, (beside, beside_seconds, score) in self._scores.items():
-            error = math.log1p((score.step_seconds_spread or 0.0) / (score.step_seconds or 1.0)) / DECILE
             number = self._numbers.setdefault(candidate, len(self._numbers))
             if number not in ran:
                 ratio = math.log((score.step_seconds or 1.0) / beside_seconds)
-                predicted[number] = PredictedTime(self._numbers.setdefault(beside, len(self._numbers)), ratio, error)
+                other = self._numbers.setdefault(beside, len(self._numbers))
+                predicted[number] = PredictedTime(other, ratio, _log_error(score))
         noise = np.array(self._noise).reshape(-1, 3)
         decision = self._newest
         return PastRun(

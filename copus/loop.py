@@ -78,6 +78,8 @@ class Trainer:
         """
         started = time.monotonic()
         job, state = self._job, self.state
+        if job.training.max_minutes is not None:
+            self._moves.deadline = started + job.training.max_minutes * 60
         self._tell_of_another_lr()
         if state.step == 0:
             self._evaluate()

@@ -1,5 +1,6 @@
 """What runs next: rank 0 asks the planner, all ranks move together, and go back where a move was a mistake."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -82,6 +83,8 @@ class Moves:
         """The trial, on rank 0."""
         self._moved_at_step: int = state.planner.get("moved_at_step", 0)
         """Step of the last move. From the checkpoint, so that a resumed run decides when the other would have."""
+        self.deadline = math.inf
+        """When training stops at the latest, on rank 0's monotonic clock."""
         self._decided_at, self._deciding_seconds = time.perf_counter(), 0.0
         """When rank 0 last decided, and how long that took."""
 
@@ -215,7 +218,9 @@ class Moves:
         started = time.perf_counter()
         if self._deciding_seconds > DECIDING_SHARE * (started - self._decided_at):
             return None
-        decision = self._planner.decide(noise, self._backend.configuration, self._state.samples_consumed, norms)
+        seconds_left = max(0.0, self.deadline - time.monotonic())
+        current, consumed = self._backend.configuration, self._state.samples_consumed
+        decision = self._planner.decide(noise, current, consumed, norms, seconds_left)
         self._decided_at, self._deciding_seconds = started, time.perf_counter() - started
         self._report(DecisionMade(**self._state.here, decision=decision, seconds=self._deciding_seconds))
         return decision

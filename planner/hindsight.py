@@ -28,6 +28,10 @@ FACTOR_ERROR = math.log(2.6) / QUANTILE_90
 FEWEST_STEPS = 3
 """Settled steps that a configuration's time is taken from; with fewer the planner's prediction stands in."""
 
+WIDEST = 0.25
+"""Candidates that never ran are neither the best fixed configuration nor in the best schedule if their time is less
+certain than this (standard error of its logarithm): the best of many guesses is a bad one."""
+
 
 @dataclass(frozen=True)
 class PredictedTime:
@@ -127,9 +131,10 @@ def look_back(run: PastRun, seed: int = 0) -> Hindsight | None:
     fixed = slowdown * needed * seconds_per_sample
     own = run.own_seconds
 
-    best = int(np.argmin(np.log(fixed).mean(axis=0)))
+    sure = np.array([number not in run.predicted or run.predicted[number].error <= WIDEST for number in known.tolist()])
+    best = int(np.argmin(np.where(sure, np.log(fixed).mean(axis=0), np.inf)))
     first = np.flatnonzero(known == 0)
-    scheduled = _scheduled_seconds(run, known, log_seconds, critical_batch, progress, slowdown)
+    scheduled = _scheduled_seconds(run, known[sure], log_seconds[:, sure], critical_batch, progress, slowdown)
     return Hindsight(
         gain_over_first=_estimate(fixed[:, first[0]] / own) if len(first) else None,
         best_fixed=int(known[best]),

@@ -147,9 +147,10 @@ class Planner:
         current: Configuration,
         samples_consumed: int,
         step_norms: StepNorms | None = None,
+        seconds_left: float = math.inf,
     ) -> Decision:
         """Score every candidate and let the policy choose. `current` is what runs, candidate or not; `step_norms` are
-        those of the steps since the last decision."""
+        those of the steps since the last decision; training stops after `seconds_left`, if not before."""
         starting = samples_consumed == 0 and self.config.start == "plan" and self.policy.picks_start
         critical_batch = self._look_ahead(noise, samples_consumed)
         factor = self._factor.value / self.config.critical_batch_factor
@@ -177,7 +178,9 @@ class Planner:
             chosen, reason = mine, f"{known}: {why}; nothing changes"
         else:
             situation = self._situation(eligible, mine, estimates, noise, critical_batch, samples_consumed, step_norms)
-            situation = replace(situation, forecast=forecast, started=not starting)
+            within = seconds_left * mine.samples_per_second if mine.samples_per_second else math.inf  # sequences
+            left = np.maximum(np.minimum(situation.samples_left, within), situation.samples_to_next)
+            situation = replace(situation, forecast=forecast, started=not starting, samples_left=left)
             choice = self.policy.choose(situation)
             found = eligible[int(choice.index[0])]
             if self.policy.weighs_error and not starting:

@@ -381,3 +381,18 @@ def test_a_measured_time_that_is_hardly_known_bars_only_policies_that_do_not_wei
         decider = deciding(Throughput(rows), policy=policy)
         verdict = verdicts(decider.decide(noise(50.0, 45.0, 55.0), START, 0))[noisy.label]
         assert verdict.startswith("throughput too uncertain: a step takes ") == refused
+
+
+def test_a_limit_of_time_is_an_end_of_the_job_too():
+    """A move that pays by the end of the tokens does not if `training.max_minutes` stops the job before."""
+    settings = {"policy": "goodput", "layout_move_seconds": 20.0, "trial_budget": 0.0}
+    whole = planner(TABLE, **settings).decide(noise(8.0, 7.5, 8.5), START, 10_000)
+    assert whole.chosen.layout == TP2
+    assert whole.seconds_left is not None
+    assert whole.seconds_left > 1000
+    short = planner(TABLE, **settings).decide(noise(8.0, 7.5, 8.5), START, 10_000, seconds_left=30.0)
+    assert short.seconds_left is not None
+    assert short.seconds_left < 31
+    assert short.chosen.layout == DP2
+    assert short.chosen != START, "another batch costs nothing"
+    assert planner(TABLE, **settings).decide(noise(8.0), START, 10_000, seconds_left=0.0).chosen.layout == DP2
