@@ -1,9 +1,9 @@
 """Recover from one rank's out-of-memory without restarting processes.
 
-The other ranks wait for that rank in a collective, and would until it times out. A note in the key-value store, which
-does not depend on the process groups, tells them why; breaking the groups' connections wakes them; then all ranks form
-the process group again. A rank whose connection breaks and that finds no note has lost a peer for another reason: that
-error is raised as it is and ends in a restart.
+The other ranks wait for that rank in a collective, and would wait until it times out. A note in the key-value store,
+which does not depend on the process groups, tells them the reason; breaking the groups' connections wakes them; then
+all ranks form the process group again. A rank whose connection breaks without a note has lost a peer for another
+reason: it raises that error, which ends in a restart.
 """
 
 import contextlib
@@ -27,33 +27,33 @@ from copus.devices import join_world, wait_for
 from copus.user_errors import one_line
 
 _POLL_SECONDS = 0.1
-"""How often a rank looks for a note while a step is on trial."""
+"""Interval at which a rank looks for a note while a step is on trial."""
 _GRACE_SECONDS = 5.0
-"""What the store has for its answers, beyond the timeout of the process group."""
+"""Time that the store has to answer, beyond the timeout of the process group."""
 
 
 class Trial:
-    """A step that no rank has taken before all have their gradients: until `commit` no weight has changed anywhere."""
+    """A step that can be undone: until `commit`, no weight has changed on any rank."""
 
     def __init__(self) -> None:
         self.committed = False
         self.broken = threading.Event()
-        """Set before the groups are broken: what a collective gave after that is no result."""
+        """Set before the groups are broken; later results of collectives are invalid."""
         self.breaking = threading.Lock()
 
     def commit(self) -> None:
-        """From here on the step cannot be taken back. Call it when a collective over all ranks has told that each has
-        its gradients. Raises RuntimeError where that collective was broken off."""
+        """End the part of the step that can be undone. Call it after a collective that shows that all ranks have their
+        gradients. Raises RuntimeError if that collective was broken off."""
         if self.broken.is_set():
             raise RuntimeError("the groups of this step were broken")
         self.committed = True
 
 
 class World:
-    """The default process group over time: a generation for each time that it was formed."""
+    """The default process group over time. Every time that it is formed begins a generation."""
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
-        """Nothing is asked of the process group before the first trial."""
+        """Does not use the process group before the first trial."""
         self._device = device
         self._timeout = timedelta(seconds=timeout_seconds)
         self._store: Any = None
@@ -61,15 +61,15 @@ class World:
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[Trial]:
-        """While it is entered, a rank that runs out of memory before `Trial.commit` takes the others out with it.
+        """A context in which a rank that runs out of memory before `Trial.commit` takes the others out of the step.
 
-        RankError is raised then, on every rank, and `reform` has to come next. Whatever else goes wrong is raised as it
-        is, on the ranks that meet it. Collective.
+        Then RankError is raised on every rank; call `reform` next. Other errors are raised unchanged, on the ranks that
+        meet them. Collective.
         """
         if self._store is None:
             self._begin()
-        # The step before was committed, but its all-gather of weights may still run: to break it off now would leave
-        # them half gathered.
+        # The previous step is committed, but its all-gather of weights may still run. Breaking that off would leave the
+        # weights half gathered.
         wait_for(self._device)
         self._trials += 1
         trial = Trial()
@@ -82,7 +82,7 @@ class World:
             agreed = None if trial.committed else self._agree_in_time(error, trial)
             if agreed is None:
                 raise
-            traceback.clear_frames(error.__traceback__)  # what they refer to is the memory that is lacking
+            traceback.clear_frames(error.__traceback__)  # frees the tensors that the frames refer to
         else:
             return
         finally:
@@ -91,7 +91,7 @@ class World:
         raise agreed
 
     def reform(self) -> None:
-        """Form the default process group again. Every other group is gone. Collective, and needs no group itself."""
+        """Form the default process group again; all other groups are gone. Collective, but needs no working group."""
         if dist.is_initialized():
             dist.destroy_process_group()
         self._generation += 1
@@ -101,7 +101,7 @@ class World:
     def _begin(self) -> None:
         self._store = distributed_c10d._get_default_store()
         self._rank, self._size, self._backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
-        # Of its own among all worlds of these processes: what one left in the store means nothing to another.
+        # A number of its own, because the store keeps the keys of other worlds of these processes.
         number = broadcast_from_rank0(self._store.add("copus/worlds", 1) if self._rank == 0 else None)
         self._name = f"copus/world-{number}"
 
@@ -111,24 +111,24 @@ class World:
         return f"{self._name}/out-of-memory-{self._generation}-{self._trials}"
 
     def _agree_in_time(self, error: Exception, trial: Trial) -> RankError | None:
-        """The same as `_agree`, and None where the store does not answer: it waits forever for a process that hangs."""
-        found: list[RankError | None] = []
+        """`_agree`, or None if the store does not answer: it waits forever for a process that hangs."""
+        agreed: list[RankError | None] = []
 
         def ask() -> None:
             with contextlib.suppress(RuntimeError):  # the store is gone, and its rank with it
-                found.append(self._agree(error, trial))
+                agreed.append(self._agree(error, trial))
 
         asks = threading.Thread(target=ask, daemon=True)
         asks.start()
         asks.join(self._timeout.total_seconds() + _GRACE_SECONDS)
-        return found[0] if found else None
+        return agreed[0] if agreed else None
 
     def _agree(self, error: Exception, trial: Trial) -> RankError | None:
-        """What every rank raises where one of them ran out of memory and all the others have left the step too."""
+        """The error that every rank raises if one ran out of memory and all others have left the step; else None."""
         if is_out_of_memory(error):
             self._store.set(self._note, json.dumps([self._rank, one_line(error)]))
             if self._backend == "nccl":
-                # Whoever sees a peer abort is ended by torch's own watchdog: all read the note and abort themselves.
+                # torch's watchdog ends a process that sees a peer abort, so let all ranks read the note first.
                 time.sleep(3 * _POLL_SECONDS)
         elif not self._store.check([self._note]):
             return None
@@ -136,13 +136,13 @@ class World:
         self._store.set(f"{self._note}/{self._rank}", "left")
         try:
             self._store.wait([f"{self._note}/{rank}" for rank in range(self._size)], self._timeout)
-        except RuntimeError:  # somebody is beyond the step, or dead
+        except RuntimeError:  # a rank is beyond the step, or dead
             return None
         rank, message = json.loads(self._store.get(self._note))
         return RankError(rank, message, out_of_memory=True)
 
     def _watch(self, trial: Trial, over: threading.Event) -> None:
-        """Wake this rank when there is a note."""
+        """Wake this rank as soon as there is a note."""
         with contextlib.suppress(RuntimeError):  # the store is gone, and its rank with it
             while not over.wait(_POLL_SECONDS):
                 if self._store.check([self._note]):
@@ -150,7 +150,7 @@ class World:
                     return
 
     def _break(self, trial: Trial) -> None:
-        """End what waits in any group of this process, once."""
+        """End every wait in a group of this process, once."""
         with trial.breaking:
             if trial.broken.is_set():
                 return
@@ -158,23 +158,23 @@ class World:
         if self._backend == "nccl":
             distributed_c10d._abort_process_group()
             return
-        # gloo's groups have no abort (torch 2.13: `Backend::abort` does nothing). What wakes both ends of a connection
-        # is what the death of a process would do to it.
+        # gloo's groups have no abort (torch 2.13: `Backend::abort` does nothing). Shutting a connection down, as the
+        # death of a process does, wakes both of its ends.
         _shut_down_accepted(_port(self._store))
 
 
 def _port(store: Any) -> int | None:
-    """The TCP port of a store, or of the one behind it; None where it is a file."""
+    """The TCP port of a store, or of the one behind it; None for a file."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     return getattr(store, "port", None)
 
 
 def _shut_down_accepted(excluded_port: int | None) -> None:
-    """Shut down every TCP connection that this process accepted on a port it listens on, but for one port. Linux.
+    """Shut down every TCP connection that this process accepted on a port it listens on, except for one port. Linux.
 
-    Of any two ranks in a gloo group one has accepted the other's connection, so together the ranks break them all.
-    What a tracker has opened to its server is none of them.
+    Of two ranks in a gloo group one has accepted the other's connection, so together the ranks break all of them.
+    Connections that this process opened, such as a tracker's to its server, stay.
     """
     connected: list[tuple[socket.socket, int]] = []
     listening: set[int] = set()
@@ -183,15 +183,15 @@ def _shut_down_accepted(excluded_port: int | None) -> None:
             with contextlib.suppress(OSError):  # closed meanwhile, or not connected
                 if not os.readlink(entry).startswith("socket:"):
                     continue
-                each = opened.enter_context(socket.socket(fileno=os.dup(int(entry.name))))  # the original stays open
-                if each.type != socket.SOCK_STREAM or each.family not in (socket.AF_INET, socket.AF_INET6):
+                copy = opened.enter_context(socket.socket(fileno=os.dup(int(entry.name))))  # the original stays open
+                if copy.type != socket.SOCK_STREAM or copy.family not in (socket.AF_INET, socket.AF_INET6):
                     continue
-                port = each.getsockname()[1]
-                if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                port = copy.getsockname()[1]
+                if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                     listening.add(port)
                 else:
-                    connected.append((each, port))
-        for each, port in connected:
+                    connected.append((copy, port))
+        for connection, port in connected:
             if port in listening and port != excluded_port:
                 with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
+                    connection.shutdown(socket.SHUT_RDWR)
