@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from copus.backends.step_contract import StepRules
 from copus.optimizers import AdamW
 
@@ -33,3 +35,13 @@ def adamw_options(optimizer: AdamW, rules: StepRules, optimizer_steps: int) -> A
     ratio = math.sqrt((1 - product) / (1 - beta2 ** (optimizer_steps + 1)))
     weight_decay = optimizer.weight_decay if rules.weight_decay is None else rules.weight_decay
     return AdamWOptions(rules.lr * ratio, rules.betas, optimizer.epsilon * ratio, weight_decay / ratio)
+
+
+def adam_state(optimizer: torch.optim.Optimizer, param: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A parameter's state in torch's Adam: `step`, `exp_avg` and `exp_avg_sq`; zeros if it has made no step yet."""
+    state = optimizer.state[param]
+    if len(state) == 0:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)  # where fused AdamW wants it
+        state["exp_avg"] = torch.zeros_like(param.data)
+        state["exp_avg_sq"] = torch.zeros_like(param.data)
+    return state

@@ -5,7 +5,10 @@ from copus.plugins import find_plugin
 
 GROUP = "copus.backends"
 """Entry points of plugins; an entry point names a subclass of `BackendDescription`."""
-BUILT_IN = {"megatron": "copus.backends.megatron.description:MegatronDescription"}
+BUILT_IN = {
+    "megatron": "copus.backends.megatron.description:MegatronDescription",
+    "deepspeed": "copus.backends.deepspeed.description:DeepSpeedDescription",
+}
 """Name → `module:class` of its description."""
 
 

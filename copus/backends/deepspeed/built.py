@@ -1,0 +1,162 @@
+"""A DeepSpeed engine on one rank: how it is made, what it consists of, and how to let go of it."""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from copus.backends.adamw import adam_state
+from copus.backends.deepspeed.partitions import Groups
+from copus.backends.deepspeed.upstream import Engine, Partitioner, init_distributed
+from copus.backends.huggingface import build_causal_lm, restore_rotary_frequencies
+from copus.job import JobConfig
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+from profiles.model_shape import ModelShape
+
+import deepspeed  # isort: skip (after what upstream.py sets)
+from deepspeed.runtime.config import DeepSpeedConfig  # isort: skip
+
+_BUCKET = 50_000_000
+"""Most gradients that are reduced at once: 200 MB in fp32."""
+
+
+@dataclass
+class BuiltModel:
+    """What a layout consists of on this rank. A build that fails half-way lacks the last of it."""
+
+    device: torch.device
+    layout: Layout
+    model: Any
+    groups: list[dict[str, torch.nn.Parameter]]
+    """The parameters that decay and those that do not, by name."""
+    adam: torch.optim.AdamW | None = None
+    """The optimizer that DeepSpeed drives. Its parameters are the model's, or this rank's flat buffers of masters."""
+    engine: Any = None
+    hooks: list[Any] = field(default_factory=list)
+
+    @property
+    def zero_optimizer(self) -> Any:
+        """DeepSpeed's wrapper around the optimizer; with ZeRO 0 there is none, and it is the optimizer itself."""
+        return self.engine.optimizer
+
+    @property
+    def flat_masters(self) -> list[torch.Tensor]:
+        """This rank's flat buffer of fp32 weights of each group; ZeRO 1 to 3."""
+        wrapper = self.zero_optimizer
+        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
+            if hasattr(wrapper, name):
+                return getattr(wrapper, name)
+        raise AttributeError(f"{type(wrapper).__name__} of this version of DeepSpeed has no flat masters")
+
+    @property
+    def flat_weights(self) -> list[torch.Tensor]:
+        """What the model computes with of the same ranges."""
+        wrapper, rank = self.zero_optimizer, dist.get_rank()
+        if self.layout.zero == 3:
+            return wrapper.fp16_partitioned_groups_flat
+        name = "bf16_partitioned_groups"
+        cut = getattr(wrapper, name if hasattr(wrapper, name) else "parallel_partitioned_bit16_groups")
+        return [parts[rank] for parts in cut]
+
+    @property
+    def optimized(self) -> list[torch.Tensor]:
+        """The tensors that the optimizer has a state for."""
+        if self.layout.zero:
+            return self.flat_masters
+        return [param for group in self.groups for param in group.values()]
+
+    def release(self) -> None:
+        """Let go of the memory: engine, model and hooks refer to each other in circles."""
+        for hook in self.hooks:
+            hook.remove()
+        if self.engine is not None:
+            self.engine.destroy()
+
+
+def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, torch.nn.Parameter]]:
+    """Matrices, and then the weights of norms, which do not decay."""
+    groups: list[dict[str, torch.nn.Parameter]] = [{}, {}]
+    for name, param in named:
+        groups["norm" in name][name] = param
+    return groups
+
+
+@functools.lru_cache(maxsize=4)
+def parameter_shapes(shape: ModelShape) -> Groups:
+    """Shapes of the parameters of each group, without memory for them."""
+    model = build_causal_lm(shape, torch.float32, torch.device("meta"), None)
+    return [
+        {name: tuple(param.shape) for name, param in group.items()}
+        for group in parameter_groups(model.named_parameters())
+    ]
+
+
+def build(job: JobConfig, configuration: Configuration, device: torch.device) -> BuiltModel:
+    """Model, optimizer and engine, with weights that are still to be filled. Collective."""
+    layout, training = configuration.layout, job.training
+    init_distributed(dist.get_backend())
+    config = engine_config(job, configuration)
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    if layout.zero == 3:
+        model = build_causal_lm(job.model, dtype, torch.device("meta"), None, layout.recompute)
+        _cut(model, Partitioner(config_dict_or_path=config, dtype=dtype), job.model.tied_embeddings, device)
+    else:
+        model = build_causal_lm(job.model, dtype, device, None, layout.recompute)
+    built = BuiltModel(device, layout, model, parameter_groups(model.named_parameters()))
+    decay, no_decay = (list(group.values()) for group in built.groups)
+    # DeepSpeed may make a step to see the optimizer's state: at a learning rate of 0 it changes nothing.
+    built.adam = torch.optim.AdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}], lr=0.0, fused=True)
+    built.engine = Engine(
+        args=None,
+        model=model,
+        optimizer=built.adam,
+        model_parameters=[*decay, *no_decay],
+        dist_init_required=False,
+        config=config,
+        config_class=DeepSpeedConfig(config),
+    )
+    for tensor in built.optimized:
+        adam_state(built.adam, tensor)
+    return built
+
+
+def engine_config(job: JobConfig, configuration: Configuration) -> dict[str, Any]:
+    """DeepSpeed's configuration. Clipping, learning rates and the boundaries of steps are copus's."""
+    layout, training = configuration.layout, job.training
+    in_bf16 = training.precision == "bf16"
+    zero: dict[str, Any] = {
+        "stage": layout.zero,
+        "overlap_comm": training.overlap_grad_reduce,
+        "reduce_bucket_size": min(_BUCKET, job.model.parameters),
+        # one flat buffer for each group of parameters
+        "sub_group_size": 10**15,
+        # a gathered copy that outlives a step would be stale after a move
+        "stage3_param_persistence_threshold": 0,
+        # the norm is computed where the step's other figures are
+        "compute_grad_norm": not (layout.zero == 2 or (layout.zero == 1 and not in_bf16)),
+    }
+    return {
+        "train_micro_batch_size_per_gpu": configuration.micro_batch,
+        "gradient_accumulation_steps": configuration.num_microbatches,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": in_bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+    }
+
+
+def _cut(model: Any, partitioner: Partitioner, tied_embeddings: bool, device: torch.device) -> None:
+    """Give a model on meta memory, module by module, and keep this rank's part of each parameter."""
+    for module in model.modules():
+        if not (tied_embeddings and module is model.lm_head):
+            module.to_empty(device=device, recurse=False)
+            partitioner._convert_to_zero_parameters(module.parameters(recurse=False))
+    model.tie_weights()
+    restore_rotary_frequencies(model)

@@ -1,0 +1,40 @@
+"""What the DeepSpeed backend can run. Imports no deepspeed."""
+
+from typing import TYPE_CHECKING, Any
+
+from copus.backends.huggingface_description import HuggingFaceDescription
+from profiles.layout import Layout
+
+if TYPE_CHECKING:
+    from copus.job import TrainingConfig
+
+
+class DeepSpeedDescription(HuggingFaceDescription):
+    """DeepSpeed: data parallelism with ZeRO 0 to 3."""
+
+    framework = "deepspeed"
+    largest_zero = 3
+    extra = "deepspeed"
+    packages = ("deepspeed", "transformers")
+
+    def check_training(self, training: "TrainingConfig") -> None:
+        """Raise ValueError for bf16 without ZeRO: DeepSpeed then sums gradients in bf16."""
+        super().check_training(training)
+        if training.precision == "bf16" and training.layout.zero == 0:
+            raise ValueError(
+                "precision(bf16) needs layout.zero of 1 to 3: with zero(0) DeepSpeed accumulates gradients in bf16"
+            )
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ValueError for a layout that the DeepSpeed backend does not run."""
+        for name in ("tp", "pp", "cp", "ep"):
+            if (degree := getattr(layout, name)) > 1:
+                raise ValueError(
+                    f"{name}({degree}) is not supported by the deepspeed backend: it is data parallel only"
+                )
+
+    def load(self) -> type[Any]:
+        """The class that trains. Takes seconds."""
+        from copus.backends.deepspeed.backend import DeepSpeedBackend
+
+        return DeepSpeedBackend

@@ -1,0 +1,84 @@
+"""Gradients, update and evaluation of a built DeepSpeed engine."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from copus.backends.adamw import AdamWOptions
+from copus.backends.deepspeed.built import BuiltModel
+from copus.backends.huggingface import mean_loss
+from copus.backends.microbatches import evaluation_of, read_microbatches
+from copus.backends.squared_norms import norms, sum_of_squares
+from copus.backends.step_contract import Batches, StepRequest, StepShares
+from profiles.configuration import Configuration
+
+
+def compute_gradients(
+    built: BuiltModel, configuration: Configuration, batches: Batches, request: StepRequest
+) -> StepShares:
+    """Forward, backward and reduction, and what this rank adds to the figures of the step."""
+    engine, count = built.engine, configuration.num_microbatches
+    losses = []
+    for index, (tokens, labels) in enumerate(_microbatches(built, configuration, batches, request.first_sample)):
+        engine.set_gradient_accumulation_boundary(index == count - 1)
+        loss = mean_loss(engine, tokens, labels)
+        losses.append(loss.detach())
+        engine.backward(loss / count, scale_wrt_gas=False)
+    return StepShares(
+        _loss_share(configuration, losses),
+        sum_of_squares(norms(reduced_gradients(built)), built.device),
+        torch.zeros(0, dtype=torch.float64, device=built.device),
+    )
+
+
+def reduced_gradients(built: BuiltModel) -> list[torch.Tensor]:
+    """The averaged gradients that this rank counts: its share, or on rank 0 all of them if nothing is shared out."""
+    wrapper = built.zero_optimizer
+    if built.layout.zero == 0:
+        params = built.optimized if dist.get_rank() == 0 else []
+        return [param.grad for param in params if param.grad is not None]
+    if hasattr(wrapper, "fp32_groups_gradient_flat_partition"):  # bf16 with ZeRO 1
+        return wrapper.fp32_groups_gradient_flat_partition
+    return [gradient for gradients in wrapper.averaged_gradients.values() for gradient in gradients]
+
+
+def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> None:
+    """Multiply the gradients by `scale`, and update the weights with them."""
+    adam = built.adam
+    assert adam is not None, "it is built"
+    decay, no_decay = adam.param_groups
+    decay.update(asdict(options))
+    no_decay.update(asdict(options), weight_decay=0.0)
+    # Fused Adam divides the gradients by it in the pass that it makes over them anyway.
+    adam.grad_scale = torch.full((), 1 / scale, device=built.device) if scale != 1 else None
+    adam.found_inf = torch.zeros((), device=built.device) if scale != 1 else None
+    built.engine.step()
+
+
+def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, sequences: int) -> float:
+    """Mean loss over the first `sequences` sequences of `batches`, equal on every rank."""
+    whole = evaluation_of(configuration, sequences)
+    built.engine.eval()
+    with torch.no_grad():
+        losses = [mean_loss(built.engine, tokens, labels) for tokens, labels in _microbatches(built, whole, batches, 0)]
+    built.engine.train()
+    loss = _loss_share(whole, losses)
+    dist.all_reduce(loss)
+    return float(loss)
+
+
+def _microbatches(
+    built: BuiltModel, configuration: Configuration, batches: Batches, first_sample: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and labels of this replica's micro-batches."""
+    per_replica = configuration.global_batch // configuration.layout.dp
+    first = first_sample + dist.get_rank() * per_replica
+    starts = range(first, first + per_replica, configuration.micro_batch)
+    return read_microbatches(batches, starts, configuration.micro_batch, built.device)
+
+
+def _loss_share(configuration: Configuration, losses: list[torch.Tensor]) -> torch.Tensor:
+    """This rank's share of the mean loss."""
+    return torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)

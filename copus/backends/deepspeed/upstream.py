@@ -1,0 +1,52 @@
+"""What is changed in DeepSpeed 0.19, and why. Imported before the rest of it."""
+
+import logging
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.runtime import bf16_optimizer  # noqa: E402
+from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
+from deepspeed.utils import groups  # noqa: E402
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# On a CPU the first process compiles collectives in shared memory, for minutes and with the others waiting, and leaves
+# a lock behind if it is killed. They serve inference; training goes through the process groups anyway.
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # prints in every build, whatever the log level
+
+
+class Engine(DeepSpeedEngine):
+    """An engine whose weights are filled after it is made: nothing is broadcast before."""
+
+    def _broadcast_model(self) -> None:
+        pass
+
+
+class Partitioner(Init):
+    """Cuts parameters for ZeRO 3 where they stand, whatever is in them."""
+
+    def _zero_init_param(self, param: torch.nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+def init_distributed(backend: str) -> None:
+    """Let DeepSpeed use the process group that there is."""
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def drop_groups(broken: bool) -> None:
+    """Forget DeepSpeed's process groups; unless a step has broken them, destroy them first."""
+    group = groups._WORLD_GROUP
+    if group is not None and not broken:
+        dist.destroy_process_group(group)
+    groups._release_process_group_references()

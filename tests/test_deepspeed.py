@@ -1,0 +1,157 @@
+"""DeepSpeed behind the contract of a backend: every ZeRO stage trains alike, and moves and checkpoints lose no bit."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from copus.backends.deepspeed.partitions import partitions, shard_table
+from copus.backends.step_contract import StepRequest
+from copus.job import JobError
+from profiles.layout import Layout
+from tests.deepspeed_jobs import deepspeed_backend, deepspeed_job, whole_state
+from tests.megatron_jobs import RULES, configuration, random_batches
+from tests.ranks import run_ranks
+
+STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
+STEPS = 3
+
+
+def _losses(backend: Any, first_sample: int = 0, steps: int = STEPS) -> list[float]:
+    samples = range(first_sample, first_sample + 8 * steps, 8)
+    return [backend.train_step(random_batches, StepRequest(sample, RULES)).loss for sample in samples]
+
+
+def _train(zero: int, model: dict[str, Any]) -> list[float]:
+    backend = deepspeed_backend(deepspeed_job(zero, dist.get_world_size(), model))
+    return [*_losses(backend), backend.evaluate(random_batches, 8)]
+
+
+def _train_all_stages(model: dict[str, Any]) -> list[list[float]]:
+    return [_train(zero, model) for zero in STAGES["fp32"]]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("model", [{}, {"tied_embeddings": True, "gated_mlp": False}], ids=str)
+def test_every_stage_has_the_losses_of_one_rank(model: dict[str, Any]) -> None:
+    alone = run_ranks(1, _train, 0, model)[0]
+    for losses in run_ranks(2, _train_all_stages, model)[0]:
+        np.testing.assert_allclose(losses, alone, rtol=1e-5)
+
+
+def _move_through_all_stages(precision: str) -> tuple[list[float], list[float], list[str]]:
+    """Losses of a job that stays and of one that moves, a few steps in each layout, and what a move changed."""
+    stages = [*STAGES[precision], *STAGES[precision][-2::-1]]
+    stays = _losses(deepspeed_backend(deepspeed_job(stages[0], 2, precision=precision)), steps=STEPS * len(stages))
+    backend = deepspeed_backend(deepspeed_job(stages[0], 2, precision=precision))
+    moves, changed = [], []
+    for number, zero in enumerate(stages):
+        before = whole_state(backend)
+        backend.move(configuration(8, 2, dp=2, zero=zero))
+        after = whole_state(backend)
+        changed += [name for name in before.keys() | after.keys() if not np.array_equal(before[name], after[name])]
+        moves += _losses(backend, 8 * STEPS * number)
+    return stays, moves, changed
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_moves_between_stages_change_no_bit_and_losses_go_on(precision: str) -> None:
+    stays, moves, changed = run_ranks(2, _move_through_all_stages, precision)[0]
+    assert changed == []
+    np.testing.assert_allclose(moves, stays, rtol=1e-5 if precision == "fp32" else 1e-3)
+
+
+def _save_and_load(folder: Path) -> tuple[list[str], list[float], list[float]]:
+    """A checkpoint of every stage, read by another one that has trained on something else before."""
+    changed, expected, resumed = [], [], []
+    for zero, other in ((0, 3), (3, 1), (1, 2), (2, 0)):
+        backend = deepspeed_backend(deepspeed_job(zero, 2))
+        _losses(backend)
+        place = folder / str(zero)
+        if dist.get_rank() == 0:
+            place.mkdir()
+        dist.barrier()
+        save = backend.begin_save(place, copy=False)
+        save.write()
+        save.finish()
+        saved = whole_state(backend)
+        expected += _losses(backend, 800)
+        backend = deepspeed_backend(deepspeed_job(other, 2, seed=7))
+        _losses(backend, 400)
+        backend.load(place, STEPS)
+        loaded = whole_state(backend)
+        changed += [name for name in saved.keys() | loaded.keys() if not np.array_equal(saved[name], loaded[name])]
+        resumed += _losses(backend, 800)
+    return changed, expected, resumed
+
+
+@pytest.mark.dist
+def test_a_checkpoint_of_one_stage_goes_on_in_another(tmp_path: Path) -> None:
+    changed, expected, resumed = run_ranks(2, _save_and_load, tmp_path)[0]
+    assert changed == []
+    np.testing.assert_allclose(resumed, expected, rtol=1e-5)
+
+
+def _change_batch(zero: int) -> list[tuple[float, float]]:
+    backend = deepspeed_backend(deepspeed_job(zero, 2))
+    shown = []
+    for micro_batch in (1, 4, 2):
+        assert backend.move(configuration(8, micro_batch, dp=2, zero=zero)).bytes_moved == 0
+        result = backend.train_step(random_batches, StepRequest(0, RULES))
+        shown.append((result.loss, result.grad_sq))
+    return shown
+
+
+@pytest.mark.dist
+def test_micro_batch_and_accumulation_change_in_the_running_engine() -> None:
+    expected = run_ranks(2, _change_batch, 0)[0]
+    for zero in (2, 3):
+        np.testing.assert_allclose(run_ranks(2, _change_batch, zero)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_ranges_of_all_ranks_cover_every_parameter_once(zero: int, ranks: int) -> None:
+    groups = [{"a": (7, 5), "b": (3,), "c": (2, 3, 4)}, {"norm": (5,)}]
+    elements = {name: [0] * int(np.prod(shape)) for group in groups for name, shape in group.items()}
+    buffers: dict[tuple[int, int], set[int]] = {}
+    for part in partitions(groups, Layout(dp=ranks, zero=zero)):
+        for index in range(part.start, part.stop):
+            elements[part.name][index] += 1
+        buffer = buffers.setdefault((part.rank, part.group), set())
+        own = set(range(part.position, part.position + part.stop - part.start))
+        assert not buffer & own, "two ranges overlap in a rank's buffer"
+        buffer |= own
+    assert all(count == 1 for counts in elements.values() for count in counts)
+    table = shard_table(groups, "bf16", Layout(dp=ranks, zero=zero))
+    assert {field.name for field in table.fields} >= {"a", "a/master", "a/exp_avg", "norm/exp_avg_sq"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "training", "message"),
+    [
+        ({"tp": 2}, {}, r"tp\(2\) is not supported by the deepspeed backend: it is data parallel only"),
+        ({"pp": 2}, {}, r"pp\(2\) is not supported"),
+        ({"dp": 2}, {"precision": "bf16"}, r"precision\(bf16\) needs layout.zero of 1 to 3"),
+        ({"dp": 2}, {"dropout": 0.1}, r"dropout\(0.1\): the Llama models"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_do_is_refused_in_one_line(
+    layout: dict[str, int], training: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(JobError, match=message):
+        deepspeed_job(0, 2, layout=layout, **training)
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import util
+
+    monkeypatch.setattr(
+        "copus.backends.description.find_spec", lambda name: None if name == "deepspeed" else util.find_spec(name)
+    )
+    with pytest.raises(JobError, match=r"backend: this backend needs deepspeed: pip install 'copus\[deepspeed\]'"):
+        deepspeed_job(1, 2)
