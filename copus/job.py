@@ -228,6 +228,7 @@ class JobConfig(Record):
         backend = find_backend(self.training.backend)
         _located("training", lambda: backend.check_training(self.training))
         _located("model", lambda: backend.check_model(self.model))
+        _located("planner", lambda: backend.check_noise_metric(self.planner.noise_metric))
         _located("training.optimizer", lambda: backend.check_optimizer(self.training.optimizer))
         _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
         _located("launch.engine", lambda: load_engine(self.launch.engine))
@@ -256,7 +257,9 @@ class JobConfig(Record):
 
     def _check_layout(self, layout: Layout) -> None:
         layout.check(self.model, self.cluster)
-        find_backend(self.training.backend).check_layout(layout)
+        backend = find_backend(self.training.backend)
+        backend.check_layout(layout)
+        backend.check_training(self.training.model_copy(update={"layout": layout}))
 
     @property
     def total_samples(self) -> int:

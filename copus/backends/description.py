@@ -27,6 +27,8 @@ class BackendDescription(BackendTraits, ABC):
     """The highest ZeRO stage that it runs."""
     optimizers: ClassVar[tuple[str, ...]] = ("adamw",)
     """Kinds of optimizers that it has, as in `copus.optimizers`."""
+    noise_metrics: ClassVar[tuple[str, ...]] = ("plain", "adam")
+    """Values of `planner.noise_metric` that it can measure."""
     extra: ClassVar[str | None] = None
     """The extra of copus that installs `packages`."""
     packages: ClassVar[tuple[str, ...]] = ()
@@ -49,6 +51,11 @@ class BackendDescription(BackendTraits, ABC):
 
     def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for a setting of the training that it does not have. The default has all of them."""
+
+    def check_noise_metric(self, metric: str) -> None:
+        """Raise ValueError for a `planner.noise_metric` that it cannot measure."""
+        if metric not in self.noise_metrics:
+            raise ValueError(f"noise_metric({metric}): this backend has {', '.join(self.noise_metrics)}")
 
     @property
     def software(self) -> str:

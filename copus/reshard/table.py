@@ -25,7 +25,7 @@ MASTER = "master"
 
 
 MASTER = "master"
-"""The fp32 copy of a weight that is not fp32 itself."""
+"""The fp32 copy of a weight that is not fp32 itself, in the name of its field: `model.norm.weight/master`."""
 
 
 class Field(NamedTuple):

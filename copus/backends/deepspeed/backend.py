@@ -9,13 +9,13 @@ from copus.backends.base import Backend
 from copus.backends.deepspeed import step
 from copus.backends.deepspeed.built import BuiltModel, build, parameter_shapes
 from copus.backends.deepspeed.live_state import live_state
+from copus.backends.deepspeed.part_norms import PartNorms
 from copus.backends.deepspeed.partitions import shard_table
 from copus.backends.deepspeed.upstream import drop_groups
 from copus.backends.huggingface import initial_weight
 from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
 from copus.reshard.execute import LiveState
 from copus.reshard.table import MASTER, ShardTable
-from planner.sampling import executed_configuration
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 
@@ -34,6 +34,7 @@ class DeepSpeedBackend(Backend):
     def make(self, configuration: Configuration, initial_weights: bool) -> None:
         """Make model, optimizer and engine."""
         self._built = build(self._job, configuration, self.device)
+        self._built.part_norms = PartNorms(self._built)
         if initial_weights:
             self._fill_initial_weights(configuration.layout)
             self.count_optimizer_steps(0)
@@ -41,18 +42,16 @@ class DeepSpeedBackend(Backend):
     @torch.no_grad()
     def _fill_initial_weights(self, layout: Layout) -> None:
         """Draw each whole parameter and keep what this rank holds of it. Masters are what bf16 has of it."""
-        shards = self._table(layout).of_rank(dist.get_rank())
-        whole: tuple[str, torch.Tensor | None] = ("", None)
-        for place, tensor in self.live_state().items():
-            field, box = shards[place]
+        live = self.live_state()
+        shape, seed, dtype = self._job.model, self._job.training.seed, self.built.model.dtype
+        drawn, whole = "", torch.empty(0)
+        for place, (field, box) in self._table(layout).of_rank(dist.get_rank()).items():
             name, _, statistic = field.name.partition("/")
-            if statistic in ("", MASTER):
-                if name != whole[0]:
-                    weight = initial_weight(
-                        name, field.shape, self._job.model.layers, self._job.training.seed, self.device
-                    )
-                    whole = name, weight.to(self.built.model.dtype)
-                tensor().copy_(whole[1][tuple(map(slice, box.offset, box.stop))])
+            if statistic not in ("", MASTER):
+                continue
+            if name != drawn:
+                drawn, whole = name, initial_weight(name, field.shape, shape.layers, seed, self.device).to(dtype)
+            live[place]().copy_(whole[tuple(map(slice, box.offset, box.stop))])
 
     def release(self) -> None:
         """Let go of everything that belongs to a layout, so that a job can move for days without growing."""
@@ -85,12 +84,13 @@ class DeepSpeedBackend(Backend):
 
     def compute_gradients(self, batches: Batches, request: StepRequest) -> StepShares:
         """Forward and backward pass, and this rank's shares of the step's figures."""
-        configuration = executed_configuration(self.configuration, request.noise_source)
+        configuration = self.executed_configuration(request.noise_source)
         return step.compute_gradients(self.built, configuration, batches, request)
 
     def read_parts(self, totals: np.ndarray, grad_sq: float) -> tuple[Parts | None, Parts | None]:
         """The parts of the step, from the sum of all ranks' shares."""
-        return None, None
+        parts: tuple[Parts | None, Parts | None] = self.built.part_norms.parts(totals, grad_sq)
+        return parts
 
     def update_weights(self, rules: StepRules, scale: float) -> None:
         """Clip the gradients and let Adam make its step."""

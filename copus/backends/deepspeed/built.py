@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,16 +10,15 @@ import torch.distributed as dist
 
 from copus.backends.adamw import adam_state
 from copus.backends.deepspeed.partitions import Groups
-from copus.backends.deepspeed.upstream import Engine, Partitioner, init_distributed
+from copus.backends.deepspeed.upstream import DeepSpeedConfig, Engine, Partitioner, init_distributed
 from copus.backends.huggingface import build_causal_lm, restore_rotary_frequencies
 from copus.job import JobConfig
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
-import deepspeed  # isort: skip (after what upstream.py sets)
-from deepspeed.runtime.config import DeepSpeedConfig  # isort: skip
-
+MATRICES, NORMS = 0, 1
+"""The groups of parameters: those that decay, and those that do not."""
 _BUCKET = 50_000_000
 """Most gradients that are reduced at once: 200 MB in fp32."""
 
@@ -36,7 +35,8 @@ class BuiltModel:
     adam: torch.optim.AdamW | None = None
     """The optimizer that DeepSpeed drives. Its parameters are the model's, or this rank's flat buffers of masters."""
     engine: Any = None
-    hooks: list[Any] = field(default_factory=list)
+    part_norms: Any = None
+    """What the noise is measured with."""
 
     @property
     def zero_optimizer(self) -> Any:
@@ -69,10 +69,18 @@ class BuiltModel:
             return self.flat_masters
         return [param for group in self.groups for param in group.values()]
 
+    def accumulated_gradient(self, group: int, index: int, param: torch.nn.Parameter) -> torch.Tensor:
+        """This replica's sum of a parameter's gradients over the micro-batches so far, before any reduction; ZeRO 0 and
+        1, which keep it, from the second micro-batch on."""
+        in_fp32 = getattr(self.zero_optimizer, "fp32_groups_gradients", None)  # bf16 with ZeRO 1
+        gradient = param.grad if in_fp32 is None else in_fp32[group][index]
+        assert gradient is not None, "there was a backward pass before"
+        return gradient
+
     def release(self) -> None:
         """Let go of the memory: engine, model and hooks refer to each other in circles."""
-        for hook in self.hooks:
-            hook.remove()
+        if self.part_norms is not None:
+            self.part_norms.close()
         if self.engine is not None:
             self.engine.destroy()
 
@@ -81,8 +89,22 @@ def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[di
     """Matrices, and then the weights of norms, which do not decay."""
     groups: list[dict[str, torch.nn.Parameter]] = [{}, {}]
     for name, param in named:
-        groups["norm" in name][name] = param
+        groups[NORMS if "norm" in name else MATRICES][name] = param
     return groups
+
+
+def reduced_gradients(built: BuiltModel, group: int | None = None) -> list[torch.Tensor]:
+    """The averaged gradients that this rank counts, of all groups of parameters or of one: its share, or on rank 0 all
+    of them if nothing is shared out."""
+    chosen = (MATRICES, NORMS) if group is None else (group,)
+    wrapper = built.zero_optimizer
+    if built.layout.zero == 0:
+        counts = dist.get_rank() == 0
+        params = (param for number in chosen for param in built.groups[number].values())
+        return [param.grad for param in params if counts and param.grad is not None]
+    if hasattr(wrapper, "fp32_groups_gradient_flat_partition"):  # bf16 with ZeRO 1
+        return [wrapper.fp32_groups_gradient_flat_partition[number] for number in chosen]
+    return [gradient for number in chosen for gradient in wrapper.averaged_gradients[number]]
 
 
 @functools.lru_cache(maxsize=4)
@@ -107,9 +129,10 @@ def build(job: JobConfig, configuration: Configuration, device: torch.device) ->
     else:
         model = build_causal_lm(job.model, dtype, device, None, layout.recompute)
     built = BuiltModel(device, layout, model, parameter_groups(model.named_parameters()))
-    decay, no_decay = (list(group.values()) for group in built.groups)
+    decay, no_decay = [list(group.values()) for group in built.groups]
     # DeepSpeed may make a step to see the optimizer's state: at a learning rate of 0 it changes nothing.
-    built.adam = torch.optim.AdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}], lr=0.0, fused=True)
+    groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    built.adam = torch.optim.AdamW(groups, lr=0.0, fused=True)
     built.engine = Engine(
         args=None,
         model=model,

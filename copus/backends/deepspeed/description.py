@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from copus.backends.huggingface_description import HuggingFaceDescription
+from planner.backend_traits import PartCount
+from planner.noise_sources import REPLICA
+from profiles.configuration import Configuration
 from profiles.layout import Layout
 
 if TYPE_CHECKING:
@@ -16,6 +19,7 @@ class DeepSpeedDescription(HuggingFaceDescription):
     largest_zero = 3
     extra = "deepspeed"
     packages = ("deepspeed", "transformers")
+    noise_metrics = ("plain",)
 
     def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for bf16 without ZeRO: DeepSpeed then sums gradients in bf16."""
@@ -32,6 +36,14 @@ class DeepSpeedDescription(HuggingFaceDescription):
                 raise ValueError(
                     f"{name}({degree}) is not supported by the deepspeed backend: it is data parallel only"
                 )
+
+    def parts(self, configuration: Configuration) -> dict[str, PartCount]:
+        """The parts that a step has, by noise source. ZeRO 2 and 3 reduce the gradient of every micro-batch: a replica
+        with several of them has none of its own."""
+        parts = super().parts(configuration)
+        if configuration.layout.zero >= 2 and configuration.num_microbatches > 1:
+            del parts[REPLICA]
+        return parts
 
     def load(self) -> type[Any]:
         """The class that trains. Takes seconds."""

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from copus.backends.adamw import MASTER, adam_state
+from copus.backends.adamw import adam_state
 from copus.backends.deepspeed.built import BuiltModel
 from copus.backends.deepspeed.partitions import Groups, Partition, optimizer_fields, partitions
 from copus.reshard.boxes import boxes_of_range
 from copus.reshard.execute import LiveState
-from copus.reshard.table import Place
+from copus.reshard.table import MASTER, Place
 
 _Shard = tuple[Place, Callable[[], torch.Tensor]]
 

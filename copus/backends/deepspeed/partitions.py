@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from copus.backends.adamw import ADAM_STATISTICS, MASTER
+from copus.backends.adamw import ADAM_STATISTICS
 from copus.reshard.boxes import Box, boxes_of_range
-from copus.reshard.table import Field, Row, ShardTable
+from copus.reshard.table import MASTER, Field, Row, ShardTable
 from profiles.layout import Layout
 
 Shape = tuple[int, ...]
@@ -87,11 +87,11 @@ def shard_table(groups: Groups, precision: str, layout: Layout) -> ShardTable:
 def _rows(groups: Groups, precision: str, layout: Layout) -> Iterator[Row]:
     for group in groups:
         for name, shape in group.items():
-            whole = () if layout.zero == 3 else (weight_field(name, shape, precision),)
-            if layout.zero == 0:
-                whole += optimizer_fields(name, shape, precision)
-            if whole:
-                yield from ((rank, whole, Box.whole(shape)) for rank in range(layout.dp))
+            if layout.zero < 3:
+                fields: tuple[Field, ...] = (weight_field(name, shape, precision),)
+                if layout.zero == 0:
+                    fields += optimizer_fields(name, shape, precision)
+                yield from ((rank, fields, Box.whole(shape)) for rank in range(layout.dp))
     if layout.zero:
         for part in partitions(groups, layout):
             fields = optimizer_fields(part.name, part.shape, precision)

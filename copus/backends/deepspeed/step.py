@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from copus.backends.adamw import AdamWOptions
-from copus.backends.deepspeed.built import BuiltModel
+from copus.backends.deepspeed.built import BuiltModel, reduced_gradients
 from copus.backends.huggingface import mean_loss
 from copus.backends.microbatches import evaluation_of, read_microbatches
 from copus.backends.squared_norms import norms, sum_of_squares
@@ -19,35 +20,25 @@ def compute_gradients(
     built: BuiltModel, configuration: Configuration, batches: Batches, request: StepRequest
 ) -> StepShares:
     """Forward, backward and reduction, and what this rank adds to the figures of the step."""
-    engine, count = built.engine, configuration.num_microbatches
+    engine, part_norms, count = built.engine, built.part_norms, configuration.num_microbatches
+    part_norms.start(request.noise_source, configuration)
     losses = []
     for index, (tokens, labels) in enumerate(_microbatches(built, configuration, batches, request.first_sample)):
         engine.set_gradient_accumulation_boundary(index == count - 1)
         loss = mean_loss(engine, tokens, labels)
         losses.append(loss.detach())
+        part_norms.begin_backward(index)
         engine.backward(loss / count, scale_wrt_gas=False)
     return StepShares(
         _loss_share(configuration, losses),
         sum_of_squares(norms(reduced_gradients(built)), built.device),
-        torch.zeros(0, dtype=torch.float64, device=built.device),
+        part_norms.contribution(),
     )
-
-
-def reduced_gradients(built: BuiltModel) -> list[torch.Tensor]:
-    """The averaged gradients that this rank counts: its share, or on rank 0 all of them if nothing is shared out."""
-    wrapper = built.zero_optimizer
-    if built.layout.zero == 0:
-        params = built.optimized if dist.get_rank() == 0 else []
-        return [param.grad for param in params if param.grad is not None]
-    if hasattr(wrapper, "fp32_groups_gradient_flat_partition"):  # bf16 with ZeRO 1
-        return wrapper.fp32_groups_gradient_flat_partition
-    return [gradient for gradients in wrapper.averaged_gradients.values() for gradient in gradients]
 
 
 def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> None:
     """Multiply the gradients by `scale`, and update the weights with them."""
-    adam = built.adam
-    assert adam is not None, "it is built"
+    adam: Any = built.adam
     decay, no_decay = adam.param_groups
     decay.update(asdict(options))
     no_decay.update(asdict(options), weight_decay=0.0)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,11 +11,12 @@ import torch.distributed as dist
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402
-from deepspeed.runtime import bf16_optimizer  # noqa: E402
-from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
-from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
-from deepspeed.utils import groups  # noqa: E402
+import deepspeed
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.config import DeepSpeedConfig as DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.utils import groups
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # On a CPU the first process compiles collectives in shared memory, for minutes and with the others waiting, and leaves
@@ -33,7 +35,7 @@ class Engine(DeepSpeedEngine):
 class Partitioner(Init):
     """Cuts parameters for ZeRO 3 where they stand, whatever is in them."""
 
-    def _zero_init_param(self, param: torch.nn.Parameter) -> None:
+    def _zero_init_param(self, param: Any) -> None:
         self._convert_to_deepspeed_param(param)
         param.partition()
 
