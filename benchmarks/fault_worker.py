@@ -15,8 +15,9 @@ from typing import Any
 import copus.moves
 import copus.worker
 import planner.planner
-from copus.backends.megatron.backend import MegatronBackend
+from copus.backends.registry import find_backend
 from copus.checkpoints import Writing
+from copus.job import load_job
 from copus.moves import Moves
 from planner.planner import Planner
 from profiles.configuration import Configuration
@@ -25,12 +26,18 @@ from profiles.layout import Layout
 from profiles.noise_scale import NoiseScale
 from profiles.step_norms import StepNorms
 
-LAYOUTS = (Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(dp=2, zero=1))
-"""One after the other, changed at every decision."""
+LAYOUTS = {
+    "megatron": (Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(dp=2, zero=1)),
+    "deepspeed": (Layout(dp=2), Layout(dp=2, zero=1), Layout(dp=2, zero=2), Layout(dp=2, zero=3)),
+}
+"""By backend: the layouts that follow one another, changed at every decision."""
 
 
 class ScriptedPlanner(Planner):
     """The real planner, but for what it chooses."""
+
+    layouts: tuple[Layout, ...]
+    """The job's backend's."""
 
     def decide(
         self,
@@ -42,7 +49,7 @@ class ScriptedPlanner(Planner):
     ) -> Decision:
         """The next layout; the batch stays."""
         decision = super().decide(noise, current, samples_consumed, step_norms, seconds_left)
-        layout = LAYOUTS[samples_consumed // self.config.every_samples % len(LAYOUTS)]
+        layout = self.layouts[samples_consumed // self.config.every_samples % len(self.layouts)]
         chosen = current.model_copy(update={"layout": layout})
         return decision.model_copy(update={"chosen": chosen, "reason": "scripted", "predicted_gain": None})
 
@@ -67,12 +74,14 @@ def main(arguments: list[str]) -> int:
     """One rank."""
     run = Path(arguments[0])
     (run / f"worker-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    backend = load_job(run / "job.yaml").training.backend
+    find_backend(backend).load()  # imported here and not between two collectives: it takes seconds
+    ScriptedPlanner.layouts = LAYOUTS[backend]
     copus.worker.Planner = ScriptedPlanner  # type: ignore[misc]
     # Decisions fall due with the samples alone: on a busy machine some would else be left out, and with them a move.
     planner.planner.FEWEST_STEPS_BETWEEN, copus.moves.DECIDING_SHARE = 1, math.inf
     Writing._write = announced(run, "checkpoint", Writing._write)  # type: ignore[method-assign]
     Moves._move = announced(run, "move", Moves._move)  # type: ignore[method-assign]
-    assert MegatronBackend is not None  # imported here and not between two collectives: it takes seconds
     return copus.worker.main(arguments)
 
 

@@ -1,6 +1,6 @@
 """Faults at random moments of a small job, and what is left of it.
 
-    python -m benchmarks.faults [--data DIR] [--quick] [--only KIND] [--json] [--seed N]
+    python -m benchmarks.faults [--backend NAME] [--data DIR] [--quick] [--only KIND] [--json] [--seed N]
 
 The real command's engine (torch's elastic agent), the real worker with scripted moves, real signals. A run without
 faults comes first; every other run has to end by itself at the same number of samples, to have each sample once in its
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fault_files import final_state, largest_difference, spoil
+from benchmarks.fault_worker import LAYOUTS
 from copus.data.prepare import prepare
 from copus.event_lines import without_replays
 from copus.events import Checkpoint, End, Event, Failure, Reconfigure, Restart, Start, Step, read_events
@@ -67,7 +68,7 @@ class Fault:
     detail: str
 
 
-def job_for(folder: Path, ranks: int, samples: int, **training: Any) -> JobConfig:
+def job_for(folder: Path, backend: str, ranks: int, samples: int, **training: Any) -> JobConfig:
     """A tiny model on made-up words, with a checkpoint and a move every few steps."""
     generator = random.Random(0)
     for name in ("train", "valid"):
@@ -88,6 +89,7 @@ def job_for(folder: Path, ranks: int, samples: int, **training: Any) -> JobConfi
             },
             "cluster": {"accelerators_per_node": ranks},
             "training": {
+                "backend": backend,
                 "layout": {"dp": ranks},
                 "micro_batch": 1,
                 "global_batch": 4,
@@ -302,11 +304,11 @@ def disturbed(
     return ended, lost, repeated
 
 
-def resized(folder: Path, say: Callable[[str], None]) -> tuple[list[Fault], int, int]:
+def resized(folder: Path, backend: str, say: Callable[[str], None]) -> tuple[list[Fault], int, int]:
     """4 → 2 → 4 ranks through `copus submit --resume`, against 4 ranks all along."""
     # A third of the others' learning rate: at theirs one step in a hundred can have 40 times the gradient of its
     # neighbours, and what rounding does there is a thousand times what it does to the others.
-    job = job_for(folder, 4, 600, lr=1e-3)
+    job = job_for(folder, backend, 4, 600, lr=1e-3)
     static = job.model_copy(update={"planner": job.planner.model_copy(update={"policy": "static"})})
     path = folder / "resize.yaml"
     path.write_text(dump_job(static.model_copy(update={"name": "resize"})))
@@ -359,6 +361,7 @@ def resized(folder: Path, say: Callable[[str], None]) -> tuple[list[Fault], int,
 def main(arguments: list[str] | None = None) -> int:
     """Run it; 0 where every fault was survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=sorted(LAYOUTS), default="megatron", help="framework that trains")
     parser.add_argument("--data", type=Path, help="folder to work in; a temporary one without it")
     parser.add_argument("--quick", action="store_true", help="a handful of faults, without the change of ranks")
     parser.add_argument("--only", choices=sorted({*FULL, RESIZE}), help="the faults of one kind")
@@ -377,8 +380,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="copus-faults-") as temporary:
         folder = (options.data or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        faults, lost, repeated = _all(folder, kinds, random.Random(options.seed), say)
+        faults, lost, repeated = _all(folder, options.backend, kinds, random.Random(options.seed), say)
     result = {
+        "backend": options.backend,
         "faults": [asdict(fault) for fault in faults],
         "samples_lost": lost,
         "samples_repeated": repeated,
@@ -406,12 +410,12 @@ def _can_mount(folder: Path) -> bool:
 
 
 def _one_after_another(
-    folder: Path, kinds: list[str], chance: random.Random, say: Callable[[str], None]
+    folder: Path, backend: str, kinds: list[str], chance: random.Random, say: Callable[[str], None]
 ) -> tuple[list[Fault], int, int]:
     """A run without faults, and as many runs with them as it takes."""
     chance.shuffle(kinds)
     groups = [tuple(kinds[first : first + FAULTS_IN_A_RUN]) for first in range(0, len(kinds), FAULTS_IN_A_RUN)]
-    job = job_for(folder, 2, SAMPLES_BETWEEN * (max(map(len, groups)) + 4))
+    job = job_for(folder, backend, 2, SAMPLES_BETWEEN * (max(map(len, groups)) + 4))
     prepare(job)
     with running(job) as run:
         say(f"undisturbed: {job.total_samples} samples")
@@ -431,7 +435,7 @@ def _one_after_another(
 
 
 def _all(
-    folder: Path, kinds: list[str], chance: random.Random, say: Callable[[str], None]
+    folder: Path, backend: str, kinds: list[str], chance: random.Random, say: Callable[[str], None]
 ) -> tuple[list[Fault], int, int]:
     resizes, kinds = RESIZE in kinds, [kind for kind in kinds if kind != RESIZE]
     faults: list[Fault] = []
@@ -441,10 +445,10 @@ def _all(
         kinds = [kind for kind in kinds if kind != "full disk"]
     lost = repeated = 0
     if kinds:
-        found, lost, repeated = _one_after_another(folder, kinds, chance, say)
+        found, lost, repeated = _one_after_another(folder, backend, kinds, chance, say)
         faults += found
     if resizes:
-        found, group_lost, group_repeated = resized(folder, say)
+        found, group_lost, group_repeated = resized(folder, backend, say)
         faults, lost, repeated = faults + found, lost + group_lost, repeated + group_repeated
     return faults, lost, repeated
 
