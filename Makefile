@@ -18,7 +18,7 @@ NCCL_LIBRARY ?=
 
 BIN := $(VENV)/bin
 # What processes of a job import, compiled once, also where the environment says that nobody does: ranks start 4 times as fast.
-IMPORTED := copus.backends.megatron.backend, copus.worker, copus.data.__main__, launch.cli, launch.plot, launch.report.render, \
+IMPORTED := copus.backends.megatron.backend, copus.backends.deepspeed.backend, copus.worker, copus.data.__main__, launch.cli, launch.plot, launch.report.render, \
 	torch._dynamo, torch.distributed.run
 INSTALLED := $(VENV)/.installed
 GPU_SITE := build/gpu-site

@@ -5,15 +5,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from copus.backends.deepspeed.partitions import partitions, shard_table
 from copus.backends.step_contract import StepRequest
+from copus.collectives import RankError
 from copus.job import JobError
 from profiles.layout import Layout
 from tests.deepspeed_jobs import deepspeed_backend, deepspeed_job, whole_state
 from tests.megatron_jobs import RULES, configuration, random_batches
 from tests.ranks import run_ranks
+from tests.test_oom_recovery import on_tcp
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
 STEPS = 3
@@ -114,6 +117,35 @@ def test_micro_batch_and_accumulation_change_in_the_running_engine() -> None:
         np.testing.assert_allclose(shown, alike[0], rtol=1e-5)
 
 
+def _go_back(stages: list[tuple[int, int]]) -> list[tuple[list[float], list[float]]]:
+    """Losses of a job that moves, has no memory there for a step, and goes back; and of one that stays."""
+    on_tcp()
+
+    def no_room(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if dist.get_rank() == 1 and first % 4:  # its second micro-batch
+            raise torch.OutOfMemoryError("no room")
+        return random_batches(first, count)
+
+    losses = []
+    for before, after in stages:
+        stays = _losses(deepspeed_backend(deepspeed_job(before, 2)), steps=2 * STEPS)
+        backend = deepspeed_backend(deepspeed_job(before, 2))
+        moves = _losses(backend)
+        backend.move(configuration(8, 2, dp=2, zero=after))
+        with pytest.raises(RankError, match="no room"):
+            backend.train_step(no_room, StepRequest(8 * STEPS, RULES, on_trial=True))
+        backend.recover(configuration(8, 2, dp=2, zero=before))
+        losses.append((moves + _losses(backend, 8 * STEPS), stays))
+        backend.close()
+    return losses
+
+
+@pytest.mark.dist
+def test_a_step_without_memory_is_taken_back_and_the_job_goes_on() -> None:
+    for moves, stays in run_ranks(2, _go_back, [(1, 3), (3, 2), (2, 0)])[0]:
+        np.testing.assert_allclose(moves, stays, rtol=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_the_ranges_of_all_ranks_cover_every_parameter_once(zero: int, ranks: int) -> None:
@@ -138,6 +170,11 @@ def test_the_ranges_of_all_ranks_cover_every_parameter_once(zero: int, ranks: in
         ({"tp": 2}, {}, r"tp\(2\) is not supported by the deepspeed backend: it is data parallel only"),
         ({"pp": 2}, {}, r"pp\(2\) is not supported"),
         ({"dp": 2}, {"precision": "bf16"}, r"precision\(bf16\) needs layout.zero of 1 to 3"),
+        (
+            {"dp": 2},
+            {"overlap_grad_reduce": True},
+            r"overlap_grad_reduce\(true\) is not supported .* zero\(0\) in fp32",
+        ),
         ({"dp": 2}, {"dropout": 0.1}, r"dropout\(0.1\): the Llama models"),
     ],
     ids=str,

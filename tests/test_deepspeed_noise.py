@@ -8,7 +8,7 @@ import torch.distributed as dist
 from copus.backends.huggingface import build_causal_lm, mean_loss
 from copus.backends.step_contract import Parts, StepRequest
 from tests.deepspeed_jobs import deepspeed_backend, deepspeed_job
-from tests.megatron_jobs import RULES, configuration, random_batches
+from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 
 BATCH, FIRST = 8, 40
@@ -70,3 +70,22 @@ def test_bf16_sums_its_micro_batches_in_fp32() -> None:
         np.testing.assert_allclose(parts.squared_norms, _norms(4, precision="bf16"), rtol=1e-2)
     for _, parts, _ in run_ranks(2, _measure_all, "bf16", [1, 2, 3], "microbatch", 2)[0]:
         np.testing.assert_allclose(parts.squared_norms, _norms(2, precision="bf16"), rtol=1e-5)
+
+
+def _measure_megatron(source: str, micro_batch: int) -> tuple[float, Parts | None, Parts | None]:
+    backend = backend_of(tiny_job(2, {"dp": 2}))
+    backend.move(configuration(BATCH, micro_batch, dp=2))
+    result = backend.train_step(random_batches, StepRequest(FIRST, RULES, source))
+    return result.grad_sq, result.parts, result.norm_layer_parts
+
+
+@pytest.mark.dist
+def test_megatron_measures_the_same() -> None:
+    """Both begin with the same weights. The norm layers' own |g|² is that of the mean gradient."""
+    source = "microbatch+normlayer"
+    megatron_sq, megatron_parts, megatron_norm_layers = run_ranks(2, _measure_megatron, source, 2)[0]
+    ((grad_sq, parts, norm_layers),) = run_ranks(2, _measure_all, "fp32", [3], source, 2)[0]
+    assert grad_sq == pytest.approx(megatron_sq, rel=1e-5)
+    for ours, theirs in ((parts, megatron_parts), (norm_layers, megatron_norm_layers)):
+        assert ours.grad_sq == pytest.approx(theirs.grad_sq, rel=1e-5)
+        np.testing.assert_allclose(ours.squared_norms, theirs.squared_norms, rtol=1e-5)

@@ -16,7 +16,7 @@ from copus.oom_recovery import World
 from tests.ranks import NCCL, own_device, run_ranks
 
 
-def _on_tcp(timeout_seconds: float = 60.0) -> None:
+def on_tcp(timeout_seconds: float = 60.0) -> None:
     """Form the default group over a key-value store that has connections too, as torch's launchers do."""
     rank, size = dist.get_rank(), dist.get_world_size()
     port = [dist.TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False) if rank == 0 else None]
@@ -44,7 +44,7 @@ def _step(world: World, error: Exception | None, group: Any) -> None:
 
 def _rounds(victims: list[int]) -> list[str]:
     """What every rank is told where victims run out of memory while the others wait, each round in another way."""
-    _on_tcp()
+    on_tcp()
     world, said = World(own_device(), timeout_seconds=60), []
     rank, size = dist.get_rank(), dist.get_world_size()
     for number, victim in enumerate(victims):
@@ -70,7 +70,7 @@ def _host_hangs() -> bool:
     """The rank that serves the store stops in the middle of a step. Whether the step failed here."""
     pids: list[Any] = [os.getpid()]
     dist.broadcast_object_list(pids)
-    _on_tcp(timeout_seconds=1.0)
+    on_tcp(timeout_seconds=1.0)
     oom_recovery._GRACE_SECONDS = 0.5
     world, failed = World(own_device(), timeout_seconds=1.0), False
     try:

@@ -24,10 +24,6 @@ MASTER = "master"
 """The fp32 copy of a weight that is not fp32 itself, in the name of its field: `model.norm.weight/master`."""
 
 
-MASTER = "master"
-"""The fp32 copy of a weight that is not fp32 itself, in the name of its field: `model.norm.weight/master`."""
-
-
 class Field(NamedTuple):
     """One tensor of the state as it is on one rank that has everything: a weight, its fp32 master, or one statistic
     that the optimizer keeps of it."""

@@ -12,7 +12,7 @@ from copus.backends.deepspeed.live_state import live_state
 from copus.backends.deepspeed.part_norms import PartNorms
 from copus.backends.deepspeed.partitions import shard_table
 from copus.backends.deepspeed.upstream import drop_groups
-from copus.backends.huggingface import initial_weight
+from copus.backends.initial_weights import initial_weight
 from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
 from copus.reshard.execute import LiveState
 from copus.reshard.table import MASTER, ShardTable

@@ -22,9 +22,14 @@ class DeepSpeedDescription(HuggingFaceDescription):
     noise_metrics = ("plain",)
 
     def check_training(self, training: "TrainingConfig") -> None:
-        """Raise ValueError for bf16 without ZeRO: DeepSpeed then sums gradients in bf16."""
+        """Raise ValueError for a setting that DeepSpeed does not have at the stage of the layout."""
         super().check_training(training)
-        if training.precision == "bf16" and training.layout.zero == 0:
+        zero, in_bf16 = training.layout.zero, training.precision == "bf16"
+        if training.overlap_grad_reduce and zero < (2 if in_bf16 else 1):
+            raise ValueError(
+                f"overlap_grad_reduce(true) is not supported by DeepSpeed with zero({zero}) in {training.precision}"
+            )
+        if in_bf16 and zero == 0:
             raise ValueError(
                 "precision(bf16) needs layout.zero of 1 to 3: with zero(0) DeepSpeed accumulates gradients in bf16"
             )
