@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from copus.backends.adamw import adam_state
 from copus.backends.deepspeed.partitions import Groups
-from copus.backends.deepspeed.upstream import DeepSpeedConfig, Engine, Partitioner, init_distributed
+from copus.backends.deepspeed.upstream import DeepSpeedConfig, Engine, Partitioner, destroy_engine, init_distributed
 from copus.backends.huggingface import build_causal_lm, restore_rotary_frequencies
 from copus.job import JobConfig
 from profiles.configuration import Configuration
@@ -82,7 +82,7 @@ class BuiltModel:
         if self.part_norms is not None:
             self.part_norms.close()
         if self.engine is not None:
-            self.engine.destroy()
+            destroy_engine(self.engine)
 
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, torch.nn.Parameter]]:

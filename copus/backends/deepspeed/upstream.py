@@ -15,6 +15,7 @@ import deepspeed
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.config import DeepSpeedConfig as DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import groups
 
@@ -52,3 +53,18 @@ def drop_groups(broken: bool) -> None:
     if group is not None and not broken:
         dist.destroy_process_group(group)
     groups._release_process_group_references()
+
+
+def destroy_engine(engine: Engine) -> None:
+    """Let go of an engine and its model.
+
+    ZeRO 3 makes classes of autograd functions for every module. They outlive it, and refer to the module and, through
+    it, to everything else: what they refer to is emptied.
+    """
+    model, optimizer = engine.module, engine.optimizer
+    engine.destroy()
+    offload = getattr(optimizer, "parameter_offload", None)
+    if offload is not None:
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for owner in (*model.modules(), offload, optimizer, engine):
+            vars(owner).clear()
