@@ -37,7 +37,9 @@ def _train_all_stages(model: dict[str, Any]) -> list[list[float]]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("model", [{}, {"tied_embeddings": True, "gated_mlp": False}], ids=str)
+@pytest.mark.parametrize(
+    "model", [{}, pytest.param({"tied_embeddings": True, "gated_mlp": False}, marks=pytest.mark.slow)], ids=str
+)
 def test_every_stage_has_the_losses_of_one_rank(model: dict[str, Any]) -> None:
     alone = run_ranks(1, _train, 0, model)[0]
     for losses in run_ranks(2, _train_all_stages, model)[0]:
@@ -60,7 +62,7 @@ def _move_through_all_stages(precision: str) -> tuple[list[float], list[float], 
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_moves_between_stages_change_no_bit_and_losses_go_on(precision: str) -> None:
     stays, moves, changed = run_ranks(2, _move_through_all_stages, precision)[0]
     assert changed == []

@@ -54,6 +54,7 @@ def test_microbatches_and_norm_layers_are_those_of_plain_torch_at_every_stage() 
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_replicas_are_those_of_plain_torch() -> None:
     accumulated = run_ranks(2, _measure_all, "fp32", [0, 1, 2, 3], "replica", 2)[0]
     for _, parts, _ in accumulated[:2]:
@@ -65,6 +66,7 @@ def test_replicas_are_those_of_plain_torch() -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_bf16_sums_its_micro_batches_in_fp32() -> None:
     for _, parts, _ in run_ranks(2, _measure_all, "bf16", [1], "replica", 2)[0]:
         np.testing.assert_allclose(parts.squared_norms, _norms(4, precision="bf16"), rtol=1e-2)
