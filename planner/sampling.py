@@ -56,7 +56,10 @@ def check_measurable(settings: PlannerConfig, backend: BackendTraits, start: Con
         return
     parts = backend.parts(start)
     if settings.noise_source not in ("auto", *parts):
-        why = f"noise_source({settings.noise_source}) is not among this backend's sources, {', '.join(parts) or 'none'}"
+        sources = ", ".join(parts) or "none"
+        why = (
+            f"noise_source({settings.noise_source}) is none of the sources of {start.label} on this backend, {sources}"
+        )
         remedy = "another noise_source"
     elif settings.noise_source == "replica":
         why = f"noise_source(replica) compares data parallel replicas, and training.layout.dp is {start.layout.dp}"
@@ -102,9 +105,9 @@ def source_of_step(
     measured in full, because nothing can be decided before there is an estimate. Sources that the backend does not
     have are left out.
     """
-    if settings.noise_source in ("microbatch", "replica"):
-        return settings.noise_source
     parts = backend.parts(configuration)
+    if settings.noise_source in ("microbatch", "replica"):
+        return _joined(parts, settings.noise_source)
     first = step < settings.min_noise_samples
     sampled = first or step % settings.noise_every_steps == 0
     lone = MICROBATCH in parts and not _comparable(parts, MICROBATCH)

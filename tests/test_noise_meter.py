@@ -157,10 +157,13 @@ def test_steps_measure_what_the_backend_has() -> None:
     assert executed_configuration(reduced, lone, "microbatch") == lone.halved, "one micro-batch of both replicas"
     assert executed_configuration(ANY_BACKEND, lone, "microbatch") == lone, "one of either replica"
     assert [source_of_step(settings, replicas, several, step) for step in range(2)] == ["replica", "replica"]
+    compares_replicas = settings.model_copy(update={"noise_source": "replica"})
+    assert source_of_step(compares_replicas, reduced, several, 0) is None
     assert [noise_measurable(settings, reduced, each) for each in (several, lone, odd)] == [True, True, False]
     assert [noise_measurable(settings, replicas, each) for each in (several, lone, odd)] == [True, True, True]
     with pytest.raises(
-        ValueError, match=r"noise_source\(normlayer\) is not among this backend's sources, replica: policy"
+        ValueError,
+        match=r"noise_source\(normlayer\) is not among the sources of TP1·PP1·DP2 B8 m2 on this backend, replica: policy",
     ):
         check_measurable(settings.model_copy(update={"noise_source": "normlayer"}), replicas, several)
 
