@@ -56,10 +56,8 @@ def check_measurable(settings: PlannerConfig, backend: BackendTraits, start: Con
         return
     parts = backend.parts(start)
     if settings.noise_source not in ("auto", *parts):
-        sources = ", ".join(parts) or "none"
-        why = (
-            f"noise_source({settings.noise_source}) is none of the sources of {start.label} on this backend, {sources}"
-        )
+        measured = ", ".join(parts) or "nothing"
+        why = f"noise_source({settings.noise_source}): with {start.label} this backend measures {measured}"
         remedy = "another noise_source"
     elif settings.noise_source == "replica":
         why = f"noise_source(replica) compares data parallel replicas, and training.layout.dp is {start.layout.dp}"

@@ -102,7 +102,7 @@ def test_the_planner_and_a_resize_choose_among_what_the_backend_runs() -> None:
     assert {(layout.tp, layout.pp, layout.dp) for layout in layouts} == {(1, 1, 2), (2, 1, 1)}
     four = resized(job, Cluster(accelerators_per_node=4)).training.layout
     assert (four.pp, four.zero) == (1, 1)
-    with pytest.raises(JobError, match=r"noise_source\(replica\) is not among the sources of .* on this backend, none"):
+    with pytest.raises(JobError, match=r"noise_source\(replica\): with .* this backend measures nothing"):
         check_start(job.model_copy(update={"planner": PlannerConfig(policy="copus", noise_source="replica")}))
 
 
