@@ -9,11 +9,13 @@ def flops_per_token(model: ModelShape) -> float:
     """Floating point operations that training on a token takes, forward and backward, recomputation not counted.
 
     6 for every weight that it is multiplied with (not the embedding, which is looked up; of the experts those that it
-    is sent to), and 6 · layers · hidden · seq_len for attention: PaLM (2204.02311, appendix B), but half of it, for the
-    causal mask.
+    is sent to), and 12 for every score · head width of attention, which are as many as a token attends to on average:
+    PaLM (2204.02311, appendix B), but with the causal mask, and with windows where layers have them.
     """
     weights = model.layers * model.layer_matrices(model.experts_per_token) + model.vocab * model.hidden
-    return 6.0 * weights + 6.0 * model.layers * model.hidden * model.seq_len
+    window, whole = min(model.sliding_window or model.seq_len, model.seq_len), model.full_attention_layers
+    attended = whole * model.seq_len / 2 + (model.layers - whole) * window * (1 - window / (2 * model.seq_len))
+    return 6.0 * weights + 12.0 * model.query_width * attended
 
 
 def peak_samples_per_second(model: ModelShape, cluster: Cluster, precision: str) -> float | None:

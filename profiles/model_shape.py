@@ -1,18 +1,24 @@
-"""The transformer, as far as throughput and memory depend on it."""
+"""The decoder that a job trains: the `model` section of a job file, its arithmetic and its numbers of weights."""
 
 import hashlib
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from profiles.record import Record
+from profiles.record import PositiveInt, Record
+from profiles.rope import RopeScaling
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, whatever the layout, so that embeddings keep their shape in a
 move."""
 
+_SAME_WORK = {"norm_epsilon", "rope_base", "rope_local_base", "rope_scaling", "attention_scale", "embedding_scale"}
+"""Fields that change the numbers of a step and not its work."""
+
 
 class ModelShape(Record):
-    """A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention."""
+    """A decoder. With its defaults that of Llama: RMSNorm before attention and MLP, SwiGLU, rotary positions,
+    grouped-query attention, no biases."""
 
     layers: int = Field(gt=0, le=10_000)
     """Number of transformer layers."""
@@ -21,7 +27,7 @@ class ModelShape(Record):
     ffn_hidden: int = Field(gt=0, le=2**24)
     """Width inside the MLP (of each of gate and up, when gated)."""
     heads: int = Field(gt=0, le=2**16)
-    """Attention heads; the head width is hidden ÷ heads."""
+    """Attention heads."""
     kv_heads: int = Field(gt=0, le=2**16)
     """Key/value heads (grouped-query attention); equal to `heads` for multi-head attention."""
     seq_len: int = Field(gt=0, le=2**30)
@@ -29,7 +35,7 @@ class ModelShape(Record):
     vocab: int = Field(gt=0, le=2**24)
     """Tokens in the vocabulary, before padding."""
     gated_mlp: bool = True
-    """SwiGLU (True) or GELU (False)."""
+    """Whether the MLP has a gate: SwiGLU or GeGLU, by `activation`."""
     tied_embeddings: bool = False
     """Whether the output layer shares the input embedding."""
     experts: int = Field(default=0, ge=0, le=2**20)
@@ -37,25 +43,92 @@ class ModelShape(Record):
     experts_per_token: int = Field(default=1, gt=0, le=2**20)
     """Experts that the router sends a token to; 1 for a dense model."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
-    """Epsilon of RMSNorm."""
+    """Epsilon of the norms."""
     rope_base: float = Field(default=10000.0, gt=0)
     """Base of the rotary frequencies."""
+    head_dim: PositiveInt | None = Field(default=None, json_schema_extra={"default_in_words": "hidden ÷ heads"})
+    """Width of an attention head."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "squared_relu"] | None = Field(
+        default=None, json_schema_extra={"default_in_words": "`silu` with a gate, `gelu` without"}
+    )
+    """Activation function of the MLP. gelu_tanh: the approximation of GELU by tanh, as in GPT-2 and Gemma."""
+    bias: Literal["none", "qkv", "attention", "all"] = "none"
+    """Linear layers that have biases: qkv, the projections of queries, keys and values (Qwen 2); attention, the output
+    projection too; all, the MLP too (GPT-2)."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Kind of all norms. LayerNorm has biases."""
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    """Where attention and MLP have their norms: pre, at their inputs; post, at their outputs, before these are added to
+    the residual stream (OLMo 2); both (Gemma 2 and 3)."""
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """Norms of queries and keys: head, over the width of a head (Qwen 3, Gemma 3); projection, over that of all heads
+    (OLMo 2)."""
+    positions: Literal["rope", "learned"] = "rope"
+    """rope: rotary. learned: an embedding for each of `seq_len` positions (GPT-2)."""
+    rope_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Part of a head's dimensions that are rotated, the first ones."""
+    rope_scaling: RopeScaling | None = None
+    """How rotary frequencies are scaled for long sequences; none if it is left out."""
+    rope_local_base: float | None = Field(
+        default=None, gt=0, json_schema_extra={"default_in_words": "as in all layers"}
+    )
+    """Base of the rotary frequencies, which are not scaled, in the layers that attend to a window (Gemma 3)."""
+    sliding_window: PositiveInt | None = None
+    """Tokens that a token attends to, itself included; all before it if it is left out."""
+    full_attention_every: int = Field(default=0, ge=0, le=10_000)
+    """n: layers n, 2n, … attend to all tokens before, the others to `sliding_window`; 0: all layers attend to that."""
+    attention_scale: PositiveFloat | None = Field(default=None, json_schema_extra={"default_in_words": "1 / √head_dim"})
+    """Factor of the products of queries and keys."""
+    embedding_scale: PositiveFloat = 1.0
+    """Factor of the input embeddings; Gemma has √hidden."""
+    attention_softcap: PositiveFloat | None = None
+    """c: scores x become c · tanh(x / c) (Gemma 2)."""
+    logit_softcap: PositiveFloat | None = None
+    """The same of the logits."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_is_usual(cls, values: Any) -> Any:
+        """A width or an activation that is the usual one names the same model as none."""
+        if not isinstance(values, dict):
+            return values
+        hidden, heads, gated = values.get("hidden"), values.get("heads"), values.get("gated_mlp", True)
+        activation = "silu" if gated is True else "gelu" if gated is False else None
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0:
+            values = {name: value for name, value in values.items() if (name, value) != ("head_dim", hidden // heads)}
+        return {name: value for name, value in values.items() if (name, value) != ("activation", activation)}
 
     @model_validator(mode="after")
     def _check_arithmetic(self) -> "ModelShape":
-        if self.hidden % self.heads:
+        if self.head_dim is None and self.hidden % self.heads:
             raise ValueError(f"hidden({self.hidden}) ÷ heads({self.heads}) is not whole: {self.hidden / self.heads:g}")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"heads({self.heads}) ÷ kv_heads({self.kv_heads}) is not whole: {self.heads / self.kv_heads:g}"
             )
-        if (self.hidden // self.heads) % 2:
+        if self.positions == "rope" and self.rotary_width % 2:
+            of_head = (
+                f"head_dim({self.head_width})" if self.head_dim else f"hidden({self.hidden}) ÷ heads({self.heads})"
+            )
+            of_head += "" if self.rope_fraction == 1 else f" × rope_fraction({self.rope_fraction:g})"
+            raise ValueError(f"{of_head} = {self.rotary_width}, but rotary positions need an even head width")
+        if self.positions == "rope" and not self.rotary_width:
             raise ValueError(
-                f"hidden({self.hidden}) ÷ heads({self.heads}) = {self.hidden // self.heads}, "
-                "but rotary positions need an even head width"
+                f"head_dim({self.head_width}) × rope_fraction({self.rope_fraction:g}) is less than 2: none is rotated"
             )
         if self.experts_per_token > max(self.experts, 1):
             raise ValueError(f"experts_per_token({self.experts_per_token}) is larger than experts({self.experts})")
+        needs = (
+            ("rope_fraction", self.positions == "rope", "positions(rope)"),
+            ("rope_scaling", self.positions == "rope", "positions(rope)"),
+            ("rope_local_base", self.positions == "rope" and self.sliding_window, "positions(rope) and sliding_window"),
+            ("full_attention_every", self.sliding_window, "sliding_window"),
+        )
+        for name, there, what in needs:
+            if getattr(self, name) != type(self).model_fields[name].default and not there:
+                raise ValueError(f"{name} needs {what}")
+        if self.full_attention_every == 1:
+            raise ValueError("full_attention_every(1): every layer attends to all tokens; leave sliding_window out")
         return self
 
     @property
@@ -63,23 +136,92 @@ class ModelShape(Record):
         """Rows of the embedding: `vocab` rounded up to a multiple of 128."""
         return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden // self.heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_width * self.rope_fraction)
+
+    @property
+    def query_width(self) -> int:
+        """Width of the queries of all heads."""
+        return self.heads * self.head_width
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys, and of the values, of all heads."""
+        return self.kv_heads * self.head_width
+
+    @property
+    def mlp_activation(self) -> str:
+        """Activation function of the MLP."""
+        return self.activation or ("silu" if self.gated_mlp else "gelu")
+
+    @property
+    def full_attention_layers(self) -> int:
+        """Number of layers that attend to all tokens before."""
+        if self.sliding_window is None:
+            return self.layers
+        return self.layers // self.full_attention_every if self.full_attention_every else 0
+
+    @property
+    def attention_matrices(self) -> int:
+        """Weights of the matrices of a layer's attention."""
+        return self.hidden * (2 * self.query_width + 2 * self.kv_width)
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Weights of the matrices of one MLP (of one expert)."""
+        return self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2)
+
+    @property
+    def norms_per_layer(self) -> int:
+        """Norms of the width of the residual stream in a layer."""
+        return 4 if self.norm_position == "both" else 2
+
+    @property
+    def norm_vectors(self) -> int:
+        """Vectors of a norm: its weight and, of LayerNorm, its bias."""
+        return 2 if self.norm == "layernorm" else 1
+
+    @property
+    def column_biases(self) -> int:
+        """Biases in a layer that tensor parallel ranks share out: those of the projections into attention and MLP."""
+        attention = (self.query_width + 2 * self.kv_width) * (self.bias != "none")
+        return attention + self.ffn_hidden * (2 if self.gated_mlp else 1) * max(self.experts, 1) * (self.bias == "all")
+
+    @property
+    def whole_vectors(self) -> int:
+        """Weights of a layer's norms and biases that every tensor parallel rank has; the router's are among them."""
+        biases = self.hidden * (self.bias in ("attention", "all"))
+        biases += (self.hidden * max(self.experts, 1) + self.experts) * (self.bias == "all")
+        of_queries_and_keys = {"none": 0, "head": 2 * self.head_width, "projection": self.query_width + self.kv_width}
+        norms = self.norms_per_layer * self.hidden + of_queries_and_keys[self.qk_norm]
+        return biases + norms * self.norm_vectors
+
+    @property
+    def position_embeddings(self) -> int:
+        """Weights of the embedding of positions."""
+        return self.seq_len * self.hidden if self.positions == "learned" else 0
+
     def layer_matrices(self, experts: int) -> int:
         """Weights of a layer's matrices with so many experts (1 for a dense model), the router's included."""
-        head_width = self.hidden // self.heads
-        attention = self.hidden * head_width * (2 * self.heads + 2 * self.kv_heads)
-        mlp = self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2) * experts
-        return attention + mlp + self.hidden * self.experts
+        return self.attention_matrices + self.mlp_matrices * experts + self.hidden * self.experts
 
     @property
     def parameters(self) -> int:
         """Number of weights, padded vocabulary and every expert included."""
-        embeddings = self.padded_vocab * self.hidden * (1 if self.tied_embeddings else 2)
-        layer = self.layer_matrices(max(self.experts, 1)) + 2 * self.hidden
-        return self.layers * layer + self.hidden + embeddings
+        embeddings = self.padded_vocab * self.hidden * (1 if self.tied_embeddings else 2) + self.position_embeddings
+        layer = self.layer_matrices(max(self.experts, 1)) + self.column_biases + self.whole_vectors
+        return self.layers * layer + self.norm_vectors * self.hidden + embeddings
 
     @property
     def digest(self) -> str:
         """A short name that shapes share whose steps take the same work: the key of a model in throughput tables."""
         # Without defaults: a field that is added later does not make every table forget its models.
-        said = self.model_dump_json(exclude_defaults=True, exclude={"norm_epsilon", "rope_base"})
+        said = self.model_dump_json(exclude_defaults=True, exclude=_SAME_WORK)
         return hashlib.sha256(said.encode()).hexdigest()[:12]

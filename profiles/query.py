@@ -6,21 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from profiles.measurement import Measurement
+from profiles.model_shape import ModelShape
+from profiles.record import Record
 from profiles.table import ThroughputTable
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 FINGERPRINT = ("model", "precision", "backend", "hardware", "software")
-SHAPE = {
-    **dict.fromkeys(("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "seq_len", "vocab"), "BIGINT"),
-    **dict.fromkeys(("gated_mlp", "tied_embeddings"), "BOOLEAN"),
-    **dict.fromkeys(("experts", "experts_per_token"), "BIGINT"),
-    **dict.fromkeys(("norm_epsilon", "rope_base"), "DOUBLE"),
-}
 DEGREES = ("tp", "pp", "vp", "cp", "ep", "dp", "zero")
 LAYOUT = {**dict.fromkeys(DEGREES, "BIGINT"), "sequence_parallel": "BOOLEAN", "recompute": "VARCHAR"}
 
@@ -28,6 +25,24 @@ LAYOUT = {**dict.fromkeys(DEGREES, "BIGINT"), "sequence_parallel": "BOOLEAN", "r
 def _struct(fields: dict[str, str]) -> str:
     return f"STRUCT({', '.join(f'{name} {kind}' for name, kind in fields.items())})"
 
+
+def _fields(record: type[Record]) -> dict[str, str]:
+    """The fields of a record as duckdb types."""
+    return {name: _type(field.annotation) for name, field in record.model_fields.items()}
+
+
+def _type(annotation: Any) -> str:
+    """A field's type in duckdb; any column may be null."""
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType] or [annotation]
+    kind = kinds[0] if get_origin(annotation) in (Union, UnionType) else annotation
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if isinstance(kind, type) and issubclass(kind, Record):
+        return _struct(_fields(kind))
+    return {int: "BIGINT", float: "DOUBLE", bool: "BOOLEAN"}.get(kind, "VARCHAR")
+
+
+SHAPE = _fields(ModelShape)
 
 ROW = {
     "fingerprint": _struct(dict.fromkeys(FINGERPRINT, "VARCHAR")),

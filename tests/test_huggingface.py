@@ -14,10 +14,24 @@ from copus.backends.huggingface import (
 )
 from copus.backends.initial_weights import initial_weight
 from profiles.model_shape import ModelShape
+from profiles.rope import attention_factor, frequencies
 from tests.megatron_jobs import SHAPE, random_batches
 
 CPU = torch.device("cpu")
-VARIANTS: list[dict[str, Any]] = [{}, {"gated_mlp": False}, {"tied_embeddings": True}, {"kv_heads": 2}]
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"gated_mlp": False},
+    {"tied_embeddings": True},
+    {"kv_heads": 2},
+    {"gated_mlp": False, "bias": "all", "activation": "squared_relu", "head_dim": 12},
+    {"bias": "attention", "rope_scaling": {"kind": "linear", "factor": 2}},
+    {"bias": "qkv", "head_dim": 12, "rope_scaling": {"kind": "llama3", "factor": 8, "original_seq_len": 64}},
+    {"qk_norm": "head", "head_dim": 16, "activation": "gelu_tanh", "kv_heads": 2},
+    {
+        **{"norm_position": "post", "qk_norm": "projection", "kv_heads": 2},
+        **{"rope_scaling": {"kind": "yarn", "factor": 4, "original_seq_len": 64}},
+    },
+]
 
 
 def _shape(variant: dict[str, Any]) -> ModelShape:
@@ -74,6 +88,39 @@ def test_a_bf16_model_keeps_rotary_frequencies_and_the_loss_in_fp32() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert mean_loss(model, *random_batches(0, 4)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"kind": "linear", "factor": 4},
+        {"kind": "llama3", "factor": 8, "original_seq_len": 512, "high_freq_factor": 8},
+        {"kind": "yarn", "factor": 4, "original_seq_len": 512},
+        {"kind": "yarn", "factor": 32, "original_seq_len": 4096, "truncate": False, "attention_factor": 1.5},
+    ],
+    ids=str,
+)
+def test_rotary_frequencies_are_scaled_as_transformers_scales_them(scaling: dict[str, Any]) -> None:
+    shape = _shape({"head_dim": 64, "rope_base": 5e5, "rope_scaling": scaling})
+    rotary = build_causal_lm(shape, torch.float32, CPU, None).model.rotary_emb
+    expected = frequencies(shape.rotary_width, shape.rope_base, shape.rope_scaling)
+    torch.testing.assert_close(rotary.inv_freq.double(), torch.tensor(expected), rtol=1e-6, atol=0)
+    assert rotary.attention_scaling == pytest.approx(attention_factor(shape.rope_scaling))
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"norm": "layernorm"}, r"norm\(layernorm\) is not supported"),
+        ({"positions": "learned"}, r"positions\(learned\) is not supported"),
+        ({"sliding_window": 8}, r"sliding_window\(8\) is not supported"),
+        ({"qk_norm": "projection"}, r"norm_position\(pre\) and qk_norm\(projection\): no model"),
+        ({"bias": "qkv", "gated_mlp": False}, r"gated_mlp\(false\), bias\(qkv\)"),
+    ],
+)
+def test_a_model_that_no_family_has_is_refused(variant: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        causal_lm_config(_shape(variant))
 
 
 def test_a_mixture_of_experts_is_refused() -> None:

@@ -17,7 +17,10 @@ CASES: dict[int, list[dict[str, Any]]] = {  # by number of ranks
     1: [
         {"precision": "fp32"},
         {"precision": "bf16"},
-        {"precision": "bf16", "gated_mlp": False},
+        {"precision": "bf16", "model": {"gated_mlp": False}},
+        {"precision": "bf16", "model": {"norm": "layernorm", "qk_norm": "head"}},
+        {"precision": "bf16", "model": {"norm": "layernorm", "positions": "learned", "bias": "all", "head_dim": 96}},
+        {"precision": "bf16", "model": {"norm": "layernorm", "norm_position": "both", "sliding_window": 32}},
         {"precision": "fp32", "layout": {"recompute": "full"}},
     ],
     2: [
@@ -28,7 +31,7 @@ CASES: dict[int, list[dict[str, Any]]] = {  # by number of ranks
 
 
 def job_of(ranks: int, case: dict[str, Any], layers: int) -> JobConfig:
-    shape = MODEL | {"layers": layers, "gated_mlp": case.get("gated_mlp", True)}
+    shape = MODEL | {"layers": layers} | case.get("model", {})
     training = {"precision": case["precision"], "global_batch": 2, "micro_batch": 2}
     return tiny_job(ranks, case.get("layout"), shape, **training)
 
@@ -47,7 +50,8 @@ def kept_bytes(job: JobConfig) -> int:
 
     tokens = torch.zeros((2, MODEL["seq_len"]), dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = chunk(tokens, None, None, labels=tokens)
+        positions = torch.arange(MODEL["seq_len"]).expand_as(tokens)
+        output = chunk(tokens, positions, None, labels=tokens)
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -67,8 +71,9 @@ def test_a_layer_keeps_what_the_model_says(ranks: int) -> None:
         predicted = layer_activations(job.model, c, element, MEGATRON).kept[0]
         if job.training.layout.recompute == "none":
             # Sines and cosines of the rotary positions, for queries and keys: small, and not in the model.
-            predicted += 4 * job.model.seq_len * (job.model.hidden // job.model.heads) * element
-            # A norm on a CPU is not one kernel: it keeps its input, and that over its root mean square, in fp32.
-            split = job.training.layout.tp if job.training.layout.sequence_parallel else 1
-            predicted += 2 * (4 + 4 - element) * 2 * job.model.seq_len * job.model.hidden / split
+            predicted += 4 * job.model.seq_len * job.model.head_width * element * (job.model.positions == "rope")
+            if job.model.norm == "rmsnorm":
+                # It is not one kernel on a CPU: it keeps its input, and that over its root mean square, in fp32.
+                split = job.training.layout.tp if job.training.layout.sequence_parallel else 1
+                predicted += 2 * (4 + 4 - element) * 2 * job.model.seq_len * job.model.hidden / split
         assert seen == pytest.approx(predicted, rel=0.01), case

@@ -4,6 +4,7 @@ No torch: a job file is checked against the description before any process start
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -66,3 +67,11 @@ class BackendDescription(BackendTraits, ABC):
     def load(self) -> type[Any]:
         """The class that trains, a subclass of `copus.backends.base.Backend`. Imports the framework, which may take
         seconds."""
+
+
+def refuse_fields(model: ModelShape, refused: Iterable[str], by: str) -> None:
+    """Raise ValueError if one of these optional fields of the model does not have its default."""
+    for name in refused:
+        value = getattr(model, name)
+        if value != ModelShape.model_fields[name].default:
+            raise ValueError(f"{name}({value}) is not supported by {by}")

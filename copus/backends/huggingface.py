@@ -1,42 +1,64 @@
 """The decoder of a job as transformers' own model, for the backends that train what people fine-tune and serve."""
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch.utils.checkpoint import checkpoint
-from transformers import ArceeConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from copus.backends.huggingface_description import family_of
 from copus.backends.initial_weights import initial_weight
 from profiles.layout import Recompute
 from profiles.model_shape import ModelShape
+from profiles.rope import attention_factor
+
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "squared_relu": "relu2"}
 
 
 def causal_lm_config(shape: ModelShape) -> PretrainedConfig:
-    """The model as transformers names it: Llama, or Arcee for a GELU MLP, which is Llama without the gate.
+    """The model as transformers names it.
 
-    Raises ValueError for a mixture of experts.
+    Raises ValueError for a model that no family has, as `family_of`.
     """
-    if shape.experts:
-        raise ValueError(f"experts({shape.experts}): only dense models are built with transformers")
-    family, activation = (LlamaConfig, "silu") if shape.gated_mlp else (ArceeConfig, "gelu")
-    return family(
+    return AutoConfig.for_model(
+        family_of(shape),
         vocab_size=shape.padded_vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.ffn_hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        hidden_act=activation,
+        head_dim=shape.head_width,
+        hidden_act=_ACTIVATIONS[shape.mlp_activation],
+        attention_bias=shape.bias in ("attention", "all"),
+        mlp_bias=shape.bias == "all",
         max_position_embeddings=shape.seq_len,
         rms_norm_eps=shape.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base},
+        rope_parameters=_rope_parameters(shape),
         tie_word_embeddings=shape.tied_embeddings,
         use_cache=False,
+        pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def _rope_parameters(shape: ModelShape) -> dict[str, Any]:
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": shape.rope_base}
+    parameters: dict[str, Any] = {"rope_type": scaling.kind, "rope_theta": shape.rope_base, "factor": scaling.factor}
+    names: dict[str, Any] = {"original_max_position_embeddings": scaling.original_seq_len}
+    if scaling.kind == "llama3":
+        names |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    elif scaling.kind == "yarn":
+        names |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+        names |= {"attention_factor": attention_factor(scaling)}
+    return parameters | (names if scaling.kind != "linear" else {})
 
 
 def build_causal_lm(
@@ -66,7 +88,9 @@ def build_causal_lm(
 def restore_rotary_frequencies(model: PreTrainedModel) -> None:
     """Compute the frequencies of the rotary positions anew: they are buffers that no checkpoint has."""
     rotary = model.model.rotary_emb
-    frequencies, _ = rotary.compute_default_rope_parameters(model.config)
+    default = rotary.rope_type == "default"
+    compute = rotary.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[rotary.rope_type]
+    frequencies, _ = compute(model.config)
     rotary.inv_freq.copy_(frequencies)
     rotary.original_inv_freq.copy_(frequencies)
 

@@ -28,6 +28,8 @@ OPTIMIZER_BYTES = 28.0
 NORM_PASSES = 10.0
 """Reads and writes of a tokens × hidden tensor by what stands between the matrix products of a layer, forward: two
 norms, two residual sums, two dropouts or their like."""
+PASSES_OF_A_NORM = 2.0
+"""Of these for each norm."""
 SPLIT_PASSES = 6.0
 """The same inside the tensor parallel region, by rotary positions and copies of heads."""
 BACKWARD = 2.0
@@ -135,18 +137,20 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     sheet = _Links(device, per_node)
 
     h, f, layers = float(model.hidden), float(model.ffn_hidden), float(model.layers)
-    kv = h * model.kv_heads / model.heads
+    q, kv = float(model.query_width), float(model.kv_width)
     gates = 2.0 if model.gated_mlp else 1.0
     experts, chosen = float(max(model.experts, 1)), float(model.experts_per_token)
     tokens = b * (model.seq_len / cp)
-    products = 2 * tokens * ((2 * h * h + 2 * h * kv) + (gates + 1) * h * f * chosen + h * model.experts) / tp
-    attention_weights = (2 * h * h + 2 * h * kv) / tp
+    products = 2 * tokens * ((2 * h * q + 2 * h * kv) + (gates + 1) * h * f * chosen + h * model.experts) / tp
+    attention_weights = (2 * h * q + 2 * h * kv) / tp
     mlp_weights = (gates + 1) * h * f * experts / (ep * tp)
-    touched = tokens * ((2 + chosen) * h + (2 * h + 2 * kv + (gates + 1) * f * chosen) / tp + chosen * h)
+    touched = tokens * ((2 + chosen) * h + (2 * q + 2 * kv + (gates + 1) * f * chosen) / tp + chosen * h)
     operands = HALF * (touched + attention_weights + mlp_weights)
-    causal = 2 * tokens * model.seq_len * h / tp
+    causal = 2 * tokens * model.seq_len * q / tp  # all scores, also where a window hides some: the kernels skip none
     split = np.where(c.sequence_parallel, tp, 1.0)
-    elementwise = HALF * tokens * (NORM_PASSES * h / split + (SPLIT_PASSES * h + (1 + 2 * gates) * f * chosen) / tp)
+    passes_whole = NORM_PASSES + PASSES_OF_A_NORM * (model.norms_per_layer - 2)
+    passes_split = SPLIT_PASSES * q + PASSES_OF_A_NORM * (q + kv) * (model.qk_norm != "none")
+    elementwise = HALF * tokens * (passes_whole * h / split + (passes_split + (1 + 2 * gates) * f * chosen) / tp)
 
     forward = 1 + again + BACKWARD
     passes = 2 + again
@@ -161,7 +165,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     # Experts lie on neighbours of their tensor parallel ranks, and each one's replicas that far apart.
     expert_replicas = np.maximum(replicas / ep, 1.0)
     expert_ring, expert_link = (expert_replicas - 1) / expert_replicas, sheet.bus(expert_replicas, tp * ep)
-    layer_parameters = attention_weights + 2 * h
+    layer_parameters = attention_weights + model.column_biases / tp + model.whole_vectors
 
     # A pipeline keeps gathered weights and sums gradients over its micro-batches: then once a step.
     single = pp == 1
@@ -169,7 +173,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     gather = each * (layer_parameters * ring / dp_link + mlp_weights * expert_ring / expert_link)
     stage_layers = np.ceil(layers / (pp * vp)) * vp
     embedding = float(model.padded_vocab) * h / tp
-    ends = embedding * np.where(pp > 1, 1.0, 1.0 if model.tied_embeddings else 2.0)
+    ends = embedding * np.where(pp > 1, 1.0, 1.0 if model.tied_embeddings else 2.0) + model.position_embeddings
     dense_parameters, expert_parameters = stage_layers * layer_parameters + ends, stage_layers * mlp_weights
     # Weights over their links, for the ends alone and for everything; then bytes of each weight.
     ends_exchanged = ends * ring / dp_link

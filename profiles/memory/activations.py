@@ -33,14 +33,14 @@ def layer_activations(
     last term when recomputing selectively; 2h when recomputing fully.
     """
     tokens = rank_tokens(model, c)
-    hidden, ffn, e = model.hidden, model.ffn_hidden, element_bytes
+    hidden, query, ffn, e = model.hidden, model.query_width, model.ffn_hidden, element_bytes
     split = np.where(c.sequence_parallel, c.tp, 1)
-    # Outside of the matrices that tp splits: inputs of both norms, two masks, inputs of the attention and of the MLP.
+    # Outside of the matrices that tp splits: inputs of the norms, two masks, inputs of the attention and of the MLP.
     inputs = 2 * e * hidden / (split if how.gathered_inputs == "regathered" else 1)
-    outside = hidden * (2 * e + 2 * how.dropout) / split + inputs
-    # Heads: queries, keys, values, and the output, which is the input of the projection.
+    outside = hidden * (model.norms_per_layer * e + 2 * how.dropout) / split + inputs
+    # Heads: queries, keys, values, and the output, which is the input of the projection; and copies.
     kv_share = model.kv_heads / model.heads
-    heads = hidden * e * (2 + 2 * kv_share + (1 + kv_share) * (how.fused_qkv == "kept")) / c.tp
+    heads = query * e * (2 + 2 * kv_share + _copies_of_heads(model, how)) / c.tp
     scores: Floats = np.zeros(len(c))
     if how.attention == "flash":
         heads = heads + 4 * model.heads / c.tp  # fp32 log-sum-exp of each row of scores
@@ -60,6 +60,20 @@ def layer_activations(
     # with its gradient.
     passing = copies * (3 if model.gated_mlp else 2) * ffn * e / c.tp + 2 * hidden * e
     return LayerActivations(kept=tokens * kept, recomputed=tokens * recomputed, passing=tokens * passing)
+
+
+def _copies_of_heads(model: ModelShape, how: Implementation) -> float:
+    """Queries and keys as they leave the projection, if they are kept beside what attention reads, in units of the
+    queries."""
+    both = 1 + model.kv_heads / model.heads
+    is_normed, is_rotated = model.qk_norm != "none", model.positions == "rope"
+    if how.fused_qkv == "released":
+        return both * is_normed
+    # Queries that share keys lie apart in the joint output, and are copied first of all: a norm keeps its input.
+    regrouped = float(model.kv_heads < model.heads)
+    if is_normed:
+        return both + regrouped
+    return both if is_rotated else regrouped
 
 
 def rank_tokens(model: ModelShape, c: Configurations) -> Floats:

@@ -23,12 +23,13 @@ class Weights:
 
 
 def layer_weights(model: ModelShape, c: Configurations) -> tuple[Floats, Floats]:
-    """(dense, expert) weights of one layer on a rank. Norms and the router are not split by tp."""
-    attention, mlp = _matrices(model)
-    whole = 2 * model.hidden + model.hidden * model.experts
+    """(dense, expert) weights of one layer on a rank. Norms, the router, and biases of projections into the residual
+    stream are not split by tp."""
+    attention = (model.attention_matrices + model.column_biases) / c.tp
+    whole = model.whole_vectors + model.hidden * model.experts
     if not model.experts:
-        return (attention + mlp) / c.tp + whole, np.zeros(len(c))
-    return attention / c.tp + whole, mlp * model.experts / (c.tp * c.ep)
+        return attention + model.mlp_matrices / c.tp + whole, np.zeros(len(c))
+    return attention + whole, model.mlp_matrices * model.experts / (c.tp * c.ep)
 
 
 def stage_layers(model: ModelShape, c: Configurations, how: Implementation, *, last: bool) -> NDArray[np.int64]:
@@ -37,9 +38,8 @@ def stage_layers(model: ModelShape, c: Configurations, how: Implementation, *, l
     chunks = c.pp * c.vp
     if how.stages == "even":
         return -(-model.layers // chunks) * c.vp
-    attention, mlp = _matrices(model)
     copies = model.experts_per_token if model.experts else 1
-    head = model.padded_vocab * model.hidden / (attention + copies * mlp)
+    head = model.padded_vocab * model.hidden / (model.attention_matrices + copies * model.mlp_matrices)
     full = np.minimum(np.ceil((model.layers + head) / chunks).astype(np.int64) * c.vp, model.layers)
     full = np.where(c.pp == 1, model.layers, full)
     return np.maximum(model.layers - (c.pp - 1) * full, 0) if last else full
@@ -54,17 +54,11 @@ def stage_weights(model: ModelShape, c: Configurations, how: Implementation, *, 
     whole = c.pp == 1
     layers = np.where(whole, model.layers, stage_layers(model, c, how, last=last))
     tables = np.where(whole & (not model.tied_embeddings), 2, 1)
-    norm = np.where(whole | last, model.hidden, 0)
-    return Weights(layers * dense + tables * embedding_weights(model, c) + norm, layers * experts)
+    norm = np.where(whole | last, model.norm_vectors * model.hidden, 0)
+    positions = np.where(whole | (not last), model.position_embeddings, 0)
+    return Weights(layers * dense + tables * embedding_weights(model, c) + norm + positions, layers * experts)
 
 
 def embedding_weights(model: ModelShape, c: Configurations) -> Floats:
     """Weights of the input embedding, or of the output layer, on a rank."""
     return model.padded_vocab * model.hidden / c.tp
-
-
-def _matrices(model: ModelShape) -> tuple[int, int]:
-    """Weights of a layer's attention, and of one MLP."""
-    head_width = model.hidden // model.heads
-    attention = model.hidden * head_width * (2 * model.heads + 2 * model.kv_heads)
-    return attention, model.hidden * model.ffn_hidden * (3 if model.gated_mlp else 2)

@@ -2,9 +2,13 @@
 
 from typing import Any
 
-from copus.backends.description import BackendDescription
+from copus.backends.description import BackendDescription, refuse_fields
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
+from profiles.rope import attention_factor
+
+_REFUSED = ("rope_local_base", "attention_softcap", "logit_softcap")
+"""Optional fields of a model that it does not build."""
 
 
 class MegatronDescription(BackendDescription):
@@ -18,6 +22,16 @@ class MegatronDescription(BackendDescription):
         if model.experts:
             raise ValueError(
                 f"model.experts({model.experts}) is not supported by the megatron backend: it builds dense models"
+            )
+        refuse_fields(model, _REFUSED, "the megatron backend")
+        if model.bias == "attention":
+            raise ValueError("bias(attention) is not supported by the megatron backend: it has none, qkv and all")
+        if model.qk_norm == "projection":
+            raise ValueError("qk_norm(projection) is not supported by the megatron backend: it has none and head")
+        if attention_factor(model.rope_scaling) != 1 and model.rope_fraction != 1:
+            raise ValueError(
+                f"rope_fraction({model.rope_fraction:g}) is not supported by the megatron backend with yarn's "
+                f"attention_factor({attention_factor(model.rope_scaling):g})"
             )
 
     def check_layout(self, layout: Layout) -> None:

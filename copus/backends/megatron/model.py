@@ -1,5 +1,7 @@
 """Builds the Megatron GPT of a job in a layout, with weights that depend on the seed alone and not on the layout."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from copus.job import JobConfig
 from copus.reshard.boxes import Box
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
+from profiles.rope import attention_factor, frequencies
 
 cpu.before_import()
 from megatron.core import parallel_state  # noqa: E402
@@ -27,6 +30,13 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from copus.backends.megatron.local_tensors import local_tensors  # noqa: E402
 from copus.backends.megatron.modules import block_spec  # noqa: E402
 
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "squared_relu": lambda states: functional.relu(states).square(),
+}
+
 
 def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropout: float) -> TransformerConfig:
     """Megatron's configuration of the model. Every fusion that needs Transformer Engine or Apex is off."""
@@ -39,11 +49,17 @@ def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropou
         ffn_hidden_size=shape.ffn_hidden,
         num_attention_heads=shape.heads,
         num_query_groups=shape.kv_heads,
-        normalization="RMSNorm",
+        kv_channels=shape.head_width,
+        normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[shape.norm],
         layernorm_epsilon=shape.norm_epsilon,
+        qk_layernorm=shape.qk_norm == "head",
         gated_linear_unit=shape.gated_mlp,
-        activation_func=functional.silu if shape.gated_mlp else functional.gelu,
-        add_bias_linear=False,
+        activation_func=_ACTIVATIONS[shape.mlp_activation],
+        add_bias_linear=shape.bias == "all",
+        add_qkv_bias=shape.bias == "qkv",
+        softmax_scale=_softmax_scale(shape),
+        window_size=(shape.sliding_window - 1, 0) if shape.sliding_window else None,
+        window_attn_skip_freq=shape.full_attention_every or None,
         hidden_dropout=dropout,
         attention_dropout=dropout,
         tensor_model_parallel_size=layout.tp,
@@ -93,17 +109,22 @@ def build_model(
         vp_stage = stage if layout.vp > 1 else None
         chunk: Any = GPTModel(
             config,
-            block_spec(config, vp_stage, pp_rank),
+            block_spec(shape, config, vp_stage, pp_rank),
             shape.padded_vocab,
             shape.seq_len,
             pre_process=pp_rank == 0 and stage == 0,
             post_process=pp_rank == layout.pp - 1 and stage == layout.vp - 1,
             share_embeddings_and_output_weights=shape.tied_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if shape.positions == "rope" else "learned_absolute",
+            rotary_percent=shape.rope_fraction,
             rotary_base=shape.rope_base,
             vp_stage=vp_stage,
             pg_collection=groups,
         )
+        if shape.rope_scaling is not None:
+            _scale_rotary_positions(chunk, shape)
+        if shape.embedding_scale != 1 and chunk.pre_process:
+            chunk.embedding.register_forward_hook(lambda module, inputs, output: output * shape.embedding_scale)
         if torch.cuda.is_available() and groups is None:
             chunk = chunk.cuda()
         if seed is not None:
@@ -128,6 +149,24 @@ def build_model(
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
+
+
+def _softmax_scale(shape: ModelShape) -> float | None:
+    """Factor of queries · keys; None for 1 / √(head width).
+
+    YaRN's factor of sines and cosines is in it, squared: megatron's rotation of queries and of keys leaves it out.
+    """
+    if shape.attention_scale is None and attention_factor(shape.rope_scaling) == 1:
+        return None
+    return (shape.attention_scale or shape.head_width**-0.5) * attention_factor(shape.rope_scaling) ** 2
+
+
+def _scale_rotary_positions(chunk: Any, shape: ModelShape) -> None:
+    """Megatron has Llama 3's scaling with some of its numbers fixed, and YaRN's as another module: the frequencies are
+    put in the place of those that it computed."""
+    rotary = chunk.rotary_pos_emb
+    scaled = frequencies(shape.rotary_width, shape.rope_base, shape.rope_scaling)
+    rotary.inv_freq = torch.tensor(scaled, dtype=torch.float32, device=rotary.inv_freq.device)
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ A part is a micro-batch of one replica (`microbatch`), the whole step of one rep
 coordinates of the norm layers (`normlayer`). Every parameter of the whole model counts once:
 
 - a tensor-parallel duplicate (norm weights) counts on tensor rank 0, a pipeline-shared embedding on the first stage;
-- if every rank holds a partial sum of a gradient (norm weights with sequence parallelism; the two ends of a tied
-  embedding with pipelining), the partial gradients of a part are kept and summed over their group before they are
-  squared.
+- if every rank holds a partial sum of a gradient (norm weights with sequence parallelism, those of queries and keys
+  with tensor parallelism; the two ends of a tied embedding with pipelining), the partial gradients of a part are kept
+  and summed over their group before they are squared.
 
 Long sums on a CPU are in float64. In fp32 they would be off by some 1e-5, differently on every layout.
 """
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from copus.backends.megatron import cpu
 from copus.backends.megatron.main_params import main_params
+from copus.backends.megatron.modules import is_norm_of_heads
 from copus.backends.megatron.norm_layers import NormLayers
 from copus.backends.megatron.preconditioner import Preconditioner
 from copus.backends.step_contract import Parts
@@ -86,11 +87,12 @@ class PartNorms:
         self._counted: set[torch.nn.Parameter] = set()
         self._partial: dict[torch.nn.Parameter, dist.ProcessGroup] = {}
         self._norm_layers = NormLayers(chunks, layout)
-        params = [param for chunk in chunks for param in chunk.parameters()]
+        named = [pair for chunk in chunks for pair in chunk.named_parameters()]
+        params = [param for _, param in named]
         self._preconditioner = None if adam_epsilon is None else Preconditioner(params, optimizer, adam_epsilon)
         self._hooks = []
-        for param in params:
-            self._classify(param, layout, tied_embeddings)
+        for name, param in named:
+            self._classify(name, param, layout, tied_embeddings)
             self._hooks.append(param.register_post_accumulate_grad_hook(self._after_backward))
         for chunk in chunks:
             for bucket_group in chunk.bucket_groups:
@@ -103,7 +105,7 @@ class PartNorms:
         for hook in self._hooks:
             hook.remove()
 
-    def _classify(self, param: torch.nn.Parameter, layout: Layout, tied_embeddings: bool) -> None:
+    def _classify(self, name: str, param: torch.nn.Parameter, layout: Layout, tied_embeddings: bool) -> None:
         shared_embedding = getattr(param, "shared_embedding", False) or not param_is_not_shared(param)
         if tied_embeddings and layout.pp > 1 and shared_embedding:
             self._partial[param] = parallel_state.get_embedding_group()
@@ -112,7 +114,8 @@ class PartNorms:
             return
         if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
             self._counted.add(param)
-        if layout.sequence_parallel and getattr(param, "sequence_parallel", False):
+        over_tokens = layout.sequence_parallel and getattr(param, "sequence_parallel", False)
+        if over_tokens or (layout.tp > 1 and is_norm_of_heads(name)):
             self._partial[param] = parallel_state.get_tensor_model_parallel_group()
 
     def _watch_reduction(self, bucket_group: Any) -> None:

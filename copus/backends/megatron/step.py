@@ -126,8 +126,9 @@ def _to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
 def _forward_step(microbatches: Iterator[_Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
     """Megatron's schedules call this for every micro-batch: the output, and a function that computes the loss."""
     tokens, labels = next(microbatches)
-    # Rotary positions and a causal mask need neither positions nor a mask tensor.
-    output = model(tokens, None, None, labels=labels)
+    # Learned positions are looked up by number; rotary ones and a causal mask need no tensor.
+    positions = None if tokens is None else torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    output = model(tokens, positions, None, labels=labels)
     return output, _mean_loss
 
 
