@@ -130,5 +130,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _record(annotation: Any) -> type[Record] | None:
-    """The model of a field that is a section of its own."""
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Record) else None
+    """The model of a field that is a section of its own, which may be left out."""
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType] or [annotation]
+    kind = kinds[0] if len(kinds) == 1 else None
+    return kind if isinstance(kind, type) and issubclass(kind, Record) else None
