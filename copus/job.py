@@ -17,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -29,11 +30,13 @@ from copus.optimizers import AdamW, Optimizer
 from copus.profilers import check_profiler
 from copus.trackers import make_tracker
 from planner.config import PlannerConfig
+from profiles.accelerator import OTHER_NAMES, accelerator, is_file_of_user
 from profiles.cluster import Cluster
 from profiles.config import ProfileConfig
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
+from profiles.preset import plain_fields
 from profiles.record import NonNegativeInt, PositiveInt, Record, UserPath, check_path
 
 if TYPE_CHECKING:
@@ -175,13 +178,18 @@ class LaunchConfig(Record):
     """A collective that takes longer than this is taken for a hang."""
 
 
+_PLANNED_ONLY = "planned only"
+"""In the context of a validation: whether the backend need not train the model."""
+
+
 class JobConfig(Record):
     """A training job, whole."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name of the job: letters, digits, `.`, `_`, `-`. Run directories are named after it."""
     model: ModelShape
-    """The transformer."""
+    """The transformer. Instead of its fields `from`: the name of a known model (`from: llama-3.1-8b`, or `model:
+    llama-3.1-8b`) or the path of a Hugging Face `config.json`; fields beside it take precedence."""
     data: DataConfig = DataConfig()
     """Text and tokenizer."""
     cluster: Cluster
@@ -219,15 +227,18 @@ class JobConfig(Record):
         return values
 
     @model_validator(mode="after")
-    def _check_arithmetic(self) -> "JobConfig":
+    def _check_arithmetic(self, info: ValidationInfo) -> "JobConfig":
         for section, values in (("data", self.data), ("profile", self.profile), ("launch", self.launch)):
             for field, value in values:
                 if isinstance(value, Path):  # a default has not been validated
                     _located(f"{section}.{field}", lambda value=value: check_path(value))
+        if is_file_of_user(self.cluster.accelerator):
+            _located("cluster.accelerator", lambda: accelerator(self.cluster.accelerator))
         _located("training.backend", lambda: find_backend(self.training.backend).check_installed())
         backend = find_backend(self.training.backend)
         _located("training", lambda: backend.check_training(self.training))
-        _located("model", lambda: backend.check_model(self.model))
+        if not (info.context or {}).get(_PLANNED_ONLY) and self.model_refusal is not None:
+            raise ValueError(f"model: {self.model_refusal}")
         _located("planner", lambda: backend.check_noise_metric(self.planner.noise_metric))
         _located("training.optimizer", lambda: backend.check_optimizer(self.training.optimizer))
         _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
@@ -262,6 +273,15 @@ class JobConfig(Record):
         backend.check_training(self.training.model_copy(update={"layout": layout}))
 
     @property
+    def model_refusal(self) -> str | None:
+        """Why the backend does not train the model; None if it does."""
+        try:
+            find_backend(self.training.backend).check_model(self.model)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    @property
     def total_samples(self) -> int:
         """Length of the run in sequences."""
         return self.training.tokens // self.model.seq_len
@@ -278,10 +298,10 @@ class JobConfig(Record):
         return self.training.reference_batch or self.training.global_batch
 
 
-def _located(where: str, check: Any) -> None:
-    """Run a check and put the place in the job file before what it says."""
+def _located(where: str, check: Any) -> Any:
+    """What a check returns. The place in the job file is put before what it says against a value."""
     try:
-        check()
+        return check()
     except ValidationError as error:
         raise ValueError(f"{where}: {first_message(error)}") from None
     except ValueError as error:
@@ -330,26 +350,46 @@ def _shortened(value: Any, longest: int = 80, spell: Callable[[Any], str] = repr
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def parse_job(values: Any, where: str = "job", deprecated: Callable[[str], None] = lambda line: None) -> JobConfig:
+def parse_job(
+    values: Any,
+    where: str = "job",
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    planned_only: bool = False,
+) -> JobConfig:
     """Validate plain values (what YAML gives). Raises JobError with one line that names field, value and arithmetic.
 
-    Fields of earlier versions are read as their successors, and named in one line to `deprecated`.
+    Fields of earlier versions are read as their successors, and short names of accelerators as the whole ones; `notice`
+    gets a line of each. A job that is planned only may have a model that its backend does not train.
     """
     if not isinstance(values, dict):
         raise JobError(f"{where}: a job file is a mapping of sections, got {type(values).__name__}")
     try:
         values, used = rename_deprecated(values)
+        if "model" in values:
+            values = {**values, "model": _located("model", lambda: plain_fields(values["model"]))}
     except ValueError as error:
         raise JobError(f"{where}: {error}") from None
     if used:
-        deprecated(f"{where}: {deprecation_line(used)}")
+        notice(f"{where}: {deprecation_line(used)}")
+    values = _whole_accelerator_name(values, where, notice)
     try:
-        job = JobConfig.model_validate(values)
+        job = JobConfig.model_validate(values, context={_PLANNED_ONLY: planned_only})
     except ValidationError as error:
         raise JobError(f"{where}: {first_message(error, model=JobConfig)}") from None
     for complaint in _misread(values, job, ""):
         raise JobError(f"{where}: {complaint}")
     return job
+
+
+def _whole_accelerator_name(values: dict[str, Any], where: str, notice: Callable[[str], None]) -> dict[str, Any]:
+    """The values with a short name of an accelerator replaced."""
+    cluster = values.get("cluster")
+    name = cluster.get("accelerator") if isinstance(cluster, dict) else None
+    if not isinstance(name, str) or name not in OTHER_NAMES:
+        return values
+    notice(f"{where}: cluster.accelerator({name}) is taken as {OTHER_NAMES[name]}")
+    return {**values, "cluster": {**cluster, "accelerator": OTHER_NAMES[name]}}  # type: ignore[dict-item]
 
 
 def _misread(written: Any, read: Any, place: str) -> Iterator[str]:
@@ -370,10 +410,12 @@ def load_job(
     path: Path,
     overrides: list[str] | None = None,
     engine: str | None = None,
-    deprecated: Callable[[str], None] = lambda line: None,
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    planned_only: bool = False,
 ) -> JobConfig:
     """Read a job file; `overrides` are `section.field=value` with the value in YAML, `engine` is for `launch.engine`.
-    `deprecated` is as for `parse_job`.
+    `notice` and `planned_only` are as for `parse_job`.
 
     Raises JobError, one line, for everything that a user can get wrong: no file, no YAML, unknown keys, wrong types,
     impossible arithmetic.
@@ -387,11 +429,13 @@ def load_job(
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise JobError(f"{path}: a job file is a mapping of sections, got {type(values).__name__}")
+    if isinstance(values.get("model"), str):  # an override may name a field beside it
+        values["model"] = {"from": values["model"]}
     if engine is not None:
         _choose_engine(values, engine)
     for override in overrides or []:
         apply_override(values, override)
-    return parse_job(values, str(path), deprecated)
+    return parse_job(values, str(path), notice, planned_only=planned_only)
 
 
 def _parse_yaml(text: str, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def plan(
 ) -> int:
     """Print what is expected of a job file; `price_per_hour` is that of one accelerator. Raises JobError if nothing can
     be expected."""
-    job = load_job(job_file, overrides)
+    job = load_job(job_file, overrides, notice=lambda line: print(line, file=sys.stderr), planned_only=True)
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise JobError(f"--price({price_per_hour}): expected the price of an accelerator-hour, at least 0")
     estimate = estimate_of(job)
@@ -52,6 +53,7 @@ def as_values(job: JobConfig, estimate: "JobEstimate") -> dict[str, Any]:
         "cluster": job.cluster.model_dump(mode="json"),
         "precision": job.training.precision,
         "parameters": job.model.parameters,
+        "model_refusal": job.model_refusal,
         "memory_bytes": estimate.memory_bytes,
         "measured_rows": estimate.measured_rows,
         "measured_shards": estimate.measured_shards,
@@ -169,6 +171,7 @@ def _heading(job: JobConfig, estimate: "JobEstimate") -> list[str]:
         f"  times       {times}",
         f"  candidates  {len(estimate.candidates)}: {summary}",
         f"  objective   {job.planner.objective}, φ = {job.planner.critical_batch_factor:g} · noise scale",
+        *([] if job.model_refusal is None else [f"  model       a plan only, {job.model_refusal}"]),
     ]
 
 

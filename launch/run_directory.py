@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from copus.job import JobConfig, JobError, dump_job
+from profiles.accelerator import is_file_of_user
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -48,7 +49,10 @@ def portable(job: JobConfig) -> JobConfig:
     profile = job.profile.model_copy(update={"table": absolute(job.profile.table)})
     runs = job.launch.runs if "runs" in job.launch.model_fields_set else runs_folder()
     launch = job.launch.model_copy(update={"runs": absolute(runs)})
-    return job.model_copy(update={"data": data, "profile": profile, "launch": launch})
+    cluster = job.cluster
+    if is_file_of_user(cluster.accelerator):
+        cluster = cluster.model_copy(update={"accelerator": str(absolute(Path(cluster.accelerator)))})
+    return job.model_copy(update={"data": data, "profile": profile, "launch": launch, "cluster": cluster})
 
 
 def create_run(job: JobConfig, suffix: str = "") -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def simulate(
     as_json: bool = False,
 ) -> int:
     """Print a table of policies. Raises JobError for what is missing: a noise scale, measured times, a policy."""
-    job = load_job(job_file, overrides)
+    job = load_job(job_file, overrides, notice=lambda line: print(line, file=sys.stderr), planned_only=True)
     if output is not None:  # before minutes of simulation
         check_output("--plot", output)
         need_matplotlib("copus simulate --plot")

@@ -69,7 +69,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
         raise JobError("--allow-from-scratch: only with --resume")
     if job_file is None:
         raise JobError("nothing to train: give a job file, or --resume RUN")
-    job = portable(load_job(job_file, overrides, manner.engine, deprecated=lambda line: print(line, file=sys.stderr)))
+    job = portable(load_job(job_file, overrides, manner.engine, notice=lambda line: print(line, file=sys.stderr)))
     training = job.training.model_copy(update={"reference_batch": job.reference_batch})  # whatever a resume changes
     job = job.model_copy(update={"training": training})
     engine = engine_of(job)

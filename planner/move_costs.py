@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from planner.menu import RUNGS, Floats, Rung
-from profiles.accelerator import accelerator, accelerators
+from profiles.accelerator import accelerator, is_described
 from profiles.cluster import Cluster
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
@@ -31,7 +31,7 @@ def expected_layout_seconds(model: ModelShape, cluster: Cluster, layout: Layout)
     The time to build the new layout, and that to receive the weights and the optimizer state of a rank of `layout`
     through the slowest link. An accelerator without a file counts as one on 10 Gb/s Ethernet.
     """
-    known = cluster.accelerator in accelerators()
+    known = is_described(cluster.accelerator)
     links = accelerator(cluster.accelerator if known else "cpu")
     link = links.inside_node if known and cluster.nodes == 1 else links.between_nodes
     state_bytes = BYTES_PER_WEIGHT * model.parameters / (layout.tp * layout.pp)

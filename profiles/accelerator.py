@@ -1,15 +1,19 @@
 """What an accelerator and the links around it can do, by the data sheet: `profiles/accelerators/*.yaml`."""
 
+import difflib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, ValidationError, field_validator
 
 from profiles.cluster import Cluster
 from profiles.record import Record
 
 FOLDER = Path(__file__).parent / "accelerators"
+OTHER_NAMES = {"h100": "h100-sxm"}
+"""Short names, and the accelerators that they are taken for."""
 
 
 class Link(Record):
@@ -47,6 +51,12 @@ class Accelerator(Record):
     sources: list[str]
     """Where the figures come from."""
 
+    @field_validator("inside_node", "between_nodes", mode="before")
+    @classmethod
+    def _link_by_name(cls, value: Any) -> Any:
+        """A text is the name of a link in `links.yaml`."""
+        return link(value) if isinstance(value, str) else value
+
     def peak(self, precision: str) -> float:
         """Peak for a precision. One that it does not have runs as the next wider one that it has; ValueError if none.
 
@@ -79,23 +89,50 @@ def link(name: str) -> Link:
     return Link.model_validate(known[name])
 
 
+def is_file_of_user(name: str) -> bool:
+    """Whether an accelerator is named by the path of its data sheet, written as those in `profiles/accelerators/`."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def is_described(name: str) -> bool:
+    """Whether there is a data sheet of an accelerator."""
+    return is_file_of_user(name) or name in accelerators()
+
+
 @cache
 def accelerator(name: str) -> Accelerator:
-    """The accelerator of that name. Raises ValueError, with the names that exist, where there is no file."""
-    if name not in accelerators():
-        raise ValueError(f"accelerator({name}) is unknown: expected one of {', '.join(accelerators())}")
-    return Accelerator.model_validate({"name": name, **yaml.safe_load((FOLDER / f"{name}.yaml").read_text())})
+    """The accelerator of that name, or from the file of a user.
+
+    Raises ValueError for a name that has no file, with those that do, and in one line for a file that is no data sheet.
+    """
+    if not is_described(name):
+        near = difflib.get_close_matches(name, [*accelerators(), *OTHER_NAMES], n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(accelerators())}"
+        raise ValueError(f"accelerator({name}) is unknown: {hint}")
+    path = Path(name).expanduser() if is_file_of_user(name) else FOLDER / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("a data sheet is a mapping")
+        return Accelerator.model_validate({"name": path.stem, **values})
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def memory_bytes(cluster: Cluster) -> float | None:
     """Memory of one of its accelerators; None for CPU cores, which share what the machine has, and for an accelerator
     that nothing is known about."""
-    if cluster.accelerator == "cpu" or cluster.accelerator not in accelerators():
+    if cluster.accelerator == "cpu" or not is_described(cluster.accelerator):
         return None
     return accelerator(cluster.accelerator).memory_bytes
 
 
 def node_size(cluster: Cluster) -> int:
     """Accelerators that the fast link joins: those of a node, or of a larger domain of it."""
-    domain = accelerator(cluster.accelerator).domain if cluster.accelerator in accelerators() else 1
+    domain = accelerator(cluster.accelerator).domain if is_described(cluster.accelerator) else 1
     return max(cluster.accelerators_per_node, domain)

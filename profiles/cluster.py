@@ -13,8 +13,9 @@ class Cluster(Record):
     accelerators_per_node: int = Field(gt=0, le=10_000)
     """Accelerators, and so ranks, on each machine."""
     accelerator: str = "cpu"
-    """Kind of accelerator: `cpu` trains on CPU cores, also where there are GPUs; any other name (h100-sxm, a100-80g, …)
-    takes the GPUs that are there."""
+    """Kind of accelerator: `cpu` trains on CPU cores, also where there are GPUs; any other name takes the GPUs that are
+    there. A name of `profiles/accelerators/` (h100-sxm, a100-80g, mi300x, …), or the path of a data sheet written as
+    those are (`my-card.yaml`), says how fast it is and how much memory it has."""
 
     @property
     def accelerators(self) -> int:

@@ -1,6 +1,6 @@
 """Model FLOP utilization: the operations that a model asks for, over what its accelerators could do in the time."""
 
-from profiles.accelerator import accelerator, accelerators
+from profiles.accelerator import accelerator, is_described
 from profiles.cluster import Cluster
 from profiles.model_shape import ModelShape
 
@@ -23,7 +23,7 @@ def peak_samples_per_second(model: ModelShape, cluster: Cluster, precision: str)
 
     None where no data sheet says the peak: an accelerator without a file, one that lacks the precision, a CPU core.
     """
-    device = accelerator(cluster.accelerator) if cluster.accelerator in accelerators() else None
+    device = accelerator(cluster.accelerator) if is_described(cluster.accelerator) else None
     if device is None or not device.rated or precision not in device.flops:
         return None
     return cluster.accelerators * device.flops[precision] / (flops_per_token(model) * model.seq_len)

@@ -69,14 +69,14 @@ def test_the_flat_optimizer_fields_of_earlier_versions_are_read_and_named_in_one
     path = tmp_path / "job.yaml"
     path.write_text(JOB + "  betas: [0.9, 0.99]\n  weight_decay: 0.2\n  optimizer: {epsilon: 1.0e-7}\n")
     lines: list[str] = []
-    optimizer = load_job(path, ["training.lr_batch_exponent=1"], deprecated=lines.append).training.optimizer
+    optimizer = load_job(path, ["training.lr_batch_exponent=1"], notice=lines.append).training.optimizer
     assert (optimizer.betas, optimizer.weight_decay, optimizer.epsilon) == ((0.9, 0.99), 0.2, 1e-7)
     assert optimizer.lr_batch_exponent == 1
     assert len(lines) == 1
     assert "training.betas is now training.optimizer.betas, training.weight_decay is now" in lines[0]
     path.write_text(dump_job(load_job(path)))
     lines.clear()
-    assert load_job(path, deprecated=lines.append).training.optimizer.betas == (0.9, 0.99)
+    assert load_job(path, notice=lines.append).training.optimizer.betas == (0.9, 0.99)
     assert lines == []
 
 

@@ -21,7 +21,7 @@ class MegatronDescription(BackendDescription):
         """Raise ValueError for a model that the Megatron backend does not build."""
         if model.experts:
             raise ValueError(
-                f"model.experts({model.experts}) is not supported by the megatron backend: it builds dense models"
+                f"experts({model.experts}) is not supported by the megatron backend: it builds dense models"
             )
         refuse_fields(model, _REFUSED, "the megatron backend")
         if model.bias == "attention":

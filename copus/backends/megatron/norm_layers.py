@@ -16,8 +16,8 @@ from megatron.core import parallel_state  # noqa: E402
 
 class NormLayers:
     """Observes every norm y = w·x̂ + b of this rank (RMSNorm has no b). For sequence i the gradient of w is
-    Σ_t x̂_it · dy_it and that of b is Σ_t dy_it. A norm of queries or keys normalises every head, so its sums run over the
-    heads too.
+    Σ_t x̂_it · dy_it and that of b is Σ_t dy_it. A norm of queries or keys normalises every head, so its sums run over
+    the heads too.
 
     With sequence parallelism a rank has some of the tokens, and with tensor parallelism the norms of queries and keys
     have some of the heads, so the sums are partial. They are kept (one vector per parameter and sequence) and summed
