@@ -13,6 +13,7 @@ from copus.backends.huggingface import (
     restore_rotary_frequencies,
 )
 from copus.backends.initial_weights import initial_weight
+from copus.backends.norm_layers import NormLayers
 from profiles.model_shape import ModelShape
 from profiles.rope import attention_factor, frequencies
 from tests.megatron_jobs import SHAPE, random_batches
@@ -81,6 +82,21 @@ def test_a_model_made_on_meta_computes_the_same_once_it_is_filled(variant: dict[
     restore_rotary_frequencies(model)
     model.load_state_dict(filled.state_dict())
     assert torch.equal(mean_loss(model, *random_batches(0, 4)), mean_loss(filled, *random_batches(0, 4)))
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if "qk_norm" in variant])
+def test_norm_layers_count_every_head_of_a_sequence(variant: dict[str, Any]) -> None:
+    model = build_causal_lm(_shape(variant), torch.float32, CPU, 1234)
+    layers = NormLayers(model, counts=True)
+    layers.start(True)
+    mean_loss(model, *random_batches(0, 4)).backward()
+    seen = layers.collect(1, 4, CPU)
+    layers.close()
+    params = [parameter for name, parameter in model.named_parameters() if name in layers.names]
+    for index in range(4):
+        gradients = torch.autograd.grad(mean_loss(model, *random_batches(index, 1)), params)
+        alone = sum(float(gradient.double().square().sum()) for gradient in gradients)
+        assert seen[index] == pytest.approx(alone, rel=1e-4)
 
 
 def test_a_bf16_model_keeps_rotary_frequencies_and_the_loss_in_fp32() -> None:

@@ -50,12 +50,12 @@ class NormLayers:
 
     @torch.no_grad()
     def _after_backward(self, module: Any, states: torch.Tensor, gradient: torch.Tensor) -> None:
-        """`states` and `gradient` are x and dy, [batch, tokens, hidden]."""
+        """`states` and `gradient` are x and dy: [batch, tokens, hidden], or [batch, tokens, heads, width of a head]."""
         microbatch = self._passes[module]
         self._passes[module] = microbatch + 1
         rms = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
         scale = rms.square_().div_(states.shape[-1]).add_(module.variance_epsilon).rsqrt_()
-        of_sequences = (states * scale * gradient).sum(dim=1)
+        of_sequences = (states * scale * gradient).flatten(1, -2).sum(dim=1)
         self._squares[microbatch].append(torch.linalg.vector_norm(of_sequences, dim=1).double().square_())
 
     @torch.no_grad()
