@@ -8,6 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from copus.backends import registry
+from copus.backends.deepspeed.description import DeepSpeedDescription
+from copus.backends.huggingface_description import HuggingFaceDescription
 from copus.backends.registry import find_backend
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.events import Checkpoint, Event, Reconfigure, Step
@@ -19,8 +21,9 @@ from copus.trainer_state import TrainerState
 from launch.check import check_start
 from planner.config import PlannerConfig
 from profiles.cluster import Cluster
+from profiles.model_shape import ModelShape
 from tests.eager_planner import EagerPlanner, decide_often
-from tests.megatron_jobs import configuration, random_batches
+from tests.megatron_jobs import SHAPE, configuration, random_batches
 from tests.ranks import own_device, run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,3 +138,20 @@ def test_nothing_outside_of_its_folder_and_the_registry_names_a_backend() -> Non
         if "backends.megatron" in path.read_text() and "backends/megatron/" not in str(path)
     }
     assert naming == {"copus/backends/registry.py"}
+
+
+class _Splitting(HuggingFaceDescription):
+    framework = "torch"
+
+    def load(self) -> type[Any]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("fields", [{"qk_norm": "head"}, {"bias": "attention"}, {"bias": "all"}], ids=str)
+def test_a_backend_that_splits_the_layers_of_transformers_refuses_what_it_would_have_to_add_up(
+    fields: dict[str, Any],
+) -> None:
+    model = ModelShape(**{**SHAPE, **fields})
+    DeepSpeedDescription().check_model(model)
+    with pytest.raises(ValueError, match="is not supported by this backend"):
+        _Splitting().check_model(model)

@@ -38,7 +38,15 @@ def _train_all_stages(model: dict[str, Any]) -> list[list[float]]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "model", [{}, pytest.param({"tied_embeddings": True, "gated_mlp": False}, marks=pytest.mark.slow)], ids=str
+    "model",
+    [
+        {},
+        pytest.param({"tied_embeddings": True, "gated_mlp": False}, marks=pytest.mark.slow),
+        pytest.param({"bias": "all", "activation": "gelu_tanh"}, marks=pytest.mark.slow),
+        pytest.param({"qk_norm": "head", "head_dim": 16}, marks=pytest.mark.slow),
+        pytest.param({"norm_position": "post", "qk_norm": "projection"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_every_stage_has_the_losses_of_one_rank(model: dict[str, Any]) -> None:
     alone = run_ranks(1, _train, 0, model)[0]

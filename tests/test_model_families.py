@@ -64,8 +64,14 @@ def _train(layout: dict[str, Any], model: dict[str, Any]) -> Figures:
     return [result.loss for result in results], [np.sort(kind.squared_norms) for kind in parts if kind is not None]
 
 
+of_every_family = pytest.mark.parametrize(
+    "family", ["gpt", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family != "gpt")]
+)
+"""One in the default suite: they take 10 s each."""
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("family", FAMILIES)
+@of_every_family
 def test_losses_and_part_norms_do_not_depend_on_the_layout(family: str) -> None:
     model = FAMILIES[family]
     losses, parts = run_ranks(1, _train, {}, model)[0]
@@ -90,12 +96,14 @@ def _by_autograd(model: dict[str, Any]) -> list[float]:
     return squares
 
 
+def _by_both() -> list[tuple[np.ndarray, list[float]]]:
+    return [(_train({}, model)[1][1], sorted(_by_autograd(model))) for model in FAMILIES.values()]
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("family", FAMILIES)
-def test_norm_layers_see_what_autograd_computes(family: str) -> None:
-    _, (_, parts) = run_ranks(1, _train, {}, FAMILIES[family])[0]
-    expected = run_ranks(1, _by_autograd, FAMILIES[family])[0]
-    np.testing.assert_allclose(parts, np.sort(expected), rtol=1e-4)
+def test_norm_layers_see_what_autograd_computes() -> None:
+    for parts, expected in run_ranks(1, _by_both)[0]:
+        np.testing.assert_allclose(parts, expected, rtol=1e-4)
 
 
 AS_IN_TRANSFORMERS: list[dict[str, Any]] = [
@@ -160,7 +168,7 @@ def _tour(model: dict[str, Any]) -> tuple[list[str], list[float]]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("family", ["gpt", "gemma"])
+@of_every_family
 def test_a_move_through_six_layouts_changes_no_bit(family: str) -> None:
     for changed, losses in run_ranks(4, _tour, FAMILIES[family]):
         assert changed == []

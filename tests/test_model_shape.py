@@ -1,5 +1,7 @@
 """The `model` section: what is refused, what names the same model, and how many weights and operations there are."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ from profiles.query import query
 from profiles.table import ThroughputTable
 from tests.megatron_jobs import SHAPE, tiny_job
 from tests.test_model_families import FAMILIES
+
+BACKENDS = Path(__file__).parent.parent / "copus" / "backends"
 
 
 def shape(**fields: Any) -> ModelShape:
@@ -86,6 +90,19 @@ def test_the_backend_refuses_what_it_does_not_build(fields: dict[str, Any], mess
     with pytest.raises(JobError) as refused:
         tiny_job(1, {}, fields)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("field", [name for name, field in ModelShape.model_fields.items() if not field.is_required()])
+def test_a_backend_builds_a_field_or_refuses_it(field: str) -> None:
+    """Nothing that a job file may say of a model is passed over."""
+    for description, builders in (
+        ("megatron/description.py", ("megatron/model.py", "megatron/modules.py")),
+        ("huggingface_description.py", ("huggingface.py",)),
+    ):
+        said = (BACKENDS / description).read_text()
+        built = "".join((BACKENDS / builder).read_text() for builder in builders) + said
+        properties = {"head_dim": "head_width", "activation": "mlp_activation", "experts_per_token": "experts"}
+        assert f'"{field}"' in said or re.search(rf"\b(model|shape)\.{properties.get(field, field)}\b", built)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
