@@ -61,10 +61,11 @@ class Goodput:
         # would not make anything surer: it widens the savings that are shown, and bars no move.
         stages = stage_seconds(now, (-PESSIMISM, 0.0, PESSIMISM), with_common_error=False)
         *_, value = seconds_to_go(stages, menu, now.move_seconds)
-        if not now.started:  # nobody pays, and nothing is known but the prior: weigh the ends against each other
-            regret = value / value.min(axis=2, keepdims=True)
-            return Choice((regret * np.array([0.25, 0.5, 0.25])[:, None, None]).sum(axis=0).argmin(axis=1))
         costs = menu.move_seconds(now.current, now.move_seconds)
+        if not now.started:  # nothing is known but the prior: weigh its ends against each other
+            whole = value + costs
+            regret = whole / whole.min(axis=2, keepdims=True)
+            return Choice((regret * np.array([0.25, 0.5, 0.25])[:, None, None]).sum(axis=0).argmin(axis=1))
         saved = _saved(now, value, costs)
         expected, tried = saved[1], np.full(costs.shape, -np.inf)
         if now.throughput_error.any():
@@ -125,7 +126,9 @@ class Goodput:
         surely = float(choice.saved_seconds[0, index])
         waiting = f"; waiting for the next decision would lose {duration(surely)}" if surely >= 0.1 else ""
         above = f"goodput of {label} is {percent(gain)} above the current"
-        said = f"{above}, which saves {saved} at equal loss{paid}{waiting}"
+        # The best of a stretch may be worse than the current one by the end: the job will have moved on before.
+        use = f"saves {saved} at equal loss" if ahead.saved_expected[index] > 0 else "is better for now"
+        said = f"{above}, which {use}{paid}{waiting}"
         batch, speed = situation.menu.global_batch, situation.samples_per_second[0]
         if batch[index] == batch[here]:
             return said

@@ -396,3 +396,12 @@ def test_a_limit_of_time_is_an_end_of_the_job_too():
     assert short.chosen.layout == DP2
     assert short.chosen != START, "another batch costs nothing"
     assert planner(TABLE, **settings).decide(noise(8.0), START, 10_000, seconds_left=0.0).chosen.layout == DP2
+
+
+def test_the_start_goes_to_another_layout_only_if_that_pays_for_the_move():
+    hardly = {of(DP2, 2, 4): 0.400, of(TP2, 2, 4): 0.399}
+    start, settings = of(DP2, 2, 4), {"start_at": "plan", "policy": "goodput", "trial_budget": 0.0}
+    dear = planner(hardly, start, **settings, layout_move_seconds=10.0).decide(noise(None), start, 0, seconds_left=60)
+    assert dear.chosen == start
+    free = planner(hardly, start, **settings, layout_move_seconds=0.0).decide(noise(None), start, 0, seconds_left=60)
+    assert free.chosen == of(TP2, 2, 4)
