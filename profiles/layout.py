@@ -34,6 +34,9 @@ class Layout(Record):
     zero: Literal[0, 1, 2, 3] = 0
     """What data parallel ranks share out: 0 nothing, 1 optimizer state (Megatron's distributed optimizer), 2 gradients,
     3 weights."""
+    dp_replicate: PositiveInt = 1
+    """Copies of what `zero` shares out: every dp ÷ dp_replicate ranks hold one between them. 1: all data parallel ranks
+    share one. More is hybrid sharding (HSDP), which gathers and scatters over fewer ranks and takes more memory."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Layout":
@@ -41,6 +44,12 @@ class Layout(Record):
             raise ValueError("sequence_parallel(true) needs tp > 1, but tp = 1")
         if self.vp > 1 and self.pp == 1:
             raise ValueError(f"vp({self.vp}) needs pp > 1, but pp = 1")
+        if self.dp % self.dp_replicate:
+            raise ValueError(
+                f"dp({self.dp}) ÷ dp_replicate({self.dp_replicate}) is not whole: {self.dp / self.dp_replicate:g}"
+            )
+        if self.dp_replicate > 1 and self.zero == 0:
+            raise ValueError(f"dp_replicate({self.dp_replicate}) needs zero > 0: with zero = 0 nothing is shared out")
         return self
 
     @property
@@ -49,11 +58,17 @@ class Layout(Record):
         return self.tp * self.pp * self.cp * self.dp
 
     @property
+    def dp_shard(self) -> int:
+        """Data parallel ranks that hold one copy of what `zero` shares out: 1 where it shares out nothing."""
+        return self.dp // self.dp_replicate if self.zero else 1
+
+    @property
     def label(self) -> str:
         """Short name for people: `TP2·PP1·DP4`, with the less usual degrees only where they are not 1."""
         degrees = [("TP", self.tp), ("PP", self.pp), ("DP", self.dp)]
         degrees += [(name, value) for name, value in (("VP", self.vp), ("CP", self.cp), ("EP", self.ep)) if value > 1]
         extras = ["SP"] * self.sequence_parallel + [f"Z{self.zero}"] * (self.zero > 0)
+        extras += [f"HSDP{self.dp_replicate}×{self.dp_shard}"] * (self.dp_replicate > 1)
         extras += [f"recompute:{self.recompute}"] * (self.recompute != "none")
         return "·".join([f"{name}{value}" for name, value in degrees] + extras)
 

@@ -1,4 +1,4 @@
-"""torch's AdamW, with the right bias corrections if β2 changes from step to step."""
+"""torch's AdamW: what it keeps of a weight, and the right bias corrections if β2 changes from step to step."""
 
 import math
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ GROUP = "copus.backends"
 BUILT_IN = {
     "megatron": "copus.backends.megatron.description:MegatronDescription",
     "deepspeed": "copus.backends.deepspeed.description:DeepSpeedDescription",
+    "fsdp": "copus.backends.fsdp.description:FsdpDescription",
 }
 """Name → `module:class` of its description."""
 

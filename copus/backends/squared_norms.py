@@ -13,9 +13,9 @@ throughout."""
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The norm of each tensor as a 0-d tensor on its device, to some 1e-7 relative.
+    """The norms of tensors, as 0-d tensors on their device, to some 1e-7 relative.
 
-    On a GPU in as few kernels as there are dtypes: its tree sums are good enough in fp32, and at hundreds of tensors a
+    On a GPU this takes one kernel per dtype: tree sums are exact enough in fp32, and with hundreds of tensors per
     micro-batch the launches would cost more than the sums. Nothing waits for the device.
     """
     if tensors and tensors[0].is_cuda:

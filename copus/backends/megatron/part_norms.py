@@ -8,8 +8,6 @@ coordinates of the norm layers (`normlayer`). Every parameter of the whole model
 - if every rank holds a partial sum of a gradient (norm weights with sequence parallelism, those of queries and keys
   with tensor parallelism; the two ends of a tied embedding with pipelining), the partial gradients of a part are kept
   and summed over their group before they are squared.
-
-Long sums on a CPU are in float64. In fp32 they would be off by some 1e-5, differently on every layout.
 """
 
 from collections import defaultdict
@@ -25,6 +23,7 @@ from copus.backends.megatron.main_params import main_params
 from copus.backends.megatron.modules import is_norm_of_heads
 from copus.backends.megatron.norm_layers import NormLayers
 from copus.backends.megatron.preconditioner import Preconditioner
+from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Parts
 from planner.noise_sources import split
 from profiles.configuration import Configuration
@@ -37,34 +36,6 @@ from megatron.core.transformer.module import param_is_not_shared  # noqa: E402
 
 _LARGE = 2**20
 """Elements of a tensor that is reduced by itself."""
-_ROW = 1024
-"""Elements added up in fp32 before float64 takes over: exact to 1e-8, and 25 times faster on a CPU than float64
-throughout."""
-
-
-def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The norms of tensors, as 0-d tensors on their device, to some 1e-7 relative.
-
-    On a GPU this takes one kernel per dtype: tree sums are exact enough in fp32, and with hundreds of tensors per
-    micro-batch the launches would cost more than the sums. Nothing waits for the device.
-    """
-    if tensors and tensors[0].is_cuda:
-        return list(torch._foreach_norm([tensor.detach() for tensor in tensors], 2, torch.float32))
-    return [_norm_on_cpu(tensor.detach().reshape(-1)) for tensor in tensors]
-
-
-def _norm_on_cpu(flat: torch.Tensor) -> torch.Tensor:
-    whole = flat.numel() // _ROW * _ROW
-    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32).double()
-    rest = flat[whole:].double()
-    return (rows.dot(rows) + rest.dot(rest)).sqrt()
-
-
-def sum_of_squares(norms: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Σ norm² as a 0-d float64 tensor."""
-    if not norms:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(list(norms)).double().square().sum()
 
 
 class PartNorms:

@@ -12,9 +12,9 @@ from copus.backends.adamw import AdamWOptions
 from copus.backends.megatron import cpu
 from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.local_tensors import unwrap
-from copus.backends.megatron.part_norms import norms, sum_of_squares
 from copus.backends.megatron.upstream import inner_optimizers
 from copus.backends.megatron.versions import main_grads
+from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Batches, StepRequest, StepShares
 from profiles.configuration import Configuration
 

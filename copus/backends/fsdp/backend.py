@@ -1,0 +1,118 @@
+"""torch FSDP2 behind `copus.backends.base.Backend`."""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from copus.backends.adamw import ADAM_STATISTICS, adam_state, adamw_options
+from copus.backends.base import Backend
+from copus.backends.fsdp import step
+from copus.backends.fsdp.built import BuiltModel, ShardedParameter, sharded_parameters
+from copus.backends.fsdp.mesh import Meshes
+from copus.backends.fsdp.model import build_model, initialize, parameter_shapes
+from copus.backends.fsdp.part_norms import PartNorms
+from copus.backends.fsdp.shards import optimizer_fields, shard_table
+from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
+from copus.job import JobConfig
+from copus.reshard.execute import LiveState
+from copus.reshard.table import ShardTable
+from profiles.configuration import Configuration
+from profiles.layout import Layout
+
+
+class FsdpBackend(Backend):
+    """One rank of an FSDP job."""
+
+    def __init__(self, job: JobConfig, device: torch.device) -> None:
+        super().__init__(job, device)
+        self._meshes = Meshes(device, job.launch.timeout_seconds)
+        self._shapes = parameter_shapes(job.model)
+        self._built: BuiltModel | None = None
+
+    @property
+    def built(self) -> BuiltModel:
+        """What that consists of on this rank."""
+        assert self._built is not None, "build() comes first"
+        return self._built
+
+    def make(self, configuration: Configuration, initial_weights: bool) -> None:
+        """Make groups, model and optimizer."""
+        layout, rank = configuration.layout, dist.get_rank()
+        model = build_model(self._job, layout, self._meshes.mesh(layout), self.device)
+        self._built = built = BuiltModel(self.device, layout, rank, model)
+        built.parameters = sharded_parameters(model, self._shapes, layout, rank)
+        if initial_weights:
+            for sharded in built.parameters:
+                initialize(sharded, self._job.model.layers, self._job.training.seed)
+        # Norms are not decayed, as in Megatron.
+        groups = [
+            {"params": [sharded.main for sharded in built.parameters if (len(sharded.whole_shape) > 1) is decays]}
+            | {"decays": decays}
+            for decays in (True, False)
+        ]
+        built.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+        built.part_norms = PartNorms(built)
+
+    def release(self) -> None:
+        """Let go of model and optimizer; the groups stay for later."""
+        if self._built is not None:
+            self._built.release()
+        self._built = None
+
+    def drop_groups(self, broken: bool) -> None:
+        """Let go of the groups of all layouts."""
+        if broken:
+            self._meshes.forget()
+        else:
+            self._meshes.destroy()
+
+    def shard_table(self, layout: Layout) -> ShardTable:
+        """Weights and optimizer state of every rank of a layout."""
+        return shard_table(self._shapes, self._job.training.precision, layout)
+
+    def live_state(self) -> LiveState:
+        """The tensors of this rank, by their place in the whole model."""
+        state: LiveState = {}
+        for sharded in self.built.parameters:
+            fields = optimizer_fields(sharded.name, sharded.whole_shape, self._job.training.precision)
+            tensors: list[Callable[[], torch.Tensor]] = [functools.partial(_data, sharded)]
+            tensors += [functools.partial(self._statistic, sharded, name) for name in ADAM_STATISTICS]
+            for field, tensor in zip(fields, tensors, strict=True):
+                state[field.name, sharded.box.offset] = tensor
+        return state
+
+    def _statistic(self, sharded: ShardedParameter, name: str) -> torch.Tensor:
+        assert self.built.optimizer is not None, "it is built"
+        return adam_state(self.built.optimizer, sharded.main)[name]
+
+    def count_optimizer_steps(self, steps: int) -> None:
+        """Give every parameter Adam's step count."""
+        assert self.built.optimizer is not None, "it is built"
+        for sharded in self.built.parameters:
+            adam_state(self.built.optimizer, sharded.main)["step"].fill_(steps)
+
+    def compute_gradients(self, batches: Batches, request: StepRequest) -> StepShares:
+        """Run the forward and backward passes, and return this rank's shares of the step's figures."""
+        configuration = self.executed_configuration(request.noise_source)
+        return step.compute_gradients(self.built, configuration, batches, request)
+
+    def read_parts(self, totals: np.ndarray, grad_sq: float) -> tuple[Parts | None, Parts | None]:
+        """The parts of the step, from the sum of all ranks' shares."""
+        parts: tuple[Parts | None, Parts | None] = self.built.part_norms.parts(totals, grad_sq)
+        return parts
+
+    def update_weights(self, rules: StepRules, scale: float) -> None:
+        """Clip the gradients and let Adam make its step."""
+        options = adamw_options(self._job.training.optimizer, rules, self._optimizer_steps)
+        step.update_weights(self.built, options, scale)
+
+    def evaluate(self, batches: Batches, sequences: int) -> float:
+        """Mean loss over the first `sequences` held-out sequences, nats a token."""
+        return step.evaluate(self.built, self.configuration, batches, sequences)
+
+
+def _data(sharded: ShardedParameter) -> torch.Tensor:
+    return sharded.main.data

@@ -1,0 +1,104 @@
+"""A built model on one rank: what it consists of, and how to let go of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from copus.backends.fsdp.shards import own_box, tensor_parallel_axis
+from copus.reshard.boxes import Box
+from profiles.layout import Layout
+
+
+class ShardedParameter(NamedTuple):
+    """A parameter, and the part of it that this rank holds and updates."""
+
+    name: str
+    whole_shape: tuple[int, ...]
+    parameter: torch.nn.Parameter
+    """The sharded one: a DTensor. The gradient arrives here."""
+    main: torch.nn.Parameter
+    """The optimizer's: the local tensor of the same memory, fp32."""
+    box: Box
+    """Where that lies in the whole."""
+    is_counted: bool
+    """Whether a sum over all ranks takes this rank's part: only one of several ranks that hold the same."""
+
+
+@dataclass
+class BuiltModel:
+    """What a layout consists of on this rank."""
+
+    device: torch.device
+    layout: Layout
+    rank: int
+    model: Any
+    """transformers' model under FSDP."""
+    parameters: list[ShardedParameter] = field(default_factory=list)
+    """Those of which this rank holds a part."""
+    optimizer: torch.optim.Optimizer | None = None
+    """AdamW over the local tensors."""
+    part_norms: Any = None
+    """What the noise is measured with: a `PartNorms`."""
+
+    @property
+    def tp_rank(self) -> int:
+        """Among the ranks that share matrices."""
+        return self.rank % self.layout.tp
+
+    @property
+    def dp_rank(self) -> int:
+        """Which share of the batch is this rank's."""
+        return self.rank // self.layout.tp
+
+    @property
+    def fsdp_modules(self) -> list[FSDPModule]:
+        """The modules whose weights are gathered and reduced together: every layer, and what is outside of them."""
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+
+    def release(self) -> None:
+        """Let go of the memory, also where hooks and autograd's graph keep tensors alive in a circle."""
+        if self.part_norms is not None:
+            self.part_norms.close()
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+            self.optimizer.param_groups.clear()
+        for sharded in self.parameters:
+            sharded.parameter.grad = sharded.main.grad = None
+        self.parameters.clear()
+        for unsharded in fsdp_parameters(self.model):
+            unsharded.free_unsharded_param()
+        self.model = None
+
+
+def fsdp_parameters(model: Any) -> Iterator[Any]:
+    """FSDP's own record of every parameter, which torch does not make public: torch 2.13, `_fsdp_param.FSDPParam`."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                yield from group.fsdp_params
+
+
+def sharded_parameters(
+    model: Any, shapes: list[tuple[str, tuple[int, ...]]], layout: Layout, rank: int
+) -> list[ShardedParameter]:
+    """What this rank holds of every parameter that it holds anything of.
+
+    Raises RuntimeError if FSDP has cut a parameter in another way than `shards` says.
+    """
+    replicate_rank = rank // (layout.tp * layout.dp_shard)
+    parameters = dict(model.named_parameters())
+    sharded = []
+    for name, shape in shapes:
+        parameter, box = parameters[name], own_box(name, shape, layout, rank)
+        local = parameter.data.to_local()
+        if tuple(local.shape) != box.shape:
+            raise RuntimeError(f"FSDP holds {tuple(local.shape)} of {name} on rank {rank}, not {box.shape}")
+        if not box.elements:
+            continue
+        is_duplicate = tensor_parallel_axis(name) is None and rank % layout.tp > 0
+        counted = replicate_rank == 0 and not is_duplicate
+        sharded.append(ShardedParameter(name, shape, parameter, torch.nn.Parameter(local), box, counted))
+    return sharded

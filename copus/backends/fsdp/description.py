@@ -1,0 +1,40 @@
+"""What the FSDP backend can run. Imports no torch."""
+
+from typing import TYPE_CHECKING, Any
+
+from copus.backends.huggingface_description import HuggingFaceDescription
+from profiles.layout import Layout
+
+if TYPE_CHECKING:
+    from copus.job import TrainingConfig
+
+
+class FsdpDescription(HuggingFaceDescription):
+    """torch FSDP2 (`fully_shard`) on the models of transformers: data parallelism with every ZeRO stage and hybrid
+    sharding, and tensor parallelism."""
+
+    framework = "torch"
+    largest_zero = 3
+    packages = ("transformers",)
+    extra = "fsdp"
+
+    def check_training(self, training: "TrainingConfig") -> None:
+        """Raise ValueError for a setting that it does not have."""
+        super().check_training(training)
+        if training.overlap_grad_reduce:
+            raise ValueError("overlap_grad_reduce(true): the fsdp backend always overlaps; leave the field out")
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ValueError for a layout that it does not run."""
+        super().check_layout(layout)
+        for name, value in (("pp", layout.pp), ("cp", layout.cp), ("ep", layout.ep)):
+            if value > 1:
+                raise ValueError(f"{name}({value}) is not supported by the fsdp backend: at most 1")
+        if layout.sequence_parallel:
+            raise ValueError("sequence_parallel(true) is not supported by the fsdp backend")
+
+    def load(self) -> type[Any]:
+        """The class that trains. Imports transformers, which takes seconds."""
+        from copus.backends.fsdp.backend import FsdpBackend
+
+        return FsdpBackend

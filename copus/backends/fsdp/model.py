@@ -1,0 +1,69 @@
+"""Builds the model of a job in a layout: transformers' own, cut over tensor parallel ranks, then sharded by FSDP."""
+
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from copus.backends.fsdp.built import ShardedParameter
+from copus.backends.fsdp.mesh import REPLICATE, SHARD, TENSOR
+from copus.backends.fsdp.shards import CUT_BY_COLUMNS, CUT_BY_ROWS
+from copus.backends.huggingface import build_causal_lm, initial_weight, restore_rotary_frequencies
+from copus.job import JobConfig
+from copus.reshard.boxes import Box
+from profiles.layout import Layout
+from profiles.model_shape import ModelShape
+
+
+def parameter_shapes(shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and whole shapes of the parameters, in the model's order; a tied output layer is no parameter of its
+    own."""
+    model = build_causal_lm(shape, torch.float32, torch.device("meta"), None)
+    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+
+
+def build_model(job: JobConfig, layout: Layout, mesh: DeviceMesh, device: torch.device) -> Any:
+    """The sharded model, its weights whatever lies in memory. Never whole on any rank."""
+    shape = job.model
+    model = build_causal_lm(shape, torch.float32, torch.device("meta"), None, layout.recompute)
+    if layout.tp > 1:
+        _cut_matrices(model, mesh[TENSOR])
+    # Without `reshard_after_forward` a layer's weights stay gathered until its backward pass: ZeRO-1 and 2.
+    options = {
+        "mesh": mesh[REPLICATE, SHARD] if mesh[REPLICATE].size() > 1 else mesh[SHARD],
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if job.training.precision == "bf16" else None, torch.float32),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, reshard_after_forward=layout.zero == 3, **options)
+    fully_shard(model, reshard_after_forward=False, **options)  # embeddings, last norm and output layer
+    model.to_empty(device=device)
+    model.tie_weights()
+    restore_rotary_frequencies(model)
+    return model
+
+
+def _cut_matrices(model: Any, mesh: DeviceMesh) -> None:
+    """Tensor parallelism (1909.08053): columns of the first matrix of a pair, rows of the second, one all-reduce."""
+    plan: dict[str, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind == "embed_tokens":
+            plan[name] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+        elif kind == "lm_head":  # the loss reads logits that are split over the vocabulary
+            plan[name] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+        elif kind in CUT_BY_ROWS:
+            plan[name] = ColwiseParallel()
+        elif kind in CUT_BY_COLUMNS:
+            plan[name] = RowwiseParallel()
+    parallelize_module(model, mesh, plan)
+    model.tie_weights()
+
+
+@torch.no_grad()
+def initialize(sharded: ShardedParameter, layers: int, seed: int) -> None:
+    """Fill this rank's part of a parameter: a function of the seed and of the name, the same on every layout."""
+    whole = initial_weight(sharded.name, sharded.whole_shape, layers, seed, sharded.main.device)
+    sharded.main.copy_(whole[sharded.box.slices_in(Box.whole(sharded.whole_shape))])

@@ -1,0 +1,111 @@
+"""Gradients, update and evaluation of a built FSDP model."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+from copus.backends.adamw import AdamWOptions
+from copus.backends.fsdp.built import BuiltModel
+from copus.backends.fsdp.part_norms import grad_sq_share
+from copus.backends.huggingface import mean_loss
+from copus.backends.microbatches import evaluation_of, read_microbatches
+from copus.backends.step_contract import Batches, StepRequest, StepShares
+from profiles.configuration import Configuration
+
+
+def compute_gradients(
+    built: BuiltModel, configuration: Configuration, batches: Batches, request: StepRequest
+) -> StepShares:
+    """Forward, backward and reduction, and what this rank adds to the figures of the step."""
+    for sharded in built.parameters:
+        sharded.parameter.grad = None
+    count = configuration.num_microbatches
+    built.part_norms.start(request.noise_source, configuration)
+    losses = []
+    for index, (tokens, labels) in enumerate(_microbatches(built, configuration, batches, request.first_sample)):
+        _communicate(built, is_last=index == count - 1)
+        with _split_loss(built):
+            loss = _loss(built, tokens, labels)
+            built.part_norms.begin_backward(index)
+            (loss / count).backward()
+        losses.append(loss.detach())
+    return StepShares(
+        _loss_share(built, configuration, losses), grad_sq_share(built), built.part_norms.contribution()
+    )
+
+
+def _communicate(built: BuiltModel, is_last: bool) -> None:
+    """What is exchanged in the backward pass of a micro-batch.
+
+    ZeRO-0 and 1 reduce gradients once a step, 2 and 3 in every micro-batch; 1 and 2 keep gathered weights for the whole
+    step. Copies of the state (HSDP) always add up their gradients once.
+    """
+    model, zero = built.model, built.layout.zero
+    model.set_requires_gradient_sync(is_last or zero >= 2)
+    model.set_requires_all_reduce(is_last)
+    model.set_reshard_after_backward(is_last or zero == 3)
+    model.set_is_last_backward(is_last)
+
+
+def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> None:
+    """Multiply the gradients by `scale`, and update the weights with them."""
+    optimizer = built.optimizer
+    assert optimizer is not None, "it is built"
+    for sharded in built.parameters:
+        gradient = sharded.parameter.grad
+        assert isinstance(gradient, DTensor), "FSDP reduces the gradient of every parameter"
+        sharded.main.grad = gradient.to_local()
+    if scale != 1:
+        torch._foreach_mul_([sharded.main.grad for sharded in built.parameters], scale)
+    for group in optimizer.param_groups:
+        group.update(asdict(options))
+        group["weight_decay"] *= group["decays"]
+    optimizer.step()
+    for sharded in built.parameters:
+        sharded.main.grad = None
+
+
+def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, sequences: int) -> float:
+    """Mean loss over the first `sequences` sequences of `batches`, equal on every rank."""
+    whole = evaluation_of(configuration, sequences)
+    built.model.eval()
+    with torch.no_grad(), _split_loss(built):
+        losses = [_loss(built, tokens, labels) for tokens, labels in _microbatches(built, whole, batches, 0)]
+    built.model.train()
+    for module in built.fsdp_modules:  # without a backward pass they would stay gathered, and become stale
+        module.reshard()
+    loss = _loss_share(built, whole, losses)
+    dist.all_reduce(loss)
+    return float(loss)
+
+
+def _microbatches(
+    built: BuiltModel, configuration: Configuration, batches: Batches, first_sample: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and labels of this replica's micro-batches."""
+    per_replica = configuration.global_batch // configuration.layout.dp
+    first = first_sample + built.dp_rank * per_replica
+    starts = range(first, first + per_replica, configuration.micro_batch)
+    return read_microbatches(batches, starts, configuration.micro_batch, built.device)
+
+
+def _split_loss(built: BuiltModel) -> contextlib.AbstractContextManager[None]:
+    """Lets the loss read logits that are split over the vocabulary, and never gather them."""
+    return loss_parallel() if built.layout.tp > 1 else contextlib.nullcontext()
+
+
+def _loss(built: BuiltModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    loss = mean_loss(built.model, tokens, labels)
+    return loss.to_local() if isinstance(loss, DTensor) else loss
+
+
+def _loss_share(built: BuiltModel, configuration: Configuration, losses: list[torch.Tensor]) -> torch.Tensor:
+    """This rank's share of the mean loss; tensor parallel ranks have the same, and one of them counts."""
+    if built.tp_rank > 0:
+        return torch.zeros((), dtype=torch.float64, device=built.device)
+    return torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)
