@@ -8,7 +8,9 @@ from tests.megatron_jobs import tiny_job
 from tests.ranks import own_device
 
 
-def fsdp_job(accelerators: int, layout: dict[str, Any], model: dict[str, Any] | None = None, **training: Any) -> JobConfig:
+def fsdp_job(
+    accelerators: int, layout: dict[str, Any], model: dict[str, Any] | None = None, **training: Any
+) -> JobConfig:
     """The same as Megatron's, but for the backend."""
     return tiny_job(accelerators, layout, model, backend="fsdp", **training)
 

@@ -20,7 +20,13 @@ NCCL = "COPUS_TEST_NCCL"
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        *("copus.worker", "copus.backends.megatron.backend", "copus.tracking.tensorboard", "launch.engines.local"),
+        *(
+            "copus.worker",
+            "copus.backends.megatron.backend",
+            "copus.backends.fsdp.backend",
+            "copus.tracking.tensorboard",
+            "launch.engines.local",
+        ),
         "torch._dynamo",  # which torch's optimizers import at their first step
     ]
 )

@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from copus.backends.huggingface_description import HuggingFaceDescription
+from planner.backend_traits import PartCount
+from planner.noise_sources import REPLICA
+from profiles.configuration import Configuration
 from profiles.layout import Layout
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ class FsdpDescription(HuggingFaceDescription):
     largest_zero = 3
     packages = ("transformers",)
     extra = "fsdp"
+    noise_metrics = ("plain",)
 
     def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for a setting that it does not have."""
@@ -32,6 +36,14 @@ class FsdpDescription(HuggingFaceDescription):
                 raise ValueError(f"{name}({value}) is not supported by the fsdp backend: at most 1")
         if layout.sequence_parallel:
             raise ValueError("sequence_parallel(true) is not supported by the fsdp backend")
+
+    def parts(self, configuration: Configuration) -> dict[str, PartCount]:
+        """The parts that a step has, by noise source. From ZeRO-2 on every micro-batch is reduced: a replica with several
+        of them has no gradient of its own."""
+        parts = super().parts(configuration)
+        if configuration.layout.zero >= 2 and configuration.num_microbatches > 1:
+            del parts[REPLICA]
+        return parts
 
     def load(self) -> type[Any]:
         """The class that trains. Imports transformers, which takes seconds."""

@@ -36,9 +36,7 @@ class Meshes:
         while len(self._groups) > self._most:
             dist.destroy_process_group(self._groups.pop(next(iter(self._groups))))
         ranks = torch.arange(layout.accelerators).view(sizes)
-        return DeviceMesh.from_group(
-            own, self._device.type, mesh=ranks, mesh_dim_names=(REPLICATE, SHARD, TENSOR)
-        )
+        return DeviceMesh.from_group(own, self._device.type, mesh=ranks, mesh_dim_names=(REPLICATE, SHARD, TENSOR))
 
     def _group(self, stride: int, size: int) -> dist.ProcessGroup:
         """The group of this rank with `size` ranks that lie `stride` apart. Collective over its ranks."""

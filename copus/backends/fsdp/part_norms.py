@@ -1,9 +1,8 @@
 """Squared norms of the gradients of the parts of a step, before FSDP reduces them.
 
 A part is a micro-batch of one replica (`microbatch`), all that one replica does in the step (`replica`), or a sequence
-seen by the norm layers alone (`normlayer`). ZeRO-2 and 3 reduce the gradients of every micro-batch and keep no sum of
-their own: there `replica` takes micro-batches for parts, of which there are more. Tensor parallel duplicates count on
-tensor rank 0.
+seen by the norm layers alone (`normlayer`). ZeRO-2 and 3 reduce the gradient of every micro-batch: a replica that has
+several of them never has its own sum, and is no part. Tensor parallel duplicates count on tensor rank 0.
 """
 
 import functools
@@ -13,11 +12,12 @@ import numpy as np
 import torch
 
 from copus.backends.fsdp.built import BuiltModel, fsdp_parameters
+from copus.backends.fsdp.description import FsdpDescription
 from copus.backends.fsdp.norm_layers import NormLayers
 from copus.backends.fsdp.shards import tensor_parallel_axis
 from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Parts
-from planner.noise_sources import split
+from planner.noise_sources import REPLICA, split
 from profiles.configuration import Configuration
 
 
@@ -44,13 +44,13 @@ class PartNorms:
     def start(self, source: str | None, configuration: Configuration) -> None:
         """Begin a step. What the configuration has no two parts of is not measured."""
         full, norm_layers = split(source)
-        layout, count = configuration.layout, configuration.num_microbatches
+        replicas = configuration.layout.dp
         self._configuration = configuration
-        self._sums_replica = full == "replica" and layout.zero <= 1
-        """Whether the one part is the sum of all micro-batches."""
-        self._full_parts = 0 if full is None else 1 if self._sums_replica else count
-        if self._full_parts * layout.dp < 2:
-            self._full_parts = 0
+        self._sums_microbatches = full == REPLICA
+        parts = FsdpDescription().parts(configuration)
+        number = parts[full].number if full in parts else 0
+        self._full_parts = number // replicas if number > 1 else 0
+        """Of this replica."""
         self._norm_layers_on = norm_layers and configuration.global_batch > 1
         self._norm_layers.start(self._norm_layers_on)
         self._norms: list[list[torch.Tensor]] = [[] for _ in range(self._full_parts)]
@@ -58,7 +58,7 @@ class PartNorms:
     def begin_backward(self, microbatch: int) -> None:
         """Say which micro-batch's gradients come next."""
         self._part: int | None = microbatch if self._full_parts else None
-        if self._sums_replica and self._full_parts:
+        if self._full_parts and self._sums_microbatches:
             self._part = 0 if microbatch == self._configuration.num_microbatches - 1 else None
         if not self._hooks:  # the gathered parameters exist since the first forward pass, and stay the same objects
             for parameter in fsdp_parameters(self._built.model):
@@ -73,7 +73,7 @@ class PartNorms:
             return
         # A DTensor's gradient may be whole where the parameter is cut: the embedding's is.
         local = parameter._get_grad_inner_tensor(gradient)
-        if self._sums_replica:
+        if self._sums_microbatches:
             before = parameter.unsharded_accumulated_grad  # fp32, if that is not the precision of the model
             before = parameter.unsharded_param.grad if before is None else before
             local = local if before is None else local + parameter._get_grad_inner_tensor(before)
@@ -91,7 +91,9 @@ class PartNorms:
         vector = torch.zeros(1 + replicas * (self._full_parts + sequences), dtype=torch.float64, device=built.device)
         if self._full_parts:
             sums = torch.stack([sum_of_squares(part, built.device) for part in self._norms])
-            scale = 1 if self._sums_replica else configuration.num_microbatches  # every loss is divided by their number
+            scale = (
+                1 if self._sums_microbatches else configuration.num_microbatches
+            )  # every loss is divided by their number
             vector[1 + built.dp_rank * self._full_parts :][: self._full_parts] = sums * scale**2
         if sequences:
             vector[0] = grad_sq_share(built, self._norm_layers.names)

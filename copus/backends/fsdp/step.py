@@ -34,9 +34,7 @@ def compute_gradients(
             built.part_norms.begin_backward(index)
             (loss / count).backward()
         losses.append(loss.detach())
-    return StepShares(
-        _loss_share(built, configuration, losses), grad_sq_share(built), built.part_norms.contribution()
-    )
+    return StepShares(_loss_share(built, configuration, losses), grad_sq_share(built), built.part_norms.contribution())
 
 
 def _communicate(built: BuiltModel, is_last: bool) -> None:
