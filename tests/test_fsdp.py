@@ -147,6 +147,13 @@ def test_losses_go_on_as_if_nothing_had_moved() -> None:
     np.testing.assert_allclose(moves, stays, rtol=1e-5)
 
 
+def _living_bytes() -> int:
+    gc.collect()
+    alive = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [item.untyped_storage() for item in alive]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def _held_bytes() -> list[int]:
     """Memory of all tensors that live after each return to the first layout."""
     backend = fsdp_backend_of(fsdp_job(2, {"dp": 2, "zero": 3}, {"hidden": 128, "ffn_hidden": 512}, micro_batch=2))
@@ -155,10 +162,7 @@ def _held_bytes() -> list[int]:
         for layout in ({"tp": 2}, {"dp": 2, "zero": 1}, {"dp": 2, "zero": 3}):
             backend.move(configuration(8, 2, **layout))
             backend.train_step(random_batches, StepRequest(0, RULES, "microbatch+normlayer"))
-        gc.collect()
-        alive = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
-        storages = [item.untyped_storage() for item in alive]
-        held.append(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
+        held.append(_living_bytes())
     return held
 
 
