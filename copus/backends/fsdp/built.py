@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from copus.backends.fsdp.shards import own_box, tensor_parallel_axis
 from copus.reshard.boxes import Box
@@ -25,6 +26,14 @@ class ShardedParameter(NamedTuple):
     """Where that lies in the whole."""
     is_counted: bool
     """Whether a sum over all ranks takes this rank's part: only one of several ranks that hold the same."""
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The step's mean gradient of the part, reduced over all replicas: fp32."""
+        gradient = self.parameter.grad
+        assert isinstance(gradient, DTensor), "FSDP reduces the gradient of every parameter"
+        local: torch.Tensor = gradient.to_local()
+        return local
 
 
 @dataclass

@@ -38,8 +38,8 @@ class FsdpDescription(HuggingFaceDescription):
             raise ValueError("sequence_parallel(true) is not supported by the fsdp backend")
 
     def parts(self, configuration: Configuration) -> dict[str, PartCount]:
-        """The parts that a step has, by noise source. From ZeRO-2 on every micro-batch is reduced: a replica with several
-        of them has no gradient of its own."""
+        """The parts that a step has, by noise source. From ZeRO-2 on every micro-batch is reduced: a replica that has
+        several of them never has a gradient of its own."""
         parts = super().parts(configuration)
         if configuration.layout.zero >= 2 and configuration.num_microbatches > 1:
             del parts[REPLICA]

@@ -11,7 +11,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from copus.backends.fsdp.built import ShardedParameter
 from copus.backends.fsdp.mesh import REPLICATE, SHARD, TENSOR
 from copus.backends.fsdp.shards import CUT_BY_COLUMNS, CUT_BY_ROWS
-from copus.backends.huggingface import build_causal_lm, initial_weight, restore_rotary_frequencies
+from copus.backends.huggingface import build_causal_lm, restore_rotary_frequencies
+from copus.backends.initial_weights import initial_weight
 from copus.job import JobConfig
 from copus.reshard.boxes import Box
 from profiles.layout import Layout
@@ -32,7 +33,7 @@ def build_model(job: JobConfig, layout: Layout, mesh: DeviceMesh, device: torch.
     if layout.tp > 1:
         _cut_matrices(model, mesh[TENSOR])
     # Without `reshard_after_forward` a layer's weights stay gathered until its backward pass: ZeRO-1 and 2.
-    options = {
+    options: dict[str, Any] = {
         "mesh": mesh[REPLICATE, SHARD] if mesh[REPLICATE].size() > 1 else mesh[SHARD],
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if job.training.precision == "bf16" else None, torch.float32),
     }
@@ -48,7 +49,7 @@ def build_model(job: JobConfig, layout: Layout, mesh: DeviceMesh, device: torch.
 def _cut_matrices(model: Any, mesh: DeviceMesh) -> None:
     """Tensor parallelism (1909.08053): columns of the first matrix of a pair, rows of the second, one all-reduce."""
     plan: dict[str, ParallelStyle] = {}
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         kind = name.rpartition(".")[2]
         if kind == "embed_tokens":
             plan[name] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())

@@ -116,9 +116,8 @@ class PartNorms:
 
 def grad_sq_share(built: BuiltModel, names: set[str] | None = None) -> torch.Tensor:
     """This rank's share of |g|² of the step's mean gradient, of all parameters or of some: 0-d, float64."""
-    gradients = [
-        sharded.parameter.grad.to_local()
-        for sharded in built.parameters
-        if sharded.is_counted and (names is None or sharded.name in names) and sharded.parameter.grad is not None
-    ]
+    counted = (
+        sharded for sharded in built.parameters if sharded.is_counted and (names is None or sharded.name in names)
+    )
+    gradients = [sharded.gradient for sharded in counted]
     return sum_of_squares(norms(gradients), built.device)

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from copus.backends.adamw import ADAM_STATISTICS, MASTER
+from copus.backends.adamw import ADAM_STATISTICS
 from copus.reshard.boxes import Box
-from copus.reshard.table import Field, ShardTable
+from copus.reshard.table import MASTER, Field, ShardTable
 from profiles.layout import Layout
 
 CUT_BY_ROWS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")

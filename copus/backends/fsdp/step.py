@@ -54,12 +54,11 @@ def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> No
     """Multiply the gradients by `scale`, and update the weights with them."""
     optimizer = built.optimizer
     assert optimizer is not None, "it is built"
-    for sharded in built.parameters:
-        gradient = sharded.parameter.grad
-        assert isinstance(gradient, DTensor), "FSDP reduces the gradient of every parameter"
-        sharded.main.grad = gradient.to_local()
+    gradients = [sharded.gradient for sharded in built.parameters]
     if scale != 1:
-        torch._foreach_mul_([sharded.main.grad for sharded in built.parameters], scale)
+        torch._foreach_mul_(gradients, scale)
+    for sharded, gradient in zip(built.parameters, gradients, strict=True):
+        sharded.main.grad = gradient
     for group in optimizer.param_groups:
         group.update(asdict(options))
         group["weight_decay"] *= group["decays"]
