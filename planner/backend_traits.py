@@ -30,6 +30,10 @@ class BackendTraits:
     """The distribution that trains, such as `megatron-core`. Measurements name it with its version."""
     largest_zero: ClassVar[int] = 3
     """The highest ZeRO stage that it runs."""
+    zero_stages: ClassVar[tuple[int, ...] | None] = None
+    """ZeRO stages that the planner may choose; None if it keeps the job's."""
+    shards_within_nodes: ClassVar[bool] = False
+    """Whether the planner may choose hybrid sharding: one copy of the state on every node."""
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError for a layout that it does not run."""

@@ -26,8 +26,9 @@ def candidates(
     `start` is always among them.
 
     Layouts are `config.layouts`, or every tp × pp × dp that holds the model on the cluster, with the sequence
-    parallelism (if tp > 1) and ZeRO stage of the starting layout, with every number of model chunks a pipeline stage
-    (vp) that divides its layers, and with every recomputation. Tensor parallel ranks stay within a node: their
+    parallelism (if tp > 1) and the sharding of the starting layout or whatever sharding the backend lets the planner
+    choose, with every number of model chunks a pipeline stage (vp) that divides its layers, and with every
+    recomputation. Tensor parallel ranks stay within a node: their
     collectives wait for the link at every layer. `config.tp`, `max_pp`, `max_vp` and `recompute` pin layouts. Global
     batches are `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the
     limits of `config`.
@@ -56,7 +57,7 @@ def check_limits(
 def _within_limits(
     config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout, backend: BackendTraits
 ) -> Iterator[Configuration]:
-    for layout in dict.fromkeys(config.layouts or _variants(config, model, cluster, start)):
+    for layout in dict.fromkeys(config.layouts or _variants(config, model, cluster, start, backend)):
         if not _allowed(layout, config):
             continue
         for global_batch in _doubling(config.batch_multiple, config.min_global_batch, config.max_global_batch):
@@ -77,16 +78,34 @@ def _allowed(layout: Layout, config: PlannerConfig) -> bool:
     )
 
 
-def _variants(config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout) -> Iterator[Layout]:
-    """`layouts` with every recomputation and every number of chunks a stage, tensor parallel ranks within a node."""
+def _variants(
+    config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout, backend: BackendTraits
+) -> Iterator[Layout]:
+    """`layouts` with every sharding, every recomputation and every number of chunks a stage, tensor parallel ranks
+    within a node."""
     largest_tp = config.tp or max(node_size(cluster), start.tp)
     # If memory is not checked nobody knows which recomputation is needed: the job's is one that works.
     recompute = RECOMPUTE if memory_bytes(cluster) else (start.recompute,)
-    for layout in layouts(model, cluster, start):
-        if layout.tp <= largest_tp:
+    splits = (layout for layout in layouts(model, cluster, start) if layout.tp <= largest_tp)
+    for split in splits:
+        for layout in _shardings(split, cluster, backend):
             for vp in _divisors(model.layers // layout.pp) if layout.pp > 1 else [1]:
                 for how in [config.recompute] if config.recompute else recompute:
                     yield layout.model_copy(update={"vp": vp, "recompute": how})
+
+
+def _shardings(layout: Layout, cluster: Cluster, backend: BackendTraits) -> Iterator[Layout]:
+    """A layout with everything that its data parallel ranks may share out: itself, every ZeRO stage that the backend
+    leaves to the planner, and each of these within nodes."""
+    yield layout
+    sharers = node_size(cluster) // layout.tp
+    copies = layout.dp // sharers if sharers > 1 and layout.dp % sharers == 0 else 1
+    if layout.dp == 1:
+        return
+    for zero in backend.zero_stages or ():
+        yield layout.model_copy(update={"zero": zero, "dp_replicate": 1})
+        if zero and copies > 1 and backend.shards_within_nodes:
+            yield layout.model_copy(update={"zero": zero, "dp_replicate": copies})
 
 
 def layouts(model: ModelShape, cluster: Cluster, start: Layout) -> list[Layout]:
@@ -105,6 +124,7 @@ def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
                 sequence_parallel=start.sequence_parallel and tp > 1,
                 recompute=start.recompute,
                 zero=start.zero,
+                dp_replicate=start.dp_replicate if (accelerators // (tp * pp)) % start.dp_replicate == 0 else 1,
             )
 
 

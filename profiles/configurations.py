@@ -36,6 +36,8 @@ class Configurations:
     """Index into `RECOMPUTE`."""
     zero: NDArray[np.int64]
     """ZeRO stages."""
+    dp_replicate: NDArray[np.int64]
+    """Copies of what ZeRO shares out."""
     micro_batch: NDArray[np.int64]
     """Sequences in one forward-backward pass of one replica."""
     global_batch: NDArray[np.int64]
@@ -47,8 +49,8 @@ class Configurations:
         rows = [
             (
                 *(c.layout.tp, c.layout.pp, c.layout.vp, c.layout.cp, c.layout.ep, c.layout.dp),
-                *(c.layout.sequence_parallel, RECOMPUTE.index(c.layout.recompute), c.layout.zero),
-                *(c.micro_batch, c.global_batch),
+                *(c.layout.sequence_parallel, RECOMPUTE.index(c.layout.recompute)),
+                *(c.layout.zero, c.layout.dp_replicate, c.micro_batch, c.global_batch),
             )
             for c in configurations
         ]
@@ -63,7 +65,8 @@ class Configurations:
     def __getitem__(self, index: int) -> Configuration:
         """One of them, as the model that validates."""
         degrees: dict[str, Any] = {
-            name: int(getattr(self, name)[index]) for name in ("tp", "pp", "vp", "cp", "ep", "dp", "zero")
+            name: int(getattr(self, name)[index])
+            for name in ("tp", "pp", "vp", "cp", "ep", "dp", "zero", "dp_replicate")
         }
         layout = Layout(
             **degrees,

@@ -75,6 +75,7 @@ def enumerate_configurations(
         sequence_parallel=(tp > 1) & (model.seq_len % tp == 0),
         recompute=kind,
         zero=stage,
+        dp_replicate=np.ones_like(stage),
         micro_batch=b,
         global_batch=total,
     )

@@ -96,7 +96,8 @@ class Work:
     p2p_messages: Floats
     """Their number."""
     dp_reduce: Floats
-    """Gradients that data parallel ranks sum once a step, each for itself, without ZeRO: bytes ÷ link."""
+    """Gradients that data parallel ranks sum once a step, each for itself: all without ZeRO, and with hybrid sharding
+    each rank's share over the copies. Bytes ÷ link."""
     dp_scatter: Floats
     """The same with ZeRO, where each keeps its share of the sum: bytes ÷ link."""
     dp_gather: Floats
@@ -159,11 +160,12 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     tp_link = sheet.bus(tp, np.ones_like(tp))
     kv_bytes = HALF * tokens * 2 * kv / tp
     ep_bytes = HALF * tokens * h * chosen * (ep - 1) / ep / tp
-    replicas = dp * cp
-    ring = (replicas - 1) / replicas
-    dp_link = sheet.bus(replicas, tp)
+    replicas, copies = dp * cp, c.dp_replicate.astype(float)
+    sharers = replicas / copies  # hybrid sharding gathers and scatters among neighbours, and sums over the copies
+    ring = (sharers - 1) / sharers
+    dp_link = sheet.bus(sharers, tp)
     # Experts lie on neighbours of their tensor parallel ranks, and each one's replicas that far apart.
-    expert_replicas = np.maximum(replicas / ep, 1.0)
+    expert_replicas = np.maximum(sharers / ep, 1.0)
     expert_ring, expert_link = (expert_replicas - 1) / expert_replicas, sheet.bus(expert_replicas, tp * ep)
     layer_parameters = attention_weights + model.column_biases / tp + model.whole_vectors
 
@@ -181,8 +183,10 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     reduced = np.where(single, _REDUCED[c.zero], _REDUCED_OF_PIPELINE[c.zero]) * exchanged
     reduced = reduced + np.where((c.zero == 3) & single, GRADIENT, 0.0) * ends_exchanged
     gathered = np.where(c.zero > 0, HALF, 0.0) * np.where((c.zero == 3) & single, ends_exchanged, exchanged)
-    shards = np.where(c.zero >= 1, replicas, 1.0)
+    shards = np.where(c.zero >= 1, sharers, 1.0)
     updated = dense_parameters / shards + expert_parameters / np.where(c.zero >= 1, expert_replicas, 1.0)
+
+    summed_over_copies = 2 * GRADIENT * updated * (copies - 1) / copies / sheet.bus(copies, tp * sharers)
 
     head = 2 * tokens * h * model.padded_vocab / tp
     head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding)
@@ -216,7 +220,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         p2p=np.where(pp > 1, 2 * vp * p2p_bytes * slowest_p2p, 0.0),
         p2p_mean=np.where(pp > 1, 2 * vp * p2p_bytes * mean_p2p, 0.0),
         p2p_messages=np.where(pp > 1, 2 * vp, 0.0),
-        dp_reduce=np.where(c.zero == 0, reduced, 0.0),
+        dp_reduce=np.where(c.zero == 0, reduced, 0.0) + summed_over_copies,
         dp_scatter=np.where(c.zero == 0, 0.0, reduced),
         dp_gather=gathered,
         dp_messages=np.where(replicas > 1, np.log2(np.maximum(replicas, 1)), 0.0),

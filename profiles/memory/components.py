@@ -29,7 +29,9 @@ def stage_components(
     """Bytes of each of `COMPONENTS` at the peak of a rank on the first or on the last stage.
 
     Adam in mixed precision holds 2 + 4 + 12 bytes a weight: weight, fp32 gradient, fp32 master and two moments; in fp32
-    4 + 4 + 8. ZeRO stage 1 shares the last out over dp · cp ranks, 2 the second too, 3 all (1910.02054, section 5).
+    4 + 4 + 8. ZeRO stage 1 shares the last out over dp · cp ranks, 2 the second too, 3 all (1910.02054, section 5);
+    hybrid sharding does so among the ranks of one copy. FSDP has fp32 weights with the optimizer, and computes with
+    copies of them.
     """
     element = 4 if precision == "fp32" else 2
     weights = stage_weights(model, c, how, last=last)
@@ -37,9 +39,9 @@ def stage_components(
 
     def share(stage: int) -> Floats:
         """Weights in this rank's share of what a ZeRO stage splits."""
-        split = c.zero >= stage
-        dense = weights.dense / np.where(split, replicas, 1)
-        return dense + weights.experts / np.where(split, np.maximum(replicas // c.ep, 1), 1)
+        split, sharers = c.zero >= stage, replicas // c.dp_replicate
+        dense = weights.dense / np.where(split, sharers, 1)
+        return dense + weights.experts / np.where(split, np.maximum(sharers // c.ep, 1), 1)
 
     table = embedding_weights(model, c)
     largest = np.maximum(np.add(*layer_weights(model, c)), table)
@@ -50,9 +52,9 @@ def stage_components(
     head = (c.pp == 1) | last
     boundary = rank_tokens(model, c) * model.hidden * element / np.where(c.sequence_parallel, c.tp, 1)
     found = {
-        "weights": element * share(3),
+        "weights": element * (np.where(c.zero < 3, share(3), 0) if how.weights == "gathered" else share(3)),
         "gradients": gradient * share(2),
-        "optimizer": (8 if element == 4 else 12) * share(1),
+        "optimizer": (8 if element == 4 and how.weights == "kept" else 12) * share(1),
         "activations": layer.kept * layers_in_flight(model, c, how, last=last),
         "logits": np.where(head, head_bytes(model, c, element) + loss_bytes(model, c, element, how), 0),
         # A gradient exists in the model's precision before it is added to where it is accumulated.

@@ -29,6 +29,9 @@ class Implementation(Record):
     """Whether gradients of a bf16 model are accumulated in fp32 (megatron's `grad_reduce_in_fp32`)."""
     gradient_buckets: bool = False
     """Whether gradients lie a second time, in the model's precision, in buckets for their reduction (PyTorch's DDP)."""
+    weights: Literal["kept", "gathered"] = "kept"
+    """kept: the weights that the model computes with are always there. gathered: they are copies, made for a step (with
+    ZeRO-3 for a layer) from the fp32 weights that the optimizer updates, also in fp32 (FSDP)."""
     gathered_inputs: Literal["regathered", "kept"] = "regathered"
     """What becomes of the inputs that sequence parallelism gathers in front of matrices: gathered again in the backward
     pass (2205.05198, section 4.2.2), or kept whole on every rank."""

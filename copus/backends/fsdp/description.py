@@ -10,6 +10,7 @@ from profiles.layout import Layout
 
 if TYPE_CHECKING:
     from copus.job import TrainingConfig
+    from profiles.memory.implementation import Implementation
 
 
 class FsdpDescription(HuggingFaceDescription):
@@ -18,6 +19,8 @@ class FsdpDescription(HuggingFaceDescription):
 
     framework = "torch"
     largest_zero = 3
+    zero_stages = (0, 1, 2, 3)
+    shards_within_nodes = True
     packages = ("transformers",)
     extra = "fsdp"
     noise_metrics = ("plain",)
@@ -44,6 +47,14 @@ class FsdpDescription(HuggingFaceDescription):
         if configuration.layout.zero >= 2 and configuration.num_microbatches > 1:
             del parts[REPLICA]
         return parts
+
+    def implementation(self, dropout: bool) -> "Implementation":
+        """How it uses memory: transformers' layers, plain PyTorch's loss, weights gathered from fp32 ones."""
+        from profiles.memory.implementation import Implementation  # its package loads numpy, which few commands need
+
+        return Implementation(
+            dropout=dropout, fused_qkv="released", gated_mlp_tensors=4, loss="copying", weights="gathered"
+        )
 
     def load(self) -> type[Any]:
         """The class that trains. Imports transformers, which takes seconds."""
