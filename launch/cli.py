@@ -351,15 +351,25 @@ class Plan:
     """Override a field of the job file."""
     price: Annotated[float | None, arg(metavar="PRICE")] = None
     """Price of an hour of one accelerator, in any currency: says what the run costs."""
+    backend: Annotated[list[str], UseAppendAction, arg(metavar="NAME")] = field(default_factory=list)
+    """Plan for this backend instead of training.backend; given several times, all of them in one table."""
     all: bool = False
     """Show every candidate, not only the fastest of each global batch."""
     json: bool = False
     """Print one JSON object, always with every candidate."""
 
     def run(self) -> int:
+        if len(self.backend) > 1:
+            from copus.job import JobError
+            from launch.plan_backends import plan_backends
+
+            if self.all or self.price is not None:
+                raise JobError("--all and --price go with one --backend: several are compared by their fastest layouts")
+            return plan_backends(self.job, self.overrides, self.backend, as_json=self.json)
         from launch.plan import plan
 
-        return plan(self.job, self.overrides, self.price, as_json=self.json, all_candidates=self.all)
+        backend = self.backend[0] if self.backend else None
+        return plan(self.job, self.overrides, self.price, backend, as_json=self.json, all_candidates=self.all)
 
 
 @dataclass

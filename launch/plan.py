@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copus.backends.registry import find_backend
 from copus.job import JobConfig, JobError, load_job
+from copus.resize import resized
 from launch.estimate import estimate_of
 from launch.recommendation import Recommendation, lines, recommend
 from launch.recommendation import as_values as recommendation_values
@@ -27,13 +29,16 @@ def plan(
     job_file: Path,
     overrides: list[str],
     price_per_hour: float | None = None,
+    backend: str | None = None,
     *,
     as_json: bool = False,
     all_candidates: bool = False,
 ) -> int:
-    """Print what is expected of a job file; `price_per_hour` is that of one accelerator. Raises JobError if nothing can
-    be expected."""
+    """Print what is expected of a job file; `price_per_hour` is that of one accelerator, `backend` replaces the job's.
+    Raises JobError if nothing can be expected."""
     job = load_job(job_file, overrides, notice=lambda line: print(line, file=sys.stderr), planned_only=True)
+    if backend is not None:
+        job = on_backend(job, backend)
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise JobError(f"--price({price_per_hour}): expected the price of an accelerator-hour, at least 0")
     estimate = estimate_of(job)
@@ -43,6 +48,16 @@ def plan(
     else:
         _print(job, estimate, recommendation, all_candidates)
     return 0
+
+
+def on_backend(job: JobConfig, backend: str) -> JobConfig:
+    """The job on another backend, which begins in the nearest layout that it runs there. Raises JobError for a backend
+    that is not installed or cannot train the model."""
+    try:
+        find_backend(backend).check_installed()
+    except ValueError as error:
+        raise JobError(f"--backend {backend}: {error}") from None
+    return resized(job, job.cluster, backend)
 
 
 def as_values(job: JobConfig, estimate: "JobEstimate") -> dict[str, Any]:
@@ -127,7 +142,9 @@ def _print(
         bold=configurations.index(estimate.start.configuration),
     )
     if fastest:
-        print_table("fastest layout of each global batch", [_fastest(each) for each in fastest], console, DISPENSABLE)
+        print_table(
+            "fastest layout of each global batch", [fastest_row(each) for each in fastest], console, DISPENSABLE
+        )
         print_columns(
             "memory of the fullest rank, GiB, as the memory model has it",
             _memory([estimate.start, *(each.best for each in fastest)]),
@@ -210,7 +227,8 @@ def _variant(each: "CandidateEstimate") -> dict[str, str]:
     }
 
 
-def _fastest(row: "Fastest") -> dict[str, str]:
+def fastest_row(row: "Fastest") -> dict[str, str]:
+    """A row of the table of fastest layouts."""
     each, other = row.best, row.runner_up
     return {
         "batch": str(each.configuration.global_batch),

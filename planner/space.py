@@ -117,14 +117,15 @@ def layouts(model: ModelShape, cluster: Cluster, start: Layout) -> list[Layout]:
 def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
     for tp in _divisors(accelerators):
         for pp in _divisors(accelerators // tp):
+            dp = accelerators // (tp * pp)
             yield Layout(
                 tp=tp,
                 pp=pp,
-                dp=accelerators // (tp * pp),
+                dp=dp,
                 sequence_parallel=start.sequence_parallel and tp > 1,
                 recompute=start.recompute,
                 zero=start.zero,
-                dp_replicate=start.dp_replicate if (accelerators // (tp * pp)) % start.dp_replicate == 0 else 1,
+                dp_replicate=start.dp_replicate if start.zero and dp % start.dp_replicate == 0 else 1,
             )
 
 

@@ -1,5 +1,6 @@
 """What the FSDP backend can run. Imports no torch."""
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from copus.backends.huggingface_description import HuggingFaceDescription
@@ -17,7 +18,7 @@ class FsdpDescription(HuggingFaceDescription):
     """torch FSDP2 (`fully_shard`) on the models of transformers: data parallelism with every ZeRO stage and hybrid
     sharding, and tensor parallelism."""
 
-    framework = "torch"
+    framework = "fsdp"
     largest_zero = 3
     zero_stages = (0, 1, 2, 3)
     shards_within_nodes = True
@@ -55,6 +56,11 @@ class FsdpDescription(HuggingFaceDescription):
         return Implementation(
             dropout=dropout, fused_qkv="released", gated_mlp_tensors=4, loss="copying", weights="gathered"
         )
+
+    @property
+    def software(self) -> str:
+        """FSDP and its version, which is torch's: `fsdp 2.13.0`."""
+        return f"{self.framework} {version('torch')}"
 
     def load(self) -> type[Any]:
         """The class that trains. Imports transformers, which takes seconds."""
