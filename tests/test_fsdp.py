@@ -225,6 +225,12 @@ def test_what_it_cannot_do_is_refused_in_one_line(changes: dict[str, Any], messa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("backend", ["megatron", "deepspeed"])
+def test_other_backends_refuse_hybrid_sharding(backend: str) -> None:
+    with pytest.raises(ValueError, match=rf"dp_replicate\(2\) is not supported by the {backend} backend: at most 1"):
+        find_backend(backend).check_layout(Layout(dp=4, zero=1, dp_replicate=2))
+
+
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("copus.backends.description.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs transformers: pip install 'copus\[fsdp\]'"):

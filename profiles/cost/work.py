@@ -225,7 +225,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         dp_gather=gathered,
         dp_messages=np.where(replicas > 1, np.log2(np.maximum(replicas, 1)), 0.0),
         optimizer=OPTIMIZER_BYTES * updated / memory,
-        congestion=np.log2(sheet.nodes(replicas, tp)),
+        congestion=np.log2(sheet.nodes(sharers, tp)),
         nodes=np.log2(cluster.nodes) * ones,
         shared_node=float(cluster.accelerators_per_node > 1) * ones,
     )

@@ -42,6 +42,10 @@ class DeepSpeedDescription(HuggingFaceDescription):
                 raise ValueError(
                     f"{name}({degree}) is not supported by the deepspeed backend: it is data parallel only"
                 )
+        if layout.dp_replicate > 1:
+            raise ValueError(
+                f"dp_replicate({layout.dp_replicate}) is not supported by the deepspeed backend: at most 1"
+            )
 
     def parts(self, configuration: Configuration) -> dict[str, PartCount]:
         """The parts that a step has, by noise source. ZeRO 2 and 3 reduce the gradient of every micro-batch: a replica

@@ -13,8 +13,8 @@ import torch
 
 from copus.backends.fsdp.built import BuiltModel, fsdp_parameters
 from copus.backends.fsdp.description import FsdpDescription
-from copus.backends.fsdp.norm_layers import NormLayers
 from copus.backends.fsdp.shards import tensor_parallel_axis
+from copus.backends.norm_layers import NormLayers
 from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Parts
 from planner.noise_sources import REPLICA, split

@@ -36,7 +36,10 @@ class MegatronDescription(BackendDescription):
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError for a layout that the Megatron backend does not run."""
-        limits = (("cp", layout.cp, 1), ("ep", layout.ep, 1), ("zero", layout.zero, self.largest_zero))
+        limits = (
+            *(("cp", layout.cp, 1), ("ep", layout.ep, 1)),
+            *(("zero", layout.zero, self.largest_zero), ("dp_replicate", layout.dp_replicate, 1)),
+        )
         for name, value, limit in limits:
             if value > limit:
                 raise ValueError(f"{name}({value}) is not supported by the megatron backend: at most {limit}")
