@@ -29,6 +29,7 @@ from profiles.step_norms import StepNorms
 LAYOUTS = {
     "megatron": (Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(dp=2, zero=1)),
     "deepspeed": (Layout(dp=2), Layout(dp=2, zero=1), Layout(dp=2, zero=2), Layout(dp=2, zero=3)),
+    "fsdp": (Layout(dp=2), Layout(tp=2), Layout(dp=2, zero=3), Layout(dp=2, zero=1)),
 }
 """By backend: the layouts that follow one another, changed at every decision."""
 

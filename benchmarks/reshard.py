@@ -1,8 +1,8 @@
 """How fast, how exact and how close to the least possible traffic a running job moves between layouts.
 
-`python -m benchmarks.reshard` moves a job of four ranks through all ordered pairs of six layouts, with and without the
-distributed optimizer, and times the other way in the same run: checkpoint, new processes, load. `--plan-only` plans the
-move of a 70 B model between many ranks, in this process alone.
+`python -m benchmarks.reshard` moves a job of four ranks through all ordered pairs of six layouts, with Megatron with and
+without the distributed optimizer, and times the other way in the same run: checkpoint, new processes, load.
+`--plan-only` plans the move of a 70 B model between many ranks, in this process alone.
 """
 
 import itertools
@@ -22,12 +22,22 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import console_of, parser_of, tell
+from copus.backends.registry import find_backend
 from copus.job import JobConfig, parse_job
 from copus.reshard.plan import make_plan
 from copus.reshard.table import Field, ShardTable
 from profiles.layout import Layout
 
-LAYOUTS = [{"dp": 4}, {"tp": 2, "dp": 2}, {"pp": 2, "dp": 2}, {"tp": 2, "pp": 2}, {"tp": 4}, {"pp": 4}]
+OF_MEGATRON = [{"dp": 4}, {"tp": 2, "dp": 2}, {"pp": 2, "dp": 2}, {"tp": 2, "pp": 2}, {"tp": 4}, {"pp": 4}]
+OF_FSDP = [
+    *({"dp": 4, "zero": 3}, {"tp": 2, "dp": 2, "zero": 3}, {"dp": 4, "zero": 3, "dp_replicate": 2}),
+    *({"tp": 2, "dp": 2}, {"tp": 4}, {"dp": 4}),
+]
+LAYOUTS: dict[str, list[list[Layout]]] = {
+    "megatron": [[Layout(**{**degrees, "zero": zero}) for degrees in OF_MEGATRON] for zero in (0, 1)],
+    "fsdp": [[Layout(**degrees) for degrees in OF_FSDP]],  # type: ignore[arg-type]
+}
+"""By backend: lists of layouts. A job moves through all pairs of a list."""
 MODEL = {"layers": 8, "hidden": 512, "ffn_hidden": 1376, "heads": 8, "kv_heads": 4, "seq_len": 64, "vocab": 8192}
 QUICK_MODEL = {"layers": 4, "hidden": 128, "ffn_hidden": 352, "heads": 4, "kv_heads": 4, "seq_len": 32, "vocab": 1024}
 LARGE_MODEL = {
@@ -116,14 +126,20 @@ def plan_only(ranks: int, ranks_per_node: int) -> dict[str, Any]:
     }
 
 
-def make_job(quick: bool) -> JobConfig:
+def make_job(quick: bool, backend: str) -> JobConfig:
     """The job that is moved: four ranks, one thread each."""
     return parse_job(
         {
             "name": "reshard",
             "model": QUICK_MODEL if quick else MODEL,
             "cluster": {"accelerators_per_node": RANKS},
-            "training": {"layout": {"dp": RANKS}, "micro_batch": 1, "global_batch": 8, "tokens": 10**6},
+            "training": {
+                "backend": backend,
+                "layout": {"dp": RANKS},
+                "micro_batch": 1,
+                "global_batch": 8,
+                "tokens": 10**6,
+            },
         },
         "reshard",
     )
@@ -176,26 +192,32 @@ def start_ranks(task: dict[str, Any], folder: Path) -> tuple[dict[str, Any], flo
     return json.loads(result.read_text()), started
 
 
-def run(quick: bool, repeats: int, restarts: int, console: Console) -> dict[str, Any]:
-    """Moves, then restarts, with and without the distributed optimizer."""
-    job = make_job(quick)
-    places = LAYOUTS[:3] if quick else LAYOUTS
+def run(backend: str, quick: bool, repeats: int, restarts: int, console: Console) -> dict[str, Any]:
+    """Moves, then restarts, through every list of layouts of a backend."""
+    job = make_job(quick, backend)
     pairs: list[dict[str, Any]] = []
-    for zero in (0, 1):
-        layouts = [Layout(**place, zero=zero) for place in places]
+    for layouts in LAYOUTS[backend]:
+        layouts = layouts[:3] if quick else layouts
         with tempfile.TemporaryDirectory(prefix="copus-reshard-") as name:
             folder = Path(name)
             path = walk(len(layouts))
             tour = path + path[1:] * (repeats - 1)
-            task = {"do": "move", "quick": quick, "tour": [layouts[place].model_dump() for place in tour]}
-            console.print(f"{len(tour) - 1} moves, {'with' if zero else 'without'} the distributed optimizer")
+            task = {
+                "do": "move",
+                "backend": backend,
+                "quick": quick,
+                "tour": [layouts[place].model_dump() for place in tour],
+            }
+            console.print(f"{len(tour) - 1} moves among {', '.join(layout.label for layout in layouts)}")
             moved, _ = start_ranks(task, folder)
-            restart = _restarts(layouts, moved["saves"], min(restarts, len(layouts)), quick, folder, console)
+            count = min(restarts, len(layouts))
+            restart = _restarts(layouts, moved["saves"], count, backend, quick, folder, console)
         pairs += _pairs(job, layouts, tour, moved["moves"], restart)
     measured = [pair for pair in pairs if pair["restart_seconds"] is not None]
     speedups = [pair["restart_seconds"] / pair["move_seconds"] for pair in measured]
     return {
         "benchmark": "reshard",
+        "backend": backend,
         "quick": quick,
         "device": moved["device"],
         "software": moved["software"],
@@ -213,7 +235,13 @@ def run(quick: bool, repeats: int, restarts: int, console: Console) -> dict[str,
 
 
 def _restarts(
-    layouts: list[Layout], saves: dict[str, float], count: int, quick: bool, folder: Path, console: Console
+    layouts: list[Layout],
+    saves: dict[str, float],
+    count: int,
+    backend: str,
+    quick: bool,
+    folder: Path,
+    console: Console,
 ) -> dict[str, Any]:
     """Time to leave each layout (its checkpoint), and to arrive at some (start, imports, groups, model, load).
 
@@ -224,7 +252,8 @@ def _restarts(
     for index in range(count):
         before, after = layouts[index], layouts[(index + 1) % len(layouts)]
         console.print(f"restart {before.label} → {after.label}")
-        task = {"do": "load", "quick": quick, "layout": after.model_dump(), "checkpoint": str(folder / before.label)}
+        task = {"do": "load", "backend": backend, "quick": quick, "layout": after.model_dump()}
+        task["checkpoint"] = str(folder / before.label)
         result, started = start_ranks(task, folder)
         arrive[after.label] = result["ready"] - started
         ring[before.label, after.label] = saves[before.label] + arrive[after.label]
@@ -234,15 +263,16 @@ def _restarts(
 def _pairs(
     job: JobConfig, layouts: list[Layout], tour: list[int], moves: list[dict[str, Any]], restart: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    from copus.backends.megatron.shard_table import shard_table  # some seconds: not for --help
+    import torch  # some seconds: not for --help
 
+    shard_table = find_backend(job.training.backend).load()(job, torch.device("cpu")).shard_table
     by_pair: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for pair, move in zip(itertools.pairwise(tour), moves, strict=True):
         by_pair.setdefault(pair, []).append(move)
     rows = []
     for (first, second), made in sorted(by_pair.items()):
         before, after = layouts[first], layouts[second]
-        tables = [shard_table(job, layout) for layout in (before, after)]
+        tables = [shard_table(layout) for layout in (before, after)]
         seconds = [move["seconds"] for move in made]
         measured = (before.label, after.label) in restart["ring"]
         other = None
@@ -313,6 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = parser_of("reshard", __doc__)
     parser.add_argument("--quick", action="store_true", help="a small model, few pairs, one restart: whether it works")
+    parser.add_argument("--backend", choices=sorted(LAYOUTS), default="megatron", help="framework that trains")
     parser.add_argument("--repeats", type=int, default=3, help="times that each pair is moved")
     parser.add_argument("--restarts", type=int, default=6, help="restarts that are measured, of a ring of six pairs")
     parser.add_argument("--plan-only", action="store_true", help="plan the move of a 70 B model in this process")
@@ -324,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = plan_only(options.ranks, options.ranks_per_node)
     else:
         repeats, restarts = (1, 1) if options.quick else (options.repeats, options.restarts)
-        result = run(options.quick, repeats, restarts, console)
+        result = run(options.backend, options.quick, repeats, restarts, console)
     tell(result, show, options, console)
     return 0
 

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.reshard import make_job
-from copus.backends.megatron.backend import MegatronBackend
+from copus.backends.base import Backend
+from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest, StepRules
 from copus.devices import join_world, rank_device, wait_for
 from copus.hardware import hardware_name, software_name
@@ -35,7 +36,8 @@ def main(folder: Path) -> int:
     torch.set_num_threads(1)
     device = rank_device(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     join_world(device, timedelta(minutes=5))
-    backend = MegatronBackend(make_job(task["quick"]), device)
+    job = make_job(task["quick"], task["backend"])
+    backend: Backend = find_backend(task["backend"]).load()(job, device)
     result = _load(backend, task) if task["do"] == "load" else _move(backend, task, folder)
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(result))
@@ -48,7 +50,7 @@ def _configuration(layout: Layout) -> Configuration:
     return Configuration(layout=layout, micro_batch=1, global_batch=8)
 
 
-def _load(backend: MegatronBackend, task: dict[str, Any]) -> dict[str, Any]:
+def _load(backend: Backend, task: dict[str, Any]) -> dict[str, Any]:
     """What a restarted job does before its first step."""
     backend.build(_configuration(Layout(**task["layout"])))
     backend.load(Path(task["checkpoint"]), optimizer_steps=_STEPS)
@@ -56,7 +58,7 @@ def _load(backend: MegatronBackend, task: dict[str, Any]) -> dict[str, Any]:
     return {"ready": time.time()}
 
 
-def _move(backend: MegatronBackend, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _move(backend: Backend, task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train a little, then go through the layouts; every one is compared with the state before all moves."""
     tour = [Layout(**layout) for layout in task["tour"]]
     vocab, seq_len = backend._job.model.vocab, backend._job.model.seq_len
@@ -65,7 +67,7 @@ def _move(backend: MegatronBackend, task: dict[str, Any], folder: Path) -> dict[
         tokens = torch.randint(vocab, (count, seq_len + 1), generator=torch.Generator().manual_seed(first))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    everything = tour[0].model_copy(update={"zero": 0})  # DP: every rank has everything
+    everything = tour[0].model_copy(update={"zero": 0})  # DP without ZeRO: every rank has everything
     backend.build(_configuration(everything))
     for step in range(_STEPS):
         backend.train_step(batches, StepRequest(8 * step, _RULES))
@@ -110,7 +112,7 @@ def _whole_tensors(table: ShardTable, state: LiveState) -> dict[str, torch.Tenso
     return whole
 
 
-def _difference(backend: MegatronBackend, truth: dict[str, torch.Tensor]) -> float:
+def _difference(backend: Backend, truth: dict[str, torch.Tensor]) -> float:
     """Largest difference of any element on any rank, weights and moments; infinite for one that is not a number."""
     worst = torch.zeros((), dtype=torch.float64, device=backend.device)
     for (name, start), tensor in backend.live_state().items():
@@ -122,7 +124,7 @@ def _difference(backend: MegatronBackend, truth: dict[str, torch.Tensor]) -> flo
     return float(worst)
 
 
-def _save(backend: MegatronBackend, folder: Path) -> float:
+def _save(backend: Backend, folder: Path) -> float:
     """Seconds of a checkpoint."""
     if dist.get_rank() == 0:
         folder.mkdir()
