@@ -1,7 +1,7 @@
 """How fast, how exact and how close to the least possible traffic a running job moves between layouts.
 
-`python -m benchmarks.reshard` moves a job of four ranks through all ordered pairs of six layouts, with Megatron with and
-without the distributed optimizer, and times the other way in the same run: checkpoint, new processes, load.
+`python -m benchmarks.reshard` moves a job of four ranks through all ordered pairs of six layouts (Megatron: with and
+without the distributed optimizer), and times the other way in the same run: checkpoint, new processes, load.
 `--plan-only` plans the move of a 70 B model between many ranks, in this process alone.
 """
 
@@ -35,7 +35,7 @@ OF_FSDP = [
 ]
 LAYOUTS: dict[str, list[list[Layout]]] = {
     "megatron": [[Layout(**{**degrees, "zero": zero}) for degrees in OF_MEGATRON] for zero in (0, 1)],
-    "fsdp": [[Layout(**degrees) for degrees in OF_FSDP]],  # type: ignore[arg-type]
+    "fsdp": [[Layout(**degrees) for degrees in OF_FSDP]],
 }
 """By backend: lists of layouts. A job moves through all pairs of a list."""
 MODEL = {"layers": 8, "hidden": 512, "ffn_hidden": 1376, "heads": 8, "kv_heads": 4, "seq_len": 64, "vocab": 8192}
