@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,13 +48,11 @@ class FsdpBackend(Backend):
         if initial_weights:
             for sharded in built.parameters:
                 initialize(sharded, self._job.model.layers, self._job.training.seed)
-        # Norms are not decayed, as in Megatron.
-        groups = [
-            {"params": [sharded.main for sharded in built.parameters if (len(sharded.whole_shape) > 1) is decays]}
-            | {"decays": decays}
+        groups: list[dict[str, Any]] = [
+            {"params": [sharded.main for sharded in built.parameters if sharded.decays is decays], "decays": decays}
             for decays in (True, False)
         ]
-        built.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+        built.optimizer = torch.optim.AdamW(groups, fused=True)
         built.part_norms = PartNorms(built)
 
     def release(self) -> None:

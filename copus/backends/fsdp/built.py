@@ -28,6 +28,11 @@ class ShardedParameter(NamedTuple):
     """Whether a sum over all ranks takes this rank's part: only one of several ranks that hold the same."""
 
     @property
+    def decays(self) -> bool:
+        """Whether weight decay applies: to matrices, and not to norms."""
+        return len(self.whole_shape) > 1
+
+    @property
     def gradient(self) -> torch.Tensor:
         """The step's mean gradient of the part, reduced over all replicas: fp32."""
         gradient = self.parameter.grad

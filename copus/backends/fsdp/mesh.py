@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from copus.collectives import no_agreement
 from profiles.layout import Layout
 
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
@@ -39,14 +40,16 @@ class Meshes:
         return DeviceMesh.from_group(own, self._device.type, mesh=ranks, mesh_dim_names=(REPLICATE, SHARD, TENSOR))
 
     def _group(self, stride: int, size: int) -> dist.ProcessGroup:
-        """The group of this rank with `size` ranks that lie `stride` apart. Collective over its ranks."""
+        """The group of this rank with `size` ranks that lie `stride` apart. Collective over its ranks. Raises
+        MidCollectiveError if this rank cannot make it, since the others may wait for it."""
         key = (1 if size == 1 else stride, size)
         group = self._groups.pop(key, None)
         if group is None:
             rank = dist.get_rank()
             first = rank - rank // stride % size * stride
             ranks = [first + stride * index for index in range(size)]
-            group = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
+            with no_agreement():
+                group = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
         self._groups[key] = group
         return group
 

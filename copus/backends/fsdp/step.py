@@ -64,7 +64,7 @@ def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> No
         group["weight_decay"] *= group["decays"]
     optimizer.step()
     for sharded in built.parameters:
-        sharded.main.grad = None
+        sharded.parameter.grad = sharded.main.grad = None
 
 
 def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, sequences: int) -> float:
