@@ -251,6 +251,7 @@ class JobConfig(Record):
             )
         _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
         _located("training", lambda: backend.check_configuration(self.training.configuration))
+        _located("training.layout", lambda: backend.check_model_in(self.training.layout, self.model))
         for index, layout in enumerate(self.planner.layouts or []):
             _located(f"planner.layouts.{index}", lambda layout=layout: self._check_layout(layout))
         training = self.training
@@ -270,6 +271,7 @@ class JobConfig(Record):
         layout.check(self.model, self.cluster)
         backend = find_backend(self.training.backend)
         backend.check_layout(layout)
+        backend.check_model_in(layout, self.model)
         backend.check_training(self.training.model_copy(update={"layout": layout}))
 
     @property

@@ -50,6 +50,7 @@ def fits(layout: Layout, job: JobConfig, cluster: Cluster) -> bool:
     try:
         layout.check(job.model, cluster)
         backend.check_layout(layout)
+        backend.check_model_in(layout, job.model)
         backend.check_training(job.training.model_copy(update={"layout": layout}))
     except ValueError:
         return False

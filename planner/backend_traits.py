@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from planner.noise_sources import MICROBATCH, NORMLAYER, REPLICA
 from profiles.configuration import Configuration
 from profiles.layout import Layout
+from profiles.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from profiles.memory.implementation import Implementation
@@ -49,6 +50,9 @@ class BackendTraits:
                 f"global_batch({configuration.global_batch}) makes {count} micro-batches of micro_batch"
                 f"({configuration.micro_batch}), and an interleaved pipeline (vp({vp})) needs a multiple of pp({pp})"
             )
+
+    def check_model_in(self, layout: Layout, model: ModelShape) -> None:
+        """Raise ValueError for a layout that it runs, but not with this model. The default has none."""
 
     def runs(self, configuration: Configuration) -> bool:
         """Whether `check_configuration` passes."""

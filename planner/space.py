@@ -58,7 +58,7 @@ def _within_limits(
     config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout, backend: BackendTraits
 ) -> Iterator[Configuration]:
     for layout in dict.fromkeys(config.layouts or _variants(config, model, cluster, start, backend)):
-        if not _allowed(layout, config):
+        if not (_allowed(layout, config) and _runs(layout, model, backend)):
             continue
         for global_batch in _doubling(config.batch_multiple, config.min_global_batch, config.max_global_batch):
             for micro_batch in _doubling(1, 1, config.max_micro_batch):
@@ -127,6 +127,14 @@ def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
                 zero=start.zero,
                 dp_replicate=start.dp_replicate if start.zero and dp % start.dp_replicate == 0 else 1,
             )
+
+
+def _runs(layout: Layout, model: ModelShape, backend: BackendTraits) -> bool:
+    try:
+        backend.check_model_in(layout, model)
+    except ValueError:
+        return False
+    return True
 
 
 def _holds(layout: Layout, model: ModelShape, cluster: Cluster) -> bool:

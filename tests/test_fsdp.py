@@ -219,6 +219,10 @@ def test_a_master_copy_is_the_only_weight_of_a_bf16_job() -> None:
             r"dp\(2\) ÷ dp_replicate\(4\) is not whole: 0.5",
         ),
         ({"training": {"overlap_grad_reduce": True}}, r"overlap_grad_reduce\(true\): the fsdp backend always overlaps"),
+        (
+            {"training": {"layout": {"tp": 2}}, "model": {"qk_norm": "head"}},
+            r"training.layout: tp\(2\) with model.qk_norm\(head\) is not supported by the fsdp backend",
+        ),
         ({"training": {"dropout": 0.1}}, r"training: dropout\(0.1\)"),
         ({"planner": {"noise_metric": "adam"}}, r"planner: noise_metric\(adam\): this backend has plain"),
         ({"model": {"experts": 4}}, r"model: experts\(4\): only dense models"),

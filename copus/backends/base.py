@@ -270,6 +270,7 @@ class Backend(ABC):
 
     def _check(self, layout: Layout) -> None:
         self.description.check_layout(layout)
+        self.description.check_model_in(layout, self._job.model)
         layout.check(self._job.model, self._job.cluster)
 
     def _make_plan(self, before: Layout, after: Layout) -> Plan:

@@ -8,6 +8,7 @@ from planner.backend_traits import PartCount
 from planner.noise_sources import REPLICA
 from profiles.configuration import Configuration
 from profiles.layout import Layout
+from profiles.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from copus.job import TrainingConfig
@@ -40,6 +41,13 @@ class FsdpDescription(HuggingFaceDescription):
                 raise ValueError(f"{name}({value}) is not supported by the fsdp backend: at most 1")
         if layout.sequence_parallel:
             raise ValueError("sequence_parallel(true) is not supported by the fsdp backend")
+
+    def check_model_in(self, layout: Layout, model: ModelShape) -> None:
+        """Raise ValueError for tensor parallelism of a model whose norms or biases every rank would see a part of."""
+        refused = (("qk_norm", model.qk_norm, ("none",)), ("bias", model.bias, ("none", "qkv")))
+        for name, value, allowed in refused:
+            if layout.tp > 1 and value not in allowed:
+                raise ValueError(f"tp({layout.tp}) with model.{name}({value}) is not supported by the fsdp backend")
 
     def parts(self, configuration: Configuration) -> dict[str, PartCount]:
         """The parts that a step has, by noise source. From ZeRO-2 on every micro-batch is reduced: a replica that has
