@@ -150,6 +150,7 @@ def _go_on(layouts: list[dict[str, Any]]) -> list[float]:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_losses_go_on_as_if_nothing_had_moved() -> None:
     stays = run_ranks(1, _go_on, [{}] * 4)[0]
     moves = run_ranks(4, _go_on, [OF_FOUR[index] for index in (1, 3, 0, 5)])[0]
