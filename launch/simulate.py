@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "static": {"policy": "static"},
     "ramp": {"policy": "ramp"},
     "norm-test": {"policy": "norm-test"},
+    "norm-test-paper": {"policy": "norm-test", "norm_test_form": "paper"},
     "cbs": {"policy": "cbs"},
     "cbs-pessimistic": {"policy": "cbs", "cbs_layout": "pessimistic"},
     "cbs-optimistic": {"policy": "cbs", "cbs_layout": "optimistic"},

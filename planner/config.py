@@ -47,9 +47,10 @@ class PlannerConfig(Record):
     c for exact. A calibration file brings its own."""
     noise_source: Literal["auto", "microbatch", "replica", "normlayer"] = "auto"
     """Parts that the noise is measured from. auto: micro-batches on every `noise_every_steps`-th step, replicas on the
-    others (where dp > 1); where a step is one micro-batch, the norm layers on every `noise_every_steps`-th step,
-    calibrated by halving some. normlayer: the norm layers always, sampled and calibrated likewise. microbatch: every
-    micro-batch of every step, a lone one always halved. replica: replicas on every step (needs dp > 1)."""
+    others (if dp > 1); if a step is one micro-batch, the norm layers on every `noise_every_steps`-th step, calibrated
+    by halving some; and for the paper's norm test replicas alone (if dp > 1). normlayer: the norm layers always,
+    sampled and calibrated likewise. microbatch: every micro-batch of every step, a lone one always halved. replica:
+    replicas on every step (needs dp > 1)."""
     noise_every_steps: PositiveInt = 4
     """How often micro-batches, or norm layers, are measured."""
     noise_halve_every_steps: PositiveInt = 32
@@ -60,8 +61,8 @@ class PlannerConfig(Record):
     """Half-life, in tokens, of the averages of |G|² and tr Σ, but at least 20 steps. null: 2 % of the job, but at least
     100 steps. In the beginning of a run it is shorter: 0.3 of the steps so far."""
     norm_test_form: Literal["unbiased", "paper"] = "unbiased"
-    """unbiased: batch = noise scale / η². paper: with the step's own gradient in the place of the true one
-    (2412.21124), which asks for too little by the factor 1 / (1 + noise scale / batch)."""
+    """unbiased: batch = noise scale / η². paper: DDP-Norm and FSDP-Norm (2412.21124), with the step's own gradient in
+    the place of the true one, which asks for too little by the factor 1 / (1 + noise scale / batch)."""
     norm_test_eta: float = Field(default=0.5, gt=0)
     """η of the norm test; the authors use 0.1 to 0.5. A smaller one asks for larger batches."""
     norm_test_every: PositiveInt = 1
@@ -111,8 +112,13 @@ class PlannerConfig(Record):
 
     @property
     def needs_noise_scale(self) -> bool:
-        """Whether the policy decides from the noise scale."""
-        return self.policy not in ("static", "ramp")
+        """Whether the policy decides from noise that steps measure."""
+        return self.policy not in ("static", "ramp", "seesaw", "late-switch")
+
+    @property
+    def compares_workers(self) -> bool:
+        """Whether replicas are compared whenever there are several: the norm test of the paper is one of workers."""
+        return self.policy == "norm-test" and self.norm_test_form == "paper" and self.noise_source == "auto"
 
     @property
     def keeps_layout(self) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 
 from planner.menu import Floats
 from planner.situation import Choice, Situation
-from planner.wording import percent, three_digits
+from planner.wording import three_digits
 from profiles.step_norms import StepNorms
 
 NormTestForm = Literal["paper", "unbiased"]
@@ -34,13 +34,14 @@ class NormTest:
     """Grows the batch until the norm test passes; keeps the layout.
 
     The batch never shrinks and never exceeds what may be chosen, as in the authors' code. Batches are rounded up to the
-    next one that may be chosen. Of the configurations of the present layout with that batch the fastest runs: another
-    micro-batch where that is faster. Knows nothing of Goodput: it is what COPUS is compared with.
+    next one that may be chosen. Of the configurations of the present layout with that batch the fastest runs; if no
+    throughput is known, the one with the present micro-batch, which accumulates more of them. Knows nothing of Goodput:
+    it is what COPUS is compared with.
     """
 
     name = "norm-test"
     weighs_error = False
-    needs_noise = True
+    needs_noise = False  # nor throughputs; the unbiased form waits for the noise scale by itself
     picks_start = False
 
     def __init__(self, form: NormTestForm, eta: float, every: int) -> None:
@@ -49,9 +50,11 @@ class NormTest:
         self.every = every
 
     def asked_batch(self, situation: Situation) -> np.ndarray | None:
-        """Sequences that pass the test, shape (R,); None where no step was measured since the last decision."""
+        """Sequences that pass the test, shape (R,); None if no step was measured since the last decision, or if the
+        unbiased form does not know the noise scale yet."""
         if self.form == "unbiased":
-            return unbiased_batch(situation.noise_scale, self.eta)
+            known = np.isfinite(situation.critical_batch).all()
+            return unbiased_batch(situation.noise_scale, self.eta) if known else None
         return None if situation.plug_in is None else situation.plug_in / self.eta**2
 
     def choose(self, situation: Situation) -> Choice:
@@ -72,7 +75,8 @@ class NormTest:
             return f"no norm test at this decision, but at every {self.every}th"
         asked = self.asked_batch(situation)
         if asked is None:
-            return "no norm test: no step was measured since the last one"
+            missing = "no step was measured since the last one" if self.form == "paper" else "it needs the noise scale"
+            return f"no norm test: {missing}"
         running = int(situation.running_batch[0])
         found = f"the norm test ({self.form}, η {self.eta:g}) asks for a batch of {three_digits(float(asked[0]))}"
         if asked[0] <= running:
@@ -83,4 +87,4 @@ class NormTest:
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Goodput is not what decides."""
-        return f"gain {percent(situation.gain(index))}, but the norm test looks at the batch alone"
+        return "the norm test looks at the batch alone"

@@ -100,12 +100,15 @@ def source_of_step(
     With `auto`, one step in `noise_every_steps` compares micro-batches, and the steps between compare replicas, if
     there are any, which is cheaper. A lone micro-batch has nothing to be compared with: the norm layers are measured
     instead, and on a few steps the micro-batch is halved, to calibrate them. All of the first steps of a run are
-    measured in full, because nothing can be decided before there is an estimate. Sources that the backend does not
+    measured in full, because nothing can be decided before there is an estimate. The paper's norm test compares
+    replicas on every step. Sources that the backend does not
     have are left out.
     """
     parts = backend.parts(configuration)
     if settings.noise_source in ("microbatch", "replica"):
         return _joined(parts, settings.noise_source)
+    if settings.compares_workers and _comparable(parts, REPLICA):
+        return REPLICA
     first = step < settings.min_noise_samples
     sampled = first or step % settings.noise_every_steps == 0
     lone = MICROBATCH in parts and not _comparable(parts, MICROBATCH)

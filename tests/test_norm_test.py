@@ -9,7 +9,12 @@ from test_planner_decision import DP2, START, TP2, noise, of, planner
 
 from copus.noise.norm_window import NormWindow
 from copus.noise.step_estimate import estimate_step
+from planner.backend_traits import BackendTraits
+from planner.config import PlannerConfig
 from planner.norm_test import NormTest, plug_in_batch, unbiased_batch
+from planner.sampling import source_of_step
+from profiles.configuration import Configuration
+from profiles.layout import Layout
 from profiles.step_norms import StepNorms
 
 
@@ -133,3 +138,25 @@ def test_through_the_planner() -> None:
     paper = planner(times, policy="norm-test", norm_test_form="paper").decide(noise(2.5), START, 0, norms)
     assert paper.chosen == of(DP2, 1, 8)
     assert paper.predicted_gain < 0, "it cares for the batch, not for Goodput"
+
+
+def test_it_waits_for_neither_throughputs_nor_in_the_papers_form_for_the_noise_scale() -> None:
+    """Nothing is measured of any configuration: the batch grows by more micro-batches of the present size."""
+    unknown = noise(None, samples=3)
+    norms = StepNorms(grad_sq=2.0, noise_trace=3.0, steps=3)
+    paper = planner({}, policy="norm-test", norm_test_form="paper", max_global_batch=16)
+    assert paper.decide(unknown, START, 0, norms).chosen == of(DP2, START.micro_batch, 8)
+    unbiased = planner({}, policy="norm-test", max_global_batch=16)
+    waiting = unbiased.decide(unknown, START, 0, norms)
+    assert (waiting.chosen, "it needs the noise scale" in waiting.reason) == (START, True)
+    assert unbiased.decide(noise(2.5), START, 0, norms).chosen == of(DP2, START.micro_batch, 16)
+
+
+def test_the_papers_form_compares_workers_if_there_are_several() -> None:
+    paper, backend = PlannerConfig(policy="norm-test", norm_test_form="paper"), BackendTraits()
+    sources = {source_of_step(paper, backend, of(DP2, 1, 8), step) for step in range(40)}
+    assert sources == {"replica"}
+    alone = Configuration(layout=Layout(tp=2), micro_batch=1, global_batch=8)
+    assert {source_of_step(paper, backend, alone, step) for step in range(20)} == {"microbatch+normlayer"}
+    named = paper.model_copy(update={"noise_source": "microbatch"})
+    assert source_of_step(named, backend, of(DP2, 1, 8), 7) == "microbatch"
