@@ -100,9 +100,9 @@ def overhead(data: Path | None, quick: bool) -> dict[str, Any]:
         seconds = run_ranks(2, step_times, job, configuration, rounds, timeout_seconds=1200)[0]
         adam = job.model_copy(update={"planner": job.planner.model_copy(update={"noise_metric": "adam"})})
         seconds_adam = run_ranks(2, step_times, adam, configuration, rounds // 2, timeout_seconds=1200)[0]
-        rows = {name: _paired(times, seconds["off"], cycle if name == "auto" else 1) for name, times in seconds.items()}
+        rows = {name: paired(times, seconds["off"], cycle if name == "auto" else 1) for name, times in seconds.items()}
         rows |= {
-            f"{name} (adam)": _paired(times, seconds_adam["off"], 1)
+            f"{name} (adam)": paired(times, seconds_adam["off"], 1)
             for name, times in seconds_adam.items()
             if name != "off"
         }
@@ -126,7 +126,7 @@ def _sampled(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _paired(times: list[float], off: list[float], cycle: int) -> dict[str, float]:
+def paired(times: list[float], off: list[float], cycle: int) -> dict[str, float]:
     """Median over rounds (or over cycles of rounds, summed) of time with ÷ time without, less 1, in percent; and the
     90 % interval of that median, by bootstrap over rounds."""
     whole = max(len(off) // cycle, 1)

@@ -27,6 +27,8 @@ class TrainerState:
     """Norms of the steps since the last decision."""
     planner: dict[str, Any] = field(default_factory=dict)
     """State of the planner: the history of φ and the measured costs of moves."""
+    speeds_of: str = ""
+    """Framework and precision that the speeds in `planner` were seen with; empty in older checkpoints."""
     decisions: int = 0
     """Decisions taken so far."""
     critical_batch: float | None = None

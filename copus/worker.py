@@ -141,7 +141,9 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
         if rank == 0 and request.may_begin_again:  # once
             write_resume_request(run, request.model_copy(update={"may_begin_again": False}))
         started = time.monotonic()
-        planner = _planner(job, rows, state) if rank == 0 else None
+        speeds_of = f"{fingerprint.backend}, {fingerprint.precision}"
+        planner = _planner(job, rows, state, state.speeds_of in ("", speeds_of)) if rank == 0 else None
+        state.speeds_of = speeds_of
         trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
         reason = trainer.train()
         if rank == 0:
@@ -187,7 +189,7 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
     report(Failure(step=0, samples_consumed=0, rank=0, message=line, fatal=False))
 
 
-def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState) -> Planner:
+def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState, with_speeds: bool) -> Planner:
     # A policy that takes every time for a measured one must not see what the cost model alone predicts.
     predictor = predictor_of(job, rows, use_cost_model=make_policy(job.planner).weighs_error)
     planner = Planner(
@@ -197,7 +199,7 @@ def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState) -> Pl
         lambda samples: lr_decay(job, samples),
         job.training.target_loss,
     )
-    planner.restore(state.planner)
+    planner.restore(state.planner, with_speeds)
     return planner
 
 

@@ -53,8 +53,8 @@ class NormTest:
         """Sequences that pass the test, shape (R,); None if no step was measured since the last decision, or if the
         unbiased form does not know the noise scale yet."""
         if self.form == "unbiased":
-            known = np.isfinite(situation.critical_batch).all()
-            return unbiased_batch(situation.noise_scale, self.eta) if known else None
+            is_measured = np.isfinite(situation.critical_batch).all()
+            return unbiased_batch(situation.noise_scale, self.eta) if is_measured else None
         return None if situation.plug_in is None else situation.plug_in / self.eta**2
 
     def choose(self, situation: Situation) -> Choice:
@@ -78,12 +78,12 @@ class NormTest:
             missing = "no step was measured since the last one" if self.form == "paper" else "it needs the noise scale"
             return f"no norm test: {missing}"
         running = int(situation.running_batch[0])
-        found = f"the norm test ({self.form}, η {self.eta:g}) asks for a batch of {three_digits(float(asked[0]))}"
+        result = f"the norm test ({self.form}, η {self.eta:g}) asks for a batch of {three_digits(float(asked[0]))}"
         if asked[0] <= running:
-            return f"{found}; it is {running} and never shrinks"
+            return f"{result}; it is {running} and never shrinks"
         if choice.index[0] == situation.current[0]:
-            return f"{found}, but nothing beyond {running} may run in this layout"
-        return found
+            return f"{result}, but nothing beyond {running} may run in this layout"
+        return result
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Goodput is not what decides."""

@@ -410,8 +410,11 @@ class Planner:
             "before_trial": self._trial and self._trial.running.model_dump(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave; an empty dict changes nothing."""
+    def restore(self, state: dict[str, Any], with_speeds: bool = True) -> None:
+        """Take up what `state` gave; an empty dict changes nothing. Without speeds only what is known of the gradients
+        and of the loss: steps, moves and trials of another framework tell nothing of this one's."""
+        if not with_speeds:
+            state = {name: state[name] for name in ("forecast", "factor", "evaluations") if name in state}
         self.move_costs.restore(state.get("move_costs", {}))
         self.throughput.restore(state.get("throughput", {}))
         self.trials.restore(state.get("trials", {}))
