@@ -101,8 +101,7 @@ def source_of_step(
     there are any, which is cheaper. A lone micro-batch has nothing to be compared with: the norm layers are measured
     instead, and on a few steps the micro-batch is halved, to calibrate them. All of the first steps of a run are
     measured in full, because nothing can be decided before there is an estimate. The paper's norm test compares
-    replicas on every step. Sources that the backend does not
-    have are left out.
+    replicas on every step. Sources that the backend does not have are left out.
     """
     parts = backend.parts(configuration)
     if settings.noise_source in ("microbatch", "replica"):
