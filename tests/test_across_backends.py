@@ -3,16 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from copus.backends.huggingface import build_causal_lm, mean_loss
+from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest
 from copus.sharded_checkpoint import read_index
 from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
-from tests.ranks import run_ranks
+from tests.ranks import own_device, run_ranks
 
 MODELS: dict[str, dict[str, Any]] = {
     "grouped queries": {"kv_heads": 2},
@@ -109,9 +111,55 @@ def _change_precision(folder: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_job_goes_on_in_another_precision(tmp_path: Path) -> None:
     """bf16 → fp32 → bf16: the masters become the weights and masters again, to the bit."""
     run_ranks(4, _change_precision, tmp_path)
     before, between, after = (_state(tmp_path / name) for name in ("bf16", "fp32", "bf16 again"))
     _assert_equal(after, before)
     _assert_equal(between, {name: before.get(f"{name}/master", before[name]) for name in between})
+
+
+MEGATRON = ("megatron", {"tp": 2, "pp": 2})
+OTHERS: list[tuple[str, dict[str, Any]]] = [("deepspeed", {"dp": 4, "zero": 3})]
+
+
+def _go_on(folder: Path, backend: str, layout: dict[str, Any], precision: str, first: int) -> list[float]:
+    """The losses of two steps on a backend, from a checkpoint or from the beginning, and a checkpoint of the end."""
+    job = tiny_job(dist.get_world_size(), layout, {"kv_heads": 2}, backend=backend, precision=precision)
+    running = find_backend(backend).load()(job, own_device())
+    running.build(job.training.configuration)
+    if first:
+        running.load(folder / f"after {first}", optimizer_steps=first)
+        _write(running, folder / f"after {first}, again")
+    losses = [running.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in (first, first + 1)]
+    _write(running, folder / f"after {first + 2}")
+    running.close()
+    return losses
+
+
+def _go_through(folder: Path, places: list[tuple[str, dict[str, Any]]], precision: str) -> tuple[Any, Any]:
+    """The losses of two steps on each backend in turn, and of as many on Megatron alone."""
+    sizes = range(0, 2 * len(places), 2)
+    losses = [_go_on(folder / "all", *place, precision, first) for place, first in zip(places, sizes, strict=True)]
+    alone = [_go_on(folder / "alone", *MEGATRON, precision, first) for first in sizes]
+    return losses, alone
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_one_job_goes_through_all_backends(precision: str, tmp_path: Path) -> None:
+    """What each takes up is what the one before left, to the bit, and the losses are those of one framework."""
+    places = [MEGATRON, *OTHERS, MEGATRON]
+    losses, alone = run_ranks(4, _go_through, tmp_path, places, precision)[0]
+    np.testing.assert_allclose(losses, alone, rtol=1e-3 if precision == "bf16" else 1e-5)
+    for number in range(1, len(places)):
+        left = _numbers(_state(tmp_path / "all" / f"after {2 * number}"))
+        _assert_equal(_numbers(_state(tmp_path / "all" / f"after {2 * number}, again")), left)
+
+
+def _numbers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What training goes on from: Adam's moments, and of each weight the master if it has one."""
+    names = {name.partition("/")[0] for name in state}
+    weights = {name: state.get(f"{name}/master", state.get(name)) for name in names}
+    return {name: tensor for name, tensor in {**state, **weights}.items() if not name.endswith("/master")}
