@@ -422,8 +422,8 @@ class Simulate:
     overrides: Overrides = field(default_factory=list)
     """Override a field of the job file."""
     policy: Annotated[list[str], UseAppendAction, arg(metavar="NAME")] = field(default_factory=list)
-    """Policy to simulate, may be repeated: static, ramp, norm-test, cbs, cbs-pessimistic, cbs-optimistic, copus,
-    goodput; all if none is given."""
+    """Policy to simulate, may be repeated: static, ramp, norm-test, norm-test-paper, cbs, cbs-pessimistic,
+    cbs-optimistic, cbs-doubling, late-switch, copus, goodput; all if none is given."""
     noise: Annotated[str | None, arg(metavar="FIRST:LAST")] = None
     """B_simple at the beginning and at the end, sequences; or FILE.csv:MODEL, a published batch schedule."""
     law: Annotated[str, arg(metavar="LAW")] = "geometric"

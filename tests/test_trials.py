@@ -160,6 +160,18 @@ def test_what_was_tried_is_not_tried_again_also_after_a_resume():
     assert not resumed.decide(*now).trial
 
 
+def test_on_another_framework_only_what_is_known_of_the_gradients_is_taken_up():
+    now = noise(50.0, 45.0, 55.0), START, 1000
+    planner = guessing(2.1, 3000)
+    planner.end_trial(planner.begin_trial(planner.decide(*now)))
+    elsewhere, fresh = guessing(2.1, 3000), guessing(2.1, 3000)
+    elsewhere.restore(json.loads(json.dumps(planner.state())), with_speeds=False)
+    for name in ("move_costs", "throughput", "trials", "before_trial"):
+        assert elsewhere.state()[name] == fresh.state()[name]
+    assert elsewhere.state()["forecast"] == planner.state()["forecast"] != fresh.state()["forecast"]
+    assert elsewhere.decide(*now).trial, "there it has not been tried"
+
+
 @settings(max_examples=30)
 @given(st.floats(0.2, 5.0), st.floats(0.2, 5.0))
 def test_the_break_even_is_where_goodputs_are_equal(seconds, scale):
