@@ -67,11 +67,11 @@ def run(backends: list[str], steps: int, console: Console) -> dict[str, Any]:
         reference: dict[str, Any] = {}
         for backend in ["megatron", *(each for each in backends if each != "megatron")]:
             for layout in (Layout(**degrees) for degrees in LAYOUTS[backend]):
-                console.print(f"{backend} {layout.label}")
                 task = {"steps": steps, "load": str(origin), "again": str(Path(name) / "again")}
                 shown = _on_ranks(backend, layout, task, Path(name))
                 reference = reference or shown  # the first is `REFERENCE`
                 cells.append(_cell(backend, layout, shown, reference))
+                console.print(f"{backend} {layout.label}: losses within {cells[-1]['max_loss_diff']:.1e}")
     return {"benchmark": "frameworks", "steps": steps, "cells": cells}
 
 
