@@ -66,5 +66,5 @@ def destroy_engine(engine: Engine) -> None:
     offload = getattr(optimizer, "parameter_offload", None)
     if offload is not None:
         parameter_offload.FWD_MODULE_STACK.clear()
-        for owner in (*model.modules(), offload, optimizer, engine):
+        for owner in (*model.parameters(), *list(model.modules()), offload, optimizer, engine):
             vars(owner).clear()
