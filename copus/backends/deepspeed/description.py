@@ -10,6 +10,7 @@ from profiles.layout import Layout
 
 if TYPE_CHECKING:
     from copus.job import TrainingConfig
+    from profiles.memory.implementation import Implementation
 
 
 class DeepSpeedDescription(HuggingFaceDescription):
@@ -54,6 +55,12 @@ class DeepSpeedDescription(HuggingFaceDescription):
         if configuration.layout.zero >= 2 and configuration.num_microbatches > 1:
             del parts[REPLICA]
         return parts
+
+    def implementation(self, dropout: bool) -> "Implementation":
+        """How it uses memory: transformers' layers and plain PyTorch's loss."""
+        from profiles.memory.implementation import Implementation  # its package loads numpy, which few commands need
+
+        return Implementation(dropout=dropout, fused_qkv="released", gated_mlp_tensors=4, loss="copying")
 
     def load(self) -> type[Any]:
         """The class that trains. Takes seconds."""
