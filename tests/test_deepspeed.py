@@ -1,5 +1,6 @@
 """DeepSpeed behind the contract of a backend: every ZeRO stage trains alike, and moves and checkpoints lose no bit."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,27 @@ def test_moves_between_stages_change_no_bit_and_losses_go_on(precision: str) -> 
     stays, moves, changed = run_ranks(2, _move_through_all_stages, precision)[0]
     assert changed == []
     np.testing.assert_allclose(moves, stays, rtol=1e-5 if precision == "fp32" else 1e-3)
+
+
+def _grow() -> list[int]:
+    """Bytes of all living tensors after each round through the stages."""
+    backend = deepspeed_backend(deepspeed_job(0, 2))
+    held = []
+    for _ in range(3):
+        for zero in (1, 2, 3, 0):
+            backend.move(configuration(8, 2, dp=2, zero=zero))
+            backend.train_step(random_batches, StepRequest(0, RULES, "microbatch+normlayer"))
+        gc.collect()
+        tensors = (value for value in gc.get_objects() if isinstance(value, torch.Tensor))
+        held.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    return held
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_job_that_moves_to_and_fro_does_not_grow() -> None:
+    for held in run_ranks(2, _grow):
+        assert held[2] == held[1]
 
 
 def _save_and_load(folder: Path) -> tuple[list[str], list[float], list[float]]:

@@ -47,7 +47,7 @@ class _SoloGroup(_ProcessGroup):
     def broadcast(self, tensors: list[torch.Tensor], options: Any = None) -> Any:
         return _done(tensors)
 
-    def barrier(self, options: Any = None) -> Any:
+    def barrier(self, opts: Any = None) -> Any:  # torch names it
         return _done(None)
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], options: Any = None) -> Any:

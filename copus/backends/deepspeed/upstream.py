@@ -15,7 +15,7 @@ import deepspeed
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.config import DeepSpeedConfig as DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import groups
 
@@ -23,6 +23,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # On a CPU the first process compiles collectives in shared memory, for minutes and with the others waiting, and leaves
 # a lock behind if it is killed. They serve inference; training goes through the process groups anyway.
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+# Ranks compare the order of their modules. It is the same, and in a world of one process (`copus.profiling.solo`) there
+# is no rank 0 to compare with.
+partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
 bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # prints in every build, whatever the log level
 
 
