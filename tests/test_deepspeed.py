@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from copus.backends.deepspeed import step
 from copus.backends.deepspeed.partitions import partitions, shard_table
+from copus.backends.huggingface import mean_loss
 from copus.backends.step_contract import StepRequest
 from copus.collectives import RankError
 from copus.job import JobError
@@ -176,6 +178,31 @@ def _go_back(stages: list[tuple[int, int]]) -> list[tuple[list[float], list[floa
 def test_a_step_without_memory_is_taken_back_and_the_job_goes_on() -> None:
     for moves, stays in run_ranks(2, _go_back, [(1, 3), (3, 2), (2, 0)])[0]:
         np.testing.assert_allclose(moves, stays, rtol=1e-5)
+
+
+def _skip(stages: tuple[int, ...], precision: str) -> list[tuple[list[float], list[float]]]:
+    """Losses of a job with a step whose gradient is not finite on one rank, and of one without it."""
+    losses = []
+    for zero in stages:
+        stays = _losses(deepspeed_backend(deepspeed_job(zero, dist.get_world_size(), precision=precision)), steps=4)
+        backend = deepspeed_backend(deepspeed_job(zero, dist.get_world_size(), precision=precision))
+        before = _losses(backend, steps=2)
+        original = step.mean_loss
+        step.mean_loss = lambda *arguments: mean_loss(*arguments) * (float("nan") if dist.get_rank() == 0 else 1.0)
+        try:
+            assert backend.train_step(random_batches, StepRequest(400, RULES)).skipped
+        finally:
+            step.mean_loss = original
+        losses.append((before + _losses(backend, 16, steps=2), stays))
+        assert backend.optimizer_steps == 4
+    return losses
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(precision: str) -> None:
+    for skipped, stays in run_ranks(2, _skip, STAGES[precision], precision)[0]:
+        assert skipped == stays
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -37,6 +37,8 @@ class BuiltModel:
     engine: Any = None
     part_norms: Any = None
     """What the noise is measured with."""
+    has_gradients: bool = False
+    """Whether gradients are there that no update has used: after a step that was skipped."""
 
     @property
     def zero_optimizer(self) -> Any:

@@ -20,6 +20,9 @@ def compute_gradients(
     built: BuiltModel, configuration: Configuration, batches: Batches, request: StepRequest
 ) -> StepShares:
     """Forward, backward and reduction, and what this rank adds to the figures of the step."""
+    if built.has_gradients:
+        _make_step(built, scale=1.0, skip=True)
+    built.has_gradients = True
     engine, part_norms, count = built.engine, built.part_norms, configuration.num_microbatches
     part_norms.start(request.noise_source, configuration)
     losses = []
@@ -42,10 +45,23 @@ def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> No
     decay, no_decay = adam.param_groups
     decay.update(asdict(options))
     no_decay.update(asdict(options), weight_decay=0.0)
-    # Fused Adam divides the gradients by it in the pass that it makes over them anyway.
-    adam.grad_scale = torch.full((), 1 / scale, device=built.device) if scale != 1 else None
-    adam.found_inf = torch.zeros((), device=built.device) if scale != 1 else None
+    _make_step(built, scale)
+
+
+def _make_step(built: BuiltModel, scale: float, skip: bool = False) -> None:
+    """Let DeepSpeed make its step, or all of it but Adam's: with what else it does it forgets the gradients.
+
+    Fused Adam has two settings for mixed precision: it divides the gradients by `grad_scale`, in the pass that it makes
+    over them anyway, and leaves everything as it is if `found_inf` is 1.
+    """
+    adam: Any = built.adam
+    if scale == 1 and not skip:
+        adam.grad_scale = adam.found_inf = None
+    else:
+        adam.grad_scale = torch.full((), 1 / scale, device=built.device)
+        adam.found_inf = torch.full((), float(skip), device=built.device)
     built.engine.step()
+    built.has_gradients = False
 
 
 def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, sequences: int) -> float:
