@@ -17,8 +17,8 @@ from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
-MATRICES, NORMS = 0, 1
-"""The groups of parameters: those that decay, and those that do not."""
+MATRICES, NORMS, BIASES = 0, 1, 2
+"""The groups of parameters. Only matrices decay; a model without biases has no third group."""
 _BUCKET = 50_000_000
 """Most gradients that are reduced at once: 200 MB in fp32."""
 
@@ -31,7 +31,7 @@ class BuiltModel:
     layout: Layout
     model: Any
     groups: list[dict[str, torch.nn.Parameter]]
-    """The parameters that decay and those that do not, by name."""
+    """The parameters of each group, by name."""
     adam: torch.optim.AdamW | None = None
     """The optimizer that DeepSpeed drives. Its parameters are the model's, or this rank's flat buffers of masters."""
     engine: Any = None
@@ -88,17 +88,17 @@ class BuiltModel:
 
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, torch.nn.Parameter]]:
-    """Matrices, and then the weights of norms, which do not decay."""
-    groups: list[dict[str, torch.nn.Parameter]] = [{}, {}]
+    """Parameters by group and name."""
+    groups: list[dict[str, torch.nn.Parameter]] = [{}, {}, {}]
     for name, param in named:
-        groups[NORMS if "norm" in name else MATRICES][name] = param
-    return groups
+        groups[BIASES if name.endswith("bias") else NORMS if "norm" in name else MATRICES][name] = param
+    return [group for group in groups if group]
 
 
 def reduced_gradients(built: BuiltModel, group: int | None = None) -> list[torch.Tensor]:
     """The averaged gradients that this rank counts, of all groups of parameters or of one: its share, or on rank 0 all
     of them if nothing is shared out."""
-    chosen = (MATRICES, NORMS) if group is None else (group,)
+    chosen = range(len(built.groups)) if group is None else (group,)
     wrapper = built.zero_optimizer
     if built.layout.zero == 0:
         counts = dist.get_rank() == 0
@@ -131,15 +131,14 @@ def build(job: JobConfig, configuration: Configuration, device: torch.device) ->
     else:
         model = build_causal_lm(job.model, dtype, device, None, layout.recompute)
     built = BuiltModel(device, layout, model, parameter_groups(model.named_parameters()))
-    decay, no_decay = [list(group.values()) for group in built.groups]
     # DeepSpeed may make a step to see the optimizer's state: at a learning rate of 0 it changes nothing.
-    groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    groups = [{"params": list(group.values())} for group in built.groups]
     built.adam = torch.optim.AdamW(groups, lr=0.0, fused=True)
     built.engine = Engine(
         args=None,
         model=model,
         optimizer=built.adam,
-        model_parameters=[*decay, *no_decay],
+        model_parameters=[param for group in built.groups for param in group.values()],
         dist_init_required=False,
         config=config,
         config_class=DeepSpeedConfig(config),

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.adamw import AdamWOptions
-from copus.backends.deepspeed.built import BuiltModel, reduced_gradients
+from copus.backends.deepspeed.built import MATRICES, BuiltModel, reduced_gradients
 from copus.backends.huggingface import mean_loss
 from copus.backends.microbatches import evaluation_of, read_microbatches
 from copus.backends.squared_norms import norms, sum_of_squares
@@ -41,10 +41,10 @@ def compute_gradients(
 
 def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> None:
     """Multiply the gradients by `scale`, and update the weights with them."""
-    adam: Any = built.adam
-    decay, no_decay = adam.param_groups
-    decay.update(asdict(options))
-    no_decay.update(asdict(options), weight_decay=0.0)
+    assert built.adam is not None, "it is built"
+    for number, group in enumerate(built.adam.param_groups):
+        group.update(asdict(options))
+        group["weight_decay"] *= number == MATRICES
     _make_step(built, scale)
 
 
