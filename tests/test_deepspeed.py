@@ -234,7 +234,7 @@ def test_the_ranges_of_all_ranks_cover_every_parameter_once(zero: int, ranks: in
             {"overlap_grad_reduce": True},
             r"overlap_grad_reduce\(true\) is not supported .* zero\(0\) in fp32",
         ),
-        ({"dp": 2}, {"dropout": 0.1}, r"dropout\(0.1\): the Llama models"),
+        ({"dp": 2}, {"dropout": 0.1}, r"dropout\(0.1\): the models of transformers"),
     ],
     ids=str,
 )
