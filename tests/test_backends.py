@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from copus.backends import registry
 from copus.backends.deepspeed.description import DeepSpeedDescription
-from copus.backends.huggingface_description import HuggingFaceDescription
+from copus.backends.fsdp.description import FsdpDescription
 from copus.backends.registry import find_backend
 from copus.checkpoints import newest_checkpoint, read_state
 from copus.events import Checkpoint, Event, Reconfigure, Step
@@ -140,18 +140,9 @@ def test_nothing_outside_of_its_folder_and_the_registry_names_a_backend() -> Non
     assert naming == {"copus/backends/registry.py"}
 
 
-class _Splitting(HuggingFaceDescription):
-    framework = "torch"
-
-    def load(self) -> type[Any]:
-        raise NotImplementedError
-
-
-@pytest.mark.parametrize("fields", [{"qk_norm": "head"}, {"bias": "attention"}, {"bias": "all"}], ids=str)
-def test_a_backend_that_splits_the_layers_of_transformers_refuses_what_it_would_have_to_add_up(
-    fields: dict[str, Any],
-) -> None:
-    model = ModelShape(**{**SHAPE, **fields})
+@pytest.mark.parametrize("bias", ["attention", "all"])
+def test_a_bias_that_follows_a_sum_is_refused_by_the_backend_that_has_no_shard_of_it(bias: str) -> None:
+    model = ModelShape(**{**SHAPE, "bias": bias})
     DeepSpeedDescription().check_model(model)
-    with pytest.raises(ValueError, match="is not supported by this backend"):
-        _Splitting().check_model(model)
+    with pytest.raises(ValueError, match=rf"bias\({bias}\) is not supported by the fsdp backend"):
+        FsdpDescription().check_model(model)

@@ -1,6 +1,6 @@
 """What the backends that train transformers' models have in common. No torch: a job file is checked against it."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from copus.backends.description import BackendDescription, refuse_fields
 from profiles.model_shape import ModelShape
@@ -37,17 +37,9 @@ def family_of(model: ModelShape) -> str:
 class HuggingFaceDescription(BackendDescription):
     """A backend that builds its models with `copus.backends.huggingface`."""
 
-    has_whole_layers: ClassVar[bool] = False
-    """Whether every rank computes layers whole. A backend with tensor parallelism does not: it would have to add up the
-    gradients of the norms of queries and keys, and add a bias of the residual stream once."""
-
     def check_model(self, model: ModelShape) -> None:
-        """Raise ValueError for a model that no family of transformers has, or whose layers the backend cannot split."""
+        """Raise ValueError for a model that no family of transformers has."""
         family_of(model)
-        if not self.has_whole_layers:
-            for name, usual in (("qk_norm", ("none",)), ("bias", ("none", "qkv"))):
-                if getattr(model, name) not in usual:
-                    raise ValueError(f"{name}({getattr(model, name)}) is not supported by this backend")
 
     def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for dropout, which these models have in attention only."""

@@ -21,7 +21,6 @@ class DeepSpeedDescription(HuggingFaceDescription):
     extra = "deepspeed"
     packages = ("deepspeed", "transformers")
     noise_metrics = ("plain",)
-    has_whole_layers = True
 
     def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for a setting that DeepSpeed does not have at the stage of the layout."""

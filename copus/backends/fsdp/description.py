@@ -42,12 +42,18 @@ class FsdpDescription(HuggingFaceDescription):
         if layout.sequence_parallel:
             raise ValueError("sequence_parallel(true) is not supported by the fsdp backend")
 
+    def check_model(self, model: ModelShape) -> None:
+        """Raise ValueError for a model that it does not build: no shard is described of a bias that follows a sum."""
+        super().check_model(model)
+        if model.bias not in ("none", "qkv"):
+            raise ValueError(f"bias({model.bias}) is not supported by the fsdp backend: it has none and qkv")
+
     def check_model_in(self, layout: Layout, model: ModelShape) -> None:
-        """Raise ValueError for tensor parallelism of a model whose norms or biases every rank would see a part of."""
-        refused = (("qk_norm", model.qk_norm, ("none",)), ("bias", model.bias, ("none", "qkv")))
-        for name, value, allowed in refused:
-            if layout.tp > 1 and value not in allowed:
-                raise ValueError(f"tp({layout.tp}) with model.{name}({value}) is not supported by the fsdp backend")
+        """Raise ValueError for tensor parallelism of a model with norms that every rank would see some heads of."""
+        if layout.tp > 1 and model.qk_norm != "none":
+            raise ValueError(
+                f"tp({layout.tp}) with model.qk_norm({model.qk_norm}) is not supported by the fsdp backend"
+            )
 
     def parts(self, configuration: Configuration) -> dict[str, PartCount]:
         """The parts that a step has, by noise source. From ZeRO-2 on every micro-batch is reduced: a replica that has
