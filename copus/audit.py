@@ -67,6 +67,13 @@ def audit_run(run: Path) -> Audit:
     return _with_hindsight(audit, past) if past else audit
 
 
+def past_run_of(run: Path) -> PastRun | None:
+    """The steps of a run, by its log, as arrays. None without a step."""
+    events = read_briefly(run, *KINDS)
+    lost = done_again(events)
+    return _Course(event for place, event in enumerate(events) if place not in lost).past_run()
+
+
 def _with_hindsight(audit: Audit, past: PastRun) -> Audit:
     """The audit with what compares the run with others, as far as it is known."""
     fields: dict[str, object] = {"first": past.configurations[0]}

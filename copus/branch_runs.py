@@ -12,9 +12,10 @@ from copus.branches import Branches, branch_job
 from copus.checkpoints import read_state
 from copus.events import Branch, End, Evaluate, Event, read_events
 from copus.job import JobConfig, JobError
+from copus.learning_rate import base_lr
 from copus.loop import Trainer
 from copus.noise.meter import NoiseMeter
-from copus.schedule import base_lr, rules_at
+from copus.schedule import rules_at
 from copus.trainer_state import TrainerState
 from planner.sampling import half_life
 from profiles.configuration import Configuration

@@ -45,13 +45,13 @@ from copus.events import (
     samples_trained,
 )
 from copus.job import JobConfig, JobError, load_job
+from copus.learning_rate import lr_decay
 from copus.loop import Trainer
 from copus.loopback import LOOPBACK, host_store, join_store
 from copus.predictor import predictor_of
 from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.resume_request import ResumeRequest, nothing_to_resume, read_resume_request, write_resume_request
-from copus.schedule import lr_decay
 from copus.step_lines import StepLines
 from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut

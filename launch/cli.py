@@ -422,16 +422,19 @@ class Simulate:
     overrides: Overrides = field(default_factory=list)
     """Override a field of the job file."""
     policy: Annotated[list[str], UseAppendAction, arg(metavar="NAME")] = field(default_factory=list)
-    """Policy to simulate, may be repeated: static, ramp, norm-test, norm-test-paper, cbs, cbs-pessimistic,
-    cbs-optimistic, cbs-doubling, late-switch, copus, goodput; all if none is given."""
+    """Policy to simulate, may be repeated: static, ramp, seesaw, late-switch, norm-test, norm-test-paper, cbs,
+    cbs-pessimistic, cbs-optimistic, cbs-doubling, copus, goodput. If none is given: all, or with --like the one of the
+    job file."""
     noise: Annotated[str | None, arg(metavar="FIRST:LAST")] = None
     """B_simple at the beginning and at the end, sequences; or FILE.csv:MODEL, a published batch schedule."""
     law: Annotated[str, arg(metavar="LAW")] = "geometric"
     """How it grows over the progress: geometric, linear, power."""
     like: Annotated[str | None, arg(metavar="RUN")] = None
-    """Take the noise scale, and the cost of moves, from the events of this run."""
-    error: float = 0.3
-    """Standard deviation of the logarithm of a noise estimate."""
+    """Take the length, the noise scale, the cost of moves and how the machine wandered from the events of this run;
+    simulate errors of the table and trials too, and print the moves to be expected beside those that it made."""
+    error: float | None = None
+    """Standard deviation of the logarithm of a noise estimate that is there from the start, without any lag. If it is
+    not given, the noise scale is measured as in a job."""
     factor_error: float = 1.0
     """What the c of the job is over the right one."""
     move_seconds: Annotated[float | None, arg(metavar="S")] = None

@@ -3,20 +3,24 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from copus.audit import past_run_of
 from copus.event_lines import without_replays
-from copus.events import Noise, Reconfigure, Start, read_events
+from copus.events import Noise, Reconfigure, Trial, read_events
 from copus.job import JobConfig, JobError, load_job
+from copus.learning_rate import lr_decay
 from launch.estimate import estimate_of
 from launch.plot import check_output, need_matplotlib
 from launch.run_directory import find_run, shown
 from launch.tables import new_table, page
+from planner.forecast import CriticalBatchForecast
 from planner.job_estimate import JobEstimate
-from planner.menu import Floats, Menu
+from planner.menu import Floats, Menu, rung_of
 from planner.plan import Plan
 from planner.policy import Policy, make_policy
 from planner.simulator.compare import Row, Setting, compare
@@ -33,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cbs-pessimistic": {"policy": "cbs", "cbs_layout": "pessimistic"},
     "cbs-optimistic": {"policy": "cbs", "cbs_layout": "optimistic"},
     "cbs-doubling": {"policy": "cbs-doubling"},
+    "seesaw": {"policy": "seesaw"},
     "late-switch": {"policy": "late-switch"},
     "copus": {"policy": "copus"},
     "goodput": {"policy": "goodput"},
@@ -51,7 +56,7 @@ def simulate(
     law: str,
     run: str | None,
     *,
-    error: float,
+    error: float | None,
     factor_error: float,
     move_seconds: float | None,
     seeds: int,
@@ -67,7 +72,7 @@ def simulate(
     if unknown:
         raise JobError(f"--policy {unknown[0]}: expected one of {', '.join(VARIANTS)}")
     checks = {
-        f"--error {error:g}: finite, at least 0": 0 <= error < math.inf,
+        f"--error {error}: finite, at least 0": 0 <= (error or 0) < math.inf,
         f"--factor-error {factor_error:g}: finite, above 0": 0 < factor_error < math.inf,
         f"--move-seconds {move_seconds}: finite, at least 0": 0 <= (move_seconds or 0) < math.inf,
         f"--seeds {seeds}: at least 1": seeds > 0,
@@ -78,19 +83,40 @@ def simulate(
     phi, said = _trajectory(job, noise, law, run)
     estimate = estimate_of(job)
     menu, speed, source = _throughputs(job, estimate)
-    cost = move_seconds if move_seconds is not None else _measured_cost(run) or estimate.predictor.layout_move_seconds
+    made = None if run is None else _made(find_run(run))
+    cost = move_seconds
+    if cost is None:
+        cost = made.layout_seconds if made and made.layout_seconds is not None else None
+    if cost is None:
+        cost = estimate.predictor.layout_move_seconds
+    total = job.total_samples if made is None else made.samples
     setting = Setting(
         menu=menu,
         samples_per_second=speed,
         critical_batch=phi,
         start=menu.configurations.index(job.training.configuration),
-        total_samples=job.total_samples,
-        every_samples=max(job.planner.every_samples, job.total_samples / MOST_DECISIONS),
+        total_samples=total,
+        every_samples=max(job.planner.every_samples, total / MOST_DECISIONS),
         move_seconds=np.array([0.0, 0.0, cost]),
         objective=job.planner.objective,
         noise=error,
+        first_guess=_first_guess(job, float(phi[0])),
+        plans_start=job.planner.start == "plan",
         factor_error=factor_error,
+        factor_range=job.planner.critical_batch_factor_range,
+        lr_decay=lambda samples: lr_decay(job, round(samples)),
     )
+    if made is not None:  # what is known of the machine is put in: table errors, drift, bursts, trials
+        start = job.training.configuration
+        errors = tuple(estimate.predictor.estimate(each, beside=start).error for each in menu.configurations)
+        setting = replace(
+            setting,
+            throughput_error=errors,
+            drift=made.drift,
+            bursts=made.bursts,
+            trial_budget=job.planner.trial_budget,
+        )
+        names = names or [job.planner.policy]
     policies = {name: _policy(job, name) for name in names or VARIANTS}
     plan, rows = compare(setting, policies, seeds)
     if output is not None:
@@ -98,9 +124,11 @@ def simulate(
 
         draw(output, setting, plan, rows)
     if as_json:
-        print(json.dumps(_values(setting, plan, rows, said, source)))
+        print(json.dumps(_values(setting, plan, rows, said, source) | {"made": made and made._asdict()}))
     else:
         _print(setting, plan, rows, said, source)
+        if made is not None:
+            _print_made(made, shown(find_run(run or "")), rows)
     return 0
 
 
@@ -116,7 +144,7 @@ def _trajectory(job: JobConfig, noise: str | None, law: str, run: str | None) ->
     if run is not None:
         events = without_replays(read_events(find_run(run)))
         seen = [(e.samples_consumed, e.value) for e in events if isinstance(e, Noise) and e.value and e.value > 0]
-        total = next((e.total_samples for e in reversed(events) if isinstance(e, Start)), 0)  # a resume may lengthen it
+        total = max((e.samples_consumed for e in events), default=0)  # a run may stop early, and a resume lengthen it
         if not seen or not total:
             raise JobError(f"--like {run}: the run has measured no noise scale")
         phi = through([samples / total for samples, _ in seen], [factor * (value or 0.0) for _, value in seen])
@@ -161,13 +189,67 @@ def _throughputs(job: JobConfig, estimate: JobEstimate) -> tuple[Menu, Floats, s
     return Menu.of([each.configuration for each in usable]), np.array(speeds), source
 
 
-def _measured_cost(run: str | None) -> float | None:
-    """Median of what the run's moves to another layout took."""
-    if run is None:
-        return None
-    events = read_events(find_run(run))
+def _first_guess(job: JobConfig, critical_batch: float) -> float:
+    """What laws say of φ before the first step, over what it is."""
+    laws = CriticalBatchForecast.of_laws(job.total_samples, job.model)
+    return float(laws.at(np.array([1.0]))[0]) / critical_batch
+
+
+class Made(NamedTuple):
+    """What a run did, to be compared with what is expected of it."""
+
+    samples: int
+    """Sequences that it trained on."""
+    layout_moves: int
+    """Lasting moves to another layout after the first step."""
+    batch_moves: int
+    """Other lasting moves after the first step."""
+    trials: int
+    """Trials."""
+    layout_seconds: float | None
+    """Median of what its moves to another layout took; None without any."""
+    drift: float
+    """How much its machine wandered, slowly: standard deviation of the logarithm of its speed."""
+    bursts: float
+    """Share of the time in which half of its machine would have had to be taken for the quick part of that."""
+
+
+def _made(run: Path) -> Made:
+    events = without_replays(read_events(run))
+    moves = [e for e in events if isinstance(e, Reconfigure) and not e.trial and e.samples_consumed]
+    trials = [e for e in events if isinstance(e, Trial)]
+    kept = [rung_of(e.running, e.candidate) for e in trials if e.outcome == "stayed"]
+    rungs = [e.rung for e in moves] + kept
     seconds = [e.seconds for e in events if isinstance(e, Reconfigure) and e.rung == "layout"]
-    return float(np.median(seconds)) if seconds else None
+    past = past_run_of(run)
+    machine = None if past is None else past.step_times()
+    return Made(
+        samples=max(e.samples_consumed for e in events),
+        layout_moves=rungs.count("layout"),
+        batch_moves=len(rungs) - rungs.count("layout"),
+        trials=len(trials),
+        layout_seconds=float(np.median(seconds)) if seconds else None,
+        drift=machine.drift if machine else 0.0,
+        bursts=min((machine.bursts / math.log(2)) ** 2, 0.5) if machine else 0.0,
+    )
+
+
+def _print_made(made: Made, run: str, rows: list[Row]) -> None:
+    """What the run did beside what was to be expected: `moves  runs/x made 4 (1 to another layout), 0 trials`."""
+    console = page()
+    count = made.layout_moves + made.batch_moves
+    console.print(
+        f"{run} made {count} move{'s' * (count != 1)}, {made.layout_moves} of them to another layout, and {made.trials} trial{'s' * (made.trials != 1)} in "
+        f"{made.samples} sequences; its machine drifted by {made.drift:.0%}",
+        soft_wrap=True,
+    )
+    for row in rows:
+        mean = row.layout_moves + row.batch_moves
+        console.print(
+            f"  {row.policy} is expected to make {mean:.1f} ({row.moves_low:.0f} to {row.moves_high:.0f}), "
+            f"{row.layout_moves:.1f} of them to another layout, and {row.trials:.1f} trials",
+            soft_wrap=True,
+        )
 
 
 def _values(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str) -> dict[str, Any]:
@@ -194,9 +276,12 @@ def _values(setting: Setting, plan: Plan, rows: list[Row], said: str, source: st
                 "seconds": row.seconds,
                 "low": row.low,
                 "high": row.high,
-                "gain_over_best_fixed_pct": 100 * (plan.fixed_seconds / row.seconds - 1),
+                "gain_over_best_fixed_pct": 100 * row.gain,
                 "layout_moves": row.layout_moves,
                 "batch_moves": row.batch_moves,
+                "trials": row.trials,
+                "moves_low": row.moves_low,
+                "moves_high": row.moves_high,
             }
             for row in rows
         ],
@@ -211,7 +296,8 @@ def _start_seconds(setting: Setting) -> float:
 def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str) -> None:
     console = page()
     label = [configuration.label for configuration in setting.menu.configurations]
-    console.print(f"noise       {said}; estimates ± {setting.noise:.0%}, c × {setting.factor_error:g}", soft_wrap=True)
+    how = "as a job's steps measure it" if setting.noise is None else f"estimates ± {setting.noise:.0%}"
+    console.print(f"noise       {said}; {how}, c × {setting.factor_error:g}", soft_wrap=True)
     console.print(f"throughput  {source}; a layout move takes {duration(setting.move_seconds[2])}")
     console.print(f"objective   {setting.objective}")
     table = new_table()
@@ -220,7 +306,7 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
         table.add_column(name, justify="right")
     fixed, start = plan.fixed_seconds, _start_seconds(setting)
     for row in rows:
-        gain, half = fixed / row.seconds - 1, duration((row.high - row.low) / 2)
+        gain, half = row.gain, duration((row.high - row.low) / 2)
         table.add_row(
             row.policy, duration(row.seconds), half, f"{gain:+.1%}", f"{row.layout_moves:.1f}", f"{row.batch_moves:.1f}"
         )

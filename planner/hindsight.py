@@ -81,6 +81,22 @@ class PastRun:
     """Standard error of log c."""
 
     @property
+    def timed(self) -> Indices:
+        """Numbers of the configurations with enough settled steps."""
+        counted = np.bincount(self.configuration[self.settled], minlength=len(self.configurations))
+        return np.flatnonzero(counted >= FEWEST_STEPS)
+
+    def step_times(self) -> StepTimes | None:
+        """Step times of the configurations that are `timed`, in their order, and how the machine wandered; None without
+        any."""
+        timed = self.timed
+        if not len(timed):
+            return None
+        counted = np.isin(self.configuration, timed) & self.settled
+        numbers = np.searchsorted(timed, self.configuration[counted])
+        return fit_step_times(numbers, self.seconds[counted], self.at[counted])
+
+    @property
     def own_seconds(self) -> float:
         """Time that is compared with that of other runs."""
         return float(self.seconds.sum()) + self.lost_seconds
@@ -113,8 +129,7 @@ def look_back(run: PastRun, seed: int = 0) -> Hindsight | None:
     then all times are drawn together from what is not known: c, the noise scale's interval, the step times. A minimum
     of draws would flatter hindsight.
     """
-    counted = np.bincount(run.configuration[run.settled], minlength=len(run.configurations))
-    timed = np.flatnonzero(counted >= FEWEST_STEPS)
+    timed = run.timed
     if not len(run.noise_log) or not len(timed):
         return None
     rng = np.random.default_rng(seed)
@@ -153,9 +168,8 @@ def _estimate(ratios: Floats) -> Estimate:
 def _draw_step_times(run: PastRun, timed: Indices, rng: np.random.Generator) -> tuple[Indices, Floats]:
     """Numbers of the configurations whose time is known, shape (K,), and draws of their log seconds, (draws, K). The
     first draw is the middle."""
-    of_timed = np.isin(run.configuration, timed) & run.settled
-    numbers = np.searchsorted(timed, run.configuration[of_timed])
-    fit: StepTimes = fit_step_times(numbers, run.seconds[of_timed], run.at[of_timed])
+    fit = run.step_times()
+    assert fit is not None, "something was timed"
     draws = rng.multivariate_normal(fit.mean, fit.covariance, DRAWS, method="eigh")
     draws[0] = fit.mean
     columns, known = [draws], list(timed)

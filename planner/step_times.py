@@ -33,6 +33,10 @@ class StepTimes:
     """Shape (C,)."""
     covariance: Floats
     """Shape (C, C). What all have in common, the mean state of the machine, cancels in a ratio of two."""
+    bursts: float
+    """Standard deviation of the logarithm of the quick part of the machine's state."""
+    drift: float
+    """The same of the slow part."""
 
 
 def fit_step_times(configuration: Indices, seconds: Floats, at: Floats) -> StepTimes:
@@ -53,14 +57,16 @@ def fit_step_times(configuration: Indices, seconds: Floats, at: Floats) -> StepT
     design = (configuration[blocks[:-1], None] == np.arange(configuration.max() + 1)).astype(float)
     apart = np.abs(middle[:, None] - middle) / max(float(at[-1] - at[0]), float(seconds.sum()))
     quick, slow = (
-        [np.zeros_like(apart), *(sd**2 * np.exp(-apart / memory) for memory in memories for sd in MACHINE)]
+        [(0.0, np.zeros_like(apart)), *((sd, sd**2 * np.exp(-apart / memory)) for memory in memories for sd in MACHINE)]
         for memories in (BURST, DRIFT)
     )
     best: tuple[float, StepTimes] | None = None
-    for noise, one, other in product(NOISE, quick, slow):
-        found = _generalized_least_squares(one + other + np.diag((noise * error) ** 2), design, value)
-        if best is None or found[0] > best[0]:
-            best = found
+    for noise, (bursts, one), (drift, other) in product(NOISE, quick, slow):
+        likelihood, mean, spread = _generalized_least_squares(
+            one + other + np.diag((noise * error) ** 2), design, value
+        )
+        if best is None or likelihood > best[0]:
+            best = likelihood, StepTimes(mean, spread, bursts, drift)
     assert best is not None, "the grid is not empty"
     return best[1]
 
@@ -81,8 +87,8 @@ def _step_noise(configuration: Indices, logs: Floats) -> float:
     return max(float(np.median(jumps)) / (0.6745 * np.sqrt(2)), LEAST_NOISE) if len(jumps) else 0.1
 
 
-def _generalized_least_squares(covariance: Floats, design: Floats, value: Floats) -> tuple[float, StepTimes]:
-    """The restricted log likelihood, and the coefficients."""
+def _generalized_least_squares(covariance: Floats, design: Floats, value: Floats) -> tuple[float, Floats, Floats]:
+    """The restricted log likelihood, and the coefficients with their covariance."""
     factor = cholesky(covariance, lower=True, check_finite=False)
     weighted = cho_solve((factor, True), design, check_finite=False)
     precision = design.T @ weighted
@@ -91,4 +97,4 @@ def _generalized_least_squares(covariance: Floats, design: Floats, value: Floats
     left = value - design @ mean
     likelihood = -np.log(np.diag(factor)).sum() - 0.5 * np.linalg.slogdet(precision)[1]
     likelihood -= 0.5 * left @ cho_solve((factor, True), left, check_finite=False)
-    return float(likelihood), StepTimes(mean, spread)
+    return float(likelihood), mean, spread

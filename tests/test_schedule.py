@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from copus.backends.adamw import adamw_options
 from copus.backends.step_contract import StepRules
 from copus.job import JobConfig
+from copus.learning_rate import base_lr
 from copus.optimizers import AdamW
-from copus.schedule import base_lr, batch_ratio, rules_at
+from copus.schedule import batch_ratio, rules_at
 from copus.trainer_state import TrainerState
 from tests.megatron_jobs import tiny_job
 

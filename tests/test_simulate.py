@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launch_events import DATA, TENSOR, reconfigure, start, write_run
+from launch_events import DATA, TENSOR, noise, reconfigure, start, step, write_run
 from launch_jobs import copus_here, write_job
 
 import launch.simulate
@@ -61,8 +61,6 @@ def test_a_table_of_policies_and_the_plan(job: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_noise_of_a_run_and_of_a_published_schedule(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from launch_events import noise
-
     run = write_run(job.parent / "runs" / "one", start(), noise(4), noise(300), reconfigure(0, 4, TENSOR, DATA))
     assert run.is_dir()
     assert copus_here("simulate", str(job), "--like", "one", "--json", "--seeds", "2", "--policy", "goodput") == 0
@@ -78,8 +76,6 @@ def test_the_noise_of_a_run_and_of_a_published_schedule(job: Path, capsys: pytes
 
 
 def test_the_noise_of_a_run_that_was_made_longer_is_spread_over_all_of_it(job: Path) -> None:
-    from launch_events import noise
-
     longer = start(400, resumed_from="x").model_copy(update={"total_samples": 800})
     at = {
         samples: noise(samples).model_copy(update={"value": value}) for samples, value in ((4, 1), (400, 4), (800, 9))
@@ -88,6 +84,38 @@ def test_the_noise_of_a_run_that_was_made_longer_is_spread_over_all_of_it(job: P
     phi, _ = launch.simulate._trajectory(load_job(job), None, "geometric", "one")
     assert (phi[0], phi[-1]) == pytest.approx((2 * 1, 2 * 9), rel=0.01)
     assert phi[len(phi) // 2] == pytest.approx(2 * 4, rel=0.01)
+
+
+def test_what_a_run_did_stands_beside_what_was_to_be_expected_of_it(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its length, its moves after the first step, and not those of trials."""
+    moved = reconfigure(0, 100, TENSOR, DATA)
+    steps = [step(4 * place, 0.1 + 0.01 * (place % 3), 4) for place in range(1, 30)]
+    write_run(job.parent / "runs" / "one", start(), *steps, noise(40), moved, noise(300))
+    assert copus_here("simulate", str(job), "--like", "one", "--json", "--seeds", "2") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["policy"] for row in result["policies"]] == ["goodput"], "that of the job file"
+    made = result["made"]
+    assert (made["samples"], made["layout_moves"], made["batch_moves"], made["trials"]) == (300, 1, 0, 0)
+    assert 0 <= made["drift"] < 1
+    (row,) = result["policies"]
+    assert row["moves_low"] <= row["layout_moves"] + row["batch_moves"] <= row["moves_high"]
+    assert copus_here("simulate", str(job), "--like", "one", "--seeds", "2") == 0
+    text = capsys.readouterr().out
+    assert "runs/one made 1 move, 1 of them to another layout, and 0 trials in 300 sequences" in text
+    assert "goodput is expected to make " in text
+
+
+def test_seesaw_follows_the_decay_of_the_learning_rate(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", str(job), "--noise", "1:100", "--json", "--seeds", "1", "--policy", "seesaw"]
+    moves = []
+    for decay in ("constant", "cosine"):
+        changed = ["--set", f"training.decay={decay}", "--set", "planner.start=job"]
+        assert copus_here(*arguments, *changed) == 0
+        (row,) = json.loads(capsys.readouterr().out)["policies"]
+        moves.append(row["batch_moves"])
+    assert moves[0] == 0 < moves[1]
 
 
 def test_a_loss_is_called_a_loss() -> None:

@@ -1,5 +1,6 @@
 """Many runs of a policy at once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from planner.critical_batch import NEAR, SYSTEMATIC
 from planner.forecast import LAWS_ERROR, QUANTILE_90, CriticalBatchForecast
 from planner.goodput import Objective, progress_per_sample
-from planner.menu import RUNGS, Floats, Indices, Menu, rung_of
+from planner.menu import Floats, Indices, Menu
 from planner.plan import Plan, plan_run
 from planner.planner import FEWEST_STEPS_BETWEEN
 from planner.policy import Policy
@@ -52,9 +53,9 @@ class Runs:
     """What c is believed to be over what it is, shape (R,)."""
     correlation: float = 0.0
     """Correlation of the errors of successive estimates."""
-    throughput_error: float = 0.0
-    """Standard deviation of the logarithm of predicted throughputs; steps correct them as in a job
-    (`profiles.online`)."""
+    throughput_error: float | tuple[float, ...] = 0.0
+    """Standard deviation of the logarithm of predicted throughputs, of all configurations or of each; steps correct
+    them as in a job (`profiles.online`)."""
     drift: float = 0.0
     """Standard deviation that the logarithm of the machine's speed reaches by the end, as a random walk, and a quarter
     of it for what each layout does besides."""
@@ -72,6 +73,10 @@ class Runs:
     early_error: Floats | None = None
     """What φ is believed to be over what it is at the very beginning, beyond the error of c, shape (R,). It fades over
     the first `EARLY` of the progress."""
+    lr_decay: Callable[[float], float] | None = None
+    """Learning rate that the schedule says after so many sequences, over its peak; None without a schedule."""
+    start_batch: Floats | None = None
+    """Global batch of the job file, sequences, shape (R,), which schedules grow from; None for the smallest."""
     start: Indices | None = None
     """What runs first, shape (R,), and is left at the cost of a move; None where the policy picks it, for nothing."""
 
@@ -90,7 +95,9 @@ class Outcome:
     samples: Floats
     """Sequences trained on, shape (R,)."""
     moves: Indices
-    """Moves made, by rung (batch, micro-batch, layout), shape (R, 3)."""
+    """Moves made, by rung (batch, micro-batch, layout), shape (R, 3); those of trials that went back are left out."""
+    trials: Indices
+    """Trials made, shape (R,)."""
     paths: tuple[list[tuple[float, int]], ...] = ()
     """For each run the progress at which each configuration began; empty unless asked for."""
 
@@ -106,9 +113,12 @@ class _State:
     samples: Floats
     seconds: Floats
     moves: Indices
+    trials: Indices
     current: Indices
     table: Floats
     """Samples a second of each configuration before anything has run, shape (C,)."""
+    table_error: Floats
+    """Standard error of its logarithm, shape (C,)."""
     believed: Floats
     error: Floats
     actual: Floats
@@ -129,9 +139,9 @@ class _State:
 
     def keep(self, rows: np.ndarray) -> "_State":
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        live, table = found.pop("live"), found.pop("table")
+        live, table = found.pop("live"), {name: found.pop(name) for name in ("table", "table_error")}
         taken = {n: v[rows] if isinstance(v, np.ndarray) else v.take(rows) for n, v in found.items()}
-        return _State(**taken, table=table, live=live and [live[row] for row in np.flatnonzero(rows)])
+        return _State(**taken, **table, live=live and [live[row] for row in np.flatnonzero(rows)])
 
 
 def simulate(
@@ -154,7 +164,7 @@ def simulate(
     walk = _walks(runs, menu)
     state = _begin(menu, np.asarray(samples_per_second, float), runs)
     done_seconds, done_samples = np.zeros(count), np.zeros(count)
-    done_moves = np.zeros((count, 3), np.int64)
+    done_moves, done_trials = np.zeros((count, 3), np.int64), np.zeros(count, np.int64)
     paths: tuple[list[tuple[float, int]], ...] = tuple([] for _ in range(count))
     number = 0
     while len(state.row):
@@ -185,6 +195,8 @@ def simulate(
             objective=objective,
             number=number,
             started=number > 0 or runs.start is not None,
+            lr_decay=None if runs.lr_decay is None else np.array([runs.lr_decay(at) for at in state.samples.tolist()]),
+            start_batch=runs.start_batch,
         )
         if number == 0:
             state.current = np.argmax(situation.goodput(seen), axis=1) if runs.start is None else runs.start
@@ -207,9 +219,9 @@ def simulate(
         if finished.any():
             rows = state.row[finished]
             done_seconds[rows], done_samples[rows] = state.seconds[finished], state.samples[finished]
-            done_moves[rows] = state.moves[finished]
+            done_moves[rows], done_trials[rows] = state.moves[finished], state.trials[finished]
             state = state.keep(~finished)
-    return Outcome(done_seconds, done_samples, done_moves, paths if record else ())
+    return Outcome(done_seconds, done_samples, done_moves, done_trials, paths if record else ())
 
 
 def fixed_seconds(
@@ -292,9 +304,10 @@ def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
     count, size = len(runs.seed), len(menu)
     rows = np.broadcast_to(believed, (count, size)).copy()
     actual = rows.copy()
-    if runs.throughput_error:
+    table_error = np.broadcast_to(np.asarray(runs.throughput_error, float), (size,))
+    if table_error.any():
         draws = {seed: np.random.default_rng([seed, 1]).normal(size=size) for seed in set(runs.seed.tolist())}
-        actual *= np.exp(runs.throughput_error * np.stack([draws[seed] for seed in runs.seed.tolist()]))
+        actual *= np.exp(table_error * np.stack([draws[seed] for seed in runs.seed.tolist()]))
     return _State(
         runs=runs,
         row=np.arange(count),
@@ -303,10 +316,12 @@ def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
         samples=np.zeros(count),
         seconds=np.zeros(count),
         moves=np.zeros((count, 3), np.int64),
+        trials=np.zeros(count, np.int64),
         current=np.zeros(count, np.int64),
         table=believed,
         believed=rows,
-        error=np.full((count, size), runs.throughput_error),
+        table_error=table_error,
+        error=np.broadcast_to(table_error, (count, size)).copy(),
         actual=actual,
         unseen=np.ones((count, size), bool),
         spent=np.zeros(count),
@@ -315,7 +330,7 @@ def _begin(menu: Menu, believed: Floats, runs: Runs) -> _State:
         changed_at=np.zeros(count),
         meter=NoiseMeter.unknown(count),
         observed_at=np.zeros(count),
-        live=[OnlineCorrection() for _ in range(count)] if runs.throughput_error or runs.drift or runs.bursts else None,
+        live=[OnlineCorrection() for _ in range(count)] if table_error.any() or runs.drift or runs.bursts else None,
     )
 
 
@@ -395,9 +410,9 @@ def _try(
         table = state.table
         step = menu.global_batch / table
         off = seen - float(np.log(step[candidate] / step[running]))
-        own = runs.throughput_error
         configurations = menu.configurations[candidate], menu.configurations[running]
-        state.live[row].observe_comparison(*configurations, off, TRIAL_ERROR, (own, own), 5)
+        own = float(state.table_error[candidate]), float(state.table_error[running])
+        state.live[row].observe_comparison(*configurations, off, TRIAL_ERROR, own, 5)
         state.unseen[row, menu.passes == menu.passes[candidate]] = False
         useful = np.log(menu.global_batch[candidate] * worth[row, candidate])
         useful -= np.log(menu.global_batch[running] * worth[row, running])
@@ -411,9 +426,8 @@ def _try(
         state.samples[row] += steps * menu.global_batch[candidate]
         state.seconds[row] += seconds + (0.0 if stays else 2 * move)
         state.spent[row] += seconds + 2 * move + steps * menu.global_batch[running] / rates[running]
+        state.trials[row] += 1
         if not stays:
-            rung = rung_of(*configurations)
-            state.moves[row, RUNGS.index(rung)] += 2
             index[row] = running
     return index
 
@@ -453,12 +467,15 @@ def _advance(
         rate = rate * np.exp(machine[rows, menu.layout[state.current]])
     left = 1 - state.progress
     step = np.zeros_like(left)
-    for _ in range(3):  # the midpoint rule, solved by iteration: φ hardly changes within a step
-        phi = _read(runs.critical_batch, state.progress + np.minimum(step, left) / 2)
-        worth = progress_per_sample(batch, phi, objective)
-        step = length * worth / runs.progress
+    for _ in range(3):  # Simpson's rule, solved by iteration: φ changes little within a step
+        phi, inverse = np.zeros_like(left), np.zeros_like(left)
+        for place, weight in ((0.0, 1 / 6), (0.5, 4 / 6), (1.0, 1 / 6)):
+            here = _read(runs.critical_batch, state.progress + place * np.minimum(step, left))
+            phi = phi + weight * here
+            inverse = inverse + weight / progress_per_sample(batch, here, objective)
+        step = length / (inverse * runs.progress)
     finished = step >= left
-    samples = np.where(finished, left * runs.progress / worth, length)
+    samples = np.where(finished, left * runs.progress * inverse, length)
     if runs.first_guess is not None:
         early = 1.0 if runs.early_error is None else runs.early_error ** np.exp(-(state.progress + step / 2) / EARLY)
         ends = state.samples, state.samples + length
@@ -475,13 +492,14 @@ def _advance(
 def _learn(menu: Menu, state: _State, rate: Floats, steps: Floats) -> None:
     """Correct what each run believes of throughputs by the steps that it made, at samples a second of `rate`."""
     assert state.live is not None
-    own = state.runs.throughput_error
+    own = state.table_error
     for row, (live, current, seen, count) in enumerate(zip(state.live, state.current, rate, steps, strict=True)):
-        running = menu.configurations[current]
-        live.observe(running, 1 / state.table[current], 1 / seen, own, max(float(count), 1.0))
+        running, error = menu.configurations[current], float(own[current])
+        live.observe(running, 1 / state.table[current], 1 / seen, error, max(float(count), 1.0))
         for index, configuration in enumerate(menu.configurations):
             state.believed[row, index] = state.table[index] / live.factor(configuration)
-            state.error[row, index] = live.error(configuration, own, running, own) if index != current else 0.0
+            beside = live.error(configuration, float(own[index]), running, error) if index != current else 0.0
+            state.error[row, index] = beside
 
 
 def _read(grid: Floats, progress: Floats) -> Floats:
