@@ -238,9 +238,10 @@ def _print_made(made: Made, run: str, rows: list[Row]) -> None:
     """What the run did beside what was to be expected: `moves  runs/x made 4 (1 to another layout), 0 trials`."""
     console = page()
     count = made.layout_moves + made.batch_moves
+    moves, trials = f"{count} move{'s' * (count != 1)}", f"{made.trials} trial{'s' * (made.trials != 1)}"
     console.print(
-        f"{run} made {count} move{'s' * (count != 1)}, {made.layout_moves} of them to another layout, and {made.trials} trial{'s' * (made.trials != 1)} in "
-        f"{made.samples} sequences; its machine drifted by {made.drift:.0%}",
+        f"{run} made {moves}, {made.layout_moves} of them to another layout, and {trials} in {made.samples} sequences; "
+        f"its machine drifted by {made.drift:.0%}",
         soft_wrap=True,
     )
     for row in rows:
