@@ -29,7 +29,7 @@ from planner.norm_test import NormTest
 from planner.plan import Plan
 from planner.policy import Copus, Policy, Static
 from planner.schedules import Ramp
-from planner.simulator.simulate import Runs, fixed_seconds, oracle, simulate
+from planner.simulator.simulate import Runs, best_fixed_seconds, oracle, simulate
 from planner.simulator.trajectory import POINTS, geometric, linear, power
 from planner.switching import Goodput
 from profiles.configuration import Configuration
@@ -196,7 +196,7 @@ def _best_fixed_seconds(menu: Menu, speed: np.ndarray, cells: Sequence[Cell], jo
     seeds = len(joined.seed) // len(cells)
     if cells[0].world != "drifting":
         return np.repeat([cell.plan.fixed_seconds for cell in cells], seeds)
-    return np.min([fixed_seconds(menu, speed, joined, index) for index in range(len(menu))], axis=0)
+    return best_fixed_seconds(menu, speed, joined)
 
 
 def _figures(

@@ -11,7 +11,7 @@ from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Menu
 from planner.plan import Plan
 from planner.policy import Policy
-from planner.simulator.simulate import Outcome, Runs, fixed_seconds, oracle, simulate
+from planner.simulator.simulate import Outcome, Runs, best_fixed_seconds, oracle, simulate
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def _best_fixed_seconds(setting: Setting, runs: Runs, plan: Plan) -> Floats:
     is another one in each."""
     if not (np.any(setting.throughput_error) or setting.drift or setting.bursts):
         return np.full(len(runs.seed), plan.fixed_seconds)
-    arguments = setting.menu, setting.samples_per_second, runs
-    return np.min([fixed_seconds(*arguments, index, setting.objective) for index in range(len(setting.menu))], axis=0)
+    return best_fixed_seconds(setting.menu, setting.samples_per_second, runs, setting.objective)
 
 
 def _runs(setting: Setting, seeds: int) -> Runs:

@@ -224,23 +224,22 @@ def simulate(
     return Outcome(done_seconds, done_samples, done_moves, done_trials, paths if record else ())
 
 
-def fixed_seconds(
-    menu: Menu, samples_per_second: Floats, runs: Runs, index: int, objective: Objective = "plain"
-) -> Floats:
-    """What one configuration takes from start to target in every run, by the true times and nobody's decision; shape
-    (R,)."""
-    walk = _walks(runs, menu)
-    state = _begin(menu, np.asarray(samples_per_second, float), replace(runs, first_guess=None))
-    state.live = None  # nobody learns anything
-    state.current = np.full(len(runs.seed), index)
-    seconds = np.zeros(len(runs.seed))
+def best_fixed_seconds(menu: Menu, samples_per_second: Floats, runs: Runs, objective: Objective = "plain") -> Floats:
+    """What the configuration takes that is the fastest of all from start to target, by the true times of each run;
+    shape (R,). Nobody decides or learns anything."""
+    count, size = len(runs.seed), len(menu)
+    every = runs.take(np.repeat(np.arange(count), size))  # each run in each configuration
+    walk = _walks(every, menu)
+    state = _begin(menu, np.asarray(samples_per_second, float), replace(every, first_guess=None))
+    state.live, state.current = None, np.tile(np.arange(size), count)
+    best = np.full(count, np.inf)
     number = 0
     while len(state.row):
-        nothing = np.zeros(len(state.row))
-        finished = _advance(menu, state, _speed(state, walk, number), objective, number, nothing)
-        seconds[state.row[finished]] = state.seconds[finished]
-        state, number = state.keep(~finished), number + 1
-    return seconds
+        finished = _advance(menu, state, _speed(state, walk, number), objective, number, np.zeros(len(state.row)))
+        run = state.row // size
+        np.minimum.at(best, run[finished], state.seconds[finished])
+        state, number = state.keep(~finished & (state.seconds < best[run])), number + 1
+    return best
 
 
 def _estimate(state: _State, seen: Floats) -> tuple[Floats, Floats, CriticalBatchForecast]:
