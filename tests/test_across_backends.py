@@ -121,7 +121,10 @@ def test_a_job_goes_on_in_another_precision(tmp_path: Path) -> None:
 
 
 MEGATRON = ("megatron", {"tp": 2, "pp": 2})
-OTHERS: list[tuple[str, dict[str, Any]]] = [("deepspeed", {"dp": 4, "zero": 3})]
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("fsdp", {"tp": 2, "dp": 2, "zero": 3}),
+    ("deepspeed", {"dp": 4, "zero": 3}),
+]
 
 
 def _go_on(folder: Path, backend: str, layout: dict[str, Any], precision: str, first: int) -> list[float]:
