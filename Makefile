@@ -28,7 +28,7 @@ GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-insp
 	tyro docstring-parser typeguard
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-next test-slow test-slurm lint format docs gpu-check gpu-ranks gpu-wheels clean
+.PHONY: help install demo test test-next test-slow test-slurm lint format reference docs gpu-check gpu-ranks gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,9 @@ lint: install  ## ruff and mypy
 format: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+reference: install  ## write the generated parts of docs/ anew, after a change of a field or an option
+	$(BIN)/python docs/hooks/reference.py
 
 docs: $(VENV)/.docs  ## build the documentation into build/site; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
