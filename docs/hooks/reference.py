@@ -1,5 +1,5 @@
-"""The generated parts of the documentation: `make reference` writes them into their pages, where the repository's view and the
-site show them. A test fails while they are not current.
+"""The generated parts of the documentation: `make reference` writes them into their pages, where the view of the
+repository and the site show them. A test fails while they are not current.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end -->`. This file is a MkDocs hook as well.
 """
