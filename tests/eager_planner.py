@@ -36,9 +36,9 @@ class EagerPlanner:
         """Whatever is not about choosing."""
         return getattr(self.real, name)
 
-    def decide(self, noise: Any, current: Configuration, samples_consumed: int, step_norms: Any = None) -> Any:
+    def decide(self, noise: Any, current: Configuration, samples_consumed: int, *more: Any) -> Any:
         """The real decision, but for what it chooses."""
-        decision = self.real.decide(noise, current, samples_consumed, step_norms)
+        decision = self.real.decide(noise, current, samples_consumed, *more)
         known = self.throughput.predict(self._after)
         if known and known.failure:
             return decision
