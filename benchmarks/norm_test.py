@@ -103,7 +103,8 @@ def extra_of_testing(settings: Settings, rounds: int) -> dict[str, float]:
     from benchmarks.noise_model import step_times
     from tests.ranks import run_ranks
 
-    job = load_job(JOB, _overrides(settings))
+    # `step_times` goes through 4,096 sequences again and again: the job has to be longer than that.
+    job = load_job(JOB, _overrides({**settings, "training.tokens": 5_000 * 64}))
     configuration = Configuration(layout=job.training.layout, micro_batch=4, global_batch=16)
     seconds = run_ranks(2, step_times, job, configuration, rounds, timeout_seconds=1200)[0]
     return paired(seconds["replica"], seconds["off"], 1)
