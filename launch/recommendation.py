@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs
     from planner.job_estimate import JobEstimate
     from planner.predictor import CandidateEstimate
 
+STAGES = 20
+"""Equal parts of the run that the best configuration is looked up for."""
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -28,8 +31,11 @@ class Recommendation:
     """Its samples per second over those of the job file's configuration; None if that one's are not known."""
     tokens_per_second: float
     """Throughput."""
+    later: list[tuple[float, "CandidateEstimate"]]
+    """The best configurations after that, if critical batches grow as published laws say: share of the run, and what is
+    best from there on."""
     run_seconds: float
-    """Time for all tokens of the job at that throughput."""
+    """Time for all tokens of the job on that schedule."""
     accelerator_hours: float
     """That, times the number of accelerators."""
     price: float | None
@@ -48,7 +54,7 @@ def recommend(job: JobConfig, estimate: "JobEstimate", price_per_hour: float | N
     rate = chosen.samples_per_second
     if rate is None or chosen.refusal:
         return None
-    seconds = job.total_samples / rate
+    later, seconds = _by_laws(job, estimate, chosen)
     hours = seconds / 3600 * job.cluster.accelerators
     before = estimate.start.samples_per_second
     return Recommendation(
@@ -56,10 +62,41 @@ def recommend(job: JobConfig, estimate: "JobEstimate", price_per_hour: float | N
         reason=decision.reason,
         speedup=rate / before if before else None,
         tokens_per_second=rate * job.model.seq_len,
+        later=later,
         run_seconds=seconds,
         accelerator_hours=hours,
         price=None if price_per_hour is None else hours * price_per_hour,
     )
+
+
+def _by_laws(
+    job: JobConfig, estimate: "JobEstimate", start: "CandidateEstimate"
+) -> "tuple[list[tuple[float, CandidateEstimate]], float]":
+    """What is best after the start while the critical batch grows as laws say, and the seconds of the whole run. A
+    policy that keeps its configuration keeps the start."""
+    import numpy as np
+
+    from planner.forecast import CriticalBatchForecast
+    from planner.goodput import goodput
+
+    config, total = job.planner, job.total_samples
+    able = [fastest.best for fastest in estimate.fastest()] if config.policy in ("goodput", "copus") else []
+    laws = CriticalBatchForecast.of_laws(total, job.model)
+    later, seconds, runs = list[tuple[float, "CandidateEstimate"]](), 0.0, start
+    for stage in range(STAGES):
+        place = (stage + 0.5) / STAGES
+        phi = float(laws.at(np.array([place * total]))[0])
+
+        def score(candidate: "CandidateEstimate", phi: float = phi) -> float:
+            rate = candidate.samples_per_second or 0.0
+            return float(goodput(rate, candidate.configuration.global_batch, phi, config.objective))
+
+        best = max(able, key=score, default=runs)
+        if best.configuration.global_batch > runs.configuration.global_batch:  # a schedule grows
+            runs = best
+            later.append((stage / STAGES, best))
+        seconds += total / STAGES / (runs.samples_per_second or 1.0)
+    return later, seconds
 
 
 def lines(job: JobConfig, recommendation: Recommendation, memory: str) -> list[str]:
@@ -77,13 +114,15 @@ def lines(job: JobConfig, recommendation: Recommendation, memory: str) -> list[s
         speed += f"; ×{recommendation.speedup:.2f} of the job file's"
     price = "" if recommendation.price is None else f", {three_digits(recommendation.price)} at --price"
     run = (
-        f"{count(job.training.tokens)} tokens in {duration(recommendation.run_seconds)} at this speed, "
+        f"{count(job.training.tokens)} tokens in {duration(recommendation.run_seconds)}, "
         f"{three_digits(recommendation.accelerator_hours)} accelerator-hours{price}"
     )
+    later = [f"{best.configuration.label} from {percent(place)}" for place, best in recommendation.later]
     return [
         f"recommended: begin in {estimate.configuration.label}",
         f"  why         {recommendation.reason}",
         f"  speed       {speed}",
+        *([f"  later       by the same laws {', '.join(later)} of the run"] if later else []),
         f"  run         {run}",
         f"  memory      {memory}",
         f"  job file    training: {flow(estimate.configuration)}",
@@ -111,6 +150,10 @@ def as_values(recommendation: Recommendation | None) -> dict[str, Any] | None:
         "reason": recommendation.reason,
         "speedup": recommendation.speedup,
         "tokens_per_second": recommendation.tokens_per_second,
+        "later": [
+            {"share": share, "configuration": best.configuration.model_dump(mode="json")}
+            for share, best in recommendation.later
+        ],
         "run_seconds": recommendation.run_seconds,
         "accelerator_hours": recommendation.accelerator_hours,
         "price": recommendation.price,
