@@ -88,7 +88,7 @@ class TrainingConfig(Record):
     """The training run. Batches in sequences, schedules in tokens, so that a change of batch changes no schedule."""
 
     backend: str = "megatron"
-    """Framework that trains: `megatron`, or a backend that a plugin adds."""
+    """Framework that trains: `megatron`, `fsdp`, `deepspeed`, or a backend that a plugin adds."""
     layout: Layout = Layout()
     """Layout to start with."""
     micro_batch: PositiveInt = 1

@@ -432,7 +432,7 @@ class Simulate:
     like: Annotated[str | None, arg(metavar="RUN")] = None
     """Take the length, the noise scale, the cost of moves and how the machine wandered from the events of this run;
     simulate errors of the table and trials too, and print the moves to be expected beside those that it made."""
-    error: float | None = None
+    error: Annotated[float | None, arg(metavar="E")] = None
     """Standard deviation of the logarithm of a noise estimate that is there from the start, without any lag. If it is
     not given, the noise scale is measured as in a job."""
     factor_error: float = 1.0

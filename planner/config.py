@@ -108,7 +108,8 @@ class PlannerConfig(Record):
     """Decide and write what would be done, but never move."""
     layouts: list[Layout] | None = None
     """Layouts that may be chosen, as they are listed; None means every split of the cluster into tp, pp and dp that the
-    model allows, with tensor parallel ranks within a node, every recomputation, and every number of chunks a stage."""
+    model and the backend allow, with tensor parallel ranks within a node, every recomputation, every number of chunks a
+    stage, and on fsdp every ZeRO stage and one copy of the state on each node."""
 
     @property
     def needs_noise_scale(self) -> bool:

@@ -45,7 +45,7 @@ class _Config:
     """A configuration that remembers which of its keys were read."""
 
     def __init__(self, values: Fields) -> None:
-        self._values = values
+        self._values = dict(values)
         self._read = set(_NOT_OF_THE_MODEL)
 
     def take(self, name: str, *default: Any) -> Any:
@@ -57,6 +57,10 @@ class _Config:
         if default:
             return default[0]
         raise ValueError(f"{name} is missing")
+
+    def default(self, name: str, value: Any) -> None:
+        """What the family has if the key is missing."""
+        self._values.setdefault(name, value)
 
     def window(self, missing: int | None) -> int | None:
         """`sliding_window`: of the family, `missing`, unless it is there; null is none."""
@@ -234,7 +238,7 @@ def _mixtral(config: _Config) -> Fields:
 
 def _qwen_windows(config: _Config) -> Fields:
     """Off unless `use_sliding_window` says so; then the first `max_window_layers` attend to everything."""
-    window, first = config.window(None), config.take("max_window_layers", 0)
+    window, first = config.window(None), config.take("max_window_layers", 28)
     if not config.take("use_sliding_window", False):
         config.take("layer_types", None)
         return {}
@@ -248,12 +252,14 @@ def _qwen2(config: _Config) -> Fields:
 
 
 def _qwen3(config: _Config) -> Fields:
+    config.default("head_dim", 128)
     return _decoder(config) | {"qk_norm": "head"} | _attention_bias(config) | _qwen_windows(config)
 
 
 def _qwen3_moe(config: _Config) -> Fields:
     config.expect("decoder_sparse_step", 1)
     config.expect("mlp_only_layers", [])
+    config.default("head_dim", None)  # hidden ÷ heads, unlike the dense models of the family
     config.take("intermediate_size", None)  # of dense layers, of which there are none
     experts = {
         "ffn_hidden": config.take("moe_intermediate_size"),
@@ -277,6 +283,7 @@ def _olmo3(config: _Config) -> Fields:
 def _gemma(config: _Config) -> Fields:
     config.take("hidden_activation", None)  # the name of `hidden_act` in some of its versions
     config.take("hidden_act", None)
+    config.default("head_dim", 256)
     fields = _decoder(config, tied=True) | _attention_bias(config)
     return fields | {"activation": "gelu_tanh", "embedding_scale": math.sqrt(fields["hidden"])}
 
@@ -323,6 +330,7 @@ def _starcoder2(config: _Config) -> Fields:
 
 
 def _nemotron(config: _Config) -> Fields:
+    config.default("partial_rotary_factor", 0.5)
     fields = _decoder(config, epsilon="norm_eps") | _attention_bias(config)
     return fields | {"norm": "layernorm", "gated_mlp": False}
 

@@ -1,12 +1,15 @@
 """Frequencies of rotary position embeddings (2104.09864), and how they are scaled for longer sequences."""
 
-from typing import Literal
+import math
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from profiles.record import PositiveInt, Record
+
+if TYPE_CHECKING:  # numpy takes a tenth of a second, and every command reads this file
+    import numpy as np
+    from numpy.typing import NDArray
 
 _OWN_FIELDS = {
     "linear": (),
@@ -57,8 +60,10 @@ class RopeScaling(Record):
         return self
 
 
-def frequencies(width: int, base: float, scaling: RopeScaling | None) -> NDArray[np.float64]:
+def frequencies(width: int, base: float, scaling: RopeScaling | None) -> "NDArray[np.float64]":
     """Radians per token of each of the `width` / 2 pairs of dimensions that are rotated, the fastest first."""
+    import numpy as np
+
     unscaled = np.asarray(base ** (-np.arange(0, width, 2) / width))
     if scaling is None:
         return unscaled
@@ -85,4 +90,4 @@ def attention_factor(scaling: RopeScaling | None) -> float:
     """What sines and cosines are multiplied with: YaRN's √(1/t) (2309.00071, eq. 22), 1 for all others."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0
-    return scaling.attention_factor or 0.1 * float(np.log(scaling.factor)) + 1.0
+    return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0

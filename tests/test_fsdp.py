@@ -249,3 +249,10 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.Mo
     monkeypatch.setattr("copus.backends.description.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs transformers: pip install 'copus\[fsdp\]'"):
         find_backend("fsdp").check_installed()
+
+
+def test_a_torch_that_is_too_old_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("copus.backends.description.version", lambda name: "2.9.1+cu130")
+    with pytest.raises(ValueError, match=r"needs torch 2\.13 or newer, and torch 2\.9\.1\+cu130 is installed"):
+        find_backend("fsdp").check_installed()
+    find_backend("megatron").check_installed()

@@ -90,6 +90,18 @@ def test_qwen_attends_to_everything_unless_it_says_that_it_uses_windows() -> Non
     assert config_fields(values | {"use_sliding_window": True, "max_window_layers": 0})["sliding_window"] == 512
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "gemma", "nemotron", "qwen2"])
+def test_a_key_that_is_missing_has_the_default_of_its_family(kind: str) -> None:
+    """As transformers has it, not as most families have it."""
+    whole = json.loads(json.dumps(AutoConfig.for_model(kind, use_sliding_window=False).to_dict()))
+    keys = {"head_dim", "partial_rotary_factor", "max_window_layers"}
+    rope = {key: value for key, value in whole["rope_parameters"].items() if key not in keys}
+    less = {key: value for key, value in whole.items() if key not in keys} | {"rope_parameters": rope}
+    assert ModelShape(**{"seq_len": 1024, **config_fields(less)}) == ModelShape(
+        **{"seq_len": 1024, **config_fields(whole)}
+    )
+
+
 def test_a_configuration_without_a_base_of_rotary_positions_has_the_usual_one_if_its_family_has_one() -> None:
     assert config_fields(_config())["rope_base"] == 10000
     with pytest.raises(ValueError, match="rope_theta is missing"):

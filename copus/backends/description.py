@@ -35,11 +35,17 @@ class BackendDescription(BackendTraits, ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     """Top-level modules that it imports and copus itself does not require."""
 
+    least_torch: ClassVar[tuple[int, int]] = (2, 6)
+    """The oldest torch that it runs on."""
+
     def check_installed(self) -> None:
-        """Raise ValueError if a package is missing, with the command that installs it."""
+        """Raise ValueError if a package is missing or torch is too old, with the command that installs it."""
         missing = [name for name in self.packages if find_spec(name) is None]
         if missing:
             raise ValueError(f"this backend needs {' and '.join(missing)}: pip install 'copus[{self.extra}]'")
+        torch, least = version("torch"), self.least_torch
+        if tuple(map(int, torch.split(".")[:2])) < least:
+            raise ValueError(f"this backend needs torch {least[0]}.{least[1]} or newer, and torch {torch} is installed")
 
     @abstractmethod
     def check_model(self, model: ModelShape) -> None:

@@ -41,7 +41,7 @@ class DeepSpeedBackend(Backend):
 
     @torch.no_grad()
     def _fill_initial_weights(self, layout: Layout) -> None:
-        """Draw each whole parameter and keep what this rank holds of it. Masters are what bf16 has of it."""
+        """Draw each whole parameter and keep what this rank holds of it. Masters are rounded to bf16 first."""
         live = self.live_state()
         shape, seed, dtype = self._job.model, self._job.training.seed, self.built.model.dtype
         drawn, whole = "", torch.empty(0)

@@ -47,7 +47,7 @@ class FsdpBackend(Backend):
         built.parameters = sharded_parameters(model, self._shapes, layout, rank)
         if initial_weights:
             for sharded in built.parameters:
-                initialize(sharded, self._job.model.layers, self._job.training.seed)
+                initialize(sharded, self._job)
         groups: list[dict[str, Any]] = [
             {"params": [sharded.main for sharded in built.parameters if sharded.decays is decays], "decays": decays}
             for decays in (True, False)

@@ -25,6 +25,7 @@ class FsdpDescription(HuggingFaceDescription):
     shards_within_nodes = True
     packages = ("transformers",)
     extra = "fsdp"
+    least_torch = (2, 13)  # for FSDP2's record of its gathered weights, which is not public
     noise_metrics = ("plain",)
 
     def check_training(self, training: "TrainingConfig") -> None:

@@ -64,7 +64,10 @@ def _cut_matrices(model: Any, mesh: DeviceMesh) -> None:
 
 
 @torch.no_grad()
-def initialize(sharded: ShardedParameter, layers: int, seed: int) -> None:
-    """Fill this rank's part of a parameter: a function of the seed and of the name, the same on every layout."""
-    whole = initial_weight(sharded.name, sharded.whole_shape, layers, seed, sharded.main.device)
+def initialize(sharded: ShardedParameter, job: JobConfig) -> None:
+    """Fill this rank's part of a parameter: a function of the seed and of the name, the same on every layout, and with
+    bf16 on every backend: masters begin as what bf16 has of the weight."""
+    whole = initial_weight(sharded.name, sharded.whole_shape, job.model.layers, job.training.seed, sharded.main.device)
+    if job.training.precision == "bf16":
+        whole = whole.to(torch.bfloat16)
     sharded.main.copy_(whole[sharded.box.slices_in(Box.whole(sharded.whole_shape))])
