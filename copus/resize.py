@@ -1,6 +1,7 @@
 """Another number of ranks, or another backend: the same job in a configuration that fits there."""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -88,12 +89,19 @@ def fitting(
 
 
 def _layouts_like(layout: Layout, job: JobConfig, cluster: Cluster) -> Iterator[Layout]:
-    """Splits of the cluster with every ZeRO stage of the backend, and with the sequence parallelism of a layout or
-    without."""
-    for sequence_parallel in {layout.sequence_parallel, False}:
-        for zero in range(find_backend(job.training.backend).largest_zero + 1):
-            changes = {"tp": 2, "pp": 1, "vp": 1, "dp": 1, "zero": zero, "sequence_parallel": sequence_parallel}
-            template = layout.model_copy(update=changes)  # sequence parallelism needs tp > 1
+    """Splits of the cluster with every ZeRO stage of the backend, with as many copies as a layout has or one, and with
+    its sequence parallelism or without."""
+    stages = range(find_backend(job.training.backend).largest_zero + 1)
+    for sequence_parallel, zero in product({layout.sequence_parallel, False}, stages):
+        for copies in {layout.dp_replicate, 1} if zero else {1}:
+            template = Layout(
+                tp=2,  # sequence parallelism needs tp > 1
+                dp=2 * copies,
+                sequence_parallel=sequence_parallel,
+                recompute=layout.recompute,
+                zero=zero,
+                dp_replicate=copies,
+            )
             yield from layouts(job.model, cluster, template)
 
 
@@ -114,6 +122,9 @@ def _distance(current: Configuration, other: Configuration) -> tuple[int, ...]:
         abs(now.zero - was.zero),
         abs(split_now - split_was),
         abs(now.tp - was.tp),
+        # At ZeRO 1 and 2 the copies are of optimizer state and gradients: their shares do not grow, either.
+        int(now.dp_shard < was.dp_shard),
+        abs(now.dp_replicate - was.dp_replicate),
         int(now.sequence_parallel != was.sequence_parallel),
         int(other.micro_batch > current.micro_batch),
         abs(other.micro_batch - current.micro_batch),
@@ -122,7 +133,7 @@ def _distance(current: Configuration, other: Configuration) -> tuple[int, ...]:
 
 def _weights_split(layout: Layout) -> int:
     """Among how many ranks one copy of the weights is divided."""
-    return layout.tp * layout.pp * (layout.dp if layout.zero == 3 else 1)
+    return layout.tp * layout.pp * (layout.dp_shard if layout.zero == 3 else 1)
 
 
 def _powers_of_two(largest: int) -> list[int]:

@@ -27,7 +27,7 @@ def check_start(job: JobConfig) -> None:
         return
     backend = find_backend(training.backend)
     try:
-        check_limits(job.planner, job.model, job.cluster, training.layout, backend)
+        check_limits(job.planner, job.model, job.cluster, training.layout, backend, training.precision)
         check_measurable(job.planner, backend, training.configuration)
     except ValueError as error:
         raise JobError(f"planner: {error}") from None

@@ -11,6 +11,7 @@ from copus.checkpoint_files import FOLDER, checkpoint_names, quick_damage, sampl
 from copus.events import has_checkpoint
 from copus.job import JobConfig, JobError
 from copus.job_text import parse_job_text
+from copus.resize import fits, fitting
 from copus.resume_request import ResumeRequest, nothing_to_resume
 from launch.data import INPUTS
 from launch.run_directory import shown, typed
@@ -57,21 +58,23 @@ def check_settings(run: Path, before: JobConfig, job: JobConfig, overrides: list
 
 
 def request_of(
-    run: Path, before: JobConfig, job: JobConfig, overrides: list[str], *, may_begin_again: bool
+    run: Path, before: JobConfig, job: JobConfig, overrides: list[str], *, from_file: bool, may_begin_again: bool
 ) -> ResumeRequest:
-    """What the workers are asked beside the job file. Raises JobError if no checkpoint of the run is whole, and it may
-    not begin again. Files are not read to their ends here: the workers do that."""
+    """What the workers are asked beside the job file, which is another one than the run's own if `from_file`. Raises
+    JobError if no checkpoint of the run is whole, and it may not begin again. Files are not read to their ends here:
+    the workers do that."""
     names = checkpoint_names(run)
     if not may_begin_again and has_checkpoint(run):
         flaws = {name: quick_damage(run / FOLDER / name) for name in names}
         if all(flaws.values()):
             raise nothing_to_resume(run, [f"{FOLDER}/{name}: {flaw}" for name, flaw in flaws.items()])
-    # A configuration that was chosen for another cluster or backend is none that the user asked for.
-    is_chosen = job.cluster != before.cluster or _is_named(overrides, "training.backend")
-    moved = not is_chosen and job.training.configuration != before.training.configuration
+    own = before.training.configuration
+    if not fits(own.layout, job, job.cluster):  # another cluster or backend: nobody asked for what it becomes there
+        own = fitting(own, job, job.cluster)
+    asked = from_file and job.training.configuration != own
     named = any(_is_named(overrides, field) for field in STARTING)
     return ResumeRequest(
-        configuration=job.training.configuration if moved or named else None,
+        configuration=job.training.configuration if asked or named else None,
         until_samples=max(map(samples_of, names), default=0),
         may_begin_again=may_begin_again,
     )

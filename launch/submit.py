@@ -111,7 +111,14 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
         return _conclude(Outcome(0, "finished", status, 0.0), run, job, console, manner, already=True)
     if job.training.backend != before.training.backend:
         console.print(f"goes on with the {job.training.backend} backend, not {before.training.backend}", markup=False)
-    request = request_of(run, portable(before), job, overrides, may_begin_again=manner.may_begin_again)
+    request = request_of(
+        run,
+        portable(before),
+        job,
+        overrides,
+        from_file=job_file is not None,
+        may_begin_again=manner.may_begin_again,
+    )
     engine = engine_of(job)
     check(job)
     check_profiler(job, engine)

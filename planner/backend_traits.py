@@ -54,10 +54,14 @@ class BackendTraits:
     def check_model_in(self, layout: Layout, model: ModelShape) -> None:
         """Raise ValueError for a layout that it runs, but not with this model. The default has none."""
 
-    def runs(self, configuration: Configuration) -> bool:
-        """Whether `check_configuration` passes."""
+    def check_precision(self, layout: Layout, precision: str) -> None:
+        """Raise ValueError for a layout that it runs, but not in this precision. The default has none."""
+
+    def runs(self, configuration: Configuration, precision: str) -> bool:
+        """Whether `check_configuration` and `check_precision` pass."""
         try:
             self.check_configuration(configuration)
+            self.check_precision(configuration.layout, precision)
         except ValueError:
             return False
         return True

@@ -136,7 +136,7 @@ def estimate_job(
     """
     accelerator(cluster.accelerator).peak(precision)
     rows = rows_of(table, model, cluster, precision, backend)
-    variants = list(_variants(model, start, backend))
+    variants = list(_variants(model, start, backend, precision))
     predictor = Predictor.from_rows(
         config, model, cluster, precision, start, rows, implementation, backend=backend, besides=variants
     )
@@ -178,7 +178,9 @@ def rows_of(
     return [row for row in mine if row.fingerprint == newest]
 
 
-def _variants(model: ModelShape, start: Configuration, backend: BackendTraits) -> Iterator[Configuration]:
+def _variants(
+    model: ModelShape, start: Configuration, backend: BackendTraits, precision: str
+) -> Iterator[Configuration]:
     """The starting configuration with other settings that trade time for memory."""
     layout = start.layout
     split = [False, True] if layout.tp > 1 and model.seq_len % layout.tp == 0 else [layout.sequence_parallel]
@@ -187,6 +189,7 @@ def _variants(model: ModelShape, start: Configuration, backend: BackendTraits) -
         for sequence_parallel in split:
             for recompute in RECOMPUTE:
                 changes = {"recompute": recompute, "zero": zero, "sequence_parallel": sequence_parallel}
+                changes |= {} if zero else {"dp_replicate": 1}  # nothing is shared out, so there are no copies of it
                 variant = start.model_copy(update={"layout": layout.model_copy(update=changes)})
-                if backend.runs(variant):
+                if backend.runs(variant, precision):
                     yield variant

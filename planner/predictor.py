@@ -114,7 +114,7 @@ class Predictor:
         """Step times: what the running job sees goes into it (`observe`, `refuse`)."""
         self.memory = memory or MemoryCheck(model, cluster, precision)
         """Peaks, and the memory that there is."""
-        self.candidates = candidates(config, model, cluster, start, backend) if space is None else space
+        self.candidates = candidates(config, model, cluster, start, backend, precision) if space is None else space
         """The configurations that may be worth choosing, in a fixed order, `start` always among them."""
         self.cost = cost
         """The cost model, fitted to the rows; None if it knows nothing of the accelerator, or is not to be used."""

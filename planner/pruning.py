@@ -42,7 +42,7 @@ def worthwhile(
     expect before any row decides, so that profiling, the running job and a resumed one look at the same candidates. If
     nothing is known of the accelerator none is left out.
     """
-    allowed = candidates(config, model, cluster, start, backend)
+    allowed = candidates(config, model, cluster, start, backend, precision)
     if config.layouts:
         return allowed
     usable = np.array([noise_measurable(config, backend, candidate) for candidate in allowed], bool)

@@ -21,9 +21,10 @@ def candidates(
     cluster: Cluster,
     start: Configuration,
     backend: BackendTraits = ANY_BACKEND,
+    precision: str = "fp32",
 ) -> list[Configuration]:
-    """Every layout × global batch × micro-batch that the job file allows and the backend runs, in a fixed order;
-    `start` is always among them.
+    """Every layout × global batch × micro-batch that the job file allows and the backend runs in a precision, in a
+    fixed order; `start` is always among them.
 
     Layouts are `config.layouts`, or every tp × pp × dp that holds the model on the cluster, with the sequence
     parallelism (if tp > 1) and the sharding of the starting layout or whatever sharding the backend lets the planner
@@ -33,15 +34,15 @@ def candidates(
     batches are `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the
     limits of `config`.
     """
-    allowed = list(_within_limits(config, model, cluster, start.layout, backend))
+    allowed = list(_within_limits(config, model, cluster, start.layout, backend, precision))
     return allowed if start in allowed else [start, *allowed]
 
 
 def check_limits(
-    config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout, backend: BackendTraits
+    config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout, backend: BackendTraits, precision: str
 ) -> None:
     """Raise ValueError if the limits of the job file leave nothing to choose."""
-    if next(_within_limits(config, model, cluster, start, backend), None) is None:
+    if next(_within_limits(config, model, cluster, start, backend, precision), None) is None:
         pins = [
             *(("tp", config.tp), ("max_pp", config.max_pp), ("max_vp", config.max_vp), ("recompute", config.recompute)),
             ("layouts", config.layouts and len(config.layouts)),
@@ -55,7 +56,7 @@ def check_limits(
 
 
 def _within_limits(
-    config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout, backend: BackendTraits
+    config: PlannerConfig, model: ModelShape, cluster: Cluster, start: Layout, backend: BackendTraits, precision: str
 ) -> Iterator[Configuration]:
     for layout in dict.fromkeys(config.layouts or _variants(config, model, cluster, start, backend)):
         if not (_allowed(layout, config) and _runs(layout, model, backend)):
@@ -64,7 +65,7 @@ def _within_limits(
             for micro_batch in _doubling(1, 1, config.max_micro_batch):
                 if global_batch % (layout.dp * micro_batch) == 0:
                     candidate = Configuration(layout=layout, micro_batch=micro_batch, global_batch=global_batch)
-                    if backend.runs(candidate):
+                    if backend.runs(candidate, precision):
                         yield candidate
 
 
@@ -118,6 +119,8 @@ def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
     for tp in _divisors(accelerators):
         for pp in _divisors(accelerators // tp):
             dp = accelerators // (tp * pp)
+            # A copy on a single rank is shared out among nobody: all of the traffic, and no memory saved.
+            shared = start.zero and dp % start.dp_replicate == 0 and dp > start.dp_replicate
             yield Layout(
                 tp=tp,
                 pp=pp,
@@ -125,7 +128,7 @@ def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
                 sequence_parallel=start.sequence_parallel and tp > 1,
                 recompute=start.recompute,
                 zero=start.zero,
-                dp_replicate=start.dp_replicate if start.zero and dp % start.dp_replicate == 0 else 1,
+                dp_replicate=start.dp_replicate if shared else 1,
             )
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from copus.backends import registry
 from copus.backends.deepspeed.description import DeepSpeedDescription
+from copus.backends.description import BackendDescription
 from copus.backends.fsdp.description import FsdpDescription
 from copus.backends.registry import find_backend
 from copus.checkpoints import newest_checkpoint, read_state
@@ -28,6 +29,12 @@ from tests.ranks import own_device, run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = 64
+
+
+@pytest.fixture(autouse=True)
+def _toy_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`_toy_job` registers it in the process of whoever calls it; other tests count the backends."""
+    monkeypatch.setitem(registry.BUILT_IN, "toy", "tests.toy_backend:ToyDescription")
 
 
 def _toy_job(layout: dict[str, Any], **training: Any) -> JobConfig:
@@ -138,6 +145,15 @@ def test_nothing_outside_of_its_folder_and_the_registry_names_a_backend() -> Non
         if "backends.megatron" in path.read_text() and "backends/megatron/" not in str(path)
     }
     assert naming == {"copus/backends/registry.py"}
+
+
+@pytest.mark.parametrize("backend", [FsdpDescription(), DeepSpeedDescription()])
+def test_a_replica_whose_micro_batches_are_reduced_one_by_one_has_no_gradient_of_its_own(
+    backend: BackendDescription,
+) -> None:
+    parts = [backend.parts(configuration(8, 2, dp=2, zero=zero)) for zero in (1, 2)]
+    assert ["replica" in each for each in parts] == [True, False]
+    assert "replica" in backend.parts(configuration(4, 2, dp=2, zero=3)), "a single micro-batch"
 
 
 @pytest.mark.parametrize("bias", ["attention", "all"])

@@ -198,6 +198,25 @@ def test_the_start_with_other_settings(job_file: Path) -> None:
     assert (by["full", 1, True].step_seconds or 0) > (by["none", 1, True].step_seconds or 0)
 
 
+@pytest.mark.parametrize(
+    ("backend", "layout", "precision", "labels"),
+    [
+        ("deepspeed", "{dp: 16, zero: 1}", "bf16", {"Z1", "Z2", "Z3"}),
+        ("deepspeed", "{dp: 16, zero: 1}", "fp32", {"DP16", "Z1", "Z2", "Z3"}),
+        ("fsdp", "{dp: 16, zero: 3, dp_replicate: 2}", "bf16", {"DP16", *(f"Z{zero}·HSDP2×8" for zero in (1, 2, 3))}),
+    ],
+)
+def test_variants_are_ones_that_the_job_takes(
+    job_file: Path, backend: str, layout: str, precision: str, labels: set[str]
+) -> None:
+    settings = [f"training.{each}" for each in (f"backend={backend}", f"layout={layout}", f"precision={precision}")]
+    layouts = [each.configuration.layout for each in estimate_of(load_job(job_file, settings)).variants]
+    plain = {each.label.removeprefix("TP1·PP1·DP16·") for each in layouts if each.recompute == "none"}
+    assert {label.removeprefix("TP1·PP1·") for label in plain} == labels
+    for each in layouts:
+        assert load_job(job_file, [*settings, f"training.layout={each.model_dump_json()}"]).training.layout == each
+
+
 def test_rows_of_other_jobs_do_not_count(job_file: Path) -> None:
     job = load_job(job_file)
     start = job.training.configuration

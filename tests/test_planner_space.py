@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.backend_traits import BackendTraits
 from planner.config import PlannerConfig
 from planner.profiling import to_measure
 from planner.space import candidates
@@ -143,6 +144,26 @@ def test_layouts_that_the_model_does_not_allow_are_left_out():
     )
     degrees = {(c.layout.tp, c.layout.pp, c.layout.dp) for c in found}
     assert degrees == {(1, 1, 8), (1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (2, 4, 1)}  # 2 key-value heads, 4 layers
+
+
+def test_copies_stay_where_every_one_of_them_lies_on_several_ranks():
+    start = Configuration(layout=Layout(dp=8, zero=3, dp_replicate=2), micro_batch=1, global_batch=8)
+    found = layouts_of(PlannerConfig(max_global_batch=8, max_vp=1, recompute="none"), start=start)
+    assert {(layout.dp, layout.dp_replicate) for layout in found} == {(8, 2), (4, 2), (2, 1), (1, 1)}
+
+
+def test_what_the_backend_runs_in_another_precision_only_is_no_candidate():
+    class Sharded(BackendTraits):
+        zero_stages = (0, 1)
+
+        def check_precision(self, layout, precision):
+            if precision == "bf16" and layout.zero == 0:
+                raise ValueError("zero(0)")
+
+    start = Configuration(layout=Layout(dp=8, zero=1), micro_batch=1, global_batch=8)
+    for precision, stages in (("fp32", {0, 1}), ("bf16", {1})):
+        found = candidates(PlannerConfig(max_global_batch=8), WIDE, H100, start, Sharded(), precision)
+        assert {each.layout.zero for each in found} == stages
 
 
 def test_listed_layouts_are_taken_as_they_are_and_once():

@@ -71,6 +71,45 @@ def test_whatever_is_chosen_fits(ranks: int, layout: dict[str, object]) -> None:
     assert smaller.reference_batch == 8, "the learning rate is for the batch that it was for"
 
 
+HYBRID = {"tp": 2, "dp": 4, "zero": 3, "dp_replicate": 2}
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "becomes"),
+    [
+        (HYBRID, 2, "TP2·PP1·DP1·Z3"),
+        (HYBRID, 4, "TP2·PP1·DP2·Z3"),
+        (HYBRID, 16, "TP2·PP1·DP8·Z3·HSDP2×4"),
+        ({"dp": 8, "zero": 3, "dp_replicate": 2}, 4, "TP1·PP1·DP4·Z3"),
+        ({"dp": 8, "zero": 3, "dp_replicate": 2}, 6, "TP1·PP1·DP6·Z3"),
+        ({"dp": 8, "zero": 1, "dp_replicate": 2}, 4, "TP1·PP1·DP4·Z1"),
+        ({"dp": 8, "zero": 1, "dp_replicate": 2}, 16, "TP1·PP1·DP16·Z1·HSDP2×8"),
+    ],
+)
+def test_hybrid_sharding_keeps_its_copies_only_where_no_rank_holds_more(
+    layout: dict[str, object], ranks: int, becomes: str
+) -> None:
+    before = job(8, layout, training={"backend": "fsdp", "global_batch": 48, "micro_batch": 1})
+    assert resized(before, Cluster(accelerators_per_node=ranks)).training.layout.label == becomes
+
+
+@given(st.integers(1, 12), st.sampled_from([HYBRID, {"dp": 8, "zero": 1, "dp_replicate": 4}]))
+def test_no_copy_is_left_on_a_single_rank(ranks: int, layout: dict[str, object]) -> None:
+    before = job(8, layout, training={"backend": "fsdp", "micro_batch": 1})
+    found = resized(before, Cluster(accelerators_per_node=ranks)).training.layout
+    assert found.dp_replicate == 1 or found.dp_shard > 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "zero", "becomes"),
+    [("deepspeed", 3, "TP1·PP1·DP8·Z3"), ("deepspeed", 1, "TP1·PP1·DP8·Z1"), ("megatron", 1, "TP1·PP1·DP8·Z1")],
+)
+def test_a_backend_without_hybrid_sharding_shares_out_over_all_replicas(backend: str, zero: int, becomes: str) -> None:
+    layout = {"dp": 8, "zero": zero, "dp_replicate": 2}
+    before = job(8, layout, training={"backend": "fsdp", "precision": "bf16", "micro_batch": 1})
+    assert resized(before, before.cluster, backend).training.layout.label == becomes
+
+
 def test_the_fastest_known_one_wins() -> None:
     current = Configuration(layout=Layout(dp=4), micro_batch=2, global_batch=8)
     times = {(1, 2, 1): 2.0, (2, 1, 1): 1.0}

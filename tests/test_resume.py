@@ -22,7 +22,7 @@ from copus.loop import Trainer
 from copus.resize import load_resized
 from copus.resume_request import ResumeRequest, read_resume_request, write_resume_request
 from copus.trainer_state import TrainerState
-from launch.resume import FIXED, KEPT, STARTING
+from launch.resume import FIXED, KEPT, STARTING, request_of
 from profiles.throughput import Throughput
 from tests.launch_events import start, step
 from tests.megatron_jobs import configuration, random_batches, tiny_job
@@ -118,6 +118,31 @@ def test_the_precision_may_change(trained: Path, copus: Copus) -> None:
     setting = ["--set", "training.precision=bf16"]
     assert copus("submit", "--resume", "small", *LONGER, *setting, worker=["--steps", "3"]).returncode == 0
     assert load_job(trained / "job.yaml").training.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "asked"),
+    [
+        ({}, "backend=fsdp", None),
+        ({"global_batch": 16}, "backend=fsdp", "TP1·PP1·DP2 B16 m1"),
+        ({"layout": {"tp": 2}}, "backend=fsdp", "TP2·PP1·DP1 B4 m1"),
+        ({"layout": {"pp": 2}}, "backend=fsdp", "TP2·PP1·DP1 B4 m1"),  # it has no pipelines
+        ({}, "cluster.accelerators_per_node=1", None),
+        ({"global_batch": 16}, "cluster.accelerators_per_node=1", "TP1·PP1·DP1 B16 m1"),
+    ],
+)
+def test_the_configuration_of_another_job_file_is_taken_to_another_place(
+    tmp_path: Path, changes: dict[str, Any], setting: str, asked: str | None
+) -> None:
+    """What is chosen there only because the run's own does not fit is not asked for: the planner may have moved."""
+    before = tiny_job(2, {"dp": 2}, global_batch=4, micro_batch=1)
+    values = before.model_dump(mode="json")
+    values["training"] |= changes
+    other, overrides = tmp_path / "other.yaml", [setting.replace("backend", "training.backend")]
+    other.write_text(yaml.safe_dump(values))
+    job = load_resized(other, overrides)
+    request = request_of(tmp_path, before, job, overrides, from_file=True, may_begin_again=False)
+    assert (request.configuration and request.configuration.label) == asked
 
 
 def test_other_ranks_ask_for_no_configuration(trained: Path, copus: Copus) -> None:

@@ -57,7 +57,9 @@ class BackendDescription(BackendTraits, ABC):
             raise ValueError(f"kind({optimizer.kind}): this backend has {', '.join(self.optimizers)}")
 
     def check_training(self, training: "TrainingConfig") -> None:
-        """Raise ValueError for a setting of the training that it does not have. The default has all of them."""
+        """Raise ValueError for a setting of the training that it does not have. The default has all of them, in every
+        precision that `check_precision` lets pass."""
+        self.check_precision(training.layout, training.precision)
 
     def check_noise_metric(self, metric: str) -> None:
         """Raise ValueError for a `planner.noise_metric` that it cannot measure."""

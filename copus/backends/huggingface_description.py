@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING
 
 from copus.backends.description import BackendDescription, refuse_fields
+from planner.backend_traits import PartCount
+from planner.noise_sources import REPLICA
+from profiles.configuration import Configuration
 from profiles.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -43,7 +46,16 @@ class HuggingFaceDescription(BackendDescription):
 
     def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for dropout, which these models have in attention only."""
+        super().check_training(training)
         if training.dropout:
             raise ValueError(
                 f"dropout({training.dropout:g}): the models of transformers have none on their residual branches"
             )
+
+    def parts(self, configuration: Configuration) -> dict[str, PartCount]:
+        """The parts that a step has, by noise source. From ZeRO 2 on the gradient of every micro-batch is reduced: a
+        replica with several of them never has one of its own."""
+        parts = super().parts(configuration)
+        if configuration.layout.zero >= 2 and configuration.num_microbatches > 1:
+            del parts[REPLICA]
+        return parts

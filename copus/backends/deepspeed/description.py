@@ -3,9 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from copus.backends.huggingface_description import HuggingFaceDescription
-from planner.backend_traits import PartCount
-from planner.noise_sources import REPLICA
-from profiles.configuration import Configuration
 from profiles.layout import Layout
 
 if TYPE_CHECKING:
@@ -25,12 +22,15 @@ class DeepSpeedDescription(HuggingFaceDescription):
     def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for a setting that DeepSpeed does not have at the stage of the layout."""
         super().check_training(training)
-        zero, in_bf16 = training.layout.zero, training.precision == "bf16"
-        if training.overlap_grad_reduce and zero < (2 if in_bf16 else 1):
+        zero = training.layout.zero
+        if training.overlap_grad_reduce and zero < (2 if training.precision == "bf16" else 1):
             raise ValueError(
                 f"overlap_grad_reduce(true) is not supported by DeepSpeed with zero({zero}) in {training.precision}"
             )
-        if in_bf16 and zero == 0:
+
+    def check_precision(self, layout: Layout, precision: str) -> None:
+        """Raise ValueError for bf16 without ZeRO."""
+        if precision == "bf16" and layout.zero == 0:
             raise ValueError(
                 "precision(bf16) needs layout.zero of 1 to 3: with zero(0) DeepSpeed accumulates gradients in bf16"
             )
@@ -46,14 +46,6 @@ class DeepSpeedDescription(HuggingFaceDescription):
             raise ValueError(
                 f"dp_replicate({layout.dp_replicate}) is not supported by the deepspeed backend: at most 1"
             )
-
-    def parts(self, configuration: Configuration) -> dict[str, PartCount]:
-        """The parts that a step has, by noise source. ZeRO 2 and 3 reduce the gradient of every micro-batch: a replica
-        with several of them has none of its own."""
-        parts = super().parts(configuration)
-        if configuration.layout.zero >= 2 and configuration.num_microbatches > 1:
-            del parts[REPLICA]
-        return parts
 
     def implementation(self, dropout: bool) -> "Implementation":
         """How it uses memory: transformers' layers and plain PyTorch's loss."""

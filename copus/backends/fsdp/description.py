@@ -4,9 +4,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from copus.backends.huggingface_description import HuggingFaceDescription
-from planner.backend_traits import PartCount
-from planner.noise_sources import REPLICA
-from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
@@ -55,14 +52,6 @@ class FsdpDescription(HuggingFaceDescription):
             raise ValueError(
                 f"tp({layout.tp}) with model.qk_norm({model.qk_norm}) is not supported by the fsdp backend"
             )
-
-    def parts(self, configuration: Configuration) -> dict[str, PartCount]:
-        """The parts that a step has, by noise source. From ZeRO-2 on every micro-batch is reduced: a replica that has
-        several of them never has a gradient of its own."""
-        parts = super().parts(configuration)
-        if configuration.layout.zero >= 2 and configuration.num_microbatches > 1:
-            del parts[REPLICA]
-        return parts
 
     def implementation(self, dropout: bool) -> "Implementation":
         """How it uses memory: transformers' layers, plain PyTorch's loss, weights gathered from fp32 ones."""
