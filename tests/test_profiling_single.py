@@ -145,7 +145,7 @@ def test_a_cluster_is_planned_from_one_accelerator(
     assert all(now != pytest.approx(then) for now, then in zip(seconds, blind, strict=True))
     job = load_job(file)
     rows = ThroughputTable(job.profile.table).everything()
-    planner = _planner(job, rows, TrainerState())
+    planner = _planner(job, rows, TrainerState(), with_speeds=True)
     times = {each["label"]: each["step_seconds"] for each in after["candidates"]}
     decision = planner.decide(noise(16.0, 12.0, 20.0), job.training.configuration, 1000)
     assert {score.source for score in decision.candidates} == {"predicted"}
