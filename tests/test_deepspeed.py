@@ -1,6 +1,7 @@
 """DeepSpeed behind the contract of a backend: every ZeRO stage trains alike, and moves and checkpoints lose no bit."""
 
 import gc
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.test_oom_recovery import on_tcp
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
 STEPS = 3
+BUILT = "copus.backends.deepspeed.built"
 
 
 def _losses(backend: Any, first_sample: int = 0, steps: int = STEPS) -> list[float]:
@@ -80,6 +82,12 @@ def test_moves_between_stages_change_no_bit_and_losses_go_on(precision: str) -> 
     np.testing.assert_allclose(moves, stays, rtol=1e-5 if precision == "fp32" else 1e-3)
 
 
+def _living_bytes() -> int:
+    gc.collect()
+    tensors = (value for value in gc.get_objects() if isinstance(value, torch.Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _grow() -> list[int]:
     """Bytes of all living tensors after each round through the stages."""
     backend = deepspeed_backend(deepspeed_job(0, 2))
@@ -88,9 +96,7 @@ def _grow() -> list[int]:
         for zero in (1, 2, 3, 0):
             backend.move(configuration(8, 2, dp=2, zero=zero))
             backend.train_step(random_batches, StepRequest(0, RULES, "microbatch+normlayer"))
-        gc.collect()
-        tensors = (value for value in gc.get_objects() if isinstance(value, torch.Tensor))
-        held.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        held.append(_living_bytes())
     return held
 
 
@@ -99,6 +105,76 @@ def _grow() -> list[int]:
 def test_a_job_that_moves_to_and_fro_does_not_grow() -> None:
     for held in run_ranks(2, _grow):
         assert held[2] == held[1]
+
+
+def _fail_to_move(after: int, owner_name: str, place: str) -> tuple[list[int], list[float], list[float]]:
+    """A move that fails on rank 1 behind a place in the build: bytes of living tensors before it and after, and losses
+    of the job and of one that stays."""
+    gc.freeze()  # what was imported takes long to search
+    before = 3 if after == 1 else 1
+    stays = _losses(deepspeed_backend(deepspeed_job(before, 2)), steps=2)
+    backend = deepspeed_backend(deepspeed_job(before, 2))
+    moves = _losses(backend, steps=1)
+    owner = pkgutil.resolve_name(owner_name)
+    original, held = getattr(owner, place), [_living_bytes()]
+
+    def no_room(*arguments: Any, **options: Any) -> Any:
+        setattr(owner, place, original)  # it fails once
+        result = original(*arguments, **options)
+        if dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("no room")
+        return result
+
+    setattr(owner, place, no_room)
+    with pytest.raises(RankError, match="rank 1: OutOfMemoryError: no room"):
+        backend.move(configuration(8, 2, dp=2, zero=after))
+    held.append(_living_bytes())
+    return held, moves + _losses(backend, 8, steps=1), stays
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("after", "owner", "place"),
+    [
+        pytest.param(3, BUILT, "_cut", id="the model of ZeRO 3"),
+        pytest.param(3, BUILT, "adam_state", id="Adam's state"),
+        pytest.param(
+            1,
+            "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer",
+            "initialize_optimizer_states",
+            id="inside the engine's constructor",
+        ),
+        pytest.param(
+            1,
+            "deepspeed.runtime.engine:DeepSpeedEngine",
+            "_configure_checkpointing",
+            id="at its end",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_move_that_fails_on_one_rank_leaves_nothing_and_happens_on_none(after: int, owner: str, place: str) -> None:
+    for (before, held), moves, stays in run_ranks(2, _fail_to_move, after, owner, place, timeout_seconds=110):
+        assert held <= before
+        assert moves == stays
+
+
+def _no_room_in_the_engine() -> None:
+    backend = deepspeed_backend(deepspeed_job(1, 2))
+    if dist.get_rank() == 1:
+
+        def no_room(*_: Any) -> None:
+            raise torch.OutOfMemoryError("no room")
+
+        optimizer = pkgutil.resolve_name("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3")
+        optimizer._create_fp32_partitions = no_room
+    backend.move(configuration(8, 2, dp=2, zero=3))
+
+
+@pytest.mark.dist
+def test_a_rank_that_cannot_make_the_engine_of_zero_3_ends_at_once_and_waits_for_nobody() -> None:
+    with pytest.raises(RuntimeError, match=r"rank 1:[\s\S]*MidCollectiveError: OutOfMemoryError: no room"):
+        run_ranks(2, _no_room_in_the_engine, timeout_seconds=60)
 
 
 def _save_and_load(folder: Path) -> tuple[list[str], list[float], list[float]]:

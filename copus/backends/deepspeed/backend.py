@@ -33,8 +33,9 @@ class DeepSpeedBackend(Backend):
 
     def make(self, configuration: Configuration, initial_weights: bool) -> None:
         """Make model, optimizer and engine."""
-        self._built = build(self._job, configuration, self.device)
-        self._built.part_norms = PartNorms(self._built)
+        self._built = built = BuiltModel(self.device, configuration.layout)
+        build(built, self._job, configuration)
+        built.part_norms = PartNorms(built)
         if initial_weights:
             self._fill_initial_weights(configuration.layout)
             self.count_optimizer_steps(0)

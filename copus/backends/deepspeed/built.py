@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ import torch.distributed as dist
 
 from copus.backends.adamw import adam_state
 from copus.backends.deepspeed.partitions import Groups
-from copus.backends.deepspeed.upstream import DeepSpeedConfig, Engine, Partitioner, destroy_engine, init_distributed
+from copus.backends.deepspeed.upstream import DeepSpeedConfig, Engine, Partitioner, destroy_engine, init_groups
 from copus.backends.huggingface import build_causal_lm, restore_rotary_frequencies
+from copus.collectives import no_agreement, run_on_all_ranks
 from copus.job import JobConfig
 from profiles.configuration import Configuration
 from profiles.layout import Layout
@@ -29,8 +31,8 @@ class BuiltModel:
 
     device: torch.device
     layout: Layout
-    model: Any
-    groups: list[dict[str, torch.nn.Parameter]]
+    model: Any = None
+    groups: list[dict[str, torch.nn.Parameter]] = field(default_factory=list)
     """The parameters of each group, by name."""
     adam: torch.optim.AdamW | None = None
     """The optimizer that DeepSpeed drives. Its parameters are the model's, or this rank's flat buffers of masters."""
@@ -84,7 +86,7 @@ class BuiltModel:
         if self.part_norms is not None:
             self.part_norms.close()
         if self.engine is not None:
-            destroy_engine(self.engine)
+            destroy_engine(self.engine, self.model)
 
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, torch.nn.Parameter]]:
@@ -119,33 +121,48 @@ def parameter_shapes(shape: ModelShape) -> Groups:
     ]
 
 
-def build(job: JobConfig, configuration: Configuration, device: torch.device) -> BuiltModel:
-    """Model, optimizer and engine, with weights that are still to be filled. Collective."""
-    layout, training = configuration.layout, job.training
-    init_distributed(dist.get_backend())
+def build(built: BuiltModel, job: JobConfig, configuration: Configuration) -> None:
+    """Make model, optimizer and engine, with weights that are still to be filled. What fails leaves behind in `built`
+    what there was until then. Collective.
+
+    Raises RankError on all ranks if one of them cannot make the model, and MidCollectiveError if this rank cannot make
+    the engine while the others may wait for it.
+    """
+    init_groups(dist.get_backend())
     config = engine_config(job, configuration)
-    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    # With ZeRO 3 the ranks wait for each other in the engine's constructor: one that has no memory for the model must
+    # say so before, and one that fails in there must end. With ZeRO 0 to 2 all can still agree after it.
+    run_on_all_ranks(lambda: _make_model(built, job, config))
+    assert built.adam is not None, "it is made with the model"
+    with no_agreement() if built.layout.zero == 3 else nullcontext():
+        Engine(
+            built,
+            args=None,
+            model=built.model,
+            optimizer=built.adam,
+            model_parameters=[param for group in built.groups for param in group.values()],
+            dist_init_required=False,
+            config=config,
+            config_class=DeepSpeedConfig(config),
+        )
+    for tensor in built.optimized:
+        adam_state(built.adam, tensor)
+
+
+def _make_model(built: BuiltModel, job: JobConfig, config: dict[str, Any]) -> None:
+    """Make the model and torch's optimizer. Not collective."""
+    layout, device = built.layout, built.device
+    dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
     if layout.zero == 3:
-        model = build_causal_lm(job.model, dtype, torch.device("meta"), None, layout.recompute)
-        _cut(model, Partitioner(config_dict_or_path=config, dtype=dtype), job.model.tied_embeddings, device)
+        built.model = build_causal_lm(job.model, dtype, torch.device("meta"), None, layout.recompute)
+        partitioner = Partitioner(config_dict_or_path=config, dtype=dtype)
+        _cut(built.model, partitioner, job.model.tied_embeddings, device)
     else:
-        model = build_causal_lm(job.model, dtype, device, None, layout.recompute)
-    built = BuiltModel(device, layout, model, parameter_groups(model.named_parameters()))
+        built.model = build_causal_lm(job.model, dtype, device, None, layout.recompute)
+    built.groups = parameter_groups(built.model.named_parameters())
     # DeepSpeed may make a step to see the optimizer's state: at a learning rate of 0 it changes nothing.
     groups = [{"params": list(group.values())} for group in built.groups]
     built.adam = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    built.engine = Engine(
-        args=None,
-        model=model,
-        optimizer=built.adam,
-        model_parameters=[param for group in built.groups for param in group.values()],
-        dist_init_required=False,
-        config=config,
-        config_class=DeepSpeedConfig(config),
-    )
-    for tensor in built.optimized:
-        adam_state(built.adam, tensor)
-    return built
 
 
 def engine_config(job: JobConfig, configuration: Configuration) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import groups
+from deepspeed.utils.debug import debug_clear_module_and_param_names
+
+from copus.collectives import no_agreement
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # On a CPU the first process compiles collectives in shared memory, for minutes and with the others waiting, and leaves
@@ -32,6 +35,15 @@ bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # prints in ever
 class Engine(DeepSpeedEngine):
     """An engine whose weights are filled after it is made: nothing is broadcast before."""
 
+    is_whole = False
+    """Whether its constructor has come to the end."""
+
+    def __init__(self, owner: Any, **options: Any) -> None:
+        """Becomes `owner.engine` at once: what a constructor that fails has made can then be destroyed."""
+        owner.engine = self
+        super().__init__(**options)
+        self.is_whole = True
+
     def _broadcast_model(self) -> None:
         pass
 
@@ -44,10 +56,13 @@ class Partitioner(Init):
         param.partition()
 
 
-def init_distributed(backend: str) -> None:
-    """Let DeepSpeed use the process group that there is."""
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+def init_groups(backend: str) -> None:
+    """Let DeepSpeed use the process group that there is, and make its own one of all ranks. Collective. Raises
+    MidCollectiveError if this rank cannot make it, since the others may wait for it."""
+    with no_agreement():
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        groups._clone_world_group()
 
 
 def drop_groups(broken: bool) -> None:
@@ -58,14 +73,21 @@ def drop_groups(broken: bool) -> None:
     groups._release_process_group_references()
 
 
-def destroy_engine(engine: Engine) -> None:
-    """Let go of an engine and its model.
+def destroy_engine(engine: Engine, model: Any) -> None:
+    """Let go of an engine, also of one whose constructor failed, and of its model.
 
     ZeRO 3 makes classes of autograd functions for every module. They outlive it, and refer to the module and, through
     it, to everything else: what they refer to is emptied.
     """
-    model, optimizer = engine.module, engine.optimizer
-    engine.destroy()
+    optimizer = getattr(engine, "optimizer", None)
+    if engine.is_whole:
+        engine.destroy()
+    else:  # the wrapper around the optimizer is known to nobody but the parameters, in circles Python cannot see
+        debug_clear_module_and_param_names()
+        for param in model.parameters():
+            vars(param).clear()
+            if param._post_accumulate_grad_hooks:
+                param._post_accumulate_grad_hooks.clear()
     offload = getattr(optimizer, "parameter_offload", None)
     if offload is not None:
         parameter_offload.FWD_MODULE_STACK.clear()
