@@ -99,8 +99,8 @@ def _on_ranks(backend: str, layout: Layout, task: dict[str, Any], folder: Path) 
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.accelerators}"]
     command += ["-m", "benchmarks.frameworks_ranks", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode or not result.exists():
         cause = done.stderr[max(0, done.stderr.find("Traceback")) :]
         raise SystemExit(f"{backend} {layout.label}: the ranks failed ({done.returncode}):\n{cause[:4000]}")
