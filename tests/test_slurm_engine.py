@@ -338,7 +338,7 @@ def test_a_watch_goes_on_while_the_controller_does_not_answer(
 
     monkeypatch.setattr("launch.watch.time", SimpleNamespace(**vars(time) | {"sleep": answer}))  # not everybody's
     monkeypatch.setattr("launch.watch.ASK_SECONDS", 0)
-    assert copus_here("watch", "small") == 0
+    assert copus_here("watch", "small") == 1, "the run has crashed"
     first, last = capfd.readouterr().out.splitlines()
     assert "runs/small: unknown (" in first
     assert "runs/small: crashed (its workers never began)" in last
