@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,3 +38,12 @@ def tell(
     show(result, console)
     if options.json:
         print(json.dumps(result, indent=2))
+
+
+def copus_output(*arguments: str) -> str:
+    """Run the `copus` command of this repository; what it printed. Raises SystemExit with its errors if it failed."""
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    done = subprocess.run(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"copus {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return done.stdout

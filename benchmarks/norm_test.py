@@ -10,16 +10,13 @@ norms of the workers add to a step is measured, in pairs of steps.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import console_of, parser_of, tell
+from benchmarks.command import console_of, copus_output, parser_of, tell
 from benchmarks.noise import paired
 from benchmarks.time_to_target import JOB, without_evaluations
 from copus.events import Evaluate, Reconfigure, Start, Step, read_events
@@ -68,7 +65,7 @@ def settings_of(tokens: int, out: Path) -> Settings:
 
 def train(name: str, settings: Settings) -> dict[str, Any]:
     """One run, and what its events say of it."""
-    said = _copus("submit", str(JOB), "--json", *_set({**settings, "name": name, "profile.when": "never"}))
+    said = copus_output("submit", str(JOB), "--json", *_set({**settings, "name": name, "profile.when": "never"}))
     return {"policy": name, **read_run(Path(json.loads(said)["run"]))}
 
 
@@ -93,7 +90,7 @@ def read_run(run: Path) -> dict[str, Any]:
 def simulate(settings: Settings, run: str) -> list[dict[str, Any]]:
     """The same policies, with the noise scale as that run measured it."""
     policies = [part for name in SIMULATED for part in ("--policy", name)]
-    said = _copus("simulate", str(JOB), "--like", run, "--json", *policies, *_set(settings))
+    said = copus_output("simulate", str(JOB), "--like", run, "--json", *policies, *_set(settings))
     result: list[dict[str, Any]] = json.loads(said)["policies"]
     return result
 
@@ -115,7 +112,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     settings = settings_of(options.tokens // (8 if options.quick else 1), out)
-    _copus("profile", "run", str(JOB), *_set({**settings, "profile.budget_seconds": 60}))
+    copus_output("profile", "run", str(JOB), *_set({**settings, "profile.budget_seconds": 60}))
     runs = []
     for name, own in CONTENDERS.items():
         runs.append(train(name, {**settings, **own}))
@@ -166,14 +163,6 @@ def show(result: dict[str, Any], console: Console) -> None:
     extra = result["testing_adds_pct"]
     interval = f"{extra['low']:+.1f} to {extra['high']:+.1f}"
     console.print(f"a step that tests takes {extra['median']:+.1f} % longer ({interval} %)")
-
-
-def _copus(*arguments: str) -> str:
-    command = [sys.executable, "-m", "launch.cli", *arguments]
-    done = subprocess.run(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"copus {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return done.stdout
 
 
 def _overrides(settings: Settings) -> list[str]:

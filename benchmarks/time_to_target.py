@@ -20,8 +20,6 @@ run again: many seeds can be had in several sittings.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -34,7 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmarks.command import console_of, parser_of, tell
+from benchmarks.command import console_of, copus_output, parser_of, tell
 from benchmarks.neighbour_worker import busy_neighbour
 from benchmarks.time_to_target_gains import CELL, Run, crossing, gains
 from copus.audit import audit_run
@@ -141,7 +139,9 @@ def fastest_of(job_file: Path, settings: Settings, batches: Sequence[int], out: 
     SystemExit for a batch at which nothing was measured."""
     table = out / "throughput.jsonl"
     settings = {**settings, "profile.table": table, "launch.runs": out / "runs"}
-    _copus("profile", "run", str(job_file), *_set({**settings, "profile.budget_seconds": 600, "profile.rounds": 3}))
+    copus_output(
+        "profile", "run", str(job_file), *_set({**settings, "profile.budget_seconds": 600, "profile.rounds": 3})
+    )
     job, rows = load_job(job_file, _overrides(settings)), ThroughputTable(table).rows()
     training = job.training
     estimate = estimate_job(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
@@ -191,7 +191,7 @@ def train(contender: Contender, cell: Cell, seed: int, scale: float, options: ar
         **contender.settings,
     }
     with busy_neighbour(seed) if cell.neighbour == "busy" else nullcontext():
-        said = _copus("submit", str(options.job), "--json", *_set(settings), *_plain(options.set))
+        said = copus_output("submit", str(options.job), "--json", *_set(settings), *_plain(options.set))
     run = Path(json.loads(said)["run"])
     job = load_job(run / "job.yaml")
     common = dict(zip(CELL, (cell.workload, cell.decay, cell.neighbour), strict=True))
@@ -245,14 +245,6 @@ def _path(events: Sequence[Event]) -> list[str]:
         elif isinstance(event, Reconfigure) and not event.trial:
             labels.append(event.after.label)
     return labels
-
-
-def _copus(*arguments: str) -> str:
-    command = [sys.executable, "-m", "launch.cli", *arguments]
-    done = subprocess.run(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"copus {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return done.stdout
 
 
 def _overrides(settings: Settings) -> list[str]:

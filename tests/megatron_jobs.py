@@ -1,8 +1,10 @@
 """A tiny job and tiny data for tests that train: real megatron-core, random tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.step_contract import StepRules
@@ -52,3 +54,14 @@ def backend_of(job: JobConfig) -> MegatronBackend:
 def configuration(global_batch: int, micro_batch: int, **layout: Any) -> Configuration:
     """Short for a Configuration."""
     return Configuration(layout=Layout(**layout), micro_batch=micro_batch, global_batch=global_batch)
+
+
+def save_checkpoint(backend: Any, folder: Path) -> None:
+    """Write the state of a backend into a new folder. Collective."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    save = backend.begin_save(folder, copy=False)
+    save.write()
+    save.finish()
+    dist.barrier()

@@ -13,7 +13,7 @@ from copus.backends.huggingface import build_causal_lm, mean_loss
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest
 from copus.sharded_checkpoint import read_index
-from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
+from tests.megatron_jobs import RULES, backend_of, random_batches, save_checkpoint, tiny_job
 from tests.ranks import own_device, run_ranks
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -23,21 +23,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def _write(backend: Any, folder: Path) -> None:
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True)
-    dist.barrier()
-    save = backend.begin_save(folder, copy=False)
-    save.write()
-    save.finish()
-    dist.barrier()
-
-
 def _train(folder: Path, model: dict[str, Any], precision: str) -> list[float]:
     """The losses of two steps, whose end a checkpoint holds, and of held-out sequences then."""
     backend = backend_of(tiny_job(dist.get_world_size(), {"tp": 2, "pp": 2}, model, precision=precision))
     losses = [backend.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in range(2)]
-    _write(backend, folder)
+    save_checkpoint(backend, folder)
     losses.append(backend.evaluate(random_batches, 8))
     backend.close()
     return losses
@@ -51,7 +41,7 @@ def _load(folder: Path, again: Path, layout: dict[str, Any], model: dict[str, An
     """Loss of held-out sequences with the weights of a checkpoint, which is written again."""
     backend = backend_of(tiny_job(dist.get_world_size(), layout, model, precision=precision))
     backend.load(folder, optimizer_steps=2)
-    _write(backend, again)
+    save_checkpoint(backend, again)
     loss = backend.evaluate(random_batches, 8)
     backend.close()
     return loss
@@ -134,9 +124,9 @@ def _go_on(folder: Path, backend: str, layout: dict[str, Any], precision: str, f
     running.build(job.training.configuration)
     if first:
         running.load(folder / f"after {first}", optimizer_steps=first)
-        _write(running, folder / f"after {first}, again")
+        save_checkpoint(running, folder / f"after {first}, again")
     losses = [running.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in (first, first + 1)]
-    _write(running, folder / f"after {first + 2}")
+    save_checkpoint(running, folder / f"after {first + 2}")
     running.close()
     return losses
 

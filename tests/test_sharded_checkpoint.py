@@ -18,23 +18,13 @@ from copus.reshard.boxes import Box
 from copus.reshard.plan import owned_parts
 from copus.reshard.table import Field, ShardTable
 from copus.sharded_checkpoint import Save, _windows, find_sources, load, read_index
-from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
+from tests.megatron_jobs import RULES, backend_of, random_batches, save_checkpoint, tiny_job
 from tests.ranks import own_device, run_ranks
 from tests.test_any_model import build_another_model
 
 FORMER = Path(__file__).parent / "former_checkpoints.tar.xz"
 """Checkpoints of earlier versions, each with its job and the losses of the four steps that followed: three of 0.1.0 in
 different layouts, and one of a later version that still had Megatron's names (`megatron-names`)."""
-
-
-def _write(backend: Any, folder: Path) -> None:
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True)
-    dist.barrier()
-    save = backend.begin_save(folder, copy=False)
-    save.write()
-    save.finish()
-    dist.barrier()
 
 
 def _save_and_load(
@@ -47,7 +37,7 @@ def _save_and_load(
     backend = backend_of(job)
     for step in range(2):
         backend.train_step(random_batches, StepRequest(8 * step, RULES))
-    _write(backend, folder)
+    save_checkpoint(backend, folder)
     losses = [backend.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in range(2, 4)]
     state = {field.name: torch.empty(field.shape, dtype=getattr(torch, field.dtype)) for field in read_index(folder)}
     dcp.load(state, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=True)  # torch's own reader

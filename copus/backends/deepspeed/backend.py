@@ -9,7 +9,7 @@ from copus.backends.base import Backend
 from copus.backends.deepspeed import step
 from copus.backends.deepspeed.built import BuiltModel, build, parameter_shapes
 from copus.backends.deepspeed.live_state import live_state
-from copus.backends.deepspeed.part_norms import PartNorms
+from copus.backends.deepspeed.part_norms import DeepSpeedPartNorms
 from copus.backends.deepspeed.partitions import shard_table
 from copus.backends.deepspeed.upstream import drop_groups
 from copus.backends.initial_weights import initial_weight
@@ -35,7 +35,7 @@ class DeepSpeedBackend(Backend):
         """Make model, optimizer and engine."""
         self._built = built = BuiltModel(self.device, configuration.layout)
         build(built, self._job, configuration)
-        built.part_norms = PartNorms(built)
+        built.part_norms = DeepSpeedPartNorms(built)
         if initial_weights:
             self._fill_initial_weights(configuration.layout)
             self.count_optimizer_steps(0)

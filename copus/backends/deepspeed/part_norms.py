@@ -1,67 +1,27 @@
-"""Squared norms of the gradients of the parts of a step, before DeepSpeed reduces them.
-
-A part is a micro-batch of one replica (`microbatch`), all that one replica does in the step (`replica`), or a sequence
-seen by the norm layers alone (`normlayer`). ZeRO 2 and 3 reduce the gradient of every micro-batch: a replica that has
-several of them never has its own sum, and is no part.
-"""
+"""Squared norms of the gradients of the parts of a step, before DeepSpeed reduces them."""
 
 import functools
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from copus.backends.deepspeed.built import NORMS, BuiltModel, reduced_gradients
 from copus.backends.deepspeed.description import DeepSpeedDescription
-from copus.backends.norm_layers import NormLayers
+from copus.backends.part_norms import PartNorms
 from copus.backends.squared_norms import norms, sum_of_squares
-from copus.backends.step_contract import Parts
-from planner.noise_sources import REPLICA, split
-from profiles.configuration import Configuration
 
 
-class PartNorms:
-    """Collects the squared norms of the parts of each step. Made once for a built model, and closed with it.
-
-    Use: `start` before the first micro-batch, `begin_backward` before the backward pass of each, `contribution` after
-    the last, and `parts` with the sum of the contributions of all ranks.
-    """
+class DeepSpeedPartNorms(PartNorms):
+    """Sees gradients at the model's parameters."""
 
     def __init__(self, built: BuiltModel) -> None:
+        super().__init__(built.model, DeepSpeedDescription(), dist.get_rank(), counts=True)
         self._built = built
-        self._norm_layers = NormLayers(built.model, counts=True)
-        self._part: int | None = None
         self._hooks = [
             param.register_hook(functools.partial(self._see, number, index, param))
             for number, group in enumerate(built.groups)
             for index, param in enumerate(group.values())
         ]
-
-    def close(self) -> None:
-        """Remove all hooks: they and the model keep each other."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._norm_layers.close()
-
-    def start(self, source: str | None, configuration: Configuration) -> None:
-        """Begin a step. What the configuration has no two parts of is not measured."""
-        full, norm_layers = split(source)
-        self._configuration = configuration
-        self._sums_microbatches = full == REPLICA
-        parts = DeepSpeedDescription().parts(configuration)
-        number = parts[full].number if full in parts else 0
-        self._full_parts = number // configuration.layout.dp if number > 1 else 0
-        """Of this replica."""
-        self._norm_layers_on = norm_layers and configuration.global_batch > 1
-        self._norm_layers.start(self._norm_layers_on)
-        self._norms: list[list[torch.Tensor]] = [[] for _ in range(self._full_parts)]
-
-    def begin_backward(self, microbatch: int) -> None:
-        """Say which micro-batch's gradients come next."""
-        self._part = microbatch if self._full_parts else None
-        if self._full_parts and self._sums_microbatches:
-            self._part = 0 if microbatch == self._configuration.num_microbatches - 1 else None
 
     @torch.no_grad()
     def _see(self, group: int, index: int, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
@@ -71,38 +31,7 @@ class PartNorms:
         if self._sums_microbatches and self._configuration.num_microbatches > 1:
             before = self._built.accumulated_gradient(group, index, param)
             gradient = gradient.to(before.dtype) + before.view(gradient.shape)
-        self._norms[self._part] += norms([gradient])
+        self._add(gradient)
 
-    @torch.no_grad()
-    def contribution(self) -> torch.Tensor:
-        """This rank's share of what the whole world has to add up: a float64 vector, of one length on all ranks.
-
-        |g|² of the norm layers' mean gradient, then |g_j|² of every part of the full source, then of every sequence.
-        """
-        self._part = None
-        built, configuration, rank = self._built, self._configuration, dist.get_rank()
-        replicas = configuration.layout.dp
-        sequences = configuration.global_batch // replicas if self._norm_layers_on else 0
-        vector = torch.zeros(1 + replicas * (self._full_parts + sequences), dtype=torch.float64, device=built.device)
-        if self._full_parts:
-            sums = torch.stack([sum_of_squares(part, built.device) for part in self._norms])
-            # the loss of every micro-batch is divided by their number
-            scale = 1 if self._sums_microbatches else configuration.num_microbatches
-            vector[1 + rank * self._full_parts :][: self._full_parts] = sums * scale**2
-        if sequences:
-            vector[0] = sum_of_squares(norms(reduced_gradients(built, NORMS)), built.device)
-            start = 1 + replicas * self._full_parts + rank * sequences
-            vector[start:][:sequences] = self._norm_layers.collect(
-                configuration.num_microbatches, configuration.micro_batch, built.device
-            )
-        self._norms = []
-        return vector
-
-    def parts(self, totals: np.ndarray, grad_sq: float) -> tuple[Parts | None, Parts | None]:
-        """The parts of the full source and those of the norm layers, from the sum of all ranks' contributions and |g|²
-        of the whole step."""
-        batch = self._configuration.global_batch
-        count = self._full_parts * self._configuration.layout.dp
-        full = Parts(totals[1 : 1 + count], batch // count, grad_sq) if count else None
-        norm_layers = Parts(totals[1 + count :], 1, float(totals[0])) if self._norm_layers_on else None
-        return full, norm_layers
+    def _norm_layers_grad_sq(self, names: set[str]) -> torch.Tensor:
+        return sum_of_squares(norms(reduced_gradients(self._built, NORMS)), self._built.device)

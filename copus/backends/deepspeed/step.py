@@ -10,7 +10,7 @@ import torch.distributed as dist
 from copus.backends.adamw import AdamWOptions
 from copus.backends.deepspeed.built import MATRICES, BuiltModel, reduced_gradients
 from copus.backends.huggingface import mean_loss
-from copus.backends.microbatches import evaluation_of, read_microbatches
+from copus.backends.microbatches import evaluation_of, loss_share, read_microbatches, to_device
 from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Batches, StepRequest, StepShares
 from profiles.configuration import Configuration
@@ -33,9 +33,9 @@ def compute_gradients(
         part_norms.begin_backward(index)
         engine.backward(loss / count, scale_wrt_gas=False)
     return StepShares(
-        _loss_share(configuration, losses),
+        loss_share(configuration, losses, built.device, counts=True),
         sum_of_squares(norms(reduced_gradients(built)), built.device),
-        part_norms.contribution(),
+        part_norms.contribution(built.device),
     )
 
 
@@ -71,7 +71,7 @@ def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, 
     with torch.no_grad():
         losses = [mean_loss(built.engine, tokens, labels) for tokens, labels in _microbatches(built, whole, batches, 0)]
     built.engine.train()
-    loss = _loss_share(whole, losses)
+    loss = loss_share(whole, losses, built.device, counts=True)
     dist.all_reduce(loss)
     return float(loss)
 
@@ -80,12 +80,5 @@ def _microbatches(
     built: BuiltModel, configuration: Configuration, batches: Batches, first_sample: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and labels of this replica's micro-batches."""
-    per_replica = configuration.global_batch // configuration.layout.dp
-    first = first_sample + dist.get_rank() * per_replica
-    starts = range(first, first + per_replica, configuration.micro_batch)
-    return read_microbatches(batches, starts, configuration.micro_batch, built.device)
-
-
-def _loss_share(configuration: Configuration, losses: list[torch.Tensor]) -> torch.Tensor:
-    """This rank's share of the mean loss."""
-    return torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)
+    for tokens, labels in read_microbatches(batches, configuration, first_sample, dist.get_rank()):
+        yield to_device(built.device, tokens), to_device(built.device, labels)

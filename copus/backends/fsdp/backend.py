@@ -14,7 +14,7 @@ from copus.backends.fsdp import step
 from copus.backends.fsdp.built import BuiltModel, ShardedParameter, sharded_parameters
 from copus.backends.fsdp.mesh import Meshes
 from copus.backends.fsdp.model import build_model, initialize, parameter_shapes
-from copus.backends.fsdp.part_norms import PartNorms
+from copus.backends.fsdp.part_norms import FsdpPartNorms
 from copus.backends.fsdp.shards import optimizer_fields, shard_table
 from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
 from copus.job import JobConfig
@@ -53,7 +53,7 @@ class FsdpBackend(Backend):
             for decays in (True, False)
         ]
         built.optimizer = torch.optim.AdamW(groups, fused=True)
-        built.part_norms = PartNorms(built)
+        built.part_norms = FsdpPartNorms(built)
 
     def release(self) -> None:
         """Let go of model and optimizer; the groups stay for later."""

@@ -13,7 +13,7 @@ from copus.backends.adamw import AdamWOptions
 from copus.backends.fsdp.built import BuiltModel
 from copus.backends.fsdp.part_norms import grad_sq_share
 from copus.backends.huggingface import mean_loss
-from copus.backends.microbatches import evaluation_of, read_microbatches
+from copus.backends.microbatches import evaluation_of, loss_share, read_microbatches, to_device
 from copus.backends.step_contract import Batches, StepRequest, StepShares
 from profiles.configuration import Configuration
 
@@ -34,7 +34,9 @@ def compute_gradients(
             built.part_norms.begin_backward(index)
             (loss / count).backward()
         losses.append(loss.detach())
-    return StepShares(_loss_share(built, configuration, losses), grad_sq_share(built), built.part_norms.contribution())
+    return StepShares(
+        _loss_share(built, configuration, losses), grad_sq_share(built), built.part_norms.contribution(built.device)
+    )
 
 
 def _communicate(built: BuiltModel, is_last: bool) -> None:
@@ -85,10 +87,8 @@ def _microbatches(
     built: BuiltModel, configuration: Configuration, batches: Batches, first_sample: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and labels of this replica's micro-batches."""
-    per_replica = configuration.global_batch // configuration.layout.dp
-    first = first_sample + built.dp_rank * per_replica
-    starts = range(first, first + per_replica, configuration.micro_batch)
-    return read_microbatches(batches, starts, configuration.micro_batch, built.device)
+    for tokens, labels in read_microbatches(batches, configuration, first_sample, built.dp_rank):
+        yield to_device(built.device, tokens), to_device(built.device, labels)
 
 
 def _split_loss(built: BuiltModel) -> contextlib.AbstractContextManager[None]:
@@ -102,7 +102,4 @@ def _loss(built: BuiltModel, tokens: torch.Tensor, labels: torch.Tensor) -> torc
 
 
 def _loss_share(built: BuiltModel, configuration: Configuration, losses: list[torch.Tensor]) -> torch.Tensor:
-    """This rank's share of the mean loss; tensor parallel ranks have the same, and one of them counts."""
-    if built.tp_rank > 0:
-        return torch.zeros((), dtype=torch.float64, device=built.device)
-    return torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)
+    return loss_share(configuration, losses, built.device, counts=built.tp_rank == 0)

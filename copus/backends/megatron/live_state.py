@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from copus.backends.adamw import adam_state
 from copus.backends.megatron import cpu
 from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.local_tensors import LocalTensor, Region, local_tensors
 from copus.backends.megatron.main_params import MainParam, main_params
-from copus.backends.megatron.upstream import adam_state
 from copus.reshard.boxes import Box
 from copus.reshard.execute import LiveState
 from copus.reshard.table import MASTER, Place

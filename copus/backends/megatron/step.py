@@ -1,7 +1,6 @@
 """Gradients, update and evaluation of a built Megatron model."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +13,7 @@ from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.local_tensors import unwrap
 from copus.backends.megatron.upstream import inner_optimizers
 from copus.backends.megatron.versions import main_grads
+from copus.backends.microbatches import evaluation_of, loss_share, read_microbatches, to_device
 from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Batches, StepRequest, StepShares
 from profiles.configuration import Configuration
@@ -55,12 +55,7 @@ def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> No
 
 def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, sequences: int) -> float:
     """Mean loss over the first `sequences` sequences of `batches`, equal on every rank."""
-    whole = configuration.model_copy(update={"global_batch": sequences, "micro_batch": 1})
-    for micro_batch in range(configuration.micro_batch, 0, -1):
-        count, rest = divmod(sequences, configuration.layout.dp * micro_batch)
-        if rest == 0 and (configuration.layout.vp == 1 or count % configuration.layout.pp == 0):
-            whole = whole.model_copy(update={"micro_batch": micro_batch})
-            break
+    whole = evaluation_of(configuration, sequences)
     for chunk in built.chunks:
         chunk.eval()
     with torch.no_grad():
@@ -76,12 +71,8 @@ def _run_microbatches(
     built: BuiltModel, configuration: Configuration, batches: Batches, first_sample: int, forward_only: bool
 ) -> list[torch.Tensor]:
     """Run this replica's micro-batches and return their losses, on the last pipeline stage only."""
-    chunks, device = built.chunks, built.device
-    per_replica = configuration.global_batch // configuration.layout.dp
-    first = first_sample + parallel_state.get_data_parallel_rank() * per_replica
-    micro_batch = configuration.micro_batch
-    starts = range(first, first + per_replica, micro_batch)
-    data = [_microbatches(unwrap(chunk), batches, starts, micro_batch, device) for chunk in chunks]
+    chunks = built.chunks
+    data = [_microbatches(unwrap(chunk), built.device, batches, configuration, first_sample) for chunk in chunks]
 
     run = get_forward_backward_func()
     outputs = run(
@@ -90,37 +81,25 @@ def _run_microbatches(
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=configuration.num_microbatches,
         seq_length=unwrap(chunks[0]).max_sequence_length,
-        micro_batch_size=micro_batch,
+        micro_batch_size=configuration.micro_batch,
         forward_only=forward_only,
     )
     return [output["loss"] for output in outputs]
 
 
 def _microbatches(
-    model: Any, batches: Batches, starts: range, micro_batch: int, device: torch.device
+    model: Any, device: torch.device, batches: Batches, configuration: Configuration, first_sample: int
 ) -> Iterator[_Microbatch]:
-    """Tokens for the chunk with the embedding, labels for the chunk with the output layer; the others read nothing.
-
-    A thread reads one micro-batch ahead of the step.
-    """
+    """Tokens for the chunk with the embedding, labels for the chunk with the output layer; the others read nothing."""
     if not (model.pre_process or model.post_process):
-        yield from [(None, None)] * len(starts)
+        yield from [(None, None)] * configuration.num_microbatches
         return
-    with ThreadPoolExecutor(1, thread_name_prefix="copus-reader") as reader:
-        upcoming = reader.submit(batches, starts[0], micro_batch)
-        for following in [*starts[1:], None]:
-            tokens, labels = upcoming.result()
-            if following is not None:
-                upcoming = reader.submit(batches, following, micro_batch)
-            yield (
-                _to(device, tokens) if model.pre_process else None,
-                _to(device, labels) if model.post_process else None,
-            )
-
-
-def _to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that the host does not wait for. A copy from pageable memory would wait for all queued work of the GPU."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    replica = parallel_state.get_data_parallel_rank()
+    for tokens, labels in read_microbatches(batches, configuration, first_sample, replica):
+        yield (
+            to_device(device, tokens) if model.pre_process else None,
+            to_device(device, labels) if model.post_process else None,
+        )
 
 
 def _forward_step(microbatches: Iterator[_Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
@@ -152,9 +131,8 @@ def _local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Ten
 
 def _loss_share(built: BuiltModel, configuration: Configuration, losses: list[torch.Tensor]) -> torch.Tensor:
     """This rank's share of the mean loss. Only the last stage has losses, the same on all its tensor-parallel ranks."""
-    if not losses or parallel_state.get_tensor_model_parallel_rank() > 0:
-        return torch.zeros((), dtype=torch.float64, device=built.device)
-    return torch.stack(losses).double().sum() / (len(losses) * configuration.layout.dp)
+    counts = parallel_state.get_tensor_model_parallel_rank() == 0
+    return loss_share(configuration, losses, built.device, counts=counts)
 
 
 def _scale_gradients(optimizer: Any, scale: float) -> None:

@@ -25,16 +25,6 @@ def use_torch_adam() -> None:
         patch(owner, name, value, oldest=(0, 16), newest=(0, 19))
 
 
-def adam_state(inner: torch.optim.Optimizer, param: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter's state in torch's Adam: `step`, `exp_avg` and `exp_avg_sq`; zeros before the first step."""
-    state = inner.state[param]
-    if len(state) == 0:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)  # where fused AdamW wants it
-        state["exp_avg"] = torch.zeros_like(param.data)
-        state["exp_avg_sq"] = torch.zeros_like(param.data)
-    return state
-
-
 def set_adam_step(optimizer: Any, step: int) -> None:
     """Give every parameter its own `step` tensor."""
     for inner in inner_optimizers(optimizer):
