@@ -147,7 +147,7 @@ def test_the_fixed_batches_run_in_what_was_measured_to_be_fastest(
     for configuration, seconds in ((slow, 1001.0), (fast, 1000.0)):
         row = {"configuration": configuration, "step_seconds": seconds, "spread_seconds": 0.1, "count": 3, "time": 1.0}
         ThroughputTable(tmp_path / "throughput.jsonl").add(Measurement(fingerprint=fingerprint, model=job.model, **row))
-    monkeypatch.setattr(time_to_target, "_copus", lambda *arguments: "")
+    monkeypatch.setattr(time_to_target, "copus_output", lambda *arguments: "")
     assert fastest_of(time_to_target.JOB, {}, [16], tmp_path) == {16: fast}
     with pytest.raises(SystemExit, match="nothing was measured at a global batch of 12"):
         fastest_of(time_to_target.JOB, {}, [12], tmp_path)
