@@ -20,7 +20,7 @@ from rich.table import Table
 from benchmarks.command import console_of, parser_of, tell
 from benchmarks.noise_synthetic import SyntheticSteps
 from copus.job import JobConfig, load_job
-from copus.noise.meter import NoiseMeter
+from copus.noise.run_noise import RunNoise
 from planner.backend_traits import ANY_BACKEND
 from planner.config import PlannerConfig
 from planner.planner import Planner, decision_is_due
@@ -85,7 +85,7 @@ def measure(cell: Cell, repetitions: int, later_steps: int) -> dict[str, Any]:
         rng = np.random.default_rng([cell.seq_len, batch, SOURCES.index(cell.source), repetition])
         steps = SyntheticSteps(rng)
         truth = batch * float(np.exp(rng.uniform(*np.log(NOISE_OVER_BATCH))))
-        meter = NoiseMeter(half_life(cell.settings, JOB_STEPS * batch, cell.seq_len))
+        meter = RunNoise(half_life(cell.settings, JOB_STEPS * batch, cell.seq_len))
         known_after, measured = None, 0
         for step in range(later_steps):
             source = source_of_step(cell.settings, ANY_BACKEND, cell.configuration, step)
@@ -135,7 +135,7 @@ def simulate_job(job: JobConfig, batch: int) -> dict[str, Any]:
         Predictor.from_rows(settings, job.model, job.cluster, job.training.precision, start) for _ in range(2)
     )
     planner = Planner(predictor, total_samples=job.total_samples)
-    meter = NoiseMeter(half_life(settings, job.total_samples, job.model.seq_len))
+    meter = RunNoise(half_life(settings, job.total_samples, job.model.seq_len))
     rng = np.random.default_rng(batch)
     gradients = SyntheticSteps(rng, JOB_DIMENSIONS)
     running, samples, step, seconds, moved_at_step = start, 0, 0, 0.0, 0

@@ -16,7 +16,7 @@ from copus.data.samples import open_data
 from copus.job import JobConfig
 from copus.noise.estimator import NoiseEstimator
 from copus.noise.memory import Clock
-from copus.noise.meter import NoiseMeter
+from copus.noise.run_noise import RunNoise
 from copus.noise.step_estimate import StepEstimate, estimate_step
 from planner.sampling import STEPS, HalfLife, source_of_step
 from profiles.configuration import Configuration
@@ -70,7 +70,7 @@ def brute_force(job: JobConfig, training_steps: int, sequences: int, online_step
         "auto": job.planner,
         "microbatch": job.planner.model_copy(update={"noise_source": "microbatch"}),
     }.items():
-        meter = NoiseMeter(HalfLife(configuration.global_batch, online_steps // 2))
+        meter = RunNoise(HalfLife(configuration.global_batch, online_steps // 2))
         for step in range(online_steps):
             source = source_of_step(settings, backend.description, configuration, step)
             first = sample + step * configuration.global_batch

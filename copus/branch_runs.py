@@ -14,7 +14,7 @@ from copus.events import Branch, End, Evaluate, Event, read_events
 from copus.job import JobConfig, JobError
 from copus.learning_rate import base_lr
 from copus.loop import Trainer
-from copus.noise.meter import NoiseMeter
+from copus.noise.run_noise import RunNoise
 from copus.schedule import rules_at
 from copus.trainer_state import TrainerState
 from planner.sampling import half_life
@@ -42,7 +42,7 @@ def run_branches(
     lr = base_lr(job, state.samples_consumed * seq_len)
     if lr <= 0:
         raise JobError(f"{branches.checkpoint.name}: the learning rate is 0 here: every batch would learn nothing")
-    noise = NoiseMeter(half_life(job.planner, job.total_samples, seq_len))
+    noise = RunNoise(half_life(job.planner, job.total_samples, seq_len))
     noise.restore(state.noise)
     done = _done(run, branches)
     total = len(branches.seeds) * len(branches.configurations)

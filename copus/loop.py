@@ -16,8 +16,8 @@ from copus.divergence import Divergence
 from copus.events import Evaluate, Event, Failure, Noise, Step, Warned
 from copus.job import JobConfig
 from copus.moves import Moves
-from copus.noise.meter import NoiseMeter
 from copus.noise.norm_window import NormWindow
+from copus.noise.run_noise import RunNoise
 from copus.noise.step_estimate import estimate_step
 from copus.saver import Saver
 from copus.schedule import rules_at
@@ -60,7 +60,7 @@ class Trainer:
         self._keep_nothing = keep_nothing
         self._leads = dist.get_rank() == 0
         self.state = state
-        self._noise = NoiseMeter(half_life(job.planner, job.total_samples, job.model.seq_len))
+        self._noise = RunNoise(half_life(job.planner, job.total_samples, job.model.seq_len))
         self._noise.restore(state.noise)
         self._norms = NormWindow()
         self._norms.restore(state.norms)

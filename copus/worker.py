@@ -45,10 +45,9 @@ from copus.events import (
     samples_trained,
 )
 from copus.job import JobConfig, JobError, load_job
-from copus.learning_rate import lr_decay
 from copus.loop import Trainer
 from copus.loopback import LOOPBACK, host_store, join_store
-from copus.predictor import predictor_of
+from copus.planning import Planner
 from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.resume_request import ResumeRequest, nothing_to_resume, read_resume_request, write_resume_request
@@ -57,8 +56,6 @@ from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
 from copus.trainer_state import TrainerState
 from copus.user_errors import EXIT_CODE, one_line, report_failure
-from planner.planner import Planner
-from planner.policy import make_policy
 from profiles.configuration import Configuration
 from profiles.measurement import Fingerprint, Measurement
 from profiles.mfu import peak_samples_per_second
@@ -190,15 +187,7 @@ def _skipped(line: str, report: Callable[[Event], None]) -> None:
 
 
 def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState, with_speeds: bool) -> Planner:
-    # A policy that takes every time for a measured one must not see what the cost model alone predicts.
-    predictor = predictor_of(job, rows, use_cost_model=make_policy(job.planner).weighs_error)
-    planner = Planner(
-        predictor,
-        state.decisions,
-        job.total_samples,
-        lambda samples: lr_decay(job, samples),
-        job.training.target_loss,
-    )
+    planner = Planner(job, rows, state.decisions)
     planner.restore(state.planner, with_speeds)
     return planner
 

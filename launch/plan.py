@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copus.backends.registry import find_backend
+from copus.estimate import estimate_of
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import resized
-from launch.estimate import estimate_of
 from launch.recommendation import Recommendation, lines, recommend
 from launch.recommendation import as_values as recommendation_values
 from launch.tables import page, print_columns, print_table

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from copus.estimate import estimate_of
 from copus.job import JobConfig, JobError, load_job
-from launch.estimate import estimate_of
 from launch.plan import DISPENSABLE, as_values, fastest_row, on_backend
 from launch.tables import page, print_table
 from launch.wording import count

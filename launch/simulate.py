@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from copus.audit import past_run_of
+from copus.estimate import estimate_of
 from copus.event_lines import without_replays
 from copus.events import Noise, Reconfigure, Trial, read_events
 from copus.job import JobConfig, JobError, load_job
 from copus.learning_rate import lr_decay
-from launch.estimate import estimate_of
 from launch.plot import check_output, need_matplotlib
 from launch.run_directory import find_run, shown
 from launch.tables import new_table, page

@@ -12,8 +12,8 @@ from launch_jobs import copus_here
 from test_cli import HEAVY, imported
 
 from copus.backends.registry import BUILT_IN, find_backend
+from copus.estimate import estimate_of
 from copus.job import load_job
-from launch.estimate import estimate_of
 from launch.plan import as_values
 from planner.job_estimate import JobEstimate, estimate_job, rows_of
 from planner.memory_check import in_words

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from benchmarks.noise_known import JOB, SOURCES, WANTED, cell_of, cells, main, measure, simulate_job
 from benchmarks.noise_synthetic import SyntheticSteps
 from copus.job import load_job
-from copus.noise.meter import NoiseMeter
+from copus.noise.run_noise import RunNoise
 from planner.backend_traits import ANY_BACKEND
 from planner.sampling import half_life, source_of_step
 
@@ -34,7 +34,7 @@ def test_known_within_25_measured_steps_at_every_scale(
 ) -> None:
     cell = cell_of(seq_len, global_batch, source)
     planner = cell.settings.model_copy(update={"noise_half_life_tokens": half_life_tokens})
-    meter = NoiseMeter(half_life(planner, job_steps * global_batch, seq_len))
+    meter = RunNoise(half_life(planner, job_steps * global_batch, seq_len))
     steps, measured, step = SyntheticSteps(np.random.default_rng(seed)), 0, 0
     while measured < WANTED:
         source = source_of_step(planner, ANY_BACKEND, cell.configuration, step)

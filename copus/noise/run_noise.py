@@ -12,7 +12,7 @@ from planner.sampling import HalfLife
 from profiles.noise_scale import NoiseScale
 
 
-class NoiseMeter:
+class RunNoise:
     """Takes the steps of a run, and gives the best estimate that they allow.
 
     Full sources (micro-batches, replicas) estimate the same two numbers and share one average. The norm layers have

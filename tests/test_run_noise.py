@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from copus.backends.step_contract import Parts, StepResult
-from copus.noise.meter import NoiseMeter
+from copus.noise.run_noise import RunNoise
 from planner.backend_traits import ANY_BACKEND, BackendTraits, PartCount
 from planner.config import PlannerConfig
 from planner.noise_sources import split
@@ -37,9 +37,9 @@ def _result(full: Parts | None, norm_layers: Parts | None, skipped: bool = False
     return StepResult(loss=1.0, grad_sq=1.0, parts=full, norm_layer_parts=norm_layers, skipped=skipped, stop=False)
 
 
-def _run(steps: int, calibrate_every: int | None, seed: int = 0) -> NoiseMeter:
+def _run(steps: int, calibrate_every: int | None, seed: int = 0) -> RunNoise:
     """Norm layers on every step, both on some."""
-    rng, meter = np.random.default_rng(seed), NoiseMeter(HalfLife(0, 400))
+    rng, meter = np.random.default_rng(seed), RunNoise(HalfLife(0, 400))
     for step in range(steps):
         both = calibrate_every is not None and step % calibrate_every == 0
         full = _parts(rng, B_SIMPLE, 2, 4) if both else None
@@ -86,13 +86,13 @@ def test_steps_that_are_not_finite_are_counted_and_change_nothing() -> None:
 
 
 def test_a_step_without_parts_says_nothing() -> None:
-    meter = NoiseMeter(HalfLife(0, 100))
+    meter = RunNoise(HalfLife(0, 100))
     assert not meter.update(_result(None, None), BATCH, BATCH)
     assert (meter.skipped, meter.estimate().samples, meter.estimate().value) == (0, 0, None)
 
 
 def test_a_checkpoint_of_a_version_without_a_clock_is_measured_anew() -> None:
-    meter = NoiseMeter(HalfLife(0, 100))
+    meter = RunNoise(HalfLife(0, 100))
     old = {"blocks": [[0, 512, 512, 3.0, 1, 2.0]], "samples": 1, "tokens_seen": 512}
     calibration = {"pairs_per_block": 1, "blocks": []}
     meter.restore({"full": old, "norm_layers": old, "calibration": calibration, "skipped": 3})
@@ -112,7 +112,7 @@ def test_the_half_life_follows_the_job_unless_it_is_set() -> None:
 
 def test_state_goes_through_json_and_back() -> None:
     meter = _run(800, 8)
-    again = NoiseMeter(HalfLife(0, 400))
+    again = RunNoise(HalfLife(0, 400))
     again.restore(json.loads(json.dumps(meter.state())))
     assert again.estimate() == meter.estimate()
     assert again.calibration == meter.calibration

@@ -1,10 +1,10 @@
-"""Estimates for a job file, for the commands that look ahead: plan, simulate."""
+"""Estimates for a job, for whoever looks ahead: `copus plan`, `copus simulate`, `copus.plan`."""
 
 from typing import TYPE_CHECKING
 
 from copus.backends.registry import BUILT_IN, find_backend
 from copus.job import STEP_SETTINGS, JobConfig, JobError
-from profiles.measurement import Fingerprint
+from profiles.measurement import Fingerprint, Measurement
 from profiles.table import ThroughputTable
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command asks
@@ -17,8 +17,8 @@ def estimate_of(job: JobConfig) -> "JobEstimate":
     from planner.job_estimate import estimate_job
 
     training = job.training
+    rows = rows_of_table(job)
     try:
-        rows = [row for row in ThroughputTable(job.profile.table).everything() if _ran_so(row.fingerprint, job)]
         return estimate_job(
             job.planner,
             job.model,
@@ -29,10 +29,17 @@ def estimate_of(job: JobConfig) -> "JobEstimate":
             training.implementation,
             find_backend(training.backend),
         )
-    except OSError as error:
-        raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
     except ValueError as error:
         raise JobError(f"cluster.{error}") from None
+
+
+def rows_of_table(job: JobConfig) -> list[Measurement]:
+    """The rows of the job's throughput table that were measured with its backend and settings, of any model. Raises
+    JobError for a table that cannot be read."""
+    try:
+        return [row for row in ThroughputTable(job.profile.table).everything() if _ran_so(row.fingerprint, job)]
+    except OSError as error:
+        raise JobError(f"profile.table({job.profile.table}): {error.strerror}") from None
 
 
 def _ran_so(fingerprint: Fingerprint, job: JobConfig) -> bool:

@@ -1,0 +1,6 @@
+from copus.job import JobConfig as JobConfig
+from copus.job import JobError as JobError
+from copus.job import load_job as load_job
+from copus.planning import Planner as Planner
+from copus.planning import plan as plan
+from profiles.table import ThroughputTable as ThroughputTable
