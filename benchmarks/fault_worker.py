@@ -19,7 +19,7 @@ from copus.backends.registry import find_backend
 from copus.checkpoints import Writing
 from copus.job import load_job
 from copus.moves import Moves
-from planner.planner import Planner
+from copus.planning import Planner
 from profiles.configuration import Configuration
 from profiles.decision import Decision
 from profiles.layout import Layout
