@@ -79,6 +79,9 @@ class DataConfig(Record):
         return [value] if isinstance(value, str) and value != "shakespeare" else value
 
 
+WSD_DECAY_SHARE = 0.2
+"""Share of the run over which `wsd` decays, unless `training.decay_tokens` says more: as in 2405.18392."""
+
 STEP_SETTINGS = ("overlap_grad_reduce", "dropout")
 """Settings of a training that change the time of its steps and are no part of a configuration. What was measured with
 one that is on names it among its software."""
@@ -111,11 +114,17 @@ class TrainingConfig(Record):
     lr: PositiveFloat = 1e-3
     """Peak learning rate at `reference_batch`."""
     min_lr: NonNegativeFloat = 1e-4
-    """Learning rate at the end of the decay, at `reference_batch`."""
+    """Learning rate at the end of the decay, at `reference_batch`; `inverse-sqrt` falls no further."""
     warmup_tokens: NonNegativeInt = 0
     """Linear warm-up."""
-    decay: Literal["constant", "cosine", "linear"] = "cosine"
-    """Shape of the decay from the end of the warm-up to the end of the run."""
+    decay: Literal["constant", "cosine", "linear", "wsd", "inverse-sqrt"] = "cosine"
+    """Learning rate after the warm-up. `cosine` and `linear` decay from there on; `wsd` (warm-up, stable, decay) stays
+    at `lr` and decays at the end of the run; `inverse-sqrt` is lr · √(`warmup_tokens` / tokens)."""
+    decay_tokens: PositiveInt | None = None
+    """Length of the decay. None: `cosine` and `linear` decay to the end of the run, `wsd` over its last fifth. After
+    the decay the learning rate stays at `min_lr`."""
+    decay_shape: Literal["linear", "1-sqrt", "cosine", "exponential"] | None = None
+    """Shape of the decay of `wsd`; None means `1-sqrt`."""
     reference_batch: PositiveInt | None = None
     """B_ref in κ = B / B_ref; None means `global_batch`."""
     optimizer: Optimizer = AdamW()
@@ -142,6 +151,24 @@ class TrainingConfig(Record):
     max_skipped_steps: PositiveInt = 20
     """Steps in a row with gradients that are not finite (the optimizer skips them) after which the run ends, with exit
     code 1."""
+
+    def check_decay(self) -> None:
+        """Raise ValueError for a setting of the decay that `decay` has no use for, or no room for."""
+        decay, length = self.decay, self.decay_tokens
+        if length is not None and decay in ("constant", "inverse-sqrt"):
+            raise ValueError(f"training.decay_tokens({length}): training.decay({decay}) has no end")
+        if self.decay_shape is not None and decay != "wsd":
+            raise ValueError(f"training.decay_shape({self.decay_shape}) is for training.decay(wsd), not {decay}")
+        if decay == "inverse-sqrt" and not self.warmup_tokens:
+            raise ValueError(
+                "training.decay(inverse-sqrt) is lr · √(warmup_tokens / tokens): training.warmup_tokens(0) leaves nothing"
+            )
+        wsd_length = length or round(WSD_DECAY_SHARE * self.tokens)
+        if decay == "wsd" and self.warmup_tokens + wsd_length > self.tokens:
+            raise ValueError(
+                f"training.warmup_tokens({self.warmup_tokens}) + decay_tokens({wsd_length}) is more than "
+                f"training.tokens({self.tokens})"
+            )
 
     @property
     def configuration(self) -> Configuration:
@@ -265,6 +292,7 @@ class JobConfig(Record):
             )
         if training.min_lr > training.lr:
             raise ValueError(f"training.min_lr({training.min_lr:g}) is larger than training.lr({training.lr:g})")
+        training.check_decay()
         return self
 
     def _check_layout(self, layout: Layout) -> None:

@@ -280,8 +280,8 @@ class Trainer:
         if before is not None and not math.isclose(before, now, rel_tol=1e-6, abs_tol=1e-30):
             message = (
                 f"the learning rate goes on at {now:.3g}; the run had come to {before:.3g}. Its schedule "
-                f"(training.tokens({self._job.training.tokens}), lr, min_lr, warmup_tokens, decay) or its batch is "
-                "another than before"
+                f"(training.tokens({self._job.training.tokens}), lr, min_lr, warmup_tokens, decay, decay_tokens, "
+                "decay_shape) or its batch is another than before"
             )
             self._report(Warned(**self.state.here, message=message))
 

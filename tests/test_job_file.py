@@ -176,7 +176,8 @@ def test_the_padded_vocabulary_is_divided_not_the_given_one(tmp_path: Path) -> N
          "training.optimizer: input should be a section whose kind is 'adamw', got 'adamw'"),
         ("training.optimizer.momentum=0.9", "training.optimizer.momentum: unknown key"),
         ("training.layout=5", "training.layout: input should be a valid dictionary or instance of Layout, got 5"),
-        ("training.decay=cubic", "training.decay: input should be 'constant', 'cosine' or 'linear', got 'cubic'"),
+        ("training.decay=cubic",
+         "training.decay: input should be 'constant', 'cosine', 'linear', 'wsd' or 'inverse-sqrt', got 'cubic'"),
         ("launch.options={partition: long}", "launch.options: partition: unknown key"),
         ("planner.policy=best",
             "planner.policy: input should be 'goodput', 'copus', "

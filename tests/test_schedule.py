@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from copus.backends.adamw import adamw_options
 from copus.backends.step_contract import StepRules
-from copus.job import JobConfig
-from copus.learning_rate import base_lr
+from copus.job import JobConfig, JobError
+from copus.learning_rate import base_lr, lr_decay
 from copus.optimizers import AdamW
 from copus.schedule import batch_ratio, rules_at
 from copus.trainer_state import TrainerState
@@ -37,6 +38,67 @@ def test_warm_up_and_decay() -> None:
     assert base_lr(JOB, 100_000) == pytest.approx(1e-3)
     assert base_lr(JOB, 55_000) == pytest.approx((1e-2 + 1e-3) / 2)
     assert base_lr(JOB, 0) > 0
+
+
+MEGATRON_STYLES = {
+    ("cosine", None): ("cosine", None),
+    ("linear", None): ("linear", None),
+    ("constant", None): ("constant", None),
+    ("inverse-sqrt", None): ("inverse-square-root", None),
+    ("wsd", "linear"): ("WSD", "linear"),
+    ("wsd", "cosine"): ("WSD", "cosine"),
+    ("wsd", "1-sqrt"): ("WSD", "minus_sqrt"),
+    ("wsd", "exponential"): ("WSD", "exponential"),
+}
+
+
+@pytest.mark.parametrize(("ours", "megatrons"), MEGATRON_STYLES.items(), ids=str)
+def test_every_decay_is_megatrons_of_the_same_name(ours: tuple[str, str | None], megatrons: tuple[str, str]) -> None:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    decay, shape = ours
+    length = {"cosine": 70_000, "linear": 70_000, "wsd": 25_000}.get(decay)
+    schedule = {"warmup_tokens": 10_000, "decay": decay, "decay_shape": shape, "decay_tokens": length}
+    job = tiny_job(1, tokens=100_000, lr=1e-2, min_lr=1e-3, **schedule)
+    end = 80_000 if decay in ("cosine", "linear") else 100_000  # Megatron's counts from the first step on
+    optimizer = SimpleNamespace(param_groups=[])
+    theirs = OptimizerParamScheduler(
+        *(optimizer, 0.0, 1e-2, 1e-3, 10_000, end, megatrons[0], 0.0, 0.0, 1, "constant"),
+        **{"wsd_decay_steps": 25_000, "lr_wsd_decay_style": megatrons[1]},
+    )
+    for tokens in (5_000, 10_000, 10_001, 40_000, 75_000, 75_001, 90_000, 99_999, 100_000):
+        theirs.num_steps = tokens
+        assert base_lr(job, tokens) == pytest.approx(theirs.get_lr({}), rel=1e-12), tokens
+
+
+def test_a_longer_run_with_wsd_stays_at_the_peak_where_the_shorter_one_decayed() -> None:
+    short, long = (tiny_job(1, tokens=tokens, decay="wsd", decay_tokens=20_000) for tokens in (100_000, 300_000))
+    assert [base_lr(short, tokens) for tokens in (0, 79_999)] == [base_lr(long, tokens) for tokens in (0, 79_999)]
+    assert base_lr(short, 100_000) == short.training.min_lr < base_lr(long, 280_000) == long.training.lr
+    assert lr_decay(short, 85_000 // 16) == pytest.approx(0.55, abs=0.01), "half of the way, as 1 − √¼"
+
+
+def test_a_decay_that_is_over_before_the_run_stays_at_its_end() -> None:
+    job = tiny_job(1, tokens=100_000, warmup_tokens=10_000, decay="linear", decay_tokens=40_000)
+    assert base_lr(job, 30_000) == pytest.approx((job.training.lr + job.training.min_lr) / 2)
+    assert base_lr(job, 50_000) == base_lr(job, 100_000) == job.training.min_lr
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"decay": "constant", "decay_tokens": 5}, r"decay_tokens\(5\): training\.decay\(constant\) has no end"),
+        ({"decay_shape": "linear"}, r"decay_shape\(linear\) is for training\.decay\(wsd\), not cosine"),
+        ({"decay": "inverse-sqrt"}, r"training\.warmup_tokens\(0\) leaves nothing"),
+        (
+            {"decay": "wsd", "warmup_tokens": 90_000},
+            r"warmup_tokens\(90000\) \+ decay_tokens\(20000\) is more than training\.tokens\(100000\)",
+        ),
+    ],
+)
+def test_a_decay_without_use_or_room_is_refused(training: dict[str, Any], message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        tiny_job(1, **training)
 
 
 @given(samples=st.integers(0, 6_000), kappa=st.sampled_from([0.125, 0.5, 1, 2]))
