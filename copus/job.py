@@ -161,7 +161,7 @@ class TrainingConfig(Record):
             raise ValueError(f"training.decay_shape({self.decay_shape}) is for training.decay(wsd), not {decay}")
         if decay == "inverse-sqrt" and not self.warmup_tokens:
             raise ValueError(
-                "training.decay(inverse-sqrt) is lr · √(warmup_tokens / tokens): training.warmup_tokens(0) leaves nothing"
+                "training.decay(inverse-sqrt) is lr · √(warmup_tokens / tokens), and training.warmup_tokens is 0"
             )
         wsd_length = length or round(WSD_DECAY_SHARE * self.tokens)
         if decay == "wsd" and self.warmup_tokens + wsd_length > self.tokens:

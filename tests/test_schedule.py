@@ -89,7 +89,7 @@ def test_a_decay_that_is_over_before_the_run_stays_at_its_end() -> None:
     [
         ({"decay": "constant", "decay_tokens": 5}, r"decay_tokens\(5\): training\.decay\(constant\) has no end"),
         ({"decay_shape": "linear"}, r"decay_shape\(linear\) is for training\.decay\(wsd\), not cosine"),
-        ({"decay": "inverse-sqrt"}, r"training\.warmup_tokens\(0\) leaves nothing"),
+        ({"decay": "inverse-sqrt"}, r"lr · √\(warmup_tokens / tokens\), and training\.warmup_tokens is 0"),
         (
             {"decay": "wsd", "warmup_tokens": 90_000},
             r"warmup_tokens\(90000\) \+ decay_tokens\(20000\) is more than training\.tokens\(100000\)",
