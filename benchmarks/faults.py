@@ -158,9 +158,9 @@ class Run:
         """Send a signal to a rank."""
         os.kill(int((self.folder / f"worker-{rank}.pid").read_text()), number)
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint."""
-        return max((self.folder / "checkpoints").glob("samples-*"), default=None)
+    def checkpoints(self) -> list[Path]:
+        """From the oldest to the newest."""
+        return sorted((self.folder / "checkpoints").glob("samples-*"))
 
 
 @contextmanager
@@ -224,10 +224,9 @@ def _do(run: Run, kind: str, rank: int, chance: random.Random) -> str:
     if kind == "hang":
         run.hit(rank, signal.SIGSTOP)
         return "SIGSTOP"
-    run.wait(lambda: run.newest() is not None and run.phase() == "training", "a checkpoint")
-    newest = run.newest()
-    assert newest is not None
-    what = spoil(newest, kind, chance)
+    # There has to be another one to go back to: without any a run ends, and says how to train from the first step.
+    run.wait(lambda: len(run.checkpoints()) > 1 and run.phase() == "training", "a second checkpoint")
+    what = spoil(run.checkpoints()[-1], kind, chance)
     run.hit(rank, signal.SIGKILL)
     return f"{what}, SIGKILL"
 
@@ -247,7 +246,7 @@ def _fill_disk(run: Run) -> str:
     warning = next(event for event in reversed(run.events) if isinstance(event, Failure))
     if warning.fatal:
         raise RuntimeError(f"the full disk ended the run: {warning.message}")
-    if run.newest() is None:
+    if not run.checkpoints():
         raise RuntimeError("the full disk cost the last good checkpoint")
     run.wait(lambda: run.samples > warning.samples_consumed, "training on a full disk")
     written = run.count(Checkpoint)

@@ -112,7 +112,7 @@ def _values(each: "CandidateEstimate") -> dict[str, Any]:
         "peak_bytes_low": peak.low_bytes,
         "peak_bytes_high": peak.high_bytes,
         "memory": peak.parts,
-        "last_stage": peak.last_stage,
+        "stage": peak.stage,
         "chance_to_fit": peak.chance_to_fit,
         "fits": in_words(peak.chance_to_fit),
         "refusal": each.refusal,
@@ -257,7 +257,7 @@ def _memory(estimates: "list[CandidateEstimate]") -> dict[str, dict[str, str]]:
             **{name: f"{size / GIB:.2f}" for name, size in each.peak.parts.items()},
             "sum": f"{sum(each.peak.parts.values()) / GIB:.2f}",
             "80 %": f"{each.peak.low_bytes / GIB:.1f}–{each.peak.high_bytes / GIB:.1f}",
-            "stage": "last" if each.peak.last_stage else "first",
+            "stage": each.peak.stage,
         }
     return found
 

@@ -10,6 +10,7 @@ from profiles.configurations import Configurations
 from profiles.measurement import Measurement
 from profiles.memory import MEGATRON, Implementation, MemoryModel, Peaks
 from profiles.memory.model import SURE
+from profiles.memory.parameters import STAGES, Stage
 from profiles.model_shape import ModelShape
 
 GIB = 2.0**30
@@ -29,8 +30,8 @@ class PeakMemory:
     """Upper end."""
     parts: dict[str, float]
     """What the memory model says, part by part, bytes."""
-    last_stage: bool
-    """Whether that rank is on the last pipeline stage."""
+    stage: Stage
+    """Pipeline stage of that rank."""
     chance_to_fit: float | None
     """Probability that the configuration fits; None if that is not checked."""
 
@@ -69,7 +70,7 @@ class MemoryCheck:
                     low_bytes=float(predicted.low[index]),
                     high_bytes=float(predicted.high[index]),
                     parts={name: float(part[index]) for name, part in predicted.breakdown.items()},
-                    last_stage=bool(predicted.last_stage[index]),
+                    stage=STAGES[predicted.stage[index]],
                     chance_to_fit=None if chances is None else float(chances[index]),
                 )
         return [self._peaks[configuration] for configuration in configurations]

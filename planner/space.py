@@ -11,6 +11,7 @@ from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.layout import Layout, Recompute
 from profiles.model_shape import ModelShape
+from profiles.pipeline_split import split_layers
 
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 
@@ -28,7 +29,7 @@ def candidates(
 
     Layouts are `config.layouts`, or every tp × pp × dp that holds the model on the cluster, with the sequence
     parallelism (if tp > 1) and the sharding of the starting layout or whatever sharding the backend lets the planner
-    choose, with every number of model chunks a pipeline stage (vp) that divides its layers, and with every
+    choose, with every number of model chunks a pipeline stage (vp) that its layers can be cut into, and with every
     recomputation. Tensor parallel ranks stay within a node: their
     collectives wait for the link at every layer. `config.tp`, `max_pp`, `max_vp` and `recompute` pin layouts. Global
     batches are `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the
@@ -90,7 +91,7 @@ def _variants(
     splits = (layout for layout in layouts(model, cluster, start) if layout.tp <= largest_tp)
     for split in splits:
         for layout in _shardings(split, cluster, backend):
-            for vp in _divisors(model.layers // layout.pp) if layout.pp > 1 else [1]:
+            for vp in interleavings(model, layout.pp):
                 for how in [config.recompute] if config.recompute else recompute:
                     yield layout.model_copy(update={"vp": vp, "recompute": how})
 
@@ -146,6 +147,15 @@ def _holds(layout: Layout, model: ModelShape, cluster: Cluster) -> bool:
     except ValueError:
         return False
     return True
+
+
+def interleavings(model: ModelShape, pp: int) -> list[int]:
+    """Model chunks that a pipeline stage may consist of, ascending."""
+    if pp == 1:
+        return [1]
+    # With a layer more for the embedding, and one for the output layer, as well.
+    chunks = sorted({1, *_divisors(-(-model.layers // pp)), *_divisors((model.layers + 2) // pp)})
+    return [vp for vp in chunks if split_layers(model.layers, pp, vp).possible]
 
 
 def _divisors(number: int) -> list[int]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from profiles.cluster import Cluster
 from profiles.configurations import RECOMPUTE, Configurations
 from profiles.model_shape import ModelShape
+from profiles.pipeline_split import split_layers
 
 Ints = NDArray[np.int64]
 
@@ -44,12 +45,12 @@ def enumerate_configurations(
     by_cp = by_cp[(by_cp <= max_cp) & ((by_cp == 1) | (model.seq_len % (2 * by_cp) == 0))]
     by_ep = _divisors(model.experts) if model.experts else np.ones(1, dtype=np.int64)
     by_pp = _divisors(size)
-    by_pp = by_pp[model.layers % by_pp == 0]
-    by_vp = _divisors(model.layers)
+    by_pp = by_pp[by_pp <= model.layers]
+    by_vp = np.union1d(_divisors(model.layers), _divisors(model.layers + 2))
     by_vp = by_vp[by_vp <= max_vp]
     tp, pp, vp, cp, ep = _grid(by_tp, by_pp, by_vp, by_cp, by_ep)
     held = tp * pp * cp
-    fits = (size % held == 0) & (model.layers % (pp * vp) == 0) & ((vp == 1) | (pp > 1))
+    fits = (size % held == 0) & split_layers(model.layers, pp, vp).possible & ((vp == 1) | (pp > 1))
     tp, pp, vp, cp, ep = (axis[fits] for axis in (tp, pp, vp, cp, ep))
     dp = size // (tp * pp * cp)
     fits = dp % ep == 0

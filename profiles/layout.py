@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from profiles.cluster import Cluster
 from profiles.model_shape import ModelShape
+from profiles.pipeline_split import split_layers
 from profiles.record import PositiveInt, Record
 
 Recompute = Literal["none", "selective", "full"]
@@ -84,10 +85,25 @@ class Layout(Record):
             ("model.kv_heads", model.kv_heads, "tp", self.tp),
             ("model.ffn_hidden", model.ffn_hidden, "tp", self.tp),
             ("padded vocabulary", model.padded_vocab, "tp", self.tp),
-            ("model.layers", model.layers, "pp·vp", self.pp * self.vp),
         ]
         if self.sequence_parallel:
             divisions.append(("model.seq_len", model.seq_len, "tp", self.tp))
         for what, amount, by, degree in divisions:
             if amount % degree:
                 raise ValueError(f"{what}({amount}) ÷ {by}({degree}) is not whole: {amount / degree:g}")
+        self._check_stages(model.layers)
+
+    def _check_stages(self, layers: int) -> None:
+        """Raise ValueError if a pipeline stage would have no layers."""
+        if split_layers(layers, self.pp, self.vp).possible:
+            return
+        if self.vp > 1:
+            raise ValueError(
+                f"model.layers({layers}) ÷ pp·vp({self.pp * self.vp}) is not whole: {layers / (self.pp * self.vp):g}; "
+                f"nor is it with 2 layers more, for the embedding and the output layer"
+            )
+        fullest = -(-layers // self.pp)
+        raise ValueError(
+            f"model.layers({layers}) ÷ pp({self.pp}) is not whole, and with {fullest} on every other stage "
+            f"{max(layers - fullest * (self.pp - 2), 0)} are left for the first and the last one"
+        )

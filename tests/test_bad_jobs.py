@@ -109,7 +109,11 @@ TYPES = [
 ARITHMETIC = [
     Bad("ranks that are not there", "tp(4) × pp(1) × cp(1) × dp(2) = 8 ≠ 2", ("training.layout={tp: 4, dp: 2}",)),
     Bad("heads that cannot be split", "model.kv_heads(1) ÷ tp(2) is not whole: 0.5", ("model.kv_heads=1",)),
-    Bad("layers that cannot be split", "model.layers(5) ÷ pp·vp(2)", ("model.layers=5", "training.layout={pp: 2}")),
+    Bad(
+        "layers that cannot be split",
+        "model.layers(1) ÷ pp(2) is not whole",
+        ("model.layers=1", "training.layout={pp: 2}"),
+    ),
     Bad("an odd width", "hidden(66) ÷ heads(4) is not whole", ("model.hidden=66",)),
     Bad(
         "a micro-batch that does not divide", "global_batch(4) ÷ (dp(1) × micro_batch(3))", ("training.micro_batch=3",)

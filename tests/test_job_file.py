@@ -114,7 +114,8 @@ def test_a_path_alone_is_a_list_of_one(tmp_path: Path) -> None:
         ("model.ffn_hidden=193", "training.layout: model.ffn_hidden(193) ÷ tp(2) is not whole: 96.5"),
         # layers ÷ PP
         ("training={layout: {tp: 1, pp: 4, vp: 2}, global_batch: 8, tokens: 12800}",
-         "training.layout: model.layers(4) ÷ pp·vp(8) is not whole: 0.5"),
+         "training.layout: model.layers(4) ÷ pp·vp(8) is not whole: 0.5; nor is it with 2 layers more, for the "
+         "embedding and the output layer"),
         # batch ÷ (DP · micro-batch)
         ("training.global_batch=6",
          "training: global_batch(6) ÷ (dp(2) × micro_batch(2)) = 1.5, not a whole number of micro-batches"),
@@ -135,8 +136,11 @@ def test_impossible_arithmetic(tmp_path: Path, override: str, message: str) -> N
 
 
 def test_layers_are_divided_among_the_stages(tmp_path: Path) -> None:
-    said = complaint(tmp_path, JOB, "training.layout={pp: 4}", "model.layers=6")
-    assert said == "training.layout: model.layers(6) ÷ pp·vp(4) is not whole: 1.5"
+    said = complaint(tmp_path, JOB, "training.layout={pp: 4}", "model.layers=5")
+    assert said == (
+        "training.layout: model.layers(5) ÷ pp(4) is not whole, and with 2 on every other stage "
+        "1 are left for the first and the last one"
+    )
 
 
 def test_the_padded_vocabulary_is_divided_not_the_given_one(tmp_path: Path) -> None:

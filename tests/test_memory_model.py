@@ -74,7 +74,7 @@ def predict(model: ModelShape, configuration: Configuration, how: Implementation
 def on_stage(
     model: ModelShape, configuration: Configuration, last: bool = False, how: Implementation = MEGATRON
 ) -> dict[str, float]:
-    found = stage_components(model, Configurations.of([configuration]), "bf16", how, last=last)
+    found = stage_components(model, Configurations.of([configuration]), "bf16", how, "last" if last else "first")
     return {name: float(part[0]) for name, part in found.items()}
 
 
@@ -117,9 +117,9 @@ def test_more_pipeline_stages_hold_fewer_weights(model, configuration) -> None:
     """Of layers: an embedding stays whole. The activations of the first stage do not grow (1F1B)."""
     plain = changed(configuration, vp=1, ep=1)
     longer = changed(plain, pp=plain.layout.pp * 2)
-    first = [stage_weights(model, Configurations.of([c]), MEGATRON, last=False) for c in (plain, longer)]
+    first = [stage_weights(model, Configurations.of([c]), MEGATRON, "first") for c in (plain, longer)]
     assert (first[1].dense + first[1].experts <= first[0].dense + first[0].experts).all()
-    in_flight = [layers_in_flight(model, Configurations.of([c]), MEGATRON, last=False)[0] for c in (plain, longer)]
+    in_flight = [layers_in_flight(model, Configurations.of([c]), MEGATRON, "first")[0] for c in (plain, longer)]
     assert in_flight[1] <= max(in_flight[0], model.layers)
 
 
@@ -176,7 +176,7 @@ def test_one_rank_holds_exactly_the_models_weights(model) -> None:
 def test_weights_of_all_ranks_are_the_models_without_what_is_replicated() -> None:
     model = SMALL.model_copy(update={"experts": 8, "experts_per_token": 2})
     c = Configurations.of([one({"tp": 2, "dp": 4, "ep": 4})])
-    weights = stage_weights(model, c, MEGATRON, last=False)
+    weights = stage_weights(model, c, MEGATRON, "first")
     assert weights.experts[0] * 2 * 4 == model.layers * 8 * 3 * model.hidden * model.ffn_hidden
     replicated = model.layers * model.hidden * (2 + 8) + model.hidden  # norms and routers, the last norm
     rest = model.parameters - weights.experts[0] * 8 - replicated
@@ -210,7 +210,7 @@ def test_micro_batches_in_flight() -> None:
 
     def in_flight(last: bool, count: int = 32, **layout: int) -> float:
         c = Configurations.of([one({"pp": 4, **layout}, count=count)])
-        return float(layers_in_flight(SMALL, c, MEGATRON, last=last)[0])
+        return float(layers_in_flight(SMALL, c, MEGATRON, "last" if last else "first")[0])
 
     assert in_flight(False) == 16
     assert in_flight(True) == 4
@@ -222,7 +222,7 @@ def test_micro_batches_in_flight() -> None:
 def test_balanced_stages_take_layers_from_the_last_one() -> None:
     model = SMALL.model_copy(update={"vocab": 40000})
     c = Configurations.of([one({"pp": 4}, count=8)])
-    heavy = [layers_in_flight(model, c, PYTORCH, last=last)[0] for last in (False, True)]
+    heavy = [layers_in_flight(model, c, PYTORCH, stage)[0] for stage in ("first", "last")]
     assert heavy[0] / 4 * 3 + heavy[1] == model.layers
     assert heavy[1] < heavy[0] / 4
 

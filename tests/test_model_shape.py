@@ -15,7 +15,7 @@ from profiles.configurations import Configurations
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.memory import MEGATRON
-from profiles.memory.parameters import stage_weights
+from profiles.memory.parameters import STAGES, stage_weights
 from profiles.mfu import flops_per_token
 from profiles.model_shape import ModelShape
 from profiles.query import query
@@ -119,9 +119,11 @@ def test_the_memory_model_counts_the_weights_of_a_rank(family: str, layout: Layo
     job = tiny_job(layout.accelerators, {"tp": layout.tp, "pp": layout.pp}, model)
     table = shard_table(job, layout)
     configurations = Configurations.of([Configuration(layout=layout, micro_batch=1, global_batch=8)])
-    for last in (False, True):
-        held = table.of_rank(layout.accelerators - 1 if last else 0).values()
-        counted = stage_weights(job.model, configurations, MEGATRON, last=last).dense[0]
+    of_a_stage = layout.accelerators // layout.pp
+    for stage in STAGES if layout.pp > 2 else ("first", "last"):
+        rank = {"first": 0, "middle": of_a_stage, "last": layout.accelerators - 1}[stage]
+        held = table.of_rank(rank).values()
+        counted = stage_weights(job.model, configurations, MEGATRON, stage).dense[0]
         assert counted == sum(box.elements for field, box in held if "/" not in field.name)
 
 

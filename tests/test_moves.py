@@ -36,8 +36,12 @@ def _train(layouts: list[dict[str, Any]], model: dict[str, Any]) -> list[float]:
         ([{"tp": 2}, {"dp": 2}, {"pp": 2}], {}),
         ([{"dp": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}], {"tied_embeddings": True}),
         ([{"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 2, "dp": 2}], {}),
-        ([{"dp": 4, "zero": 1}, {"tp": 2, "dp": 2, "zero": 1}, {"pp": 4, "zero": 1}], {"tied_embeddings": True}),
-        ([{"tp": 2}, {"pp": 2, "vp": 2}, {"dp": 2}], {"tied_embeddings": True}),
+        (  # stages of 1, 2, 2 and 1 layers
+            [{"dp": 4, "zero": 1}, {"tp": 2, "dp": 2, "zero": 1}, {"pp": 4, "zero": 1}],
+            {"tied_embeddings": True, "layers": 6},
+        ),
+        # Chunks of 1, 2, 2 and 1 layers.
+        ([{"tp": 2}, {"pp": 2, "vp": 2}, {"dp": 2}], {"tied_embeddings": True, "layers": 6}),
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ from profiles.accelerator import Accelerator, node_size
 from profiles.cluster import Cluster
 from profiles.configurations import RECOMPUTE, Configurations
 from profiles.model_shape import ModelShape
+from profiles.pipeline_split import split_layers
 
 Floats = NDArray[np.float64]
 HALF = 2.0
@@ -173,7 +174,10 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
     single = pp == 1
     each = np.where(single, _GATHERED[c.zero], 0.0)
     gather = each * (layer_parameters * ring / dp_link + mlp_weights * expert_ring / expert_link)
-    stage_layers = np.ceil(layers / (pp * vp)) * vp
+    stages = split_layers(model.layers, c.pp, c.vp)
+    # Published runs may be split in ways of their own: then whole chunks, rounded.
+    stage_layers = np.where(stages.possible, np.maximum(stages.first, stages.middle), np.ceil(layers / (pp * vp)) * vp)
+    last_layers = np.where(stages.possible, stages.last, np.maximum(np.floor(layers / (pp * vp)) * vp, 1.0))
     embedding = float(model.padded_vocab) * h / tp
     ends = embedding * np.where(pp > 1, 1.0, 1.0 if model.tied_embeddings else 2.0) + model.position_embeddings
     dense_parameters, expert_parameters = stage_layers * layer_parameters + ends, stage_layers * mlp_weights
@@ -199,7 +203,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         pp=pp,
         layers=layers * ones,
         stage_layers=stage_layers,
-        last_layers=np.maximum(np.floor(layers / (pp * vp)) * vp, 1.0),
+        last_layers=last_layers,
         passes=passes,
         staged_tp=np.where(pp > 1, np.log2(tp), 0.0),
         layer_products=products * forward / peak,

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from profiles.configurations import RECOMPUTE, Configurations
 from profiles.memory.implementation import Implementation
-from profiles.memory.parameters import Floats, stage_layers
+from profiles.memory.parameters import STAGES, Floats, Stage, stage_layers
 from profiles.model_shape import ModelShape
 
 
@@ -81,16 +80,17 @@ def rank_tokens(model: ModelShape, c: Configurations) -> Floats:
     return c.micro_batch * model.seq_len / c.cp
 
 
-def layers_in_flight(model: ModelShape, c: Configurations, how: Implementation, *, last: bool) -> Floats:
-    """Layers × micro-batches whose activations the first or the last stage keeps at its fullest.
+def layers_in_flight(model: ModelShape, c: Configurations, how: Implementation, stage: Stage) -> Floats:
+    """Layers × micro-batches whose activations a stage keeps at its fullest.
 
     1F1B: min(n, pp − stage) micro-batches of layers ÷ pp each (2104.04473, section 2.2.1). Interleaved: 2·(pp − stage −
     1) + (vp − 1)·pp + 1 chunks of layers ÷ (pp · vp), which on the first stage is layers · (1 + (pp − 1)/(pp · vp))
     (2205.05198, section 4.2.3).
     """
-    later: NDArray[np.int64] = np.zeros_like(c.pp) if last else c.pp - 1
+    at = np.minimum(STAGES.index(stage), c.pp - 1) if stage != "last" else c.pp - 1
+    later = c.pp - 1 - at
     chunks = np.where(c.vp > 1, 2 * later + (c.vp - 1) * c.pp + 1, later + 1)
-    return np.minimum(chunks, c.num_microbatches * c.vp) * (stage_layers(model, c, how, last=last) / c.vp)
+    return np.minimum(chunks, c.num_microbatches * c.vp) * (stage_layers(model, c, how, stage) / c.vp)
 
 
 def loss_bytes(model: ModelShape, c: Configurations, element_bytes: int, how: Implementation) -> Floats:

@@ -12,7 +12,7 @@ from scipy.optimize import least_squares
 from profiles.memory.components import COMPONENTS, stage_components
 from profiles.memory.implementation import Implementation
 from profiles.memory.neighbours import SHAPE_SD, coordinates, covariance
-from profiles.memory.parameters import Floats
+from profiles.memory.parameters import STAGES, Floats, Stage
 from profiles.memory.peaks import OUTSIDE_BYTES, Peaks
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -143,9 +143,9 @@ class _Seen:
         self.places = np.concatenate([coordinates(each.model, each.configurations) for each in peaks])
         self.noisy = covariance(self.places, self.places) + NOISE_SD**2 * np.eye(len(self.target))
 
-    def groups(self, how: Implementation, *, last: bool) -> Floats:
+    def groups(self, how: Implementation, stage: Stage) -> Floats:
         """5 × N, by an implementation."""
-        found = [stage_components(p.model, p.configurations, p.precision, how, last=last) for p in self.peaks]
+        found = [stage_components(p.model, p.configurations, p.precision, how, stage) for p in self.peaks]
         return np.concatenate([grouped(each) for each in found], axis=1)
 
 
@@ -155,7 +155,7 @@ class _Problem:
     def __init__(self, seen: _Seen, how: Implementation) -> None:
         self.how = how
         self._seen = seen
-        self._stages = [seen.groups(how, last=last) for last in (False, True)]
+        self._stages = [seen.groups(how, stage) for stage in STAGES]
         # A failure says something only where the peak that is expected would have fitted.
         start = np.zeros(len(PRIOR_SD))
         self._heard = ~seen.failed | (self._errors(start)[0] > 0)
@@ -167,10 +167,9 @@ class _Problem:
 
     def _errors(self, parameters: Floats) -> tuple[Floats, Floats]:
         """Logarithms of what was seen over what is expected, N, and slopes of the latter, N × 5."""
-        (first, first_slopes), (end, end_slopes) = (corrected(stage, parameters) for stage in self._stages)
-        later = end > first
-        expected = np.log(np.where(later, end, first))
-        return self._seen.target - expected, np.where(later[:, None], end_slopes, first_slopes)
+        totals, slopes = map(np.stack, zip(*(corrected(stage, parameters) for stage in self._stages), strict=True))
+        fullest, rows = totals.argmax(axis=0), np.arange(totals.shape[1])
+        return self._seen.target - np.log(totals[fullest, rows]), slopes[fullest, rows]
 
     def _white(self, values: Floats) -> Floats:
         """Made independent, and in standard deviations."""

@@ -12,7 +12,7 @@ from profiles.memory.components import COMPONENTS, stage_components
 from profiles.memory.correction import Correction, grouped, learn
 from profiles.memory.implementation import MEGATRON, Implementation
 from profiles.memory.neighbours import coordinates
-from profiles.memory.parameters import Floats
+from profiles.memory.parameters import STAGES, Floats
 from profiles.memory.peaks import OUTSIDE_BYTES, Peaks
 from profiles.model_shape import ModelShape
 
@@ -34,8 +34,8 @@ class PredictedMemory:
     """Upper end."""
     breakdown: dict[str, Floats]
     """Bytes of each part on that rank; they add up to `peak_bytes`."""
-    last_stage: NDArray[np.bool_]
-    """Whether that rank is on the last pipeline stage, and not on the first."""
+    stage: NDArray[np.int64]
+    """Stage of that rank, an index into `STAGES`."""
     assumptions: tuple[str, ...]
     """What was taken for granted."""
     log_sd: Floats
@@ -79,7 +79,7 @@ class MemoryModel:
             breakdown={
                 name: np.concatenate([piece.breakdown[name] for piece in pieces]) for name in pieces[0].breakdown
             },
-            last_stage=np.concatenate([piece.last_stage for piece in pieces]),
+            stage=np.concatenate([piece.stage for piece in pieces]),
             assumptions=self.assumptions(model),
             log_sd=np.concatenate([piece.log_sd for piece in pieces]),
             freedom=self.correction.freedom,
@@ -116,11 +116,11 @@ class MemoryModel:
     def _piece(self, model: ModelShape, c: Configurations, precision: str, coverage: float | None) -> PredictedMemory:
         how, correction = self.implementation, self.correction
         factors = {name: correction.factor(name) for name in COMPONENTS}
-        stages = [stage_components(model, c, precision, how, last=last) for last in (False, True)]
-        totals = [np.add.reduce([factors[name] * part for name, part in stage.items()]) for stage in stages]
-        later = totals[1] > totals[0]
-        parts = {name: np.where(later, stages[1][name], stages[0][name]) for name in COMPONENTS}
-        peak = np.maximum(*totals) + correction.beside_bytes
+        stages = [stage_components(model, c, precision, how, stage) for stage in STAGES]
+        totals = np.stack([sum(factors[name] * part for name, part in stage.items()) for stage in stages])
+        fullest, rows = totals.argmax(axis=0), np.arange(len(c))
+        parts = {name: np.stack([stage[name] for stage in stages])[fullest, rows] for name in COMPONENTS}
+        peak = totals[fullest, rows] + correction.beside_bytes
         breakdown = {name: factors[name] * part for name, part in parts.items()}
         breakdown["other"] = np.full(len(c), correction.beside_bytes)
         needed = coverage is not None or correction.rows is not None
@@ -131,9 +131,9 @@ class MemoryModel:
             breakdown = {name: part * nearby for name, part in breakdown.items()}
         if coverage is None:
             nothing = np.full(len(c), np.nan)
-            return PredictedMemory(peak, nothing, nothing, breakdown, later, (), nothing, correction.freedom)
+            return PredictedMemory(peak, nothing, nothing, breakdown, fullest, (), nothing, correction.freedom)
         sd = correction.log_sd(grouped(parts), places)
         half = float(stdtrit(correction.freedom, 0.5 + coverage / 2)) * sd
         return PredictedMemory(
-            peak, peak * np.exp(-half), peak * np.exp(half), breakdown, later, (), sd, correction.freedom
+            peak, peak * np.exp(-half), peak * np.exp(half), breakdown, fullest, (), sd, correction.freedom
         )

@@ -1,6 +1,7 @@
-"""Weights that a rank holds, on the first and on the last pipeline stage."""
+"""Weights that a rank holds, on the pipeline stages that may be the fullest."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,8 +9,13 @@ from numpy.typing import NDArray
 from profiles.configurations import Configurations
 from profiles.memory.implementation import Implementation
 from profiles.model_shape import ModelShape
+from profiles.pipeline_split import split_layers
 
 Floats = NDArray[np.float64]
+Stage = Literal["first", "middle", "last"]
+"""A stage that may be the fullest: the first has the embedding and the most micro-batches in flight, the second
+(`middle`) may have more layers, the last has the output layer. All are the same rank if pp is 1."""
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True)
@@ -32,30 +38,30 @@ def layer_weights(model: ModelShape, c: Configurations) -> tuple[Floats, Floats]
     return attention + whole, model.mlp_matrices * model.experts / (c.tp * c.ep)
 
 
-def stage_layers(model: ModelShape, c: Configurations, how: Implementation, *, last: bool) -> NDArray[np.int64]:
-    """Layers of the fullest stage, or of the last one: whole chunks, so that a count that does not divide is rounded
-    up."""
+def stage_layers(model: ModelShape, c: Configurations, how: Implementation, stage: Stage) -> NDArray[np.int64]:
+    """Layers of a stage. A count that no split of ours has is rounded up to whole chunks."""
     chunks = c.pp * c.vp
     if how.stages == "even":
-        return -(-model.layers // chunks) * c.vp
+        split = split_layers(model.layers, c.pp, c.vp)
+        return np.where(split.possible, getattr(split, stage), -(-model.layers // chunks) * c.vp)
     copies = model.experts_per_token if model.experts else 1
     head = model.padded_vocab * model.hidden / (model.attention_matrices + copies * model.mlp_matrices)
     full = np.minimum(np.ceil((model.layers + head) / chunks).astype(np.int64) * c.vp, model.layers)
     full = np.where(c.pp == 1, model.layers, full)
-    return np.maximum(model.layers - (c.pp - 1) * full, 0) if last else full
+    return np.maximum(model.layers - (c.pp - 1) * full, 0) if stage == "last" else full
 
 
-def stage_weights(model: ModelShape, c: Configurations, how: Implementation, *, last: bool) -> Weights:
-    """Weights of a rank on the first or the last stage; the same rank where pp is 1.
+def stage_weights(model: ModelShape, c: Configurations, how: Implementation, stage: Stage) -> Weights:
+    """Weights of a rank on a stage.
 
     Tied embeddings lie on both ends of a pipeline (Megatron-LM, 2104.04473): tying saves nothing once pp > 1.
     """
     dense, experts = layer_weights(model, c)
     whole = c.pp == 1
-    layers = np.where(whole, model.layers, stage_layers(model, c, how, last=last))
-    tables = np.where(whole & (not model.tied_embeddings), 2, 1)
-    norm = np.where(whole | last, model.norm_vectors * model.hidden, 0)
-    positions = np.where(whole | (not last), model.position_embeddings, 0)
+    layers = np.where(whole, model.layers, stage_layers(model, c, how, stage))
+    tables = np.where(whole, 1 if model.tied_embeddings else 2, int(stage != "middle"))
+    norm = np.where(whole | (stage == "last"), model.norm_vectors * model.hidden, 0)
+    positions = np.where(whole | (stage == "first"), model.position_embeddings, 0)
     return Weights(layers * dense + tables * embedding_weights(model, c) + norm + positions, layers * experts)
 
 

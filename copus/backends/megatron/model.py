@@ -13,6 +13,7 @@ from copus.job import JobConfig
 from copus.reshard.boxes import Box
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
+from profiles.pipeline_split import split_layers
 from profiles.rope import attention_factor, frequencies
 
 cpu.before_import()
@@ -65,6 +66,7 @@ def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropou
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+        **_uneven_stages(shape.layers, layout),
         sequence_parallel=layout.sequence_parallel,
         recompute_granularity=recompute,
         recompute_method="uniform" if recompute == "full" else None,
@@ -89,6 +91,19 @@ def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropou
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _uneven_stages(layers: int, layout: Layout) -> dict[str, Any]:
+    """What Megatron is told of a pipeline whose first and last stage have fewer layers than the others."""
+    if layers % (layout.pp * layout.vp) == 0:
+        return {}
+    if layout.vp > 1:
+        return {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+    split = split_layers(layers, layout.pp)
+    return {
+        "num_layers_in_first_pipeline_stage": int(split.first),
+        "num_layers_in_last_pipeline_stage": int(split.last),
+    }
 
 
 def build_model(
