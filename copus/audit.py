@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from copus.event_lines import DecisionTaken, done_again, read_briefly
+from copus.event_lines import done_again, read_decision
 from copus.events import (
-    DecisionMade,
+    Audited,
+    DecisionTaken,
     End,
     Event,
+    Failure,
     Noise,
     Profile,
     Reconfigure,
@@ -21,7 +23,8 @@ from copus.events import (
     Start,
     Step,
     Trial,
-    parse_event,
+    Warned,
+    read_events,
 )
 from planner.config import PlannerConfig
 from planner.forecast import log_error
@@ -33,24 +36,20 @@ from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 from profiles.throughput import DECILE
 
-KINDS = (
-    *("start", "profile", "step", "noise", "decision", "reconfigure", "trial", "evaluate", "checkpoint"),
-    *("restart", "end"),
-)
 RECENT_STEPS = 20
 """Steps before a move that say how the machine was."""
 
 
 def audit_run(run: Path) -> Audit:
     """Audit a run by its log; it may still be going on. Without any training all times are 0 and all gains None."""
-    events = read_briefly(run, *KINDS)
+    events = _signs_of_work(run)
     lost = done_again(events)
     counted = [event for place, event in enumerate(events) if place not in lost]
     repeated = sum(event.seconds for place, event in enumerate(events) if place in lost and isinstance(event, Step))
     training_seconds, down_seconds = _times(events)
     moves = [event for event in counted if isinstance(event, Reconfigure)]
     trials = [event for event in counted if isinstance(event, Trial)]
-    course = _Course(counted)
+    course = _Course(run, counted)
     past = course.past_run()
     audit = Audit(
         training_seconds=training_seconds,
@@ -69,9 +68,14 @@ def audit_run(run: Path) -> Audit:
 
 def past_run_of(run: Path) -> PastRun | None:
     """The steps of a run, by its log, as arrays. None without a step."""
-    events = read_briefly(run, *KINDS)
+    events = _signs_of_work(run)
     lost = done_again(events)
-    return _Course(event for place, event in enumerate(events) if place not in lost).past_run()
+    return _Course(run, (event for place, event in enumerate(events) if place not in lost)).past_run()
+
+
+def _signs_of_work(run: Path) -> list[Event]:
+    """The events of a run. A failure is no sign of life, and may come from a rank that outlives the others."""
+    return [event for event in read_events(run) if not isinstance(event, Failure | Warned | Audited)]
 
 
 def _with_hindsight(audit: Audit, past: PastRun) -> Audit:
@@ -153,7 +157,8 @@ def _log_error(score: CandidateScore) -> float:
 class _Course:
     """What counts of a run, gone through once."""
 
-    def __init__(self, events: Iterable[Event]) -> None:
+    def __init__(self, run: Path, events: Iterable[Event]) -> None:
+        self._run = run
         self.outcomes: list[Outcome] = []
         """Predictions that the run checked."""
         self._numbers: dict[Configuration, int] = {}
@@ -195,8 +200,8 @@ class _Course:
 
     def _decision(self, taken: DecisionTaken | None) -> Decision | None:
         """Take in the predictions of a decision; None for one that is not there, or of another version."""
-        made = parse_event(taken.line) if taken and taken.line else None
-        if not isinstance(made, DecisionMade):
+        made = read_decision(self._run, taken) if taken else None
+        if made is None:
             return None
         decision = self._newest = made.decision
         running = next((score for score in decision.candidates if score.configuration == decision.current), None)

@@ -3,6 +3,9 @@
 Every event says when it happened in time, steps and samples. docs/events.md is the schema for people; the classes here
 are the schema.
 Readers skip types and fields that they do not know, so that a newer run can be looked at with an older command.
+
+A decision with all its candidates is a thousand times as long as any other event, and only a few are ever looked at. It
+goes into `decisions.jsonl`; the log has its outcome and the place of its line (`DecisionTaken`).
 """
 
 import contextlib
@@ -10,7 +13,7 @@ import json
 import os
 import sys
 import time as clock
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +24,8 @@ from profiles.configuration import Configuration
 from profiles.decision import Decision
 from profiles.noise_scale import NoiseScale
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1: the event `decision` was a `DecisionMade`, candidates included. Such logs are still read."""
 REQUEUED = "COPUS_REQUEUED"
 """Environment variable that an engine sets where a scheduler has started the workers again: `Restart.requeued`."""
 
@@ -137,13 +141,42 @@ class Noise(Event):
 
 
 class DecisionMade(Event):
-    """The planner ran."""
+    """The planner ran. `EventLog` writes this to `decisions.jsonl`, and a `DecisionTaken` to the log."""
 
     type: Literal["decision"] = "decision"
     decision: Decision
     """All that it saw and chose."""
     seconds: float
-    """How long it thought."""
+    """How long deciding took."""
+
+
+class DecisionTaken(Event):
+    """The planner ran: the outcome, and where the whole decision is. `copus.event_lines.read_decision` reads it."""
+
+    type: Literal["decision"] = "decision"
+    number: int
+    """Counts the decisions of a run, from 0."""
+    policy: str
+    """Which policy decided."""
+    current: Configuration
+    """What was running."""
+    chosen: Configuration
+    """What runs from now on; equal to `current` if nothing changes."""
+    trial: bool = False
+    """True if `chosen` is only tried."""
+    reason: str
+    """One sentence for people."""
+    seconds: float
+    """How long deciding took."""
+    file: Literal["decisions.jsonl", "events.jsonl"] = "decisions.jsonl"
+    """File with the whole decision; `events.jsonl` for logs of schema version 1, whose line is the whole decision."""
+    offset: int | None = None
+    """Byte of that file at which the line of the decision begins; None if the disk was full."""
+
+    @property
+    def switch(self) -> bool:
+        """Whether the job has to move."""
+        return self.chosen != self.current
 
 
 class Reconfigure(Event):
@@ -314,7 +347,7 @@ KINDS: dict[str, type[Event]] = {
         Profile,
         Step,
         Noise,
-        DecisionMade,
+        DecisionTaken,
         Reconfigure,
         Trial,
         Evaluate,
@@ -330,48 +363,98 @@ KINDS: dict[str, type[Event]] = {
 
 
 class EventLog:
-    """Appends events to a run's `events.jsonl`. One writer: rank 0."""
+    """Appends events to a run's `events.jsonl`, and whole decisions to its `decisions.jsonl`. One writer: rank 0."""
 
     def __init__(self, run: Path) -> None:
-        self._file = open(run / "events.jsonl", "a+b", buffering=0)  # noqa: SIM115 (lives as long as the run)
-        # The writer before may have died in the middle of a line: do not lose the next one with it.
-        self._torn = self._file.tell() > 0 and os.pread(self._file.fileno(), 1, self._file.tell() - 1) != b"\n"
-        self._losing = False
+        self._events = _AppendedFile(run / "events.jsonl")
+        self._run = run
+        self._decisions: _AppendedFile | None = None
 
     def write(self, event: Event) -> Event:
-        """Stamp the event with the time and append it, in one write, so that a reader never sees half of it. The
-        stamped event.
+        """Stamp the event with the time and append it, in one write, so that a reader never sees half of it. Returns
+        the stamped event.
 
-        Where the disk is full the event is lost, and training is not: one line on stderr says so.
+        If the disk is full the event is lost, and training is not: one line on stderr says so.
         """
         stamped = event.model_copy(update={"time": clock.time()})
-        line = b"\n" * self._torn + stamped.model_dump_json().encode() + b"\n"
+        self._events.append(self._taken(stamped) if isinstance(stamped, DecisionMade) else stamped)
+        if isinstance(event, Checkpoint):  # what a resume starts from must not be ahead of the log
+            self._flush()
+        return stamped
+
+    def _taken(self, made: DecisionMade) -> DecisionTaken:
+        """Write the whole decision first, so that whoever reads of it in the log can read it."""
+        self._decisions = self._decisions or _AppendedFile(self._run / "decisions.jsonl")
+        return _outcome(made).model_copy(update={"offset": self._decisions.append(made)})
+
+    def _flush(self) -> None:
+        for file in (self._decisions, self._events):
+            if file is not None:
+                file.flush()
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        self._flush()
+        for file in (self._decisions, self._events):
+            if file is not None:
+                file.close()
+
+
+class _AppendedFile:
+    """A file of events that is only ever appended to, a line in one write."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (lives as long as the run)
+        # The writer before may have died in the middle of a line: do not lose the next one with it.
+        self._torn = self._size > 0 and os.pread(self._file.fileno(), 1, self._size - 1) != b"\n"
+        self._losing = False
+
+    @property
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def append(self, event: Event) -> int | None:
+        """Append a line. Returns the byte at which it begins; None if the disk has not taken all of it."""
+        line = b"\n" * self._torn + event.model_dump_json().encode() + b"\n"
         try:
+            begin = self._size + self._torn
             written, why = self._file.write(line) or 0, "the disk took only a part of one"
         except OSError as error:
             written, why = 0, str(error.strerror)
         if written == len(line):
             self._torn = self._losing = False
-        else:
-            self._torn = self._torn or written > 0
-            self._lose(why)
-        if isinstance(event, Checkpoint):  # what a resume starts from must not be ahead of the log
-            self._flush()
-        return stamped
-
-    def _lose(self, why: str) -> None:
+            return begin
+        self._torn = self._torn or written > 0
         if not self._losing:
             print(f"copus: {self._file.name}: events are lost: {why}", file=sys.stderr, flush=True)
         self._losing = True
+        return None
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Wait until it is on disk."""
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flush to disk and close."""
-        self._flush()
+        """Close it."""
         self._file.close()
+
+
+def _outcome(made: DecisionMade) -> DecisionTaken:
+    """What the log says of a decision, without the place of its line."""
+    decision = made.decision
+    return DecisionTaken(
+        time=made.time,
+        step=made.step,
+        samples_consumed=made.samples_consumed,
+        number=decision.number,
+        policy=decision.policy,
+        current=decision.current,
+        chosen=decision.chosen,
+        trial=decision.trial,
+        reason=decision.reason,
+        seconds=made.seconds,
+    )
 
 
 def read_events(run: Path) -> Iterator[Event]:
@@ -380,10 +463,19 @@ def read_events(run: Path) -> Iterator[Event]:
     if not path.exists():
         return
     with open(path, "rb") as lines:
-        for line in lines:
-            event = parse_event(line)
-            if event is not None:
-                yield event
+        yield from parse_lines(lines)
+
+
+def parse_lines(lines: Iterable[bytes], offset: int = 0) -> Iterator[Event]:
+    """The events of consecutive lines of `events.jsonl`, with their ends, of which the first begins at byte `offset`.
+    Unknown types and a torn last line are skipped."""
+    for line in lines:
+        event = parse_event(line)
+        if isinstance(event, DecisionTaken) and event.file == "events.jsonl":
+            event = event.model_copy(update={"offset": offset})
+        if event is not None:
+            yield event
+        offset += len(line)
 
 
 def samples_trained(run: Path) -> int | None:
@@ -422,6 +514,8 @@ def parse_event(line: bytes) -> Event | None:
     """One line of `events.jsonl`; None for a torn line, or for a type or a value that this version does not know."""
     try:
         values: dict[str, Any] = json.loads(line)
+        if values["type"] == "decision" and "decision" in values:  # schema version 1
+            values = values["decision"] | values | {"file": "events.jsonl"}
         return KINDS[values["type"]].model_validate(values)
     except (ValueError, KeyError, TypeError):  # pydantic's ValidationError is a ValueError
         return None

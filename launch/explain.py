@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from copus.event_lines import event_lines, samples_of
-from copus.events import DecisionMade, Event, Reconfigure, Start, Step, parse_event
+from copus.event_lines import read_decision
+from copus.events import DecisionMade, DecisionTaken, Event, Reconfigure, Start, Step, read_events
 from copus.job import JobError, load_job
 from launch.run_directory import find_run, shown
 from launch.tables import add_solid_column, fitted, new_table, page
@@ -78,20 +78,19 @@ def explain(run_text: str | None, number: int | None, *, as_json: bool = False, 
 
 def explanation_of(run: Path, number: int | None) -> Explanation:
     """Find a decision: `number`, else the newest that moved the job, else the newest. Raises JobError without one."""
-    decisions: dict[int, tuple[int, bytes]] = {}  # place in the history, and the line: only one is parsed
-    history: list[bytes] = []
+    decisions: dict[int, tuple[int, DecisionTaken]] = {}  # with its place in the history
+    history: list[Event] = []
     moving = None
-    for line in event_lines(run, "start", "step", "reconfigure", "decision"):
-        if line.kind == "start":  # what a restart went back behind is decided again
-            decisions = {n: kept for n, kept in decisions.items() if samples_of(kept[1]) <= samples_of(line.text)}
-            moving = moving if moving in decisions else None
-        if line.kind == "decision":
-            if (found := line.decision_number()) is not None:
-                decisions[found] = (len(history), line.text)
-            continue
-        history.append(line.text)
-        if line.kind == "reconfigure" and isinstance(event := parse_event(line.text), Reconfigure):
+    for event in read_events(run):
+        if isinstance(event, DecisionTaken):
+            decisions[event.number] = (len(history), event)
+        elif isinstance(event, Start):  # what a restart went back behind is decided again
+            kept = {n: at for n, at in decisions.items() if at[1].samples_consumed <= event.samples_consumed}
+            decisions, moving = kept, moving if moving in kept else None
+        elif isinstance(event, Reconfigure):
             moving = event.decision
+        if isinstance(event, Start | Step | Reconfigure):
+            history.append(event)
     if not decisions:
         raise JobError(f"{shown(run)}: the planner has decided nothing yet")
     first, last = min(decisions), max(decisions)
@@ -103,11 +102,13 @@ def explanation_of(run: Path, number: int | None) -> Explanation:
         chosen, why = moving, "the newest that moved the job"
     else:
         chosen, why = last, "the newest; none has moved the job"
-    position, text = decisions[chosen]
-    made = parse_event(text)
-    if not isinstance(made, DecisionMade):
-        raise JobError(f"{shown(run)}: decision {chosen} was written by another version of copus")
-    steps = _steps_after(made.decision, map(parse_event, history[position:]))
+    position, taken = decisions[chosen]
+    made = read_decision(run, taken)
+    if made is None:
+        raise JobError(
+            f"{shown(run)}: decision {chosen} is not in {taken.file}, or was written by another version of copus"
+        )
+    steps = _steps_after(made.decision, history[position:])
     predicted = next(
         (c.step_seconds for c in made.decision.candidates if c.configuration == made.decision.chosen), None
     )
@@ -115,7 +116,7 @@ def explanation_of(run: Path, number: int | None) -> Explanation:
     return Explanation(made, why, first, last, predicted, seen, len(steps))
 
 
-def _steps_after(decision: Decision, later: Iterable[Event | None]) -> list[float]:
+def _steps_after(decision: Decision, later: Iterable[Event]) -> list[float]:
     """Durations of the steps that ran in the chosen configuration after the decision, up to the next move."""
     seconds: list[float] = []
     running = not decision.switch

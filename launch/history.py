@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from copus.event_lines import DecisionTaken, done_again, read_briefly
+from copus.event_lines import done_again, read_decision
 from copus.events import (
     Checkpoint,
-    DecisionMade,
+    DecisionTaken,
     End,
     Evaluate,
     Event,
@@ -21,29 +21,12 @@ from copus.events import (
     Step,
     Trial,
     Warned,
-    parse_event,
+    read_events,
 )
 from launch.status import RunStatus
 from launch.wording import describe_event, describe_move
 from profiles.configuration import Configuration
 from profiles.decision import Decision
-
-KINDS = (
-    *(
-        "start",
-        "profile",
-        "step",
-        "noise",
-        "decision",
-        "reconfigure",
-        "trial",
-        "evaluate",
-        "checkpoint",
-        "warning",
-        "failure",
-    ),
-    *("restart", "end"),
-)
 
 PauseKind = Literal["measuring", "starting", "evaluating", "moving", "checkpoints", "planning", "down"]
 
@@ -154,8 +137,8 @@ class History:
     """When the first event was written, in seconds of the run: negative where something was measured before."""
     end: float = 0.0
     """When the last one was."""
-    decisions: dict[int, bytes] = field(default_factory=dict)
-    """Number → line of the log, for those that moved the job, and the newest."""
+    decisions: dict[int, DecisionTaken] = field(default_factory=dict)
+    """Every decision by its number, without its candidates."""
 
     @property
     def seq_len(self) -> int:
@@ -168,9 +151,10 @@ class History:
         return self.status.samples_consumed * self.seq_len
 
     def decision(self, number: int) -> Decision | None:
-        """A decision by its number; None where there is none, or one of another version."""
-        made = parse_event(self.decisions.get(number, b""))
-        return made.decision if isinstance(made, DecisionMade) else None
+        """A whole decision by its number; None if it cannot be read."""
+        taken = self.decisions.get(number)
+        made = read_decision(self.run, taken) if taken else None
+        return made.decision if made else None
 
     def layouts(self) -> list[str]:
         """Labels of the layouts that ran, in the order in which the run came to them."""
@@ -180,7 +164,7 @@ class History:
 def read_history(run: Path) -> History:
     """Read the log of a run. Torn lines and unknown events are passed over; without a log everything is empty."""
     history = History(run)
-    events = read_briefly(run, *KINDS)
+    events = list(read_events(run))
     history.status.update(events)
     history.first_start = next((event for event in events if isinstance(event, Start)), None)
     sessions = _sessions(events)
@@ -289,8 +273,8 @@ def _take(history: History, event: Event, seconds: float) -> None:
             if history.trying is not None and event.outcome == "stayed":
                 history.moves.append(history.trying)
             history.trying = None
-        case DecisionTaken() if event.line:
-            history.decisions[event.number] = event.line
+        case DecisionTaken():
+            history.decisions[event.number] = event
         case Failure() | Restart() | Warned():
             history.notices.append(Notice(tokens, seconds, describe_event(event) or ""))
 

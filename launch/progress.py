@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from copus.event_lines import read_decision
 from copus.events import Branch, Evaluate, Event, Failure, Profile, Reconfigure, Restart, Trial, Warned
 from launch.explain import trade
 from launch.run_directory import shown
@@ -105,10 +106,11 @@ class Progress:
 
     def _reason(self, move: Reconfigure) -> str | None:
         """Why the planner made a move, in one line; None if it is not the planner's newest."""
-        decision = self._status.decision
-        if decision is None or decision.number != move.decision or (gain := trade(decision)) is None:
+        taken = self._status.decision
+        made = read_decision(self._run, taken) if taken and taken.number == move.decision else None
+        if made is None or (gain := trade(made.decision)) is None:
             return None
-        noise = decision.noise
+        noise = made.decision.noise
         scale = "not measured yet" if noise.value is None else noise_interval(noise.value, noise.low, noise.high)
         return f"noise scale {scale}: {gain}"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from copus.events import (
     Branch,
     Checkpoint,
-    DecisionMade,
+    DecisionTaken,
     End,
     Evaluate,
     Event,
@@ -21,7 +21,6 @@ from copus.events import (
 )
 from launch.wording import describe_move, describe_trial
 from profiles.configuration import Configuration
-from profiles.decision import Decision
 
 RECENT_STEPS = 20
 """Steps that the shown throughput is the mean of; forgotten at a move, which is no step time."""
@@ -45,8 +44,8 @@ class RunStatus:
         self.evaluation: Evaluate | None = None
         self.first_evaluation: Evaluate | None = None
         self.checkpoint: Checkpoint | None = None
-        self.decision: Decision | None = None
-        """The newest."""
+        self.decision: DecisionTaken | None = None
+        """The newest, without its candidates."""
         self.last_change: str | None = None
         self.failure: Failure | None = None
         self.end: End | None = None
@@ -97,9 +96,9 @@ class RunStatus:
             case Evaluate():
                 self.evaluation = event
                 self.first_evaluation = self.first_evaluation or event
-            case DecisionMade():
-                self.decision = event.decision
-                self.last_change = f"decision {event.decision.number}: {event.decision.reason}"
+            case DecisionTaken():
+                self.decision = event
+                self.last_change = f"decision {event.number}: {event.reason}"
             case Reconfigure():
                 self.configuration = event.after
                 if event.trial:

@@ -6,7 +6,8 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copus.events import DecisionMade, Event, Profile, Reconfigure, Start, Step
+from copus.event_lines import read_decision
+from copus.events import DecisionTaken, Event, Profile, Reconfigure, Start, Step
 from launch.engines import EngineState, engine_state
 from launch.engines.ticket import FILE as TICKET
 from launch.follow import Follower
@@ -41,10 +42,9 @@ class Watched:
         """Training loss of every step that counts."""
         self.told: deque[str] = deque(maxlen=LAST_EVENTS)
         """The last events in words."""
-        self.decision: Decision | None = None
-        """The newest."""
         self.predicted: float | None = None
         """Samples a second that were expected of the configuration that runs, before it ran."""
+        self._read: tuple[DecisionTaken, Decision | None] | None = None
         self._known: EngineState | None = None
         self._next_question = 0.0
         self.state = state_of(run, self.status, ask=self._ask)
@@ -54,8 +54,8 @@ class Watched:
 
     def update(self, events: list[Event]) -> None:
         """Take in new events, and look whether the run is alive."""
-        self.status.update(events)
         for event in events:
+            self.status.update([event])
             self._take(event)
         self.state = state_of(self.run, self.status, ask=self._ask)
 
@@ -82,13 +82,12 @@ class Watched:
                 self._losses_at.append(event.samples_consumed)
             case Profile() if event.step_seconds:
                 self._measured[event.configuration] = event.configuration.global_batch / event.step_seconds
-            case DecisionMade():
-                self.decision = event.decision
             case Reconfigure():
-                expected = self.score(event.after) if self.decision and self.decision.number == event.decision else None
+                asked = self.status.decision is not None and self.status.decision.number == event.decision
+                expected = self.score(event.after) if asked else None
                 self.predicted = expected.samples_per_second if expected else self._measured.get(event.after)
         trying = isinstance(event, Reconfigure) and event.trial  # the trial says so when it ends
-        if not trying and (not isinstance(event, DecisionMade) or event.decision.switch):  # "stay" is no news
+        if not trying and (not isinstance(event, DecisionTaken) or event.switch):  # "stay" is no news
             words = describe_event(event, self.status.start.seq_len if self.status.start else None)
             if words is not None:
                 line = f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {words}"
@@ -101,16 +100,29 @@ class Watched:
         self._unsaid.clear()
         return lines
 
+    @property
+    def decision(self) -> Decision | None:
+        """The newest, read when it is asked for."""
+        taken = self.status.decision
+        if taken is None:
+            return None
+        if self._read is None or self._read[0] is not taken:
+            made = read_decision(self.run, taken)
+            self._read = taken, made.decision if made else None
+        return self._read[1]
+
     def score(self, configuration: Configuration) -> CandidateScore | None:
         """What the newest decision knew of a configuration."""
-        candidates = self.decision.candidates if self.decision else []
+        decision = self.decision
+        candidates = decision.candidates if decision else []
         return next((each for each in candidates if each.configuration == configuration), None)
 
     def alternatives(self) -> list[CandidateScore]:
         """The best candidates of the newest decision, and always the configuration that runs, best first."""
-        if self.decision is None:
+        decision = self.decision
+        if decision is None:
             return []
-        scored = [each for each in self.decision.candidates if each.goodput is not None]
+        scored = [each for each in decision.candidates if each.goodput is not None]
         scored.sort(key=lambda each: each.goodput or 0.0, reverse=True)
         running = self.score(self.status.configuration) if self.status.configuration else None
         if running is None or running in scored[:ALTERNATIVES]:
@@ -121,7 +133,7 @@ class Watched:
 def watch(run_text: str | None, *, once: bool = False, as_json: bool = False) -> int:
     """Show a run until it has ended. Returns 1 if it failed or crashed. Raises JobError if there is no such run."""
     run = find_run(run_text)
-    follower, watched = Follower(run, idle_decisions=False), Watched(run)
+    follower, watched = Follower(run), Watched(run)
     watched.update(follower.read())
     if as_json:
         print(json.dumps(frame_as_values(watched)))

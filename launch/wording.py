@@ -3,7 +3,7 @@
 from copus.events import (
     Branch,
     Checkpoint,
-    DecisionMade,
+    DecisionTaken,
     End,
     Evaluate,
     Event,
@@ -28,8 +28,8 @@ def describe_event(event: Event, seq_len: int | None = None) -> str | None:
             return f"training {event.configuration.label}"
         case Profile():
             return describe_measurement(event)
-        case DecisionMade():
-            return f"decision {event.decision.number}: {event.decision.reason}"
+        case DecisionTaken():
+            return f"decision {event.number}: {event.reason}"
         case Reconfigure():
             return describe_move(event)
         case Trial():

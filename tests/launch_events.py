@@ -2,8 +2,21 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from copus.events import DecisionMade, Event, EventLog, Noise, Reconfigure, Start, Step, Trial
+from copus.event_lines import read_decision
+from copus.events import (
+    DecisionMade,
+    DecisionTaken,
+    Event,
+    EventLog,
+    Noise,
+    Reconfigure,
+    Start,
+    Step,
+    Trial,
+    read_events,
+)
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 from profiles.layout import Layout
@@ -124,6 +137,20 @@ def write_run(folder: Path, *events: Any) -> Path:
 def write_timed_run(folder: Path, *events: tuple[float, Event]) -> Path:
     """A run directory with these events at these times, seconds since the epoch."""
     write_run(folder)
-    lines = [event.model_copy(update={"time": when}).model_dump_json() + "\n" for when, event in events]
-    (folder / "events.jsonl").write_text("".join(lines))
+    for name in ("events.jsonl", "decisions.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    log = EventLog(folder)
+    for when, event in events:
+        with patch("copus.events.clock.time", return_value=when):
+            log.write(event)
+    log.close()
     return folder
+
+
+def write_former_log(run: Path) -> None:
+    """Turn the log of a run into one of schema version 1, in which whole decisions stand among the events."""
+    events = list(read_events(run))
+    whole = [read_decision(run, event) if isinstance(event, DecisionTaken) else event for event in events]
+    (run / "decisions.jsonl").unlink()
+    lines = (event.model_copy(update={"schema_version": 1}).model_dump_json() for event in whole if event)
+    (run / "events.jsonl").write_text("".join(f"{line}\n" for line in lines))

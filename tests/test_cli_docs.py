@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_cli import COMMANDS
 
-from copus.events import KINDS, SCHEMA_VERSION, Event
+from copus.events import KINDS, SCHEMA_VERSION, DecisionMade, Event
 from profiles.configuration import Configuration
 from profiles.decision import Decision
 from profiles.layout import Layout
@@ -33,7 +33,7 @@ def test_every_field_of_every_event_is_described_and_no_other(name: str) -> None
 
 
 def test_the_sections_are_the_event_types() -> None:
-    assert set(sections()) == set(KINDS) | {"Every event", "Reading it"}
+    assert set(sections()) == set(KINDS) | {"Every event", "Whole decisions", "Reading it"}
     common = rows(sections()["Every event"])
     assert set(common) == set(Event.model_fields)
     assert common["schema_version"] == str(SCHEMA_VERSION)
@@ -43,7 +43,9 @@ def test_what_is_inside_of_fields_is_named() -> None:
     def named(text: str) -> set[str]:
         return set(re.findall(r"[`\"](\w+)[`\"]", text))
 
-    assert set(Decision.model_fields) <= named(rows(sections()["decision"])["decision"])
+    whole = rows(sections()["Whole decisions"])
+    assert set(whole) == set(DecisionMade.model_fields) - set(Event.model_fields)
+    assert set(Decision.model_fields) <= named(whole["decision"])
     assert set(NoiseScale.model_fields) <= named(rows(sections()["noise"])["noise"])
     introduction = (DOCS / "events.md").read_text().partition("## ")[0]
     assert {*Layout.model_fields, *Configuration.model_fields} <= named(introduction)

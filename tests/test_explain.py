@@ -226,11 +226,9 @@ def test_user_errors(
 
 def test_unknown_events_and_torn_lines_are_passed_over(run: Path) -> None:
     with open(run / "events.jsonl", "ab") as events:
-        events.write(
-            b'{"type":"telepathy","step":1}\nnonsense\n[1]\n{"type":"decision","decision":{"number":9}}\n{"type":"dec'
-        )
+        events.write(b'{"type":"telepathy","step":1}\nnonsense\n[1]\n{"type":"decision","number":9}\n{"type":"dec')
     explanation = explanation_of(run, 1)
-    assert (explanation.last, explanation.seen_steps) == (9, 5)
+    assert (explanation.last, explanation.seen_steps) == (3, 5)
 
 
 def test_a_log_that_another_program_wrote_is_read_too(run: Path) -> None:
@@ -245,10 +243,17 @@ def test_a_log_that_another_program_wrote_is_read_too(run: Path) -> None:
 def test_a_long_run_is_explained_in_a_moment(tmp_path: Path) -> None:
     others = [Configuration(layout=Layout(dp=2), micro_batch=1, global_batch=2 * place) for place in range(50, 250)]
     run = write_run(tmp_path, start(), decision(0, 4, TENSOR, DATA, others), step(8))
-    path = run / "events.jsonl"
-    first, made, stepped = path.read_bytes().splitlines(keepends=True)
+    log, whole = run / "events.jsonl", run / "decisions.jsonl"
+    first, taken, stepped = log.read_bytes().splitlines(keepends=True)
+    made = whole.read_bytes()
     decisions = [made.replace(b'"number":0', b'"number":%d' % number) for number in range(300)]
-    path.write_bytes(first + stepped * 20_000 + b"".join(decisions))
+    places = [sum(map(len, decisions[:number])) for number in range(300)]
+    outcomes = [
+        taken.replace(b'"number":0', b'"number":%d' % number).replace(b'"offset":0', b'"offset":%d' % place)
+        for number, place in enumerate(places)
+    ]
+    whole.write_bytes(b"".join(decisions))
+    log.write_bytes(first + stepped * 20_000 + b"".join(outcomes))
     began = time.process_time()
     assert explanation_of(run, None).decision.number == 299
     assert time.process_time() - began < 0.5

@@ -4,9 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
-from launch_events import DATA, SEQ_LEN, TENSOR, decision, noise, reconfigure, start, step, write_run, write_timed_run
+from launch_events import (
+    DATA,
+    SEQ_LEN,
+    TENSOR,
+    decision,
+    noise,
+    reconfigure,
+    start,
+    step,
+    write_former_log,
+    write_run,
+    write_timed_run,
+)
 from told_run import BEGAN, WIDE, evaluate, write_told_run
 
+from copus.audit import audit_run
 from copus.events import Checkpoint, End, Failure, Profile, Restart
 from launch.history import History, read_history
 
@@ -120,13 +133,39 @@ def test_a_log_that_another_program_wrote_is_read_alike(told: History) -> None:
     assert [pause.kind for pause in told.pauses].count("planning") == 3
 
 
-def test_decisions_that_moved_nothing_are_not_kept_but_the_newest_is(tmp_path: Path) -> None:
-    stays = [decision(number, 4, TENSOR, TENSOR) for number in (0, 1)]
-    moved = [decision(2, 4, TENSOR, DATA), reconfigure(2, 4, TENSOR, DATA)]
-    more = [decision(number, 4, DATA, DATA) for number in (3, 4)]
-    history = read_history(write_run(tmp_path, start(), *stays, *moved, *more, step(8)))
-    assert sorted(history.decisions) == [2, 4]
+def test_whole_decisions_are_in_a_file_of_their_own_and_every_one_can_be_read(tmp_path: Path) -> None:
+    others = [DATA.model_copy(update={"global_batch": 8 * place}) for place in range(2, 80)]
+    made = [decision(number, 4, TENSOR, TENSOR, others) for number in range(5)]
+    run = write_run(tmp_path, start(), *made[:3])
+    with open(run / "decisions.jsonl", "ab") as file:
+        file.write(b'{"type":"decision","st')  # the writer died
+    write_run(run, *made[3:], step(8))
+    history = read_history(run)
+    assert [history.decision(number) for number in range(5)] == [each.decision for each in made]
     assert sum(pause.kind == "planning" for pause in history.pauses) == 5
+    assert max(map(len, (run / "events.jsonl").read_bytes().splitlines())) < 1000
+    (run / "decisions.jsonl").unlink()
+    assert read_history(run).decision(1) is None
+
+
+def test_a_log_with_whole_decisions_among_the_events_is_read_alike(told: History) -> None:
+    audit, decisions = audit_run(told.run), [told.decision(number) for number in range(3)]
+    write_former_log(told.run)
+    assert '"candidates"' in (told.run / "events.jsonl").read_text()
+    former = read_history(told.run)
+    assert [former.decision(number) for number in range(3)] == decisions
+    assert None not in decisions
+    assert (former.steps, former.pauses, former.spans) == (told.steps, told.pauses, told.spans)
+    assert audit_run(told.run) == audit
+
+
+def test_a_former_log_that_goes_on_in_the_present_form_is_read(tmp_path: Path) -> None:
+    run = write_run(tmp_path, start(), decision(0, 4, TENSOR, DATA), reconfigure(0, 4, TENSOR, DATA))
+    write_former_log(run)
+    write_run(run, step(12), decision(1, 12, DATA, DATA))
+    history = read_history(run)
+    assert [taken.file for taken in history.decisions.values()] == ["events.jsonl", "decisions.jsonl"]
+    assert [history.decision(number) is None for number in (0, 1)] == [False, False]
 
 
 def test_torn_lines_unknown_events_and_a_missing_log(tmp_path: Path) -> None:

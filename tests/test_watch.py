@@ -177,16 +177,6 @@ def test_moves_that_a_restart_undid_do_not_count(tmp_path: Path) -> None:
     assert status_of(run).configuration == TENSOR
 
 
-def test_decisions_that_moved_nothing_are_not_parsed_but_the_newest_is(tmp_path: Path) -> None:
-    stays = [decision(number, 4, TENSOR, TENSOR) for number in (0, 1)]
-    moved = [decision(2, 4, TENSOR, DATA), reconfigure(2, 4, TENSOR, DATA)]
-    more = [decision(number, 4, DATA, DATA) for number in (3, 4)]
-    run = write_run(tmp_path, start(), *stays, step(4), *moved, *more, step(8))
-    events = Follower(run, idle_decisions=False).read()
-    assert [event.decision.number for event in events if event.type == "decision"] == [2, 4]
-    assert len(events) == 6
-
-
 def shown(watched: Watched, width: int = 130) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
@@ -232,7 +222,7 @@ def test_the_curve_forgets_what_was_trained_again_and_predictions_follow_moves(t
     events = told_events()
     run = write_timed_run(tmp_path, *events)
     watched = Watched(run)
-    watched.update([event for _, event in events])
+    watched.update(Follower(run).read())
     assert len(watched.losses) == 15 + 10 + 3 + 12
     assert watched.predicted == 160.0
     shown_scores = [each.goodput for each in watched.alternatives()]
@@ -240,7 +230,7 @@ def test_the_curve_forgets_what_was_trained_again_and_predictions_follow_moves(t
     assert WIDE in [each.configuration for each in watched.alternatives()]
     first = next(place for place, (_, event) in enumerate(events) if isinstance(event, Reconfigure))
     early = Watched(run)
-    early.update([event for _, event in events[:first]])
+    early.update(Follower(run).read()[:first])
     assert early.predicted == pytest.approx(4 / 0.08)  # as the profiler measured it
 
 
