@@ -373,6 +373,29 @@ class Plan:
 
 
 @dataclass
+class ImportArgs:
+    """Print the job file for a training that another tool's arguments describe; nothing is run.
+
+    Takes a command line, a shell script with its own arguments, or a YAML of Megatron-Bridge or NeMo. What has no field
+    becomes a comment. Examples: copus import-args train.sh · copus import-args -- torchrun pretrain_gpt.py --num-layers 2
+    """
+
+    words: Positional[Annotated[list[str], arg(metavar="SCRIPT|FILE.yaml|-- COMMAND …")]]
+    """Script with its arguments, configuration, or a command line after --; NAME=VALUE before it sets a variable."""
+    overrides: Overrides = field(default_factory=list)
+    """Set a field that the arguments do not say: cluster.accelerator, model.vocab."""
+    out: Annotated[Path | None, arg(metavar="JOB.yaml")] = None
+    """Write the job file there and not on stdout."""
+    json: bool = False
+    """Print one JSON object with the job, and with what became of every argument."""
+
+    def run(self) -> int:
+        from launch.import_args import import_args
+
+        return import_args(self.words, self.overrides, self.out, as_json=self.json)
+
+
+@dataclass
 class Calibrate:
     """Measure the critical batch of a run: train branches of a checkpoint at several batches, for equal tokens.
 
@@ -472,6 +495,7 @@ Commands = (
     | Annotated[Data, subcommand("data")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[ImportArgs, subcommand("import-args")]
     | Annotated[Watch, subcommand("watch")]
     | Annotated[Runs, subcommand("runs")]
     | Annotated[Explain, subcommand("explain")]

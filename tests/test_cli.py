@@ -24,6 +24,7 @@ COMMANDS = (
     "profile show",
     "profile import",
     "plan",
+    "import-args",
     "watch",
     "runs",
     "explain",

@@ -1,0 +1,1 @@
+"""Arguments of other training tools: read into job files (`copus import-args`), written from plans (`--emit`)."""

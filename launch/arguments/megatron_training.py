@@ -1,0 +1,170 @@
+"""Batch, length, learning rate, optimizer, data and checkpoints that Megatron-LM's arguments describe."""
+
+import re
+from typing import Any
+
+from copus.job import JobError
+from launch.arguments.batch_steps import BatchSteps
+from launch.arguments.given_arguments import GivenArguments
+
+_RAMPS = ("--rampup-batch-size", "--step-batch-size-schedule")
+
+
+class Training:
+    """Fills the sections about the training. What Megatron-LM counts in iterations or samples becomes tokens."""
+
+    def __init__(self, given: GivenArguments, dp: int) -> None:
+        """`dp` is the data parallel degree. Fills the batches; raises JobError for a schedule that is none."""
+        self._given, self._job = given, given.job
+        self._seq_len = int(self._job.values.get("model", {}).get("seq_len") or given.whole("--seq-length") or 1)
+        micro = given.whole("--micro-batch-size") or 1
+        self._job.put("training.micro_batch", micro)
+        self._steps = self._batches(micro * dp)
+
+    def _batches(self, smallest: int) -> BatchSteps:
+        given, put = self._given, self._job.put
+        largest, ramp = given.whole("--global-batch-size"), given.values("--rampup-batch-size")
+        schedule = given.text("--step-batch-size-schedule")
+        try:
+            if schedule:
+                steps = BatchSteps.parse(schedule, self._seq_len)
+            elif ramp:
+                start, increment, samples = (int(text) for text in " ".join(ramp).split())
+                steps = BatchSteps.ramp(start, increment, samples, largest or smallest)
+            else:
+                steps = BatchSteps.constant(largest or smallest)
+        except ValueError as error:
+            if str(error).startswith("--"):
+                raise JobError(str(error)) from None
+            raise JobError(f"--rampup-batch-size {' '.join(ramp or [])}: expected three whole numbers") from None
+        comment = "the schedule's last" if schedule else "" if largest else "--global-batch-size's default"
+        put("training.global_batch", steps.largest, comment)
+        if len(steps.steps) > 1:
+            self._ramp(steps, next(name for name in reversed(_RAMPS) if name in given))
+        return steps
+
+    def _ramp(self, steps: BatchSteps, name: str) -> None:
+        """A batch that grows by equal increments is the policy `ramp`; any other schedule is left to the planner."""
+        increments = steps.increments()
+        if increments is None:
+            reason = "the planner chooses the batch; the only schedule there is has equal increments"
+            self._given.leave(name, "changes the training", reason)
+            return
+        start, increment, samples = increments
+        put = self._job.put
+        put("planner.policy", "ramp", f"{name}; without this the planner chooses the batch")
+        put("planner.ramp_start", start)
+        put("planner.ramp_increment", increment)
+        put("planner.ramp_samples", samples)
+        put("planner.min_global_batch", start)
+        put("planner.max_global_batch", steps.largest)
+
+    def _tokens(self, kind: str) -> tuple[int, str] | None:
+        """Tokens of `--KIND-samples` or `--KIND-iters`, with how they come about."""
+        samples, iterations = self._given.whole(f"--{kind}-samples"), self._given.whole(f"--{kind}-iters")
+        if samples:
+            return samples * self._seq_len, f"--{kind}-samples {samples} × {self._seq_len}"
+        if iterations:
+            batches = str(self._steps.largest) if len(self._steps.steps) == 1 else "their batches"
+            trained = self._steps.samples_after(iterations)
+            return trained * self._seq_len, f"--{kind}-iters {iterations} × {batches} × {self._seq_len}"
+        return None
+
+    def read_learning_rate(self) -> None:
+        """Length of the run, and the learning rate over it."""
+        given, put = self._given, self._job.put
+        length = self._tokens("train")
+        if length is None:
+            length = (1_000_000_000, "neither --train-samples nor --train-iters is given")
+            self._job.assume("training.tokens", *length)
+        else:
+            put("training.tokens", *length)
+        if (lr := given.real("--lr")) is not None:
+            put("training.lr", lr)
+        else:
+            self._job.assume("training.lr", 1e-3, "--lr is not given")
+        given.put("training.min_lr", "--min-lr", given.real("--min-lr"), 0.0)
+        self._decay(length[0])
+        if (minutes := given.whole("--exit-duration-in-mins")) is not None:
+            put("training.max_minutes", minutes)
+        if (seed := given.whole("--seed")) is not None:
+            put("training.seed", seed)
+        bf16, fp16 = given.flag("--bf16"), given.flag("--fp16")
+        put("training.precision", "bf16" if bf16 or fp16 else "fp32", "" if bf16 or fp16 else "no --bf16")
+        given.leave("--fp16", "changes the training", "bf16 in its place, which needs no loss scale")
+
+    def _decay(self, length: int) -> None:
+        given, put = self._given, self._job.put
+        style = given.text("--lr-decay-style")
+        known = style in ("constant", "cosine", "linear")
+        given.put("training.decay", "--lr-decay-style", style and (style if known else "cosine"), "linear")
+        if not known:
+            given.leave("--lr-decay-style", "changes the training", "cosine in its place")
+        decay = (self._tokens("lr-decay") or (length, ""))[0]
+        if style != "constant" and abs(decay - length) > 0.001 * length:
+            reason = (
+                f"the decay ends with the run, {abs(decay - length):,} tokens {'later' if decay < length else 'sooner'}"
+            )
+            for name in ("--lr-decay-samples", "--lr-decay-iters"):
+                given.leave(name, "changes the training", reason)
+        warmup, fraction = self._tokens("lr-warmup"), given.real("--lr-warmup-fraction")
+        if warmup is None and fraction:
+            warmup = (round(fraction * decay), f"--lr-warmup-fraction {fraction:g} × {decay}")
+        if warmup is not None and warmup[0] > length:
+            put("training.warmup_tokens", length, "all of the run")
+            reason = f"the warm-up is no longer than the run, {length:,} tokens and not {warmup[0]:,}"
+            for name in ("--lr-warmup-samples", "--lr-warmup-iters", "--lr-warmup-fraction"):
+                given.leave(name, "changes the training", reason)
+        elif warmup is not None:
+            put("training.warmup_tokens", *warmup)
+        for name in ("--lr-wsd-decay-style", "--lr-wsd-decay-samples", "--lr-wsd-decay-iters"):
+            given.leave(name, "changes the training", "there is no annealing phase")
+
+    def read_optimizer(self) -> None:
+        """The optimizer and its values."""
+        given = self._given
+        if given.text("--optimizer") not in (None, "adam"):
+            given.leave("--optimizer", "changes the training", "AdamW in its place")
+        values = {name: given.real(name) for name in ("--adam-beta1", "--adam-beta2", "--weight-decay", "--adam-eps")}
+        defaults = {"--adam-beta1": 0.9, "--adam-beta2": 0.999, "--weight-decay": 0.01, "--adam-eps": 1e-8}
+        beta1, beta2, decay, epsilon = (defaults[name] if value is None else value for name, value in values.items())
+        usual = [name for name, value in values.items() if value is None and name != "--adam-eps"]
+        optimizer: dict[str, Any] = {"betas": [beta1, beta2], "epsilon": epsilon, "weight_decay": decay}
+        self._job.put("training.optimizer", optimizer, f"{', '.join(usual)}: the defaults" if usual else "")
+        given.put("training.clip_grad", "--clip-grad", given.real("--clip-grad"), 1.0)
+
+    def read_data(self) -> None:
+        """Where the text is."""
+        given = self._given
+        paths = [*(given.values("--data-path") or []), *(given.values("--train-data-path") or [])]
+        if any(re.search(r"[^\d.]", path) for path in paths):
+            reason = "data.source takes the texts that the dataset was made from"
+            for name in ("--data-path", "--train-data-path"):
+                given.leave(name, "is lost", reason)
+            self._job.assume("data.source", "texts", "a Megatron dataset is not read")
+        else:
+            self._job.assume("data.source", "shakespeare", "the arguments have no text")
+        for name in ("--valid-data-path", "--test-data-path", "--split", "--mock-data", "--per-split-data-args-path"):
+            given.leave(name, "is lost", "whole works are held out, by name: data.held_out")
+        if (cache := given.text("--data-cache-path")) and "$" not in cache:
+            self._job.put("data.cache", cache)
+
+    def read_looking(self) -> None:
+        """Evaluations, checkpoints and where figures go."""
+        given, put, batch = self._given, self._job.put, self._steps.largest
+        for field, name in (
+            ("evaluate_every_tokens", "--eval-interval"),
+            ("checkpoint_every_tokens", "--save-interval"),
+        ):
+            if interval := given.whole(name):
+                tokens = interval * batch * self._seq_len
+                put(f"training.{field}", tokens, f"{name} {interval} × {batch} × {self._seq_len}")
+        if iterations := given.whole("--eval-iters"):
+            put("training.evaluate_sequences", iterations * batch, f"--eval-iters {iterations} × {batch}")
+        given.leave("--save", "is not needed", "checkpoints are in the run's folder: launch.runs")
+        if (minutes := given.real("--distributed-timeout-minutes")) is not None:
+            put("launch.timeout_seconds", minutes * 60)
+        project, entity = given.text("--wandb-project"), given.text("--wandb-entity")
+        if project:
+            wandb = {"project": project} | ({"entity": entity} if entity else {})
+            put("tracking", {"tensorboard": {}, "wandb": wandb})
