@@ -377,7 +377,7 @@ class ImportArgs:
     """Print the job file for a training that another tool's arguments describe; nothing is run.
 
     Takes a command line, a shell script with its own arguments, or a YAML of Megatron-Bridge or NeMo. What has no field
-    becomes a comment. Examples: copus import-args train.sh · copus import-args -- torchrun pretrain_gpt.py --num-layers 2
+    becomes a comment. Examples: copus import-args train.sh · copus import-args -- torchrun pretrain_gpt.py …
     """
 
     words: Positional[Annotated[list[str], arg(metavar="SCRIPT|FILE.yaml|-- COMMAND …")]]

@@ -7,6 +7,15 @@ from copus.job import JobError
 from launch.arguments.batch_steps import BatchSteps
 from launch.arguments.given_arguments import GivenArguments
 
+_DECAYS = {
+    "constant": "constant",
+    "cosine": "cosine",
+    "linear": "linear",
+    "WSD": "wsd",
+    "inverse-square-root": "inverse-sqrt",
+}
+_SHAPES = {"minus_sqrt": "1-sqrt"}
+"""Shapes of WSD's annealing that have another name here."""
 _RAMPS = ("--rampup-batch-size", "--step-batch-size-schedule")
 
 
@@ -94,31 +103,49 @@ class Training:
         given.leave("--fp16", "changes the training", "bf16 in its place, which needs no loss scale")
 
     def _decay(self, length: int) -> None:
+        """The shape of the learning rate over a run of so many tokens."""
         given, put = self._given, self._job.put
         style = given.text("--lr-decay-style")
-        known = style in ("constant", "cosine", "linear")
-        given.put("training.decay", "--lr-decay-style", style and (style if known else "cosine"), "linear")
-        if not known:
+        given.put("training.decay", "--lr-decay-style", style and _DECAYS.get(style, "cosine"), "linear")
+        if style is not None and style not in _DECAYS:
             given.leave("--lr-decay-style", "changes the training", "cosine in its place")
         decay = (self._tokens("lr-decay") or (length, ""))[0]
-        if style != "constant" and abs(decay - length) > 0.001 * length:
-            reason = (
-                f"the decay ends with the run, {abs(decay - length):,} tokens {'later' if decay < length else 'sooner'}"
-            )
-            for name in ("--lr-decay-samples", "--lr-decay-iters"):
-                given.leave(name, "changes the training", reason)
+        warmup = self._warmup(length, decay)
+        if style == "WSD":
+            annealing = self._tokens("lr-wsd-decay")
+            if annealing:
+                put("training.decay_tokens", *annealing)
+            shape = given.text("--lr-wsd-decay-style")
+            given.put("training.decay_shape", "--lr-wsd-decay-style", _SHAPES.get(shape or "", shape), "exponential")
+        for name in ("--lr-wsd-decay-style", "--lr-wsd-decay-samples", "--lr-wsd-decay-iters"):
+            if style != "WSD":
+                given.leave(name, "is not needed", "the decay is not WSD")
+        if abs(decay - length) <= 0.001 * length:
+            return
+        for name in ("--lr-decay-samples", "--lr-decay-iters"):
+            if style in ("constant", "inverse-square-root"):
+                given.leave(name, "is not needed", "this decay has no end")
+            elif style == "WSD":
+                given.leave(name, "changes the training", "the annealing ends with the run")
+        if style not in ("constant", "inverse-square-root", "WSD"):
+            put("training.decay_tokens", max(decay - warmup, 1), f"{decay} to the end of the decay − the warm-up")
+
+    def _warmup(self, length: int, decay: int) -> int:
+        """Tokens of the warm-up; a fraction is one of the decay."""
+        given, put = self._given, self._job.put
         warmup, fraction = self._tokens("lr-warmup"), given.real("--lr-warmup-fraction")
         if warmup is None and fraction:
             warmup = (round(fraction * decay), f"--lr-warmup-fraction {fraction:g} × {decay}")
-        if warmup is not None and warmup[0] > length:
-            put("training.warmup_tokens", length, "all of the run")
-            reason = f"the warm-up is no longer than the run, {length:,} tokens and not {warmup[0]:,}"
-            for name in ("--lr-warmup-samples", "--lr-warmup-iters", "--lr-warmup-fraction"):
-                given.leave(name, "changes the training", reason)
-        elif warmup is not None:
+        if warmup is None:
+            return 0
+        if warmup[0] <= length:
             put("training.warmup_tokens", *warmup)
-        for name in ("--lr-wsd-decay-style", "--lr-wsd-decay-samples", "--lr-wsd-decay-iters"):
-            given.leave(name, "changes the training", "there is no annealing phase")
+            return warmup[0]
+        put("training.warmup_tokens", length, "all of the run")
+        reason = f"the warm-up is no longer than the run, {length:,} tokens and not {warmup[0]:,}"
+        for name in ("--lr-warmup-samples", "--lr-warmup-iters", "--lr-warmup-fraction"):
+            given.leave(name, "changes the training", reason)
+        return length
 
     def read_optimizer(self) -> None:
         """The optimizer and its values."""

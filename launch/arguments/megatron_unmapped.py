@@ -37,7 +37,7 @@ _NAMES: tuple[tuple[Effect, str, str], ...] = (
         "accumulate-allreduce-grads-in-fp32 exit-signal-handler log-interval log-throughput log-progress "
         "no-one-logger use-distributed-ckpt use-dist-ckpt ckpt-format dist-ckpt-format auto-detect-ckpt-format "
         "tensorboard-log-interval tensorboard-queue-size check-for-nan-in-loss-and-grad async-save deterministic-mode "
-        "use-cpu-initialization local-rank no-position-embedding max-position-embeddings save-retain-interval "
+        "use-cpu-initialization local-rank no-position-embedding save-retain-interval "
         "use-persistent-ckpt-worker train-sync-interval",
     ),
     (
@@ -54,8 +54,8 @@ _NAMES: tuple[tuple[Effect, str, str], ...] = (
         "how checkpoints are written and read is not a setting",
         "ckpt-fully-parallel-save ckpt-fully-parallel-load ckpt-assume-constant-structure no-ckpt-fully-parallel-save "
         "dist-ckpt-strictness dist-ckpt-optim-fully-reshardable no-save-optim no-save-rng non-persistent-save-interval "
-        "use-checkpoint-args use-checkpoint-opt-param-scheduler override-opt-param-scheduler verify-integrity async-ckpt-use-cpu-shm "
-        "async-strategy non-persistent-ckpt-type replication use-mp-args-from-checkpoint-args "
+        "use-checkpoint-args use-checkpoint-opt-param-scheduler override-opt-param-scheduler verify-integrity "
+        "async-ckpt-use-cpu-shm async-strategy non-persistent-ckpt-type replication use-mp-args-from-checkpoint-args "
         "no-use-tokenizer-model-from-checkpoint-args exit-on-missing-checkpoint",
     ),
     (
@@ -84,7 +84,8 @@ _NAMES: tuple[tuple[Effect, str, str], ...] = (
         "changes the training",
         "layers are alike, and attention is the usual one",
         "multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim "
-        "mscale mscale-all-dim rotary-scaling-factor heterogeneous-layers-config-path experimental-attention-variant linear-attention-freq "
+        "mscale mscale-all-dim rotary-scaling-factor heterogeneous-layers-config-path linear-attention-freq "
+        "experimental-attention-variant "
         "hybrid-override-pattern hybrid-layer-pattern hybrid-attention-ratio hybrid-mlp-ratio attention-output-gate "
         "no-rope-freq softmax-type qk-clip qk-l2-norm spec is-hybrid-model rotary-interleaved "
         "apply-residual-connection-post-layernorm fp32-residual-connection glu-linear-offset "
@@ -118,6 +119,7 @@ _NAMES: tuple[tuple[Effect, str, str], ...] = (
         "start-weight-decay end-weight-decay weight-decay-incr-style apply-wd-to-qk-layernorm "
         "no-weight-decay-cond-type",
     ),
+    ("is not needed", "rotary positions have no limit", "max-position-embeddings"),
     ("is not needed", "files for TensorBoard are in RUN/tensorboard", "tensorboard-dir"),
     (
         "is not needed",

@@ -71,7 +71,7 @@ class _Reader:
         place = 0
         while place < len(words) and not self._ended:
             token = words[place]
-            if token.operator:
+            if token.operator or token.text in ("{", "}", "!"):
                 place += 1  # a subshell's assignments stay inside of it; no training script depends on that
             elif token.text in _BLOCKS:
                 end = _block_end(words, place)

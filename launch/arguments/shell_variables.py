@@ -58,11 +58,14 @@ class Variables:
                 self._expand_quoted(word[place + 1 : end - 1], fields)
                 place = end
             elif letter in "$`":
-                values, place, _ = self._at(word, place)
-                for value in values if split else [" ".join(values)]:
-                    fields.add_split(value) if split else fields.add(value)
-                    if len(values) > 1 and split:
-                        fields.end()
+                value = self._at(word, place)
+                place = value.end
+                if not split:
+                    fields.add(" ".join(value.texts))
+                elif value.split:
+                    fields.add_split(value.texts)
+                else:
+                    fields.add_all(value.texts)
             else:
                 fields.add(letter)
                 place += 1
@@ -77,35 +80,32 @@ class Variables:
                 fields.add(text[place + 1].replace("\n", ""))
                 place += 2
             elif text[place] in "$`":
-                values, place, words = self._at(text, place)
-                if words:
-                    fields.add_all(values)
-                else:
-                    fields.add(" ".join(values))
+                value = self._at(text, place)
+                place = value.end
+                fields.add_all(value.texts if value.words else [" ".join(value.texts)])
             else:
                 fields.add(text[place])
                 place += 1
 
-    def _at(self, text: str, place: int) -> tuple[list[str], int, bool]:
-        """What stands at a `$`: values, the place after it, and whether each value is a word of its own in quotes."""
+    def _at(self, text: str, place: int) -> "_Value":
+        """What stands at a `$` or a backquote."""
         if text[place] == "`":
             end = quote_end(text, place)
-            return [text[place:end]], end, False
+            return _Value([text[place:end]], end)
         if text.startswith("$((", place):
             end = bracket_end(text, place + 1)
-            return [self._arithmetic(text[place + 3 : end - 2])], end, False
+            return _Value([self._arithmetic(text[place + 3 : end - 2])], end)
         if text.startswith("$(", place):
             end = bracket_end(text, place + 1)
-            return [text[place:end]], end, False
+            return _Value([text[place:end]], end)
         if text.startswith("${", place):
             end = bracket_end(text, place + 1)
-            values, words = self._braced(text[place + 2 : end - 1], text[place:end])
-            return values, end, words
+            return self._braced(text[place + 2 : end - 1], end) or _Value([text[place:end]], end)
         match = _NAME.match(text, place + 1)
         if match is None:
-            return ["$"], place + 1, False
+            return _Value(["$"], place + 1)
         name = match[0]
-        return (self.arguments if name in "@*" else self.get(name)[:1]), match.end(), name == "@"
+        return _Value(self.arguments if name in "@*" else self.get(name)[:1], match.end(), words=name == "@")
 
     def get(self, name: str) -> list[str]:
         """The elements of a variable, a positional argument included; none if it is not set."""
@@ -119,13 +119,12 @@ class Variables:
             self.unset.add(name)
         return value
 
-    def _braced(self, inside: str, written: str) -> tuple[list[str], bool]:
-        """`${…}`: values, and whether each is a word of its own. What is not understood stays as it is written."""
+    def _braced(self, inside: str, end: int) -> "_Value | None":
+        """`${…}`; None for what is not understood."""
         match = _BRACED.fullmatch(inside)
         if match is None:
-            return [written], False
+            return None
         name, index, rest = match["name"], match["index"], match["rest"]
-        known = name in self.values or (name.isdigit() and int(name) <= len(self.arguments))
         asked = set(self.unset)
         values = self.arguments if name in "@*" else self.get(name)
         if index is None:
@@ -135,34 +134,33 @@ class Variables:
             values = values[int(at) :][:1] if re.fullmatch(r"-?\d+", at) else []
         words = index == "@" or name == "@"
         if match["length"]:
-            return [str(len(values) if index is not None else len("".join(values)))], False
+            return _Value([str(len(values) if index is not None else len("".join(values)))], end)
         if operation := re.fullmatch(r"(:?[-=+?])(.*)", rest, re.DOTALL):
-            return self._or_default(name, values, known, asked, operation[1], operation[2]), words
+            self.unset = asked  # a default is provided for
+            default = self._default(name, values, operation[1], operation[2])
+            return _Value(values, end, words) if default is None else _Value(default, end, split=False)
         if operation := re.fullmatch(r"(##?|%%?)(.*)", rest, re.DOTALL):
             pattern = " ".join(self.expand(operation[2], split=False))
-            return [_trimmed(value, operation[1], pattern) for value in values], words
+            return _Value([_trimmed(value, operation[1], pattern) for value in values], end, words)
         if operation := re.fullmatch(r"//?([^/]+)/?(.*)", rest, re.DOTALL):
             old, new = (" ".join(self.expand(text, split=False)) for text in operation.groups())
-            return [value.replace(old, new, -1 if rest.startswith("//") else 1) for value in values], words
+            return _Value([value.replace(old, new, -1 if rest.startswith("//") else 1) for value in values], end, words)
         if rest in (",,", "^^"):
-            return [value.lower() if rest == ",," else value.upper() for value in values], words
-        return (values, words) if not rest else ([written], False)
+            return _Value([value.lower() if rest == ",," else value.upper() for value in values], end, words)
+        return None if rest else _Value(values, end, words)
 
-    def _or_default(
-        self, name: str, values: list[str], known: bool, asked: set[str], sign: str, default: str
-    ) -> list[str]:
-        """`${NAME:-default}` and its relatives."""
+    def _default(self, name: str, values: list[str], sign: str, default: str) -> list[str] | None:
+        """The words that `${NAME:-default}` and its relatives have in place of the value; None for the value."""
+        known = name in self.values or (name.isdigit() and int(name) <= len(self.arguments))
         there = known and not (sign.startswith(":") and not "".join(values))
-        if sign[-1] != "?":
-            self.unset = asked  # a default was provided for
         if sign[-1] == "+":
-            return self.expand(default, split=False) if there else []
+            return self.expand(default) if there else []
         if there or sign[-1] == "?":
-            return values
-        value = self.expand(default, split=False)
+            return None
         if sign[-1] == "=":
-            self.values[name] = value
-        return value
+            self.values[name] = [" ".join(self.expand(default, split=False))]
+            return self.values[name]
+        return self.expand(default)
 
     def _arithmetic(self, text: str) -> str:
         """`$((…))` of whole numbers. What is not understood stays as it is written."""
@@ -176,12 +174,26 @@ class Variables:
         return " ".join(self.get(name)[:1]) or "0"
 
 
+@dataclass
+class _Value:
+    """What a variable in a word becomes."""
+
+    texts: list[str]
+    """Its elements; one, for a variable that is no array."""
+    end: int
+    """The place in the word after it."""
+    words: bool = False
+    """Whether each element is a word of its own even in quotes: `"${ARRAY[@]}"`."""
+    split: bool = True
+    """Whether, outside of quotes, elements are split at spaces: those of a default have been, by its own quotes."""
+
+
 class _Fields:
     """Words that are being put together."""
 
     def __init__(self) -> None:
         self._done: list[str] = []
-        self._open: list[str] | None = None
+        self._open: str | None = None
         self._length = 0
 
     def add(self, text: str) -> None:
@@ -189,9 +201,7 @@ class _Fields:
         self._length += len(text)
         if self._length > LONGEST:
             raise ValueError(f"a word becomes longer than {LONGEST} letters")
-        self._open = (
-            [*(self._open or []), text] if self._open is None or len(self._open) < 64 else ["".join(self._open) + text]
-        )
+        self._open = (self._open or "") + text
 
     def add_all(self, texts: Iterable[str]) -> None:
         """The first goes on with the word that is open, each other one is a word."""
@@ -200,18 +210,19 @@ class _Fields:
                 self.end()
             self.add(text)
 
-    def add_split(self, text: str) -> None:
-        """Text that ends words where it has spaces."""
-        if text[:1].isspace():
-            self.end()
-        self.add_all(text.split())
-        if text[-1:].isspace():
-            self.end()
+    def add_split(self, texts: Iterable[str]) -> None:
+        """The same, and each text ends words where it has spaces."""
+        for number, text in enumerate(texts):
+            if number or text[:1].isspace():
+                self.end()
+            self.add_all(text.split())
+            if text[-1:].isspace():
+                self.end()
 
     def end(self) -> None:
         """End the word that is open."""
         if self._open is not None:
-            self._done.append("".join(self._open))
+            self._done.append(self._open)
         self._open = None
 
     def words(self) -> list[str]:

@@ -31,9 +31,10 @@ def tokens(script: str) -> list[Token]:
     text = script.replace("\\\r\n", "\\\n").replace("\r\n", "\n")
     result: list[Token] = []
     place, waiting = 0, list[str]()
+    line, counted = 1, 0
     while place < len(text):
         letter = text[place]
-        line = text.count("\n", 0, place) + 1
+        line, counted = line + text.count("\n", counted, place), place
         if text.startswith("\\\n", place):
             place += 2
         elif letter in " \t\r":
