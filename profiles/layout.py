@@ -6,7 +6,6 @@ from pydantic import model_validator
 
 from profiles.cluster import Cluster
 from profiles.model_shape import ModelShape
-from profiles.pipeline_split import split_layers
 from profiles.record import PositiveInt, Record
 
 Recompute = Literal["none", "selective", "full"]
@@ -95,6 +94,8 @@ class Layout(Record):
 
     def _check_stages(self, layers: int) -> None:
         """Raise ValueError if a pipeline stage would have no layers."""
+        from profiles.pipeline_split import split_layers  # numpy, which reading a log does not need
+
         if split_layers(layers, self.pp, self.vp).possible:
             return
         if self.vp > 1:

@@ -89,7 +89,10 @@ def test_the_command_alone_prints_the_help_and_its_version_is_that_of_the_packag
     ("typed", "message"),
     [
         ("explian", "copus: no command explian; did you mean explain?\n"),
-        ("zzz", "copus: no command zzz; there are submit, logs, cancel, data, profile, plan, import-args, watch, runs, "),
+        (
+            "zzz",
+            "copus: no command zzz; there are submit, logs, cancel, data, profile, plan, import-args, watch, runs, ",
+        ),
     ],
 )
 def test_a_misspelt_command_is_answered_with_the_nearest(

@@ -139,7 +139,7 @@ _NAMES: tuple[tuple[Effect, str, str], ...] = (
     ),
     (
         "is lost",
-        "stages of a pipeline have equally many layers",
+        "stages of a pipeline have equally many layers, or the first and the last have fewer",
         "decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers pipeline-model-parallel-layout "
         "account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split",
     ),
