@@ -52,7 +52,7 @@ class JobError(Exception):
 
 
 DIGEST = "[0-9a-f]{16}"
-"""Form of the digest that names prepared data."""
+"""Form of the digests that name prepared data and weights."""
 
 
 class DataConfig(Record):
@@ -106,6 +106,11 @@ class TrainingConfig(Record):
     """Stop cleanly, with a checkpoint, at the first evaluation whose loss is no more than this, in nats a token."""
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed of weights, sample order and dropout."""
+    init_from: UserPath | None = None
+    """Weights to begin with instead of random ones, without an optimizer's state: a Hugging Face folder, a run of copus
+    or one of its checkpoints, or a `torch_dist` checkpoint of Megatron-LM. They have to be those of `model`."""
+    init_digest: str | None = Field(default=None, pattern=f"^{DIGEST}$")
+    """Digest of these weights: `copus submit` writes it into the run's job.yaml, and workers begin with no others."""
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", json_schema_extra={"default_in_words": "`bf16` on GPUs, `fp32` on CPU"}
     )

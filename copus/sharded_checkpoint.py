@@ -51,13 +51,30 @@ class Chunk(NamedTuple):
     offset: int
     """Bytes from the beginning of the file."""
     length: int
-    """Bytes, including torch's own header and trailer of the tensor."""
+    """Bytes, including torch's own header and trailer of the tensor if it has them."""
+    is_plain: bool = False
+    """Whether the bytes are the numbers and nothing else, as in safetensors, and not torch's archive of a tensor."""
+    is_transposed: bool = False
+    """Whether the file has the transpose of the stored tensor."""
+    subtracted: float = 0.0
+    """How much less than the field the file has; the same for all chunks of a field."""
 
+
+ZEROS = ""
+"""In place of a chunk's file: the box is zeros, and in no file."""
 
 SavedState = dict[Field, list[Chunk]]
 """All fields of a checkpoint and their chunks."""
 Sources = dict[str, tuple[Field, list[Chunk]]]
 """The source of every field of a job, by the field's name."""
+
+
+def zeros_below(shape: tuple[int, ...], whole: tuple[int, ...]) -> list[Chunk]:
+    """Zeros for the rows that a tensor of `shape` lacks of one with the shape `whole`."""
+    if whole == shape:
+        return []
+    box = Box((shape[0], *[0] * (len(shape) - 1)), (whole[0] - shape[0], *shape[1:]))
+    return [Chunk(box, box, ZEROS, 0, 0)]
 
 
 class Save:
@@ -155,11 +172,12 @@ def read_index(folder: Path) -> SavedState:
     return saved
 
 
-def find_sources(saved: SavedState, table: ShardTable) -> Sources:
+def find_sources(saved: SavedState, table: ShardTable, *, begins_anew: bool = False) -> Sources:
     """Find every field of a table in a checkpoint.
 
     The precision may differ, because training continues from the fp32 numbers: a weight's master if it has one, else
-    the weight itself. A bf16 weight is the fp32 one, rounded.
+    the weight itself. A bf16 weight is the fp32 one, rounded. Training that `begins_anew` takes weights of any
+    precision.
 
     Raises ValueError if the checkpoint lacks a field, has it with another shape, or has a weight that the table lacks.
     """
@@ -174,7 +192,8 @@ def find_sources(saved: SavedState, table: ShardTable) -> Sources:
         if not candidates:
             raise ValueError(f"the checkpoint has no {field.name}: another model or optimizer wrote it")
         source = next((other for other in candidates if other.dtype in (field.dtype, "float32")), candidates[0])
-        if source.shape != field.shape or source.dtype not in (field.dtype, "float32"):
+        is_precise = begins_anew or source.dtype in (field.dtype, "float32")
+        if source.shape != field.shape or not is_precise:
             raise ValueError(
                 f"{source.name} is {source.dtype} {list(source.shape)} in the checkpoint, and {field.name} is "
                 f"{field.dtype} {list(field.shape)} in this job"
@@ -204,7 +223,7 @@ def load(
     rank, limit = dist.get_rank(), max(1, staging_bytes // 2)
     reading, window = _windows(owned, limit)
     plan = make_plan(reading, table)
-    with _Files(folder) as files:
+    with SavedFiles(folder) as files:
         for number in range(int(window.max(initial=-1)) + 1):
             own = reading.select(np.flatnonzero(window == number)).of_rank(rank)
             held = {}
@@ -238,14 +257,14 @@ def _windows(owned: ShardTable, limit: int) -> tuple[ShardTable, np.ndarray]:
     return cut, np.array(windows, np.int64)
 
 
-class _Files:
-    """The data files of a checkpoint, opened when they are first read."""
+class SavedFiles:
+    """The data files of a checkpoint or of another folder with weights, opened when they are first read."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._opened: dict[str, IO[bytes]] = {}
 
-    def __enter__(self) -> "_Files":
+    def __enter__(self) -> "SavedFiles":
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -253,29 +272,36 @@ class _Files:
             file.close()
 
     def read(self, field: Field, chunks: list[Chunk], box: Box) -> torch.Tensor:
-        """A part of a field, in the host's memory. Raises ValueError if the files do not have all of it."""
+        """A part of a field, in the host's memory: in the field's type, or in fp32 if something was subtracted from it.
+        Raises ValueError if the files do not have all of it."""
         numbers = np.empty(box.shape, f"u{field.element_bytes}")
         missing = box.elements
         for chunk in chunks:
             common = chunk.box.intersect(box)
             if common is not None:
-                numbers[common.slices_in(box)] = self._map(chunk, field)[common.slices_in(chunk.stored)]
+                is_zero = chunk.file == ZEROS
+                part = 0 if is_zero else self._map(chunk, field)[common.slices_in(chunk.stored)]
+                numbers[common.slices_in(box)] = part
                 missing -= common.elements
         if missing:
             raise ValueError(f"the checkpoint lacks {missing} elements of {field.name}")
-        return torch.from_numpy(numbers).view(getattr(torch, field.dtype))
+        values = torch.from_numpy(numbers).view(getattr(torch, field.dtype))
+        subtracted = chunks[0].subtracted if chunks else 0.0
+        return values.float() + subtracted if subtracted else values
 
     def _map(self, chunk: Chunk, field: Field) -> np.ndarray:
         """The tensor in a chunk, as unsigned integers of its size, mapped from the file: only pages that are read from
         it take memory."""
         if chunk.file not in self._opened:
-            path = (self._folder / chunk.file).resolve()
-            if self._folder.resolve() not in path.parents:
+            path = self._folder / chunk.file
+            if not chunk.is_plain and self._folder.resolve() not in path.resolve().parents:
                 raise ValueError(f"the checkpoint's index points to {chunk.file}, which is not in its folder")
             self._opened[chunk.file] = open(path, "rb")  # noqa: SIM115 (closed in __exit__)
-        file = self._opened[chunk.file]
-        start = _start_of_data(file, chunk, chunk.stored.elements * field.element_bytes)
-        return np.memmap(file, f"u{field.element_bytes}", "r", start, chunk.stored.shape)
+        file, size = self._opened[chunk.file], chunk.stored.elements * field.element_bytes
+        start = chunk.offset if chunk.is_plain else _start_of_data(file, chunk, size)
+        shape = chunk.stored.shape[::-1] if chunk.is_transposed else chunk.stored.shape
+        numbers = np.memmap(file, f"u{field.element_bytes}", "r", start, shape)
+        return numbers.T if chunk.is_transposed else numbers
 
 
 def _start_of_data(file: IO[bytes], chunk: Chunk, size: int) -> int:

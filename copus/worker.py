@@ -56,6 +56,7 @@ from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
 from copus.trainer_state import TrainerState
 from copus.user_errors import EXIT_CODE, one_line, report_failure
+from copus.weights.saved import begin
 from profiles.configuration import Configuration
 from profiles.measurement import Fingerprint, Measurement
 from profiles.mfu import peak_samples_per_second
@@ -219,7 +220,7 @@ def _build_or_resume(
     """Start, or go on where the checkpoint was made, on whatever ranks there are now: in the configuration that the
     user asked for, if any, else in the checkpoint's. `known` counts on rank 0."""
     if newest is None:
-        backend.build(job.training.configuration)
+        begin(job, backend)
         return TrainerState()
     state, saved = read_state(newest)
     seen = known.predict(saved)
@@ -236,7 +237,7 @@ def _build_or_resume(
             f"{target.global_batch} now. On other ranks, --resume --set training.global_batch={wanted} goes back to it"
         )
         report(Warned(**state.here, message=message))
-    backend.build(target)
+    backend.build(target, initial_weights=False)
     backend.load(newest, state.optimizer_steps)
     return state
 

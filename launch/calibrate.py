@@ -10,11 +10,12 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from copus.branches import Branches, plan_path, plan_text, read_plan
-from copus.checkpoint_files import FOLDER, REPLACED, check_same_data, checkpoint_names, samples_of, whats_wrong
+from copus.checkpoint_files import check_same_data
 from copus.events import Branch, read_events
 from copus.job import JobConfig, JobError, dump_job, load_job
 from copus.manifest import MANIFEST
 from launch.attend import Outcome, attend
+from launch.checkpoint import find_checkpoint
 from launch.data import check, prepare
 from launch.engines import attended_engine_of, check_not_queued
 from launch.interrupts import Interrupts
@@ -46,7 +47,7 @@ def calibrate(
     run = find_run(run_text)
     job = load_job(run / "job.yaml")
     console = SteadyConsole(stderr=True, highlight=False)
-    checkpoint = _find_checkpoint(run, checkpoint_text, console)
+    checkpoint = find_checkpoint(run, checkpoint_text, console)
     branches = _plan(job, checkpoint, _multiples(multiples_text), tokens, orders)
     folder = run / "calibration" / f"{checkpoint.name}-{branches.sequences}"
     engine = attended_engine_of(job, "copus calibrate")
@@ -72,35 +73,6 @@ def calibrate(
     else:
         _print(found, path, job)
     return 0
-
-
-def _find_checkpoint(run: Path, text: str | None, console: Console) -> Path:
-    """The newest checkpoint that verifies, or the one named: a path, a name below RUN/checkpoints, or its sequences."""
-    names = [name for name in checkpoint_names(run) if not name.endswith(REPLACED)]  # which goes away any moment
-    if text is None:
-        return _newest(run, names, console)
-    counted = [name for name in names if text.isdecimal() and samples_of(name) == int(text)]
-    places = [Path(text).expanduser(), *(run / FOLDER / name for name in (text, *counted))]
-    found = next((path for path in places if (path / "trainer.json").is_file()), None)
-    if found is None:
-        known = ", ".join(reversed(names)) or "none"
-        raise JobError(f"--checkpoint {text}: no such checkpoint; {shown(run)} has {known}")
-    if reason := whats_wrong(found):
-        raise JobError(f"--checkpoint {text}: does not verify: {reason}")
-    return found.absolute()
-
-
-def _newest(run: Path, names: list[str], console: Console) -> Path:
-    """The first that verifies; says which it passed over."""
-    flawed: list[str] = []
-    for name in names:
-        reason = whats_wrong(run / FOLDER / name)
-        if reason is None:
-            for line in flawed:
-                console.print(f"{line}: skipped", markup=False, soft_wrap=True)
-            return run / FOLDER / name
-        flawed.append(f"{FOLDER}/{name} does not verify: {reason}")
-    raise JobError(": ".join([shown(run), "no checkpoint to branch from", *flawed[:1]]))
 
 
 def _multiples(text: str) -> list[float]:

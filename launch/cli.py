@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Protocol, get_args
+from typing import Annotated, Literal, Protocol, get_args
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg, subcommand
@@ -244,6 +244,32 @@ class Data:
         from launch.data import data
 
         return data(self.job, self.overrides, verify=self.verify, as_json=self.json)
+
+
+@dataclass
+class Export:
+    """Write the weights of a run for other tools: a folder that transformers opens, tokenizer and model card included.
+
+    Needs no accelerator, and little memory. Example: copus export shakespeare --to hf shakespeare-hf --dtype bf16
+    """
+
+    run_name: Positional[Run]
+    """Run directory, or its name below ./runs."""
+    folder: Positional[Annotated[Path, arg(metavar="DIR")]]
+    """Folder to write; nothing may be there yet."""
+    to: Literal["hf"] = "hf"
+    """hf: a Hugging Face folder of safetensors files."""
+    checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None
+    """A checkpoint's folder, its name, or its sequences; else the newest that verifies."""
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, arg(metavar="bf16|fp16|fp32")] = None
+    """Type of the weights; that of training.precision if it is not given."""
+    json: bool = False
+    """Print one JSON object on stdout, and the progress on stderr."""
+
+    def run(self) -> int:
+        from launch.export import export
+
+        return export(self.run_name, self.folder, self.to, self.checkpoint, self.dtype, as_json=self.json)
 
 
 @dataclass
@@ -493,6 +519,7 @@ Commands = (
     | Annotated[Logs, subcommand("logs")]
     | Annotated[Cancel, subcommand("cancel")]
     | Annotated[Data, subcommand("data")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[ImportArgs, subcommand("import-args")]

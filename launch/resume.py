@@ -17,7 +17,7 @@ from launch.data import INPUTS
 from launch.run_directory import shown, typed
 
 FIXED = (
-    *("model", "training.seed", "training.optimizer.kind"),
+    *("model", "training.seed", "training.init_from", "training.optimizer.kind"),
     "planner.noise_metric",
 )
 """Sections and fields that the weights, the order of samples or the noise estimate of a run depend on. The text is
@@ -29,10 +29,10 @@ STARTING = ("training.layout", "training.micro_batch", "training.global_batch")
 
 
 def settled(job: JobConfig, before: JobConfig) -> JobConfig:
-    """The job of a resume with what the run keeps of its own: name, place, and the batch that its learning rate is for,
-    unless the user names another batch for that."""
+    """The job of a resume with what the run keeps of its own: name, place, the digest of the weights that it began
+    with, and the batch that its learning rate is for, unless the user names another batch for that."""
     launch = job.launch.model_copy(update={"runs": before.launch.runs})
-    training = job.training
+    training = job.training.model_copy(update={"init_digest": before.training.init_digest})
     if training.reference_batch is None:
         training = training.model_copy(update={"reference_batch": before.reference_batch})
     return job.model_copy(update={"name": before.name, "launch": launch, "training": training})

@@ -52,7 +52,17 @@ def portable(job: JobConfig) -> JobConfig:
     cluster = job.cluster
     if is_file_of_user(cluster.accelerator):
         cluster = cluster.model_copy(update={"accelerator": str(absolute(Path(cluster.accelerator)))})
-    return job.model_copy(update={"data": data, "profile": profile, "launch": launch, "cluster": cluster})
+    training = job.training
+    if training.init_from is not None:
+        training = training.model_copy(update={"init_from": absolute(_place_of_weights(training.init_from))})
+    sections = {"data": data, "training": training, "profile": profile, "launch": launch, "cluster": cluster}
+    return job.model_copy(update=sections)
+
+
+def _place_of_weights(path: Path) -> Path:
+    """A folder, or the run of that name."""
+    run = runs_folder() / path
+    return run if not path.expanduser().exists() and (run / "job.yaml").is_file() else path
 
 
 def create_run(job: JobConfig, suffix: str = "") -> Path:

@@ -41,6 +41,7 @@ from launch.run_directory import (
 )
 from launch.status import RunStatus
 from launch.tracking import check_trackers
+from launch.weights import check_weights, keep_weights
 from launch.wording import LIMITS, clock, count
 
 
@@ -78,6 +79,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     if not engine.own_software:
         check_trackers(job)
     check_start(job)
+    job, weights = check_weights(job, notice=lambda line: print(f"copus: {line}", file=sys.stderr))
     if manner.dry_run:
         return _describe(engine, next_run(job), job, manner)
     if isinstance(engine, QueuedEngine):
@@ -86,6 +88,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
         run = create_run(job)
         with lock_run(run) as lock:
             code, job = prepare(job, run / "job.yaml", interrupts)
+            code = code or keep_weights(run, job, weights)
             if code:
                 discard_run(run)
                 return code

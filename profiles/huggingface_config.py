@@ -88,6 +88,15 @@ def read_config(path: Path) -> Fields:
     Raises ValueError, in one line, for a file that cannot be read and for a model that the section cannot express.
     """
     file = path / "config.json" if path.is_dir() else path
+    values = read_values(file)
+    try:
+        return config_fields(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_values(file: Path) -> Fields:
+    """The values of a `config.json`. Raises ValueError, in one line, if it cannot be read or names no `model_type`."""
     try:
         if file.is_file() and file.stat().st_size > LONGEST_BYTES:
             raise ValueError(f"{file}: {file.stat().st_size} bytes; a configuration has at most {LONGEST_BYTES}")
@@ -98,10 +107,7 @@ def read_config(path: Path) -> Fields:
         raise ValueError(f"{file}: not JSON: {error}") from None
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ValueError(f"{file}: no Hugging Face configuration: it names no model_type")
-    try:
-        return config_fields(values)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    return values
 
 
 def config_fields(values: Fields) -> Fields:

@@ -77,7 +77,7 @@ def test_branches_begin_at_the_newest_checkpoint_that_verifies(run: Path, capsys
     (checkpoints / "samples-000000000060" / "manifest.json").unlink()
     assert copus_here("calibrate", "small", worker=[]) == 2
     said = capsys.readouterr().err
-    assert "no checkpoint to branch from: checkpoints/samples-000000000120 does not verify: half-written" in said
+    assert "no checkpoint that verifies: checkpoints/samples-000000000120 does not verify: half-written" in said
     assert said.count("\n") == 1
 
 

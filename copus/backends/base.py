@@ -5,6 +5,7 @@ import functools
 import gc
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from copus.job import JobConfig, JobError
 from copus.oom_recovery import World
 from copus.reshard.execute import LiveState, misfit, reshard
 from copus.reshard.plan import Plan, make_plan, owned_parts
-from copus.reshard.table import Place, ShardTable
+from copus.reshard.table import MASTER, Field, Place, ShardTable
 from copus.sharded_checkpoint import SavedState
 from planner.sampling import executed_configuration
 from profiles.configuration import Configuration
@@ -164,12 +165,15 @@ class Backend(ABC):
         limit, norm = self._job.training.clip_grad, grad_sq**0.5
         return limit / (norm + 1e-6) if 0 < limit < norm else 1.0
 
-    def build(self, configuration: Configuration) -> None:
-        """Make groups, model and optimizer anew, after tearing down what was built before. Raises ValueError for a
-        layout that cannot run, and RankError on every rank if any rank could not build it."""
+    def build(self, configuration: Configuration, initial_weights: bool = True) -> None:
+        """Make groups, model and optimizer anew, after tearing down what was built before. Without `initial_weights`
+        the weights are uninitialized: `load` or `load_weights` comes next.
+
+        Raises ValueError for a layout that cannot run, and RankError on every rank if any rank could not build it.
+        """
         self._check(configuration.layout)
         self._tear_down()
-        run_on_all_ranks(lambda: self.make(configuration, initial_weights=True))
+        run_on_all_ranks(lambda: self.make(configuration, initial_weights))
         self._configuration, self._optimizer_steps = configuration, 0
 
     def move(self, configuration: Configuration) -> Moved:
@@ -251,18 +255,28 @@ class Backend(ABC):
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read weights and optimizer state into the layout that is built; no code in the files is executed. Raises
         JobError if the checkpoint is not of this job's model and optimizer."""
+        saved = self.translate_saved(sharded_checkpoint.read_index(folder))
+        self._read(folder, saved, lambda field: True, begins_anew=False)
+        self.count_optimizer_steps(optimizer_steps)
+        self._optimizer_steps = optimizer_steps
+
+    def load_weights(self, folder: Path, weights: SavedState) -> None:
+        """Read weights alone into the layout that is built, whose optimizer has not made a step. `weights` says where
+        each of them is in the files of the folder, in whatever precision. Raises JobError if they are not those of
+        this job's model."""
+        self._read(folder, weights, lambda field: field.name.partition("/")[2] in ("", MASTER), begins_anew=True)
+        self.count_optimizer_steps(0)
+
+    def _read(self, folder: Path, saved: SavedState, wanted: Callable[[Field], bool], begins_anew: bool) -> None:
+        """Read the wanted fields from files into the live state of the layout that is built."""
         layout = self.configuration.layout
-        table, saved = self._table(layout), self.translate_saved(sharded_checkpoint.read_index(folder))
+        table, owned = (table.with_fields(wanted) for table in (self._table(layout), self._owned(layout)))
         try:
-            sources = sharded_checkpoint.find_sources(saved, table)
+            sources = sharded_checkpoint.find_sources(saved, table, begins_anew=begins_anew)
         except ValueError as error:
             raise JobError(f"{folder.name}: {error}") from None
         staging_bytes = self._job.training.staging_bytes
-        sharded_checkpoint.load(
-            folder, sources, self._owned(layout), table, self.live_state(), staging_bytes, self.device
-        )
-        self.count_optimizer_steps(optimizer_steps)
-        self._optimizer_steps = optimizer_steps
+        sharded_checkpoint.load(folder, sources, owned, table, self.live_state(), staging_bytes, self.device)
 
     def translate_saved(self, saved: SavedState) -> SavedState:
         """The fields of a checkpoint from an earlier version, renamed to the names that `shard_table` uses."""

@@ -1,6 +1,6 @@
 """Tables of which rank holds which part of which tensor, for all ranks. No torch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,6 +121,15 @@ class ShardTable:
                 box = Box.between(start, stop, len(field.shape))
                 shards[field.name, box.offset] = field, box
         return shards
+
+    def with_fields(self, keep: Callable[[Field], bool]) -> "ShardTable":
+        """The rows of some fields only."""
+        groups = [tuple(filter(keep, fields)) for fields in self.groups]
+        kept = np.array([bool(fields) for fields in groups], bool)
+        rows = np.flatnonzero(kept[self.group])
+        number = np.cumsum(kept) - 1
+        left = tuple(fields for fields in groups if fields)
+        return ShardTable(left, self.rank[rows], number[self.group[rows]], self.start[rows], self.stop[rows])
 
     @property
     def fields(self) -> tuple[Field, ...]:

@@ -24,11 +24,16 @@ _IN_A_LAYER = {
     "self_attention.linear_proj": "self_attn.o_proj",
     "self_attention.q_layernorm": "self_attn.q_norm",
     "self_attention.k_layernorm": "self_attn.k_norm",
-    "pre_mlp_layernorm": "post_attention_layernorm",
+    "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
     "mlp.linear_fc2": "mlp.down_proj",
+    "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
 }
+_NORM_BEFORE_MLP = {"pre": "post_attention_layernorm", "both": "pre_feedforward_layernorm"}
+"""By `norm_position`: Llama's name of the norm before the MLP is that of another norm where there are norms after
+attention and MLP too."""
 _OUTSIDE = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "embedding.position_embeddings.weight": "model.embed_positions.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "decoder.final_layernorm.bias": "model.norm.bias",
     "output_layer.weight": "lm_head.weight",
@@ -68,7 +73,7 @@ def hugging_face_parts(name: str, shape: tuple[int, ...], box: Box, model: Model
         yield Part(box, name, shape, ())
         return
     height, *width = shape
-    for rows in _rows_of(name, height, model.heads, model.kv_heads, model.gated_mlp):
+    for rows in _rows_of(name, height, model.heads, model.kv_heads, model.gated_mlp, model.norm_position):
         common = box.intersect(Box((rows.first, *[0] * len(width)), (rows.length, *width)))
         if common is not None:
             offset = (common.offset[0] - rows.first + rows.start, *common.offset[1:])
@@ -76,7 +81,9 @@ def hugging_face_parts(name: str, shape: tuple[int, ...], box: Box, model: Model
 
 
 @functools.lru_cache(maxsize=4096)
-def _rows_of(name: str, height: int, heads: int, kv_heads: int, gated_mlp: bool) -> tuple[_Rows, ...]:
+def _rows_of(
+    name: str, height: int, heads: int, kv_heads: int, gated_mlp: bool, norm_position: str
+) -> tuple[_Rows, ...]:
     """The rows of a whole Megatron tensor, from the first to the last."""
     match = _LAYER.fullmatch(name)
     if match is None:
@@ -90,6 +97,8 @@ def _rows_of(name: str, height: int, heads: int, kv_heads: int, gated_mlp: bool)
         projections = ((0, "gate_proj"), (half, "up_proj"))
         return tuple(_Rows(first, half, f"{prefix}.mlp.{which}.{kind}", half, 0) for first, which in projections)
     counterparts = _IN_A_LAYER if gated_mlp else {**_IN_A_LAYER, "mlp.linear_fc1": "mlp.up_proj"}
+    if module == "pre_mlp_layernorm" and norm_position in _NORM_BEFORE_MLP:
+        return (_Rows(0, height, f"{prefix}.{_NORM_BEFORE_MLP[norm_position]}.{kind}", height, 0),)
     renamed = f"{prefix}.{counterparts[module]}.{kind}" if module in counterparts else name
     return (_Rows(0, height, renamed, height, 0),)
 

@@ -1,0 +1,60 @@
+"""Tiny random models of each family, made and saved by transformers itself."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SEQ_LEN = 16
+VOCAB = 130
+"""No multiple of 128: the state of a job pads it."""
+_USUAL = {
+    **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    **{"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 5e5, "head_dim": 16},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "olmo2": {},
+    "arcee": {},
+    "gemma": {"head_dim": 16},
+    "phi3": {},
+    "starcoder2": {"sliding_window": None},
+    "nemotron": {"num_key_value_heads": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": SEQ_LEN, "n_inner": 48},
+}
+ON_MEGATRON = [family for family in FAMILIES if family != "olmo2"]
+WITH_TRANSFORMERS = ["llama", "qwen2", "qwen3", "olmo2", "arcee"]
+"""What the backends train that build transformers' own models."""
+
+
+def save_tiny(family: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    """Save a random model in which every weight matters: large ones, norms and biases too. Returns its folder."""
+    values = {**_USUAL, **FAMILIES[family], **settings}
+    if family == "gpt2":
+        values = {name: value for name, value in values.items() if name not in _USUAL or name.endswith("token_id")}
+        values["vocab_size"] = VOCAB
+    config = AutoConfig.for_model(family, **copy.deepcopy(values))
+    torch.manual_seed(len(family))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            is_norm = weight.ndim == 1 and "bias" not in name
+            weight.copy_(torch.randn(weight.shape) * (0.2 if weight.ndim == 1 else 0.3) + float(is_norm) * 0.5)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def open_folder(folder: Path) -> Any:
+    """The model in a folder as transformers opens it, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def tokens(count: int = 4) -> torch.Tensor:
+    """Token ids of shape (count, SEQ_LEN)."""
+    return torch.randint(VOCAB, (count, SEQ_LEN), generator=torch.Generator().manual_seed(5))

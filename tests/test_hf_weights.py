@@ -1,0 +1,122 @@
+"""Weights from Hugging Face folders into any backend and layout, and back: what transformers computes, copus does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from copus.backends.registry import find_backend
+from copus.job import JobConfig, dump_job, parse_job
+from copus.manifest import describe, files_of, write_manifest
+from copus.weights.__main__ import export
+from copus.weights.pretrained import keep_small_files
+from copus.weights.saved import begin
+from copus.weights.source import find_source
+from tests.megatron_jobs import save_checkpoint
+from tests.pretrained import ON_MEGATRON, SEQ_LEN, VOCAB, WITH_TRANSFORMERS, open_folder, save_tiny, tokens
+from tests.ranks import own_device, run_ranks
+
+
+def job_from(folder: Path, backend: str = "megatron", layout: dict[str, Any] | None = None, **training: Any) -> JobConfig:
+    """A job that begins with the weights of a folder."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    settings = {"layout": layout or {"dp": ranks}, "global_batch": 4, "tokens": 100_000, "evaluate_sequences": 4}
+    values = {
+        "name": "tuned",
+        "model": {"from": str(folder), "seq_len": SEQ_LEN},
+        "cluster": {"accelerators_per_node": ranks},
+        "training": {**settings, "backend": backend, "init_from": str(folder), **training},
+    }
+    return parse_job(values)
+
+
+def begun(job: JobConfig) -> Any:
+    """The job's backend with the weights that the job begins with."""
+    backend = find_backend(job.training.backend).load()(job, own_device())
+    begin(job, backend)
+    return backend
+
+
+def batches(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and the same as labels one ahead."""
+    rows = tokens(first + count)[first:]
+    return rows, rows.roll(-1, 1)
+
+
+def loss_of(model: Any) -> float:
+    """What transformers' model has on these batches."""
+    inputs, labels = batches(0, 4)
+    with torch.no_grad():
+        logits = model(input_ids=inputs).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+
+
+def logits_of(backend: Any) -> torch.Tensor:
+    """Of a backend on one rank."""
+    inputs = tokens()
+    with torch.no_grad():
+        if hasattr(backend.built, "chunks"):
+            positions = torch.arange(SEQ_LEN).expand_as(inputs)
+            logits = backend.built.chunks[0].eval()(inputs, positions, None)
+        else:
+            logits = backend.built.model.eval()(input_ids=inputs).logits
+    return logits[..., :VOCAB]
+
+
+def make_run(run: Path, job: JobConfig, backend: Any) -> Path:
+    """A run with one checkpoint, of the state of a backend. Collective."""
+    checkpoint = run / "checkpoints" / "samples-000000000004"
+    save_checkpoint(backend, checkpoint)
+    if dist.get_rank() == 0:
+        (run / "job.yaml").write_text(dump_job(job))
+        assert job.training.init_from is not None
+        keep_small_files(run, find_source(job.training.init_from))
+        state = {"samples_consumed": 4, "step": 1, "data": "0123456789abcdef"}
+        configuration = backend.configuration.model_dump(mode="json")
+        (checkpoint / "trainer.json").write_text(json.dumps({"state": state, "configuration": configuration}))
+        write_manifest(checkpoint, describe(checkpoint, files_of(checkpoint)))
+    dist.barrier()
+    return checkpoint
+
+
+def _logits_of_all(folder: Path, backend: str, families: list[str]) -> dict[str, np.ndarray]:
+    """Of each family's weights on one rank, which are then saved in a run."""
+    logits = {}
+    for family in families:
+        job = job_from(folder / family, backend)
+        running = begun(job)
+        logits[family] = logits_of(running).numpy()
+        make_run(folder / f"run-{family}", job, running)
+        running.close()
+    return logits
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything in the safetensors files of a folder."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("backend", "families"), [("megatron", ON_MEGATRON), ("fsdp", WITH_TRANSFORMERS)])
+def test_each_family_computes_the_same_before_and_after_copus(backend: str, families: list[str], tmp_path: Path) -> None:
+    """Logits of what transformers saved: in copus, and of what copus exports; whose tensors are the same bytes."""
+    for family in families:
+        save_tiny(family, tmp_path / family)
+    logits = run_ranks(1, _logits_of_all, tmp_path, backend, families)[0]
+    for family in families:
+        expected = open_folder(tmp_path / family)(input_ids=tokens()).logits.detach()
+        torch.testing.assert_close(torch.from_numpy(logits[family]), expected, rtol=0, atol=1e-4, msg=lambda text: f"{family}: {text}")
+        run, exported = tmp_path / f"run-{family}", tmp_path / f"exported-{family}"
+        job = job_from(tmp_path / family, backend)
+        export(run, job, run / "checkpoints" / "samples-000000000004", exported, "fp32")
+        again = open_folder(exported)(input_ids=tokens()).logits.detach()
+        torch.testing.assert_close(again, expected, rtol=0, atol=1e-4, msg=lambda text: f"{family}: {text}")
+        before, after = all_tensors(tmp_path / family), all_tensors(exported)
+        assert before.keys() == after.keys()
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        assert all(family in ("gemma", "nemotron") and "norm" in name for name in changed), (family, changed)
