@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from copus.backends.megatron import model as megatron_model
 from copus.backends.step_contract import StepRequest
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.reshard.boxes import Box
@@ -81,6 +82,7 @@ def test_a_model_that_copus_has_no_line_about_resumes(tmp_path: Path) -> None:
 
 def _resume(folder: Path, layout: dict[str, Any]) -> list[float]:
     job = json.loads((folder / "job.json").read_text())
+    megatron_model.hide_padding = lambda *arguments, **options: None  # it was in the softmax of those versions
     backend = backend_of(tiny_job(2, layout, job["model"], micro_batch=2, precision=job["precision"]))
     backend.load(folder / "checkpoint", optimizer_steps=3)
     return [backend.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in range(3, 7)]

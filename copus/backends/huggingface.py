@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -12,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from copus.backends.huggingface_description import family_of
 from copus.backends.initial_weights import initial_weight
+from copus.backends.vocabulary import hide_padding
 from profiles.layout import Recompute
 from profiles.model_shape import ModelShape
 from profiles.rope import attention_factor
@@ -72,6 +74,8 @@ def build_causal_lm(
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(causal_lm_config(shape), dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()
+    if shape.vocab < shape.padded_vocab:
+        model.lm_head.register_forward_hook(functools.partial(_hide_padding, shape.vocab))
     if recompute == "full":
         model.activation_checkpointing_enable({"use_reentrant": False})
     elif recompute == "selective":
@@ -83,6 +87,15 @@ def build_causal_lm(
             for name, weight in model.named_parameters():
                 weight.copy_(initial_weight(name, weight.shape, shape.layers, seed, weight.device))
     return model
+
+
+def _hide_padding(vocab: int, module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
+    """Under tensor parallelism each rank has the logits of some tokens."""
+    if isinstance(logits, DTensor):
+        local = logits.to_local().detach()
+        hide_padding(local, vocab, first=logits.device_mesh.get_local_rank() * local.shape[-1])
+    else:
+        hide_padding(logits, vocab)
 
 
 def restore_rotary_frequencies(model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as functional
 
 from copus.backends.initial_weights import initial_weight
 from copus.backends.megatron import cpu
+from copus.backends.vocabulary import hide_padding
 from copus.job import JobConfig
 from copus.reshard.boxes import Box
 from profiles.layout import Layout
@@ -140,6 +141,8 @@ def build_model(
             _scale_rotary_positions(chunk, shape)
         if shape.embedding_scale != 1 and chunk.pre_process:
             chunk.embedding.register_forward_hook(lambda module, inputs, output: output * shape.embedding_scale)
+        if shape.vocab < shape.padded_vocab and chunk.post_process:
+            chunk.output_layer.register_forward_hook(functools.partial(_hide_padding, shape.vocab))
         if torch.cuda.is_available() and groups is None:
             chunk = chunk.cuda()
         if seed is not None:
@@ -160,6 +163,12 @@ def build_model(
     if training.overlap_grad_reduce:  # only the last micro-batch's gradients may start a reduction
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
+
+
+def _hide_padding(vocab: int, module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+    """Each tensor parallel rank has the logits of some tokens."""
+    logits, tp_rank = output[0], parallel_state.get_tensor_model_parallel_rank()
+    hide_padding(logits, vocab, first=tp_rank * logits.shape[-1])
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
