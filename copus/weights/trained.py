@@ -8,8 +8,8 @@ import torch
 
 from copus.backends.megatron import former_checkpoint
 from copus.checkpoints import read_state
-from copus.event_lines import read_briefly, without_replays
-from copus.events import Evaluate, Step
+from copus.event_lines import event_lines, without_replays
+from copus.events import Evaluate, Step, parse_event
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import MASTER, Field
@@ -69,7 +69,8 @@ def training_until(checkpoint: Path, run: Path, job: JobConfig) -> Training:
     """What the checkpoint and the log of its run say of the training."""
     state, _ = read_state(checkpoint)
     loss = held_out_loss = None
-    for event in without_replays(read_briefly(run, "start", "step", "evaluate")):
+    events = (parse_event(line.text) for line in event_lines(run, "start", "step", "evaluate"))
+    for event in without_replays(event for event in events if event is not None):
         if event.samples_consumed <= state.samples_consumed:
             loss = event.loss if isinstance(event, Step) else loss
             held_out_loss = event.loss if isinstance(event, Evaluate) else held_out_loss
