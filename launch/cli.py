@@ -257,7 +257,7 @@ class Export:
     """Run directory, or its name below ./runs."""
     folder: Positional[Annotated[Path, arg(metavar="DIR")]]
     """Folder to write; nothing may be there yet."""
-    to: Literal["hf"] = "hf"
+    to: Annotated[Literal["hf"], arg(metavar="hf")] = "hf"
     """hf: a Hugging Face folder of safetensors files."""
     checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None
     """A checkpoint's folder, its name, or its sequences; else the newest that verifies."""

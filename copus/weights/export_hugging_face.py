@@ -99,7 +99,7 @@ class HuggingFaceExport:
                 yield numbers.float() - stored.subtracted if stored.subtracted else numbers
 
     def _write_tokenizer(self, folder: Path) -> None:
-        """The tokenizer's files: those that came with the weights if the data was made with that tokenizer, else the
+        """The tokenizer's files: those that came with the weights if the data was prepared with that tokenizer, else the
         data's own. The configuration and the defaults of generation get its end-of-document token."""
         kept = self._run / pretrained.FOLDER
         prepared = find_prepared(self._job)
@@ -110,25 +110,30 @@ class HuggingFaceExport:
                 if (kept / name).is_file():
                     shutil.copyfile(kept / name, folder / name)
         elif prepared is not None and (prepared / TOKENIZER).is_file():
-            text = (prepared / TOKENIZER).read_text(encoding="utf-8")
-            end = read_manifest(prepared).eod
-            tokens = {token["id"]: token["content"] for token in json.loads(text).get("added_tokens", [])}
-            settings = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": self._job.model.seq_len,
-                "clean_up_tokenization_spaces": False,
-                **({"eos_token": tokens[end]} if end in tokens else {}),
-            }
-            write_text(folder / TOKENIZER, text)
-            write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+            shutil.copyfile(prepared / TOKENIZER, folder / TOKENIZER)
+        end = read_manifest(prepared).eod if prepared is not None else None
+        if (folder / TOKENIZER).is_file() and not (folder / _TOKENIZER_CONFIG).is_file():
+            settings = _tokenizer_settings(folder / TOKENIZER, end, self._job.model.seq_len)
+            write_text(folder / _TOKENIZER_CONFIG, json.dumps(settings, indent=2) + "\n")
+        if not came_along and end is not None:
             self._config["eos_token_id"] = end
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             self._config.setdefault(name, None)  # the defaults of a family are tokens of another vocabulary
-        if (kept / pretrained.GENERATION).is_file() and came_along:
-            generation = json.loads((kept / pretrained.GENERATION).read_text(encoding="utf-8"))
+        if came_along and (kept / pretrained.GENERATION).is_file():
+            shutil.copyfile(kept / pretrained.GENERATION, folder / pretrained.GENERATION)
         else:
             generation = {"eos_token_id": self._config["eos_token_id"], "max_length": self._job.model.seq_len}
-        write_text(folder / pretrained.GENERATION, json.dumps(generation, indent=2) + "\n")
+            write_text(folder / pretrained.GENERATION, json.dumps(generation, indent=2) + "\n")
+
+
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def _tokenizer_settings(path: Path, end: int | None, seq_len: int) -> dict[str, Any]:
+    """What transformers wants to know of a `tokenizer.json`; `end` ends a document."""
+    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
+    eos = next(({"eos_token": token["content"]} for token in added if token["id"] == end), {})
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, **eos}
 
 
 def _pieces(rows: int, width: int) -> Iterator[tuple[int, int]]:
