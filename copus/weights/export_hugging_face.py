@@ -99,7 +99,7 @@ class HuggingFaceExport:
                 yield numbers.float() - stored.subtracted if stored.subtracted else numbers
 
     def _write_tokenizer(self, folder: Path) -> None:
-        """The tokenizer's files: those that came with the weights if the data was prepared with that tokenizer, else the
+        """The tokenizer's files: those that came with the weights if the data was prepared with that one, else the
         data's own. The configuration and the defaults of generation get its end-of-document token."""
         kept = self._run / pretrained.FOLDER
         prepared = find_prepared(self._job)
