@@ -519,7 +519,6 @@ Commands = (
     | Annotated[Logs, subcommand("logs")]
     | Annotated[Cancel, subcommand("cancel")]
     | Annotated[Data, subcommand("data")]
-    | Annotated[Export, subcommand("export")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[ImportArgs, subcommand("import-args")]
@@ -529,6 +528,7 @@ Commands = (
     | Annotated[Audit, subcommand("audit")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Plot, subcommand("plot")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Simulate, subcommand("simulate")]
 )
