@@ -381,6 +381,9 @@ class Plan:
     """Plan for this backend instead of training.backend; given several times, all of them in one table."""
     all: bool = False
     """Show every candidate, not only the fastest of each global batch."""
+    emit: Annotated[str | None, arg(metavar="TOOL")] = None
+    """Print only the best run that keeps its layout, as arguments of megatron, megatron-0.17, bridge, torchtitan,
+    deepspeed or accelerate."""
     json: bool = False
     """Print one JSON object, always with every candidate."""
 
@@ -389,13 +392,17 @@ class Plan:
             from copus.job import JobError
             from launch.plan_backends import plan_backends
 
-            if self.all or self.price is not None:
-                raise JobError("--all and --price go with one --backend: several are compared by their fastest layouts")
+            if self.all or self.price is not None or self.emit is not None:
+                raise JobError(
+                    "--all, --price and --emit go with one --backend: several are compared by their fastest layouts"
+                )
             return plan_backends(self.job, self.overrides, self.backend, as_json=self.json)
         from launch.plan import plan
 
         backend = self.backend[0] if self.backend else None
-        return plan(self.job, self.overrides, self.price, backend, as_json=self.json, all_candidates=self.all)
+        return plan(
+            self.job, self.overrides, self.price, backend, self.emit, as_json=self.json, all_candidates=self.all
+        )
 
 
 @dataclass

@@ -10,6 +10,7 @@ from copus.backends.registry import find_backend
 from copus.estimate import estimate_of
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import resized
+from launch.emit import check_tool, emit
 from launch.recommendation import Recommendation, lines, recommend
 from launch.recommendation import as_values as recommendation_values
 from launch.tables import page, print_columns, print_table
@@ -30,18 +31,24 @@ def plan(
     overrides: list[str],
     price_per_hour: float | None = None,
     backend: str | None = None,
+    tool: str | None = None,
     *,
     as_json: bool = False,
     all_candidates: bool = False,
 ) -> int:
-    """Print what is expected of a job file; `price_per_hour` is that of one accelerator, `backend` replaces the job's.
-    Raises JobError if nothing can be expected."""
+    """Print what is expected of a job file; `price_per_hour` is that of one accelerator, `backend` replaces the job's,
+    and with `tool` the best run is printed as that tool's arguments. Raises JobError if nothing can be expected."""
+    if tool is not None:
+        check_tool(tool)
     job = load_job(job_file, overrides, notice=lambda line: print(line, file=sys.stderr), planned_only=True)
     if backend is not None:
         job = on_backend(job, backend)
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise JobError(f"--price({price_per_hour}): expected the price of an accelerator-hour, at least 0")
     estimate = estimate_of(job)
+    if tool is not None:
+        emit(job, estimate, tool)
+        return 0
     recommendation = recommend(job, estimate, price_per_hour)
     if as_json:
         print(json.dumps(as_values(job, estimate) | {"recommended": recommendation_values(recommendation)}))
