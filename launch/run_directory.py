@@ -78,7 +78,12 @@ def create_run(job: JobConfig, suffix: str = "") -> Path:
         write_job(run, job)
     except OSError as error:
         raise JobError(f"launch.runs({job.launch.runs}): {error.strerror}: {error.filename}") from None
-    return run
+    try:
+        with lock_run(run):
+            return run
+    except JobError:  # no locks there: said before anything is prepared
+        discard_run(run)
+        raise
 
 
 def next_run(job: JobConfig) -> Path:
@@ -202,6 +207,11 @@ def _try_lock(descriptor: int, kind: int) -> bool:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # Lustre without -o flock, some network file systems
+        raise JobError(
+            f"launch.runs: its file system has no locks ({error.strerror}), which keep two jobs out of one run "
+            f"directory: mount it with them (Lustre: -o flock), or name another folder"
+        ) from None
     return True
 
 

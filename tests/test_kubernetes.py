@@ -70,6 +70,10 @@ def test_the_manifest_is_one_that_kubeflow_takes(tmp_path: Path, capfd: pytest.C
         tolerations=[{"key": "gpu", "operator": "Exists", "tolerationSeconds": 60}],
         image_pull_secrets=["registry"],
         grace_seconds=300,
+        labels={"kueue.x-k8s.io/queue-name": "research"},
+        annotations={"example.com/cost-centre": "7 b"},
+        volumes={"corpora": "/corpora"},
+        capabilities=["IPC_LOCK"],
     )
     model = TrainerV1alpha1TrainJob.from_dict(found)
     assert model is not None
@@ -92,8 +96,14 @@ def test_the_manifest_is_one_that_kubeflow_takes(tmp_path: Path, capfd: pytest.C
     assert pod["terminationGracePeriodSeconds"] == 300
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "copus-runs"
     assert pod["volumes"][1] == {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}
-    places = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
-    assert places == [str(tmp_path), "/dev/shm"]
+    assert pod["volumes"][2]["persistentVolumeClaim"] == {"claimName": "corpora", "readOnly": True}
+    (container,) = pod["containers"]
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == [str(tmp_path), "/dev/shm", "/corpora"]
+    assert container["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
+    labels = {"kueue.x-k8s.io/queue-name": "research"}
+    assert found["metadata"]["labels"] == labels | {"app.kubernetes.io/managed-by": "copus"}
+    metadata = job["template"]["spec"]["template"]["metadata"]
+    assert metadata == {"labels": labels, "annotations": {"example.com/cost-centre": "7 b"}}
     assert (pod["serviceAccountName"], pod["nodeSelector"]) == ("trainer", {"pool": "gpu"})
     assert not (tmp_path / "runs").exists()
 
@@ -126,6 +136,10 @@ def test_nothing_of_the_environment_is_in_a_manifest(
         ({"env": {"PET_NNODES": "2"}}, "PET_NNODES is set by the training runtime"),
         ({"secrets": {"HF_TOKEN": "abc"}}, "launch.options: secrets.HF_TOKEN: "),
         ({"tolerations": [{"kee": "gpu"}]}, "launch.options: tolerations.0.kee"),
+        ({"labels": {"queue name": "a"}}, "launch.options: labels.queue name"),
+        ({"volumes": {"a": "/dev/shm/"}}, "a(/dev/shm/) is the place of the shared memory already"),
+        ({"volumes": {"a": "/a/../b"}}, "a(/a/../b) is no folder to mount a volume at"),
+        ({"capabilities": ["ipc-lock"]}, "launch.options: capabilities.0: "),
         ({"grace_seconds": "long"}, "launch.options: grace_seconds: "),
         ({"gpu": 8}, "launch.options: gpu: unknown key"),
     ],

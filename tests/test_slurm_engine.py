@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from launch_events import start
 from launch_jobs import copus_command, copus_here, write_job
 
@@ -125,6 +127,49 @@ def test_the_script_is_what_the_job_file_says(tmp_path: Path, slurm: Says, capfd
     assert "GLOO_SOCKET_IFNAME:-lo" not in script  # several nodes do not meet on the loopback interface
 
 
+GPUS = ["cluster={accelerators_per_node: 2, accelerator: h100}", "training.layout={dp: 2}", "training.global_batch=4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "directives"),
+    [
+        ({}, ["--gres=gpu:2"]),
+        ({"gres": "gpu:h100:2"}, ["--gres=gpu:h100:2"]),
+        ({"gpus": "gpus-per-node"}, ["--gpus-per-node=2"]),
+        ({"gpus": "none", "memory": 0}, ["--mem=0"]),
+    ],
+)
+def test_gpus_and_memory_are_asked_for_as_the_site_wants_it(
+    tmp_path: Path, options: dict[str, Any], directives: list[str]
+) -> None:
+    job = load_job(job_file(tmp_path, **options), GPUS)
+    asked = re.findall(r"^#SBATCH (--(?:gres|gpus|mem).*)$", engine_of(job).describe(tmp_path / "small", job), re.M)
+    assert asked == directives
+
+
+def test_the_environment_and_the_interfaces_are_those_of_the_job_file(tmp_path: Path) -> None:
+    options = {"env": {"NCCL_DEBUG": "it's INFO"}, "interface": "eno1", "nccl_interface": "^docker0,lo"}
+    job = load_job(job_file(tmp_path, **options))
+    script = engine_of(job).describe(tmp_path / "small", job).splitlines()
+    assert "export NCCL_DEBUG='it'\"'\"'s INFO'" in script
+    assert "export GLOO_SOCKET_IFNAME=eno1" in script
+    assert "export NCCL_SOCKET_IFNAME='^docker0,lo'" in script
+
+
+def test_another_interpreter_is_given_no_packages_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = job_file(tmp_path)
+
+    def path_in_script(folder: str, **options: Any) -> str:
+        monkeypatch.setattr("launch.engines.slurm.module_root", lambda: Path(folder))
+        job = load_job(path, [f"launch.options={json.dumps(options)}"])
+        script = engine_of(job).describe(tmp_path / "small", job)
+        return next(line for line in script.splitlines() if " PYTHONPATH=" in line)
+
+    assert "site-packages" in path_in_script("/v/lib/python3.11/site-packages")
+    assert "site-packages" not in path_in_script("/v/lib/python3.11/site-packages", python="/opt/python3.12")
+    assert "/home/me/copus" in path_in_script("/home/me/copus", python="/opt/python3.12")
+
+
 def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
     """Run the batch script, with a Python of an awkward name that prints what it gets."""
     folder = tmp_path / "a & b; touch c"
@@ -160,6 +205,13 @@ def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
         ({"sbatch": {"comment": 'a" --wrap="id'}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"comment": "a\n#SBATCH --wrap=id"}}, "launch.options: sbatch: sbatch.comment"),
         ({"sbatch": {"Mem ": "1"}}, "launch.options: sbatch: 'Mem ' is no long option of sbatch"),
+        ({"sbatch": {"gpus-per-node": 8}}, "gpus-per-node is set by COPUS or by a field of its own"),
+        ({"sbatch": {"mem": 0}, "memory": "64G"}, "memory(64G) and sbatch.mem(0) ask for the same"),
+        ({"gres": "gpu:8", "gpus": "none"}, "gres(gpu:8) and gpus(none) ask for the same"),
+        ({"srun": {"nodes": 3}}, "launch.options: srun: nodes is set by COPUS or by a field of its own"),
+        ({"srun": {"-N": 3}}, "launch.options: srun: '-N' is no long option of srun"),
+        ({"env": {"WANDB_API_KEY": "x"}}, "WANDB_API_KEY looks like a secret: set it in the shell that submits"),
+        ({"nccl_interface": "ib0; id"}, "launch.options: nccl_interface: string should match pattern"),
         ({"python": "venv/bin/python"}, "launch.options: python: 'venv/bin/python' is neither an absolute path nor"),
         ({"python": "a\nb"}, "launch.options: python: a line with control characters"),
     ],
@@ -448,6 +500,19 @@ def conclude(run: Path, code: int, number: int = 0, *, signalled: bool = False) 
 
 def requeues(folder: Path) -> int:
     return asked(folder).count("scontrol requeue 12")
+
+
+def test_the_agents_are_started_with_the_options_and_the_wrapper_of_the_job_file(tmp_path: Path, node: Path) -> None:
+    job = yaml.safe_load((node / "job.yaml").read_text())
+    job["launch"]["options"] |= {"srun": {"container-image": "a.sqsh", "no-container-remap-root": True}}
+    job["launch"]["options"] |= {"wrapper": ["nsys", "profile"]}
+    (node / "job.yaml").write_text(yaml.safe_dump(job))
+    words = attempt(node, node / "job.yaml", 0)._srun()
+    start = words.index("nsys")
+    assert words[0] == "srun"
+    assert words[start - 2 : start + 4] == [
+        *("--container-image=a.sqsh", "--no-container-remap-root", "nsys", "profile", sys.executable, "-m"),
+    ]
 
 
 def test_a_signal_asks_for_a_checkpoint_and_then_a_requeue(tmp_path: Path, node: Path) -> None:

@@ -1,6 +1,16 @@
-"""The environment of the shell that submits, less what belongs to another job or overrides this one's job file."""
+"""The environment of a job: what of the submitting shell's reaches it, and what a job file may add."""
 
 import os
+import re
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import Field
+
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""Name of a variable in a job file."""
+SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+"""Variables that are surely secret by their name: a job file is no place for their values."""
 
 JOB_PREFIXES = ("PET_", "TORCHELASTIC_", "COPUS_")
 JOB_NAMES = {
@@ -13,6 +23,13 @@ SLURM_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SCONTROL_
 """Options of Slurm's programs. They outrank the `#SBATCH` lines of a script, and so the job file."""
 SLURM_CLIENT = ("SLURM_CONF", "SLURM_JWT", "SLURM_SACK")
 """Beginnings of those among them that only say where Slurm's controller is, and who asks."""
+
+
+def check_no_secrets(names: Iterable[str], instead: str) -> None:
+    """Raise ValueError if one of these variables is a secret; `instead` says where it belongs."""
+    for name in names:
+        if SECRET.search(name):
+            raise ValueError(f"{name} looks like a secret: {instead.format(name=name)}")
 
 
 def job_environment() -> dict[str, str]:

@@ -40,9 +40,11 @@ class KubernetesEngine(QueuedEngine):
             places |= {f"data.source.{index}": path for index, path in enumerate(source)}
         if job.data.tokenizer:
             places["data.tokenizer"] = job.data.tokenizer
+        data = self.options.volumes.values()
         for field, place in places.items():
             path = place.expanduser().absolute()
-            if not path.is_relative_to(self.options.mount) or ".." in path.parts:
+            mounts = [self.options.mount, *(data if field.startswith("data.") and field != "data.cache" else [])]
+            if not any(map(path.is_relative_to, mounts)) or ".." in path.parts:
                 raise JobError(
                     f"{field}({path}) is not below launch.options.mount({self.options.mount}), where the pods have the "
                     f"volume of claim {self.options.claim}"

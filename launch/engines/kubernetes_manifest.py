@@ -41,7 +41,10 @@ def train_job(name: str, run: Path, job: JobConfig, options: KubernetesOptions) 
         api_version="trainer.kubeflow.org/v1alpha1",
         kind="TrainJob",
         metadata=models.IoK8sApimachineryPkgApisMetaV1ObjectMeta(
-            name=name, namespace=options.namespace, labels={"app.kubernetes.io/managed-by": "copus"}
+            name=name,
+            namespace=options.namespace,
+            labels={**options.labels, "app.kubernetes.io/managed-by": "copus"},
+            annotations=options.annotations or None,
         ),
         spec=models.TrainerV1alpha1TrainJobSpec(
             runtime_ref=models.TrainerV1alpha1RuntimeRef(
@@ -91,20 +94,32 @@ def _patch(options: KubernetesOptions) -> Any:
     claim = models.IoK8sApiCoreV1PersistentVolumeClaimVolumeSource(claim_name=options.claim)
     # Containers have 64 MiB of /dev/shm unless told otherwise; NCCL needs more as soon as two ranks share a node.
     memory = models.IoK8sApiCoreV1EmptyDirVolumeSource(medium="Memory")
-    mounts = {VOLUME: options.mount, SHARED_MEMORY: "/dev/shm"}
+    mounts = [
+        models.IoK8sApiCoreV1VolumeMount(name=VOLUME, mount_path=options.mount),
+        models.IoK8sApiCoreV1VolumeMount(name=SHARED_MEMORY, mount_path="/dev/shm"),
+    ]
+    volumes = [
+        models.IoK8sApiCoreV1Volume(name=VOLUME, persistent_volume_claim=claim),
+        models.IoK8sApiCoreV1Volume(name=SHARED_MEMORY, empty_dir=memory),
+    ]
+    for number, (name, place) in enumerate(options.volumes.items()):
+        further = models.IoK8sApiCoreV1PersistentVolumeClaimVolumeSource(claim_name=name, read_only=True)
+        volume = f"{VOLUME}-{number}"
+        volumes.append(models.IoK8sApiCoreV1Volume(name=volume, persistent_volume_claim=further))
+        mounts.append(models.IoK8sApiCoreV1VolumeMount(name=volume, mount_path=place, read_only=True))
+    security = None
+    if options.capabilities:
+        added = models.IoK8sApiCoreV1Capabilities(add=options.capabilities)
+        security = models.IoK8sApiCoreV1SecurityContext(capabilities=added)
     pod = models.TrainerV1alpha1PodSpecPatch(
         containers=[
             models.TrainerV1alpha1ContainerPatch(
                 name=STEP,
-                volume_mounts=[
-                    models.IoK8sApiCoreV1VolumeMount(name=name, mount_path=path) for name, path in mounts.items()
-                ],
+                volume_mounts=mounts,
+                security_context=security,
             )
         ],
-        volumes=[
-            models.IoK8sApiCoreV1Volume(name=VOLUME, persistent_volume_claim=claim),
-            models.IoK8sApiCoreV1Volume(name=SHARED_MEMORY, empty_dir=memory),
-        ],
+        volumes=volumes,
         termination_grace_period_seconds=options.grace_seconds,
         service_account_name=options.service_account,
         node_selector=options.node_selector or None,
@@ -112,8 +127,15 @@ def _patch(options: KubernetesOptions) -> Any:
         image_pull_secrets=[models.IoK8sApiCoreV1LocalObjectReference(name=each) for each in options.image_pull_secrets]
         or None,
     )
+    metadata = None
+    if options.labels or options.annotations:
+        metadata = models.IoK8sApimachineryPkgApisMetaV1ObjectMeta(
+            labels=options.labels or None, annotations=options.annotations or None
+        )
     job = models.TrainerV1alpha1JobTemplatePatch(
-        spec=models.TrainerV1alpha1JobSpecPatch(template=models.TrainerV1alpha1PodTemplatePatch(spec=pod))
+        spec=models.TrainerV1alpha1JobSpecPatch(
+            template=models.TrainerV1alpha1PodTemplatePatch(metadata=metadata, spec=pod)
+        )
     )
     step = models.TrainerV1alpha1ReplicatedJobPatch(name=STEP, template=job)
     template = models.TrainerV1alpha1JobSetTemplatePatch(

@@ -1,20 +1,24 @@
 """What the Kubernetes engine takes in `launch.options`."""
 
-import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from launch.engines.base import EngineOptions
+from launch.engines.environment import EnvironmentName, check_no_secrets
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 """A name of an object in Kubernetes."""
-EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Quantity = str | int
 """As Kubernetes writes it: 8, "500m", "64Gi"."""
-SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
-"""Variables that are surely secret by their name: a manifest is no place for their values."""
+Label = Annotated[str, Field(pattern=r"^([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
+"""A key of a label or an annotation."""
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")]
+
+
+Place = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]*$")]
+"""An absolute path in the pods."""
 
 
 class KubernetesOptions(EngineOptions):
@@ -50,6 +54,15 @@ class KubernetesOptions(EngineOptions):
     """Service account of the pods; else the namespace's."""
     image_pull_secrets: list[Name] = Field(default_factory=list)
     """Secrets that the image is pulled with."""
+    labels: dict[Label, LabelValue] = Field(default_factory=dict)
+    """Labels of the TrainJob and its pods: {kueue.x-k8s.io/queue-name: research, kueue.x-k8s.io/priority-class: high}.
+    """
+    annotations: dict[Label, str] = Field(default_factory=dict)
+    """Annotations of the TrainJob and its pods."""
+    volumes: dict[Name, Place] = Field(default_factory=dict)
+    """Further PersistentVolumeClaims that the pods may read, and where they have them: {corpora: /corpora}."""
+    capabilities: list[Annotated[str, Field(pattern=r"^[A-Z_]+$")]] = Field(default_factory=list)
+    """Linux capabilities of the containers: [IPC_LOCK], which RDMA needs to pin memory."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels that nodes need to have."""
     tolerations: list[dict[Literal["key", "operator", "value", "effect", "tolerationSeconds"], str | int]] = Field(
@@ -69,11 +82,21 @@ class KubernetesOptions(EngineOptions):
     @field_validator("env")
     @classmethod
     def _not_secret(cls, value: dict[str, str]) -> dict[str, str]:
+        check_no_secrets(value, "name the one in the cluster, secrets: {{{name}: SECRET/KEY}}")
         for name in value:
-            if SECRET.search(name):
-                raise ValueError(
-                    f"{name} looks like a secret: name the one in the cluster, secrets: {{{name}: SECRET/KEY}}"
-                )
             if name.startswith("PET_"):
                 raise ValueError(f"{name} is set by the training runtime")
+        return value
+
+    @field_validator("volumes")
+    @classmethod
+    def _places(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        taken = {info.data.get("mount", ""): "mount", "/dev/shm": "the shared memory"}
+        for claim, place in value.items():
+            path = PurePosixPath(place)
+            if ".." in path.parts or path == PurePosixPath("/"):
+                raise ValueError(f"{claim}({place}) is no folder to mount a volume at")
+            if str(path) in taken:
+                raise ValueError(f"{claim}({place}) is the place of {taken[str(path)]} already")
+            taken[str(path)] = claim
         return value

@@ -103,17 +103,20 @@ class SlurmEngine(QueuedEngine):
     def _directives(self, run: Path, job: JobConfig) -> list[str]:
         options, ranks = self.options, job.cluster.accelerators_per_node
         _check_path("the run directory", run)
-        gres = options.gres or (f"gpu:{ranks}" if job.cluster.accelerator != "cpu" else None)
+        asks_gpus = job.cluster.accelerator != "cpu"
+        gres = options.gres or (f"gpu:{ranks}" if asks_gpus and options.gpus == "gres" else None)
         settings: dict[str, str | int | bool | None] = {
             "job-name": f"copus-{job.name}",
             "nodes": job.cluster.nodes,
             "ntasks-per-node": 1,
             "cpus-per-task": cpus_per_node(options, job),
             "gres": gres,
+            "gpus-per-node": ranks if asks_gpus and options.gpus == "gpus-per-node" else None,
             "partition": options.partition,
             "account": options.account,
             "qos": options.qos,
             "time": options.time_limit,
+            **({} if options.memory is None else {"mem": options.memory}),
             **options.sbatch,
             "requeue": True,
             "signal": f"B:USR1@{options.checkpoint_seconds}",
@@ -128,19 +131,25 @@ class SlurmEngine(QueuedEngine):
         ]
 
     def _commands(self, run: Path, job: JobConfig) -> list[str]:
-        environment = agent_environment(job, os.environ)
-        if self.options.interface:
-            environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.options.interface)
+        options = self.options
+        environment = options.env | agent_environment(job, os.environ | options.env)
+        if options.interface:
+            environment["GLOO_SOCKET_IFNAME"] = options.interface
+        if options.nccl_interface or options.interface:
+            environment["NCCL_SOCKET_IFNAME"] = options.nccl_interface or options.interface or ""
         exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
         if job.cluster.nodes == 1 and not self.options.interface:  # several nodes cannot meet on the loopback interface
             exports += [f'export {name}="${{{name}:-lo}}"' for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
-        root = shlex.quote(str(module_root()))
-        python = self.options.python or sys.executable
+        python = options.python or sys.executable
+        # Another interpreter has copus of its own if this one's lies among packages that are not for it.
+        is_own = options.python is None or "site-packages" not in module_root().parts
+        root = shlex.quote(str(module_root())) if is_own else ""
+        path = f'{root}"${{PYTHONPATH:+:$PYTHONPATH}}"' if root else '"${PYTHONPATH:-}"'
         return [
             "trap '' USR1  # until slurm_job listens: a signal that comes too early must not end it",
             *self.options.setup,
             *exports,
-            f'export PYTHONSAFEPATH=1 PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+            f"export PYTHONSAFEPATH=1 PYTHONPATH={path}",
             "exec " + shlex.join([python, "-m", "launch.engines.slurm_job", str(run)]),
         ]
 

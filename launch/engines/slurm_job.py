@@ -106,6 +106,8 @@ class Attempt:
             *("srun", "--export=ALL", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
             *(f"--cpus-per-task={cpus_per_node(self._options, self._job)}", "--mpi=none"),
             *("--kill-on-bad-exit=1", f"--wait={LAST_AGENT_SECONDS}", "--open-mode=append", f"--output={log}"),
+            *(option(name, value) for name, value in self._options.srun.items() if value is not False),
+            *self._options.wrapper,
             *python_module("launch.engines.slurm_node", self._run, session, endpoint),
             *(f"{name}={address}" for name, address in addresses.items()),
         ]
@@ -175,6 +177,11 @@ class Attempt:
             )
         )
         log.close()
+
+
+def option(name: str, value: str | int | bool) -> str:
+    """A long option of a program of Slurm's."""
+    return f"--{name}" if value is True else f"--{name}={value}"
 
 
 def port_of(job_id: str) -> int:

@@ -1,20 +1,26 @@
 """What the Slurm engine takes in `launch.options`."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from launch.engines.base import EngineOptions
+from launch.engines.environment import EnvironmentName, check_no_secrets
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:,@+=()/-]*$", max_length=200)]
 """A name as Slurm's administrators give them: nothing that a shell, or Slurm's own parser, takes for more than that."""
 OURS = (
     *("job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "array", "wrap", "parsable"),
     *("requeue", "no-requeue", "signal", "chdir", "output", "error", "open-mode", "export"),
-    *("partition", "account", "qos", "time", "gres"),
+    *("partition", "account", "qos", "time", "gres", "gpus-per-node"),
 )
 """Options of sbatch that are set from elsewhere."""
+OURS_OF_SRUN = (
+    *("job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "export", "mpi", "kill-on-bad-exit", "wait"),
+    *("open-mode", "output", "error", "multi-prog", "pty"),
+)
+"""Options of srun that are set from elsewhere."""
 ELSEWHERE = ("clusters", "cluster")
 """Options that would queue the job where `squeue` and `scancel` do not look for it."""
 
@@ -34,12 +40,25 @@ class SlurmOptions(EngineOptions):
     """The workers are asked for a checkpoint this long before the time limit, and the job goes back into the queue."""
     max_requeues: NonNegativeInt = 3
     """Requeues in a row without a new checkpoint after which the job fails for good."""
+    gpus: Literal["gres", "gpus-per-node", "none"] = "gres"
+    """How the GPUs of a node are asked for: `--gres=gpu:N`, `--gpus-per-node=N`, or not at all, if whole nodes are
+    given out or the partition implies them."""
     gres: Word | None = None
-    """Generic resources of a node, as `gpu:h100:8`; else `gpu:N` for N accelerators a node that are no CPU cores."""
+    """Generic resources of a node, as `gpu:h100:8`, in the place of what `gpus` asks for."""
+    memory: Word | int | None = None
+    """Memory of a node as sbatch's `--mem` reads it: 64G, or 0 for all of it; else the cluster's default, which often
+    follows the CPUs."""
     cpus_per_node: PositiveInt | None = None
     """CPUs of a node; else ranks on the node × launch.threads_per_rank, on GPUs at least 8 for each."""
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
     """Other options of sbatch by their long names: {constraint: a100, exclusive: true}."""
+    srun: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Options of the `srun` that starts the agents, by their long names: {container-image: copus.sqsh, cpu-bind: none}.
+    """
+    wrapper: list[str] = Field(default_factory=list)
+    """Words before the command of each node, as [nsys, profile, -o, trace-%q{SLURM_NODEID}]."""
+    env: dict[EnvironmentName, str] = Field(default_factory=dict)
+    """Environment variables of the job. No secrets: they would stand in the run directory."""
     setup: list[str] = Field(default_factory=list)
     """Shell commands that the batch script runs first: module load …, source …/activate. The only field that is run
     as it stands."""
@@ -48,6 +67,8 @@ class SlurmOptions(EngineOptions):
     submits."""
     interface: Word | None = None
     """Network interface that gloo and NCCL connect the nodes by, as `ib0`; else they choose."""
+    nccl_interface: str | None = Field(default=None, pattern=r"^[\^=]?[A-Za-z0-9][A-Za-z0-9._,-]*$", max_length=200)
+    """NCCL's own, in its syntax, if it differs: `=ib0,ib1`, or `^docker0,lo` for all but those."""
     port: int | None = Field(default=None, ge=1024, le=65535)
     """Port of the first node that the agents meet at; else one that follows from the job's id."""
 
@@ -62,14 +83,34 @@ class SlurmOptions(EngineOptions):
     @classmethod
     def _of_sbatch(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
         for name, setting in value.items():
-            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-                raise ValueError(f"{name!r} is no long option of sbatch")
-            if name in OURS:
-                raise ValueError(f"{name} is set by COPUS or by a field of its own")
+            _check_long_option("sbatch", name, OURS)
             if name in ELSEWHERE:
                 raise ValueError(f"{name}: jobs are queued, watched and cancelled on this machine's own cluster only")
             check_directive(f"sbatch.{name}", str(setting))
         return value
+
+    @field_validator("srun")
+    @classmethod
+    def _of_srun(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for name, setting in value.items():
+            _check_long_option("srun", name, OURS_OF_SRUN)
+            if not str(setting).isprintable():
+                raise ValueError(f"srun.{name}: a value with control characters: {setting!r}")
+        return value
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        check_no_secrets(value, "set it in the shell that submits, which Slurm hands on")
+        return value
+
+    @model_validator(mode="after")
+    def _said_once(self) -> "SlurmOptions":
+        if self.memory is not None and "mem" in self.sbatch:
+            raise ValueError(f"memory({self.memory}) and sbatch.mem({self.sbatch['mem']}) ask for the same")
+        if self.gres is not None and self.gpus != "gres":
+            raise ValueError(f"gres({self.gres}) and gpus({self.gpus}) ask for the same")
+        return self
 
     @field_validator("python")
     @classmethod
@@ -78,13 +119,20 @@ class SlurmOptions(EngineOptions):
             raise ValueError(f"{value!r} is neither an absolute path nor a name on PATH")
         return value
 
-    @field_validator("setup", "python")
+    @field_validator("setup", "python", "wrapper")
     @classmethod
     def _one_line(cls, value: list[str] | str | None) -> list[str] | str | None:
         for line in value if isinstance(value, list) else [value or ""]:
             if not line.isprintable():
                 raise ValueError(f"a line with control characters: {line!r}")
         return value
+
+
+def _check_long_option(program: str, name: str, ours: tuple[str, ...]) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise ValueError(f"{name!r} is no long option of {program}")
+    if name in ours:
+        raise ValueError(f"{name} is set by COPUS or by a field of its own")
 
 
 def check_directive(where: str, text: str) -> None:
