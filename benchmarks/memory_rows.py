@@ -64,13 +64,14 @@ def read(folder: Path) -> Published:
 def _read(path: Path, found: Published, *, failed: bool) -> None:
     for cells in csv_rows(path):
         try:
-            found.rows.append(_row(cells, failed))
+            found.rows.append(row_of(cells, failed))
         except RejectedError as reason:
             if failed or cells.get("peak_mem_gb"):
                 found.skipped[f"{cells['source_id']}: {reason}"] += 1
 
 
-def _row(cells: Cells, failed: bool) -> Row:
+def row_of(cells: Cells, failed: bool) -> Row:
+    """A row of a file. Raises RejectedError."""
     if any(word in cells.get("quality", "") for word in INCONSISTENT):
         raise RejectedError("contradicts itself")
     filled = _filled(cells)

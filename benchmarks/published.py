@@ -68,11 +68,11 @@ class Published:
     """Why rows could not be used, and how many."""
 
 
-def read(folder: Path) -> Published:
-    """The sweeps of `throughput.csv`. Raises FileNotFoundError where it is not there."""
+def read(folder: Path, name: str = "throughput.csv") -> Published:
+    """The sweeps of a file in the folder. Raises FileNotFoundError if it is not there."""
     found = Published([])
     groups: dict[tuple[str, ModelShape, Cluster, str], list[tuple[str, Configuration, float, bool]]] = {}
-    for published in csv_rows(folder / "throughput.csv"):
+    for published in csv_rows(folder / name):
         found.rows += 1
         try:
             row = _filled(published)

@@ -82,7 +82,7 @@ class DataConfig(Record):
 WSD_DECAY_SHARE = 0.2
 """Share of the run over which `wsd` decays, unless `training.decay_tokens` says more: as in 2405.18392."""
 
-STEP_SETTINGS = ("overlap_grad_reduce", "dropout")
+STEP_SETTINGS = ("overlap_grad_reduce", "dropout", "compile")
 """Settings of a training that change the time of its steps and are no part of a configuration. What was measured with
 one that is on names it among its software."""
 
@@ -140,6 +140,9 @@ class TrainingConfig(Record):
     """Reduce gradients over data parallel ranks while the backward pass goes on."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of attention and of the residual branches."""
+    compile: bool = False
+    """Compile attention and MLPs with `torch.compile`; only the `fsdp` backend has it. Every new micro-batch size costs
+    some compiling."""
     evaluate_every_tokens: PositiveInt = 250_000
     """Tokens between evaluations."""
     evaluate_sequences: PositiveInt = 64

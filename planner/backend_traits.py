@@ -33,6 +33,8 @@ class BackendTraits:
     """The highest ZeRO stage that it runs."""
     zero_stages: ClassVar[tuple[int, ...] | None] = None
     """ZeRO stages that the planner may choose; None if it keeps the job's."""
+    offloads_optimizer: ClassVar[bool] = False
+    """Whether it can keep the optimizer state in the host's memory (`Layout.offload_optimizer`)."""
     shards_within_nodes: ClassVar[bool] = False
     """Whether the planner may choose hybrid sharding: one copy of the state on every node."""
 
@@ -40,6 +42,8 @@ class BackendTraits:
         """Raise ValueError for a layout that it does not run."""
         if layout.zero > self.largest_zero:
             raise ValueError(f"zero({layout.zero}) is not supported by this backend: at most {self.largest_zero}")
+        if layout.offload_optimizer and not self.offloads_optimizer:
+            raise ValueError("offload_optimizer(true) is not supported by this backend")
 
     def check_configuration(self, configuration: Configuration) -> None:
         """Raise ValueError for a configuration that it does not run."""

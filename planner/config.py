@@ -117,6 +117,11 @@ class PlannerConfig(Record):
         return self.policy not in ("static", "ramp", "seesaw", "late-switch")
 
     @property
+    def waits_for_noise_scale(self) -> bool:
+        """Whether nothing is decided before the noise scale is known; the paper's norm test is made on single steps."""
+        return self.needs_noise_scale and not (self.policy == "norm-test" and self.norm_test_form == "paper")
+
+    @property
     def compares_workers(self) -> bool:
         """Whether replicas are compared whenever there are several: the norm test of the paper is one of workers."""
         return self.policy == "norm-test" and self.norm_test_form == "paper" and self.noise_source == "auto"

@@ -93,7 +93,8 @@ def dominated(
 
 def _pairs(arrays: Configurations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Places of all pairs of configurations that differ in recomputation and interleaving alone, both ways round."""
-    names = ("tp", "pp", "cp", "ep", "dp", "sequence_parallel", "zero", "micro_batch", "global_batch")
+    degrees, sharing = ("tp", "pp", "cp", "ep", "dp"), ("sequence_parallel", "zero", "offload_optimizer")
+    names = (*degrees, *sharing, "micro_batch", "global_batch")
     keys = np.stack([getattr(arrays, name).astype(np.int64) for name in names], axis=1)
     _, group = np.unique(keys, axis=0, return_inverse=True)
     order = np.argsort(group.ravel(), kind="stable")

@@ -75,10 +75,10 @@ def check_measurable(settings: PlannerConfig, backend: BackendTraits, start: Con
 
 def too_short(settings: PlannerConfig, start: Configuration, total_samples: int) -> str | None:
     """Why a job of so many sequences ends before the first decision that knows the noise scale, in one line; None if
-    it does not, or if the policy does not need it."""
+    it does not, or if the policy does not wait for it."""
     steps = first_known_step(settings)
     needed = steps * start.global_batch
-    if not settings.needs_noise_scale or needed < total_samples:
+    if not settings.waits_for_noise_scale or needed < total_samples:
         return None
     return (
         f"planner: nothing will be decided: the noise scale is known after {steps} steps × training.global_batch"

@@ -130,6 +130,7 @@ def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
                 recompute=start.recompute,
                 zero=start.zero,
                 dp_replicate=start.dp_replicate if shared else 1,
+                offload_optimizer=start.offload_optimizer,
             )
 
 

@@ -38,6 +38,8 @@ class Configurations:
     """ZeRO stages."""
     dp_replicate: NDArray[np.int64]
     """Copies of what ZeRO shares out."""
+    offload_optimizer: NDArray[np.bool_]
+    """Whether the optimizer state and the reduced gradients lie in the host's memory."""
     micro_batch: NDArray[np.int64]
     """Sequences in one forward-backward pass of one replica."""
     global_batch: NDArray[np.int64]
@@ -50,13 +52,14 @@ class Configurations:
             (
                 *(c.layout.tp, c.layout.pp, c.layout.vp, c.layout.cp, c.layout.ep, c.layout.dp),
                 *(c.layout.sequence_parallel, RECOMPUTE.index(c.layout.recompute)),
-                *(c.layout.zero, c.layout.dp_replicate, c.micro_batch, c.global_batch),
+                *(c.layout.zero, c.layout.dp_replicate, c.layout.offload_optimizer, c.micro_batch, c.global_batch),
             )
             for c in configurations
         ]
         columns = np.array(rows, dtype=np.int64).reshape(len(rows), len(fields(cls))).T
         values: dict[str, Any] = dict(zip((field.name for field in fields(cls)), columns, strict=True))
-        values["sequence_parallel"] = values["sequence_parallel"].astype(np.bool_)
+        for name in ("sequence_parallel", "offload_optimizer"):
+            values[name] = values[name].astype(np.bool_)
         return cls(**values)
 
     def __len__(self) -> int:
@@ -72,6 +75,7 @@ class Configurations:
             **degrees,
             sequence_parallel=bool(self.sequence_parallel[index]),
             recompute=RECOMPUTE[self.recompute[index]],
+            offload_optimizer=bool(self.offload_optimizer[index]),
         )
         return Configuration(
             layout=layout, micro_batch=int(self.micro_batch[index]), global_batch=int(self.global_batch[index])

@@ -77,6 +77,7 @@ def enumerate_configurations(
         recompute=kind,
         zero=stage,
         dp_replicate=np.ones_like(stage),
+        offload_optimizer=np.zeros_like(stage, dtype=np.bool_),
         micro_batch=b,
         global_batch=total,
     )

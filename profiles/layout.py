@@ -37,6 +37,9 @@ class Layout(Record):
     dp_replicate: PositiveInt = 1
     """Copies of what `zero` shares out: every dp ÷ dp_replicate ranks hold one between them. 1: all data parallel ranks
     share one. More is hybrid sharding (HSDP), which gathers and scatters over fewer ranks and takes more memory."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state and the reduced gradients in the host's memory, and update the weights there. Saves
+    accelerator memory, and makes every step longer."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Layout":
@@ -70,6 +73,7 @@ class Layout(Record):
         extras = ["SP"] * self.sequence_parallel + [f"Z{self.zero}"] * (self.zero > 0)
         extras += [f"HSDP{self.dp_replicate}×{self.dp_shard}"] * (self.dp_replicate > 1)
         extras += [f"recompute:{self.recompute}"] * (self.recompute != "none")
+        extras += ["offload"] * self.offload_optimizer
         return "·".join([f"{name}{value}" for name, value in degrees] + extras)
 
     def check(self, model: ModelShape, cluster: Cluster) -> None:

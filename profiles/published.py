@@ -175,10 +175,14 @@ def configuration_of(row: Row) -> Configuration:
     dp = whole(row, "dp", max(1, gpus // split))
     if split * dp != gpus:
         raise RejectedError("tp × pp × cp × dp is not the number of gpus")
+    sharding = row.get("sharding", "").lower()
+    if "param offload" in sharding or re.search(r"\+ *offload", sharding):
+        raise RejectedError("parameters are offloaded, or it is not said what is")
     words: dict[str, Any] = {
         "sequence_parallel": _yes(row, "sequence_parallel") and degrees["tp"] > 1,
         "recompute": _recompute(row.get("recompute", "")),
-        "zero": _zero(row.get("sharding", "")),
+        "zero": _zero(sharding),
+        "offload_optimizer": "optimizer offload" in sharding,
     }
     try:
         layout = Layout(**degrees | {"vp": degrees["vp"] if degrees["pp"] > 1 else 1}, dp=dp, **words)
@@ -204,7 +208,6 @@ def _recompute(recompute: str) -> Literal["none", "selective", "full"]:
 def _zero(sharding: str) -> int:
     """What the column `sharding` says: `zero0` … `zero3`; names with `fsdp` are stage 3, other distributed optimizers
     stage 1."""
-    sharding = sharding.lower()
     stage = re.search(r"zero-?([0-3])", sharding)
     if stage:
         return int(stage[1])

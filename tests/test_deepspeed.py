@@ -23,6 +23,7 @@ from tests.ranks import run_ranks
 from tests.test_oom_recovery import on_tcp
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
+OFFLOADED = {"dp": 2, "zero": 3, "offload_optimizer": True}
 STEPS = 3
 BUILT = "copus.backends.deepspeed.built"
 
@@ -61,13 +62,15 @@ def test_every_stage_has_the_losses_of_one_rank(model: dict[str, Any]) -> None:
 
 def _move_through_all_stages(precision: str) -> tuple[list[float], list[float], list[str]]:
     """Losses of a job that stays and of one that moves, a few steps in each layout, and what a move changed."""
-    stages = [*STAGES[precision], *STAGES[precision][-2::-1]]
-    stays = _losses(deepspeed_backend(deepspeed_job(stages[0], 2, precision=precision)), steps=STEPS * len(stages))
-    backend = deepspeed_backend(deepspeed_job(stages[0], 2, precision=precision))
+    there: list[dict[str, Any]] = [{"dp": 2, "zero": zero} for zero in STAGES[precision]]
+    layouts = [*there, OFFLOADED, *there[::-1]]
+    first = STAGES[precision][0]
+    stays = _losses(deepspeed_backend(deepspeed_job(first, 2, precision=precision)), steps=STEPS * len(layouts))
+    backend = deepspeed_backend(deepspeed_job(first, 2, precision=precision))
     moves, changed = [], []
-    for number, zero in enumerate(stages):
+    for number, layout in enumerate(layouts):
         before = whole_state(backend)
-        backend.move(configuration(8, 2, dp=2, zero=zero))
+        backend.move(configuration(8, 2, **layout))
         after = whole_state(backend)
         changed += [name for name in before.keys() | after.keys() if not np.array_equal(before[name], after[name])]
         moves += _losses(backend, 8 * STEPS * number)
@@ -256,12 +259,12 @@ def test_a_step_without_memory_is_taken_back_and_the_job_goes_on() -> None:
         np.testing.assert_allclose(moves, stays, rtol=1e-5)
 
 
-def _skip(stages: tuple[int, ...], precision: str) -> list[tuple[list[float], list[float]]]:
+def _skip(layouts: list[dict[str, Any]], precision: str) -> list[tuple[list[float], list[float]]]:
     """Losses of a job with a step whose gradient is not finite on one rank, and of one without it."""
     losses = []
-    for zero in stages:
-        stays = _losses(deepspeed_backend(deepspeed_job(zero, dist.get_world_size(), precision=precision)), steps=4)
-        backend = deepspeed_backend(deepspeed_job(zero, dist.get_world_size(), precision=precision))
+    for layout in layouts:
+        stays = _losses(deepspeed_backend(deepspeed_job(0, 2, layout=layout, precision=precision)), steps=4)
+        backend = deepspeed_backend(deepspeed_job(0, 2, layout=layout, precision=precision))
         before = _losses(backend, steps=2)
         original = step.mean_loss
         step.mean_loss = lambda *arguments: mean_loss(*arguments) * (float("nan") if dist.get_rank() == 0 else 1.0)
@@ -277,7 +280,8 @@ def _skip(stages: tuple[int, ...], precision: str) -> list[tuple[list[float], li
 @pytest.mark.dist
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_step_whose_gradient_is_not_finite_changes_nothing(precision: str) -> None:
-    for skipped, stays in run_ranks(2, _skip, STAGES[precision], precision)[0]:
+    layouts = [*({"dp": 2, "zero": zero} for zero in STAGES[precision]), OFFLOADED]
+    for skipped, stays in run_ranks(2, _skip, layouts, precision)[0]:
         assert skipped == stays
 
 
@@ -311,6 +315,11 @@ def test_the_ranges_of_all_ranks_cover_every_parameter_once(zero: int, ranks: in
             r"overlap_grad_reduce\(true\) is not supported .* zero\(0\) in fp32",
         ),
         ({"dp": 2}, {"dropout": 0.1}, r"dropout\(0.1\): the models of transformers"),
+        (
+            {"dp": 2, "zero": 2, "offload_optimizer": True},
+            {},
+            r"offload_optimizer\(true\) needs zero\(3\), not zero\(2\)",
+        ),
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ from profiles.accelerator import accelerator
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost.work import work
+from profiles.cost.work import HOST_OPTIMIZER_SECONDS, work
 from profiles.layout import Layout
 from profiles.memory import MemoryModel
 from profiles.model_shape import ModelShape
@@ -54,6 +54,41 @@ def test_a_copy_on_each_node_takes_more_memory_and_less_of_the_network() -> None
     assert done.congestion.tolist() == [1, 0], "what is gathered in every layer stays on a node"
     assert done.dp_reduce[0] == 0
     assert done.dp_reduce[1] > 0  # the copies add up their gradients
+
+
+def test_the_root_of_fsdp_stays_gathered_while_the_layers_run() -> None:
+    """By hand, in bf16 with ZeRO 3: embedding and output layer, two layers, the gradients of the output layer and of a
+    layer, and that layer's once more in fp32. If nothing but the root is large, the end of the backward pass is the
+    fullest moment: its weights, its gradient, and this in fp32."""
+    arrays = Configurations.of([_with(Layout(dp=16, zero=3))])
+    how = find_backend("fsdp").implementation(dropout=False)
+    table = MODEL.padded_vocab * MODEL.hidden
+    root = table * (1 if MODEL.tied_embeddings else 2)
+    layer = (MODEL.parameters - root - MODEL.hidden) / MODEL.layers
+    memory = MemoryModel(how).predict(MODEL, arrays, "bf16", coverage=None).breakdown
+    assert memory["communication"][0] == pytest.approx(2 * (root + 2 * layer) + 2 * table + 6 * layer, rel=1e-6)
+    wide = MODEL.model_copy(update={"vocab": 10**8, "seq_len": 1})
+    at_the_end = MemoryModel(how).predict(wide, arrays, "bf16", coverage=None).breakdown
+    others = sum(at_the_end[part][0] for part in ("activations", "logits", "working"))
+    root *= wide.padded_vocab / MODEL.padded_vocab
+    assert at_the_end["communication"][0] == pytest.approx(2 * root + 6 * root - others, rel=1e-6)
+
+
+def test_an_offloaded_optimizer_takes_no_device_memory_and_more_time() -> None:
+    arrays = Configurations.of(_with(Layout(dp=16, zero=3, offload_optimizer=offload)) for offload in (False, True))
+    assert arrays[1].layout.label == "TP1·PP1·DP16·Z3·offload"
+    how = find_backend("deepspeed").implementation(dropout=False)
+    kept, offloaded = MemoryModel(how).predict(MODEL, arrays, "bf16", coverage=None).peak_bytes
+    assert kept - offloaded == pytest.approx(16 * MODEL.parameters / 16, rel=1e-6)
+    done = work(MODEL, NODES, accelerator("h100-sxm"), arrays, "bf16")
+    assert done.optimizer[1] == pytest.approx(HOST_OPTIMIZER_SECONDS * MODEL.parameters / 16, rel=0.01)
+    assert done.optimizer[1] > 100 * done.optimizer[0]
+
+
+def test_layouts_that_the_planner_makes_keep_the_optimizer_where_it_is() -> None:
+    start = _with(Layout(dp=16, zero=3, offload_optimizer=True))
+    space = candidates(PlannerConfig(recompute="none"), MODEL, NODES, start, find_backend("deepspeed"))
+    assert {each.layout.offload_optimizer for each in space} == {True}
 
 
 def test_an_fp32_job_of_fsdp_computes_with_copies_of_its_weights() -> None:

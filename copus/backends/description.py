@@ -30,6 +30,8 @@ class BackendDescription(BackendTraits, ABC):
     """Kinds of optimizers that it has, as in `copus.optimizers`."""
     noise_metrics: ClassVar[tuple[str, ...]] = ("plain", "adam")
     """Values of `planner.noise_metric` that it can measure."""
+    compiles: ClassVar[bool] = False
+    """Whether it has `training.compile`."""
     extra: ClassVar[str | None] = None
     """The extra of copus that installs `packages`."""
     packages: ClassVar[tuple[str, ...]] = ()
@@ -60,6 +62,8 @@ class BackendDescription(BackendTraits, ABC):
         """Raise ValueError for a setting of the training that it does not have. The default has all of them, in every
         precision that `check_precision` lets pass."""
         self.check_precision(training.layout, training.precision)
+        if training.compile and not self.compiles:
+            raise ValueError("compile(true) is not supported by this backend: only fsdp compiles its layers")
 
     def check_noise_metric(self, metric: str) -> None:
         """Raise ValueError for a `planner.noise_metric` that it cannot measure."""

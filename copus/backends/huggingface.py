@@ -64,18 +64,31 @@ def _rope_parameters(shape: ModelShape) -> dict[str, Any]:
 
 
 def build_causal_lm(
-    shape: ModelShape, dtype: torch.dtype, device: torch.device, seed: int | None, recompute: Recompute = "none"
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int | None,
+    recompute: Recompute = "none",
+    compiled: bool = False,
 ) -> PreTrainedModel:
     """The model on a device, which may be `meta`. Without a seed its weights are whatever lies in memory.
 
     `to_empty` of a model on `meta` loses what is no weight of its own: `restore_rotary_frequencies` comes next, and
     `model.tie_weights()` if embeddings are tied.
+
+    `compiled` hands attention and MLP of each layer to `torch.compile`, each as one graph. Norms stay as they are, and
+    so does attention that has norms inside: the noise of the norm layers is measured with hooks on these modules
+    (`copus.backends.norm_layers`), which a compiled layer would not run.
     """
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(causal_lm_config(shape), dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()
     if shape.vocab < shape.padded_vocab:
         model.lm_head.register_forward_hook(functools.partial(_hide_padding, shape.vocab))
+    if compiled:
+        for layer in model.model.layers:
+            for part in (layer.mlp,) if shape.qk_norm != "none" else (layer.self_attn, layer.mlp):
+                part.forward = torch.compile(part.forward, fullgraph=True)
     if recompute == "full":
         model.activation_checkpointing_enable({"use_reentrant": False})
     elif recompute == "selective":

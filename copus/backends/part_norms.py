@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from copus.backends.description import BackendDescription
-from copus.backends.norm_layers import NormLayers
+from copus.backends.norm_layers import NormLayers, rms_norms
 from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Parts
 from planner.noise_sources import REPLICA, split
@@ -29,7 +29,7 @@ class PartNorms(ABC):
     def __init__(self, model: Any, description: BackendDescription, replica: int, counts: bool) -> None:
         """`replica` is this rank's number among the data parallel ones. Of the ranks that see the same norm layers one
         `counts`."""
-        self._norm_layers = NormLayers(model, counts)
+        self._norm_layers = NormLayers(rms_norms(model), sequence_axis=0, counts=counts)
         self._description = description
         self._replica = replica
         self._hooks: list[Any] = []

@@ -31,7 +31,7 @@ def _norm_on_cpu(flat: torch.Tensor) -> torch.Tensor:
 
 
 def sum_of_squares(norms: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Σ norm² as a 0-d float64 tensor."""
+    """Σ norm² as a 0-d float64 tensor on the device."""
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(list(norms)).double().square().sum()
+    return torch.stack(list(norms)).to(device, torch.float64).square().sum()

@@ -195,7 +195,7 @@ class _Staging:
             sends = message.sender == self._rank
             fields = [field for transfer in message.transfers for field in (take if sends else give)(transfer)]
             peer = message.receiver if sends else message.sender
-            parcels += [_Parcel(sends, peer, tag, parts) for tag, parts in enumerate(_shared(fields))]
+            parcels += [_Parcel(sends, peer, tag, parts, self._device) for tag, parts in enumerate(_shared(fields))]
         staged = sum(parcel.bytes for parcel in parcels if not parcel.in_place)
         if staged > len(self._buffer):
             self._buffer = torch.empty(0)  # free the old one before allocating a larger one
@@ -212,10 +212,11 @@ class _Staging:
 
 
 class _Parcel:
-    """Tensors that are sent to, or received from, one peer together."""
+    """Tensors that are sent to, or received from, one peer together. What lies on the host goes through the buffer on
+    the device that communicates."""
 
-    def __init__(self, sends: bool, peer: int, tag: int, parts: list[torch.Tensor]) -> None:
-        self.in_place = len(parts) == 1 and parts[0].is_contiguous()
+    def __init__(self, sends: bool, peer: int, tag: int, parts: list[torch.Tensor], device: torch.device) -> None:
+        self.in_place = len(parts) == 1 and parts[0].is_contiguous() and parts[0].device.type == device.type
         self.bytes = sum(_size(part) for part in parts)
         self.buffer = parts[0].view(-1).view(torch.uint8) if self.in_place else None
         self._sends, self._peer, self._tag, self._parts = sends, peer, tag, parts

@@ -1,6 +1,7 @@
 """The parts of a rank's peak memory, by formula alone."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from profiles.configurations import Configurations
 from profiles.memory.activations import head_bytes, layer_activations, layers_in_flight, loss_bytes, rank_tokens
@@ -44,27 +45,52 @@ def stage_components(
         return dense + weights.experts / np.where(split, np.maximum(sharers // c.ep, 1), 1)
 
     table = embedding_weights(model, c)
-    largest = np.maximum(np.add(*layer_weights(model, c)), table)
+    largest_layer = np.add(*layer_weights(model, c))
+    largest = np.maximum(largest_layer, table)
     matrix = np.maximum(model.hidden * model.ffn_hidden * (2 if model.gated_mlp else 1) / c.tp, table)
     gradient = 4 if how.fp32_gradients else element
     buckets = element * how.gradient_buckets * (replicas > 1) * (c.zero < 2)
     layer = layer_activations(model, c, element, how)
     head = (c.pp == 1) | (stage == "last")
     boundary = rank_tokens(model, c) * model.hidden * element / np.where(c.sequence_parallel, c.tp, 1)
+    on_device = np.where(c.offload_optimizer, 0, 1)
     found = {
         "weights": element * (np.where(c.zero < 3, share(3), 0) if how.weights == "gathered" else share(3)),
-        "gradients": gradient * share(2),
-        "optimizer": (8 if element == 4 and how.weights == "kept" else 12) * share(1),
+        "gradients": on_device * gradient * share(2),
+        "optimizer": on_device * (8 if element == 4 and how.weights == "kept" else 12) * share(1),
         "activations": layer.kept * layers_in_flight(model, c, how, stage),
         "logits": np.where(head, head_bytes(model, c, element) + loss_bytes(model, c, element, how), 0),
         # A gradient exists in the model's precision before it is added to where it is accumulated.
         "working": layer.recomputed + layer.passing + element * np.where(c.zero < 2, matrix, 0),
-        # ZeRO-2 and -3 have the whole gradient of a layer before it is reduced, ZeRO-3 the gathered weights of the
-        # layer that runs and of the next. A pipeline stage receives one tensor while it sends another.
-        "communication": buckets * (weights.dense + weights.experts)
-        + element * largest * ((c.zero >= 2) + 2.0 * (c.zero >= 3))
-        + np.where(c.pp > 1, 2 * boundary, 0),
+        # A pipeline stage receives one tensor while it sends another.
+        "communication": buckets * (weights.dense + weights.experts) + np.where(c.pp > 1, 2 * boundary, 0),
     }
+    if how.weights == "gathered":
+        others = found["activations"] + found["logits"] + found["working"]
+        found["communication"] += _gathered_bytes(model, c, element, largest_layer, others)
+    else:
+        # ZeRO-2 and -3 have the whole gradient of a layer before it is reduced, ZeRO-3 the gathered weights of the
+        # layer that runs and of the next.
+        found["communication"] += element * largest * ((c.zero >= 2) + 2.0 * (c.zero >= 3))
     moving = found["activations"] + found["logits"] + found["working"] + found["communication"]
     found["allocator"] = WORKSPACE_BYTES + how.fragmentation * moving
     return found
+
+
+def _gathered_bytes(
+    model: ModelShape, c: Configurations, element: int, layer: Floats, others: Floats
+) -> NDArray[np.float64]:
+    """What FSDP gathers with ZeRO-3, and the whole gradients that it has from ZeRO-2 on before it reduces them in fp32.
+
+    Embedding, last norm and output layer are one unit, the root: gathered from the forward pass to the end of the
+    backward pass, and reduced at its end. So there are two moments that may be the fullest. While layers run, there are
+    the root, the gradient of the output layer, two gathered layers, and a layer's gradient with its fp32 copy. At the
+    end there are the root, its gradient and the fp32 copy of that; `others`, bytes of activations and the like, are
+    gone by then.
+    """
+    table = embedding_weights(model, c)
+    root = table * (1 if model.tied_embeddings else 2)
+    gathers, reduces = c.zero >= 3, c.zero >= 2
+    in_layers = gathers * element * (root + 2 * layer) + reduces * (element * table + (element + 4) * layer)
+    at_the_end = gathers * element * root + reduces * (element + 4) * root
+    return np.asarray(np.maximum(in_layers, at_the_end - others), dtype=np.float64)

@@ -106,6 +106,8 @@ def reduced_gradients(built: BuiltModel, group: int | None = None) -> list[torch
         counts = dist.get_rank() == 0
         params = (param for number in chosen for param in built.groups[number].values())
         return [param.grad for param in params if counts and param.grad is not None]
+    if built.layout.offload_optimizer:
+        return [built.flat_masters[number].grad for number in chosen]
     if hasattr(wrapper, "fp32_groups_gradient_flat_partition"):  # bf16 with ZeRO 1
         return [wrapper.fp32_groups_gradient_flat_partition[number] for number in chosen]
     return [gradient for number in chosen for gradient in wrapper.averaged_gradients[number]]
@@ -180,11 +182,15 @@ def engine_config(job: JobConfig, configuration: Configuration) -> dict[str, Any
         # the norm is computed where the step's other figures are
         "compute_grad_norm": not (layout.zero == 2 or (layout.zero == 1 and not in_bf16)),
     }
+    if layout.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": configuration.micro_batch,
         "gradient_accumulation_steps": configuration.num_microbatches,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW is vectorised on the host too; DeepSpeed's would be compiled at the first start
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": in_bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -15,6 +15,7 @@ class DeepSpeedDescription(HuggingFaceDescription):
 
     framework = "deepspeed"
     largest_zero = 3
+    offloads_optimizer = True
     extra = "deepspeed"
     packages = ("deepspeed", "transformers")
     noise_metrics = ("plain",)
@@ -37,6 +38,7 @@ class DeepSpeedDescription(HuggingFaceDescription):
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError for a layout that the DeepSpeed backend does not run."""
+        super().check_layout(layout)
         for name in ("tp", "pp", "cp", "ep"):
             if (degree := getattr(layout, name)) > 1:
                 raise ValueError(
@@ -45,6 +47,11 @@ class DeepSpeedDescription(HuggingFaceDescription):
         if layout.dp_replicate > 1:
             raise ValueError(
                 f"dp_replicate({layout.dp_replicate}) is not supported by the deepspeed backend: at most 1"
+            )
+        if layout.offload_optimizer and layout.zero != 3:
+            raise ValueError(
+                f"offload_optimizer(true) needs zero(3), not zero({layout.zero}): with less of ZeRO DeepSpeed adds up "
+                "bf16 gradients in bf16 when it offloads"
             )
 
     def implementation(self, dropout: bool) -> "Implementation":

@@ -58,8 +58,9 @@ def _make_step(built: BuiltModel, scale: float, skip: bool = False) -> None:
     if scale == 1 and not skip:
         adam.grad_scale = adam.found_inf = None
     else:
-        adam.grad_scale = torch.full((), 1 / scale, device=built.device)
-        adam.found_inf = torch.full((), float(skip), device=built.device)
+        device = built.optimized[0].device  # the host, if the optimizer is offloaded
+        adam.grad_scale = torch.full((), 1 / scale, device=device)
+        adam.found_inf = torch.full((), float(skip), device=device)
     built.engine.step()
     built.has_gradients = False
 

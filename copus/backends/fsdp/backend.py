@@ -1,6 +1,8 @@
 """torch FSDP2 behind `copus.backends.base.Backend`."""
 
 import functools
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +19,14 @@ from copus.backends.fsdp.model import build_model, initialize, parameter_shapes
 from copus.backends.fsdp.part_norms import FsdpPartNorms
 from copus.backends.fsdp.shards import optimizer_fields, shard_table
 from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
-from copus.job import JobConfig
+from copus.job import JobConfig, JobError
 from copus.reshard.execute import LiveState
 from copus.reshard.table import ShardTable
 from profiles.configuration import Configuration
 from profiles.layout import Layout
+
+_COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")
+"""Any of these is enough for `torch.compile`."""
 
 
 class FsdpBackend(Backend):
@@ -29,6 +34,10 @@ class FsdpBackend(Backend):
 
     def __init__(self, job: JobConfig, device: torch.device) -> None:
         super().__init__(job, device)
+        if job.training.compile and not any(map(shutil.which, _COMPILERS)):
+            raise JobError(
+                "training.compile(true) needs a C++ compiler on every node: install g++ or clang, or set CXX"
+            )
         self._meshes = Meshes(device, job.launch.timeout_seconds)
         self._shapes = parameter_shapes(job.model)
         self._built: BuiltModel | None = None

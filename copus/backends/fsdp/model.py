@@ -29,13 +29,14 @@ def parameter_shapes(shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
 def build_model(job: JobConfig, layout: Layout, mesh: DeviceMesh, device: torch.device) -> Any:
     """The sharded model, its weights whatever lies in memory. Never whole on any rank."""
     shape = job.model
-    model = build_causal_lm(shape, torch.float32, torch.device("meta"), None, layout.recompute)
+    training = job.training
+    model = build_causal_lm(shape, torch.float32, torch.device("meta"), None, layout.recompute, training.compile)
     if layout.tp > 1:
         _cut_matrices(model, mesh[TENSOR])
     # Without `reshard_after_forward` a layer's weights stay gathered until its backward pass: ZeRO-1 and 2.
     options: dict[str, Any] = {
         "mesh": mesh[REPLICATE, SHARD] if mesh[REPLICATE].size() > 1 else mesh[SHARD],
-        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if job.training.precision == "bf16" else None, torch.float32),
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if training.precision == "bf16" else None, torch.float32),
     }
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=layout.zero == 3, **options)

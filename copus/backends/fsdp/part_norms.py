@@ -28,21 +28,24 @@ class FsdpPartNorms(PartNorms):
         if not self._hooks:  # the gathered parameters exist since the first forward pass, and stay the same objects
             for parameter in fsdp_parameters(self._built.model):
                 if tensor_parallel_axis(parameter._param_fqn) is not None or self._built.tp_rank == 0:
-                    hook = functools.partial(self._see, parameter)
-                    self._hooks.append(parameter.unsharded_param.register_hook(hook))
+                    whole, of_one, of_all = parameter.unsharded_param, self._see, self._see_sum
+                    self._hooks.append(whole.register_hook(functools.partial(of_one, parameter)))
+                    self._hooks.append(whole.register_post_accumulate_grad_hook(functools.partial(of_all, parameter)))
 
     @torch.no_grad()
     def _see(self, parameter: Any, gradient: torch.Tensor) -> None:
         """Runs when autograd has one micro-batch's whole gradient, before it is added to the others."""
-        if self._part is None:
-            return
-        # A DTensor's gradient may be whole where the parameter is cut: the embedding's is.
-        local = parameter._get_grad_inner_tensor(gradient)
-        if self._sums_microbatches:
-            before = parameter.unsharded_accumulated_grad  # fp32, if that is not the precision of the model
-            before = parameter.unsharded_param.grad if before is None else before
-            local = local if before is None else local + parameter._get_grad_inner_tensor(before)
-        self._add(local)
+        if self._part is not None and not self._sums_microbatches:
+            # A DTensor's gradient may be whole although the parameter is cut: the embedding's is.
+            self._add(parameter._get_grad_inner_tensor(gradient))
+
+    @torch.no_grad()
+    def _see_sum(self, parameter: Any, whole: torch.Tensor) -> None:
+        """Runs when that gradient has been added to those of the earlier micro-batches, before FSDP reduces the sum.
+        No sum is computed for the norm alone, except in bf16, whose gradients FSDP adds up in fp32 later."""
+        if self._part is not None and self._sums_microbatches:
+            total, before = parameter._get_grad_inner_tensor(whole.grad), parameter.unsharded_accumulated_grad
+            self._add(total if before is None else total + parameter._get_grad_inner_tensor(before))
 
     def _norm_layers_grad_sq(self, names: set[str]) -> torch.Tensor:
         return grad_sq_share(self._built, names)

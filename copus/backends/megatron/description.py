@@ -43,6 +43,7 @@ class MegatronDescription(BackendDescription):
         for name, value, limit in limits:
             if value > limit:
                 raise ValueError(f"{name}({value}) is not supported by the megatron backend: at most {limit}")
+        super().check_layout(layout)
 
     def load(self) -> type[Any]:
         """The class that trains. Takes seconds, and changes torch on a CPU."""

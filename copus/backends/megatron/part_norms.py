@@ -21,7 +21,7 @@ import torch.distributed as dist
 from copus.backends.megatron import cpu
 from copus.backends.megatron.main_params import main_params
 from copus.backends.megatron.modules import is_norm_of_heads
-from copus.backends.megatron.norm_layers import NormLayers
+from copus.backends.megatron.norm_layers import MegatronNormLayers
 from copus.backends.megatron.preconditioner import Preconditioner
 from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Parts
@@ -57,7 +57,7 @@ class PartNorms:
         self._main_weights: dict[torch.nn.Parameter, torch.Tensor] | None = None
         self._counted: set[torch.nn.Parameter] = set()
         self._partial: dict[torch.nn.Parameter, dist.ProcessGroup] = {}
-        self._norm_layers = NormLayers(chunks, layout)
+        self._norm_layers = MegatronNormLayers(chunks, layout)
         named = [pair for chunk in chunks for pair in chunk.named_parameters()]
         params = [param for _, param in named]
         self._preconditioner = None if adam_epsilon is None else Preconditioner(params, optimizer, adam_epsilon)
