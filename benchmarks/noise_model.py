@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.megatron.modules import RMSNorm
+from copus.backends.registry import find_backend
 from copus.backends.step_contract import Batches, StepRequest, StepResult, StepRules
 from copus.data.prepared import prepared_path
 from copus.data.samples import open_data
@@ -35,8 +37,8 @@ LAYOUTS = (
 BOTH = "microbatch+normlayer"
 
 
-def _start(job: JobConfig, configuration: Configuration) -> tuple[MegatronBackend, Batches]:
-    backend = MegatronBackend(job, torch.device("cpu"))
+def _start(job: JobConfig, configuration: Configuration) -> tuple[Any, Batches]:
+    backend = find_backend(job.training.backend).load()(job, torch.device("cpu"))
     backend.build(configuration)
     return backend, open_data(job, prepared_path(job))[0]
 
@@ -190,12 +192,20 @@ def same_on_every_layout(job: JobConfig) -> list[dict[str, Any]]:
     return seen
 
 
-def step_times(job: JobConfig, configuration: Configuration, rounds: int) -> dict[str, list[float]]:
+def step_times(
+    job: JobConfig,
+    configuration: Configuration,
+    rounds: int,
+    sources: Sequence[str] = (),
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of steps, measured from each source and from none, in rounds that go through all of them; every round
-    begins with another one. `auto` follows its own schedule, one step a round."""
+    begins with another one. `auto` follows its own schedule, one step a round. With `sources` only these and none."""
     backend, batches = _start(job, configuration)
     several = configuration.layout.dp > 1
-    if job.planner.noise_metric == "adam":
+    if sources:
+        variants = ["off", *sources]
+    elif job.planner.noise_metric == "adam":
         variants = ["off", "microbatch", *["replica"] * several]
     elif backend.description.parts(configuration)["microbatch"].number == 1:
         variants = ["off", "microbatch", "normlayer"]
@@ -211,9 +221,9 @@ def step_times(job: JobConfig, configuration: Configuration, rounds: int) -> dic
                 step = index % job.planner.noise_every_steps
                 source = source_of_step(job.planner, backend.description, configuration, step)
             dist.barrier()
-            started = time.perf_counter()
+            started = clock()
             backend.train_step(batches, StepRequest(sample, _frozen(job), source))
-            elapsed = time.perf_counter() - started
+            elapsed = clock() - started
             sample = (sample + configuration.global_batch) % 4096
             if index >= 0:
                 seconds[variant].append(elapsed)

@@ -90,9 +90,10 @@ def fitting(
 
 def _layouts_like(layout: Layout, job: JobConfig, cluster: Cluster) -> Iterator[Layout]:
     """Splits of the cluster with every ZeRO stage of the backend, with as many copies as a layout has or one, and with
-    its sequence parallelism or without."""
+    its sequence parallelism and offloading or without."""
     stages = range(find_backend(job.training.backend).largest_zero + 1)
-    for sequence_parallel, zero in product({layout.sequence_parallel, False}, stages):
+    offloads = {layout.offload_optimizer, False}
+    for sequence_parallel, offload, zero in product({layout.sequence_parallel, False}, offloads, stages):
         for copies in {layout.dp_replicate, 1} if zero else {1}:
             template = Layout(
                 tp=2,  # sequence parallelism needs tp > 1
@@ -101,6 +102,7 @@ def _layouts_like(layout: Layout, job: JobConfig, cluster: Cluster) -> Iterator[
                 recompute=layout.recompute,
                 zero=zero,
                 dp_replicate=copies,
+                offload_optimizer=offload,
             )
             yield from layouts(job.model, cluster, template)
 
@@ -120,6 +122,7 @@ def _distance(current: Configuration, other: Configuration) -> tuple[int, ...]:
         int((was.tp, was.pp, was.zero) != (now.tp, now.pp, now.zero)),
         int(split_now < split_was),
         abs(now.zero - was.zero),
+        int(now.offload_optimizer != was.offload_optimizer),
         abs(split_now - split_was),
         abs(now.tp - was.tp),
         # At ZeRO 1 and 2 the copies are of optimizer state and gradients: their shares do not grow, either.

@@ -64,7 +64,9 @@ class PlannerConfig(Record):
     """unbiased: batch = noise scale / η². paper: DDP-Norm and FSDP-Norm (2412.21124), with the step's own gradient in
     the place of the true one, which asks for too little by the factor 1 / (1 + noise scale / batch)."""
     norm_test_eta: float = Field(default=0.5, gt=0)
-    """η of the norm test; the authors use 0.1 to 0.5. A smaller one asks for larger batches."""
+    """η of the norm test; the authors use 0.1 to 0.5. A smaller one asks for larger batches: with 1 the unbiased form
+    asks for the noise scale, with 0.5 for four times as much. The paper's form settles at noise scale · (1/η² − 1), and
+    never grows the batch if η is 1 or more."""
     norm_test_every: PositiveInt = 1
     """Test interval: decisions from one norm test to the next."""
     cbs_layout: Literal["present", "pessimistic", "optimistic"] = "present"

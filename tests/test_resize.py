@@ -110,6 +110,13 @@ def test_a_backend_without_hybrid_sharding_shares_out_over_all_replicas(backend:
     assert resized(before, before.cluster, backend).training.layout.label == becomes
 
 
+@pytest.mark.parametrize(("backend", "becomes"), [("deepspeed", "TP1·PP1·DP4·Z3·offload"), ("fsdp", "TP1·PP1·DP4·Z3")])
+def test_an_offloaded_optimizer_stays_offloaded_if_the_backend_can(backend: str, becomes: str) -> None:
+    layout = {"dp": 8, "zero": 3, "offload_optimizer": True}
+    before = job(8, layout, training={"backend": "deepspeed", "micro_batch": 1})
+    assert resized(before, Cluster(accelerators_per_node=4), backend).training.layout.label == becomes
+
+
 def test_the_fastest_known_one_wins() -> None:
     current = Configuration(layout=Layout(dp=4), micro_batch=2, global_batch=8)
     times = {(1, 2, 1): 2.0, (2, 1, 1): 1.0}

@@ -107,7 +107,8 @@ def reduced_gradients(built: BuiltModel, group: int | None = None) -> list[torch
         params = (param for number in chosen for param in built.groups[number].values())
         return [param.grad for param in params if counts and param.grad is not None]
     if built.layout.offload_optimizer:
-        return [built.flat_masters[number].grad for number in chosen]
+        gradients = (built.flat_masters[number].grad for number in chosen)
+        return [gradient for gradient in gradients if gradient is not None]
     if hasattr(wrapper, "fp32_groups_gradient_flat_partition"):  # bf16 with ZeRO 1
         return [wrapper.fp32_groups_gradient_flat_partition[number] for number in chosen]
     return [gradient for number in chosen for gradient in wrapper.averaged_gradients[number]]
