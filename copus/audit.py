@@ -42,7 +42,12 @@ RECENT_STEPS = 20
 
 def audit_run(run: Path) -> Audit:
     """Audit a run by its log; it may still be going on. Without any training all times are 0 and all gains None."""
-    events = _signs_of_work(run)
+    return audit_events(run, read_events(run))[0]
+
+
+def audit_events(run: Path, log: Iterable[Event]) -> tuple[Audit, list["Outcome"]]:
+    """The same from the events of the run's log, and each prediction that was checked."""
+    events = _signs_of_work(log)
     lost = done_again(events)
     counted = [event for place, event in enumerate(events) if place not in lost]
     repeated = sum(event.seconds for place, event in enumerate(events) if place in lost and isinstance(event, Step))
@@ -63,19 +68,19 @@ def audit_run(run: Path) -> Audit:
         trials=len(trials),
         predictions=_checked(course.outcomes),
     )
-    return _with_hindsight(audit, past) if past else audit
+    return (_with_hindsight(audit, past) if past else audit), course.outcomes
 
 
 def past_run_of(run: Path) -> PastRun | None:
     """The steps of a run, by its log, as arrays. None without a step."""
-    events = _signs_of_work(run)
+    events = _signs_of_work(read_events(run))
     lost = done_again(events)
     return _Course(run, (event for place, event in enumerate(events) if place not in lost)).past_run()
 
 
-def _signs_of_work(run: Path) -> list[Event]:
-    """The events of a run. A failure is no sign of life, and may come from a rank that outlives the others."""
-    return [event for event in read_events(run) if not isinstance(event, Failure | Warned | Audited)]
+def _signs_of_work(log: Iterable[Event]) -> list[Event]:
+    """A failure is no sign of life, and may come from a rank that outlives the others."""
+    return [event for event in log if not isinstance(event, Failure | Warned | Audited)]
 
 
 def _with_hindsight(audit: Audit, past: PastRun) -> Audit:
@@ -127,18 +132,22 @@ class Outcome(NamedTuple):
     seen_seconds: float
     """Median of the settled steps, on the machine as it was when the planner predicted."""
 
+    @property
+    def held(self) -> bool:
+        """Whether what was seen lies in the 80 % interval of the prediction."""
+        predicted = self.score.step_seconds
+        assert predicted is not None, "only predictions are checked"
+        spread = math.log1p((self.score.step_seconds_spread or 0.0) / predicted)
+        return abs(math.log(self.seen_seconds / predicted)) <= spread
+
 
 def _checked(outcomes: Sequence[Outcome]) -> PredictionCheck:
     """Whether predictions came true."""
     if not outcomes:
         return PredictionCheck(count=0, mape_pct=None, coverage_pct=None)
-    misses, held = list[float](), list[bool]()
-    for score, seen in outcomes:
-        assert score.step_seconds is not None, "only predictions are checked"
-        misses.append(abs(seen / score.step_seconds - 1))
-        spread = math.log1p((score.step_seconds_spread or 0.0) / score.step_seconds)
-        held.append(abs(math.log(seen / score.step_seconds)) <= spread)
-    return PredictionCheck(count=len(outcomes), mape_pct=100 * mean(misses), coverage_pct=100 * mean(held))
+    misses = [abs(outcome.seen_seconds / (outcome.score.step_seconds or math.inf) - 1) for outcome in outcomes]
+    coverage = mean(outcome.held for outcome in outcomes)
+    return PredictionCheck(count=len(outcomes), mape_pct=100 * mean(misses), coverage_pct=100 * coverage)
 
 
 def _factor_error(decision: Decision | None) -> float:

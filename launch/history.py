@@ -41,6 +41,10 @@ class StepAt(NamedTuple):
     batch: int
     span: int
     """Number of the span that it ran in."""
+    lr: float = 0.0
+    beta2: float = 0.0
+    grad_norm: float | None = None
+    """Before clipping; None if it was not finite."""
 
 
 class NoiseAt(NamedTuple):
@@ -161,10 +165,11 @@ class History:
         return list(dict.fromkeys(span.configuration.layout.label for span in self.spans))
 
 
-def read_history(run: Path) -> History:
-    """Read the log of a run. Torn lines and unknown events are passed over; without a log everything is empty."""
+def read_history(run: Path, events: Sequence[Event] | None = None) -> History:
+    """Read the log of a run, unless its `events` were read already. Torn lines and unknown events are passed over;
+    without a log everything is empty."""
     history = History(run)
-    events = list(read_events(run))
+    events = list(read_events(run)) if events is None else events
     history.status.update(events)
     history.first_start = next((event for event in events if isinstance(event, Start)), None)
     sessions = _sessions(events)
@@ -251,8 +256,9 @@ def _take(history: History, event: Event, seconds: float) -> None:
         case Profile():
             history.measured.append(event)
         case Step():
-            row = StepAt(tokens, seconds, event.loss, event.seconds, event.global_batch, len(history.spans) - 1)
-            history.steps.append(row)
+            span = len(history.spans) - 1
+            row = StepAt(tokens, seconds, event.loss, event.seconds, event.global_batch, span)
+            history.steps.append(row._replace(lr=event.lr, beta2=event.beta2, grad_norm=event.grad_norm))
             if history.spans:
                 _end_span(history, tokens, seconds)
         case Noise() if event.value is not None and event.value > 0:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from copus.job import JobError
 from launch.history import read_history
+from launch.palette import LAYOUTS, LIGHT
 from launch.run_directory import find_run, shown
 from profiles.configuration import Configuration
 
@@ -16,10 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-TRAINING, VALIDATION, NOISE, BATCH, THROUGHPUT = "#9fb3c8", "#d64545", "#8719e0", "#1f2933", "#0f8a6d"
-LAYOUTS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
-"""One colour for each layout, in the order in which the run came to them."""
+INK, MUTED, GRID = LIGHT["ink"], LIGHT["muted"], LIGHT["grid"]
+TRAINING, VALIDATION, NOISE, BATCH, THROUGHPUT = (LIGHT[name] for name in ("faint", "bad", "noise", "ink", "good"))
 STYLE = {
     "font.size": 9,
     "text.color": INK,

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from copus.job import JobError
 from launch.lines import winners
-from launch.plot import BATCH, LAYOUTS, MUTED, STYLE, check_output, need_matplotlib, save
+from launch.palette import LAYOUTS
+from launch.plot import BATCH, MUTED, STYLE, check_output, need_matplotlib, save
 from launch.profile_show import heading, lines_of
 from profiles.query import Summary
 

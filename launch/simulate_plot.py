@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.plot import GRID, INK, LAYOUTS, MUTED, save
+from launch.palette import LAYOUTS
+from launch.plot import GRID, INK, MUTED, save
 from planner.plan import Plan
 from planner.simulator.compare import Row, Setting
 from planner.simulator.trajectory import grid

@@ -12,10 +12,19 @@ def percent(share: float) -> str:
     return f"{sign}{abs(tenths) / 10:.1f}".removesuffix(".0") + " %"
 
 
+def signed_percent(share: float) -> str:
+    """A change: `+3.4 %`, `−12 %`, `0 %`; one decimal below 10 %, none above."""
+    number = 100 * share
+    text = f"{number:+.{1 if abs(number) < 9.95 else 0}f}".replace("-", "−").removesuffix(".0")
+    return ("0" if text in ("+0", "−0") else text) + " %"
+
+
 def duration(seconds: float) -> str:
-    """Roughly how long something takes: `0.4 s`, `38 s`, `12 min`, `3.5 h`."""
+    """Roughly how long something takes: `1.4 ms`, `0.4 s`, `38 s`, `12 min`, `3.5 h`."""
     if not math.isfinite(seconds):
         return "∞"
+    if 0 < abs(seconds) < 0.0995:
+        return f"{_plain(1000 * seconds, 2)} ms"
     for unit_seconds, name in ((1, "s"), (60, "min"), (3600, "h")):
         rounded = _plain(seconds / unit_seconds, 2)
         if abs(float(rounded)) < 100:

@@ -9,7 +9,7 @@ from planner.config import PlannerConfig
 from planner.planner import Planner, decision_interval, decision_is_due
 from planner.predictor import Predictor
 from planner.space import candidates
-from planner.wording import duration, noise_in_words, percent, three_digits
+from planner.wording import duration, noise_in_words, percent, signed_percent, three_digits
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.decision import Decision
@@ -346,7 +346,13 @@ def test_the_unit_of_a_duration_follows_from_the_rounded_figure() -> None:
     words = ["0.38 s", "38 s", "99 s", "1.7 min", "12 min", "99 min", "1.7 h", "3.5 h", "111 h"]
     assert [duration(each) for each in seconds] == words
     assert duration(float("inf")) == "∞"
-    assert duration(1.24e-5) == "0.000012 s"
+    assert [duration(seconds) for seconds in (1.24e-5, 0.00142, 0.099, 0.0996)] == [
+        "0.012 ms",
+        "1.4 ms",
+        "99 ms",
+        "0.1 s",
+    ]
+    assert [signed_percent(share) for share in (0.034, -0.117, 0.0001, -0.0001)] == ["+3.4 %", "−12 %", "0 %", "0 %"]
 
 
 def test_the_decisions_of_a_long_run_take_little_room():

@@ -1,6 +1,7 @@
 """`copus report`: the numbers behind the plots, and what the page says where there is little to say."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from launch_events import (
     SEQ_LEN,
     TENSOR,
     TOTAL_SAMPLES,
+    decision,
     noise,
     reconfigure,
     start,
@@ -27,7 +29,8 @@ from told_run import HOSTILE, evaluate, told_events, write_told_run
 from copus.events import Event
 from launch.history import History, LossAt, StepAt, read_history
 from launch.report import page
-from launch.report.comparison import differences, flat, names
+from launch.report.comparison import comparison, differences, flat, interval, names
+from launch.report.decisions import MOST_DECISIONS, kept_numbers
 from launch.report.series import (
     decomposition,
     first_throughput,
@@ -163,24 +166,66 @@ def test_the_page_says_what_happened(told: History) -> None:
     assert "from 8.200 to 4.500" in text
     assert "moved 2 times, from TP2·PP1·DP1 B4 m1 to TP1·PP1·DP2 B16 m2, in 2.5 s" in text
     assert "By its own data its first configuration would have taken" in text
-    assert set(content.figures) == {"loss-time", "loss-tokens", "noise", "goodput", "timeline", "lines"}
+    figures = {"overview-time", "overview-tokens", "predictions", "lines"}
+    assert set(content.figures) == figures | {"speed", "efficiency", "lr", "beta2", "grad-norm"}
     assert [row.mark for row in content.values["decision"].rows].count("chosen") == 1
     shades = content.values["shades"]
-    assert len(set(shades.values())) == len(shades) == 3
-    for name, figure in content.figures.items():
-        assert figure["layout"]["yaxis"]["title"]["text"] or name == "timeline"
-        drawn = [trace["line"]["color"] for trace in figure["data"] if trace["name"] in shades and "line" in trace]
+    assert list(shades) == told.layouts()
+    for figure in content.figures.values():
+        drawn = [trace["line"]["color"] for trace in figure["data"] if trace.get("name") in shades and "line" in trace]
         assert all(colour in shades.values() for colour in drawn)
+
+
+def test_moves_are_marks_in_a_lane_and_hide_no_curve(told: History) -> None:
+    figure = single(told).figures["overview-time"]
+    assert "shapes" not in figure["layout"]
+    marks = {trace["name"]: trace for trace in figure["data"] if trace.get("mode") == "markers"}
+    assert [len(marks[f"move to another {kind}"]["x"]) for kind in ("layout", "batch")] == [1, 1]
+    assert {trace["yaxis"] for trace in marks.values()} == {"y4"}
+    ran = [trace for trace in figure["data"] if trace.get("y", [""])[0] == "ran"]
+    assert sum(len(trace["x"]) for trace in ran) == len(told.spans)
+    ends = max(begin + length for trace in ran for begin, length in zip(trace["base"], trace["x"], strict=True))
+    assert ends == pytest.approx(told.end, rel=1e-3)
+
+
+def test_the_first_losses_do_not_set_the_axis(tmp_path: Path) -> None:
+    losses = [11.0, 9.0, *(4.0 - place / 100 for place in range(100))]
+    run = write_run(tmp_path, start(), *(step(4 * place, loss=loss) for place, loss in enumerate(losses, start=1)))
+    low, high = single(read_history(run)).figures["overview-time"]["layout"]["yaxis"]["range"]
+    assert low < 3.01
+    assert 4.0 < high < 7.0
+
+
+def test_every_decision_is_a_map_of_goodput_by_batch_and_layout(told: History) -> None:
+    maps = single(told).data["decisions"]
+    assert [made["number"] for made in maps["decisions"]] == [0, 1, 2]
+    assert maps["first"] == 1  # the last one that moved the job
+    first = maps["decisions"][0]
+    row, column = first["chosen"]
+    assert (maps["layouts"][row][0], maps["batches"][column]) == ("TP1·PP1·DP2", 8)
+    assert first["cells"][row][column] == [2.0, 2, "CHOSEN"]  # 80 samples/s over 40, at one efficiency
+    row, column = first["current"]
+    assert first["cells"][row][column] == [1.0, 1, "current"]
+    assert maps["decisions"][2]["chosen"] == maps["decisions"][2]["current"]
+
+
+def test_of_many_decisions_those_that_moved_the_job_are_kept(tmp_path: Path) -> None:
+    stays = [decision(number, 4, TENSOR, TENSOR) for number in range(MOST_DECISIONS + 50)]
+    moved = decision(len(stays), 4, TENSOR, DATA)
+    history = read_history(write_run(tmp_path, start(), step(4), *stays, moved))
+    numbers = kept_numbers(history)
+    assert len(numbers) == MOST_DECISIONS
+    assert numbers[-1] == len(stays)
 
 
 def test_the_speed_is_there_with_its_utilization_where_that_is_known(told: History) -> None:
     def tile(name: str) -> dict[str, str]:
         return next(each for each in single(told).values["tiles"] if each["name"] == name)
 
-    assert (tile("samples/s")["value"], tile("samples/s")["note"]) == ("80", "of the last steps")
+    assert (tile("tokens/s")["value"], tile("tokens/s")["note"]) == ("2.56 k", "of the last steps")
     assert told.status.start is not None
     told.status.start = told.status.start.model_copy(update={"peak_samples_per_second": 200.0})
-    assert tile("samples/s")["note"] == "MFU 40 %"
+    assert tile("tokens/s")["note"] == "MFU 40 %"
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8, 30, 36, 37, 60, 64, 70, 90])
@@ -189,7 +234,7 @@ def test_a_run_can_be_looked_at_whatever_is_there_of_it(tmp_path: Path, length: 
     with open(run / "events.jsonl", "a") as log:
         log.write('{"type":"step","st')
     content = single(read_history(run))
-    expected = {"loss-time", "loss-tokens", "noise", "goodput", "timeline", "lines"}
+    expected = {"overview-time", "overview-tokens", "predictions", "lines"}
     assert set(content.figures) | set(content.reasons) >= expected
     assert content.summary[0]
     assert page([run]).count("</html>") == 1
@@ -198,7 +243,8 @@ def test_a_run_can_be_looked_at_whatever_is_there_of_it(tmp_path: Path, length: 
 def test_a_run_in_which_no_loss_was_finite_or_evaluated_once(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", start(), evaluate(0, 8.0), step(4, loss=None), noise(4))
     content = single(read_history(run))
-    assert content.reasons["loss-time"] == "No loss of this run was finite."
+    headings = [heading["text"] for heading in content.figures["overview-time"]["layout"]["annotations"]]
+    assert "no loss of this run was finite" in headings[0]
     assert "evaluated once, was 8.000" in content.summary[0]
     assert content.summary[1] == "It ran in TP2·PP1·DP1 B4 m1 throughout."
 
@@ -211,7 +257,7 @@ def test_nothing_of_the_run_becomes_part_of_the_page(tmp_path: Path, monkeypatch
         assert "&lt;b&gt;bold" in body
         assert [tag for tag in ("<script", "<img", "<b>") if tag in body] == []
         assert [secret for secret in ("tell nobody", "hunter2") if secret in text] == []
-        values = re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)
+        values = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)
         assert values is not None
         assert "<" not in values[1]
         json.loads(values[1])
@@ -234,6 +280,23 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     assert "At least two evaluations" in page([runs[0], once])
     empty = [write_run(tmp_path / name) for name in ("none", "nor this")]
     assert "None of these runs has trained a step yet" in page(empty)
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row_with_an_interval(tmp_path: Path) -> None:
+    runs = [write_told_run(tmp_path / name, slower=slower) for name, slower in (("a", 1.0), ("b", 1.2), ("c", 2.0))]
+    for seed, run in enumerate(runs):
+        values = yaml.safe_load((run / "job.yaml").read_text())
+        values["training"]["seed"] = seed
+        values["planner"]["policy"] = "static" if run.name == "c" else "copus"
+        (run / "job.yaml").write_text(yaml.safe_dump(values))
+    content = comparison([read_history(run) for run in runs])
+    grouped, alone = [row.cells for row in content.values["equal"].rows]
+    assert (grouped[:2], alone[:2]) == (["a", "2"], ["c", "1"])
+    assert alone[4] == "–"
+    ends = interval([10.0, 12.0])
+    assert ends is not None
+    half = 6.314 * math.log(1.2) / 2  # Student's t for one degree of freedom, times the standard error
+    assert ends == pytest.approx([math.sqrt(120) * math.exp(sign * half) for sign in (-1, 1)], rel=1e-3)
 
 
 def test_jobs_differ_in_fields() -> None:

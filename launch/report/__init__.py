@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from copus.events import read_events
 from copus.job import JobError
 from launch.run_directory import find_run, shown, write_atomically
 
@@ -35,7 +36,7 @@ def page(runs: list[Path]) -> str:
     from launch.report.render import render
     from launch.report.single import single
 
-    histories = [read_history(run) for run in runs]
-    return (
-        render("run.html", single(histories[0])) if len(runs) == 1 else render("comparison.html", comparison(histories))
-    )
+    if len(runs) > 1:
+        return render("comparison.html", comparison([read_history(run) for run in runs]))
+    events = list(read_events(runs[0]))
+    return render("run.html", single(read_history(runs[0], events), events))

@@ -1,17 +1,19 @@
 """What the page says that compares several runs."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from launch.history import History
+from launch.history import History, LossAt
 from launch.report import compared, style
 from launch.report.render import Column, Content, Row, Table
 from launch.report.series import reached, time_shares
 from launch.report.single import job_values
 from launch.run_state import state_of
 from launch.wording import count
-from planner.wording import duration, percent, three_digits
+from planner.wording import duration, percent, signed_percent
 
 SAME_DATA = ("data.source", "data.held_out", "data.tokenizer", "model.vocab")
 """Settings that have to be the same if a run of an older version does not say which data it was trained on."""
@@ -19,6 +21,7 @@ SAME_SEQUENCES = ("model.seq_len", "training.evaluate_sequences")
 """Settings that have to be the same for two held-out losses to be of the same sequences."""
 NEVER = ("name", "launch.runs", "data.cache", "profile.table")
 """Differences that say nothing."""
+SEED = "training.seed"
 
 
 def comparison(histories: Sequence[History]) -> Content:
@@ -27,25 +30,54 @@ def comparison(histories: Sequence[History]) -> Content:
     jobs = {name: flat(job_values(history.run)) for name, history in named.items()}
     equal, why_not = _equal_loss(named, jobs)
     other_data = _other_data(named)
-    content = Content("Comparison of " + ", ".join(named), [other_data] if other_data else _summary(named, equal))
-    content.values = {"results": _results(named), "equal": equal, "differences": _differences(jobs)}
+    groups = groups_of(jobs)
+    content = Content("Comparison of " + ", ".join(named), [other_data] if other_data else _summary(equal))
+    content.values = {
+        "results": _results(named, groups),
+        "equal": equal,
+        "differences": _differences(jobs),
+        "grouped": len(set(groups.values())) < len(groups),
+    }
     nothing = "None of these runs has trained a step yet."
-    content.reasons = {
-        "loss-time": nothing,
-        "loss-tokens": nothing,
-        "batch": nothing,
+    content.reasons = dict.fromkeys(("loss-time", "loss-tokens", "batch", "layouts"), nothing) | {
+        "noise": "The noise scale of none of these runs was known yet.",
         "equal": why_not,
         "differences": "The job files are the same, but for names and places of files.",
     }
     trained = {name: history for name, history in named.items() if history.steps}
     if trained:
         time = style.time_axis(max(history.end for history in trained.values()))
+        shades = style.colours(list(dict.fromkeys(name for history in trained.values() for name in history.layouts())))
         content.figures = {
-            "loss-time": compared.loss(named, time),
-            "loss-tokens": compared.loss(named, style.TOKENS),
-            "batch": compared.batch(named, time),
+            "loss-time": compared.loss(named, groups, time),
+            "loss-tokens": compared.loss(named, groups, style.TOKENS),
+            "batch": compared.over_time(trained, groups, time),
+            "layouts": compared.layouts(trained, shades, time),
         }
+    if any(history.noise for history in trained.values()):
+        content.figures["noise"] = compared.over_time(trained, groups, time, noise=True)
     return content
+
+
+def groups_of(jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Run → name of its group: runs whose jobs differ in the seed alone. A group has the name of its first run."""
+    first: dict[str, str] = {}
+    groups = {}
+    for name, job in jobs.items():
+        settings = {field: str(value) for field, value in job.items() if field not in (*NEVER, SEED)}
+        groups[name] = first.setdefault(str(sorted(settings.items())), name)
+    return groups
+
+
+def interval(seconds: Sequence[float]) -> tuple[float, float] | None:
+    """90 % interval of the mean of the logarithm of times, by Student's t; None for fewer than two."""
+    if len(seconds) < 2:
+        return None
+    from scipy.special import stdtrit
+
+    logs = [math.log(value) for value in seconds]
+    width = float(stdtrit(len(logs) - 1, 0.95)) * stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean(logs) - width), math.exp(mean(logs) + width)
 
 
 def names(runs: Sequence[Path]) -> list[str]:
@@ -81,12 +113,13 @@ def _differences(jobs: dict[str, dict[str, Any]]) -> Table | None:
     return Table([Column("field", "name"), *(Column(name, "words") for name in jobs)], rows) if rows else None
 
 
-def _results(named: dict[str, History]) -> Table:
-    columns = [Column("run", "name"), Column("state", "name"), *map(Column, ("tokens", "time", "samples/s"))]
+def _results(named: dict[str, History], groups: Mapping[str, str]) -> Table:
+    shades = {group: style.palette(place) for place, group in enumerate(dict.fromkeys(groups.values()))}
+    columns = [Column("run", "name"), Column("state", "name"), *map(Column, ("tokens", "time", "tokens/s"))]
     columns += map(Column, ("validation", "at first", "moves"))
     columns += [Column("at the end", "name"), Column("productive time")]
     rows = []
-    for place, (name, history) in enumerate(named.items()):
+    for name, history in named.items():
         evaluations, shares = history.evaluations, time_shares(history)
         training = sum(step.duration for step in history.steps)
         ran = history.status.configuration
@@ -96,14 +129,14 @@ def _results(named: dict[str, History]) -> Table:
             state_of(history.run, history.status).name,
             count(history.tokens),
             duration(max(0.0, history.end)),
-            three_digits(sum(step.batch for step in history.steps) / training) if training else "–",
+            count(history.seq_len * sum(step.batch for step in history.steps) / training) if training else "–",
             f"{evaluations[-1].loss:.3f}" if evaluations else "–",
             f"{evaluations[0].loss:.3f}" if evaluations else "–",
             str(len(history.moves)),
             ran.label if ran else "–",
             percent(productive[0]) if productive else "–",
         ]
-        rows.append(Row(texts, style.palette(place)))
+        rows.append(Row(texts, shades[groups[name]]))
     return Table(columns, rows)
 
 
@@ -128,22 +161,35 @@ def _equal_loss(named: dict[str, History], jobs: dict[str, dict[str, Any]]) -> t
     if any(len(history.evaluations) < 2 for history in named.values()):
         return None, "At least two evaluations of every run are needed to say when it reached a loss."
     target = max(min(each.loss for each in history.evaluations) for history in named.values())
-    found = {name: reached(history.evaluations, target) for name, history in named.items()}
-    first = next(iter(found.values()))
-    rows = []
-    for place, (name, at) in enumerate(found.items()):
+    groups = groups_of(jobs)
+    found: dict[str, list[LossAt]] = {}
+    for name, history in named.items():
+        at = reached(history.evaluations, target)
         assert at is not None  # every run has reached the target, by its choice
-        assert first is not None
-        against = "–" if at is first or first.seconds <= 0 else f"{100 * (at.seconds / first.seconds - 1):+.0f} %"
-        texts = [name, f"{target:.3f}", duration(at.seconds), against, count(at.tokens)]
+        found.setdefault(groups[name], []).append(at)
+    rows, first = [], None
+    for place, (group, times) in enumerate(found.items()):
+        seconds = [max(at.seconds, 1e-9) for at in times]
+        middle = math.exp(mean(map(math.log, seconds)))
+        ends = interval(seconds)
+        first = first or middle
+        texts = [
+            group,
+            str(len(times)),
+            f"{target:.3f}",
+            duration(middle),
+            f"{duration(ends[0])} to {duration(ends[1])}" if ends else "–",
+            "–" if place == 0 else signed_percent(middle / first - 1),
+            count(mean(at.tokens for at in times)),
+        ]
         rows.append(Row(texts, style.palette(place)))
-    columns = [Column("run", "name"), Column("loss"), Column("time"), Column("against the first"), Column("tokens")]
-    return Table(columns, rows), ""
+    columns = [Column("run", "name"), *map(Column, ("seeds", "loss", "time", "90 % interval", "against the first"))]
+    return Table([*columns, Column("tokens")], rows), ""
 
 
-def _summary(named: dict[str, History], equal: Table | None) -> list[str]:
+def _summary(equal: Table | None) -> list[str]:
     if equal is None:
         return []
-    times = {row.cells[0]: row.cells[2] for row in equal.rows}
+    times = {row.cells[0]: row.cells[3] for row in equal.rows}
     words = ", ".join(f"{name} after {time}" for name, time in times.items())
-    return [f"A validation loss of {equal.rows[0].cells[1]}, the lowest that all of them reached: {words}."]
+    return [f"A validation loss of {equal.rows[0].cells[2]}, the lowest that all of them reached: {words}."]

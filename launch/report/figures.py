@@ -1,18 +1,19 @@
-"""The plots of a report, as plotly's plain figures: `{"data": […], "layout": {…}}`."""
+"""The smaller plots of a report, as plotly's plain figures: `{"data": […], "layout": {…}}`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 
-from launch.history import History, LossAt
+from copus.audit import Outcome
+from launch.history import History, LossAt, StepAt
 from launch.lines import LinePoint
-from launch.report.series import KIND_WORDS, GoodputAt, SeenPoint, smoothed_loss, thinned
+from launch.report.series import GoodputAt, SeenPoint, memory_of_spans, thinned
 from launch.report.style import (
-    ACCENT,
-    FAINT,
+    BAD,
+    GOOD,
     GRID,
     INK,
     MUTED,
     NOISE,
-    PAGE,
     TOKENS,
     Axis,
     Figure,
@@ -22,36 +23,13 @@ from launch.report.style import (
     short,
     text,
 )
-from planner.wording import duration, three_digits
+from launch.wording import count
+from planner.wording import duration, signed_percent
 
-MOST_MOVES = 120
-"""Moves that are marked; of more only those to another layout are, as long as they are not too many either."""
 MOST_LINES = 10
 """Layouts that the crossing lines have room for."""
-LANES = {
-    "down": "down",
-    "checkpoints": "checkpoint",
-    "evaluating": "evaluation",
-    "moving": "move",
-    "starting": "starting",
-    "measuring": "measuring",
-}
-"""Kinds of pauses that have a lane in the timeline, from the bottom up; a decision takes milliseconds and has none."""
-
-
-def loss(history: History, axis: Axis, shades: Mapping[str, str]) -> Figure:
-    """Training loss, smoothed, and validation loss."""
-    steps = [step for step in history.steps if step.loss is not None]
-    raw, smooth = thinned([LossAt(step.tokens, step.seconds, step.loss or 0.0) for step in steps]), smoothed_loss(steps)
-    data = [
-        curve(raw, axis, "training", FAINT, 1),
-        curve(thinned(smooth), axis, "smoothed", ACCENT, 2),
-    ]
-    if history.evaluations:
-        data.append(curve(history.evaluations, axis, "validation", INK, 2, markers=True))
-    layout = plot_layout(axis, "loss (nats a token)", height=360)
-    _mark(layout, history, axis, shades)
-    return {"data": data, "layout": layout}
+SMALL = 190
+"""Height of a plot of which three stand side by side."""
 
 
 def curve(rows: Sequence[LossAt], axis: Axis, name: str, colour: str, width: float, *, markers: bool = False) -> Figure:
@@ -67,173 +45,160 @@ def curve(rows: Sequence[LossAt], axis: Axis, name: str, colour: str, width: flo
     return line | {"marker": {"color": colour, "size": 6}} if markers else line
 
 
-def noise(history: History, axis: Axis, shades: Mapping[str, str]) -> Figure:
-    """Noise scale with its interval, and the batch, on a log scale."""
-    rows = thinned(history.noise)
-    steps = thinned(history.steps)
-    values = [step.batch for step in steps] + [row.value for row in rows]
-    floor, top = min(values) / 1.6, max(values) * 1.6
-    banded = [row for row in rows if row.low is not None]
-    data: list[Figure] = []
-    if banded:
-        places = [short(axis.place(row.tokens, row.seconds), 7) for row in banded]
-        high = [top * 10 if row.high is None else row.high for row in banded]
-        low = [max(row.low or 0.0, floor / 10) for row in banded]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": "90 % interval",
-                "x": [*places, *reversed(places)],
-                "y": [short(value) for value in (*high, *reversed(low))],
-                "fill": "toself",
-                "fillcolor": NOISE,
-                "opacity": 0.25,
-                "line": {"width": 0, "color": NOISE},
-                "hoverinfo": "skip",
-            }
-        )
-    for name, colour, width, shape, places, heights in (
-        (
-            "noise scale B_simple",
-            NOISE,
-            2,
-            "linear",
-            [axis.place(row.tokens, row.seconds) for row in rows],
-            [row.value for row in rows],
-        ),
-        (
-            "global batch",
-            INK,
-            2.5,
-            "vh",
-            [axis.place(step.tokens, step.seconds) for step in steps],
-            [step.batch for step in steps],
-        ),
-    ):
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": name,
-                "x": [short(place, 7) for place in places],
-                "y": [short(height) for height in heights],
-                "line": {"color": colour, "width": width, "shape": shape},
-            }
-        )
-    layout = plot_layout(axis, "sequences", height=380)
-    layout["yaxis"] |= powers_of_two(floor, top)
-    _mark(layout, history, axis, shades)
-    return {"data": data, "layout": layout}
-
-
-def goodput(history: History, rows: Sequence[GoodputAt], axis: Axis, shades: Mapping[str, str]) -> Figure:
-    """Throughput, statistical efficiency and their product, one below the other."""
+def speed(history: History, rows: Sequence[GoodputAt], axis: Axis, shades: Mapping[str, str]) -> Figure:
+    """Tokens/s, in the colour of the layout that ran, and the model FLOP utilization on an axis at the right."""
     kept = thinned(list(zip(rows, history.steps, strict=True)))
-    places = [short(axis.place(row.tokens, row.seconds), 7) for row, _ in kept]
-    data: list[Figure] = []
-    for layout_name, colour in shades.items():
-        mine = [history.spans[step.span].configuration.layout.label == layout_name for _, step in kept]
+    rates = [row.throughput * history.seq_len for row, _ in kept]
+    data = []
+    for name, colour in shades.items():
+        mine = [history.spans[step.span].configuration.layout.label == name for _, step in kept]
         if any(mine):
-            rates = [short(row.throughput) if here else None for (row, _), here in zip(kept, mine, strict=True)]
-            data.append(_panel(places, rates, text(layout_name), colour, "y", legend=True))
-    efficiency = [None if row.efficiency is None else short(100 * row.efficiency) for row, _ in kept]
-    data.append(_panel(places, efficiency, "efficiency", NOISE, "y2"))
-    if any(row.unmoved is not None for row, _ in kept) and history.moves:
-        unmoved = [None if row.unmoved is None else short(row.unmoved) for row, _ in kept]
-        data.append(_panel(places, unmoved, "had it stayed in its first configuration", MUTED, "y3", legend=True))
-        data[-1]["line"]["dash"] = "dash"
-    data.append(
-        _panel(places, [None if r.goodput is None else short(r.goodput) for r, _ in kept], "goodput", INK, "y3")
-    )
-    layout = plot_layout(axis, "samples/s", height=560)
-    layout["yaxis"] |= {"domain": [0.70, 1.0], "rangemode": "tozero"}
-    layout["yaxis2"] = quiet_axis("efficiency (%)") | {"gridcolor": GRID, "domain": [0.36, 0.64], "range": [0, 105]}
-    layout["yaxis3"] = quiet_axis("goodput") | {"gridcolor": GRID, "domain": [0.0, 0.30], "rangemode": "tozero"}
-    layout["xaxis"] |= {"anchor": "y3"}
-    _mark(layout, history, axis, shades)
+            heights = [rate if here else None for rate, here in zip(rates, mine, strict=True)]
+            data.append(_small_curve([row for row, _ in kept], heights, axis, text(name), colour))
+    figure = _small(axis, "tokens/s", data)
+    top = 1.08 * min(max(rates), 3 * median(rates))
+    figure["layout"]["yaxis"] |= {"range": [0, short(top)], "tickformat": "~s", "hoverformat": ".3~s"}
+    peak = history.first_start.peak_samples_per_second if history.first_start else None
+    if peak:
+        share = {"overlaying": "y", "side": "right", "range": [0, short(100 * top / peak / history.seq_len)]}
+        figure["layout"]["yaxis2"] = quiet_axis("MFU (%)") | share | {"showgrid": False, "nticks": 4}
+        ghost = _small_curve([row for row, _ in kept[:1]], [0.0], axis, "MFU", MUTED)
+        figure["data"].append(ghost | {"yaxis": "y2", "hoverinfo": "skip", "opacity": 0})
+        figure["layout"]["margin"]["r"] = 52
+    return figure
+
+
+def efficiency(rows: Sequence[GoodputAt], axis: Axis) -> Figure:
+    """Statistical efficiency in percent."""
+    kept = thinned(rows)
+    heights = [None if row.efficiency is None else 100 * row.efficiency for row in kept]
+    figure = _small(axis, "efficiency (%)", [_small_curve(kept, heights, axis, "efficiency", NOISE)])
+    figure["layout"]["yaxis"]["range"] = [0, 105]
+    return figure
+
+
+def of_steps(
+    history: History, axis: Axis, title: str, value: Callable[[StepAt], float | None], *, logarithmic: bool = False
+) -> Figure:
+    """Something that every step has."""
+    kept = thinned(history.steps)
+    figure = _small(axis, title, [_small_curve(kept, [value(step) for step in kept], axis, title, INK)])
+    if logarithmic:
+        heights = [value(step) or 0.0 for step in kept]
+        low, high = min(filter(None, heights), default=1.0), max(heights, default=1.0)
+        # Ticks at 1, 2 and 5 of each decade, as long as these are few.
+        figure["layout"]["yaxis"] |= {"type": "log", "dtick": "D2" if high < 30 * low else 1}
+        figure["data"][0]["line"]["width"] = 1
+    else:
+        figure["layout"]["yaxis"] |= {"tickformat": "~g"}
+    return figure
+
+
+def memory(history: History, axis: Axis) -> Figure | None:
+    """Peak memory of a rank as it was predicted of what ran; diamonds are what moves took. None without either."""
+    predicted = memory_of_spans(history)
+    moves = [move for move in history.moves if move.event.peak_bytes]
+    if not predicted and not moves:
+        return None
+    data: list[Figure] = []
+    if predicted:
+        places = [axis.place(*at) for first, last, _ in predicted for at in (first, last)]
+        heights = [peak / 2**30 for _, _, peak in predicted for _ in range(2)]
+        line: Figure = {"type": "scatter", "mode": "lines", "name": "predicted", "line": {"color": INK, "width": 2}}
+        data.append(line)
+        line |= {"x": [short(place, 7) for place in places], "y": [short(height) for height in heights]}
+    if moves:
+        marker = {"symbol": "diamond", "size": 8, "color": GOOD}
+        seen: Figure = {"type": "scatter", "mode": "markers", "name": "seen in a move", "marker": marker}
+        seen["x"] = [short(axis.place(move.tokens, move.seconds), 7) for move in moves]
+        seen["y"] = [short((move.event.peak_bytes or 0) / 2**30) for move in moves]
+        data.append(seen)
+    figure = _small(axis, "memory per rank (GiB)", data)
+    figure["layout"]["yaxis"]["rangemode"] = "tozero"
+    return figure
+
+
+def _small(axis: Axis, title: str, data: list[Figure]) -> Figure:
+    layout = plot_layout(axis, "", height=SMALL)
+    del layout["legend"]
+    heading = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}
+    heading |= {"text": title, "showarrow": False, "font": {"size": 12.5, "color": MUTED}}
+    layout |= {"showlegend": False, "annotations": [heading]}
+    layout["margin"] |= {"t": 24, "b": 26, "l": 48, "r": 10}
+    layout["xaxis"] |= {"title": {"text": ""}, "nticks": 6}
+    layout["yaxis"] |= {"nticks": 5, "fixedrange": True}
+    layout["font"]["size"] = 12
     return {"data": data, "layout": layout}
 
 
-def _panel(
-    places: list[float], values: list[float | None], name: str, colour: str, axis: str, *, legend: bool = False
+def _small_curve(
+    rows: Sequence[StepAt] | Sequence[GoodputAt], heights: Sequence[float | None], axis: Axis, name: str, colour: str
 ) -> Figure:
     return {
         "type": "scatter",
         "mode": "lines",
         "name": name,
-        "x": places,
-        "y": values,
-        "yaxis": axis,
-        "showlegend": legend,
-        "line": {"color": colour, "width": 2},
+        "x": [short(axis.place(row.tokens, row.seconds), 7) for row in rows],
+        "y": [None if height is None else short(height) for height in heights],
+        "line": {"color": colour, "width": 1.8},
     }
 
 
-def timeline(history: History, axis: Axis, shades: Mapping[str, str]) -> Figure:
-    """What ran when, a bar for each stretch in a configuration, and every pause below."""
-    kinds = [kind for kind in LANES if any(pause.kind == kind for pause in history.pauses)]
-    lanes = [LANES[kind] for kind in kinds]
-    whole = max(history.end - history.begin, 1e-9)
-    data = []
-    for layout_name, colour in shades.items():
-        spans = [span for span in history.spans if span.configuration.layout.label == layout_name]
-        if spans:
-            wide = [(span.last_seconds - span.first_seconds) / whole > 0.07 for span in spans]
-            short = [f"B{span.configuration.global_batch} m{span.configuration.micro_batch}" for span in spans]
-            data.append(
-                _bars(
-                    [(span.first_seconds, span.last_seconds, text(span.configuration.label)) for span in spans],
-                    axis,
-                    "training",
-                    colour,
-                    text(layout_name),
-                )
-                | {
-                    "text": [label if fits else "" for label, fits in zip(short, wide, strict=True)],
-                    "textposition": "inside",
-                    "insidetextanchor": "middle",
-                    "textangle": 0,
-                    "showlegend": True,
-                    "marker": {"color": colour, "line": {"color": PAGE, "width": 1}},
-                }
-            )
-    for kind, lane in zip(kinds, lanes, strict=True):
-        pauses = [pause for pause in history.pauses if pause.kind == kind]
-        bars = [(pause.begin, pause.end, text(pause.text)) for pause in thinned(pauses)]
-        data.append(_bars(bars, axis, lane, ACCENT if kind == "moving" else MUTED, KIND_WORDS[kind]))
-    layout = plot_layout(axis, "", height=130 + 34 * (len(lanes) + 1))
-    layout["yaxis"] |= {
-        "type": "category",
-        "categoryorder": "array",
-        "categoryarray": [*lanes, "training"],
-        "gridcolor": PAGE,
-        "title": {"text": ""},
-        "automargin": True,
-    }
-    layout |= {"barmode": "overlay", "hovermode": "closest", "bargap": 0.25}
+def predictions(outcomes: Sequence[Outcome], shades: Mapping[str, str]) -> Figure:
+    """Step times as predicted, with their 80 % intervals, against those that were seen; on the diagonal both agree."""
+    data: list[Figure] = []
+    times = [second for o in outcomes for second in (o.score.step_seconds or 0.0, o.seen_seconds)]
+    ends = [min(times) / 1.5, max(times) * 1.5]
+    diagonal = {"type": "scatter", "mode": "lines", "x": ends, "y": ends, "hoverinfo": "skip", "showlegend": False}
+    data.append(diagonal | {"line": {"color": MUTED, "width": 1, "dash": "dot"}})
+    for name, colour, held in (("within its interval", GOOD, True), ("outside", BAD, False)):
+        kept = [outcome for outcome in outcomes if outcome.held is held]
+        if not kept:
+            continue
+        points = [(o.score.step_seconds or 0.0, o.seen_seconds, o.score) for o in kept]
+        spread = [score.step_seconds_spread or 0.0 for _, _, score in points]
+        # The interval is symmetric in the logarithm: predicted ÷ (1 + s) to predicted · (1 + s).
+        below = [x - x / (1 + s / x) for (x, _, _), s in zip(points, spread, strict=True)]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": f"{name} ({len(kept)})",
+                "x": [short(x) for x, _, _ in points],
+                "y": [short(y) for _, y, _ in points],
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [short(s) for s in spread],
+                    "arrayminus": [short(s) for s in below],
+                    "color": MUTED,
+                    "thickness": 1,
+                    "width": 3,
+                },
+                "marker": {
+                    "size": 10,
+                    "color": [shades.get(score.configuration.layout.label, MUTED) for _, _, score in points],
+                    "line": {"color": colour, "width": 2.5},
+                },
+                "hovertext": [
+                    f"{text(score.configuration.label)}: predicted {duration(x)}, seen {duration(y)} "
+                    f"({signed_percent(y / x - 1)})"
+                    for x, y, score in points
+                ],
+                "hoverinfo": "text",
+            }
+        )
+    layout = plot_layout(Axis("predicted step (s)", TOKENS.place), "seen step (s)", height=380)
+    for name in ("xaxis", "yaxis"):
+        layout[name] |= {"type": "log", "showgrid": True, "gridcolor": GRID, "dtick": "D2", "tickformat": "~g"}
+    layout["hovermode"] = "closest"
     return {"data": data, "layout": layout}
 
 
-def _bars(stretches: list[tuple[float, float, str]], axis: Axis, lane: str, colour: str, name: str) -> Figure:
-    begins = [axis.place(0, begin) for begin, _, _ in stretches]
-    lengths = [axis.place(0, end) - begin for (_, end, _), begin in zip(stretches, begins, strict=True)]
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": name,
-        "y": [lane] * len(stretches),
-        "base": [short(begin, 7) for begin in begins],
-        "x": [short(length) for length in lengths],
-        "hovertext": [f"{words}<br>{duration(end - begin)}" for begin, end, words in stretches],
-        "hoverinfo": "text",
-        "marker": {"color": colour, "line": {"color": colour, "width": 1.5}},  # the line keeps milliseconds visible
-        "showlegend": False,
-    }
-
-
-def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint], shades: Mapping[str, str]) -> Figure:
-    """Samples/s over the global batch, a line for each layout; what the run saw as diamonds."""
+def lines(
+    predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint], shades: Mapping[str, str], seq_len: int
+) -> Figure:
+    """Tokens/s over the global batch, a line for each layout; what the run saw as diamonds."""
     best = sorted(predicted, key=lambda name: -max(point.rate for point in predicted[name]))[:MOST_LINES]
     ran = {point.layout for point in seen}
     data: list[Figure] = []
@@ -245,7 +210,7 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
                 "mode": "lines+markers",
                 "name": text(layout_name),
                 "x": [point.batch for point in points],
-                "y": [short(point.rate) for point in points],
+                "y": [short(seq_len * point.rate) for point in points],
                 "line": {"color": shades[layout_name], "width": 2},
                 "marker": {
                     "size": 8,
@@ -253,8 +218,8 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
                     "symbol": ["circle" if _is_measured(point) else "circle-open" for point in points],
                 },
                 "hovertext": [
-                    f"{text(layout_name)} m{point.micro_batch}: {three_digits(point.rate)} ± "
-                    f"{three_digits(point.spread)} ({point.source})"
+                    f"{text(layout_name)} B{point.batch} m{point.micro_batch}: "
+                    f"{count(seq_len * point.rate)} ± {count(seq_len * point.spread)} ({point.source})"
                     for point in points
                 ],
                 "hoverinfo": "text",
@@ -267,7 +232,7 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
                 "mode": "markers",
                 "name": "seen in this run",
                 "x": [point.batch for point in seen],
-                "y": [short(point.rate) for point in seen],
+                "y": [short(seq_len * point.rate) for point in seen],
                 "marker": {
                     "symbol": "diamond",
                     "size": 12,
@@ -275,7 +240,7 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
                     "line": {"color": INK, "width": 1.5},
                 },
                 "hovertext": [
-                    f"{text(point.layout)} m{point.micro_batch}: {three_digits(point.rate)}, "
+                    f"{text(point.layout)} B{point.batch} m{point.micro_batch}: {count(seq_len * point.rate)}, "
                     f"median of {point.steps} steps"
                     for point in seen
                 ],
@@ -283,49 +248,17 @@ def lines(predicted: Mapping[str, Sequence[LinePoint]], seen: Sequence[SeenPoint
             }
         )
     batches = sorted({point.batch for points in predicted.values() for point in points} | {p.batch for p in seen})
-    rates = [point.rate for points in predicted.values() for point in points] + [point.rate for point in seen]
-    layout = plot_layout(Axis("global batch (sequences)", TOKENS.place), "samples/s", height=420)
+    rates = [seq_len * point.rate for points in predicted.values() for point in points]
+    rates += [seq_len * point.rate for point in seen]
+    layout = plot_layout(Axis("global batch (sequences)", TOKENS.place), "tokens/s", height=380)
     layout["xaxis"] |= {"type": "log", "tickvals": batches, "ticktext": [str(batch) for batch in batches]}
     if max(rates) > 6 * min(rates):
         layout["yaxis"] |= powers_of_two(min(rates) / 1.3, max(rates) * 1.3)
     else:
-        layout["yaxis"] |= {"rangemode": "tozero"}
+        layout["yaxis"] |= {"rangemode": "tozero", "tickformat": "~s"}
     layout["hovermode"] = "closest"
     return {"data": data, "layout": layout}
 
 
 def _is_measured(point: LinePoint) -> bool:
     return point.source in ("measured", "seen")
-
-
-def _mark(layout: Figure, history: History, axis: Axis, shades: Mapping[str, str]) -> None:
-    """Mark what ran, and let x reach from the first step to the last event."""
-    layout["shapes"] = marks(history, axis, shades)
-    last = axis.place(history.tokens, history.end)
-    layout["xaxis"]["range"] = [-0.005 * last, 1.01 * last]
-
-
-def marks(history: History, axis: Axis, shades: Mapping[str, str]) -> list[Figure]:
-    """A ribbon at the foot in the colour of the layout that ran, and a line at every move."""
-    moves = history.moves
-    if len(moves) > MOST_MOVES:
-        moves = [move for move in moves if move.event.rung == "layout"]
-    shapes: list[Figure] = []
-    for move in moves if len(moves) <= MOST_MOVES else []:
-        place = short(axis.place(move.tokens, move.seconds), 7)
-        line = {"color": MUTED, "width": 1, "dash": "solid" if move.event.rung == "layout" else "dot"}
-        shapes.append({"type": "line", "xref": "x", "yref": "paper", "x0": place, "x1": place, "y0": 0, "y1": 1})
-        shapes[-1] |= {"line": line, "layer": "below"}
-    stretches: list[tuple[str, float, float]] = []  # neighbours in one layout as one
-    for span in history.spans:
-        label = span.configuration.layout.label
-        ends = axis.place(span.first_tokens, span.first_seconds), axis.place(span.last_tokens, span.last_seconds)
-        if stretches and stretches[-1][0] == label:
-            stretches[-1] = (label, stretches[-1][1], ends[1])
-        else:
-            stretches.append((label, *ends))
-    for label, first, last in stretches if len(stretches) <= MOST_MOVES else []:
-        shapes.append({"type": "rect", "xref": "x", "x0": short(first, 7), "x1": short(last, 7), "line": {"width": 0}})
-        shapes[-1] |= {"fillcolor": shades.get(label, MUTED)}
-        shapes[-1] |= {"yref": "paper", "ysizemode": "pixel", "yanchor": 0, "y0": 0, "y1": 6}
-    return shapes

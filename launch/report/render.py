@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
+from launch.palette import DARK, LIGHT
+
 TEMPLATES = files("launch.report") / "templates"
 
 
@@ -50,6 +52,8 @@ class Content:
     """Sentences."""
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name → plotly figure."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What else the page's script needs, as plain values."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Name → why there is nothing to see, for every figure or table that is not there."""
     values: dict[str, Any] = field(default_factory=dict)
@@ -68,14 +72,25 @@ def render(template: str, content: Content) -> str:
         title=content.title,
         summary=content.summary,
         figures=content.figures,
-        figures_json=json.dumps(content.figures, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c"),
+        figures_json=_embedded({"figures": content.figures, **content.data}),
         reasons=content.reasons,
-        css=_template("page.css"),
+        css=_variables() + _template("page.css"),
         js=_template("page.js"),
         plotly=_plotly() if content.figures else "",
         version=_version(),
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def _embedded(values: dict[str, Any]) -> str:
+    """JSON that can stand inside of a `<script>`."""
+    return json.dumps(values, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
+
+
+def _variables() -> str:
+    """The palette as CSS variables, for a light and for a dark page."""
+    light, dark = ("".join(f"--{name}:{colour};" for name, colour in colours.items()) for colours in (LIGHT, DARK))
+    return f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
 
 
 def _template(name: str) -> str:

@@ -10,6 +10,7 @@ from launch.lines import Lines, fastest, point
 from launch.plot import smoothed
 from planner.efficiency import statistical_efficiency
 from planner.goodput import Objective, goodput
+from profiles.configuration import Configuration
 from profiles.decision import Decision
 
 MOST_POINTS = 1500
@@ -171,6 +172,23 @@ def seen_points(history: History) -> list[SeenPoint]:
             key = (configuration.layout.label, configuration.global_batch, configuration.micro_batch)
             rates.setdefault(key, []).append(step.batch / step.duration)
     return [SeenPoint(*key, median(found), len(found)) for key, found in rates.items()]
+
+
+def memory_of_spans(history: History) -> list[tuple[tuple[float, float], tuple[float, float], int]]:
+    """From and to (tokens, seconds) of each stretch in one configuration, and the peak bytes of a rank that the planner
+    had predicted of it, if it had."""
+    peaks: dict[Configuration, int] = {}
+    for number in sorted(history.decisions):
+        if history.decisions[number].switch or number == max(history.decisions):
+            made = history.decision(number)
+            for score in made.candidates if made else []:
+                if score.peak_bytes is not None:
+                    peaks[score.configuration] = score.peak_bytes
+    return [
+        ((span.first_tokens, span.first_seconds), (span.last_tokens, span.last_seconds), peaks[span.configuration])
+        for span in history.spans
+        if span.configuration in peaks
+    ]
 
 
 class MoveOutcome(NamedTuple):

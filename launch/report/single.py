@@ -7,13 +7,16 @@ from typing import Any
 
 import yaml
 
-from copus.audit import audit_run
+from copus.audit import Outcome, audit_events
+from copus.events import Event, read_events
 from copus.job import JobError
 from launch.audit import audit_facts, signed
 from launch.explain import BEST, COLUMNS, WORDS, Explanation, cells, explanation_of, shown_candidates
 from launch.explain import facts as decision_facts
 from launch.history import History
 from launch.report import figures, style
+from launch.report.decisions import at_a_glance, decision_maps
+from launch.report.overview import overview
 from launch.report.render import Column, Content, Row, Table
 from launch.report.series import (
     KIND_WORDS,
@@ -30,7 +33,7 @@ from launch.run_state import RunState, state_of
 from launch.wording import count, describe_ratio, noise_interval
 from planner.config import PlannerConfig
 from planner.goodput import Objective
-from planner.wording import duration, percent, three_digits
+from planner.wording import duration, percent, signed_percent, three_digits
 from profiles.audit import Audit, Estimate
 
 MOST_ROWS = 60
@@ -49,13 +52,13 @@ SHARE_COLOURS = {
 """Of kinds of time; the others are faint. None is a layout's."""
 
 
-def single(history: History) -> Content:
-    """The page of a run."""
+def single(history: History, events: Sequence[Event] | None = None) -> Content:
+    """The page of a run; `events` are those of its log, if they were read already."""
     state = state_of(history.run, history.status)
     explanation = _last_decision(history)
     factor, objective = rules(history, explanation)
     rows = decomposition(history, factor, objective)
-    audit = audit_run(history.run)
+    audit, outcomes = audit_events(history.run, read_events(history.run) if events is None else events)
     gain = audit.gain_over_first_pct
     lines = predicted_lines(explanation.decision) if explanation else {}
     lines_from = ", as the planner predicted it in its last decision" if lines else ""
@@ -66,18 +69,21 @@ def single(history: History) -> Content:
     content.values = {
         "state": state,
         "tiles": _tiles(history, gain),
-        "shades": shades,
+        "shades": {name: shades[name] for name in history.layouts()},
         "factor": factor,
         "objective": objective,
         "audit": audit_facts(audit) if history.steps else [],
         "unmoved_words": _unmoved_words(history),
         "moves": _moves(history, shades),
+        "moves_words": _moves_words(history),
         "trials": _trials(history, shades),
         "trials_left_out": max(0, len(history.trials) - MOST_ROWS),
         "moves_left_out": max(0, len(history.moves) - MOST_ROWS),
         "shares": _shares(history),
         "productive": percent(shares[0].share) if shares and shares[0].kind == "training" else "none",
         "lines_from": lines_from,
+        "predictions": _predictions(outcomes),
+        "decisions_words": at_a_glance(history),
         "decision": _candidates(explanation, shades) if explanation else None,
         "decision_facts": decision_facts(history.run, explanation) if explanation else [],
         "decision_left_out": max(0, len(explanation.decision.candidates) - BEST) if explanation else 0,
@@ -86,32 +92,38 @@ def single(history: History) -> Content:
         "environment": environment(history),
         "job_text": job_text(history.run),
     }
-    _draw(content, history, rows, shades)
+    content.data = {"decisions": decision_maps(history, shades)} if explanation else {}
+    _draw(content, history, rows, shades, objective)
     if lines:
-        content.figures["lines"] = figures.lines(lines, seen_points(history), shades)
+        content.figures["lines"] = figures.lines(lines, seen_points(history), shades, history.seq_len)
+    if outcomes:
+        content.figures["predictions"] = figures.predictions(outcomes, shades)
     return content
 
 
-def _draw(content: Content, history: History, rows: Sequence[GoodputAt], shades: dict[str, str]) -> None:
+def _draw(
+    content: Content, history: History, rows: Sequence[GoodputAt], shades: dict[str, str], objective: Objective
+) -> None:
     """Every figure that there is something to draw for, and a reason for every other."""
     time = style.time_axis(history.end)
     nothing = "No step has been trained yet, so there is nothing to draw."
-    content.reasons |= dict.fromkeys(("loss-time", "loss-tokens", "noise", "goodput", "timeline", "shares"), nothing)
+    content.reasons |= dict.fromkeys(("overview-time", "overview-tokens", "steps", "shares"), nothing)
     content.reasons["decision"] = "The planner has decided nothing yet."
     content.reasons["lines"] = "Nothing was measured in this run, and the planner has decided nothing yet."
+    content.reasons["predictions"] = "No prediction could be checked yet: the job has not moved."
     if not history.steps:
         return
-    content.figures["timeline"] = figures.timeline(history, time, shades)
-    if any(step.loss is not None for step in history.steps):
-        content.figures["loss-time"] = figures.loss(history, time, shades)
-        content.figures["loss-tokens"] = figures.loss(history, style.TOKENS, shades)
-    else:
-        content.reasons |= dict.fromkeys(("loss-time", "loss-tokens"), "No loss of this run was finite.")
-    content.figures["goodput"] = figures.goodput(history, rows, time, shades)
-    if history.noise:
-        content.figures["noise"] = figures.noise(history, style.TOKENS, shades)
-    else:
-        content.reasons["noise"] = "The noise scale was not known yet: it takes some steps until it has an interval."
+    content.figures |= {
+        "overview-time": overview(history, rows, time, shades, objective),
+        "overview-tokens": overview(history, rows, style.TOKENS, shades, objective),
+        "speed": figures.speed(history, rows, time, shades),
+        "efficiency": figures.efficiency(rows, time),
+        "lr": figures.of_steps(history, time, "learning rate", lambda step: step.lr),
+        "beta2": figures.of_steps(history, time, "Adam's β2", lambda step: step.beta2),
+        "grad-norm": figures.of_steps(history, time, "gradient norm", lambda step: step.grad_norm, logarithmic=True),
+    }
+    if (memory := figures.memory(history, time)) is not None:
+        content.figures["memory"] = memory
 
 
 def summary(history: History, state: RunState, audit: Audit) -> list[str]:
@@ -157,9 +169,8 @@ def _unmoved_words(history: History) -> str:
     if rate is None or not history.moves:
         return ""
     first = history.spans[0].configuration.label
-    return (
-        f"The dashed line is {first} at the noise of each moment and its own median of {three_digits(rate)} samples/s."
-    )
+    rate *= history.seq_len
+    return f"The dashed line is {first} at the noise of each moment and its own median of {count(rate)} tokens/s."
 
 
 def _tiles(history: History, gain: Estimate | None) -> list[dict[str, str]]:
@@ -182,10 +193,14 @@ def _tiles(history: History, gain: Estimate | None) -> list[dict[str, str]]:
         tiles.append(("batch", str(status.configuration.global_batch), status.configuration.layout.label))
     if status.samples_per_second is not None:
         note = "of the last steps" if status.mfu is None else f"MFU {percent(status.mfu)}"
-        tiles.append(("samples/s", three_digits(status.samples_per_second), note))
+        tiles.append(("tokens/s", count(status.samples_per_second * history.seq_len), note))
     moves = len(history.moves)
     seconds = sum(move.event.seconds for move in history.moves)
     tiles.append(("moves", str(moves), f"took {duration(seconds)}" if moves else ""))
+    if status.start:
+        ranks = status.start.configuration.layout.accelerators
+        hours = ranks * max(0.0, history.end - history.begin) / 3600
+        tiles.append(("device-hours", three_digits(hours), f"{ranks} ranks, measuring included"))
     if history.trials:
         seconds = sum(trial.event.seconds for trial in history.trials)
         tiles.append(("trials", str(len(history.trials)), f"took {duration(seconds)}"))
@@ -208,15 +223,36 @@ def _moves(history: History, shades: dict[str, str]) -> Table | None:
             event.before.label,
             duration(move.seconds),
             count(move.tokens),
-            _milliseconds(event.seconds) if event.seconds < 0.1 else duration(event.seconds),
+            duration(event.seconds),
             f"{event.bytes_moved / 1e6:.0f} MB" if event.bytes_moved else "–",
-            _milliseconds(predicted),
-            _milliseconds(seen),
-            f"{100 * (seen / predicted - 1):+z.0f} %" if predicted and seen else "–",
+            "–" if predicted is None else duration(predicted),
+            "–" if seen is None else duration(seen),
+            signed_percent(seen / predicted - 1) if predicted and seen else "–",
             outcome.reason,
         ]
         rows.append(Row(texts, shades.get(event.after.layout.label, "")))
     return Table(columns, rows) if rows else None
+
+
+def _moves_words(history: History) -> str:
+    """Moves and trials in a line."""
+    parts = []
+    for number, name, times in (
+        (len(history.moves), "move", [move.event.seconds for move in history.moves]),
+        (len(history.trials), "trial", [trial.event.seconds for trial in history.trials]),
+    ):
+        if number:
+            parts.append(f"{number} {name}{'s' * (number != 1)} in {duration(sum(times))}")
+    return ", ".join(parts)
+
+
+def _predictions(outcomes: Sequence[Outcome]) -> str:
+    """How many predictions held, in a sentence."""
+    if not outcomes:
+        return ""
+    held = sum(outcome.held for outcome in outcomes)
+    share = percent(held / len(outcomes))
+    return f"{held} of {len(outcomes)} step times lie in the 80 % interval of their prediction ({share})."
 
 
 def _trials(history: History, shades: dict[str, str]) -> Table | None:
@@ -332,7 +368,3 @@ def _last_decision(history: History) -> Explanation | None:
         return explanation_of(history.run, max(history.decisions)) if history.decisions else None
     except JobError:  # of another version
         return None
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds * 1000:.{1 if seconds < 0.01 else 0}f} ms"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 Figure = dict[str, Any]
 INK, MUTED, FAINT, GRID = "var(--ink)", "var(--muted)", "var(--faint)", "var(--grid)"
-ACCENT, NOISE, PAGE = "var(--accent)", "var(--noise)", "var(--page)"
+ACCENT, NOISE, PAGE, GOOD, BAD = "var(--accent)", "var(--noise)", "var(--page)", "var(--good)", "var(--bad)"
 PALETTE = 8
 """Colours for layouts and for runs: the CSS variables `--c0` to `--c7`."""
 
@@ -24,6 +24,7 @@ class Axis(NamedTuple):
     """Where something is, from its tokens and its seconds."""
     form: str = ".4~g"
     """How a place is written, in d3's way."""
+    of_time: bool = False
 
 
 TOKENS = Axis("tokens trained on", lambda tokens, seconds: tokens, ".4~s")
@@ -33,7 +34,7 @@ def time_axis(longest_seconds: float) -> Axis:
     """Time since training began."""
     units = ((180, 1, "seconds"), (3 * 3600, 60, "minutes"), (math.inf, 3600, "hours"))
     unit, name = next((unit, name) for limit, unit, name in units if longest_seconds < limit)
-    return Axis(f"{name} since training began", lambda tokens, seconds: seconds / unit)
+    return Axis(f"{name} since training began", lambda tokens, seconds: seconds / unit, of_time=True)
 
 
 def colours(layouts: Sequence[str]) -> dict[str, str]:
@@ -44,6 +45,11 @@ def colours(layouts: Sequence[str]) -> dict[str, str]:
 def palette(place: int) -> str:
     """A colour by its number; they repeat."""
     return f"var(--c{place % PALETTE})"
+
+
+def labelled(*curves: tuple[str, str]) -> str:
+    """Names of curves, each in its colour: what stands above a panel in place of a legend."""
+    return "   ".join(f'<span style="color:{colour}">{name}</span>' for name, colour in curves)
 
 
 def text(words: str) -> str:
