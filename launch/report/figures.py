@@ -87,6 +87,7 @@ def of_steps(
         heights = [value(step) or 0.0 for step in kept]
         low, high = min(filter(None, heights), default=1.0), max(heights, default=1.0)
         # Ticks at 1, 2 and 5 of each decade, as long as these are few.
+        del figure["layout"]["yaxis"]["nticks"]
         figure["layout"]["yaxis"] |= {"type": "log", "dtick": "D2" if high < 30 * low else 1}
         figure["data"][0]["line"]["width"] = 1
     else:
