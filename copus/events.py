@@ -9,7 +9,6 @@ goes into `decisions.jsonl`; the log has its outcome and the place of its line (
 """
 
 import contextlib
-import json
 import os
 import sys
 import time as clock
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 
 from profiles.audit import Audit
 from profiles.configuration import Configuration
@@ -513,7 +513,7 @@ def has_checkpoint(run: Path) -> bool:
 def parse_event(line: bytes) -> Event | None:
     """One line of `events.jsonl`; None for a torn line, or for a type or a value that this version does not know."""
     try:
-        values: dict[str, Any] = json.loads(line)
+        values: dict[str, Any] = from_json(line)
         if values["type"] == "decision" and "decision" in values:  # schema version 1
             values = values["decision"] | values | {"file": "events.jsonl"}
         return KINDS[values["type"]].model_validate(values)

@@ -76,12 +76,13 @@ def explain(run_text: str | None, number: int | None, *, as_json: bool = False, 
     return 0
 
 
-def explanation_of(run: Path, number: int | None) -> Explanation:
-    """Find a decision: `number`, else the newest that moved the job, else the newest. Raises JobError without one."""
+def explanation_of(run: Path, number: int | None, events: Iterable[Event] | None = None) -> Explanation:
+    """Find a decision: `number`, else the newest that moved the job, else the newest. Raises JobError without one.
+    `events` are those of the run's log, if they were read already."""
     decisions: dict[int, tuple[int, DecisionTaken]] = {}  # with its place in the history
     history: list[Event] = []
     moving = None
-    for event in read_events(run):
+    for event in read_events(run) if events is None else events:
         if isinstance(event, DecisionTaken):
             decisions[event.number] = (len(history), event)
         elif isinstance(event, Start):  # what a restart went back behind is decided again

@@ -55,10 +55,11 @@ SHARE_COLOURS = {
 def single(history: History, events: Sequence[Event] | None = None) -> Content:
     """The page of a run; `events` are those of its log, if they were read already."""
     state = state_of(history.run, history.status)
-    explanation = _last_decision(history)
+    events = list(read_events(history.run)) if events is None else events
+    explanation = _last_decision(history, events)
     factor, objective = rules(history, explanation)
     rows = decomposition(history, factor, objective)
-    audit, outcomes = audit_events(history.run, read_events(history.run) if events is None else events)
+    audit, outcomes = audit_events(history.run, events)
     gain = audit.gain_over_first_pct
     lines = predicted_lines(explanation.decision) if explanation else {}
     lines_from = ", as the planner predicted it in its last decision" if lines else ""
@@ -363,8 +364,8 @@ def _without_secrets(value: Any) -> Any:
     return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _last_decision(history: History) -> Explanation | None:
+def _last_decision(history: History, events: Sequence[Event]) -> Explanation | None:
     try:
-        return explanation_of(history.run, max(history.decisions)) if history.decisions else None
+        return explanation_of(history.run, max(history.decisions), events) if history.decisions else None
     except JobError:  # of another version
         return None
