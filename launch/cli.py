@@ -406,6 +406,46 @@ class Plan:
 
 
 @dataclass
+class Advise:
+    """Say what batch and layout a training of your own should take now, from its noise scale and step times.
+
+    The log is what copus.NoiseMeter writes, TensorBoard's event files, or a CSV that W&B exported. Example: copus
+    advise job.yaml meter.jsonl --emit megatron
+    """
+
+    job: Positional[JobFile]
+    """Job file that describes the training; `copus import-args` writes one."""
+    log: Positional[Annotated[Path, arg(metavar="LOG")]]
+    """Log of the steps: .jsonl, an event file or the folder of one, .csv."""
+    overrides: Overrides = field(default_factory=list)
+    """Override a field of the job file."""
+    restart_seconds: float = 300.0
+    """What going on in another layout costs, if planner.layout_move_seconds does not say it; another batch is free."""
+    watch: bool = False
+    """Go on, and print the advice again whenever it changes. Ctrl-C ends it."""
+    all: bool = False
+    """Show every candidate, not only the best."""
+    emit: Annotated[str | None, arg(metavar="TOOL")] = None
+    """Print what is advised as arguments of another tool, as for `copus plan`."""
+    json: bool = False
+    """Print one JSON object, with --watch one a line."""
+
+    def run(self) -> int:
+        from launch.advise import advise
+
+        return advise(
+            self.job,
+            self.log,
+            self.overrides,
+            self.restart_seconds,
+            self.emit,
+            watch=self.watch,
+            as_json=self.json,
+            all_candidates=self.all,
+        )
+
+
+@dataclass
 class ImportArgs:
     """Print the job file for a training that another tool's arguments describe; nothing is run.
 
@@ -529,6 +569,7 @@ Commands = (
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[ImportArgs, subcommand("import-args")]
+    | Annotated[Advise, subcommand("advise")]
     | Annotated[Watch, subcommand("watch")]
     | Annotated[Runs, subcommand("runs")]
     | Annotated[Explain, subcommand("explain")]

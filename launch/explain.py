@@ -18,6 +18,7 @@ from planner.wording import duration, duration_interval, percent, signed_duratio
 from profiles.decision import CandidateScore, Decision
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 BEST = 8
@@ -294,12 +295,16 @@ def _table(decision: Decision, rows: list[CandidateScore], left_out: Collection[
 def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
     from rich.text import Text
 
-    decision = explanation.decision
-    rows = shown_candidates(decision, all_candidates)
     console = page()
-    table = fitted(lambda left_out: _table(decision, rows, left_out), DISPENSABLE, console.width)
     console.print(Text("\n".join(_heading(run, explanation))), soft_wrap=True)
-    console.print(table)
+    print_candidates(explanation.decision, shown_candidates(explanation.decision, all_candidates), console)
+
+
+def print_candidates(decision: Decision, rows: list[CandidateScore], console: "Console") -> None:
+    """Print the table of a decision's candidates, with the notes below it."""
+    from rich.text import Text
+
+    console.print(fitted(lambda left_out: _table(decision, rows, left_out), DISPENSABLE, console.width))
     for verdict, number in notes(rows).items():
         console.print(Text(f"[{number}] {verdict}", style="dim"))
     total, more = len(decision.candidates) + decision.omitted, len(decision.candidates) - len(rows)

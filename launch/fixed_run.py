@@ -67,6 +67,16 @@ def as_written(job: JobConfig) -> FixedRun:
     return _with_values(job, training.layout, training.micro_batch, batches, batch, math.inf, notes)
 
 
+def at_configuration(
+    job: JobConfig, configuration: Configuration, critical_batch: float | None, notes: list[str]
+) -> FixedRun:
+    """A run that stays in one configuration, with the optimizer's values for its batch at this critical batch."""
+    batch = configuration.global_batch
+    phi = math.inf if critical_batch is None else critical_batch
+    steps = BatchSteps.constant(batch)
+    return _with_values(job, configuration.layout, configuration.micro_batch, steps, batch, phi, notes)
+
+
 def best_fixed_run(job: JobConfig, estimate: "JobEstimate", *, schedule: bool) -> FixedRun:
     """The layout and micro-batch that reach the end of the job first, if φ grows as published laws say; with a batch
     that grows in powers of two if the tool has a `schedule`, else with the best one batch.

@@ -25,6 +25,7 @@ COMMANDS = (
     "profile import",
     "plan",
     "import-args",
+    "advise",
     "watch",
     "runs",
     "explain",
@@ -91,7 +92,7 @@ def test_the_command_alone_prints_the_help_and_its_version_is_that_of_the_packag
         ("explian", "copus: no command explian; did you mean explain?\n"),
         (
             "zzz",
-            "copus: no command zzz; there are submit, logs, cancel, data, profile, plan, import-args, watch, runs, ",
+            "copus: no command zzz; there are submit, logs, cancel, data, profile, plan, import-args, advise, watch, ",
         ),
     ],
 )
