@@ -106,8 +106,8 @@ class Step(Event):
     """Norm of the gradient before clipping; None where it was not finite."""
     lr: float
     """Learning rate of the step."""
-    beta2: float
-    """Adam's β2 of the step."""
+    beta2: float | None
+    """β2 of the step; None with an optimizer that keeps no average of squared gradients."""
     seconds: float
     """Duration of the step."""
     global_batch: int

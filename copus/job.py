@@ -82,9 +82,9 @@ class DataConfig(Record):
 WSD_DECAY_SHARE = 0.2
 """Share of the run over which `wsd` decays, unless `training.decay_tokens` says more: as in 2405.18392."""
 
-STEP_SETTINGS = ("overlap_grad_reduce", "dropout", "compile")
-"""Settings of a training that change the time of its steps and are no part of a configuration. What was measured with
-one that is on names it among its software."""
+STEP_SETTINGS = ("overlap_grad_reduce", "dropout", "compile", "without_masters", "sgd", "adafactor", "muon", "signum")
+"""Settings of a training that change the time of its steps and are no part of a configuration, and optimizers other
+than AdamW. What was measured with one of them names it among its software."""
 
 
 class TrainingConfig(Record):
@@ -116,6 +116,9 @@ class TrainingConfig(Record):
     )
     """Arithmetic of the model; bf16 keeps fp32 master weights and gradients. The default follows
     `cluster.accelerator`."""
+    master_weights: Literal["fp32", "none"] = "fp32"
+    """none: bf16 weights are updated themselves, rounded stochastically, and have no fp32 copies (`fsdp` with
+    `precision: bf16`). That saves 4 bytes a weight, and 2 of its gradient's."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate at `reference_batch`."""
     min_lr: NonNegativeFloat = 1e-4
@@ -186,12 +189,25 @@ class TrainingConfig(Record):
     @property
     def step_settings(self) -> list[str]:
         """Those of `STEP_SETTINGS` that are not as usual."""
-        return [name for name in STEP_SETTINGS if getattr(self, name)]
+        return [name for name in STEP_SETTINGS if name == self.optimizer.kind or getattr(self, name, False)]
+
+    @property
+    def without_masters(self) -> bool:
+        """Whether bf16 weights are updated themselves."""
+        return self.master_weights == "none"
+
+    @property
+    def has_fp32_weights(self) -> bool:
+        """Whether the optimizer updates fp32 weights: those of the model, or master copies."""
+        return self.precision == "fp32" or not self.without_masters
 
     @property
     def implementation(self) -> "Implementation":
         """How it spends memory."""
-        return find_backend(self.backend).implementation(dropout=self.dropout > 0)
+        how = find_backend(self.backend).implementation(dropout=self.dropout > 0)
+        state = self.optimizer.state.model_copy(update={"masters": not self.without_masters})
+        fp32_gradients = how.fp32_gradients and not self.without_masters
+        return how.model_copy(update={"optimizer": state, "fp32_gradients": fp32_gradients})
 
 
 class LaunchConfig(Record):
@@ -275,6 +291,11 @@ class JobConfig(Record):
         if not (info.context or {}).get(_PLANNED_ONLY) and self.model_refusal is not None:
             raise ValueError(f"model: {self.model_refusal}")
         _located("planner", lambda: backend.check_noise_metric(self.planner.noise_metric))
+        if self.planner.noise_metric == "adam" and self.training.optimizer.kind != "adamw":
+            raise ValueError(
+                f"planner.noise_metric(adam) needs training.optimizer.kind(adamw): {self.training.optimizer.kind} does "
+                "not keep the squares of all gradients"
+            )
         _located("training.optimizer", lambda: backend.check_optimizer(self.training.optimizer))
         _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
         _located("launch.engine", lambda: load_engine(self.launch.engine))
@@ -360,7 +381,7 @@ def first_message(error: ValidationError, *within: str, model: type[BaseModel] |
     place = ".".join(str(part) for part in (*within, *location))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _fields_at(model, location[:-1]), n=2, cutoff=0.7)
+        near = difflib.get_close_matches(str(location[-1]), _fields_at(model, first["loc"][:-1]), n=2, cutoff=0.7)
         message = f"unknown key; did you mean {' or '.join(near)}?" if near else "unknown key"
     elif first["type"] not in ("value_error", "missing"):
         message = f"{message[0].lower()}{message[1:]}, got {_shortened(first['input'])}"
@@ -368,12 +389,20 @@ def first_message(error: ValidationError, *within: str, model: type[BaseModel] |
 
 
 def _fields_at(model: type[BaseModel] | None, location: Sequence[Any]) -> list[str]:
-    """The fields of the section at a place in a model; of all kinds, where a section comes in several."""
+    """The fields of the section at a place in a model. A section that comes in several kinds is followed by its kind,
+    as pydantic has it."""
     sections = [] if model is None else [model]
     for part in location:
         inside = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
-        sections = [section for annotation in inside for section in _sections_in(annotation)]
+        if inside:
+            sections = [section for annotation in inside for section in _sections_in(annotation)]
+        else:
+            sections = [section for section in sections if part in _kinds(section)]
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))
+
+
+def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -211,7 +211,7 @@ class Trainer:
                 loss=result.loss,
                 grad_norm=None if result.skipped else result.grad_sq**0.5,
                 lr=request.rules.lr,
-                beta2=request.rules.betas[1],
+                beta2=request.rules.betas[1] if self._job.training.optimizer.has_second_moment else None,
                 seconds=seconds,
                 global_batch=configuration.global_batch,
                 skipped=result.skipped,

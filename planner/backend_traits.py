@@ -61,11 +61,15 @@ class BackendTraits:
     def check_precision(self, layout: Layout, precision: str) -> None:
         """Raise ValueError for a layout that it runs, but not in this precision. The default has none."""
 
+    def check_optimizer_in(self, layout: Layout) -> None:
+        """Raise ValueError for a layout that it runs, but not with the job's optimizer. The default has none."""
+
     def runs(self, configuration: Configuration, precision: str) -> bool:
-        """Whether `check_configuration` and `check_precision` pass."""
+        """Whether `check_configuration`, `check_precision` and `check_optimizer_in` pass."""
         try:
             self.check_configuration(configuration)
             self.check_precision(configuration.layout, precision)
+            self.check_optimizer_in(configuration.layout)
         except ValueError:
             return False
         return True

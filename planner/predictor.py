@@ -149,7 +149,8 @@ class Predictor:
         predicted, cost = CostPredictions(), None
         if use_cost_model:
             with contextlib.suppress(ValueError):  # an accelerator or a precision that nothing is known about
-                cost = CostModel(Smoothness(noise_sd=measurement_error(rows))).fit(Timings.of(rows, cluster))
+                smoothness = Smoothness(noise_sd=measurement_error(rows))
+                cost = CostModel(smoothness, optimizer=implementation.optimizer).fit(Timings.of(rows, cluster))
                 everything = list(dict.fromkeys([*asked, *halves]))
                 predicted = predict_unmeasured(cost, model, cluster, precision, everything, rows)
         throughput = Throughput((row for row in rows if not row.shard), predicted)

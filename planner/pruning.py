@@ -69,7 +69,7 @@ def dominated(
     that surely fits. Errors that predictions share cancel. Raises ValueError for an accelerator that the cost model
     does not know.
     """
-    arrays, cost = Configurations.of(configurations), CostModel()
+    arrays, cost = Configurations.of(configurations), CostModel(optimizer=implementation.optimizer)
     logs = np.log(cost.predict(model, cluster, arrays, precision, coverage=None).seconds)
     errors = cost.errors(model, cluster, arrays, precision)
     room, memory = memory_bytes(cluster), MemoryModel(implementation).predict(model, arrays, precision)

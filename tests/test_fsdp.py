@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from copus.backends.fsdp.backend import FsdpBackend
-from copus.backends.fsdp.shards import optimizer_fields, shard_table
+from copus.backends.fsdp.shards import fields_of, shard_table
 from copus.backends.huggingface import build_causal_lm, mean_loss
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest
@@ -24,6 +24,7 @@ from tests.fsdp_jobs import fsdp_backend_of, fsdp_job
 from tests.megatron_jobs import RULES, configuration, random_batches
 from tests.ranks import run_ranks
 
+TRAINING = fsdp_job(1, {}).training
 TIED = {"tied_embeddings": True, "heads": 8}
 OF_TWO: list[dict[str, Any]] = [{"dp": 2, "zero": zero} for zero in range(4)] + [{"tp": 2}]
 OF_FOUR: list[dict[str, Any]] = [
@@ -193,7 +194,7 @@ def test_every_part_of_the_state_is_held_as_often_as_the_layout_says(
         ("model.layers.0.mlp.down_proj.weight", (rows, tp * columns)),
         ("model.norm.weight", (rows,)),
     ]
-    table = shard_table(shapes, "fp32", layout)
+    table = shard_table(shapes, TRAINING, layout)
     copies = layout.dp // layout.dp_shard
     elements = sum(np.prod(shape) * (1 if name.startswith("model.layers") else tp) for name, shape in shapes)
     assert table.bytes.sum() == 12 * elements * copies
@@ -202,7 +203,8 @@ def test_every_part_of_the_state_is_held_as_often_as_the_layout_says(
 
 
 def test_a_master_copy_is_the_only_weight_of_a_bf16_job() -> None:
-    names = [field.name for field in optimizer_fields("model.norm.weight", (4,), "bf16")]
+    training = fsdp_job(1, {}, precision="bf16").training
+    names = [field.name for fields, _ in fields_of("model.norm.weight", (4,), training) for field in fields]
     assert names == [f"model.norm.weight/{kept}" for kept in ("master", "exp_avg", "exp_avg_sq")]
 
 

@@ -55,7 +55,7 @@ class Backend(ABC):
     def __init__(self, job: JobConfig, device: torch.device) -> None:
         """`torch.distributed` must be initialised on all the ranks of the job's cluster."""
         self.device = device
-        self.description = find_backend(job.training.backend)
+        self.description = find_backend(job.training.backend).with_optimizer(job.training.optimizer)
         """The torch-free description of this backend."""
         self._job = job
         self._configuration: Configuration | None = None
@@ -284,6 +284,7 @@ class Backend(ABC):
 
     def _check(self, layout: Layout) -> None:
         self.description.check_layout(layout)
+        self.description.check_optimizer_in(layout)
         self.description.check_model_in(layout, self._job.model)
         layout.check(self._job.model, self._job.cluster)
 

@@ -3,14 +3,16 @@
 No torch: a job file is checked against the description before any process starts.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from copus.optimizers import Optimizer
+from copus.optimizers import AdamW, Optimizer
 from planner.backend_traits import BackendTraits
+from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ class BackendDescription(BackendTraits, ABC):
     """The highest ZeRO stage that it runs."""
     optimizers: ClassVar[tuple[str, ...]] = ("adamw",)
     """Kinds of optimizers that it has, as in `copus.optimizers`."""
+    trains_without_masters: ClassVar[bool] = False
+    """Whether it has `training.master_weights: none`."""
+    optimizer: Optimizer = AdamW()
+    """The optimizer of the job."""
     noise_metrics: ClassVar[tuple[str, ...]] = ("plain", "adam")
     """Values of `planner.noise_metric` that it can measure."""
     compiles: ClassVar[bool] = False
@@ -53,6 +59,12 @@ class BackendDescription(BackendTraits, ABC):
     def check_model(self, model: ModelShape) -> None:
         """Raise ValueError for a model that it does not build."""
 
+    def with_optimizer(self, optimizer: Optimizer) -> Self:
+        """This description of a job with that optimizer: `check_optimizer_in` knows it."""
+        described = copy.copy(self)
+        described.optimizer = optimizer
+        return described
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise ValueError for an optimizer that it does not have."""
         if optimizer.kind not in self.optimizers:
@@ -64,6 +76,11 @@ class BackendDescription(BackendTraits, ABC):
         self.check_precision(training.layout, training.precision)
         if training.compile and not self.compiles:
             raise ValueError("compile(true) is not supported by this backend: only fsdp compiles its layers")
+        if training.without_masters and not self.trains_without_masters:
+            raise ValueError("master_weights(none) is not supported by this backend: it keeps fp32 copies")
+        if training.without_masters and training.precision != "bf16":
+            raise ValueError(f"master_weights(none) needs precision(bf16), not {training.precision}")
+        self.with_optimizer(training.optimizer).check_optimizer_in(training.layout)
 
     def check_noise_metric(self, metric: str) -> None:
         """Raise ValueError for a `planner.noise_metric` that it cannot measure."""
@@ -79,6 +96,18 @@ class BackendDescription(BackendTraits, ABC):
     def load(self) -> type[Any]:
         """The class that trains, a subclass of `copus.backends.base.Backend`. Imports the framework, which may take
         seconds."""
+
+
+def refuse_cut_matrices(optimizer: Optimizer, layout: Layout) -> None:
+    """Raise ValueError for Muon where a rank does not have its matrices whole."""
+    if optimizer.kind != "muon":
+        return
+    for name, value, most in (("tp", layout.tp, 1), ("zero", layout.zero, 0)):
+        if value > most:
+            raise ValueError(
+                f"layout.{name}({value}) is not supported with optimizer.kind(muon): it needs whole matrices on each "
+                f"rank, so at most {most}"
+            )
 
 
 def refuse_fields(model: ModelShape, refused: Iterable[str], by: str) -> None:

@@ -1,5 +1,6 @@
 """The reference of the job file, from the pydantic models and their docstrings."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -46,9 +47,8 @@ def sections(model: type[Record] = JobConfig, place: str = "") -> Iterator[tuple
     """Place in the job file → its model, for the file itself, its sections, and theirs."""
     yield place, model
     for name, field in model.model_fields.items():
-        inner = _record(field.annotation)
-        if inner is not None:
-            yield from sections(inner, f"{place}.{name}" if place else name)
+        for where, inner in _inner_sections(f"{place}.{name}" if place else name, field.annotation):
+            yield from sections(inner, where)
     if model is JobConfig:
         yield from OPTIONS.items()
 
@@ -67,11 +67,12 @@ def page(models: Iterator[tuple[str, type[Record]]] | None = None) -> str:
 
 
 def _row(name: str, field: FieldInfo, place: str) -> str:
-    inner = _record(field.annotation)
+    inner = list(_inner_sections(f"{place}.{name}" if place else name, field.annotation))
     kind = spell(field.annotation, field.metadata)
-    if inner is not None:
-        where = f"{place}.{name}" if place else name
-        kind = f"[{kind}](#{where.replace('.', '')})"
+    if len(inner) == 1:
+        kind = f"[{kind}]({_anchor(inner[0][0])})"
+    elif inner:
+        kind = " or ".join(f"[{model.__name__}]({_anchor(where)})" for where, model in inner)
     elif name == "tracking":
         kind = "tracker → options"
     cells = [f"`{name}`", kind, _default(field), unit(name, field), field.description or ""]
@@ -129,8 +130,17 @@ def _default(field: FieldInfo) -> str:
     return f"`{text.partition(chr(10))[0]}`"
 
 
-def _record(annotation: Any) -> type[Record] | None:
-    """The model of a field that is a section of its own, which may be left out."""
+def _inner_sections(place: str, annotation: Any) -> Iterator[tuple[str, type[Record]]]:
+    """Place and model of a field that is a section of its own, which may be left out; of each kind if there are
+    several."""
     kinds = [kind for kind in get_args(annotation) if kind is not NoneType] or [annotation]
-    kind = kinds[0] if len(kinds) == 1 else None
-    return kind if isinstance(kind, type) and issubclass(kind, Record) else None
+    models = [get_args(kind)[0] if hasattr(kind, "__metadata__") else kind for kind in kinds]
+    if all(isinstance(model, type) and issubclass(model, Record) for model in models):
+        for model in models:
+            said = f" ({get_args(model.model_fields['kind'].annotation)[0]})" if len(models) > 1 else ""
+            yield place + said, model
+
+
+def _anchor(place: str) -> str:
+    """The link to a section's heading."""
+    return "#" + re.sub(r"[^\w-]", "", place.replace(" ", "-"))

@@ -84,10 +84,12 @@ def _nvidia_gpus(visible: str | None) -> int | None:
 
 
 def least_bytes(job: JobConfig) -> int:
-    """Less memory than all ranks together can do with: weights, gradients and Adam's moments in fp32, once where the
+    """Less memory than all ranks together can do with: weights, gradients and optimizer state, once where the
     optimizer is sharded, and the inputs of all layers and the logits of one micro-batch in each replica."""
     model, training = job.model, job.training
-    replicas = training.layout.dp
-    state = model.parameters * (8 * replicas + 8 * (1 if training.layout.zero else replicas))
+    replicas, kept = training.layout.dp, training.optimizer.state
+    of_optimizer = 4 * min(kept.of_matrices, kept.of_embeddings)
+    of_weight = 8 if training.has_fp32_weights else 4
+    state = model.parameters * (of_weight * replicas + of_optimizer * (1 if training.layout.zero else replicas))
     tokens = training.micro_batch * model.seq_len
     return state + 2 * replicas * tokens * (model.layers * model.hidden + model.padded_vocab)

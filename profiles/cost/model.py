@@ -18,6 +18,7 @@ from profiles.cost.step_time import parts, step_seconds
 from profiles.cost.timings import Timings
 from profiles.cost.work import Floats, Work, work
 from profiles.model_shape import ModelShape
+from profiles.optimizer_state import OptimizerState
 
 CHUNK = 4096
 """Configurations that are worked on at once: their arrays stay in the processor's cache."""
@@ -67,14 +68,17 @@ class CostModel:
         self,
         smoothness: Smoothness | None = None,
         *,
+        optimizer: OptimizerState | None = None,
         inside_node: str | None = None,
         between_nodes: str | None = None,
     ) -> None:
-        """`inside_node` and `between_nodes` (names in `links.yaml`) replace the links in the accelerators' files.
+        """`optimizer` is what the update reads and writes (None: AdamW's). `inside_node` and `between_nodes` (names in
+        `links.yaml`) replace the links in the accelerators' files.
 
         Raises ValueError for a link that is not there.
         """
         self._how = smoothness or Smoothness()
+        self._optimizer = optimizer or OptimizerState()
         self._links = {
             place: link(name)
             for place, name in (("inside_node", inside_node), ("between_nodes", between_nodes))
@@ -92,7 +96,7 @@ class CostModel:
         launch and optimizer, and nothing of the network but what scales all times (`time_scale`). Raises ValueError for
         a time that is not positive and finite.
         """
-        fitted = CostModel(self._how)
+        fitted = CostModel(self._how, optimizer=self._optimizer)
         fitted._links = self._links
         known = [each for each in timings if len(each.step_seconds)]
         if not known:
@@ -223,7 +227,7 @@ class CostModel:
         return prior(self._device(cluster))
 
     def _work(self, model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Work:
-        return work(model, cluster, self._device(cluster), c, precision)
+        return work(model, cluster, self._device(cluster), c, precision, self._optimizer)
 
     def assumptions(self, model: ModelShape, cluster: Cluster) -> tuple[str, ...]:
         """What every prediction takes for granted, in words."""

@@ -15,6 +15,7 @@ from profiles.accelerator import Accelerator, node_size
 from profiles.cluster import Cluster
 from profiles.configurations import RECOMPUTE, Configurations
 from profiles.model_shape import ModelShape
+from profiles.optimizer_state import OptimizerState
 from profiles.pipeline_split import split_layers
 
 Floats = NDArray[np.float64]
@@ -24,8 +25,6 @@ GRADIENT = 2.0
 """Bytes of a number in the gradients that are reduced; who reduces in fp32 has twice the constant `dp_traffic`."""
 LOSS = 4.0
 """Bytes of a number in logits and their gradients."""
-OPTIMIZER_BYTES = 28.0
-"""Read and written for a parameter in an Adam step: fp32 weight and two moments, both ways, and the gradient."""
 HOST_OPTIMIZER_SECONDS = 2.0e-8
 """For each weight of a rank whose optimizer state is offloaded: its gradient goes to the host, is added up and used
 there, and the new weight comes back. Two pairs of published rows (7 B on 8 × A800, ZeRO-2 and 3 with and without
@@ -131,7 +130,14 @@ class Work:
         return cls(**{field.name: np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(cls)})
 
 
-def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurations, precision: str) -> Work:
+def work(
+    model: ModelShape,
+    cluster: Cluster,
+    device: Accelerator,
+    c: Configurations,
+    precision: str,
+    optimizer: OptimizerState = OptimizerState(),  # noqa: B008 (immutable)
+) -> Work:
     """The work of each configuration. Raises ValueError for a precision that the accelerator does not have."""
     peak, memory = device.peak(precision), device.memory_bytes_per_second
     wide = "bf16" if "fp8" in precision or "fp4" in precision else precision  # what attention runs in
@@ -232,7 +238,7 @@ def work(model: ModelShape, cluster: Cluster, device: Accelerator, c: Configurat
         dp_scatter=np.where(c.zero == 0, 0.0, reduced),
         dp_gather=gathered,
         dp_messages=np.where(replicas > 1, np.log2(np.maximum(replicas, 1)), 0.0),
-        optimizer=updated * np.where(c.offload_optimizer, HOST_OPTIMIZER_SECONDS, OPTIMIZER_BYTES / memory),
+        optimizer=updated * np.where(c.offload_optimizer, HOST_OPTIMIZER_SECONDS, optimizer.update_bytes / memory),
         congestion=np.log2(sheet.nodes(sharers, tp)),
         nodes=np.log2(cluster.nodes) * ones,
         shared_node=float(cluster.accelerators_per_node > 1) * ones,

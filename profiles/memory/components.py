@@ -6,8 +6,9 @@ from numpy.typing import NDArray
 from profiles.configurations import Configurations
 from profiles.memory.activations import head_bytes, layer_activations, layers_in_flight, loss_bytes, rank_tokens
 from profiles.memory.implementation import Implementation
-from profiles.memory.parameters import Floats, Stage, embedding_weights, layer_weights, stage_weights
+from profiles.memory.parameters import Floats, Stage, Weights, embedding_weights, layer_weights, stage_weights
 from profiles.model_shape import ModelShape
+from profiles.optimizer_state import OptimizerState
 
 COMPONENTS = (
     "weights",
@@ -24,18 +25,30 @@ WORKSPACE_BYTES = 64 * 2**20
 """Workspace of the matrix library, which PyTorch's allocator counts: 32 MiB for each of two handles on Hopper."""
 
 
+def kept_by_optimizer(weights: Weights, state: OptimizerState) -> Floats:
+    """Numbers that an optimizer keeps of a rank's weights, before ZeRO shares anything out."""
+    matrices = weights.dense + weights.experts - weights.embeddings - weights.vectors
+    return (
+        state.of_matrices * matrices
+        + state.of_embeddings * weights.embeddings
+        + state.of_vectors * weights.vectors
+        + state.of_rows_and_columns * weights.rows_and_columns
+    )
+
+
 def stage_components(
     model: ModelShape, c: Configurations, precision: str, how: Implementation, stage: Stage
 ) -> dict[str, Floats]:
     """Bytes of each of `COMPONENTS` at the peak of a rank on a stage.
 
     Adam in mixed precision holds 2 + 4 + 12 bytes a weight: weight, fp32 gradient, fp32 master and two moments; in fp32
-    4 + 4 + 8. ZeRO stage 1 shares the last out over dp · cp ranks, 2 the second too, 3 all (1910.02054, section 5);
-    hybrid sharding does so among the ranks of one copy. FSDP has fp32 weights with the optimizer, and computes with
-    copies of them.
+    4 + 4 + 8. Other optimizers keep other things than two moments (`OptimizerState`). ZeRO stage 1 shares the last out
+    over dp · cp ranks, 2 the second too, 3 all (1910.02054, section 5); hybrid sharding does so among the ranks of one
+    copy. FSDP has fp32 weights with the optimizer, and computes with copies of them.
     """
     element = 4 if precision == "fp32" else 2
     weights = stage_weights(model, c, how, stage)
+    of_rank = np.maximum(weights.dense + weights.experts, 1)
     replicas = c.dp * c.cp
 
     def share(zero: int) -> Floats:
@@ -54,10 +67,15 @@ def stage_components(
     head = (c.pp == 1) | (stage == "last")
     boundary = rank_tokens(model, c) * model.hidden * element / np.where(c.sequence_parallel, c.tp, 1)
     on_device = np.where(c.offload_optimizer, 0, 1)
+    if element == 4:
+        master = 0 if how.weights == "kept" else 4
+    else:
+        master = 4 if how.optimizer.masters else 0 if how.weights == "kept" else element
+    kept = master * share(1) + 4 * kept_by_optimizer(weights, how.optimizer) * share(1) / of_rank
     found = {
         "weights": element * (np.where(c.zero < 3, share(3), 0) if how.weights == "gathered" else share(3)),
         "gradients": on_device * gradient * share(2),
-        "optimizer": on_device * (8 if element == 4 and how.weights == "kept" else 12) * share(1),
+        "optimizer": on_device * kept,
         "activations": layer.kept * layers_in_flight(model, c, how, stage),
         "logits": np.where(head, head_bytes(model, c, element) + loss_bytes(model, c, element, how), 0),
         # A gradient exists in the model's precision before it is added to where it is accumulated.

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
+from profiles.optimizer_state import OptimizerState
 from profiles.record import Record
 
 
@@ -38,6 +39,8 @@ class Implementation(Record):
     stages: Literal["even", "balanced"] = "even"
     """even: every pipeline stage has as many layers. balanced: the output layer counts as the layers that take as long,
     so that the last stage has fewer and the others more."""
+    optimizer: OptimizerState = OptimizerState()
+    """What the job's optimizer keeps of the weights."""
     fragmentation: float = Field(default=0.1, ge=0, lt=1)
     """Share of activations and buffers that the allocator adds: blocks are rounded up, and freed ones do not fit."""
 

@@ -101,7 +101,7 @@ class MemoryModel:
         """What every prediction takes for granted, in words."""
         how, correction = self.implementation, self.correction
         said = [
-            f"{how.attention} attention, {'with' if how.dropout else 'no'} dropout; Adam",
+            f"{how.attention} attention, {'with' if how.dropout else 'no'} dropout; {how.optimizer.in_words}",
             f"gradients in {'fp32' if how.fp32_gradients else 'the precision of the model'}"
             + (", and again in buckets" if how.gradient_buckets else ""),
             f"{how.stages} pipeline stages; logits in fp32 for the loss, {how.loss}",

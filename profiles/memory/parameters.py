@@ -26,6 +26,12 @@ class Weights:
     """What is replicated over all dp · cp ranks: attention, dense MLPs, routers, norms, embeddings."""
     experts: Floats
     """MLPs of experts, replicated over dp · cp ÷ ep ranks; 0 for a dense model."""
+    embeddings: Floats
+    """Of `dense`, those of embeddings and of the output layer."""
+    vectors: Floats
+    """Of `dense`, those of norms and biases."""
+    rows_and_columns: Floats
+    """Rows and columns of all matrices, embeddings among them."""
 
 
 def layer_weights(model: ModelShape, c: Configurations) -> tuple[Floats, Floats]:
@@ -62,7 +68,16 @@ def stage_weights(model: ModelShape, c: Configurations, how: Implementation, sta
     tables = np.where(whole, 1 if model.tied_embeddings else 2, int(stage != "middle"))
     norm = np.where(whole | (stage == "last"), model.norm_vectors * model.hidden, 0)
     positions = np.where(whole | (stage == "first"), model.position_embeddings, 0)
-    return Weights(layers * dense + tables * embedding_weights(model, c) + norm + positions, layers * experts)
+    embeddings = tables * embedding_weights(model, c) + positions
+    vectors = layers * (model.whole_vectors + model.column_biases / c.tp) + norm
+    of_embeddings = tables * (model.padded_vocab / c.tp + model.hidden)
+    return Weights(
+        dense=layers * dense + embeddings + norm,
+        experts=layers * experts,
+        embeddings=embeddings,
+        vectors=vectors,
+        rows_and_columns=layers * _layer_rows_and_columns(model, c) + of_embeddings,
+    )
 
 
 def embedding_weights(model: ModelShape, c: Configurations) -> Floats:

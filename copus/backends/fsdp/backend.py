@@ -3,25 +3,25 @@
 import functools
 import os
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.backends.adamw import ADAM_STATISTICS, adam_state, adamw_options
 from copus.backends.base import Backend
 from copus.backends.fsdp import step
 from copus.backends.fsdp.built import BuiltModel, ShardedParameter, sharded_parameters
 from copus.backends.fsdp.mesh import Meshes
 from copus.backends.fsdp.model import build_model, initialize, parameter_shapes
 from copus.backends.fsdp.part_norms import FsdpPartNorms
-from copus.backends.fsdp.shards import optimizer_fields, shard_table
+from copus.backends.fsdp.shards import fields_of, shard_table
+from copus.backends.optimizers.build import count_steps, make_optimizer, step_options
+from copus.backends.regions import optimizer_state
 from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
 from copus.job import JobConfig, JobError
 from copus.reshard.execute import LiveState
-from copus.reshard.table import ShardTable
+from copus.reshard.table import MASTER, ShardTable
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 
@@ -51,17 +51,23 @@ class FsdpBackend(Backend):
     def make(self, configuration: Configuration, initial_weights: bool) -> None:
         """Make groups, model and optimizer."""
         layout, rank = configuration.layout, dist.get_rank()
-        model = build_model(self._job, layout, self._meshes.mesh(layout), self.device)
+        mesh, training = self._meshes.mesh(layout), self._job.training
+        model = build_model(self._job, layout, mesh, self.device)
         self._built = built = BuiltModel(self.device, layout, rank, model)
-        built.parameters = sharded_parameters(model, self._shapes, layout, rank)
+        every = sharded_parameters(model, self._shapes, layout, rank, mesh)
+        built.parameters = [sharded for sharded in every if sharded.box.elements]
+        if not training.optimizer.elementwise:
+            built.empty = [sharded for sharded in every if not sharded.box.elements]
         if initial_weights:
             for sharded in built.parameters:
                 initialize(sharded, self._job)
+        updated = built.parameters if training.optimizer.elementwise else every
         groups: list[dict[str, Any]] = [
-            {"params": [sharded.main for sharded in built.parameters if sharded.decays is decays], "decays": decays}
+            {"params": [sharded.main for sharded in updated if sharded.decays is decays], "decays": decays}
             for decays in (True, False)
         ]
-        built.optimizer = torch.optim.AdamW(groups, fused=True)
+        held = {sharded.main: sharded.held for sharded in updated}
+        built.optimizer = make_optimizer(training, groups, held)
         built.part_norms = FsdpPartNorms(built)
 
     def release(self) -> None:
@@ -79,28 +85,32 @@ class FsdpBackend(Backend):
 
     def shard_table(self, layout: Layout) -> ShardTable:
         """Weights and optimizer state of every rank of a layout."""
-        return shard_table(self._shapes, self._job.training.precision, layout)
+        return shard_table(self._shapes, self._job.training, layout)
 
     def live_state(self) -> LiveState:
         """The tensors of this rank, by their place in the whole model."""
         state: LiveState = {}
         for sharded in self.built.parameters:
-            fields = optimizer_fields(sharded.name, sharded.whole_shape, self._job.training.precision)
-            tensors: list[Callable[[], torch.Tensor]] = [functools.partial(_data, sharded)]
-            tensors += [functools.partial(self._statistic, sharded, name) for name in ADAM_STATISTICS]
-            for field, tensor in zip(fields, tensors, strict=True):
-                state[field.name, sharded.box.offset] = tensor
+            for fields, axes in fields_of(sharded.name, sharded.whole_shape, self._job.training):
+                for field in fields:
+                    offset = tuple(sharded.box.offset[axis] for axis in axes)
+                    state[field.name, offset] = functools.partial(self._tensor, sharded, field.name, axes)
         return state
 
-    def _statistic(self, sharded: ShardedParameter, name: str) -> torch.Tensor:
+    def _tensor(self, sharded: ShardedParameter, field: str, axes: tuple[int, ...]) -> torch.Tensor:
+        """What this rank holds of a field of the state."""
+        statistic = field.removeprefix(sharded.name).removeprefix("/")
+        if statistic in ("", MASTER):
+            return sharded.main.data
         assert self.built.optimizer is not None, "it is built"
-        return adam_state(self.built.optimizer, sharded.main)[name]
+        shapes = sharded.held.statistic_shapes(self._job.training.optimizer)
+        kept = optimizer_state(self.built.optimizer, sharded.main, shapes)[statistic]
+        return sharded.held.part_of(kept, axes, sharded.held.regions[0])
 
     def count_optimizer_steps(self, steps: int) -> None:
-        """Give every parameter Adam's step count."""
+        """Give every parameter the step count."""
         assert self.built.optimizer is not None, "it is built"
-        for sharded in self.built.parameters:
-            adam_state(self.built.optimizer, sharded.main)["step"].fill_(steps)
+        count_steps(self.built.optimizer, steps)
 
     def compute_gradients(self, batches: Batches, request: StepRequest) -> StepShares:
         """Run the forward and backward passes, and return this rank's shares of the step's figures."""
@@ -113,14 +123,10 @@ class FsdpBackend(Backend):
         return parts
 
     def update_weights(self, rules: StepRules, scale: float) -> None:
-        """Clip the gradients and let Adam make its step."""
-        options = adamw_options(self._job.training.optimizer, rules, self._optimizer_steps)
+        """Clip the gradients and let the optimizer make its step."""
+        options = step_options(self._job.training, rules, self._optimizer_steps)
         step.update_weights(self.built, options, scale)
 
     def evaluate(self, batches: Batches, sequences: int) -> float:
         """Mean loss over the first `sequences` held-out sequences, nats a token."""
         return step.evaluate(self.built, self.configuration, batches, sequences)
-
-
-def _data(sharded: ShardedParameter) -> torch.Tensor:
-    return sharded.main.data

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from copus.backends.fsdp.mesh import SHARD, TENSOR
 from copus.backends.fsdp.shards import own_box, tensor_parallel_axis
+from copus.backends.regions import HeldWeight, Region
 from copus.reshard.boxes import Box
+from copus.reshard.table import Field
 from profiles.layout import Layout
 
 
@@ -26,6 +30,8 @@ class ShardedParameter(NamedTuple):
     """Where that lies in the whole."""
     is_counted: bool
     """Whether a sum over all ranks takes this rank's part: only one of several ranks that hold the same."""
+    held: HeldWeight
+    """The same for the optimizer."""
 
     @property
     def decays(self) -> bool:
@@ -52,8 +58,10 @@ class BuiltModel:
     """transformers' model under FSDP."""
     parameters: list[ShardedParameter] = field(default_factory=list)
     """Those of which this rank holds a part."""
+    empty: list[ShardedParameter] = field(default_factory=list)
+    """Those of which it holds nothing. Updates that need whole tensors are collective: it takes part in them."""
     optimizer: torch.optim.Optimizer | None = None
-    """AdamW over the local tensors."""
+    """The job's optimizer over the local tensors."""
     part_norms: Any = None
     """What the noise is measured with: a `PartNorms`."""
 
@@ -79,9 +87,10 @@ class BuiltModel:
         if self.optimizer is not None:
             self.optimizer.state.clear()
             self.optimizer.param_groups.clear()
-        for sharded in self.parameters:
+        for sharded in (*self.parameters, *self.empty):
             sharded.parameter.grad = sharded.main.grad = None
         self.parameters.clear()
+        self.empty.clear()
         for unsharded in fsdp_parameters(self.model):
             unsharded.free_unsharded_param()
         self.model = None
@@ -96,23 +105,30 @@ def fsdp_parameters(model: Any) -> Iterator[Any]:
 
 
 def sharded_parameters(
-    model: Any, shapes: list[tuple[str, tuple[int, ...]]], layout: Layout, rank: int
+    model: Any, shapes: list[tuple[str, tuple[int, ...]]], layout: Layout, rank: int, mesh: DeviceMesh
 ) -> list[ShardedParameter]:
-    """What this rank holds of every parameter that it holds anything of.
+    """What this rank holds of every parameter, nothing included.
 
     Raises RuntimeError if FSDP has cut a parameter in another way than `shards` says.
     """
     replicate_rank = rank // (layout.tp * layout.dp_shard)
+    shard_groups = (mesh[SHARD].get_group(),) if layout.dp_shard > 1 else ()
     parameters = dict(model.named_parameters())
     sharded = []
     for name, shape in shapes:
         parameter, box = parameters[name], own_box(name, shape, layout, rank)
         local = parameter.data.to_local()
-        if tuple(local.shape) != box.shape:
+        if box.elements and tuple(local.shape) != box.shape:
             raise RuntimeError(f"FSDP holds {tuple(local.shape)} of {name} on rank {rank}, not {box.shape}")
-        if not box.elements:
-            continue
+        axis = tensor_parallel_axis(name) if layout.tp > 1 else None
+        tensor_groups = () if axis is None else (mesh[TENSOR].get_group(),)
+        held = HeldWeight(
+            box.shape,
+            (Region(Box.whole(box.shape), Field(name, str(local.dtype).removeprefix("torch."), shape), box.offset),),
+            row_groups=(*shard_groups, *(tensor_groups if axis == 0 else ())),
+            column_groups=tensor_groups if axis == 1 else (),
+        )
         is_duplicate = tensor_parallel_axis(name) is None and rank % layout.tp > 0
         counted = replicate_rank == 0 and not is_duplicate
-        sharded.append(ShardedParameter(name, shape, parameter, torch.nn.Parameter(local), box, counted))
+        sharded.append(ShardedParameter(name, shape, parameter, torch.nn.Parameter(local), box, counted, held))
     return sharded

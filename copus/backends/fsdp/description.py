@@ -3,6 +3,7 @@
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from copus.backends.description import refuse_cut_matrices
 from copus.backends.huggingface_description import HuggingFaceDescription
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
@@ -22,6 +23,8 @@ class FsdpDescription(HuggingFaceDescription):
     shards_within_nodes = True
     packages = ("transformers",)
     extra = "fsdp"
+    optimizers = ("adamw", "sgd", "adafactor", "muon", "signum")
+    trains_without_masters = True
     least_torch = (2, 13)  # for FSDP2's record of its gathered weights, which is not public
     noise_metrics = ("plain",)
     compiles = True
@@ -46,6 +49,10 @@ class FsdpDescription(HuggingFaceDescription):
         super().check_model(model)
         if model.bias not in ("none", "qkv"):
             raise ValueError(f"bias({model.bias}) is not supported by the fsdp backend: it has none and qkv")
+
+    def check_optimizer_in(self, layout: Layout) -> None:
+        """Raise ValueError for Muon where a rank does not have its matrices whole."""
+        refuse_cut_matrices(self.optimizer, layout)
 
     def check_model_in(self, layout: Layout, model: ModelShape) -> None:
         """Raise ValueError for tensor parallelism of a model with norms that every rank would see some heads of."""

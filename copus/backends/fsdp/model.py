@@ -30,7 +30,8 @@ def build_model(job: JobConfig, layout: Layout, mesh: DeviceMesh, device: torch.
     """The sharded model, its weights whatever lies in memory. Never whole on any rank."""
     shape = job.model
     training = job.training
-    model = build_causal_lm(shape, torch.float32, torch.device("meta"), None, layout.recompute, training.compile)
+    dtype = torch.float32 if training.has_fp32_weights else torch.bfloat16
+    model = build_causal_lm(shape, dtype, torch.device("meta"), None, layout.recompute, training.compile)
     if layout.tp > 1:
         _cut_matrices(model, mesh[TENSOR])
     # Without `reshard_after_forward` a layer's weights stay gathered until its backward pass: ZeRO-1 and 2.

@@ -1,12 +1,13 @@
 """Which part of every parameter a rank holds: tensor parallel ranks cut matrices, FSDP cuts what is left by rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from copus.backends.adamw import ADAM_STATISTICS
+from copus.backends.regions import state_fields
+from copus.job import TrainingConfig
 from copus.reshard.boxes import Box
-from copus.reshard.table import MASTER, Field, ShardTable
+from copus.reshard.table import Field, ShardTable
 from profiles.layout import Layout
 
 CUT_BY_ROWS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -21,11 +22,22 @@ def tensor_parallel_axis(name: str) -> int | None:
     return 0 if module in CUT_BY_ROWS else 1 if module in CUT_BY_COLUMNS else None
 
 
-def optimizer_fields(name: str, shape: tuple[int, ...], precision: str) -> tuple[Field, ...]:
-    """What is kept of a parameter: the fp32 weight, which is a master copy if the model computes in bf16, and Adam's
-    statistics. FSDP makes the bf16 weights from the masters whenever it gathers them; they are no state."""
-    weight = f"{name}/{MASTER}" if precision == "bf16" else name
-    return tuple(Field(field, "float32", shape) for field in (weight, *(f"{name}/{each}" for each in ADAM_STATISTICS)))
+def fields_of(
+    name: str, shape: tuple[int, ...], training: TrainingConfig
+) -> Iterator[tuple[tuple[Field, ...], tuple[int, ...]]]:
+    """What is kept of a parameter: fields that are cut alike, and the axes of the parameter that they have. First the
+    weight that the optimizer updates and what has its shape.
+
+    With bf16 that weight is an fp32 master, unless the job has none: FSDP makes the bf16 weights from the masters
+    whenever it gathers them, and they are no state.
+    """
+    weight = Field(name, "bfloat16" if training.precision == "bf16" else "float32", shape)
+    has_master = training.precision == "bf16" and training.has_fp32_weights
+    kept = list(state_fields(weight, training.optimizer, has_master=has_master))
+    if not has_master:
+        kept.insert(0, (weight, tuple(range(len(shape)))))
+    for axes in dict.fromkeys(axes for _, axes in kept):
+        yield tuple(field for field, own in kept if own == axes), axes
 
 
 def boxes(name: str, shape: tuple[int, ...], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
@@ -55,15 +67,21 @@ def own_box(name: str, shape: tuple[int, ...], layout: Layout, rank: int) -> Box
     return Box.between(start[rank].tolist(), stop[rank].tolist(), len(shape))
 
 
-def shard_table(parameters: Iterable[tuple[str, tuple[int, ...]]], precision: str, layout: Layout) -> ShardTable:
+def shard_table(
+    parameters: Iterable[tuple[str, tuple[int, ...]]], training: TrainingConfig, layout: Layout
+) -> ShardTable:
     """Weights and optimizer state of every rank of a layout, from the names and shapes of the parameters."""
-    groups, columns = [], []
-    axes = 2
-    for number, (name, shape) in enumerate(parameters):
-        groups.append(optimizer_fields(name, shape, precision))
+    groups: list[tuple[Field, ...]] = []
+    columns = []
+    for name, shape in parameters:
         start, stop = boxes(name, shape, layout)
         rank = np.flatnonzero((stop > start).all(axis=1))
-        padding = ((0, 0), (0, axes - len(shape)))
-        start, stop = np.pad(start[rank], padding), np.pad(stop[rank], padding, constant_values=1)
-        columns.append((rank, np.full(len(rank), number, np.int64), start, stop))
+        for fields, axes in fields_of(name, shape, training):
+            padding = ((0, 0), (0, 2 - len(axes)))
+            ends = (
+                np.pad(start[rank][:, axes], padding),
+                np.pad(stop[rank][:, axes], padding, constant_values=1),
+            )
+            columns.append((rank, np.full(len(rank), len(groups), np.int64), *ends))
+            groups.append(fields)
     return ShardTable(tuple(groups), *(np.concatenate(column) for column in zip(*columns, strict=True)))

@@ -2,14 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
-from copus.backends.adamw import AdamWOptions
 from copus.backends.fsdp.built import BuiltModel
 from copus.backends.fsdp.part_norms import grad_sq_share
 from copus.backends.huggingface import mean_loss
@@ -22,7 +21,7 @@ def compute_gradients(
     built: BuiltModel, configuration: Configuration, batches: Batches, request: StepRequest
 ) -> StepShares:
     """Forward, backward and reduction, and what this rank adds to the figures of the step."""
-    for sharded in built.parameters:
+    for sharded in (*built.parameters, *built.empty):
         sharded.parameter.grad = None
     count = configuration.num_microbatches
     built.part_norms.start(request.noise_source, configuration)
@@ -52,20 +51,21 @@ def _communicate(built: BuiltModel, is_last: bool) -> None:
     model.set_is_last_backward(is_last)
 
 
-def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> None:
+def update_weights(built: BuiltModel, options: dict[str, Any], scale: float) -> None:
     """Multiply the gradients by `scale`, and update the weights with them."""
     optimizer = built.optimizer
     assert optimizer is not None, "it is built"
-    gradients = [sharded.gradient for sharded in built.parameters]
+    updated = (*built.parameters, *built.empty)
+    gradients = [sharded.gradient for sharded in updated]
     if scale != 1:
         torch._foreach_mul_(gradients, scale)
-    for sharded, gradient in zip(built.parameters, gradients, strict=True):
+    for sharded, gradient in zip(updated, gradients, strict=True):
         sharded.main.grad = gradient
     for group in optimizer.param_groups:
-        group.update(asdict(options))
+        group.update(options)
         group["weight_decay"] *= group["decays"]
     optimizer.step()
-    for sharded in built.parameters:
+    for sharded in updated:
         sharded.parameter.grad = sharded.main.grad = None
 
 

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from copus.backends.adamw import adamw_options
 from copus.backends.base import Backend
 from copus.backends.megatron import cpu, former_checkpoint, groups, step, upstream
+from copus.backends.optimizers.build import count_steps, step_options
 from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
 from copus.collectives import run_on_all_ranks
 from copus.job import JobConfig
+from copus.optimizers import AdamW
 from copus.reshard.execute import LiveState
 from copus.reshard.table import ShardTable
 from copus.sharded_checkpoint import SavedState
@@ -23,6 +24,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
 from copus.backends.megatron.built import BuiltModel  # noqa: E402
+from copus.backends.megatron.inner_optimizer import use_optimizer_of_job  # noqa: E402
 from copus.backends.megatron.live_state import live_state  # noqa: E402
 from copus.backends.megatron.model import build_model  # noqa: E402
 from copus.backends.megatron.part_norms import PartNorms  # noqa: E402
@@ -56,7 +58,9 @@ class MegatronBackend(Backend):
         chunks = run_on_all_ranks(lambda: build_model(self._job, layout, seed))
         self._built = built = BuiltModel(self.device, layout, chunks)
         built.optimizer = self._make_optimizer(layout, chunks)
-        epsilon = training.optimizer.epsilon if self._job.planner.noise_metric == "adam" else None
+        optimizer = training.optimizer
+        adam_epsilon = optimizer.epsilon if isinstance(optimizer, AdamW) else None
+        epsilon = adam_epsilon if self._job.planner.noise_metric == "adam" else None
         built.part_norms = PartNorms(chunks, built.optimizer, layout, self._job.model.tied_embeddings, epsilon)
 
     def _make_optimizer(self, layout: Layout, chunks: list[Any]) -> Any:
@@ -73,7 +77,7 @@ class MegatronBackend(Backend):
             chunks,
             use_gloo_process_groups=False,
         )
-        _fuse(optimizer)
+        use_optimizer_of_job(optimizer, chunks, self._job, layout)
         return optimizer
 
     def release(self) -> None:
@@ -96,11 +100,12 @@ class MegatronBackend(Backend):
 
     def live_state(self) -> LiveState:
         """The live tensors of this rank, by their place in the whole model."""
-        return live_state(self.built, self._job.model)
+        return live_state(self.built, self._job.model, self._job.training.optimizer)
 
     def count_optimizer_steps(self, steps: int) -> None:
-        """Give every parameter Adam's step count."""
-        upstream.set_adam_step(self.built.optimizer, steps)
+        """Give every parameter the step count."""
+        for inner in upstream.inner_optimizers(self.built.optimizer):
+            count_steps(inner, steps)
 
     def compute_gradients(self, batches: Batches, request: StepRequest) -> StepShares:
         """Run the forward and backward passes, and return this rank's shares of the step's figures."""
@@ -114,8 +119,8 @@ class MegatronBackend(Backend):
         return self.built.part_norms.parts(totals, grad_sq)
 
     def update_weights(self, rules: StepRules, scale: float) -> None:
-        """Clip the gradients and let Adam make its step."""
-        options = adamw_options(self._job.training.optimizer, rules, self._optimizer_steps)
+        """Clip the gradients and let the optimizer make its step."""
+        options = step_options(self._job.training, rules, self._optimizer_steps)
         step.update_weights(self.built, options, scale)
 
     def _seed_dropout(self, first_sample: int) -> None:
@@ -139,10 +144,3 @@ class MegatronBackend(Backend):
     def translate_saved(self, saved: SavedState) -> SavedState:
         """The fields of a checkpoint of an earlier version under the names of today."""
         return former_checkpoint.translate(saved, self._job.model)
-
-
-def _fuse(optimizer: Any) -> None:
-    """Let the update take one pass over the memory instead of ten. All other options are set at every step."""
-    for inner in upstream.inner_optimizers(optimizer):
-        for group in inner.param_groups:
-            group["fused"], group["foreach"] = True, False

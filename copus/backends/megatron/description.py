@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from copus.backends.description import BackendDescription, refuse_fields
+from copus.backends.description import BackendDescription, refuse_cut_matrices, refuse_fields
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 from profiles.rope import attention_factor
@@ -16,6 +16,7 @@ class MegatronDescription(BackendDescription):
 
     framework = "megatron-core"
     largest_zero = 1
+    optimizers = ("adamw", "sgd", "adafactor", "muon", "signum")
 
     def check_model(self, model: ModelShape) -> None:
         """Raise ValueError for a model that the Megatron backend does not build."""
@@ -44,6 +45,15 @@ class MegatronDescription(BackendDescription):
             if value > limit:
                 raise ValueError(f"{name}({value}) is not supported by the megatron backend: at most {limit}")
         super().check_layout(layout)
+
+    def check_optimizer_in(self, layout: Layout) -> None:
+        """Raise ValueError for a layout without whole rows, columns or matrices for the optimizer."""
+        refuse_cut_matrices(self.optimizer, layout)
+        if layout.zero and not self.optimizer.elementwise:
+            raise ValueError(
+                f"layout.zero({layout.zero}) is not supported with optimizer.kind({self.optimizer.kind}): megatron's "
+                "distributed optimizer shares out ranges of flattened weights, which have no whole rows"
+            )
 
     def load(self) -> type[Any]:
         """The class that trains. Takes seconds, and changes torch on a CPU."""

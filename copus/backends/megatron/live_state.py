@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from copus.backends.adamw import adam_state
 from copus.backends.megatron import cpu
 from copus.backends.megatron.built import BuiltModel
-from copus.backends.megatron.local_tensors import LocalTensor, Region, local_tensors
+from copus.backends.megatron.local_tensors import LocalTensor, has_master, local_tensors
 from copus.backends.megatron.main_params import MainParam, main_params
+from copus.backends.regions import HeldWeight, Region, optimizer_state, state_fields
+from copus.optimizers import BatchRules
 from copus.reshard.boxes import Box
 from copus.reshard.execute import LiveState
 from copus.reshard.table import MASTER, Place
@@ -25,7 +26,7 @@ from megatron.core import parallel_state  # noqa: E402
 _Shard = tuple[Place, Callable[[], torch.Tensor]]
 
 
-def live_state(built: BuiltModel, model: ModelShape) -> LiveState:
+def live_state(built: BuiltModel, model: ModelShape, optimizer: BatchRules) -> LiveState:
     """All shards of this rank."""
     # Ask the group itself: `parallel_state.get_tensor_model_parallel_rank` asks torch, which has forgotten all groups
     # after a step that broke them.
@@ -34,45 +35,51 @@ def live_state(built: BuiltModel, model: ModelShape) -> LiveState:
     shards: LiveState = {}
     for tensor, described in local.items():
         for region in described.regions:
-            shards[region.weight.name, region.offset] = _part_of(described, region, functools.partial(_data, tensor))
+            shards[region.weight.name, region.offset] = functools.partial(_weight, tensor, region)
     for main in main_params(built.optimizer):
-        shards.update(_optimizer_state(main, local[main.param]))
+        shards.update(_optimizer_state(main, local[main.param], optimizer))
     return shards
 
 
-def _optimizer_state(main: MainParam, described: LocalTensor) -> Iterator[_Shard]:
+def _optimizer_state(main: MainParam, described: LocalTensor, optimizer: BatchRules) -> Iterator[_Shard]:
+    held = held_weight(main, described)
+    shapes = held.statistic_shapes(optimizer)
     if main.start is None:
         for region in described.regions:
-            for name, tensor in _statistics(main, region):
-                yield (name, region.offset), _part_of(described, region, tensor)
+            for field, axes in state_fields(region.weight, optimizer, has_master=has_master(region)):
+                offset = tuple(region.offset[axis] for axis in axes)
+                tensor = functools.partial(_statistic, main, field.name, shapes)
+                yield (field.name, offset), functools.partial(_part, held, tensor, axes, region)
         return
     for region, part, position, block in described.parts_of_range(main.start, main.start + main.main.numel()):
-        for name, tensor in _statistics(main, region):
+        for field, _ in state_fields(region.weight, optimizer, has_master=has_master(region)):
+            tensor = functools.partial(_statistic, main, field.name, shapes)
             view = functools.partial(_view, tensor, position, block, part.slices_in(block))
-            yield (name, region.place(part).offset), view
+            yield (field.name, region.place(part).offset), view
 
 
-def _statistics(main: MainParam, region: Region) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """The name of every optimizer field, and a function that returns the optimizer's tensor of it."""
-    for field in region.optimizer_fields:
-        yield field.name, functools.partial(_statistic, main, field.name.rpartition("/")[2])
+def held_weight(main: MainParam, described: LocalTensor) -> HeldWeight:
+    """What a parameter of the optimizer consists of, for its update."""
+    tensor_parallel = () if described.cut_axis is None else (parallel_state.get_tensor_model_parallel_group(),)
+    return HeldWeight(
+        tuple(main.main.shape),
+        described.regions,
+        row_groups=tensor_parallel if described.cut_axis == 0 else (),
+        column_groups=tensor_parallel if described.cut_axis == 1 else (),
+    )
 
 
-def _data(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.data
+def _weight(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    return tensor.data[region.slices]
 
 
-def _statistic(main: MainParam, name: str) -> torch.Tensor:
-    return main.main.data if name == MASTER else adam_state(main.optimizer, main.main)[name]
+def _statistic(main: MainParam, field: str, shapes: dict[str, tuple[int, ...]]) -> torch.Tensor:
+    name = field.rpartition("/")[2]
+    return main.main.data if name == MASTER else optimizer_state(main.optimizer, main.main, shapes)[name]
 
 
-def _part_of(described: LocalTensor, region: Region, tensor: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """A function that returns the region of a tensor that has the described shape."""
-    return functools.partial(_part, tensor, region.box.slices_in(Box.whole(described.shape)))
-
-
-def _part(tensor: Callable[[], torch.Tensor], slices: tuple[slice, ...]) -> torch.Tensor:
-    return tensor()[slices]
+def _part(held: HeldWeight, tensor: Callable[[], torch.Tensor], axes: tuple[int, ...], region: Region) -> torch.Tensor:
+    return held.part_of(tensor(), axes, region)
 
 
 def _view(tensor: Callable[[], torch.Tensor], position: int, block: Box, slices: tuple[slice, ...]) -> torch.Tensor:

@@ -13,40 +13,17 @@ from typing import Any
 
 import torch
 
-from copus.backends.adamw import ADAM_STATISTICS
 from copus.backends.megatron import cpu
 from copus.backends.megatron.hugging_face import hugging_face_parts
+from copus.backends.regions import Region
 from copus.reshard.boxes import Box, boxes_of_range
-from copus.reshard.table import MASTER, Field
+from copus.reshard.table import Field
 from profiles.model_shape import ModelShape
 
 cpu.before_import()
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer  # noqa: E402
 
 _EMBEDDING = "embedding.word_embeddings.weight"
-
-
-@dataclass(frozen=True)
-class Region:
-    """Part of a rank's tensor that lies in one piece in a tensor of the state."""
-
-    box: Box
-    """In the rank's tensor."""
-    weight: Field
-    """The tensor of the state, whole."""
-    offset: tuple[int, ...]
-    """Of the box in that tensor."""
-
-    def place(self, part: Box) -> Box:
-        """A part of the box, in coordinates of the tensor of the state."""
-        return part.shifted([a - b for a, b in zip(self.offset, self.box.offset, strict=True)])
-
-    @property
-    def optimizer_fields(self) -> tuple[Field, ...]:
-        """What the optimizer keeps of the tensor of the state."""
-        name, dtype, shape = self.weight
-        kept = ((MASTER,) if dtype != "float32" else ()) + ADAM_STATISTICS
-        return tuple(Field(f"{name}/{suffix}", "float32", shape) for suffix in kept)
 
 
 @dataclass(frozen=True)
@@ -58,6 +35,8 @@ class LocalTensor:
     """They cover it, from the first row to the last. Several for fused projections."""
     is_trained: bool
     """Whether the optimizer has a state for it."""
+    cut_axis: int | None = None
+    """The axis along which tensor parallel ranks cut it; None if all have the whole."""
 
     def parts_of_range(self, start: int, stop: int) -> Iterator[tuple[Region, Box, int, Box]]:
         """A range of the flattened tensor, as (region, part of it, where a block begins in the range, the block around
@@ -69,6 +48,11 @@ class LocalTensor:
                 if common is not None:
                     yield region, common, position, block
             position += block.elements
+
+
+def has_master(region: Region) -> bool:
+    """Whether the optimizer updates an fp32 copy of the weight."""
+    return region.weight.dtype != "float32"
 
 
 def local_tensors(chunk: Any, model: ModelShape, tp: int, tp_rank: int) -> Iterator[tuple[torch.Tensor, LocalTensor]]:
@@ -95,7 +79,8 @@ def local_tensors(chunk: Any, model: ModelShape, tp: int, tp_rank: int) -> Itera
             for part in hugging_face_parts(name, whole, Box(offset, box.shape), model):
                 weight = Field(part.name, dtype, part.shape)
                 regions.append(Region(part.box.shifted(to_local), weight, part.offset))
-        yield tensor, LocalTensor(shape, tuple(regions), local_name in parameters and tensor.requires_grad)
+        is_trained = local_name in parameters and tensor.requires_grad
+        yield tensor, LocalTensor(shape, tuple(regions), is_trained, axis)
 
 
 def _first_layer(module: torch.nn.Module) -> int:

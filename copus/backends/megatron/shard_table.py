@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.megatron import cpu
+from copus.backends.regions import state_rows
 from copus.job import JobConfig
+from copus.optimizers import BatchRules
 from copus.profiling.solo import world_of_one
 from copus.reshard.table import Row, ShardTable
 from profiles.layout import Layout
@@ -27,7 +29,7 @@ cpu.before_import()
 from megatron.core.distributed import param_and_grad_buffer  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
-from copus.backends.megatron.local_tensors import LocalTensor, local_tensors  # noqa: E402
+from copus.backends.megatron.local_tensors import LocalTensor, has_master, local_tensors  # noqa: E402
 from copus.backends.megatron.model import build_model  # noqa: E402
 
 
@@ -54,27 +56,36 @@ def shard_table(job: JobConfig, layout: Layout) -> ShardTable:
         for tp_rank in range(layout.tp):
             ranks = tp_rank + layout.tp * (np.arange(replicas) + replicas * pp_rank)
             local = dict(pair for chunk in chunks for pair in local_tensors(chunk, job.model, layout.tp, tp_rank))
-            tables.append(ShardTable.of(_whole_rows(local.values(), layout.zero == 0)).on_ranks(ranks))
+            optimizer = job.training.optimizer
+            whole = _whole_rows(local.values(), None if layout.zero else optimizer)
+            # Every part of a fused matrix has the means over its rows, which are the same.
+            tables.append(ShardTable.of(dict.fromkeys(whole)).on_ranks(ranks))
             if layout.zero:
-                tables.append(ShardTable.of(_sharded_rows(chunks, local, ranks)))
+                tables.append(ShardTable.of(_sharded_rows(chunks, local, ranks, optimizer)))
     return ShardTable.concatenate(tables)
 
 
-def _whole_rows(tensors: Iterable[LocalTensor], with_optimizer: bool) -> Iterator[Row]:
+def _whole_rows(tensors: Iterable[LocalTensor], optimizer: BatchRules | None) -> Iterator[Row]:
+    """Weights and, with an optimizer, what it keeps of them."""
     for tensor in tensors:
         for region in tensor.regions:
             box = region.place(region.box)
             yield 0, (region.weight,), box
-            if with_optimizer and tensor.is_trained:
-                yield 0, region.optimizer_fields, box
+            if optimizer is not None and tensor.is_trained:
+                for row in state_rows(region.weight, box, optimizer, has_master=has_master(region)):
+                    yield 0, *row
 
 
-def _sharded_rows(chunks: list[Any], local: dict[torch.Tensor, LocalTensor], ranks: np.ndarray) -> Iterator[Row]:
+def _sharded_rows(
+    chunks: list[Any], local: dict[torch.Tensor, LocalTensor], ranks: np.ndarray, optimizer: BatchRules
+) -> Iterator[Row]:
     for chunk in chunks:
         for replica, param, start, stop in owned_ranges(chunk, len(ranks)):
             tensor = local[param]
             for region, part, _, _ in tensor.parts_of_range(start, stop):
-                yield int(ranks[replica]), region.optimizer_fields, region.place(part)
+                box = region.place(part)
+                for row in state_rows(region.weight, box, optimizer, has_master=has_master(region)):
+                    yield int(ranks[replica]), *row
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
 """Gradients, update and evaluation of a built Megatron model."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from copus.backends.adamw import AdamWOptions
 from copus.backends.megatron import cpu
 from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.local_tensors import unwrap
@@ -46,7 +44,7 @@ def compute_gradients(
     )
 
 
-def update_weights(built: BuiltModel, options: AdamWOptions, scale: float) -> None:
+def update_weights(built: BuiltModel, options: dict[str, Any], scale: float) -> None:
     """Multiply the gradients by `scale` and update the weights."""
     _scale_gradients(built.optimizer, scale)
     _set_options(built.optimizer, options)
@@ -144,8 +142,8 @@ def _scale_gradients(optimizer: Any, scale: float) -> None:
             torch._foreach_mul_(gradients, scale)
 
 
-def _set_options(optimizer: Any, options: AdamWOptions) -> None:
+def _set_options(optimizer: Any, options: dict[str, Any]) -> None:
     for inner in inner_optimizers(optimizer):
         for group in inner.param_groups:
-            group.update(asdict(options))
+            group.update(options)
             group["weight_decay"] *= group.get("wd_mult", 1.0)  # megatron's: 0 for norms

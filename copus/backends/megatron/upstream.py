@@ -25,16 +25,6 @@ def use_torch_adam() -> None:
         patch(owner, name, value, oldest=(0, 16), newest=(0, 19))
 
 
-def set_adam_step(optimizer: Any, step: int) -> None:
-    """Give every parameter its own `step` tensor."""
-    for inner in inner_optimizers(optimizer):
-        for group in inner.param_groups:
-            for param in group["params"]:
-                state = inner.state[param]
-                if "step" in state:
-                    state["step"] = torch.full((), float(step), dtype=torch.float32, device=param.device)
-
-
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside megatron's chain of wrappers."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])

@@ -1,0 +1,32 @@
+"""What an optimizer keeps of the weights, as far as memory and time depend on it. All of it is fp32."""
+
+from profiles.record import NonNegativeInt, Record
+
+
+class OptimizerState(Record):
+    """Numbers of tensors that are kept of each weight. The defaults are AdamW's with fp32 masters."""
+
+    of_matrices: NonNegativeInt = 2
+    """Of the shape of a matrix inside the layers."""
+    of_embeddings: NonNegativeInt = 2
+    """Of the shape of an embedding or of the output layer."""
+    of_vectors: NonNegativeInt = 2
+    """Of the shape of a norm or of a bias."""
+    of_rows_and_columns: bool = False
+    """Whether a matrix has one number for each row and one for each column (Adafactor)."""
+    masters: bool = True
+    """Whether a weight that is not fp32 has an fp32 copy, which is what the optimizer updates."""
+
+    @property
+    def update_bytes(self) -> float:
+        """Bytes read and written for a weight of a matrix in an update: the weight and what is kept of it, both ways,
+        and the gradient; Adafactor's passes over the gradient for the means of rows and columns are two more."""
+        weight = 4 if self.masters else 2
+        return 2 * (weight + 4 * self.of_matrices) + 4 + 8 * self.of_rows_and_columns
+
+    @property
+    def in_words(self) -> str:
+        """For people: `2 fp32 tensors kept of a matrix`."""
+        said = [f"{self.of_matrices} fp32 tensors kept of a matrix"] if self.of_matrices else []
+        said += ["rows and columns of a matrix kept"] * self.of_rows_and_columns
+        return " and ".join(said) or "nothing kept of a matrix"
