@@ -83,3 +83,12 @@ def stage_weights(model: ModelShape, c: Configurations, how: Implementation, sta
 def embedding_weights(model: ModelShape, c: Configurations) -> Floats:
     """Weights of the input embedding, or of the output layer, on a rank."""
     return model.padded_vocab * model.hidden / c.tp
+
+
+def _layer_rows_and_columns(model: ModelShape, c: Configurations) -> Floats:
+    """Rows and columns of a layer's matrices on a rank: the sides that tensor parallel ranks cut, and the whole ones."""
+    into_mlp, mlps = 2 if model.gated_mlp else 1, np.maximum(model.experts / c.ep, 1)
+    of_mlps = mlps * (into_mlp + 1)
+    cut = 2 * model.query_width + 2 * model.kv_width + of_mlps * model.ffn_hidden
+    whole = (4 + of_mlps) * model.hidden + (model.hidden + model.experts) * (model.experts > 0)
+    return np.asarray(cut / c.tp + whole, dtype=np.float64)
