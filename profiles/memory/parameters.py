@@ -86,7 +86,7 @@ def embedding_weights(model: ModelShape, c: Configurations) -> Floats:
 
 
 def _layer_rows_and_columns(model: ModelShape, c: Configurations) -> Floats:
-    """Rows and columns of a layer's matrices on a rank: the sides that tensor parallel ranks cut, and the whole ones."""
+    """Rows and columns of a layer's matrices on a rank. Tensor parallel ranks cut one side of each."""
     into_mlp, mlps = 2 if model.gated_mlp else 1, np.maximum(model.experts / c.ep, 1)
     of_mlps = mlps * (into_mlp + 1)
     cut = 2 * model.query_width + 2 * model.kv_width + of_mlps * model.ffn_hidden
