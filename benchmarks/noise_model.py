@@ -45,7 +45,7 @@ def _start(job: JobConfig, configuration: Configuration) -> tuple[Any, Batches]:
 
 def _frozen(job: JobConfig) -> StepRules:
     """Adam's moments move, the weights do not."""
-    return StepRules(lr=0.0, betas=job.training.optimizer.betas)
+    return StepRules(lr=0.0, betas=job.training.optimizer.betas_at(1.0))
 
 
 def brute_force(job: JobConfig, training_steps: int, sequences: int, online_steps: int) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def brute_force(job: JobConfig, training_steps: int, sequences: int, online_step
     configuration = Configuration(layout=Layout(dp=ranks), micro_batch=4, global_batch=8 * ranks)
     backend, batches = _start(job, configuration)
     pairs, sample = [], 0
-    rules = StepRules(lr=job.training.lr, betas=job.training.optimizer.betas)
+    rules = StepRules(lr=job.training.lr, betas=job.training.optimizer.betas_at(1.0))
     for _ in range(training_steps):
         pairs.append(_pair(backend.train_step(batches, StepRequest(sample, rules, BOTH))))
         sample += configuration.global_batch
@@ -171,7 +171,7 @@ def same_on_every_layout(job: JobConfig) -> list[dict[str, Any]]:
     seen = []
     backend, batches = _start(job, Configuration(layout=Layout(dp=4), micro_batch=2, global_batch=16))
     for step in range(3):
-        rules = StepRules(lr=job.training.lr, betas=job.training.optimizer.betas)
+        rules = StepRules(lr=job.training.lr, betas=job.training.optimizer.betas_at(1.0))
         backend.train_step(batches, StepRequest(16 * step, rules))
     for degrees in LAYOUTS:
         layout = Layout.model_validate(degrees)

@@ -14,6 +14,7 @@ from copus.backends.deepspeed.partitions import shard_table
 from copus.backends.deepspeed.upstream import drop_groups
 from copus.backends.initial_weights import initial_weight
 from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
+from copus.optimizers import AdamW
 from copus.reshard.execute import LiveState
 from copus.reshard.table import MASTER, ShardTable
 from profiles.configuration import Configuration
@@ -95,9 +96,9 @@ class DeepSpeedBackend(Backend):
 
     def update_weights(self, rules: StepRules, scale: float) -> None:
         """Clip the gradients and let Adam make its step."""
-        step.update_weights(
-            self.built, adamw_options(self._job.training.optimizer, rules, self._optimizer_steps), scale
-        )
+        optimizer = self._job.training.optimizer
+        assert isinstance(optimizer, AdamW), "the description has no other"
+        step.update_weights(self.built, adamw_options(optimizer, rules, self._optimizer_steps), scale)
 
     def evaluate(self, batches: Batches, sequences: int) -> float:
         """Mean loss over the first `sequences` held-out sequences, nats a token."""
