@@ -518,9 +518,9 @@ class Simulate:
     overrides: Overrides = field(default_factory=list)
     """Override a field of the job file."""
     policy: Annotated[list[str], UseAppendAction, arg(metavar="NAME")] = field(default_factory=list)
-    """Policy to simulate, may be repeated: static, ramp, seesaw, late-switch, norm-test, norm-test-paper, cbs,
-    cbs-pessimistic, cbs-optimistic, cbs-doubling, copus, goodput. If none is given: all, or with --like the one of the
-    job file."""
+    """Policy to simulate, may be repeated: static, smallest-saturating, ramp, seesaw, late-switch, norm-test,
+    norm-test-paper, cbs, cbs-pessimistic, cbs-optimistic, cbs-doubling, copus, goodput. If none is given: all, or with
+    --like the one of the job file."""
     noise: Annotated[str | None, arg(metavar="FIRST:LAST")] = None
     """B_simple at the beginning and at the end, sequences; or FILE.csv:MODEL, a published batch schedule."""
     law: Annotated[str, arg(metavar="LAW")] = "geometric"

@@ -13,6 +13,9 @@ from copus.resize import resized
 from launch.emit import check_tool, emit
 from launch.recommendation import Recommendation, lines, recommend
 from launch.recommendation import as_values as recommendation_values
+from launch.smallest_batch import as_values as smallest_batch_values
+from launch.smallest_batch import lines as smallest_batch_lines
+from launch.smallest_batch import smallest_batch
 from launch.tables import page, print_columns, print_table
 from launch.wording import count
 from planner.wording import duration, percent, three_digits
@@ -70,6 +73,7 @@ def on_backend(job: JobConfig, backend: str) -> JobConfig:
 def as_values(job: JobConfig, estimate: "JobEstimate") -> dict[str, Any]:
     """The estimate as plain values, for `--json`. An open end of a range of noise scales is null."""
     fastest, by_noise = estimate.fastest(), estimate.by_noise(job.planner)
+    smallest = smallest_batch(job, estimate)
     return {
         "name": job.name,
         "cluster": job.cluster.model_dump(mode="json"),
@@ -98,6 +102,7 @@ def as_values(job: JobConfig, estimate: "JobEstimate") -> dict[str, Any]:
             }
             for each in by_noise
         ],
+        "smallest_batch": smallest and smallest_batch_values(smallest),
         "variants": [_values(each) for each in estimate.variants],
         "candidates": [_values(each) for each in estimate.candidates],
         "assumptions": list(estimate.predictor.assumptions),
@@ -161,6 +166,9 @@ def _print(
         print_table(title, [_by_noise(each) for each in by_noise], console, DISPENSABLE)
     else:
         console.print(Text(_nothing(estimate)))
+    smallest = smallest_batch(job, estimate)
+    if smallest is not None:
+        console.print(Text("\n".join(smallest_batch_lines(smallest))), soft_wrap=True)
     console.print(Text("assumed: " + "; ".join(estimate.predictor.assumptions), style="dim"))
     if recommendation is not None:
         chosen = recommendation.estimate

@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cbs-pessimistic": {"policy": "cbs", "cbs_layout": "pessimistic"},
     "cbs-optimistic": {"policy": "cbs", "cbs_layout": "optimistic"},
     "cbs-doubling": {"policy": "cbs-doubling"},
+    "smallest-saturating": {"policy": "smallest-saturating"},
     "seesaw": {"policy": "seesaw"},
     "late-switch": {"policy": "late-switch"},
     "copus": {"policy": "copus"},

@@ -21,10 +21,20 @@ class PlannerConfig(Record):
     """What may be chosen, how it is scored, and when the job moves."""
 
     policy: Literal[
-        "goodput", "copus", "static", "norm-test", "cbs", "cbs-doubling", "ramp", "seesaw", "late-switch"
+        "goodput",
+        "copus",
+        "static",
+        "smallest-saturating",
+        "norm-test",
+        "cbs",
+        "cbs-doubling",
+        "ramp",
+        "seesaw",
+        "late-switch",
     ] = "goodput"
     """goodput: move when that is sure to finish the job sooner, the cost of moving included. copus: move when Goodput
-    improves by `min_gain`. static: keep the configuration of the job file. The others keep a layout. norm-test: grow
+    improves by `min_gain`. static: keep the configuration of the job file. smallest-saturating: the smallest batch that
+    reaches 95 % of the best throughput, whatever the noise. The others keep a layout. norm-test: grow
     the batch until the gradient's noise is at most `norm_test_eta` times the gradient. cbs: follow the critical batch.
     cbs-doubling: double the batch when the critical batch reaches twice the present one. ramp: grow the batch by equal
     increments. seesaw: grow it as the learning rate decays. late-switch: the largest batch at the end."""
@@ -116,7 +126,7 @@ class PlannerConfig(Record):
     @property
     def needs_noise_scale(self) -> bool:
         """Whether the policy decides from noise that steps measure."""
-        return self.policy not in ("static", "ramp", "seesaw", "late-switch")
+        return self.policy not in ("static", "smallest-saturating", "ramp", "seesaw", "late-switch")
 
     @property
     def waits_for_noise_scale(self) -> bool:
@@ -133,7 +143,7 @@ class PlannerConfig(Record):
         """Whether the policy never leaves the layout that the job starts with."""
         if self.policy == "cbs":
             return self.cbs_layout == "present"
-        return self.policy not in ("goodput", "copus")
+        return self.policy not in ("goodput", "copus", "smallest-saturating")
 
     @model_validator(mode="before")
     @classmethod

@@ -20,6 +20,7 @@ from planner.policy import make_policy
 from planner.predictor import CandidateEstimate, Predictor
 from planner.sampling import half_life
 from planner.situation import Choice, Situation
+from planner.small_batch import accumulation_purpose
 from planner.trials import Trial, TrialLedger
 from planner.wording import noise_in_words, percent, three_digits
 from profiles.configuration import Configuration
@@ -186,7 +187,9 @@ class Planner:
             if self.policy.weighs_error and not starting:
                 outlook = look_ahead(situation)
             eligible = self._judge(situation, choice, outlook, eligible, mine)
-            reason = f"{known}: {self.policy.reason(situation, choice)}"
+            reason = self.policy.reason(situation, choice)
+            purpose = accumulation_purpose(found.configuration, estimates, self.config.max_micro_batch)
+            reason = "; ".join(filter(None, [f"{known}: {reason}", purpose]))
             chosen = mine
             if found is not mine and self.config.advisory:
                 advised, reason = found.configuration, f"{reason}; advisory, so nothing changes"

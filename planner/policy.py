@@ -9,6 +9,7 @@ from planner.config import PlannerConfig
 from planner.norm_test import NormTest
 from planner.schedules import LateSwitch, Ramp, Seesaw
 from planner.situation import Choice, Situation
+from planner.small_batch import SmallestSaturating
 from planner.switching import Goodput
 from planner.wording import percent
 
@@ -125,6 +126,8 @@ def make_policy(config: PlannerConfig) -> Policy:
             return Ramp(config.ramp_start, config.ramp_increment, config.ramp_samples)
         case "seesaw":
             return Seesaw()
+        case "smallest-saturating":
+            return SmallestSaturating()
         case "late-switch":
             return LateSwitch(config.late_switch_at)
         case "cbs-doubling":

@@ -189,7 +189,8 @@ def test_the_padded_vocabulary_is_divided_not_the_given_one(tmp_path: Path) -> N
         ("launch.options={partition: long}", "launch.options: partition: unknown key"),
         ("planner.policy=best",
             "planner.policy: input should be 'goodput', 'copus', "
-            "'static', 'norm-test', 'cbs', 'cbs-doubling', 'ramp', 'seesaw' or 'late-switch', got 'best'"),
+            "'static', 'smallest-saturating', 'norm-test', 'cbs', 'cbs-doubling', 'ramp', 'seesaw' or 'late-switch', "
+            "got 'best'"),
     ],
 )  # fmt: skip
 def test_unknown_keys_and_wrong_types(tmp_path: Path, override: str, message: str) -> None:

@@ -63,7 +63,7 @@ def _go_on(kind: str, backend: str, layouts: Layouts, folder: Path) -> set[str]:
     assert _train(running, job, range(2, 4)) == losses
     running.build(job.training.configuration)
     assert _train(running, job, range(4))[2:] == losses, "as it would have gone without either"
-    running.close()
+    running.release()
     return {field.name.rpartition("/")[2] for field in read_index(folder) if "/" in field.name}
 
 
@@ -116,25 +116,28 @@ def test_state_survives_moves_and_restarts_on_four_ranks(
     _check(4, kinds, backend, layouts, tmp_path)
 
 
-def _losses(kind: str, backend: str, layout: dict[str, Any]) -> list[float]:
-    job = _job(kind, backend, layout)
+def _losses(kind: str, backend: str, layouts: Layouts) -> list[list[float]]:
+    """Losses of four steps from the beginning, in each layout."""
+    job = _job(kind, backend, layouts[0])
     running = find_backend(backend).load()(job, own_device())
-    running.build(job.training.configuration)
-    losses = _train(running, job, range(4))
+    losses = []
+    for layout in layouts:
+        running.build(configuration(8, 2, **layout))
+        losses.append(_train(running, job, range(4)))
     running.close()
     return losses
 
 
-def _losses_everywhere(kind: str, places: list[tuple[str, dict[str, Any]]]) -> list[list[float]]:
-    return [_losses(kind, *place) for place in places]
+def _losses_everywhere(kind: str, places: dict[str, Layouts]) -> list[list[float]]:
+    return [losses for backend, layouts in places.items() for losses in _losses(kind, backend, layouts)]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["adafactor", pytest.param("muon", marks=pytest.mark.slow)])
 def test_an_optimizer_is_the_same_on_every_backend_and_layout(kind: str) -> None:
     """Its figures are of the tensors of the state: fused or not, cut or not."""
-    cut = [("megatron", {"tp": 2}), ("fsdp", {"dp": 2, "zero": 3}), ("fsdp", {"tp": 2})]
-    places = [("megatron", {"dp": 2}), ("fsdp", {"dp": 2}), *(cut if kind == "adafactor" else [])]
-    losses = run_ranks(2, _losses_everywhere, kind, places)[0]
+    whole: dict[str, Layouts] = {"megatron": [{"dp": 2}], "fsdp": [{"dp": 2}]}
+    cut: dict[str, Layouts] = {"megatron": [{"dp": 2}, {"tp": 2}], "fsdp": [{"dp": 2, "zero": 3}, {"tp": 2}]}
+    losses = run_ranks(2, _losses_everywhere, kind, cut if kind == "adafactor" else whole)[0]
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], rel=1e-5 if kind == "adafactor" else 1e-4)

@@ -303,7 +303,11 @@ def test_a_longer_job_is_expected_to_have_a_larger_critical_batch():
 
 
 @pytest.mark.parametrize(
-    "name", ["static", "ramp", "seesaw", "late-switch", "norm-test", "cbs", "cbs-doubling", "copus", "goodput"]
+    "name",
+    [
+        *("static", "smallest-saturating", "ramp", "seesaw", "late-switch"),
+        *("norm-test", "cbs", "cbs-doubling", "copus", "goodput"),
+    ],
 )
 def test_every_policy_decides_through_the_planner(name: str):
     times = {of(layout, m, b): 0.1 * b for layout in (DP2, TP2) for m in (1, 2) for b in (4, 8, 16)}

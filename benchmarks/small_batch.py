@@ -1,0 +1,326 @@
+"""Do small batches train as well as large ones, and as easily? The three findings of 2507.07101, on a small Llama.
+
+    python -m benchmarks.small_batch [--batches 1,4,16,64] [--seeds 3] [--tokens N] [--out DIR] [--plot FILE] [--quick]
+        [--json]
+
+Every cell trains the model of benchmarks/small_batch.yaml on the same number of tokens, from the same weights for a
+seed, with one batch, optimizer, β2 rule and peak learning rate, and evaluates it on held-out sequences. `fixed` keeps
+β2 as it is at the batch of 8, `half-life` keeps its half-life in tokens. The schedule is a warm-up and a linear decay
+to 0, in tokens. Updates are those that jobs make (`copus.backends.optimizers`). Cells that DIR has are not run again.
+
+The verdicts can fail. Each has a figure, the 80 % interval of it over seeds, and holds (true), fails (false), or, if
+the interval has both, stays open (null). A best learning rate at the end of its grid makes a verdict open too.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from scipy.stats import t as student
+
+from benchmarks.command import console_of, copus_output, parser_of, tell
+from copus.job import JobConfig, load_job
+from copus.optimizers import Optimizer
+
+JOB = Path(__file__).with_name("small_batch.yaml")
+OUT = Path("build/small-batch")
+BATCHES = "1,4,16,64"
+CLOSE = 0.05
+"""Nats within which a loss counts as as good as the best."""
+STEPS_OF_GRID = 4.0
+"""Ratio of neighbouring learning rates."""
+POINTS = 5
+"""Learning rates of a grid; a best one at its end has more on that side."""
+MOST_POINTS = 8
+
+
+class Arm(NamedTuple):
+    """An optimizer with a rule, and the middle of its grid of learning rates."""
+
+    optimizer: dict[str, Any]
+    rule: str
+    middle: float
+    """At a batch of 8."""
+    exponent: float
+    """The middle grows with the batch to this power."""
+
+
+ARMS = (
+    Arm({"kind": "adamw", "weight_decay": 0.0}, "half-life", 8e-3, 0.5),
+    Arm({"kind": "adamw", "weight_decay": 0.0, "beta2_follows_batch": False}, "fixed", 8e-3, 0.5),
+    Arm({"kind": "adafactor"}, "half-life", 8e-3, 0.5),
+    Arm({"kind": "sgd"}, "none", 0.5, 0.5),
+)
+
+
+class Cell(NamedTuple):
+    """One training run, and what came of it."""
+
+    batch: int
+    """Sequences."""
+    optimizer: str
+    rule: str
+    """fixed, half-life; none without an average of squares."""
+    lr: float
+    """Peak."""
+    seed: int
+    tokens: int
+    loss: float
+    """Of held-out sequences at the end, nats a token; infinite if training diverged."""
+
+
+Losses = dict[float, float]
+"""Learning rate → loss."""
+
+
+class Grid:
+    """All cells of the benchmark: those that are on disk, and those that are still to be trained."""
+
+    def __init__(self, job: JobConfig, folder: Path) -> None:
+        self.job = job
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "cells.jsonl"
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self.cells = [Cell(**(values | {"loss": float(values["loss"])})) for values in map(json.loads, lines)]
+
+    def losses(self, arm: Arm, batch: int, seed: int) -> Losses:
+        """Of the cells so far with this arm, batch and seed."""
+        wanted = (batch, arm.optimizer["kind"], arm.rule, seed, self.job.training.tokens)
+        return {
+            cell.lr: cell.loss
+            for cell in self.cells
+            if (cell.batch, cell.optimizer, cell.rule, cell.seed, cell.tokens) == wanted
+        }
+
+    def fill(self, arm: Arm, batch: int, seed: int, report: Callable[[str], None]) -> None:
+        """Train what the grid of an arm, a batch and a seed lacks. A best learning rate at an end brings another one
+        beyond it, so that the best is inside."""
+        middle = arm.middle * (batch / 8) ** arm.exponent
+        rates = [float(f"{middle * STEPS_OF_GRID ** (point - POINTS // 2):.3g}") for point in range(POINTS)]
+        while True:
+            known = self.losses(arm, batch, seed)
+            for lr in (lr for lr in rates if lr not in known):
+                report(f"{arm.optimizer['kind']} {arm.rule}, batch {batch}, learning rate {lr:g}, seed {seed}")
+                self._add(
+                    Cell(
+                        batch,
+                        arm.optimizer["kind"],
+                        arm.rule,
+                        lr,
+                        seed,
+                        self.job.training.tokens,
+                        self._train(arm, batch, lr, seed),
+                    )
+                )
+            losses = self.losses(arm, batch, seed)
+            best = min(losses, key=lambda lr: losses[lr])
+            if len(losses) >= MOST_POINTS or min(losses) < best < max(losses):
+                return
+            rates = [float(f"{best * STEPS_OF_GRID ** (1 if best == max(losses) else -1):.3g}")]
+
+    def _add(self, cell: Cell) -> None:
+        self.cells.append(cell)
+        with open(self._path, "a") as file:  # one write of one line
+            file.write(json.dumps(cell._asdict() | {"loss": str(cell.loss)}) + "\n")
+
+    def _train(self, arm: Arm, batch: int, lr: float, seed: int) -> float:
+        from benchmarks.small_batch_training import train  # loads torch
+
+        optimizer = TypeAdapter(Optimizer).validate_python(arm.optimizer)
+        return train(self.job, optimizer, batch, lr, seed)
+
+
+def best_loss(losses: Losses) -> float:
+    """At the best learning rate."""
+    return min(losses.values())
+
+
+def is_inside(losses: Losses) -> bool:
+    """Whether the best learning rate is at no end of the grid."""
+    return min(losses) < min(losses, key=lambda lr: losses[lr]) < max(losses)
+
+
+def width(losses: Losses) -> float:
+    """Octaves of learning rates whose loss is within `CLOSE` of the best, between neighbours of the grid on a line of
+    the loss over the learning rate's logarithm. Where the grid ends sooner it is what the grid has."""
+    rates = sorted(losses)
+    limit = best_loss(losses) + CLOSE
+    place = rates.index(min(losses, key=lambda lr: losses[lr]))
+    ends = []
+    for direction in (-1, 1):
+        index = place
+        while 0 <= index + direction < len(rates) and losses[rates[index + direction]] <= limit:
+            index += direction
+        end = math.log2(rates[index])
+        beyond = index + direction
+        if 0 <= beyond < len(rates) and math.isfinite(losses[rates[beyond]]):
+            share = (limit - losses[rates[index]]) / (losses[rates[beyond]] - losses[rates[index]])
+            end += share * (math.log2(rates[beyond]) - end)
+        ends.append(end)
+    return ends[1] - ends[0]
+
+
+def verdict(statement: str, figures: Sequence[float], most: float, *, decided: bool) -> dict[str, Any]:
+    """Whether a figure is at most `most`: by the 80 % interval of its mean over seeds (Student's)."""
+    mean = float(np.mean(figures))
+    low = high = mean
+    if len(figures) > 1:
+        half = float(student.ppf(0.9, len(figures) - 1)) * float(np.std(figures, ddof=1)) / math.sqrt(len(figures))
+        low, high = mean - half, mean + half
+    holds = None if len(figures) < 2 or not decided else True if high <= most else False if low > most else None
+    return {"statement": statement, "figure": mean, "interval": [low, high], "at_most": most, "holds": holds}
+
+
+def verdicts(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The findings of the paper, for what was trained."""
+    small, large = min(batches), max(batches)
+    half_life, fixed, _, sgd = ARMS
+
+    def of(arm: Arm, batch: int) -> list[Losses]:
+        return [grid.losses(arm, batch, seed) for seed in seeds]
+
+    by_batch = {batch: of(half_life, batch) for batch in batches}
+    best = [min(best_loss(by_batch[batch][index]) for batch in batches) for index in range(len(seeds))]
+    inside = all(is_inside(losses) for losses in by_batch[small])
+    return [
+        verdict(
+            f"AdamW with the half-life kept trains as well at batch {small} as at the best batch: nats behind it",
+            [best_loss(losses) - least for losses, least in zip(by_batch[small], best, strict=True)],
+            CLOSE,
+            decided=inside,
+        ),
+        verdict(
+            f"batch {small} is no more sensitive to the learning rate than batch {large}: octaves by which its range "
+            "is narrower",
+            [width(b) - width(a) for a, b in zip(by_batch[small], by_batch[large], strict=True)],
+            0.0,
+            decided=inside and all(is_inside(losses) for losses in by_batch[large]),
+        ),
+        verdict(
+            f"SGD without momentum at batch {small} trains as well as AdamW there: nats behind it",
+            [best_loss(a) - best_loss(b) for a, b in zip(of(sgd, small), by_batch[small], strict=True)],
+            CLOSE,
+            decided=inside and all(is_inside(losses) for losses in of(sgd, small)),
+        ),
+        verdict(
+            f"at batch {small} a kept half-life is no worse than a fixed β2: nats behind it",
+            [best_loss(a) - best_loss(b) for a, b in zip(by_batch[small], of(fixed, small), strict=True)],
+            0.0,
+            decided=inside and all(is_inside(losses) for losses in of(fixed, small)),
+        ),
+    ]
+
+
+def run(job: JobConfig, folder: Path, batches: Sequence[int], seeds: Sequence[int], console: Console) -> dict[str, Any]:
+    """Train what is missing, the dear small batches last, and judge."""
+    copus_output("data", str(JOB))
+    grid = Grid(job, folder)
+    todo = [(arm, batch, seed) for seed in seeds for batch in sorted(batches, reverse=True) for arm in ARMS]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(todo))
+        for arm, batch, seed in todo:
+            grid.fill(arm, batch, seed, lambda said: progress.update(task, description=said))
+            progress.advance(task)
+    trained = [
+        cell
+        for cell in grid.cells
+        if cell.tokens == job.training.tokens and cell.batch in batches and cell.seed in seeds
+    ]
+    return {
+        "tokens": job.training.tokens,
+        "cells": [cell._asdict() | {"loss": cell.loss if math.isfinite(cell.loss) else None} for cell in trained],
+        "rows": list(rows(grid, batches, seeds)),
+        "verdicts": verdicts(grid, batches, seeds),
+    }
+
+
+def rows(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Means over seeds by arm and batch."""
+    for arm in ARMS:
+        for batch in batches:
+            found = [grid.losses(arm, batch, seed) for seed in seeds]
+            rates = [min(losses, key=lambda lr: losses[lr]) for losses in found]
+            yield {
+                "optimizer": arm.optimizer["kind"],
+                "rule": arm.rule,
+                "batch": batch,
+                "lr": float(np.exp(np.mean(np.log(rates)))),
+                "loss": float(np.mean([best_loss(losses) for losses in found])),
+                "octaves": float(np.mean([width(losses) for losses in found])),
+                "inside": all(is_inside(losses) for losses in found),
+            }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Tables for people."""
+    table = Table(
+        "optimizer", "β2", "batch", "best learning rate", "loss", f"octaves within {CLOSE}", title="Small batches"
+    )
+    for row in result["rows"]:
+        mark = "" if row["inside"] else " (end of the grid)"
+        cells = (f"{row['lr']:.2g}{mark}", f"{row['loss']:.3f}", f"{row['octaves']:.1f}")
+        table.add_row(row["optimizer"], row["rule"], str(row["batch"]), *cells)
+    console.print(table)
+    for found in result["verdicts"]:
+        said = {True: "holds", False: "FAILS", None: "open"}[found["holds"]]
+        low, high = found["interval"]
+        figure = f"{found['figure']:.3f} ({low:.3f} to {high:.3f}), at most {found['at_most']:g}"
+        console.print(f"{said}: {found['statement']}: {figure}")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Loss over the learning rate, a line for each batch, a panel for each optimizer and rule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = list(dict.fromkeys((cell["optimizer"], cell["rule"]) for cell in result["cells"]))
+    figure, panels = pyplot.subplots(1, len(arms), figsize=(3.6 * len(arms), 3.4), sharey=True, squeeze=False)
+    for panel, (optimizer, rule) in zip(panels[0], arms, strict=True):
+        for batch in sorted({cell["batch"] for cell in result["cells"]}):
+            losses: dict[float, list[float]] = {}
+            for cell in result["cells"]:
+                if (cell["optimizer"], cell["rule"], cell["batch"]) == (optimizer, rule, batch) and cell["loss"]:
+                    losses.setdefault(cell["lr"], []).append(cell["loss"])
+            rates = sorted(losses)
+            panel.plot(rates, [np.mean(losses[lr]) for lr in rates], marker="o", label=f"batch {batch}")
+        panel.set(xscale="log", xlabel="peak learning rate", title=f"{optimizer}, β2 {rule}")
+    best = min(cell["loss"] for cell in result["cells"] if cell["loss"])
+    panels[0][0].set(ylabel="held-out loss, nats a token", ylim=(best - 0.1, best + 1.5))
+    panels[0][-1].legend()
+    figure.savefig(path, bbox_inches="tight")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = parser_of("small_batch", __doc__)
+    parser.add_argument("--batches", default=BATCHES, help="sequences, separated by commas, up to 256")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, help="length of every run")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of finished cells")
+    parser.add_argument("--plot", type=Path, help="picture to draw")
+    parser.add_argument("--quick", action="store_true", help="batches 4 and 16, one seed, an eighth of the tokens")
+    options: argparse.Namespace = parser.parse_args(arguments)
+    console = console_of(options)
+    batches = [4, 16] if options.quick else sorted({int(batch) for batch in options.batches.split(",")})
+    tokens = options.tokens or load_job(JOB).training.tokens // (8 if options.quick else 1)
+    job = load_job(JOB, [f"training.tokens={tokens}", f"training.warmup_tokens={tokens // 20}"])
+    result = run(job, options.out, batches, range(1 if options.quick else options.seeds), console)
+    if options.plot:
+        plot(result, options.plot)
+    tell(result, show, options, console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

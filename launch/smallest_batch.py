@@ -1,0 +1,89 @@
+"""What `copus plan` says of small batches: the smallest one that uses the accelerators, and its memory with each
+optimizer."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from copus.backends.registry import find_backend
+from copus.job import JobConfig
+from copus.optimizers import Optimizer
+from planner.wording import percent, three_digits
+
+if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs
+    from planner.job_estimate import JobEstimate
+    from planner.predictor import CandidateEstimate
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class SmallestBatch:
+    """The smallest batch that reaches 95 % of the best throughput."""
+
+    estimate: "CandidateEstimate"
+    """Its fastest configuration."""
+    share: float
+    """Of the best throughput."""
+    peak_bytes: dict[str, float]
+    """Memory of the fullest rank, by kind of optimizer that the backend runs in its layout; the job's own first."""
+
+
+def smallest_batch(job: JobConfig, estimate: "JobEstimate") -> SmallestBatch | None:
+    """None if no configuration may be chosen."""
+    from planner.small_batch import smallest_saturating
+
+    fastest = [row.best for row in estimate.fastest()]
+    found = smallest_saturating(fastest)
+    if found is None:
+        return None
+    best = max(candidate.samples_per_second or 0.0 for candidate in fastest)
+    return SmallestBatch(found, (found.samples_per_second or 0.0) / best, _peaks(job, found))
+
+
+def _peaks(job: JobConfig, found: "CandidateEstimate") -> dict[str, float]:
+    """By the formulas alone, but for the job's own optimizer, whose rows have taught the model."""
+    from planner.memory_check import MemoryCheck
+
+    own, backend = job.training.optimizer, find_backend(job.training.backend)
+    peaks = {own.kind: found.peak.expected_bytes}
+    for kind in backend.optimizers:
+        optimizer = TypeAdapter(Optimizer).validate_python({"kind": kind})
+        if kind == own.kind or not _runs(job, optimizer, found):
+            continue
+        training = job.training.model_copy(update={"optimizer": optimizer})
+        check = MemoryCheck(job.model, job.cluster, training.precision, (), training.implementation)
+        peaks[kind] = check.peaks([found.configuration])[0].expected_bytes
+    return peaks
+
+
+def _runs(job: JobConfig, optimizer: Any, found: "CandidateEstimate") -> bool:
+    try:
+        find_backend(job.training.backend).with_optimizer(optimizer).check_optimizer_in(found.configuration.layout)
+    except ValueError:
+        return False
+    return True
+
+
+def lines(smallest: SmallestBatch) -> list[str]:
+    """For people."""
+    estimate = smallest.estimate
+    memory = ", ".join(f"{kind} {peak / GIB:.2f} GiB" for kind, peak in smallest.peak_bytes.items())
+    return [
+        f"smallest batch at 95 % of the best throughput: {estimate.configuration.global_batch} "
+        f"({estimate.configuration.label}, {three_digits(estimate.samples_per_second or 0.0)} samples/s, "
+        f"{percent(smallest.share)} of the best)",
+        f"  memory      {memory}",
+    ]
+
+
+def as_values(smallest: SmallestBatch) -> dict[str, Any]:
+    """As plain values, for `--json`."""
+    return {
+        "configuration": smallest.estimate.configuration.model_dump(mode="json"),
+        "label": smallest.estimate.configuration.label,
+        "samples_per_second": smallest.estimate.samples_per_second,
+        "share_of_best": smallest.share,
+        "peak_bytes": smallest.peak_bytes,
+    }

@@ -1,0 +1,85 @@
+"""The smallest batch that uses the accelerators, and what accumulation on one replica is for (2507.07101: small batches
+train as well per token, so a larger one has to earn its place by throughput)."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from planner.situation import Choice, Situation
+from planner.wording import percent, three_digits
+from profiles.configuration import Configuration
+
+if TYPE_CHECKING:  # the predictor asks the policies
+    from planner.predictor import CandidateEstimate
+
+SATURATED = 0.95
+"""Share of the best throughput from which on a batch counts as using the accelerators."""
+
+
+class SmallestSaturating:
+    """Runs the smallest batch that reaches 95 % of the best throughput, in its fastest configuration (2507.07101). It
+    asks neither for a noise scale nor for measured times."""
+
+    name = "smallest-saturating"
+    weighs_error = False
+    needs_noise = False
+    picks_start = True
+
+    def choose(self, situation: Situation) -> Choice:
+        """What runs, if it is fast enough and no smaller batch is."""
+        speed, batch = situation.samples_per_second, situation.menu.global_batch
+        saturated = (speed > 0) & (speed >= SATURATED * speed.max(axis=1, keepdims=True))
+        wanted = np.where(saturated, batch, np.inf).min(axis=1)
+        eligible = saturated & (batch == wanted[:, None])
+        stays = np.take_along_axis(eligible, situation.current[:, None], axis=1)[:, 0]
+        return Choice(np.where(stays, situation.current, situation.fastest(eligible)))
+
+    def reason(self, situation: Situation, choice: Choice) -> str:
+        """The batch, and its throughput beside the best one."""
+        index, speed = int(choice.index[0]), situation.samples_per_second[0]
+        if not speed.max() > 0:
+            return "no throughput is known, so no batch is known to be enough"
+        chosen, best = situation.menu.configurations[index], float(speed.max())
+        return (
+            f"{chosen.global_batch} is the smallest batch that reaches {percent(SATURATED)} of the best throughput: "
+            f"{three_digits(float(speed[index]))} of {three_digits(best)} samples/s"
+        )
+
+    def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
+        """Too large, or too slow."""
+        larger = situation.menu.global_batch[index] > situation.menu.global_batch[choice.index[0]]
+        return "a smaller batch is as fast" if larger else f"below {percent(SATURATED)} of the best throughput"
+
+
+def smallest_saturating(fastest: "Sequence[CandidateEstimate]") -> "CandidateEstimate | None":
+    """Of the fastest configurations of each batch the one with the smallest batch that reaches 95 % of the best
+    throughput; None if there are none."""
+    best = max((estimate.samples_per_second or 0.0 for estimate in fastest), default=0.0)
+    enough = [estimate for estimate in fastest if (estimate.samples_per_second or 0.0) >= SATURATED * best > 0]
+    return min(enough, key=lambda estimate: estimate.configuration.global_batch, default=None)
+
+
+def accumulation_purpose(
+    chosen: Configuration, estimates: "Mapping[Configuration, CandidateEstimate]", max_micro_batch: int
+) -> str:
+    """What the micro-batches of a lone replica are for, in words: it could run them as one. Empty if it does, or if
+    there are several replicas, which accumulate to reduce their gradients less often."""
+    count, batch = chosen.num_microbatches, chosen.global_batch
+    if chosen.layout.dp > 1 or count == 1:
+        return ""
+    said = f"{count} micro-batches on one replica"
+    if chosen.layout.pp > 1:
+        return f"{said} fill its {chosen.layout.pp} pipeline stages"
+    if batch > max_micro_batch:
+        return f"{said}, since max_micro_batch({max_micro_batch}) is less than the batch"
+    at_once = estimates.get(chosen.model_copy(update={"micro_batch": batch}))
+    if at_once is None:
+        return f"{said}, since the models have ruled out a micro-batch of {batch}"
+    if at_once.refusal:
+        return f"{said}, since a micro-batch of {batch} may not be chosen: {at_once.refusal}"
+    own = estimates[chosen].samples_per_second if chosen in estimates else None
+    if own is None or at_once.samples_per_second is None:
+        return f"{said}, since the throughput of a micro-batch of {batch} is not known"
+    faster = own / at_once.samples_per_second - 1
+    return f"{said}, {percent(faster)} faster than a micro-batch of {batch}"
