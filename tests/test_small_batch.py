@@ -67,7 +67,7 @@ def test_the_plan_names_the_same_batch() -> None:
         (
             of(8, 4),
             [estimate(of(8, 8), 1.0, "does not fit: 84.1 of 80.0 GiB")],
-            "2 micro-batches on one replica, since a micro-batch of 8 may not be chosen: does not fit: 84.1 of 80.0 GiB",
+            "2 micro-batches on one replica, since a micro-batch of 8 may not be chosen: does not fit: 84.1 of 80.0 GiB",  # noqa: E501
         ),
         (
             of(8, 4),
