@@ -31,14 +31,14 @@ class SmallestBatch:
 
 
 def smallest_batch(job: JobConfig, estimate: "JobEstimate") -> SmallestBatch | None:
-    """None if no configuration may be chosen."""
+    """Of what fits, predicted or measured; None if nothing does, or no throughput is known."""
     from planner.small_batch import smallest_saturating
 
-    fastest = [row.best for row in estimate.fastest()]
-    found = smallest_saturating(fastest)
+    able = [candidate for candidate in estimate.candidates if candidate.can_run]
+    found = smallest_saturating(able)
     if found is None:
         return None
-    best = max(candidate.samples_per_second or 0.0 for candidate in fastest)
+    best = max(candidate.samples_per_second or 0.0 for candidate in able)
     return SmallestBatch(found, (found.samples_per_second or 0.0) / best, _peaks(job, found))
 
 

@@ -52,12 +52,12 @@ class SmallestSaturating:
         return "a smaller batch is as fast" if larger else f"below {percent(SATURATED)} of the best throughput"
 
 
-def smallest_saturating(fastest: "Sequence[CandidateEstimate]") -> "CandidateEstimate | None":
-    """Of the fastest configurations of each batch the one with the smallest batch that reaches 95 % of the best
-    throughput; None if there are none."""
-    best = max((estimate.samples_per_second or 0.0 for estimate in fastest), default=0.0)
-    enough = [estimate for estimate in fastest if (estimate.samples_per_second or 0.0) >= SATURATED * best > 0]
-    return min(enough, key=lambda estimate: estimate.configuration.global_batch, default=None)
+def smallest_saturating(estimates: "Sequence[CandidateEstimate]") -> "CandidateEstimate | None":
+    """The smallest batch that reaches 95 % of the best throughput, in its fastest configuration; None if no throughput
+    is known."""
+    best = max((estimate.samples_per_second or 0.0 for estimate in estimates), default=0.0)
+    enough = [estimate for estimate in estimates if (estimate.samples_per_second or 0.0) >= SATURATED * best > 0]
+    return min(enough, key=lambda each: (each.configuration.global_batch, each.step_seconds or 0.0), default=None)
 
 
 def accumulation_purpose(

@@ -49,8 +49,7 @@ def test_what_runs_stays_while_it_is_fast_enough_and_while_nothing_is_known() ->
 
 
 def test_the_plan_names_the_same_batch() -> None:
-    fastest = [estimate(c, c.global_batch / speed) for c, speed in SPEEDS.items()]
-    found = smallest_saturating(fastest)
+    found = smallest_saturating([estimate(c, c.global_batch / speed) for c, speed in SPEEDS.items()])
     assert found is not None
     assert found.configuration == of(4, 4)
     assert smallest_saturating([]) is None
