@@ -47,7 +47,7 @@ def _peaks(job: JobConfig, found: "CandidateEstimate") -> dict[str, float]:
     from planner.memory_check import MemoryCheck
 
     own, backend = job.training.optimizer, find_backend(job.training.backend)
-    peaks = {own.kind: found.peak.expected_bytes}
+    peaks: dict[str, float] = {own.kind: found.peak.expected_bytes}
     for kind in backend.optimizers:
         optimizer = TypeAdapter(Optimizer).validate_python({"kind": kind})
         if kind == own.kind or not _runs(job, optimizer, found):
