@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from copus.job import JobConfig
+from copus.job import JobConfig, JobError
+from copus.optimizers import AdamW
 from launch.arguments.batch_steps import BatchSteps
 from launch.recommendation import STAGES
 from planner.wording import percent
@@ -39,6 +40,8 @@ class FixedRun:
     """Learning rate at the end of the decay, at that batch."""
     betas: tuple[float, float]
     """Adam's β1 and β2 at that batch."""
+    epsilon: float
+    """Adam's ε."""
     weight_decay: float
     """Decoupled weight decay at that batch."""
     notes: tuple[str, ...] = ()
@@ -166,8 +169,11 @@ def _with_values(
     critical_batch: float,
     notes: list[str],
 ) -> FixedRun:
-    """The run with the optimizer's values for its main batch, by the rules of the job (`copus.schedule`)."""
+    """The run with the optimizer's values for its main batch, by the rules of the job (`copus.schedule`). Raises
+    JobError for an optimizer that is written for no other tool."""
     training, optimizer = job.training, job.training.optimizer
+    if type(optimizer) is not AdamW:
+        raise JobError(f"training.optimizer.kind({optimizer.kind}): only adamw is written as another tool's arguments")
     capped = math.inf if optimizer.scale_beyond_critical_batch else max(critical_batch, job.reference_batch)
     kappa = min(main_batch, capped) / job.reference_batch
     factor = optimizer.lr_factor(kappa)
@@ -182,6 +188,7 @@ def _with_values(
         lr=_rounded(training.lr * factor),
         min_lr=_rounded(training.min_lr * factor),
         betas=(_rounded(beta1), _rounded(beta2)),
+        epsilon=optimizer.epsilon,
         weight_decay=_rounded(optimizer.weight_decay_at(kappa)),
         notes=tuple(notes),
     )

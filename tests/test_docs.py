@@ -135,8 +135,12 @@ def fields() -> dict[str, set[str]]:
     def add(place: str, model: dict[str, Any]) -> None:
         found[place] = set(model["properties"])
         for name, field in model["properties"].items():
-            for inner in [field["$ref"]] if "$ref" in field else [kind["$ref"] for kind in field.get("oneOf", [])]:
-                add(f"{place}.{name}".strip("."), schema["$defs"][inner.removeprefix("#/$defs/")])
+            where = f"{place}.{name}".strip(".")
+            kinds = [kind["$ref"] for kind in field.get("oneOf", [])]
+            for inner in [field["$ref"]] if "$ref" in field else kinds:
+                section = schema["$defs"][inner.removeprefix("#/$defs/")]
+                kind = f" ({section['properties']['kind']['const']})" if kinds else ""
+                add(where + kind, section)
 
     add("", schema)
     return found
@@ -144,7 +148,8 @@ def fields() -> dict[str, set[str]]:
 
 def field_names() -> set[str]:
     """`training.layout.tp` and the like, options of trackers included."""
-    named = {f"{place}.{name}".strip(".") for place, names in fields().items() for name in names}
+    without_kind = ((place.partition(" (")[0], names) for place, names in fields().items())
+    named = {f"{place}.{name}".strip(".") for place, names in without_kind for name in names}
     options = {f"{place}.{field}" for place, model in job_file.OPTIONS.items() for field in model.model_fields}
     return named | options | set(job_file.OPTIONS)
 

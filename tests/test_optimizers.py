@@ -157,7 +157,7 @@ def test_every_tensor_in_a_fused_weight_is_updated_by_itself(kind: str) -> None:
 
 
 def _cut(axes: tuple[int, ...]) -> float:
-    """How far a weight is, after three steps of Adafactor on ranks that have a part of it each, from that of one rank."""
+    """How far this rank's part of a weight, after three steps of Adafactor, is from that of a rank that has all."""
     rank, size = dist.get_rank(), dist.get_world_size()
     shape = (8, 8)
     parts = [1, 1]

@@ -25,7 +25,7 @@ def deepspeed_configuration(job: JobConfig, run: FixedRun) -> tuple[str, list[st
             "params": {
                 "lr": run.lr,
                 "betas": list(run.betas),
-                "eps": training.optimizer.epsilon,
+                "eps": run.epsilon,
                 "weight_decay": run.weight_decay,
             },
         },

@@ -202,7 +202,7 @@ def _training(job: JobConfig, run: FixedRun, out: Emitted) -> None:
         out.add("--lr-wsd-decay-style", {"1-sqrt": "minus_sqrt"}.get(shape, shape))
     out.add("--adam-beta1", run.betas[0])
     out.add("--adam-beta2", run.betas[1])
-    out.add("--adam-eps", training.optimizer.epsilon)
+    out.add("--adam-eps", run.epsilon)
     out.add("--weight-decay", run.weight_decay)
     out.add("--clip-grad", training.clip_grad)
     if training.target_loss:

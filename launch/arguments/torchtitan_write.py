@@ -68,7 +68,7 @@ def _training(job: JobConfig, run: FixedRun, out: Emitted) -> None:
     out.add("--optimizer.lr", run.lr)
     out.add("--optimizer.beta1", run.betas[0])
     out.add("--optimizer.beta2", run.betas[1])
-    out.add("--optimizer.eps", training.optimizer.epsilon)
+    out.add("--optimizer.eps", run.epsilon)
     out.add("--optimizer.weight_decay", run.weight_decay)
     out.add("--lr_scheduler.warmup_steps", round(training.warmup_tokens / tokens))
     out.add("--lr_scheduler.min_lr_factor", float(f"{run.min_lr / run.lr:.6g}"))
