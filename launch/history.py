@@ -42,7 +42,8 @@ class StepAt(NamedTuple):
     span: int
     """Number of the span that it ran in."""
     lr: float = 0.0
-    beta2: float = 0.0
+    beta2: float | None = None
+    """None with an optimizer that keeps no average of squared gradients."""
     grad_norm: float | None = None
     """Before clipping; None if it was not finite."""
 

@@ -120,9 +120,10 @@ def _draw(
         "speed": figures.speed(history, rows, time, shades),
         "efficiency": figures.efficiency(rows, time),
         "lr": figures.of_steps(history, time, "learning rate", lambda step: step.lr),
-        "beta2": figures.of_steps(history, time, "Adam's β2", lambda step: step.beta2),
         "grad-norm": figures.of_steps(history, time, "gradient norm", lambda step: step.grad_norm, logarithmic=True),
     }
+    if any(step.beta2 is not None for step in history.steps):
+        content.figures["beta2"] = figures.of_steps(history, time, "β2", lambda step: step.beta2)
     if (memory := figures.memory(history, time)) is not None:
         content.figures["memory"] = memory
 
