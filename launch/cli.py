@@ -449,11 +449,11 @@ class Advise:
 class ImportArgs:
     """Print the job file for a training that another tool's arguments describe; nothing is run.
 
-    Takes a command line, a shell script with its own arguments, or a YAML of Megatron-Bridge or NeMo. What has no field
-    becomes a comment. Examples: copus import-args train.sh · copus import-args -- torchrun pretrain_gpt.py …
+    Takes a command line, a shell script with its own arguments, a YAML of Megatron-Bridge or NeMo, a torchtitan TOML.
+    What has no field becomes a comment. Examples: copus import-args train.sh · copus import-args -- torchrun …
     """
 
-    words: Positional[Annotated[list[str], arg(metavar="SCRIPT|FILE.yaml|-- COMMAND …")]]
+    words: Positional[Annotated[list[str], arg(metavar="SCRIPT|FILE|-- COMMAND …")]]
     """Script with its arguments, configuration, or a command line after --; NAME=VALUE before it sets a variable."""
     overrides: Overrides = field(default_factory=list)
     """Set a field that the arguments do not say: cluster.accelerator, model.vocab."""

@@ -3,7 +3,9 @@
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from copus.durable import replace_text
 from copus.job import JobConfig, JobError, apply_override, parse_job
@@ -12,6 +14,7 @@ from launch.arguments.command_line import CommandLine, read_command, read_shell_
 from launch.arguments.configuration_file import add_overrides, command_of_values
 from launch.arguments.imported_job import ImportedJob
 from launch.arguments.megatron_read import job_of_megatron
+from launch.arguments.torchtitan_read import job_of_torchtitan
 
 MOST_BYTES = 2**20
 """Length of a script or of a configuration."""
@@ -43,12 +46,16 @@ def import_args(words: list[str], overrides: list[str], out: Path | None, *, as_
 def imported_job(words: list[str], overrides: list[str]) -> tuple[ImportedJob, JobConfig]:
     """The job of a command line's words, with `--set` overrides, and checked. Raises JobError."""
     command = _command(words)
-    add_overrides(command)
     for override in overrides:  # the data parallel degree follows from the number of accelerators
         name, _, value = override.partition("=")
         if name in ("cluster.nodes", "cluster.accelerators_per_node") and value.isdigit():
             setattr(command, "nodes" if name == "cluster.nodes" else "per_node", int(value))
-    imported = job_of_megatron(command)
+    sections = _torchtitan_sections(command)
+    if sections is not None:
+        imported = job_of_torchtitan(sections, command)
+    else:
+        add_overrides(command)
+        imported = job_of_megatron(command)
     for override in overrides:
         apply_override(imported.values, override)
         imported.comments.pop(override.partition("=")[0], None)
@@ -84,7 +91,27 @@ def _command(words: list[str]) -> CommandLine:
         return command
     if path.suffix in (".yaml", ".yml"):
         return _read_yaml(path, words[1:])
+    if path.suffix == ".toml":
+        return CommandLine(arguments={"--job.config-file": [str(path)]} | read_command(words[1:]).arguments)
     return read_command(words)
+
+
+def _torchtitan_sections(command: CommandLine) -> dict[str, dict[str, Any]] | None:
+    """The sections of a TOML of torchtitan and of arguments `--section.field value`; None if there are none."""
+    dotted = {name[2:]: values for name, values in command.arguments.items() if "." in name}
+    if not dotted:
+        return None
+    sections: dict[str, dict[str, Any]] = {}
+    if file := dotted.pop("job.config-file", None):
+        path = Path(" ".join(file))
+        try:
+            sections = {name: value for name, value in tomllib.loads(_text(path)).items() if isinstance(value, dict)}
+        except tomllib.TOMLDecodeError as error:
+            raise JobError(f"{path}: not TOML: {error}") from None
+    for name, values in dotted.items():
+        section, _, field = name.replace("-", "_").partition(".")
+        sections.setdefault(section, {})[field] = " ".join(values) or True
+    return sections
 
 
 def _read_yaml(path: Path, overrides: list[str]) -> CommandLine:

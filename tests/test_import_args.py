@@ -111,6 +111,13 @@ SMALL = [
 ]
 
 
+MINIMAL = {
+    "name": "any",
+    "cluster": {"accelerators_per_node": 1},
+    "training": {"global_batch": 1, "tokens": 100_000},
+}
+
+
 def job_of(*words: str, sets: tuple[str, ...] = ()) -> JobConfig:
     """The job of a command line."""
     return imported_job(list(words), list(sets))[1]
@@ -336,6 +343,58 @@ def test_configurations_of_bridge_and_nemo_are_read(tmp_path: Path) -> None:
 
     file.write_text("hidden: 3\n")
     with pytest.raises(JobError, match="is one of Megatron-Bridge or NeMo"):
+        imported_job([str(file)], [])
+
+
+TITAN = """
+[job]
+description = "Llama 3 8B"
+[model]
+name = "llama3"
+flavor = "8B"
+[optimizer]
+lr = 3e-4
+[lr_scheduler]
+warmup_steps = 200
+decay_ratio = 0.2
+min_lr_factor = 0.1
+[training]
+local_batch_size = 2
+global_batch_size = 64
+seq_len = 8192
+steps = 1000
+dataset = "c4"
+[parallelism]
+tensor_parallel_degree = 2
+[activation_checkpoint]
+mode = "full"
+[quantize.linear.float8]
+filter_fqns = ["output"]
+"""
+
+
+def test_configurations_of_torchtitan_are_read_with_their_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "llama3_8b.toml"
+    file.write_text(TITAN)
+    words = ["torchrun", "--nproc_per_node=8", "-m", "torchtitan.train", "--job.config_file", str(file)]
+    imported, job = imported_job([*words, "--training.steps", "2000"], [])
+    training, tokens = job.training, 64 * 8192
+    assert job.model == parse_job(MINIMAL | {"model": {"from": "llama-3.1-8b", "seq_len": 8192}}).model
+    assert (training.backend, training.layout.tp, training.layout.dp, training.layout.zero) == ("fsdp", 2, 4, 3)
+    assert (training.micro_batch, training.global_batch, training.tokens) == (2, 64, 2000 * tokens)
+    assert (training.warmup_tokens, training.decay, training.decay_shape) == (200 * tokens, "wsd", "linear")
+    assert (training.decay_tokens, training.min_lr, training.layout.recompute) == (400 * tokens, 3e-5, "full")
+    effects = {each.argument.split(" ")[0]: each.effect for each in imported.unmapped}
+    assert effects == {
+        "job.description": "is lost",
+        "training.dataset": "is lost",
+        "quantize.linear": "is not needed",
+    }
+    assert (
+        job_of(str(file), "--training.steps", "10", sets=("cluster.accelerators_per_node=4",)).training.layout.dp == 2
+    )
+    file.write_text("[model\n")
+    with pytest.raises(JobError, match="not TOML"):
         imported_job([str(file)], [])
 
 
