@@ -59,24 +59,81 @@ class DataConfig(Record):
     """Text, and how it becomes tokens. `copus data` prepares it, and so does `copus submit` if that is still to do."""
 
     source: Annotated[list[UserPath], Tag("list")] | Literal["shakespeare"] = "shakespeare"
-    """`shakespeare` (fetched once, hash-checked), or text files, JSON lines files (an object with `text` a line) and
-    folders of them; one of these alone needs no list."""
+    """`shakespeare` (fetched once, hash-checked), or paths: text files, JSON lines (also `.gz` and `.zst`), parquet
+    files, folders of these, datasets saved by Hugging Face's `datasets`, and prefixes of Megatron's `.bin` and `.idx`.
+    One path alone needs no list."""
+    weights: list[PositiveFloat] | None = None
+    """Weights of a blend, one for each entry of `source`: the share of the training sequences that it gives. None joins
+    all text, and blends prefixes by their size."""
+    text_column: str = Field(default="text", min_length=1)
+    """Name of the text in JSON lines and tables."""
+    messages_column: str | None = Field(default=None, min_length=1)
+    """Name of the conversations in JSON lines and tables, lists of `{role, content}`: trains on these, with the loss on
+    what the assistant says alone. None trains on text."""
+    chat_template: UserPath | None = None
+    """Jinja template of the conversations; None takes `chat_template.jinja` or `tokenizer_config.json` beside
+    `data.tokenizer`, or a plain one."""
     held_out: list[str] = Field(default_factory=list)
     """Works kept for validation: the exact name of a work (`hamlet`), or a shell pattern if no work has that name
     (`henry_*`). Whole works; if the source is one single document, its end is held out."""
+    held_out_share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of each source that is held out: of text its bytes, whole works that a hash of their names chooses; of a
+    prefix its last documents. None: 0.05, and of text at most 16 MiB."""
+    held_out_source: list[UserPath] = Field(default_factory=list)
+    """Sources kept for validation, in the formats of `source`. Nothing of `source` is held out then."""
     tokenizer: UserPath | None = None
     """A `tokenizer.json`; None trains a byte-level BPE of `model.vocab` tokens on the training part."""
+    bos_token: str | None = None
+    """Token that every document begins with; None for none."""
+    eos_token: str | None = None
+    """Token that every document ends with; None: `<|endoftext|>`, `</s>` or `<|end_of_text|>`, the first that the
+    tokenizer has."""
+    eod_mask_loss: bool = False
+    """Leave out the loss of the token that follows the end of a document."""
+    reset_attention_mask: bool = False
+    """Let tokens attend to tokens of their own document alone."""
+    reset_position_ids: bool = False
+    """Count the positions of each document from 0."""
+    processes: PositiveInt | None = None
+    """Processes that prepare the data; None for one on each core, up to 16."""
     cache: UserPath = Path("~/.cache/copus")
     """Where fetched text and prepared data are kept."""
     prepared: str | None = Field(default=None, pattern=f"^{DIGEST}$")
     """Digest of the prepared data to train on: `copus submit` writes it into the run's job.yaml. The fields above are
     then read only if that data is no longer in the cache, and must give the same data again."""
 
-    @field_validator("source", mode="before")
+    @field_validator("source", "held_out_source", mode="before")
     @classmethod
     def _in_a_list(cls, value: Any) -> Any:
         """A path alone is a list of one."""
         return [value] if isinstance(value, str) and value != "shakespeare" else value
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "DataConfig":
+        """Refuse what would be ignored."""
+        paths = len(self.source) if isinstance(self.source, list) else 1
+        if self.weights is not None and len(self.weights) != paths:
+            raise ValueError(f"weights: {len(self.weights)} weights for the {paths} entries of source")
+        if self.held_out and (self.held_out_source or self.held_out_share):
+            other = "held_out_source" if self.held_out_source else "held_out_share"
+            raise ValueError(f"held_out and {other} both say what is held out: give one")
+        if self.held_out_source and self.held_out_share:
+            raise ValueError("held_out_source and held_out_share both say what is held out: give one")
+        if self.chat_template is not None and self.messages_column is None:
+            raise ValueError("chat_template is for conversations: give messages_column too")
+        if self.messages_column is not None and self.source == "shakespeare":
+            raise ValueError("messages_column: shakespeare has no conversations")
+        return self
+
+    @property
+    def masks_labels(self) -> bool:
+        """Whether there are labels that do not count."""
+        return self.eod_mask_loss or self.messages_column is not None
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether attention or positions begin anew with each document."""
+        return self.reset_attention_mask or self.reset_position_ids
 
 
 WSD_DECAY_SHARE = 0.2
@@ -288,6 +345,7 @@ class JobConfig(Record):
         _located("training.backend", lambda: find_backend(self.training.backend).check_installed())
         backend = find_backend(self.training.backend)
         _located("training", lambda: backend.check_training(self.training))
+        _located("data", lambda: backend.check_data(self.data))
         if not (info.context or {}).get(_PLANNED_ONLY) and self.model_refusal is not None:
             raise ValueError(f"model: {self.model_refusal}")
         _located("planner", lambda: backend.check_noise_metric(self.planner.noise_metric))

@@ -250,7 +250,7 @@ class Trainer:
         """The validation loss, which every rank knows. True where it is what the job was to reach."""
         started = time.perf_counter()
         sequences = self._job.evaluate_sequences
-        loss = self._backend.evaluate(self._valid, sequences)
+        loss = self._backend.held_out_loss(self._valid, sequences)
         self._evaluated_at = self.state.samples_consumed
         self._moves.note_evaluation(loss)
         self._last_loss_is_finite = math.isfinite(loss)

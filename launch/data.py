@@ -13,7 +13,10 @@ from launch.run_directory import find_run, portable, shown, write_job
 from launch.status import RunStatus
 from profiles.table import ThroughputTable
 
-INPUTS = ("source", "held_out", "tokenizer")
+INPUTS = (
+    *("source", "weights", "text_column", "messages_column", "chat_template", "held_out", "held_out_share"),
+    *("held_out_source", "tokenizer", "bos_token", "eos_token"),
+)
 """Settings of the data section that prepared data is made from."""
 
 

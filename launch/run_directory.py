@@ -42,7 +42,9 @@ def portable(job: JobConfig) -> JobConfig:
     data = job.data.model_copy(
         update={
             "source": [absolute(path) for path in source] if isinstance(source, list) else source,
+            "held_out_source": [absolute(path) for path in job.data.held_out_source],
             "tokenizer": job.data.tokenizer and absolute(job.data.tokenizer),
+            "chat_template": job.data.chat_template and absolute(job.data.chat_template),
             "cache": absolute(job.data.cache),
         }
     )

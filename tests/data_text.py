@@ -4,6 +4,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from copus.data.documents import Columns, Document, cut_in_two, documents_of, read_batches
+from copus.data.held_out import HeldOut, WorkSizes, choose_held_out
 from copus.data.prepared import needs_verifying
 from copus.job import JobConfig, parse_job
 from copus.manifest import mark_checked
@@ -16,6 +18,20 @@ def prose(seed: int, words: int = 400) -> str:
     generator = random.Random(seed)
     text = ["".join(generator.choices(_SYLLABLES, k=generator.randint(1, 4))) for _ in range(words)]
     return "\n".join(" ".join(text[start : start + 9]).capitalize() + "." for start in range(0, words, 9)) + "\n"
+
+
+def read_documents(files: list[Path], columns: Columns = Columns()) -> list[Document]:  # noqa: B008
+    """Every document of the files; one that is alone is cut in two."""
+    documents = [d for batch in read_batches(files, columns) for d in documents_of(batch, columns)]
+    return cut_in_two(documents[0]) if len(documents) == 1 else documents
+
+
+def held_out_of(works: dict[str, int], names: list[str], share: float | None = None) -> set[str]:
+    """The works that are held out."""
+    sizes = WorkSizes(names)
+    sizes.add(works, len(works))
+    held_out: HeldOut = choose_held_out(sizes, names, share)
+    return {work for work in works if work in held_out}
 
 
 def write_works(folder: Path, **works: str) -> Path:

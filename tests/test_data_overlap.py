@@ -4,8 +4,8 @@ from data_text import prose
 from hypothesis import given
 from hypothesis import strategies as st
 
+from copus.data.documents import Document
 from copus.data.overlap import HeldOutText, shingles, word_codes
-from copus.data.sources import Document
 
 _words = st.lists(st.sampled_from("abc"), max_size=40).map(" ".join)
 

@@ -10,6 +10,7 @@ import pytest
 from data_text import make_job, prose, take_as_verified, write_in_the_past, write_works
 from tokenizers import Tokenizer
 
+import copus.data.encoding as encoding_module
 import copus.data.prepare as prepare_module
 from copus.data.manifest import FILES, read_manifest
 from copus.data.prepare import prepare, verify
@@ -44,7 +45,7 @@ def test_every_work_is_whole_and_on_its_side(job):
     assert {path.name for path in folder.iterdir()} == {*FILES, "manifest.json"}
     assert _text(folder, "train") == [prose(seed) for seed in (0, 1, 2, 4, 7)]
     assert _text(folder, "valid") == [prose(seed) for seed in (3, 5, 6)]
-    assert stages[-1] == ("encoding", 8, 8)
+    assert stages[-1] == ("encoding, MiB", 1, 1)
 
     manifest = read_manifest(folder)
     assert {work.name: work.side for work in manifest.works if work.side == "valid"}.keys() == {
@@ -158,7 +159,7 @@ def test_failure_leaves_nothing(job, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device", "/somewhere")
 
-    monkeypatch.setattr(prepare_module, "encode", fail)
+    monkeypatch.setattr(encoding_module, "encode", fail)
     with pytest.raises(JobError, match=r"data\.cache: cannot write /somewhere: No space left on device"):
         prepare(job)
     assert not job.data.cache.exists()
@@ -170,7 +171,7 @@ def test_two_at_once(job):
     other: list[Path] = []
 
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "encoding" and not other:
+        if stage == "encoding, MiB" and not other:
             other.append(Path())
             other[0] = prepare(job)
 
@@ -297,7 +298,7 @@ def test_data_that_is_made_again_has_to_be_the_same(job, corpus):
 
 def test_text_that_changes_while_it_is_prepared_is_refused(job, corpus):
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "encoding" and done == 1:
+        if stage == "encoding, MiB" and done == 1:
             (corpus / "work0.txt").write_text(prose(0) + "and a line more\n")
 
     with pytest.raises(JobError, match=r"data\.source: the text changed while it was being prepared"):

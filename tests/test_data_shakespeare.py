@@ -11,10 +11,12 @@ from data_text import make_job
 from tokenizers import Tokenizer
 
 from copus.data import shakespeare
+from copus.data.documents import Columns, Document
+from copus.data.encoding import Encoding
+from copus.data.held_out import HeldOut
 from copus.data.overlap import HeldOutText, shingles, word_codes
-from copus.data.prepare import drop_leaks, prepare
+from copus.data.prepare import prepare
 from copus.data.prepared import read_manifest
-from copus.data.sources import Document
 from copus.job import JobError
 
 
@@ -106,9 +108,11 @@ def test_prepared_corpus_trains_on_nothing_that_is_held_out(cache, documents):
     ],
 )
 def test_works_that_share_poems_are_not_on_both_sides(documents, held_out, expected):
-    kept, dropped = drop_leaks(documents, {held_out}, shakespeare.SHARED_TEXT, lambda stage, done, total: None)
-    assert {record.document for record in dropped} == expected
-    assert {document.name for document in documents} - {document.name for document in kept} == expected
+    chosen = HeldOut(works=frozenset({held_out}))
+    theirs = HeldOutText(document for document in documents if document.work == held_out)
+    encoding = Encoding(Columns(), 4096, (chosen,), shared_text=shakespeare.SHARED_TEXT, held_out_text=theirs)
+    ours = [document for document in documents if document.work != held_out]
+    assert {document.name for document in ours if encoding.reason_to_drop(0, document)} == expected
 
 
 def test_one_edition_alone_would_not_be_found_by_its_text(documents):

@@ -30,7 +30,9 @@ from tests.ranks import own_device, run_ranks
 from tests.test_checkpoints import _flip, names, write
 
 FOLLOWED = {
-    *("data.source", "data.held_out", "data.tokenizer", "data.cache"),
+    *("data.source", "data.weights", "data.text_column", "data.messages_column", "data.chat_template"),
+    *("data.held_out", "data.held_out_share", "data.held_out_source", "data.tokenizer", "data.bos_token"),
+    *("data.eos_token", "data.processes", "data.cache"),
     *("cluster.nodes", "cluster.accelerators_per_node", "cluster.accelerator"),
     *("training.tokens", "training.max_minutes", "training.target_loss", "training.lr", "training.min_lr"),
     *("training.warmup_tokens", "training.decay", "training.decay_tokens", "training.decay_shape"),

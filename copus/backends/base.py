@@ -6,7 +6,7 @@ import gc
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from copus import sharded_checkpoint
 from copus.backends.registry import find_backend
-from copus.backends.step_contract import Batches, Parts, StepRequest, StepResult, StepRules, StepShares
+from copus.backends.step_contract import NOT_COUNTED, Batches, Parts, StepRequest, StepResult, StepRules, StepShares
 from copus.collectives import RankError, run_on_all_ranks
 from copus.fingerprint import fingerprint_of
 from copus.hardware import PhaseClock, peak_memory_bytes, reset_peak_memory
@@ -135,7 +135,8 @@ class Backend(ABC):
 
     @abstractmethod
     def evaluate(self, batches: Batches, sequences: int) -> float:
-        """Mean loss over the first `sequences` held-out sequences, nats a token."""
+        """Mean loss over all labels of the first `sequences` held-out sequences, nats a token. `held_out_loss` makes
+        the mean over those that count of it."""
 
     # From here on everything follows from the methods above, for every framework.
 
@@ -147,18 +148,46 @@ class Backend(ABC):
         """
         with self._world.trial() if request.on_trial else contextlib.nullcontext() as trial:
             shares = self.compute_gradients(batches, request)
-            votes = torch.tensor([request.stop, request.writing], dtype=torch.float64, device=self.device)
-            message = torch.cat([shares.loss.view(1), shares.grad_sq.view(1), votes, shares.parts])
+            counted = self._count_labels(batches, request.first_sample, self.configuration.global_batch)
+            own = torch.tensor([request.stop, request.writing, counted], dtype=torch.float64, device=self.device)
+            message = torch.cat([shares.loss.view(1), shares.grad_sq.view(1), own, shares.parts])
             dist.all_reduce(message)
-            loss, grad_sq, stop, writing, *totals = message.tolist()
+            loss, grad_sq, stop, writing, counted, *totals = message.tolist()
             if trial is not None:
                 trial.commit()
-            skipped = not math.isfinite(grad_sq)
+            # Backends divide by all labels, whether they count or not. Everything that follows is linear in that.
+            factor = 1 / counted if counted else math.nan
+            skipped = not math.isfinite(grad_sq * factor**2)
             if not skipped:
-                self.update_weights(request.rules, self._clipping(grad_sq))
+                self.update_weights(request.rules, self._clipping(grad_sq * factor**2) * factor)
         self._optimizer_steps += not skipped
-        parts, norm_layer_parts = self.read_parts(np.array(totals), grad_sq)
-        return StepResult(loss, grad_sq, parts, norm_layer_parts, skipped, stop=stop > 0, writing=writing > 0)
+        full, norm_layers = (_scaled(parts, factor) for parts in self.read_parts(np.array(totals), grad_sq))
+        return StepResult(
+            loss * factor, grad_sq * factor**2, full, norm_layers, skipped, stop=stop > 0, writing=writing > 0
+        )
+
+    def held_out_loss(self, batches: Batches, sequences: int) -> float:
+        """Mean loss over the labels that count in the first `sequences` held-out sequences, nats a token. Raises
+        JobError if none counts."""
+        counted = torch.tensor(self._count_labels(batches, 0, sequences), dtype=torch.float64, device=self.device)
+        dist.all_reduce(counted)
+        if not counted:
+            raise JobError(f"data: no token of the first {sequences} held-out sequences counts: hold out more")
+        return self.evaluate(batches, sequences) / float(counted)
+
+    def _count_labels(self, batches: Batches, first_sample: int, sequences: int) -> float:
+        """This rank's share of the labels that count, over all labels of the sequences. Not collective.
+
+        The ranks share the sequences for this as they are, whichever replica trains on them.
+        """
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if not self._job.data.masks_labels:
+            return float(rank == 0)
+        first, last = (sequences * place // world for place in (rank, rank + 1))
+        if first == last:
+            return 0.0
+        labels = batches(first_sample + first, last - first)[1]
+        return int((labels != NOT_COUNTED).sum()) / (sequences * labels.shape[1])
 
     def _clipping(self, grad_sq: float) -> float:
         """The factor that makes the norm of the gradient at most `training.clip_grad`."""
@@ -315,6 +344,13 @@ class Backend(ABC):
         reshard(plan, held, self.live_state(), self._job.training.staging_bytes, self.device)
         self.count_optimizer_steps(self._optimizer_steps)
         self._configuration = configuration
+
+
+def _scaled(parts: Parts | None, factor: float) -> Parts | None:
+    """The parts of a gradient that is `factor` times as large."""
+    if parts is None or factor == 1:
+        return parts
+    return replace(parts, squared_norms=parts.squared_norms * factor**2, grad_sq=parts.grad_sq * factor**2)
 
 
 def _most(amount: int | None, device: torch.device) -> int | None:

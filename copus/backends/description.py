@@ -16,7 +16,7 @@ from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
 if TYPE_CHECKING:
-    from copus.job import TrainingConfig
+    from copus.job import DataConfig, TrainingConfig
 
 
 class BackendDescription(BackendTraits, ABC):
@@ -38,6 +38,8 @@ class BackendDescription(BackendTraits, ABC):
     """Values of `planner.noise_metric` that it can measure."""
     compiles: ClassVar[bool] = False
     """Whether it has `training.compile`."""
+    reads_documents: ClassVar[bool] = False
+    """Whether it heeds what `Batches` say beside tokens: labels that do not count, positions and documents."""
     extra: ClassVar[str | None] = None
     """The extra of copus that installs `packages`."""
     packages: ClassVar[tuple[str, ...]] = ()
@@ -81,6 +83,13 @@ class BackendDescription(BackendTraits, ABC):
         if training.without_masters and training.precision != "bf16":
             raise ValueError(f"master_weights(none) needs precision(bf16), not {training.precision}")
         self.with_optimizer(training.optimizer).check_optimizer_in(training.layout)
+
+    def check_data(self, data: "DataConfig") -> None:
+        """Raise ValueError for a setting of the data that it would not heed."""
+        for name in ("eod_mask_loss", "reset_attention_mask", "reset_position_ids", "messages_column"):
+            value = getattr(data, name)
+            if value and not self.reads_documents:
+                raise ValueError(f"{name}({str(value).replace('True', 'true')}): not supported by this backend")
 
     def check_noise_metric(self, metric: str) -> None:
         """Raise ValueError for a `planner.noise_metric` that it cannot measure."""

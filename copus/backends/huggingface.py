@@ -13,6 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from copus.backends.huggingface_description import family_of
 from copus.backends.initial_weights import initial_weight
+from copus.backends.microbatches import hidden_scores
+from copus.backends.step_contract import NOT_COUNTED
 from copus.backends.vocabulary import hide_padding
 from profiles.layout import Recompute
 from profiles.model_shape import ModelShape
@@ -121,8 +123,19 @@ def restore_rotary_frequencies(model: PreTrainedModel) -> None:
     rotary.original_inv_freq.copy_(frequencies)
 
 
-def mean_loss(model: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy in fp32, nats a token. `model` may be wrapped; tokens and labels are int64 of shape
-    (sequences, seq_len), the labels one token ahead."""
-    logits = model(input_ids=tokens).logits
-    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+def mean_loss(
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean cross entropy in fp32, nats a token, over all tokens: a label that does not count adds nothing. `model` may
+    be wrapped; the tensors are those of a `Microbatch`, int64 of shape (sequences, seq_len) each."""
+    options = {}
+    if documents is not None:
+        # The mask is given even if positions alone begin anew: from these transformers would guess the documents.
+        options = {"position_ids": positions, "attention_mask": ~hidden_scores(documents)}
+    logits, labels = model(input_ids=tokens, **options).logits, labels.flatten()
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=NOT_COUNTED, reduction="sum")
+    return losses / labels.numel()

@@ -40,6 +40,8 @@ def family_of(model: ModelShape) -> str:
 class HuggingFaceDescription(BackendDescription):
     """A backend that builds its models with `copus.backends.huggingface`."""
 
+    reads_documents = True
+
     def check_model(self, model: ModelShape) -> None:
         """Raise ValueError for a model that no family of transformers has."""
         family_of(model)

@@ -1,7 +1,9 @@
 """The micro-batches of a replica: reading them, their share of the loss, and those of an evaluation."""
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
@@ -9,11 +11,40 @@ from copus.backends.step_contract import Batches
 from profiles.configuration import Configuration
 
 
+class Microbatch(NamedTuple):
+    """Sequences that go through the model together."""
+
+    tokens: torch.Tensor
+    """int64 of shape (micro_batch, seq_len)."""
+    labels: torch.Tensor
+    """The tokens one ahead, NOT_COUNTED for those whose loss does not count."""
+    positions: torch.Tensor | None = None
+    """Positions of the tokens; None for 0, 1, 2 and so on."""
+    documents: torch.Tensor | None = None
+    """Numbers of the documents that tokens attend within, rising along a sequence; None for one. Given if `positions`
+    are."""
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """A copy on a device, which the host does not wait for."""
+        return Microbatch(*(None if tensor is None else to_device(device, tensor) for tensor in self))  # type: ignore[arg-type]
+
+
+def hidden_scores(documents: torch.Tensor) -> torch.Tensor:
+    """True for the scores that attention within documents leaves out, those of later tokens and of other documents:
+    bool of shape (micro_batch, 1, seq_len, seq_len). `documents` are those of a `Microbatch`."""
+    others = documents[:, None, :, None] != documents[:, None, None, :]
+    return others | _later(documents.shape[1], documents.device)
+
+
+@functools.lru_cache(maxsize=2)
+def _later(tokens: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
+
+
 def read_microbatches(
     batches: Batches, configuration: Configuration, first_sample: int, replica: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and labels of a replica's micro-batches in the step that begins at `first_sample`, int64 of shape
-    (micro_batch, seq_len) each, on the host.
+) -> Iterator[Microbatch]:
+    """A replica's micro-batches in the step that begins at `first_sample`, on the host.
 
     A thread reads one micro-batch ahead of the step.
     """
@@ -23,10 +54,10 @@ def read_microbatches(
     with ThreadPoolExecutor(1, thread_name_prefix="copus-reader") as reader:
         upcoming = reader.submit(batches, starts[0], micro_batch)
         for following in [*starts[1:], None]:
-            tokens, labels = upcoming.result()
+            sequences = Microbatch(*upcoming.result())
             if following is not None:
                 upcoming = reader.submit(batches, following, micro_batch)
-            yield tokens, labels
+            yield sequences
 
 
 def to_device(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:

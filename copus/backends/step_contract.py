@@ -10,8 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-Batches = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
-"""(first sample, how many) → tokens and labels, int64 of shape (how many, seq_len)."""
+Batches = Callable[[int, int], tuple[torch.Tensor, ...]]
+"""(first sample, how many) → tokens and labels, int64 of shape (how many, seq_len) each; and, if attention or positions
+begin anew with each document, the positions of the tokens and the numbers of the documents that they attend within."""
+
+NOT_COUNTED = -100
+"""Label of a token whose loss does not count. A backend takes it for a loss of 0, and still divides by all tokens:
+`Backend` makes the mean over those that count of it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class StepShares:
     the backend."""
 
     loss: torch.Tensor
-    """Share of the mean training loss over the global batch, nats a token. One element."""
+    """Share of the mean training loss over all labels of the global batch, nats a token. One element."""
     grad_sq: torch.Tensor
     """Share of |g|², the squared norm of the mean gradient before clipping. One element."""
     parts: torch.Tensor
@@ -80,7 +85,7 @@ class StepResult:
     """Outcome of one optimizer step; equal on every rank."""
 
     loss: float
-    """Mean training loss over the global batch, nats a token."""
+    """Mean training loss over the labels of the global batch that count, nats a token."""
     grad_sq: float
     """|g|², squared norm of the mean gradient before clipping."""
     parts: Parts | None

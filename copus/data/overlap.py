@@ -4,16 +4,20 @@ Documents are compared by their word 8-grams (shingles; Broder 1997, "On the res
 documents"), case and punctuation aside. Texts that have nothing to do with each other share under 0.5 % of them; a
 fifth is never chance. What this cannot see is the same work in another spelling or translation: there only a table of
 works helps.
+
+Of much held-out text only shingles whose hash divides by some number are kept, on both sides (a sketch modulo m,
+Broder 1997, section 4), so that memory stays bounded; shares of shingles are then estimates.
 """
 
+import hashlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from copus.data.sources import Document
+from copus.data.documents import Document
 
 SHINGLE_WORDS = 8
 """Words in a shingle."""
@@ -21,6 +25,9 @@ NEAR_DUPLICATE = 0.2
 """Share of a document's shingles from which on it counts as contained in another one."""
 MIN_SHINGLES = 50
 """Held-out documents shorter than this are too short to be found inside a longer one: they may be a common phrase."""
+
+MOST_SHINGLES = 4_000_000
+"""Shingles of held-out text that are kept; of more, a part."""
 
 _WORD = re.compile(r"\w+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -46,23 +53,38 @@ def shingles(codes: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class HeldOutText:
     """The held-out documents, indexed by shingle."""
 
-    def __init__(self, documents: Sequence[Document]) -> None:
-        codes = [word_codes(document.text) for document in documents]
-        parts = [shingles(code) for code in codes]
+    def __init__(self, documents: Iterable[Document]) -> None:
+        """A long document that comes in pieces counts as so many documents."""
+        self._names: list[str] = []
+        self._exact: dict[bytes, str] = {}
+        self._modulus = np.uint64(1)
+        parts: list[NDArray[np.uint64]] = []
+        kept = 0
+        for document in documents:
+            codes = word_codes(document.text)
+            self._names.append(document.name)
+            self._exact[_digest(codes)] = document.name
+            parts.append(self._sketch(shingles(codes)))
+            kept += parts[-1].size
+            while kept > MOST_SHINGLES:
+                self._modulus *= np.uint64(2)
+                parts = [self._sketch(part) for part in parts]
+                kept = sum(part.size for part in parts)
         hashes = np.concatenate([np.empty(0, dtype=np.uint64), *parts])
-        owners = np.repeat(np.arange(len(parts)), [part.size for part in parts])
+        owners = np.repeat(np.arange(len(parts), dtype=np.int32), [part.size for part in parts])
         order = np.argsort(hashes, kind="stable")
-        self._names = [document.name for document in documents]
-        self._exact = {code.tobytes(): document.name for code, document in zip(codes, documents, strict=True)}
-        self._sizes = np.array([part.size for part in parts])
+        self._sizes = np.array([part.size for part in parts], np.int64)
         self._hashes, self._owners = hashes[order], owners[order]
+
+    def _sketch(self, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        return hashes if self._modulus == 1 else hashes[hashes % self._modulus == 0]
 
     def reason_to_drop(self, document: Document) -> str | None:
         """Why a training document may not be trained on; None when it shares too little with what is held out."""
         codes = word_codes(document.text)
-        if codes.size and (name := self._exact.get(codes.tobytes())):
+        if codes.size and (name := self._exact.get(_digest(codes))):
             return f"same text as held-out {name}"
-        own = shingles(codes)
+        own = self._sketch(shingles(codes))
         first = np.searchsorted(self._hashes, own, side="left")
         counts = np.searchsorted(self._hashes, own, side="right") - first
         if not counts.any():
@@ -79,3 +101,7 @@ class HeldOutText:
         if share[most] >= NEAR_DUPLICATE:
             return f"contains {share[most]:.0%} of the {SHINGLE_WORDS}-grams of held-out {self._names[most]}"
         return None
+
+
+def _digest(codes: NDArray[np.uint64]) -> bytes:
+    return hashlib.blake2b(codes.tobytes(), digest_size=16).digest()

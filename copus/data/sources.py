@@ -1,11 +1,9 @@
-"""Reads the user's own text: text files, JSON lines files and folders of them. A document knows its work."""
+"""Which files a source names, how they are to be read, and what identifies their content."""
 
 import functools
 import hashlib
 import json
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from copus.job import JobError
@@ -16,23 +14,18 @@ JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jl")
 """Files with one JSON object a line."""
 JSON_SUFFIX = ".json"
 """Taken for JSON lines too. In a folder it is often something else: there the first line decides."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text that training sees from end to end."""
-
-    name: str
-    """Where it comes from: a file, or file:line."""
-    work: str
-    """What it is a part or an edition of. All documents of a work stand on the same side."""
-    text: str
-    """The text, never empty."""
-
-    @property
-    def bytes(self) -> int:
-        """Length in UTF-8."""
-        return len(self.text.encode())
+PARQUET_SUFFIX = ".parquet"
+ARROW_SUFFIX = ".arrow"
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+"""After the suffix of a text file or a JSON lines file."""
+DATASET_STATE = "state.json"
+"""In the folder of a dataset that Hugging Face's `datasets` has saved to disk: the names of its Arrow files."""
+DATASET_SPLITS = "dataset_dict.json"
+"""In a folder of several of them."""
+_LONGEST_FIRST_LINE = 64 << 20
+HASHED_BYTES = 64 << 20
+"""Larger files are known by their size and the time of their last change, not by a hash of their content: to hash them
+would take longer than anything else that a command does before it starts."""
 
 
 def source_files(paths: list[Path]) -> list[Path]:
@@ -45,7 +38,7 @@ def source_files(paths: list[Path]) -> list[Path]:
     files: dict[Path, Path] = {}
     for path in (path.expanduser() for path in paths):
         for file in _files_of(path):
-            if not _is_unicode(file.name):  # which names works
+            if not is_unicode(file.name):  # which names works
                 raise JobError(f"data.source: {file}: the file's name is not UTF-8")
             files.setdefault(file.resolve(), file)
     return list(files.values())
@@ -58,10 +51,32 @@ def _files_of(path: Path) -> list[Path]:
         raise JobError(f"data.source: {path} is neither a regular file nor a folder")
     if not path.is_dir():
         raise JobError(f"data.source: no such file or folder: {path} (the only corpus with a name is `shakespeare`)")
+    if (path / DATASET_STATE).is_file():
+        return _dataset_files(path)
+    if (path / DATASET_SPLITS).is_file():
+        raise JobError(f"data.source: {path} holds several splits of a dataset: name the folder of one, {path}/train")
     files = sorted(file for file in path.rglob("*") if _is_text(file) and not _is_hidden(file.relative_to(path)))
     if not files:
         suffixes = ", ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES))
         raise JobError(f"data.source: no {suffixes} file in the folder {path}, and no {JSON_SUFFIX} file of JSON lines")
+    return files
+
+
+def _dataset_files(folder: Path) -> list[Path]:
+    """The Arrow files of a dataset that `datasets` has saved to disk, in its order."""
+    state = folder / DATASET_STATE
+    try:
+        values = json.loads(state.read_bytes())
+        files = [folder / str(entry["filename"]) for entry in values["_data_files"]]
+    except OSError as error:
+        raise JobError(f"data.source: {state}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise JobError(f"data.source: {state} does not name the files of a dataset") from None
+    if values.get("_indices_files"):
+        raise JobError(f"data.source: {folder} is a selection of a dataset: save it with `flatten_indices()`")
+    for file in files:
+        if file.parent != folder or not file.is_file():
+            raise JobError(f"data.source: {folder} is not complete: {file.name} is missing")
     return files
 
 
@@ -70,22 +85,37 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _is_text(file: Path) -> bool:
-    suffix = file.suffix.lower()
-    if suffix == JSON_SUFFIX and file.is_file():
+    suffix = _inner_suffix(file)
+    if file.suffix.lower() == JSON_SUFFIX and file.is_file():
         return _begins_with_a_document(file)
-    return suffix in (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES) and file.is_file()
+    return suffix in (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, PARQUET_SUFFIX) and file.is_file()
 
 
 def _begins_with_a_document(file: Path) -> bool:
     """Whether the first line is a JSON object with `text`."""
     try:
         with open(file, encoding="utf-8-sig") as lines:
-            value = json.loads(next((line for line in lines if line.strip()), ""))
+            line = lines.readline(_LONGEST_FIRST_LINE)
+            while line and not line.strip():
+                line = lines.readline(_LONGEST_FIRST_LINE)
+            value = json.loads(line)
     except OSError as error:
         raise JobError(f"data.source: {file}: {error.strerror}") from None
     except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and "text" in value
+
+
+def file_identity(path: Path) -> dict[str, str | int]:
+    """What tells the content of a file: its SHA-256, or of a large one size and time of its last change. Raises
+    JobError."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise JobError(f"data: {path}: {error.strerror}") from None
+    if status.st_size <= HASHED_BYTES:
+        return {"sha256": file_sha256(path)}
+    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
 def file_sha256(path: Path) -> str:
@@ -105,81 +135,33 @@ def _hash(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_documents(files: list[Path]) -> list[Document]:
-    """Every document of the files, in order; blank ones are left out.
-
-    A text file is one document, and its work is its name without suffix. So is each JSON line: an object with `text`
-    and an optional `work`; without it the line is a work by itself, `file:line`. A document that is alone is cut in
-    two, so that there is something to hold out. Raises JobError, naming file and line.
-    """
-    documents = [
-        document
-        for file in files
-        for document in (_json_lines(file) if _is_json(file) else _text_file(file))
-        if document.text.strip()
-    ]
-    if not documents:
-        raise JobError(f"data.source: no text in {', '.join(map(str, files[:3]))}{' …' if len(files) > 3 else ''}")
-    return _cut(documents[0]) if len(documents) == 1 else documents
-
-
-def _cut(document: Document) -> list[Document]:
-    """A beginning and an end of 5 to 10 %, cut between paragraphs, else lines, else words; whole if there is no such
-    place."""
-    text = document.text
-    for separator in ("\n\n", "\n", " "):
-        place = text.rfind(separator, round(0.9 * len(text)), round(0.95 * len(text)))
-        beginning, end = text[:place], text[place:]
-        if place > 0 and beginning.strip() and end.strip():
-            parts = ("beginning", beginning), ("end", end)
-            return [Document(document.name, f"{document.work} ({name})", part) for name, part in parts]
-    return [document]
-
-
-def _is_json(file: Path) -> bool:
-    suffix = file.suffix.lower()
+def kind_of(file: Path) -> str:
+    """How a file is read: `text`, `json` (lines), `parquet` or `arrow`."""
+    suffix = _inner_suffix(file)
+    if suffix == PARQUET_SUFFIX:
+        return "parquet"
+    if suffix == ARROW_SUFFIX:
+        return "arrow"
     if suffix in (*JSON_LINES_SUFFIXES, JSON_SUFFIX):
-        return True
-    return suffix not in TEXT_SUFFIXES and _begins_with_a_document(file)
+        return "json"
+    return "json" if suffix not in TEXT_SUFFIXES and _begins_with_a_document(file) else "text"
 
 
-def _text_file(file: Path) -> Iterator[Document]:
-    yield Document(name=file.name, work=file.stem, text=_read(file))
+def stem_of(file: Path) -> str:
+    """The name of a file without its suffixes: `plays` of `plays.jsonl.gz`."""
+    return Path(file.stem).stem if file.suffix.lower() in COMPRESSED_SUFFIXES else file.stem
 
 
-def _json_lines(file: Path) -> Iterator[Document]:
-    for number, line in enumerate(_read(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise JobError(f"data.source: {file}:{number}: not JSON: {error}") from None
-        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise JobError(f'data.source: {file}:{number}: expected an object with a string "text" a line')
-        work = value.get("work")
-        if work is not None and not isinstance(work, str):
-            raise JobError(f'data.source: {file}:{number}: "work" is not a string, got {work!r}')
-        for key in ("text", "work"):
-            if not _is_unicode(value.get(key) or ""):
-                raise JobError(f'data.source: {file}:{number}: "{key}" has a lone surrogate, half of a character')
-        name = f"{file.stem}:{number}"
-        yield Document(name=name, work=work or name, text=value["text"])
+def _inner_suffix(file: Path) -> str:
+    """The suffix that says what a file is, lower case: `.jsonl` of `plays.jsonl.gz`."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """False with lone surrogates: JSON can spell them, and so does Python for a file's name that is not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise JobError(f"data.source: {file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise JobError(f"data.source: {file}: not UTF-8 text: {error.reason} at byte {error.start}") from None

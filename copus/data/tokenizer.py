@@ -32,8 +32,10 @@ _CUT = re.compile(
 )  # a line end where no byte-level BPE merges across, so that pieces encode as the whole does
 
 
-def train_tokenizer(texts: Iterable[str], vocab: int) -> "Tokenizer":
-    """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) of exactly `vocab` tokens; token 0 ends a document.
+def train_tokenizer(
+    texts: Iterable[str], vocab: int, special_tokens: tuple[str, ...] = END_OF_DOCUMENT[:1]
+) -> "Tokenizer":
+    """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) of exactly `vocab` tokens, the special ones first.
 
     The same texts give the same tokenizer. Raises JobError if the texts have too few distinct pairs for so many tokens.
     """
@@ -44,7 +46,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> "Tokenizer":
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=[END_OF_DOCUMENT[0]],
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -57,11 +59,11 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> "Tokenizer":
     return tokenizer
 
 
-def load_tokenizer(path: Path) -> "Tokenizer":
+def load_tokenizer(path: Path, special_tokens: tuple[str, ...] = END_OF_DOCUMENT) -> "Tokenizer":
     """Read a `tokenizer.json`, without the parts that would change or cut a text: truncation, padding and dropout.
 
-    The token that ends a document is made special, so that `encode` can tell it from its name in a text. Raises
-    JobError.
+    Tokens that begin or end a document are made special, so that `encode` can tell them from their names in a text.
+    Raises JobError.
     """
     from tokenizers import Tokenizer
 
@@ -71,33 +73,44 @@ def load_tokenizer(path: Path) -> "Tokenizer":
         if "dropout" in values["model"]:
             values["model"]["dropout"] = None
         for token in values.get("added_tokens") or []:
-            token["special"] |= token["content"] in END_OF_DOCUMENT
+            token["special"] |= token["content"] in special_tokens
         return Tokenizer.from_str(json.dumps(values))
     except OSError as error:
         raise JobError(f"data.tokenizer: cannot read {path}: {error.strerror}") from None
     except Exception as error:  # the library raises nothing more precise
-        raise JobError(f"data.tokenizer: cannot read {path}: {_brief(error)}") from None
+        raise JobError(f"data.tokenizer: cannot read {path}: {brief(error)}") from None
 
 
-def check_tokenizer(tokenizer: "Tokenizer", path: Path, vocab: int) -> int:
-    """The id of the end-of-document token. Raises JobError if there is none, or if `vocab` is too small."""
+def check_tokenizer(tokenizer: "Tokenizer", path: Path, vocab: int, eos_token: str | None = None) -> int:
+    """The id of the token that ends a document, `eos_token` or the first usual one. Raises JobError if there is none,
+    or if `vocab` is too small."""
     names = tokenizer.get_vocab(with_added_tokens=True)
     needed = max(names.values(), default=-1) + 1
     if needed > vocab:
         raise JobError(f"data.tokenizer: {path} has ids up to {needed - 1}: {needed} tokens > model.vocab({vocab})")
+    if eos_token is not None:
+        return token_id(tokenizer, path, eos_token, "data.eos_token")
     for name in END_OF_DOCUMENT:
         if name in names:
             return int(names[name])
     raise JobError(f"data.tokenizer: {path} has no token that ends a document: one of {', '.join(END_OF_DOCUMENT)}")
 
 
-def check_spelling(tokenizer: "Tokenizer", path: Path, texts: Iterable[str]) -> None:
+def token_id(tokenizer: "Tokenizer", path: Path, name: str, setting: str) -> int:
+    """The id of a token that a setting names. Raises JobError if there is no such token."""
+    number = tokenizer.token_to_id(name)
+    if number is None:
+        raise JobError(f"{setting}({name}): {path} has no such token")
+    return int(number)
+
+
+def check_spelling(tokenizer: "Tokenizer", path: Path, texts: Iterable[str], eos_token: str | None = None) -> None:
     """Raise JobError if the first million characters of the training text do not survive encoding and decoding.
 
     The tokenizer's normalizer may change them (case, accents), and white space and control characters may go. Every
     other character has to be there: one without a token is not, and one that becomes the unknown token is not either.
     """
-    eod = check_tokenizer(tokenizer, path, vocab=2**31)
+    eod = check_tokenizer(tokenizer, path, 2**31, eos_token)
     lost: Counter[str] = Counter()
     total, left = 0, SPELLED_CHARACTERS
     for text in texts:
@@ -149,7 +162,7 @@ def encode(tokenizer: "Tokenizer", text: str, eod: int) -> "NDArray[np.int64]":
     except JobError:
         raise
     except Exception as error:  # a word or a character without a token, and no unknown token either
-        raise JobError(f"data.tokenizer: cannot encode the training text: {_brief(error)}") from None
+        raise JobError(f"data.tokenizer: cannot encode the training text: {brief(error)}") from None
     return ids
 
 
@@ -177,7 +190,7 @@ def _without_ends(tokenizer: "Tokenizer", text: str, eod: int) -> list[int]:
     return ids
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 

@@ -38,8 +38,11 @@ class KubernetesEngine(QueuedEngine):
         places = {"launch.runs": job.launch.runs, "data.cache": job.data.cache, "profile.table": job.profile.table}
         if isinstance(source, list):
             places |= {f"data.source.{index}": path for index, path in enumerate(source)}
+        places |= {f"data.held_out_source.{index}": path for index, path in enumerate(job.data.held_out_source)}
         if job.data.tokenizer:
             places["data.tokenizer"] = job.data.tokenizer
+        if job.data.chat_template:
+            places["data.chat_template"] = job.data.chat_template
         data = self.options.volumes.values()
         for field, place in places.items():
             path = place.expanduser().absolute()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from copus.backends.adamw import AdamWOptions
 from copus.backends.deepspeed.built import MATRICES, BuiltModel, reduced_gradients
 from copus.backends.huggingface import mean_loss
-from copus.backends.microbatches import evaluation_of, loss_share, read_microbatches, to_device
+from copus.backends.microbatches import Microbatch, evaluation_of, loss_share, read_microbatches
 from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Batches, StepRequest, StepShares
 from profiles.configuration import Configuration
@@ -26,9 +26,9 @@ def compute_gradients(
     engine, part_norms, count = built.engine, built.part_norms, configuration.num_microbatches
     part_norms.start(request.noise_source, configuration)
     losses = []
-    for index, (tokens, labels) in enumerate(_microbatches(built, configuration, batches, request.first_sample)):
+    for index, sequences in enumerate(_microbatches(built, configuration, batches, request.first_sample)):
         engine.set_gradient_accumulation_boundary(index == count - 1)
-        loss = mean_loss(engine, tokens, labels)
+        loss = mean_loss(engine, *sequences)
         losses.append(loss.detach())
         part_norms.begin_backward(index)
         engine.backward(loss / count, scale_wrt_gas=False)
@@ -70,7 +70,7 @@ def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, 
     whole = evaluation_of(configuration, sequences)
     built.engine.eval()
     with torch.no_grad():
-        losses = [mean_loss(built.engine, tokens, labels) for tokens, labels in _microbatches(built, whole, batches, 0)]
+        losses = [mean_loss(built.engine, *sequences) for sequences in _microbatches(built, whole, batches, 0)]
     built.engine.train()
     loss = loss_share(whole, losses, built.device, counts=True)
     dist.all_reduce(loss)
@@ -79,7 +79,7 @@ def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, 
 
 def _microbatches(
     built: BuiltModel, configuration: Configuration, batches: Batches, first_sample: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and labels of this replica's micro-batches."""
-    for tokens, labels in read_microbatches(batches, configuration, first_sample, dist.get_rank()):
-        yield to_device(built.device, tokens), to_device(built.device, labels)
+) -> Iterator[Microbatch]:
+    """This replica's micro-batches."""
+    for sequences in read_microbatches(batches, configuration, first_sample, dist.get_rank()):
+        yield sequences.to(built.device)

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from copus.backends.fsdp.built import BuiltModel
 from copus.backends.fsdp.part_norms import grad_sq_share
 from copus.backends.huggingface import mean_loss
-from copus.backends.microbatches import evaluation_of, loss_share, read_microbatches, to_device
+from copus.backends.microbatches import Microbatch, evaluation_of, loss_share, read_microbatches
 from copus.backends.step_contract import Batches, StepRequest, StepShares
 from profiles.configuration import Configuration
 
@@ -26,10 +26,10 @@ def compute_gradients(
     count = configuration.num_microbatches
     built.part_norms.start(request.noise_source, configuration)
     losses = []
-    for index, (tokens, labels) in enumerate(_microbatches(built, configuration, batches, request.first_sample)):
+    for index, sequences in enumerate(_microbatches(built, configuration, batches, request.first_sample)):
         _communicate(built, is_last=index == count - 1)
         with _split_loss(built):
-            loss = _loss(built, tokens, labels)
+            loss = _loss(built, sequences)
             built.part_norms.begin_backward(index)
             (loss / count).backward()
         losses.append(loss.detach())
@@ -74,7 +74,7 @@ def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, 
     whole = evaluation_of(configuration, sequences)
     built.model.eval()
     with torch.no_grad(), _split_loss(built):
-        losses = [_loss(built, tokens, labels) for tokens, labels in _microbatches(built, whole, batches, 0)]
+        losses = [_loss(built, sequences) for sequences in _microbatches(built, whole, batches, 0)]
     built.model.train()
     for module in built.fsdp_modules:  # without a backward pass they would stay gathered, and become stale
         module.reshard()
@@ -85,10 +85,10 @@ def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, 
 
 def _microbatches(
     built: BuiltModel, configuration: Configuration, batches: Batches, first_sample: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and labels of this replica's micro-batches."""
-    for tokens, labels in read_microbatches(batches, configuration, first_sample, built.dp_rank):
-        yield to_device(built.device, tokens), to_device(built.device, labels)
+) -> Iterator[Microbatch]:
+    """This replica's micro-batches."""
+    for sequences in read_microbatches(batches, configuration, first_sample, built.dp_rank):
+        yield sequences.to(built.device)
 
 
 def _split_loss(built: BuiltModel) -> contextlib.AbstractContextManager[None]:
@@ -96,8 +96,8 @@ def _split_loss(built: BuiltModel) -> contextlib.AbstractContextManager[None]:
     return loss_parallel() if built.layout.tp > 1 else contextlib.nullcontext()
 
 
-def _loss(built: BuiltModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    loss = mean_loss(built.model, tokens, labels)
+def _loss(built: BuiltModel, sequences: Microbatch) -> torch.Tensor:
+    loss = mean_loss(built.model, *sequences)
     return loss.to_local() if isinstance(loss, DTensor) else loss
 
 

@@ -57,6 +57,7 @@ class MegatronBackend(Backend):
         # Megatron's optimizer begins with a collective, which a rank without memory for the model must not miss alone.
         chunks = run_on_all_ranks(lambda: build_model(self._job, layout, seed))
         self._built = built = BuiltModel(self.device, layout, chunks)
+        built.separates_documents = self._job.data.separates_documents
         built.optimizer = self._make_optimizer(layout, chunks)
         optimizer = training.optimizer
         adam_epsilon = optimizer.epsilon if isinstance(optimizer, AdamW) else None

@@ -20,6 +20,8 @@ class BuiltModel:
     """The model chunks of this rank (one, or `vp`), in megatron's data parallel wrappers."""
     optimizer: Any = None
     """Megatron's chain of optimizers."""
+    separates_documents: bool = False
+    """Whether attention or positions begin anew with each document: then every pipeline stage reads the sequences."""
     part_norms: PartNorms | None = None
     """Measures the noise."""
 

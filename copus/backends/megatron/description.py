@@ -17,6 +17,7 @@ class MegatronDescription(BackendDescription):
     framework = "megatron-core"
     largest_zero = 1
     optimizers = ("adamw", "sgd", "adafactor", "muon", "signum")
+    reads_documents = True
 
     def check_model(self, model: ModelShape) -> None:
         """Raise ValueError for a model that the Megatron backend does not build."""

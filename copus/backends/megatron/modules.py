@@ -88,7 +88,7 @@ def _norm(config: TransformerConfig) -> type[RMSNorm] | type[LayerNorm]:
 
 class CausalAttention(torch.nn.Module):
     """torch's fused causal attention over the heads of this tensor parallel rank, to all tokens before or to the window
-    of the layer.
+    of the layer, or to what `attention_mask` leaves.
 
     `query` is [s, b, heads/tp, head width]; `key` and `value` are [s, b, kv_heads/tp, head width]; the result is
     [s, b, heads · head width / tp].
@@ -118,7 +118,13 @@ class CausalAttention(torch.nn.Module):
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         options: dict[str, Any] = {"dropout_p": dropout, "scale": self.scale, "enable_gqa": key.shape[1] != heads}
-        if self.window is None or self.window >= sequence:
+        within_window = self.window is not None and self.window < sequence
+        if attention_mask is not None:  # True for what is hidden, later tokens included
+            mask = ~attention_mask
+            if within_window:
+                mask = mask & (_window_mask(sequence, self.window, query.dtype, query.device) == 0)
+            options["attn_mask"] = mask
+        elif not within_window:
             options["is_causal"] = True
         else:
             options["attn_mask"] = _window_mask(sequence, self.window, query.dtype, query.device)

@@ -1,5 +1,6 @@
 """Gradients, update and evaluation of a built Megatron model."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,17 +12,14 @@ from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.local_tensors import unwrap
 from copus.backends.megatron.upstream import inner_optimizers
 from copus.backends.megatron.versions import main_grads
-from copus.backends.microbatches import evaluation_of, loss_share, read_microbatches, to_device
+from copus.backends.microbatches import Microbatch, evaluation_of, hidden_scores, loss_share, read_microbatches
 from copus.backends.squared_norms import norms, sum_of_squares
-from copus.backends.step_contract import Batches, StepRequest, StepShares
+from copus.backends.step_contract import NOT_COUNTED, Batches, StepRequest, StepShares
 from profiles.configuration import Configuration
 
 cpu.before_import()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-
-_Microbatch = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Tokens and labels, both int64 of shape (micro_batch, seq_len), on the stages that need them."""
 
 
 def compute_gradients(
@@ -70,7 +68,10 @@ def _run_microbatches(
 ) -> list[torch.Tensor]:
     """Run this replica's micro-batches and return their losses, on the last pipeline stage only."""
     chunks = built.chunks
-    data = [_microbatches(unwrap(chunk), built.device, batches, configuration, first_sample) for chunk in chunks]
+    reads_all = built.separates_documents
+    data = [
+        _microbatches(unwrap(chunk), built.device, batches, configuration, first_sample, reads_all) for chunk in chunks
+    ]
 
     run = get_forward_backward_func()
     outputs = run(
@@ -86,31 +87,40 @@ def _run_microbatches(
 
 
 def _microbatches(
-    model: Any, device: torch.device, batches: Batches, configuration: Configuration, first_sample: int
-) -> Iterator[_Microbatch]:
-    """Tokens for the chunk with the embedding, labels for the chunk with the output layer; the others read nothing."""
-    if not (model.pre_process or model.post_process):
-        yield from [(None, None)] * configuration.num_microbatches
+    model: Any, device: torch.device, batches: Batches, configuration: Configuration, first_sample: int, reads_all: bool
+) -> Iterator[Microbatch | None]:
+    """Micro-batches for the chunks with the embedding and with the output layer. The others read nothing, unless
+    attention and positions go by the documents."""
+    if not (model.pre_process or model.post_process or reads_all):
+        yield from [None] * configuration.num_microbatches
         return
     replica = parallel_state.get_data_parallel_rank()
-    for tokens, labels in read_microbatches(batches, configuration, first_sample, replica):
-        yield (
-            to_device(device, tokens) if model.pre_process else None,
-            to_device(device, labels) if model.post_process else None,
-        )
+    for sequences in read_microbatches(batches, configuration, first_sample, replica):
+        yield sequences.to(device)
 
 
-def _forward_step(microbatches: Iterator[_Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward_step(microbatches: Iterator[Microbatch | None], model: Any) -> tuple[torch.Tensor, Any]:
     """Megatron's schedules call this for every micro-batch: the output, and a function that computes the loss."""
-    tokens, labels = next(microbatches)
-    # Learned positions are looked up by number; rotary ones and a causal mask need no tensor.
-    positions = None if tokens is None else torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    output = model(tokens, positions, None, labels=labels)
-    return output, _mean_loss
+    sequences = next(microbatches)
+    if sequences is None:
+        return model(None, None, None), _mean_loss
+    tokens, positions = sequences.tokens, sequences.positions
+    if positions is None:  # learned positions are looked up by number; rotary ones need no tensor
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    hidden = None if sequences.documents is None else hidden_scores(sequences.documents)
+    if not unwrap(model).post_process:
+        return model(tokens, positions, hidden), _mean_loss
+    counted = sequences.labels != NOT_COUNTED
+    losses = model(tokens, positions, hidden, labels=sequences.labels.clamp(min=0))
+    return losses, functools.partial(_mean_loss, counted=counted)
 
 
-def _mean_loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss = token_losses.float().mean()
+def _mean_loss(
+    token_losses: torch.Tensor, counted: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean over all tokens; the loss of those that do not count is 0."""
+    losses = token_losses.float()
+    loss = (losses if counted is None else losses * counted).mean()
     return loss, {"loss": loss.detach().clone()}  # megatron divides `loss` in place by the number of micro-batches
 
 
