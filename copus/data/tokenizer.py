@@ -191,6 +191,7 @@ def _without_ends(tokenizer: "Tokenizer", text: str, eod: int) -> list[int]:
 
 
 def brief(error: Exception) -> str:
+    """What an error of a library says, on one line."""
     return " ".join(str(error).split())[:200]
 
 
