@@ -21,7 +21,7 @@ from copus.reshard.plan import owned_parts
 from copus.reshard.table import Place
 from profiles.layout import Layout
 from tests.fsdp_jobs import fsdp_backend_of, fsdp_job
-from tests.megatron_jobs import RULES, configuration, random_batches
+from tests.megatron_jobs import RULES, configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 
 TRAINING = fsdp_job(1, {}).training
@@ -71,6 +71,41 @@ def test_every_layout_trains_as_one_rank_does(layouts: list[dict[str, Any]]) -> 
         for figures, alone in zip(steps, expected, strict=True):
             for figure, right in zip(figures, alone, strict=True):
                 np.testing.assert_allclose(figure, right, rtol=3e-6, err_msg=str(layout))
+
+
+def _train_compiled(compiled: bool) -> list[list[Figures]]:
+    layouts: list[dict[str, Any]] = [{"dp": 2, "zero": 3, "recompute": "full"}, {"tp": 2}]
+    return _train(layouts, TIED, "microbatch+normlayer", compile=compiled)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_compiled_layers_train_as_others_do() -> None:
+    eager, compiled = (run_ranks(2, _train_compiled, flag, timeout_seconds=900)[0] for flag in (False, True))
+    for steps, right in zip(compiled, eager, strict=True):
+        for figures, expected in zip(steps, right, strict=True):
+            for figure, value in zip(figures, expected, strict=True):
+                np.testing.assert_allclose(figure, value, rtol=1e-5)
+
+
+def test_a_compiled_job_without_a_compiler_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("copus.backends.fsdp.backend._COMPILERS", ("no-such-compiler",))
+    with pytest.raises(JobError, match=r"training.compile\(true\) needs a C\+\+ compiler"):
+        FsdpBackend(fsdp_job(1, {}, compile=True), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["megatron", "deepspeed"])
+def test_other_backends_refuse_to_compile(backend: str) -> None:
+    values = fsdp_job(2, {"dp": 2}, compile=True).model_dump(mode="json")
+    values["training"] |= {"backend": backend}
+    with pytest.raises(JobError, match=r"training: compile\(true\) is not supported by this backend"):
+        parse_job(values)
+
+
+@pytest.mark.parametrize("backend", ["megatron", "fsdp"])
+def test_other_backends_refuse_to_offload(backend: str) -> None:
+    with pytest.raises(JobError, match=r"offload_optimizer\(true\) is not supported by this backend"):
+        tiny_job(2, {"dp": 2, "zero": 1, "offload_optimizer": True}, backend=backend)
 
 
 def _by_autograd(part_size: int) -> tuple[float, float, list[float], list[float]]:
