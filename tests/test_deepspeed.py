@@ -21,7 +21,9 @@ from copus.job import JobError
 from profiles.layout import Layout
 from tests.deepspeed_jobs import deepspeed_backend, deepspeed_job, whole_state
 from tests.megatron_jobs import RULES, configuration, random_batches
+from tests.pretrained import open_folder, save_tiny
 from tests.ranks import run_ranks
+from tests.test_hf_weights import batches, begun, job_from, loss_of
 from tests.test_oom_recovery import on_tcp
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
@@ -222,6 +224,25 @@ def test_a_checkpoint_of_one_stage_goes_on_in_another(tmp_path: Path) -> None:
     changed, expected, resumed = run_ranks(2, _save_and_load, tmp_path)[0]
     assert changed == []
     np.testing.assert_allclose(resumed, expected, rtol=1e-5)
+
+
+def _begin(folder: Path, precision: str) -> list[float]:
+    """Losses of held-out sequences, with the weights of a folder, at every stage."""
+    losses = []
+    for zero in STAGES[precision]:
+        backend = begun(job_from(folder, "deepspeed", {"dp": 2, "zero": zero}, precision=precision))
+        losses.append(backend.evaluate(batches, 4))
+        backend.close()
+    return losses
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "rtol"), [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_a_job_begins_with_the_weights_of_a_folder(precision: str, rtol: float, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "llama")
+    expected = loss_of(open_folder(tmp_path / "llama"))
+    np.testing.assert_allclose(run_ranks(2, _begin, tmp_path / "llama", precision)[0], expected, rtol=rtol)
 
 
 def _change_batch() -> list[list[tuple[float, float]]]:

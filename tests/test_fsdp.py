@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from copus.backends.fsdp.backend import FsdpBackend
+from copus.backends.fsdp.mesh import REPLICATE, SHARD, TENSOR, Meshes
 from copus.backends.fsdp.shards import fields_of, shard_table
 from copus.backends.huggingface import build_causal_lm, mean_loss
 from copus.backends.registry import find_backend
@@ -22,7 +23,7 @@ from copus.reshard.table import Place
 from profiles.layout import Layout
 from tests.fsdp_jobs import fsdp_backend_of, fsdp_job
 from tests.megatron_jobs import RULES, configuration, random_batches, tiny_job
-from tests.ranks import run_ranks
+from tests.ranks import own_device, run_ranks
 
 TRAINING = fsdp_job(1, {}).training
 TIED = {"tied_embeddings": True, "heads": 8}
@@ -191,6 +192,31 @@ def test_losses_go_on_as_if_nothing_had_moved() -> None:
     stays = run_ranks(1, _go_on, [{}] * 4)[0]
     moves = run_ranks(4, _go_on, [OF_FOUR[index] for index in (1, 3, 0, 5)])[0]
     np.testing.assert_allclose(moves, stays, rtol=1e-5)
+
+
+def _make_groups_anew() -> list[tuple[float, ...]]:
+    """Sums of the ranks over the groups of each dimension, which are made, destroyed and made again."""
+    meshes, sums = Meshes(own_device(), 60), []
+    for layout in (*(Layout(**degrees) for degrees in OF_FOUR),) * 2:
+        mesh, own = meshes.mesh(layout), []
+        for dimension in (REPLICATE, SHARD, TENSOR):
+            rank = torch.full((1,), float(dist.get_rank()), device=own_device())
+            dist.all_reduce(rank, group=mesh.get_group(dimension))
+            own.append(rank.item())
+        sums.append(tuple(own))
+        meshes.destroy()
+    return sums
+
+
+@pytest.mark.dist
+def test_groups_that_are_destroyed_are_made_anew() -> None:
+    for rank, sums in enumerate(run_ranks(4, _make_groups_anew, timeout_seconds=200)):
+        for degrees, own in zip(OF_FOUR * 2, sums, strict=True):
+            layout = Layout(**degrees)
+            ranks = np.arange(4).reshape(-1, layout.dp_shard, layout.tp)
+            replica, shard, tensor = (int(place[0]) for place in np.nonzero(ranks == rank))
+            lines = (ranks[:, shard, tensor], ranks[replica, :, tensor], ranks[replica, shard])
+            assert own == tuple(float(line.sum()) for line in lines), layout.label
 
 
 def _living_bytes() -> int:

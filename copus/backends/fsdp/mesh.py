@@ -40,18 +40,32 @@ class Meshes:
         return DeviceMesh.from_group(own, self._device.type, mesh=ranks, mesh_dim_names=(REPLICATE, SHARD, TENSOR))
 
     def _group(self, stride: int, size: int) -> dist.ProcessGroup:
-        """The group of this rank with `size` ranks that lie `stride` apart. Collective over its ranks. Raises
+        """The group of this rank with `size` ranks that lie `stride` apart. Collective over all ranks. Raises
         MidCollectiveError if this rank cannot make it, since the others may wait for it."""
         key = (1 if size == 1 else stride, size)
         group = self._groups.pop(key, None)
         if group is None:
-            rank = dist.get_rank()
-            first = rank - rank // stride % size * stride
-            ranks = [first + stride * index for index in range(size)]
             with no_agreement():
-                group = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
+                group = self._make_alone() if size == 1 else self._make_all(stride, size)
         self._groups[key] = group
         return group
+
+    def _make_alone(self) -> dist.ProcessGroup:
+        return dist.new_group([dist.get_rank()], timeout=self._timeout, use_local_synchronization=True)
+
+    def _make_all(self, stride: int, size: int) -> dist.ProcessGroup:
+        """Every rank takes part in making every group, and torch numbers them. With `use_local_synchronization` it
+        would name a group by its ranks and by how many groups there are: one that is made anew would meet in the store
+        what a destroyed one of the same name has left there, and wait for ranks where they no longer are."""
+        rank, span = dist.get_rank(), stride * size
+        own = None
+        for first in range(0, dist.get_world_size(), span):
+            for offset in range(first, first + stride):
+                ranks = list(range(offset, offset + span, stride))
+                group = dist.new_group(ranks, timeout=self._timeout)
+                own = group if rank in ranks else own
+        assert own is not None, "the groups cover all ranks"
+        return own
 
     def destroy(self) -> None:
         """Destroy all groups. Collective."""
