@@ -149,14 +149,27 @@ class Training:
 
     def read_optimizer(self) -> None:
         """The optimizer and its values."""
-        given = self._given
-        if given.text("--optimizer") not in (None, "adam"):
+        given, kind = self._given, self._given.text("--optimizer") or "adam"
+        decay = given.real("--weight-decay")
+        optimizer: dict[str, Any] = {"weight_decay": 0.01 if decay is None else decay}
+        usual = ["--weight-decay"] if decay is None else []
+        if kind in ("sgd", "muon"):
+            momentum = given.real(f"--{kind}-momentum")
+            optimizer = {"kind": kind, "momentum": 0.9 if momentum is None else momentum} | optimizer
+            usual += [f"--{kind}-momentum"] if momentum is None else []
+        elif kind != "adam":
             given.leave("--optimizer", "changes the training", "AdamW in its place")
-        values = {name: given.real(name) for name in ("--adam-beta1", "--adam-beta2", "--weight-decay", "--adam-eps")}
-        defaults = {"--adam-beta1": 0.9, "--adam-beta2": 0.999, "--weight-decay": 0.01, "--adam-eps": 1e-8}
-        beta1, beta2, decay, epsilon = (defaults[name] if value is None else value for name, value in values.items())
-        usual = [name for name, value in values.items() if value is None and name != "--adam-eps"]
-        optimizer: dict[str, Any] = {"betas": [beta1, beta2], "epsilon": epsilon, "weight_decay": decay}
+        if kind == "sgd":
+            for name in ("--adam-beta1", "--adam-beta2", "--adam-eps"):
+                given.leave(name, "is not needed", "the optimizer is SGD")
+        else:
+            betas = [given.real("--adam-beta1"), given.real("--adam-beta2")]
+            usual += [f"--adam-beta{number}" for number, beta in enumerate(betas, start=1) if beta is None]
+            epsilon = given.real("--adam-eps")
+            optimizer["betas"] = [
+                default if beta is None else beta for beta, default in zip(betas, (0.9, 0.999), strict=True)
+            ]
+            optimizer["epsilon"] = 1e-8 if epsilon is None else epsilon
         self._job.put("training.optimizer", optimizer, f"{', '.join(usual)}: the defaults" if usual else "")
         given.put("training.clip_grad", "--clip-grad", given.real("--clip-grad"), 1.0)
 
