@@ -247,6 +247,22 @@ def test_pipelines_that_are_not_even_are_split_as_here(job_file: Path) -> None:
     assert arguments["--decoder-last-pipeline-num-layers"] == ["3"]
 
 
+def test_a_dataset_of_megatron_comes_back_from_its_arguments(job_file: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.idx").touch()
+    source = f"data.source=[{tmp_path}/a, {tmp_path}/b]"
+    for more in ("data.held_out_share=0.02", f"data.held_out_source=[{tmp_path}/a]", "data.reset_position_ids=true"):
+        job = load_job(job_file, [source, "data.weights=[0.25, 0.75]", more])
+        text, lost = megatron_command(job, as_written(job))
+        again = imported_job(shlex.split(text.replace("\\\n", " "))[1:], [])[1]
+        assert (again.data.source, again.data.weights) == (job.data.source, job.data.weights)
+        assert again.data.held_out_source == job.data.held_out_source
+        assert again.data.reset_position_ids == job.data.reset_position_ids
+        if not job.data.held_out_source:
+            assert again.data.held_out_share == pytest.approx(job.data.held_out_share or 0.05)
+        assert not lost
+
+
 @pytest.mark.slow
 def test_deepspeed_takes_the_configuration(job_file: Path) -> None:
     """Its own schedulers accept the parameters."""

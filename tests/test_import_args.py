@@ -401,6 +401,17 @@ def test_configurations_of_torchtitan_are_read_with_their_arguments(tmp_path: Pa
         imported_job([str(file)], [])
 
 
+def test_a_dataset_of_megatron_is_the_source_with_its_weights_and_split() -> None:
+    data = job_of(*SMALL, "--data-path", "0.3", "/d/a", "0.7", "/d/b", "--split", "90,10,0", "--eod-mask-loss").data
+    assert (data.source, data.weights) == ([Path("/d/a"), Path("/d/b")], [0.3, 0.7])
+    assert (data.held_out_share, data.eod_mask_loss, data.reset_position_ids) == (0.1, True, False)
+    apart = job_of(*SMALL, "--train-data-path", "/d/a", "/d/b", "--valid-data-path", "/d/c").data
+    assert (apart.source, apart.weights, apart.held_out_source) == ([Path("/d/a"), Path("/d/b")], None, [Path("/d/c")])
+    imported, job = imported_job([*SMALL, "--data-path", "", "--split", "99,1,0"], [])
+    assert job.data.source == "shakespeare"
+    assert any("data.source" in text for text in imported.assumed)
+
+
 def test_the_command_prints_the_job_on_stdout_and_the_summary_on_stderr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

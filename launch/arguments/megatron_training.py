@@ -174,20 +174,30 @@ class Training:
         given.put("training.clip_grad", "--clip-grad", given.real("--clip-grad"), 1.0)
 
     def read_data(self) -> None:
-        """Where the text is."""
-        given = self._given
-        paths = [*(given.values("--data-path") or []), *(given.values("--train-data-path") or [])]
-        if any(re.search(r"[^\d.]", path) for path in paths):
-            reason = "data.source takes the texts that the dataset was made from"
-            for name in ("--data-path", "--train-data-path"):
-                given.leave(name, "is lost", reason)
-            self._job.assume("data.source", "texts", "a Megatron dataset is not read")
+        """Where the tokens are, and what of them is held out."""
+        given, put = self._given, self._job.put
+        weights, prefixes = _blend([*(given.values("--data-path") or []), *(given.values("--train-data-path") or [])])
+        if prefixes:
+            put("data.source", prefixes)
+            if weights:
+                put("data.weights", weights)
         else:
             self._job.assume("data.source", "shakespeare", "the arguments have no text")
-        for name in ("--valid-data-path", "--test-data-path", "--split", "--mock-data", "--per-split-data-args-path"):
-            given.leave(name, "is lost", "whole works are held out, by name: data.held_out")
+        held_out = _blend(given.values("--valid-data-path") or [])[1]
+        shares = [float(share) for share in re.findall(r"[\d.]+", given.text("--split") or "")]
+        if held_out and prefixes:
+            put("data.held_out_source", held_out)
+        elif prefixes and len(shares) > 1 and shares[0] > 0 < shares[1]:
+            put("data.held_out_share", shares[1] / (shares[0] + shares[1]), f"--split {given.text('--split')}")
+        else:
+            given.leave("--split", "is not needed", "there is no dataset to split")
+        for name in ("eod_mask_loss", "reset_attention_mask", "reset_position_ids"):
+            if given.flag("--" + name.replace("_", "-")):
+                put(f"data.{name}", True)
+        given.leave("--test-data-path", "is lost", "there is one held-out part")
+        given.leave("--mock-data", "is lost", "there is no made-up data")
         if (cache := given.text("--data-cache-path")) and "$" not in cache:
-            self._job.put("data.cache", cache)
+            put("data.cache", cache)
 
     def read_looking(self) -> None:
         """Evaluations, checkpoints and where figures go."""
@@ -208,3 +218,12 @@ class Training:
         if project:
             wandb = {"project": project} | ({"entity": entity} if entity else {})
             put("tracking", {"tensorboard": {}, "wandb": wandb})
+
+
+def _blend(words: list[str]) -> tuple[list[float], list[str]]:
+    """Weights and prefixes of a dataset: `0.3 first 0.7 second`, or prefixes alone. A prefix that the script takes from
+    a variable that is not set is left out."""
+    numbers = words[::2]
+    if len(words) % 2 == 0 and numbers and all(re.fullmatch(r"[\d.]+(e-?\d+)?", word) for word in numbers):
+        return [float(word) for word in numbers], words[1::2]
+    return [], [word for word in words if word]

@@ -129,11 +129,6 @@ _NAMES: tuple[tuple[Effect, str, str], ...] = (
     ("changes the training", "norms hold their weights, and weight decay spares them", "apply-layernorm-1p"),
     (
         "changes the training",
-        "documents are not told apart within a sequence",
-        "reset-position-ids reset-attention-mask eod-mask-loss",
-    ),
-    (
-        "changes the training",
         "text is read in order, each sequence once",
         "fim-data fim-rate fim-spm-rate sft",
     ),

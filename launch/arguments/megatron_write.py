@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 from copus.job import JobConfig
-from launch.arguments.emitted import Emitted
+from launch.arguments.emitted import Emitted, spelled
 from launch.fixed_run import FixedRun
 from profiles.model_shape import VOCAB_MULTIPLE, ModelShape
 from profiles.pipeline_split import split_layers
@@ -209,6 +209,30 @@ def _training(job: JobConfig, run: FixedRun, out: Emitted) -> None:
         out.lose(f"training.target_loss({training.target_loss:g}): Megatron-LM trains to the end")
 
 
+def _data(job: JobConfig, out: Emitted) -> None:
+    """The dataset, if it is one of Megatron-LM's."""
+    data = job.data
+    sources = data.source if isinstance(data.source, list) else []
+    for name in ("eod_mask_loss", "reset_attention_mask", "reset_position_ids"):
+        if getattr(data, name):
+            out.add("--" + name.replace("_", "-"))
+    if not sources or not all(source.with_name(source.name + ".idx").is_file() for source in sources):
+        out.lose(
+            "data: add --data-path with the prefix of a dataset that tools/preprocess_data.py made, or --mock-data"
+        )
+        return
+    words = [str(source) for source in sources]
+    if data.weights:
+        words = [word for pair in zip(map(spelled, data.weights), words, strict=True) for word in pair]
+    if data.held_out_source:
+        out.add("--train-data-path", *words)
+        out.add("--valid-data-path", *data.held_out_source)
+    else:
+        share = 0.05 if data.held_out_share is None else data.held_out_share
+        out.add("--data-path", *words)
+        out.add("--split", f"{spelled(1 - share)},{spelled(share)},0")
+
+
 def _looking(job: JobConfig, run: FixedRun, out: Emitted) -> None:
     training, model = job.training, job.model
     tokens = run.main_batch * model.seq_len
@@ -221,7 +245,7 @@ def _looking(job: JobConfig, run: FixedRun, out: Emitted) -> None:
         out.add("--tokenizer-model", job.data.tokenizer)
     else:
         out.add("--tokenizer-type", "NullTokenizer")
-    out.lose("data: add --data-path with the prefix of a dataset that tools/preprocess_data.py made, or --mock-data")
+    _data(job, out)
     out.group()
     out.add("--eval-interval", max(round(training.evaluate_every_tokens / tokens), 1))
     out.add("--eval-iters", max(math.ceil(training.evaluate_sequences / run.main_batch), 1))
