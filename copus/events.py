@@ -114,6 +114,11 @@ class Step(Event):
     """Sequences in the step."""
     skipped: bool = False
     """True where the gradient was not finite and the optimizer did nothing."""
+    expert_imbalance: float | None = None
+    """Tokens of the busiest expert over the mean of its layer, in the layer where that is largest; 1 is even. None for
+    a dense model."""
+    dropped_share: float | None = None
+    """Share of pairs of a token and one of its experts that `model.capacity_factor` cut off. None for a dense model."""
 
 
 class Noise(Event):

@@ -139,7 +139,10 @@ class DataConfig(Record):
 WSD_DECAY_SHARE = 0.2
 """Share of the run over which `wsd` decays, unless `training.decay_tokens` says more: as in 2405.18392."""
 
-STEP_SETTINGS = ("overlap_grad_reduce", "dropout", "compile", "without_masters", "sgd", "adafactor", "muon", "signum")
+STEP_SETTINGS = (
+    *("overlap_grad_reduce", "dropout", "compile", "expert_dispatch"),
+    *("without_masters", "sgd", "adafactor", "muon", "signum"),
+)
 """Settings of a training that change the time of its steps and are no part of a configuration, and optimizers other
 than AdamW. What was measured with one of them names it among its software."""
 
@@ -203,6 +206,9 @@ class TrainingConfig(Record):
     compile: bool = False
     """Compile attention and MLPs with `torch.compile`; only the `fsdp` backend has it. Every new micro-batch size costs
     some compiling."""
+    expert_dispatch: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens come to the experts of other ranks. alltoall: each to the ranks of its experts. allgather: all to all
+    ranks of the expert parallel group, which pays where a token has experts on most of them."""
     evaluate_every_tokens: PositiveInt = 250_000
     """Tokens between evaluations."""
     evaluate_sequences: PositiveInt = 64
@@ -246,7 +252,8 @@ class TrainingConfig(Record):
     @property
     def step_settings(self) -> list[str]:
         """Those of `STEP_SETTINGS` that are not as usual."""
-        return [name for name in STEP_SETTINGS if name == self.optimizer.kind or getattr(self, name, False)]
+        said = {"expert_dispatch": self.expert_dispatch != "alltoall", self.optimizer.kind: True}
+        return [name for name in STEP_SETTINGS if said.get(name, getattr(self, name, False))]
 
     @property
     def without_masters(self) -> bool:
@@ -369,6 +376,8 @@ class JobConfig(Record):
         for index, layout in enumerate(self.planner.layouts or []):
             _located(f"planner.layouts.{index}", lambda layout=layout: self._check_layout(layout))
         training = self.training
+        if training.expert_dispatch != "alltoall" and not self.model.experts:
+            raise ValueError(f"training.expert_dispatch({training.expert_dispatch}) needs a model with experts")
         if training.tokens < self.model.seq_len:
             raise ValueError(
                 f"training.tokens({training.tokens}) is less than one sequence, model.seq_len({self.model.seq_len})"

@@ -215,6 +215,8 @@ class Trainer:
                 seconds=seconds,
                 global_batch=configuration.global_batch,
                 skipped=result.skipped,
+                expert_imbalance=result.expert_load.imbalance if result.expert_load else None,
+                dropped_share=result.expert_load.dropped if result.expert_load else None,
             )
         )
 

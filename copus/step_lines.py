@@ -30,6 +30,10 @@ class StepLines:
         loss = "not finite" if event.loss is None else f"{event.loss:.4f}"
         norm = "not finite" if event.grad_norm is None else f"{event.grad_norm:.3g}"
         parts = [f"step {event.step}: loss {loss}", f"gradient norm {norm}", f"lr {event.lr:.3g}"]
+        if event.expert_imbalance is not None:
+            parts.append(f"busiest expert {event.expert_imbalance:.2f} of the mean")
+        if event.dropped_share:
+            parts.append(f"{percent(event.dropped_share)} of the tokens' experts dropped")
         if self._start is not None and event.seconds > 0:
             rate = event.global_batch / event.seconds
             parts.append(f"{three_digits(rate * self._start.seq_len)} tokens/s")

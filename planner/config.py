@@ -105,6 +105,10 @@ class PlannerConfig(Record):
     """Only layouts with at most so many pipeline stages may be chosen; 1 forbids pipelines."""
     max_vp: PositiveInt | None = None
     """Only layouts with at most so many model chunks per pipeline stage may be chosen; 1 forbids interleaving."""
+    max_ep: PositiveInt | None = Field(
+        default=None, json_schema_extra={"default_in_words": "no more than a node has, unless memory asks for it"}
+    )
+    """Only layouts with at most this expert parallel degree may be chosen; 1 leaves all experts on every replica."""
     recompute: Recompute | None = None
     """Only layouts with this recomputation may be chosen: none, selective or full. None means all three where the
     accelerator's memory is known, and otherwise that of the job's own layout."""

@@ -14,6 +14,8 @@ from profiles.model_shape import ModelShape
 from profiles.pipeline_split import split_layers
 
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+_EXPERT_SHARE = 0.5
+"""Share of an accelerator's memory that the experts on it may take before they are spread over more nodes."""
 
 
 def candidates(
@@ -31,7 +33,8 @@ def candidates(
     parallelism (if tp > 1) and the sharding of the starting layout or whatever sharding the backend lets the planner
     choose, with every number of model chunks a pipeline stage (vp) that its layers can be cut into, and with every
     recomputation. Tensor parallel ranks stay within a node: their
-    collectives wait for the link at every layer. `config.tp`, `max_pp`, `max_vp` and `recompute` pin layouts. Global
+    collectives wait for the link at every layer. So do the expert parallel ranks, unless the experts of a node would
+    not fit on it. `config.tp`, `max_pp`, `max_vp`, `max_ep` and `recompute` pin layouts. Global
     batches are `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the
     limits of `config`.
     """
@@ -45,7 +48,8 @@ def check_limits(
     """Raise ValueError if the limits of the job file leave nothing to choose."""
     if next(_within_limits(config, model, cluster, start, backend, precision), None) is None:
         pins = [
-            *(("tp", config.tp), ("max_pp", config.max_pp), ("max_vp", config.max_vp), ("recompute", config.recompute)),
+            *(("tp", config.tp), ("max_pp", config.max_pp), ("max_vp", config.max_vp), ("max_ep", config.max_ep)),
+            *(("recompute", config.recompute),),
             ("layouts", config.layouts and len(config.layouts)),
         ]
         said = [f"{name}({value})" for name, value in pins if value is not None]
@@ -77,6 +81,7 @@ def _allowed(layout: Layout, config: PlannerConfig) -> bool:
         and config.recompute in (None, layout.recompute)
         and (config.max_pp is None or layout.pp <= config.max_pp)
         and (config.max_vp is None or layout.vp <= config.max_vp)
+        and (config.max_ep is None or layout.ep <= config.max_ep)
     )
 
 
@@ -88,12 +93,27 @@ def _variants(
     largest_tp = config.tp or max(node_size(cluster), start.tp)
     # If memory is not checked nobody knows which recomputation is needed: the job's is one that works.
     recompute = RECOMPUTE if memory_bytes(cluster) else (start.recompute,)
-    splits = (layout for layout in layouts(model, cluster, start) if layout.tp <= largest_tp)
+    splits = (
+        layout
+        for layout in layouts(model, cluster, start)
+        if layout.tp <= largest_tp and (layout == start or config.max_ep or _experts_are_near(layout, model, cluster))
+    )
     for split in splits:
         for layout in _shardings(split, cluster, backend):
             for vp in interleavings(model, layout.pp):
                 for how in [config.recompute] if config.recompute else recompute:
                     yield layout.model_copy(update={"vp": vp, "recompute": how})
+
+
+def _experts_are_near(layout: Layout, model: ModelShape, cluster: Cluster) -> bool:
+    """Whether the ranks that share experts out are on one node, or on no more nodes than the experts' weights,
+    gradients and unshared optimizer state need: an all-to-all between nodes is slow."""
+    memory, ranks = memory_bytes(cluster), layout.tp * layout.ep
+    if ranks <= node_size(cluster):
+        return True
+    degrees = [ep for ep in _divisors(model.experts) if ep < layout.ep and layout.dp % ep == 0]
+    weights = model.expert_layers * model.experts * model.expert_matrices / (layout.tp * layout.pp * degrees[-1])
+    return memory is not None and weights * (6 if layout.zero else 18) > _EXPERT_SHARE * memory
 
 
 def _shardings(layout: Layout, cluster: Cluster, backend: BackendTraits) -> Iterator[Layout]:
@@ -111,27 +131,31 @@ def _shardings(layout: Layout, cluster: Cluster, backend: BackendTraits) -> Iter
 
 
 def layouts(model: ModelShape, cluster: Cluster, start: Layout) -> list[Layout]:
-    """Every split of the cluster into tp × pp × dp that passes `Layout.check`, else like `start`, and `start`."""
-    possible = [layout for layout in _splits(cluster.accelerators, start) if _holds(layout, model, cluster)]
+    """Every split of the cluster into tp × pp × dp, and of dp into groups of ep, that passes `Layout.check`, else like
+    `start`, and `start`."""
+    possible = [layout for layout in _splits(cluster.accelerators, model, start) if _holds(layout, model, cluster)]
     return possible if start in possible else [start, *possible]
 
 
-def _splits(accelerators: int, start: Layout) -> Iterator[Layout]:
+def _splits(accelerators: int, model: ModelShape, start: Layout) -> Iterator[Layout]:
     for tp in _divisors(accelerators):
         for pp in _divisors(accelerators // tp):
             dp = accelerators // (tp * pp)
             # A copy on a single rank is shared out among nobody: all of the traffic, and no memory saved.
             shared = start.zero and dp % start.dp_replicate == 0 and dp > start.dp_replicate
-            yield Layout(
-                tp=tp,
-                pp=pp,
-                dp=dp,
-                sequence_parallel=start.sequence_parallel and tp > 1,
-                recompute=start.recompute,
-                zero=start.zero,
-                dp_replicate=start.dp_replicate if shared else 1,
-                offload_optimizer=start.offload_optimizer,
-            )
+            for ep in _divisors(math.gcd(model.experts, dp)) if model.experts else [1]:
+                yield Layout(
+                    tp=tp,
+                    pp=pp,
+                    ep=ep,
+                    dp=dp,
+                    # Without it every rank would send all tokens to the experts.
+                    sequence_parallel=(start.sequence_parallel or model.experts > 0) and tp > 1,
+                    recompute=start.recompute,
+                    zero=start.zero,
+                    dp_replicate=start.dp_replicate if shared else 1,
+                    offload_optimizer=start.offload_optimizer,
+                )
 
 
 def _runs(layout: Layout, model: ModelShape, backend: BackendTraits) -> bool:

@@ -39,7 +39,7 @@ def enumerate_configurations(
     if unknown_stage := [stage for stage in zero if stage not in range(4)]:
         raise ValueError(f"zero({unknown_stage[0]}) is unknown: expected 0 to 3")
     size = cluster.accelerators
-    by_tp = _divisors(np.gcd.reduce([size, model.heads, model.kv_heads, model.ffn_hidden, model.padded_vocab]))
+    by_tp = _divisors(np.gcd.reduce([size, model.heads, model.kv_heads, *model.mlp_widths, model.padded_vocab]))
     by_tp = by_tp[by_tp <= (max_tp or cluster.accelerators_per_node)]
     by_cp = _divisors(size)
     by_cp = by_cp[(by_cp <= max_cp) & ((by_cp == 1) | (model.seq_len % (2 * by_cp) == 0))]

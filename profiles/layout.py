@@ -24,7 +24,8 @@ class Layout(Record):
     cp: PositiveInt = 1
     """Context parallel degree."""
     ep: PositiveInt = 1
-    """Expert parallel degree."""
+    """Expert parallel degree: every ep data parallel ranks share the experts out. Each expert is cut by tp like the
+    other matrices."""
     dp: PositiveInt = 1
     """Data parallel degree."""
     sequence_parallel: bool = False
@@ -83,12 +84,21 @@ class Layout(Record):
                 f"tp({self.tp}) × pp({self.pp}) × cp({self.cp}) × dp({self.dp}) = {self.accelerators} "
                 f"≠ {cluster.accelerators} accelerators"
             )
+        if self.ep > 1 and not model.experts:
+            raise ValueError(f"ep({self.ep}) needs a model with experts")
         divisions = [
             ("model.heads", model.heads, "tp", self.tp),
             ("model.kv_heads", model.kv_heads, "tp", self.tp),
             ("model.ffn_hidden", model.ffn_hidden, "tp", self.tp),
             ("padded vocabulary", model.padded_vocab, "tp", self.tp),
         ]
+        if model.experts:
+            divisions += [
+                ("model.expert_hidden", model.expert_width, "tp", self.tp),
+                ("model.shared_expert_hidden", model.shared_expert_hidden, "tp", self.tp),
+                ("model.experts", model.experts, "ep", self.ep),
+                ("dp·cp", self.dp * self.cp, "ep", self.ep),
+            ]
         if self.sequence_parallel:
             divisions.append(("model.seq_len", model.seq_len, "tp", self.tp))
         for what, amount, by, degree in divisions:

@@ -12,7 +12,7 @@ def flops_per_token(model: ModelShape) -> float:
     is sent to), and 12 for every score · head width of attention, which are as many as a token attends to on average:
     PaLM (2204.02311, appendix B), but with the causal mask, and with windows where layers have them.
     """
-    weights = model.layers * model.layer_matrices(model.experts_per_token) + model.vocab * model.hidden
+    weights = model.matrices(model.experts_per_token) + model.vocab * model.hidden
     window, whole = min(model.sliding_window or model.seq_len, model.seq_len), model.full_attention_layers
     attended = whole * model.seq_len / 2 + (model.layers - whole) * window * (1 - window / (2 * model.seq_len))
     return 6.0 * weights + 12.0 * model.query_width * attended

@@ -7,12 +7,16 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from profiles.record import PositiveInt, Record
 from profiles.rope import RopeScaling
+from profiles.router import Router
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, whatever the layout, so that embeddings keep their shape in a
 move."""
 
-_SAME_WORK = {"norm_epsilon", "rope_base", "rope_local_base", "rope_scaling", "attention_scale", "embedding_scale"}
+_SAME_WORK = {
+    *("norm_epsilon", "rope_base", "rope_local_base", "rope_scaling", "attention_scale", "embedding_scale"),
+    "router",
+}
 """Fields that change the numbers of a step and not its work."""
 
 
@@ -39,9 +43,24 @@ class ModelShape(Record):
     tied_embeddings: bool = False
     """Whether the output layer shares the input embedding."""
     experts: int = Field(default=0, ge=0, le=2**20)
-    """Experts of each MLP, every one `ffn_hidden` wide; 0 for a dense model. The MLPs of all layers are alike."""
+    """Experts of each MLP, every one `ffn_hidden` wide unless `expert_hidden` says otherwise; 0 for a dense model."""
     experts_per_token: int = Field(default=1, gt=0, le=2**20)
     """Experts that the router sends a token to; 1 for a dense model."""
+    expert_hidden: int | None = Field(
+        default=None, gt=0, le=2**24, json_schema_extra={"default_in_words": "ffn_hidden"}
+    )
+    """Width of an expert in a model that has `dense_layers` too; these are `ffn_hidden` wide."""
+    shared_expert_hidden: int = Field(default=0, ge=0, le=2**24)
+    """Width of the MLP beside the experts that every token goes through; 0: none. Several shared experts are one MLP of
+    their joint width."""
+    dense_layers: int = Field(default=0, ge=0, le=10_000)
+    """First layers whose MLP is dense, in a model with experts."""
+    capacity_factor: PositiveFloat | None = None
+    """An expert takes at most this times its equal share of the tokens that a rank sends in a micro-batch, those with
+    the highest scores, and the others pass by it. What is dropped depends on the layout and the micro-batch. No token
+    is dropped if it is left out."""
+    router: Router = Router()
+    """How experts are chosen and weighed."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
     """Epsilon of the norms."""
     rope_base: float = Field(default=10000.0, gt=0)
@@ -94,9 +113,11 @@ class ModelShape(Record):
             return values
         hidden, heads, gated = values.get("hidden"), values.get("heads"), values.get("gated_mlp", True)
         activation = "silu" if gated is True else "gelu" if gated is False else None
+        usual = {("activation", activation), ("expert_hidden", values.get("ffn_hidden"))}
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0:
-            values = {name: value for name, value in values.items() if (name, value) != ("head_dim", hidden // heads)}
-        return {name: value for name, value in values.items() if (name, value) != ("activation", activation)}
+            usual.add(("head_dim", hidden // heads))
+        of_one_value = {"activation", "expert_hidden", "head_dim"}
+        return {name: value for name, value in values.items() if name not in of_one_value or (name, value) not in usual}
 
     @model_validator(mode="after")
     def _check_arithmetic(self) -> "ModelShape":
@@ -118,7 +139,14 @@ class ModelShape(Record):
             )
         if self.experts_per_token > max(self.experts, 1):
             raise ValueError(f"experts_per_token({self.experts_per_token}) is larger than experts({self.experts})")
+        if self.dense_layers >= self.layers:
+            raise ValueError(f"dense_layers({self.dense_layers}) of layers({self.layers}) leave none with experts")
+        if self.experts and self.bias == "all":
+            raise ValueError("bias(all): experts have no biases")
         needs = (
+            *((name, self.experts, "experts") for name in ("shared_expert_hidden", "dense_layers", "capacity_factor")),
+            ("router", self.experts, "experts"),
+            ("expert_hidden", self.dense_layers, "dense_layers; without them ffn_hidden is the width of the experts"),
             ("rope_fraction", self.positions == "rope", "positions(rope)"),
             ("rope_scaling", self.positions == "rope", "positions(rope)"),
             ("rope_local_base", self.positions == "rope" and self.sliding_window, "positions(rope) and sliding_window"),
@@ -127,6 +155,8 @@ class ModelShape(Record):
         for name, there, what in needs:
             if getattr(self, name) != type(self).model_fields[name].default and not there:
                 raise ValueError(f"{name} needs {what}")
+        if self.experts:
+            self.router.check(self)
         if self.full_attention_every == 1:
             raise ValueError("full_attention_every(1): every layer attends to all tokens; leave sliding_window out")
         return self
@@ -175,8 +205,37 @@ class ModelShape(Record):
 
     @property
     def mlp_matrices(self) -> int:
-        """Weights of the matrices of one MLP (of one expert)."""
-        return self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2)
+        """Weights of the matrices of one dense MLP."""
+        return self._mlp_of_width(self.ffn_hidden)
+
+    @property
+    def expert_width(self) -> int:
+        """Width of one expert."""
+        return self.expert_hidden or self.ffn_hidden
+
+    @property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """Widths of all kinds of MLPs that there are."""
+        of_experts = (self.expert_width, self.shared_expert_hidden) if self.experts else ()
+        return tuple(width for width in (self.ffn_hidden, *of_experts) if width)
+
+    @property
+    def expert_matrices(self) -> int:
+        """Weights of the matrices of one expert."""
+        return self._mlp_of_width(self.expert_width)
+
+    @property
+    def shared_expert_matrices(self) -> int:
+        """Weights of the matrices of the MLP that every token goes through beside its experts."""
+        return self._mlp_of_width(self.shared_expert_hidden)
+
+    def _mlp_of_width(self, width: int) -> int:
+        return self.hidden * width * (3 if self.gated_mlp else 2)
+
+    @property
+    def expert_layers(self) -> int:
+        """Number of layers with experts."""
+        return self.layers - self.dense_layers if self.experts else 0
 
     @property
     def norms_per_layer(self) -> int:
@@ -192,13 +251,12 @@ class ModelShape(Record):
     def column_biases(self) -> int:
         """Biases in a layer that tensor parallel ranks share out: those of the projections into attention and MLP."""
         attention = (self.query_width + 2 * self.kv_width) * (self.bias != "none")
-        return attention + self.ffn_hidden * (2 if self.gated_mlp else 1) * max(self.experts, 1) * (self.bias == "all")
+        return attention + self.ffn_hidden * (2 if self.gated_mlp else 1) * (self.bias == "all")
 
     @property
     def whole_vectors(self) -> int:
-        """Weights of a layer's norms and biases that every tensor parallel rank has; the router's are among them."""
-        biases = self.hidden * (self.bias in ("attention", "all"))
-        biases += (self.hidden * max(self.experts, 1) + self.experts) * (self.bias == "all")
+        """Weights of a layer's norms and biases that every tensor parallel rank has."""
+        biases = self.hidden * (self.bias in ("attention", "all")) + self.hidden * (self.bias == "all")
         of_queries_and_keys = {"none": 0, "head": 2 * self.head_width, "projection": self.query_width + self.kv_width}
         norms = self.norms_per_layer * self.hidden + of_queries_and_keys[self.qk_norm]
         return biases + norms * self.norm_vectors
@@ -208,16 +266,19 @@ class ModelShape(Record):
         """Weights of the embedding of positions."""
         return self.seq_len * self.hidden if self.positions == "learned" else 0
 
-    def layer_matrices(self, experts: int) -> int:
-        """Weights of a layer's matrices with so many experts (1 for a dense model), the router's included."""
-        return self.attention_matrices + self.mlp_matrices * experts + self.hidden * self.experts
+    def matrices(self, experts: int) -> int:
+        """Weights of the matrices of all layers with so many experts in each layer that has any, the router's
+        included."""
+        moe = self.expert_matrices * experts + self.shared_expert_matrices + self.hidden * self.experts
+        dense = (self.layers - self.expert_layers) * self.mlp_matrices
+        return self.layers * self.attention_matrices + dense + self.expert_layers * moe
 
     @property
     def parameters(self) -> int:
         """Number of weights, padded vocabulary and every expert included."""
         embeddings = self.padded_vocab * self.hidden * (1 if self.tied_embeddings else 2) + self.position_embeddings
-        layer = self.layer_matrices(max(self.experts, 1)) + self.column_biases + self.whole_vectors
-        return self.layers * layer + self.norm_vectors * self.hidden + embeddings
+        vectors = self.layers * (self.column_biases + self.whole_vectors) + self.norm_vectors * self.hidden
+        return self.matrices(self.experts) + vectors + embeddings
 
     @property
     def digest(self) -> str:

@@ -190,7 +190,7 @@ def test_a_job_takes_its_model_from_a_configuration(tmp_path: Path) -> None:
         ("{from: nowhere/config.json}", "model: nowhere/config.json: No such file or directory"),
         ("{from: 8}", "model: from(8): expected the name of a model"),
         ("olmo-2-7b", "model: qk_norm(projection) is not supported by the megatron backend"),
-        ("mixtral-8x7b", "model: experts(8) is not supported by the megatron backend"),
+        ("gemma-2-2b", "model: attention_softcap(50.0) is not supported by the megatron backend"),
     ],
 )
 def test_a_model_that_is_not_there_or_not_trained_is_refused_in_one_line(

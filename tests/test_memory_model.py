@@ -45,6 +45,8 @@ def models(draw: st.DrawFn) -> ModelShape:
         tied_embeddings=draw(st.booleans()),
         experts=experts,
         experts_per_token=2 if experts else 1,
+        shared_expert_hidden=draw(degrees(0, 2048)) if experts else 0,
+        **draw(st.sampled_from([{}, {"dense_layers": 3, "expert_hidden": 512}])) if experts else {},
     )
 
 

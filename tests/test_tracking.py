@@ -34,7 +34,9 @@ def at(samples: int, time: float = 0.0) -> dict[str, Any]:
 
 
 def a_step(samples: int, time: float = 0.0, loss: float | None = LOSS, seconds: float = 0.5) -> Step:
-    return Step(**at(samples, time), loss=loss, grad_norm=0.5, lr=1e-3, beta2=0.95, seconds=seconds, global_batch=4)
+    load = {"expert_imbalance": 1.5, "dropped_share": 0.0}
+    rules = {"grad_norm": 0.5, "lr": 1e-3, "beta2": 0.95, "global_batch": 4}
+    return Step(**at(samples, time), loss=loss, seconds=seconds, **rules, **load)
 
 
 def a_start(samples: int, time: float = 0.0, peak: float | None = 20.0) -> Start:

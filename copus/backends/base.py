@@ -17,6 +17,7 @@ from copus import sharded_checkpoint
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import NOT_COUNTED, Batches, Parts, StepRequest, StepResult, StepRules, StepShares
 from copus.collectives import RankError, run_on_all_ranks
+from copus.expert_load import expert_load
 from copus.fingerprint import fingerprint_of
 from copus.hardware import PhaseClock, peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig, JobError
@@ -150,7 +151,10 @@ class Backend(ABC):
             shares = self.compute_gradients(batches, request)
             counted = self._count_labels(batches, request.first_sample, self.configuration.global_batch)
             own = torch.tensor([request.stop, request.writing, counted], dtype=torch.float64, device=self.device)
-            message = torch.cat([shares.loss.view(1), shares.grad_sq.view(1), own, shares.parts])
+            figures = [shares.loss.view(1), shares.grad_sq.view(1), own, shares.parts]
+            if shares.expert_tokens is not None:
+                figures.append(shares.expert_tokens.view(-1))
+            message = torch.cat(figures)
             dist.all_reduce(message)
             loss, grad_sq, stop, writing, counted, *totals = message.tolist()
             if trial is not None:
@@ -161,9 +165,14 @@ class Backend(ABC):
             if not skipped:
                 self.update_weights(request.rules, self._clipping(grad_sq * factor**2) * factor)
         self._optimizer_steps += not skipped
-        full, norm_layers = (_scaled(parts, factor) for parts in self.read_parts(np.array(totals), grad_sq))
+        count = len(shares.parts)
+        full, norm_layers = (_scaled(parts, factor) for parts in self.read_parts(np.array(totals[:count]), grad_sq))
+        load = None
+        if shares.expert_tokens is not None:
+            tokens = np.array(totals[count:]).reshape(shares.expert_tokens.shape)
+            load = expert_load(tokens, self._job.model, self.configuration.global_batch)
         return StepResult(
-            loss * factor, grad_sq * factor**2, full, norm_layers, skipped, stop=stop > 0, writing=writing > 0
+            loss * factor, grad_sq * factor**2, full, norm_layers, skipped, stop > 0, writing > 0, load
         )
 
     def held_out_loss(self, batches: Batches, sequences: int) -> float:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from copus.expert_load import ExpertLoad
+
 Batches = Callable[[int, int], tuple[torch.Tensor, ...]]
 """(first sample, how many) → tokens and labels, int64 of shape (how many, seq_len) each; and, if attention or positions
 begin anew with each document, the positions of the tokens and the numbers of the documents that they attend within."""
@@ -78,6 +80,8 @@ class StepShares:
     """Share of |g|², the squared norm of the mean gradient before clipping. One element."""
     parts: torch.Tensor
     """Share of the vector that `Backend.read_parts` reads; of the same length on all ranks, which may be 0."""
+    expert_tokens: torch.Tensor | None = None
+    """Tokens that each expert of each layer got, of shape (layers with experts, experts); None for a dense model."""
 
 
 @dataclass(frozen=True)
@@ -98,3 +102,5 @@ class StepResult:
     """True if any rank asked to stop."""
     writing: bool = False
     """True if any rank still writes a checkpoint."""
+    expert_load: ExpertLoad | None = None
+    """How the tokens of the step spread over the experts; None for a dense model."""

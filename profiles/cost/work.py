@@ -151,18 +151,25 @@ def work(
     h, f, layers = float(model.hidden), float(model.ffn_hidden), float(model.layers)
     q, kv = float(model.query_width), float(model.kv_width)
     gates = 2.0 if model.gated_mlp else 1.0
-    experts, chosen = float(max(model.experts, 1)), float(model.experts_per_token)
+    # All layers count as their mean: a share of them has experts, the first ones may have none.
+    moe = model.expert_layers / layers
+    chosen, shared = moe * model.experts_per_token, moe * model.shared_expert_hidden
+    width = (1 - moe) * f + chosen * model.expert_width + shared
+    """Of the MLPs that a token goes through."""
+    inputs = 1 - moe + chosen + moe * (shared > 0)
+    """Copies of a token that go into these."""
     tokens = b * (model.seq_len / cp)
-    products = 2 * tokens * ((2 * h * q + 2 * h * kv) + (gates + 1) * h * f * chosen + h * model.experts) / tp
+    products = 2 * tokens * ((2 * h * q + 2 * h * kv) + (gates + 1) * h * width + moe * h * model.experts) / tp
     attention_weights = (2 * h * q + 2 * h * kv) / tp
-    mlp_weights = (gates + 1) * h * f * experts / (ep * tp)
-    touched = tokens * ((2 + chosen) * h + (2 * q + 2 * kv + (gates + 1) * f * chosen) / tp + chosen * h)
-    operands = HALF * (touched + attention_weights + mlp_weights)
+    dense_weights = attention_weights + (gates + 1) * h * ((1 - moe) * f + shared) / tp
+    expert_weights = moe * model.expert_matrices * model.experts / (ep * tp)
+    touched = tokens * ((2 + inputs) * h + (2 * q + 2 * kv + (gates + 1) * width) / tp + inputs * h)
+    operands = HALF * (touched + dense_weights + expert_weights)
     causal = 2 * tokens * model.seq_len * q / tp  # all scores, also where a window hides some: the kernels skip none
     split = np.where(c.sequence_parallel, tp, 1.0)
     passes_whole = NORM_PASSES + PASSES_OF_A_NORM * (model.norms_per_layer - 2)
     passes_split = SPLIT_PASSES * q + PASSES_OF_A_NORM * (q + kv) * (model.qk_norm != "none")
-    elementwise = HALF * tokens * (passes_whole * h / split + (passes_split + (1 + 2 * gates) * f * chosen) / tp)
+    elementwise = HALF * tokens * (passes_whole * h / split + (passes_split + (1 + 2 * gates) * width) / tp)
 
     forward = 1 + again + BACKWARD
     passes = 2 + again
@@ -178,19 +185,19 @@ def work(
     # Experts lie on neighbours of their tensor parallel ranks, and each one's replicas that far apart.
     expert_replicas = np.maximum(sharers / ep, 1.0)
     expert_ring, expert_link = (expert_replicas - 1) / expert_replicas, sheet.bus(expert_replicas, tp * ep)
-    layer_parameters = attention_weights + model.column_biases / tp + model.whole_vectors
+    layer_parameters = dense_weights + moe * h * model.experts + model.column_biases / tp + model.whole_vectors
 
     # A pipeline keeps gathered weights and sums gradients over its micro-batches: then once a step.
     single = pp == 1
     each = np.where(single, _GATHERED[c.zero], 0.0)
-    gather = each * (layer_parameters * ring / dp_link + mlp_weights * expert_ring / expert_link)
+    gather = each * (layer_parameters * ring / dp_link + expert_weights * expert_ring / expert_link)
     stages = split_layers(model.layers, c.pp, c.vp)
     # Published runs may be split in ways of their own: then whole chunks, rounded.
     stage_layers = np.where(stages.possible, np.maximum(stages.first, stages.middle), np.ceil(layers / (pp * vp)) * vp)
     last_layers = np.where(stages.possible, stages.last, np.maximum(np.floor(layers / (pp * vp)) * vp, 1.0))
     embedding = float(model.padded_vocab) * h / tp
     ends = embedding * np.where(pp > 1, 1.0, 1.0 if model.tied_embeddings else 2.0) + model.position_embeddings
-    dense_parameters, expert_parameters = stage_layers * layer_parameters + ends, stage_layers * mlp_weights
+    dense_parameters, expert_parameters = stage_layers * layer_parameters + ends, stage_layers * expert_weights
     # Weights over their links, for the ends alone and for everything; then bytes of each weight.
     ends_exchanged = ends * ring / dp_link
     exchanged = dense_parameters * ring / dp_link + expert_parameters * expert_ring / expert_link

@@ -32,7 +32,7 @@ def layer_activations(
     last term when recomputing selectively; 2h when recomputing fully.
     """
     tokens = rank_tokens(model, c)
-    hidden, query, ffn, e = model.hidden, model.query_width, model.ffn_hidden, element_bytes
+    hidden, query, e = model.hidden, model.query_width, element_bytes
     split = np.where(c.sequence_parallel, c.tp, 1)
     # Outside of the matrices that tp splits: inputs of the norms, two masks, inputs of the attention and of the MLP.
     inputs = 2 * e * hidden / (split if how.gathered_inputs == "regathered" else 1)
@@ -46,18 +46,19 @@ def layer_activations(
     else:  # the softmax, and with dropout its mask and its result: 2, or 5 bytes of the paper
         scores = model.heads * model.seq_len * (e + (1 + e) * how.dropout) / c.tp
     # MLP: what enters the activation function, and the input of the second matrix.
-    wide = (how.gated_mlp_tensors if model.gated_mlp else 2) * ffn * e
-    copies = model.experts_per_token if model.experts else 1
-    mlp = copies * wide / c.tp
+    width = model.ffn_hidden  # of the MLPs that a token goes through; dense layers before those with experts are few
+    if model.experts:
+        width = model.experts_per_token * model.expert_width + model.shared_expert_hidden
+    mlp = (how.gated_mlp_tensors if model.gated_mlp else 2) * width * e / c.tp
     if model.experts:  # tokens permuted to their experts and back, and the router's probabilities in fp32
-        mlp = mlp + 2 * copies * hidden * e + 4 * model.experts
+        mlp = mlp + 2 * model.experts_per_token * hidden * e + 4 * model.experts
     everything = outside + heads + scores + mlp
     kinds = [c.recompute == RECOMPUTE.index(name) for name in ("none", "selective", "full")]
     kept = np.select(kinds, [everything, everything - scores, hidden * e / split])
     recomputed = np.select(kinds, [np.zeros(len(c)), scores, everything])
     # The widest moment of the backward pass: gradients of the MLP's wide tensors, and the input that is gathered again,
     # with its gradient.
-    passing = copies * (3 if model.gated_mlp else 2) * ffn * e / c.tp + 2 * hidden * e
+    passing = (3 if model.gated_mlp else 2) * width * e / c.tp + 2 * hidden * e
     return LayerActivations(kept=tokens * kept, recomputed=tokens * recomputed, passing=tokens * passing)
 
 

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from profiles.configurations import Configurations
 from profiles.memory.activations import head_bytes, layer_activations, layers_in_flight, loss_bytes, rank_tokens
 from profiles.memory.implementation import Implementation
-from profiles.memory.parameters import Floats, Stage, Weights, embedding_weights, layer_weights, stage_weights
+from profiles.memory.parameters import Floats, Stage, Weights, embedding_weights, largest_layer, stage_weights
 from profiles.model_shape import ModelShape
 from profiles.optimizer_state import OptimizerState
 
@@ -58,9 +58,10 @@ def stage_components(
         return dense + weights.experts / np.where(split, np.maximum(sharers // c.ep, 1), 1)
 
     table = embedding_weights(model, c)
-    largest_layer = np.add(*layer_weights(model, c))
-    largest = np.maximum(largest_layer, table)
-    matrix = np.maximum(model.hidden * model.ffn_hidden * (2 if model.gated_mlp else 1) / c.tp, table)
+    of_a_layer = largest_layer(model, c)
+    largest = np.maximum(of_a_layer, table)
+    widest = max(model.ffn_hidden, model.shared_expert_hidden)
+    matrix = np.maximum(model.hidden * widest * (2 if model.gated_mlp else 1) / c.tp, table)
     gradient = 4 if how.fp32_gradients else element
     buckets = element * how.gradient_buckets * (replicas > 1) * (c.zero < 2)
     layer = layer_activations(model, c, element, how)
@@ -85,7 +86,7 @@ def stage_components(
     }
     if how.weights == "gathered":
         others = found["activations"] + found["logits"] + found["working"]
-        found["communication"] += _gathered_bytes(model, c, element, largest_layer, others)
+        found["communication"] += _gathered_bytes(model, c, element, of_a_layer, others)
     else:
         # ZeRO-2 and -3 have the whole gradient of a layer before it is reduced, ZeRO-3 the gathered weights of the
         # layer that runs and of the next.

@@ -1,7 +1,7 @@
 """Weights that a rank holds, on the pipeline stages that may be the fullest."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ class Weights:
     """Numbers of weights on a rank, one entry a configuration, before ZeRO shares anything out."""
 
     dense: Floats
-    """What is replicated over all dp · cp ranks: attention, dense MLPs, routers, norms, embeddings."""
+    """What is replicated over all dp · cp ranks: attention, dense MLPs, shared experts, routers, norms, embeddings."""
     experts: Floats
     """MLPs of experts, replicated over dp · cp ÷ ep ranks; 0 for a dense model."""
     embeddings: Floats
@@ -34,14 +34,39 @@ class Weights:
     """Rows and columns of all matrices, embeddings among them."""
 
 
-def layer_weights(model: ModelShape, c: Configurations) -> tuple[Floats, Floats]:
-    """(dense, expert) weights of one layer on a rank. Norms, the router, and biases of projections into the residual
-    stream are not split by tp."""
-    attention = (model.attention_matrices + model.column_biases) / c.tp
-    whole = model.whole_vectors + model.hidden * model.experts
-    if not model.experts:
-        return attention + model.mlp_matrices / c.tp + whole, np.zeros(len(c))
-    return attention + whole, model.mlp_matrices * model.experts / (c.tp * c.ep)
+class LayerWeights(NamedTuple):
+    """Numbers of weights of one layer on a rank, one entry a configuration."""
+
+    dense: Floats
+    """As of `Weights`."""
+    experts: Floats
+    """As of `Weights`."""
+    rows_and_columns: Floats
+    """Of all matrices; tensor parallel ranks cut one side of each."""
+
+
+def layer_weights(model: ModelShape, c: Configurations, *, experts: bool) -> LayerWeights:
+    """A layer without experts, or one with them. Norms, the router, and biases of projections into the residual stream
+    are not split by tp."""
+    split, whole = model.attention_matrices + model.column_biases, model.whole_vectors
+    cut, uncut = 2 * model.query_width + 2 * model.kv_width, 4 * model.hidden
+    matrices = 3 if model.gated_mlp else 2
+    if not experts:
+        sides = (cut + matrices * model.ffn_hidden) / c.tp + uncut + matrices * model.hidden
+        return LayerWeights((split + model.mlp_matrices) / c.tp + whole, np.zeros(len(c)), sides)
+    dense = (split + model.shared_expert_matrices) / c.tp + whole + model.hidden * model.experts
+    on_rank = model.experts / c.ep
+    cut = cut + matrices * (on_rank * model.expert_width + model.shared_expert_hidden)
+    mlps = on_rank + (model.shared_expert_hidden > 0)
+    sides = cut / c.tp + uncut + matrices * mlps * model.hidden + model.hidden + model.experts
+    return LayerWeights(dense, model.expert_matrices * on_rank / c.tp, sides)
+
+
+def largest_layer(model: ModelShape, c: Configurations) -> Floats:
+    """Weights of the larger kind of layer on a rank."""
+    kinds = [layer_weights(model, c, experts=True)] if model.experts else []
+    kinds += [layer_weights(model, c, experts=False)] if model.expert_layers < model.layers else []
+    return np.maximum.reduce([kind.dense + kind.experts for kind in kinds])
 
 
 def stage_layers(model: ModelShape, c: Configurations, how: Implementation, stage: Stage) -> NDArray[np.int64]:
@@ -50,8 +75,7 @@ def stage_layers(model: ModelShape, c: Configurations, how: Implementation, stag
     if how.stages == "even":
         split = split_layers(model.layers, c.pp, c.vp)
         return np.where(split.possible, getattr(split, stage), -(-model.layers // chunks) * c.vp)
-    copies = model.experts_per_token if model.experts else 1
-    head = model.padded_vocab * model.hidden / (model.attention_matrices + copies * model.mlp_matrices)
+    head = model.padded_vocab * model.hidden / (model.matrices(model.experts_per_token) / model.layers)
     full = np.minimum(np.ceil((model.layers + head) / chunks).astype(np.int64) * c.vp, model.layers)
     full = np.where(c.pp == 1, model.layers, full)
     return np.maximum(model.layers - (c.pp - 1) * full, 0) if stage == "last" else full
@@ -62,7 +86,6 @@ def stage_weights(model: ModelShape, c: Configurations, how: Implementation, sta
 
     Tied embeddings lie on both ends of a pipeline (Megatron-LM, 2104.04473): tying saves nothing once pp > 1.
     """
-    dense, experts = layer_weights(model, c)
     whole = c.pp == 1
     layers = np.where(whole, model.layers, stage_layers(model, c, how, stage))
     tables = np.where(whole, 1 if model.tied_embeddings else 2, int(stage != "middle"))
@@ -71,24 +94,32 @@ def stage_weights(model: ModelShape, c: Configurations, how: Implementation, sta
     embeddings = tables * embedding_weights(model, c) + positions
     vectors = layers * (model.whole_vectors + model.column_biases / c.tp) + norm
     of_embeddings = tables * (model.padded_vocab / c.tp + model.hidden)
+    moe_layers = layers - _dense_layers(model, c, how, stage, layers) if model.experts else np.zeros_like(layers)
+    plain, moe = layer_weights(model, c, experts=False), layer_weights(model, c, experts=True)
+    dense = (layers - moe_layers) * plain.dense + moe_layers * moe.dense
+    sides = (layers - moe_layers) * plain.rows_and_columns + moe_layers * moe.rows_and_columns
     return Weights(
-        dense=layers * dense + embeddings + norm,
-        experts=layers * experts,
+        dense=dense + embeddings + norm,
+        experts=moe_layers * moe.experts,
         embeddings=embeddings,
         vectors=vectors,
-        rows_and_columns=layers * _layer_rows_and_columns(model, c) + of_embeddings,
+        rows_and_columns=sides + of_embeddings,
     )
+
+
+def _dense_layers(
+    model: ModelShape, c: Configurations, how: Implementation, stage: Stage, layers: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Of the `layers` of a stage of a model with experts those that have none. They are the model's first ones: a later
+    stage has those that the stages before it have no room for."""
+    before: NDArray[np.int64] = np.zeros_like(layers)
+    if stage == "middle":
+        before = stage_layers(model, c, how, "first")
+    elif stage == "last":
+        before = model.layers - layers
+    return np.clip(model.dense_layers - np.where(c.pp == 1, 0, before), 0, layers)
 
 
 def embedding_weights(model: ModelShape, c: Configurations) -> Floats:
     """Weights of the input embedding, or of the output layer, on a rank."""
     return model.padded_vocab * model.hidden / c.tp
-
-
-def _layer_rows_and_columns(model: ModelShape, c: Configurations) -> Floats:
-    """Rows and columns of a layer's matrices on a rank. Tensor parallel ranks cut one side of each."""
-    into_mlp, mlps = 2 if model.gated_mlp else 1, np.maximum(model.experts / c.ep, 1)
-    of_mlps = mlps * (into_mlp + 1)
-    cut = 2 * model.query_width + 2 * model.kv_width + of_mlps * model.ffn_hidden
-    whole = (4 + of_mlps) * model.hidden + (model.hidden + model.experts) * (model.experts > 0)
-    return np.asarray(cut / c.tp + whole, dtype=np.float64)

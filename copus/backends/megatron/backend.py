@@ -24,6 +24,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
 from copus.backends.megatron.built import BuiltModel  # noqa: E402
+from copus.backends.megatron.experts import ExpertTokens  # noqa: E402
 from copus.backends.megatron.inner_optimizer import use_optimizer_of_job  # noqa: E402
 from copus.backends.megatron.live_state import live_state  # noqa: E402
 from copus.backends.megatron.model import build_model  # noqa: E402
@@ -32,6 +33,7 @@ from copus.backends.megatron.shard_table import shard_table  # noqa: E402
 
 cpu.adapt()
 upstream.use_torch_adam()
+upstream.use_torch_router()
 
 
 class MegatronBackend(Backend):
@@ -59,6 +61,7 @@ class MegatronBackend(Backend):
         self._built = built = BuiltModel(self.device, layout, chunks)
         built.separates_documents = self._job.data.separates_documents
         built.optimizer = self._make_optimizer(layout, chunks)
+        built.expert_tokens = ExpertTokens(chunks, self._job.model)
         optimizer = training.optimizer
         adam_epsilon = optimizer.epsilon if isinstance(optimizer, AdamW) else None
         epsilon = adam_epsilon if self._job.planner.noise_metric == "adam" else None

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from copus.backends.megatron.experts import ExpertTokens
 from copus.backends.megatron.part_norms import PartNorms
 from copus.backends.megatron.upstream import inner_optimizers
 from profiles.layout import Layout
@@ -24,11 +25,15 @@ class BuiltModel:
     """Whether attention or positions begin anew with each document: then every pipeline stage reads the sequences."""
     part_norms: PartNorms | None = None
     """Measures the noise."""
+    expert_tokens: ExpertTokens | None = None
+    """Sees how tokens spread over experts."""
 
     def release(self) -> None:
         """Free the memory. Megatron's wrappers form reference cycles and attach their buffers to the parameters."""
         if self.part_norms is not None:
             self.part_norms.close()
+        if self.expert_tokens is not None:
+            self.expert_tokens.close()
         if self.optimizer is not None:
             _release_optimizer(self.optimizer)
         for chunk in self.chunks:
@@ -56,3 +61,4 @@ def _release_chunk(chunk: Any) -> None:
         param.data = param.data.new_empty(0)
     chunk.grad_accs = []
     chunk.bucket_groups, chunk.buffers = [], []
+    chunk.expert_parallel_bucket_groups, chunk.expert_parallel_buffers = [], []

@@ -28,6 +28,7 @@ _MODULES = (  # modules whose global `torch` becomes the facade: all must be imp
     "pipeline_parallel.p2p_communication",
     "pipeline_parallel.schedules",
     "tensor_parallel",
+    "transformer.moe.moe_layer",
 )
 _adapted = False
 
@@ -75,6 +76,7 @@ def adapt() -> None:
 
     _patch(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _patch(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    _adapt_experts()
 
     # layers.py:150 creates every whole weight on every rank; ours are filled by `model.initialize`, or by a move
     from megatron.core.tensor_parallel import layers
@@ -92,8 +94,55 @@ def adapt() -> None:
     _patch(distributed, "_build_model_and_main_param_groups", classmethod(build))
 
 
+def _adapt_experts() -> None:
+    """Let token dispatchers work with CPU tensors and gloo."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    # moe_utils.py:1093 makes numpy arrays of the splits of an all-to-all only if they come from a GPU
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def as_numpy_too(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else move(tensor, as_numpy)
+
+    _patch(token_dispatcher, "maybe_move_tensor_to_cpu", as_numpy_too)
+
+    # mappings.py:152 and :194 gather and scatter unequal parts of the tokens over the ranks that an expert is cut over;
+    # gloo knows equal ones only
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_unequal(tensor: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(tensor, group, None, use_global_buffer)
+        padded = tensor.new_zeros((max(output_split_sizes), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter_unequal(tensor: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(tensor, group, None, use_global_buffer)
+        total = tensor.contiguous().clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(list(input_split_sizes))[group.rank()].contiguous()
+
+    _patch(mappings, "_gather_along_first_dim", gather_unequal)
+    _patch(mappings, "_reduce_scatter_along_first_dim", scatter_unequal)
+
+
 def _patch(owner: Any, name: str, replacement: Any) -> None:
     patch(owner, name, replacement, oldest=(0, 16), newest=(0, 19))
+
+
+class _Stream:
+    """Stands in for every stream and event. There is one, so that no code finds itself on a side stream."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self
+
+
+_STREAM = _Stream()
 
 
 class _CudaFacade(types.ModuleType):
@@ -103,7 +152,9 @@ class _CudaFacade(types.ModuleType):
         super().__init__("torch.cuda")
         self.current_device = lambda: _CPU  # e.g. mappings.py:91, p2p_communication.py:313
         self.synchronize = lambda *args, **kwargs: None  # e.g. p2p_communication.py:588
-        self.current_stream = lambda *args: None  # 0.19: param_and_grad_buffer.py:632, for CUDA graphs alone
+        # token_dispatcher.py:418 and others; 0.19: param_and_grad_buffer.py:632
+        self.Stream = self.Event = self.current_stream = lambda *args, **kwargs: _STREAM
+        self.stream = lambda stream: contextlib.nullcontext()
         self.empty_cache = lambda: None  # parallel_state, dist_checkpointing
         self.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # random.py:235
         self.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # random.py:80

@@ -3,6 +3,9 @@
 from typing import Any
 
 from copus.backends.description import BackendDescription, refuse_cut_matrices, refuse_fields
+from planner.backend_traits import PartCount
+from planner.noise_sources import MICROBATCH, REPLICA
+from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 from profiles.rope import attention_factor
@@ -12,7 +15,7 @@ _REFUSED = ("rope_local_base", "attention_softcap", "logit_softcap")
 
 
 class MegatronDescription(BackendDescription):
-    """Megatron-core: dense models; tensor, pipeline and data parallelism; the distributed optimizer."""
+    """Megatron-core: tensor, pipeline, data and expert parallelism; the distributed optimizer."""
 
     framework = "megatron-core"
     largest_zero = 1
@@ -21,15 +24,16 @@ class MegatronDescription(BackendDescription):
 
     def check_model(self, model: ModelShape) -> None:
         """Raise ValueError for a model that the Megatron backend does not build."""
-        if model.experts:
-            raise ValueError(
-                f"experts({model.experts}) is not supported by the megatron backend: it builds dense models"
-            )
         refuse_fields(model, _REFUSED, "the megatron backend")
         if model.bias == "attention":
             raise ValueError("bias(attention) is not supported by the megatron backend: it has none, qkv and all")
         if model.qk_norm == "projection":
             raise ValueError("qk_norm(projection) is not supported by the megatron backend: it has none and head")
+        if model.experts and model.norm_position != "pre":
+            raise ValueError(
+                f"experts({model.experts}) is not supported by the megatron backend with norm_position"
+                f"({model.norm_position}): only with pre"
+            )
         if attention_factor(model.rope_scaling) != 1 and model.rope_fraction != 1:
             raise ValueError(
                 f"rope_fraction({model.rope_fraction:g}) is not supported by the megatron backend with yarn's "
@@ -39,7 +43,7 @@ class MegatronDescription(BackendDescription):
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError for a layout that the Megatron backend does not run."""
         limits = (
-            *(("cp", layout.cp, 1), ("ep", layout.ep, 1)),
+            ("cp", layout.cp, 1),
             *(("zero", layout.zero, self.largest_zero), ("dp_replicate", layout.dp_replicate, 1)),
         )
         for name, value, limit in limits:
@@ -55,6 +59,22 @@ class MegatronDescription(BackendDescription):
                 f"layout.zero({layout.zero}) is not supported with optimizer.kind({self.optimizer.kind}): megatron's "
                 "distributed optimizer shares out ranges of flattened weights, which have no whole rows"
             )
+
+    def check_model_in(self, layout: Layout, model: ModelShape) -> None:
+        """Raise ValueError for tensor parallelism of experts without sequence parallelism: Megatron refuses it, since
+        every rank would send all tokens to the experts."""
+        if model.experts and layout.tp > 1 and not layout.sequence_parallel:
+            raise ValueError(f"tp({layout.tp}) of a model with experts needs sequence_parallel: true")
+
+    def parts(self, configuration: Configuration) -> dict[str, PartCount]:
+        """The parts that a step has, by noise source. Replicas that share experts out have no gradient of their own:
+        their micro-batches are a part together."""
+        parts, ep = super().parts(configuration), configuration.layout.ep
+        if ep > 1:
+            del parts[REPLICA]
+            number, size = parts[MICROBATCH]
+            parts[MICROBATCH] = PartCount(number // ep, size * ep)
+        return parts
 
     def load(self) -> type[Any]:
         """The class that trains. Takes seconds, and changes torch on a CPU."""

@@ -18,6 +18,8 @@ from profiles.layout import Layout
 cpu.before_import()
 from megatron.core import parallel_state  # noqa: E402
 
+from copus.backends.megatron.local_tensors import ModelRank  # noqa: E402
+
 _Key = tuple[tuple[int, ...], str | None]
 _groups: dict[_Key, Any] = {}
 """Every existing group, by ranks and backend; the same keys on every rank."""
@@ -26,9 +28,9 @@ _layouts: dict[tuple[int, ...], list[_Key]] = {}
 
 
 def make_groups(layout: Layout, timeout_seconds: float) -> None:
-    """Make the tensor, pipeline and data parallel groups of a layout over all ranks, or reuse those that exist.
+    """Make the tensor, pipeline, data and expert parallel groups of a layout over all ranks, or reuse those that exist.
     Collective. Raises MidCollectiveError if this rank cannot make a group that its peers may wait for."""
-    degrees = (layout.tp, layout.pp, layout.cp, layout.dp)
+    degrees = (layout.tp, layout.pp, layout.cp, layout.ep, layout.dp)
     _layouts.pop(degrees, None)
     # Groups cost threads and sockets on a CPU, which are cheap, and device memory with NCCL.
     while len(_layouts) >= (2 if torch.cuda.is_available() else 8):
@@ -54,12 +56,30 @@ def make_groups(layout: Layout, timeout_seconds: float) -> None:
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
             context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.tp,
             distributed_timeout_minutes=timeout_seconds / 60,  # goes into a timedelta: fractions are fine
             create_gloo_process_groups=False,
         )
     finally:
         parallel_state.create_group = original
         _layouts[degrees] = used
+
+
+def own_model_rank(layout: Layout) -> ModelRank:
+    """This rank's place among the tensor and the expert parallel ranks.
+
+    The groups are asked themselves: Megatron asks torch, which has forgotten all groups after a step that broke them.
+    """
+    tp_rank = parallel_state.get_tensor_model_parallel_group().rank()
+    return ModelRank(layout.tp, tp_rank, layout.ep, parallel_state.get_expert_model_parallel_group().rank())
+
+
+def replica_number(of_experts: bool) -> int:
+    """This rank's number among those with the same part of the model: of its experts, or of all else."""
+    if of_experts:
+        return int(parallel_state.get_expert_data_parallel_rank())
+    return int(parallel_state.get_data_parallel_rank())
 
 
 def leave_groups() -> None:

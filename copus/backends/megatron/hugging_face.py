@@ -4,7 +4,8 @@ The state of a job has Hugging Face's names on every backend, so that a checkpoi
 all. Megatron keeps the projections of queries, keys and values in one matrix (`linear_qkv`: queries, key and value of
 the first group of heads that share a key, then those of the second, and so on), and the gate and up projections in
 another (`linear_fc1`), one below the other. So every Hugging Face tensor consists of whole rows of a Megatron tensor.
-Both frameworks rotate the first half of a head against the second, so no rows within a head are permuted.
+Both frameworks rotate the first half of a head against the second, so no rows within a head are permuted. Experts have
+the names of Qwen 3 and DeepSeek: `mlp.gate`, `mlp.experts.7.gate_proj`, `mlp.shared_experts.gate_proj`.
 
 A weight without a counterpart here keeps Megatron's name: moves and checkpoints of this backend carry it, and other
 backends refuse it.
@@ -18,15 +19,17 @@ from typing import NamedTuple
 from copus.reshard.boxes import Box
 from profiles.model_shape import ModelShape
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)\.(weight|bias|expert_bias)")
+_MLP = re.compile(r"(mlp(?:\.experts\.local_experts\.\d+|\.shared_experts)?)\.linear_fc([12])")
+"""A dense MLP, an expert (by its number among all experts), or the shared one."""
 _IN_A_LAYER = {
     "input_layernorm": "input_layernorm",
     "self_attention.linear_proj": "self_attn.o_proj",
     "self_attention.q_layernorm": "self_attn.q_norm",
     "self_attention.k_layernorm": "self_attn.k_norm",
     "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
-    "mlp.linear_fc2": "mlp.down_proj",
     "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
+    "mlp.router": "mlp.gate",
 }
 _NORM_BEFORE_MLP = {"pre": "post_attention_layernorm", "both": "pre_feedforward_layernorm"}
 """By `norm_position`: Llama's name of the norm before the MLP is that of another norm where there are norms after
@@ -80,7 +83,7 @@ def hugging_face_parts(name: str, shape: tuple[int, ...], box: Box, model: Model
             yield Part(common, rows.name, (rows.height, *width), offset)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=2**16)
 def _rows_of(
     name: str, height: int, heads: int, kv_heads: int, gated_mlp: bool, norm_position: str
 ) -> tuple[_Rows, ...]:
@@ -92,14 +95,18 @@ def _rows_of(
     prefix = f"model.layers.{layer}"
     if module == "self_attention.linear_qkv" and height % (heads + 2 * kv_heads) == 0:
         return tuple(_query_key_value(f"{prefix}.self_attn", kind, height // (heads + 2 * kv_heads), heads, kv_heads))
-    if module == "mlp.linear_fc1" and gated_mlp and height % 2 == 0:
-        half = height // 2
-        projections = ((0, "gate_proj"), (half, "up_proj"))
-        return tuple(_Rows(first, half, f"{prefix}.mlp.{which}.{kind}", half, 0) for first, which in projections)
-    counterparts = _IN_A_LAYER if gated_mlp else {**_IN_A_LAYER, "mlp.linear_fc1": "mlp.up_proj"}
+    mlp = _MLP.fullmatch(module)
+    if mlp is not None:
+        within, half = f"{prefix}.{mlp[1].replace('.local_experts', '')}", height // 2
+        if mlp[2] == "1" and gated_mlp and height % 2 == 0:
+            projections = ((0, "gate_proj"), (half, "up_proj"))
+            return tuple(_Rows(first, half, f"{within}.{which}.{kind}", half, 0) for first, which in projections)
+        which = "down_proj" if mlp[2] == "2" else "up_proj"
+        return (_Rows(0, height, f"{within}.{which}.{kind}", height, 0),)
     if module == "pre_mlp_layernorm" and norm_position in _NORM_BEFORE_MLP:
         return (_Rows(0, height, f"{prefix}.{_NORM_BEFORE_MLP[norm_position]}.{kind}", height, 0),)
-    renamed = f"{prefix}.{counterparts[module]}.{kind}" if module in counterparts else name
+    kind = "e_score_correction_bias" if kind == "expert_bias" else kind
+    renamed = f"{prefix}.{_IN_A_LAYER[module]}.{kind}" if module in _IN_A_LAYER else name
     return (_Rows(0, height, renamed, height, 0),)
 
 

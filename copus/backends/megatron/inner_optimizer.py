@@ -6,6 +6,7 @@ Once built, they only call `step` of what they wrap and read its groups.
 
 from typing import Any
 
+from copus.backends.megatron.groups import own_model_rank
 from copus.backends.megatron.live_state import held_weight
 from copus.backends.megatron.local_tensors import local_tensors
 from copus.backends.megatron.main_params import main_params
@@ -19,10 +20,8 @@ _OF_MEGATRON = ("params", "wd_mult", "lr_mult", "is_expert_parallel", "is_decoup
 
 def use_optimizer_of_job(optimizer: Any, chunks: list[Any], job: JobConfig, layout: Layout) -> None:
     """Replace the inner optimizers of Megatron's chain, which have made no step yet."""
-    from megatron.core import parallel_state
-
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    local = dict(pair for chunk in chunks for pair in local_tensors(chunk, job.model, layout.tp, tp_rank))
+    rank = own_model_rank(layout)
+    local = dict(pair for chunk in chunks for pair in local_tensors(chunk, job.model, rank))
     held = {main.main: held_weight(main, local[main.param]) for main in main_params(optimizer)}
     for wrapper in optimizer.chained_optimizers:
         if wrapper.optimizer is not None:

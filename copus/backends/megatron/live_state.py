@@ -11,6 +11,7 @@ import torch
 
 from copus.backends.megatron import cpu
 from copus.backends.megatron.built import BuiltModel
+from copus.backends.megatron.groups import own_model_rank
 from copus.backends.megatron.local_tensors import LocalTensor, has_master, local_tensors
 from copus.backends.megatron.main_params import MainParam, main_params
 from copus.backends.regions import HeldWeight, Region, optimizer_state, state_fields
@@ -20,18 +21,13 @@ from copus.reshard.execute import LiveState
 from copus.reshard.table import MASTER, Place
 from profiles.model_shape import ModelShape
 
-cpu.before_import()
-from megatron.core import parallel_state  # noqa: E402
-
 _Shard = tuple[Place, Callable[[], torch.Tensor]]
 
 
 def live_state(built: BuiltModel, model: ModelShape, optimizer: BatchRules) -> LiveState:
     """All shards of this rank."""
-    # Ask the group itself: `parallel_state.get_tensor_model_parallel_rank` asks torch, which has forgotten all groups
-    # after a step that broke them.
-    tp_rank = parallel_state.get_tensor_model_parallel_group().rank()
-    local = dict(pair for chunk in built.chunks for pair in local_tensors(chunk, model, built.layout.tp, tp_rank))
+    rank = own_model_rank(built.layout)
+    local = dict(pair for chunk in built.chunks for pair in local_tensors(chunk, model, rank))
     shards: LiveState = {}
     for tensor, described in local.items():
         for region in described.regions:

@@ -9,7 +9,7 @@ tensors of the state that whole tensor consists of.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,11 +24,23 @@ cpu.before_import()
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer  # noqa: E402
 
 _EMBEDDING = "embedding.word_embeddings.weight"
+_LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
+
+
+class ModelRank(NamedTuple):
+    """Which part of every layer a rank has."""
+
+    tp: int
+    """Tensor parallel degree."""
+    tp_rank: int
+    ep: int
+    """Expert parallel degree."""
+    ep_rank: int
 
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """A weight or a persistent buffer of a model chunk, as one tensor parallel rank has it."""
+    """A weight or a persistent buffer of a model chunk, as one rank has it."""
 
     shape: tuple[int, ...]
     regions: tuple[Region, ...]
@@ -55,16 +67,17 @@ def has_master(region: Region) -> bool:
     return region.weight.dtype != "float32"
 
 
-def local_tensors(chunk: Any, model: ModelShape, tp: int, tp_rank: int) -> Iterator[tuple[torch.Tensor, LocalTensor]]:
-    """The parameters of a model chunk, then its persistent buffers, each with its description on a tensor parallel
-    rank. The chunk may be a live one of that rank, or any rank's on the meta device: their shapes are equal."""
-    module = unwrap(chunk)
-    first_layer = _first_layer(module)
+def local_tensors(chunk: Any, model: ModelShape, rank: ModelRank) -> Iterator[tuple[torch.Tensor, LocalTensor]]:
+    """The parameters of a model chunk, then its persistent buffers, each with its description on a rank. The chunk may
+    be a live one of that rank, or any rank's on the meta device: their shapes are equal."""
+    module, tp = unwrap(chunk), rank.tp
+    first_layer, first_expert = _first_layer(module), rank.ep_rank * (model.experts // rank.ep)
     parameters = dict(module.named_parameters())
     persistent = module.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
     for local_name, tensor in {**parameters, **buffers}.items():
         name = re.sub(r"(?<=\blayers\.)\d+(?=\.)", lambda match: str(int(match[0]) + first_layer), local_name, count=1)
+        name = _LOCAL_EXPERT.sub(lambda match: str(int(match[0]) + first_expert), name)
         if getattr(tensor, "shared_embedding", False):
             name = _EMBEDDING  # the output layer of the last stage has a copy
         shape = tuple(tensor.shape)
@@ -74,7 +87,7 @@ def local_tensors(chunk: Any, model: ModelShape, tp: int, tp_rank: int) -> Itera
         whole = tuple(size * tp if index == axis else size for index, size in enumerate(shape))
         dtype = str(tensor.dtype).removeprefix("torch.")
         regions = []
-        for box, offset in _blocks(shape, axis, blocks, tp, tp_rank):
+        for box, offset in _blocks(shape, axis, blocks, tp, rank.tp_rank):
             to_local = [here - there for here, there in zip(box.offset, offset, strict=True)]
             for part in hugging_face_parts(name, whole, Box(offset, box.shape), model):
                 weight = Field(part.name, dtype, part.shape)

@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 from copus.backends.initial_weights import initial_weight
 from copus.backends.megatron import cpu
 from copus.backends.vocabulary import hide_padding
-from copus.job import JobConfig
+from copus.job import JobConfig, TrainingConfig
 from copus.reshard.boxes import Box
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
@@ -29,6 +29,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
+from copus.backends.megatron.experts import expert_options, routers  # noqa: E402
+from copus.backends.megatron.groups import own_model_rank  # noqa: E402
 from copus.backends.megatron.local_tensors import local_tensors  # noqa: E402
 from copus.backends.megatron.modules import block_spec  # noqa: E402
 
@@ -40,9 +42,10 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropout: float) -> TransformerConfig:
+def transformer_config(shape: ModelShape, layout: Layout, training: TrainingConfig) -> TransformerConfig:
     """Megatron's configuration of the model. Every fusion that needs Transformer Engine or Apex is off."""
     on_cpu = not torch.cuda.is_available()
+    precision, dropout = training.precision, training.dropout
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     recompute = {"none": None, "selective": "selective", "full": "full"}[layout.recompute]
     return TransformerConfig(
@@ -91,6 +94,7 @@ def transformer_config(shape: ModelShape, layout: Layout, precision: str, dropou
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **expert_options(shape, layout, training.expert_dispatch),
     )
 
 
@@ -116,7 +120,7 @@ def build_model(
     uninitialized, for the caller to fill.
     """
     shape, training = job.model, job.training
-    config = transformer_config(shape, layout, training.precision, training.dropout)
+    config = transformer_config(shape, layout, training)
     if groups is not None:  # else it uses the GPU, whatever torch's default device is
         config.use_cpu_initialization = True
     pp_rank = parallel_state.get_pipeline_model_parallel_rank() if groups is None else groups.pp.rank()
@@ -148,6 +152,8 @@ def build_model(
         if seed is not None:
             initialize(chunk, shape, layout, seed)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    for router in routers(chunks):
+        router._maintain_float32_expert_bias()  # Megatron does it in the first forward pass, after a move
 
     reduce = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -196,8 +202,7 @@ def _scale_rotary_positions(chunk: Any, shape: ModelShape) -> None:
 @torch.no_grad()
 def initialize(chunk: torch.nn.Module, model: ModelShape, layout: Layout, seed: int) -> None:
     """Fill the weights of a chunk with this rank's parts of the initial weights, one whole tensor after the other."""
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    for weight, described in local_tensors(chunk, model, layout.tp, tp_rank):
+    for weight, described in local_tensors(chunk, model, own_model_rank(layout)):
         here = Box.whole(described.shape)
         for field in dict.fromkeys(region.weight for region in described.regions):
             whole = initial_weight(field.name, field.shape, model.layers, seed, weight.device)

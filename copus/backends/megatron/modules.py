@@ -32,7 +32,10 @@ from megatron.core.transformer.transformer_block import (  # noqa: E402
 from megatron.core.transformer.transformer_layer import (  # noqa: E402
     TransformerLayer,
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
+
+from copus.backends.megatron.experts import expert_spec  # noqa: E402
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -156,9 +159,9 @@ def block_spec(
     before = IdentityOp if model.norm_position == "post" else norm
     of_heads = norm if model.qk_norm == "head" else IdentityOp
     into_residual = RowParallelLinear if model.norm_position == "pre" else NormedRowParallelLinear
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
+
+    def layer(mlp: ModuleSpec) -> ModuleSpec:
+        submodules = TransformerLayerSubmodules(
             input_layernorm=before,
             self_attention=ModuleSpec(
                 module=SelfAttention,
@@ -173,11 +176,16 @@ def block_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=before,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=into_residual)
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-        ),
+        )
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+    dense = layer(
+        ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=into_residual))
     )
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+    with_experts = layer(expert_spec(model)) if model.experts else dense
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
+    specs = [dense if number < model.dense_layers else with_experts for number in numbers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)

@@ -7,7 +7,10 @@ coordinates of the norm layers (`normlayer`). Every parameter of the whole model
 - a tensor-parallel duplicate (norm weights) counts on tensor rank 0, a pipeline-shared embedding on the first stage;
 - if every rank holds a partial sum of a gradient (norm weights with sequence parallelism, those of queries and keys
   with tensor parallelism; the two ends of a tied embedding with pipelining), the partial gradients of a part are kept
-  and summed over their group before they are squared.
+  and summed over their group before they are squared;
+- with expert parallelism an expert's gradient is the sum over the tokens of all ranks of its expert parallel group, and
+  none of them has that of its own tokens. A part is then what the replicas of such a group do together: the k-th
+  micro-batch of each. All other gradients are summed over the group too, as soon as a backward pass has made them.
 """
 
 from collections import defaultdict
@@ -19,6 +22,8 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.megatron import cpu
+from copus.backends.megatron.experts import is_shared_out
+from copus.backends.megatron.groups import replica_number
 from copus.backends.megatron.main_params import main_params
 from copus.backends.megatron.modules import is_norm_of_heads
 from copus.backends.megatron.norm_layers import MegatronNormLayers
@@ -57,6 +62,10 @@ class PartNorms:
         self._main_weights: dict[torch.nn.Parameter, torch.Tensor] | None = None
         self._counted: set[torch.nn.Parameter] = set()
         self._partial: dict[torch.nn.Parameter, dist.ProcessGroup] = {}
+        self._summed_at_once: set[torch.nn.Parameter] = set()
+        """Parameters whose gradients are summed over the expert parallel group in the backward pass."""
+        self._groups_of_replicas = layout.dp // layout.ep
+        """Whose micro-batches are parts: replicas, or groups of those that share experts out."""
         self._norm_layers = MegatronNormLayers(chunks, layout)
         named = [pair for chunk in chunks for pair in chunk.named_parameters()]
         params = [param for _, param in named]
@@ -78,6 +87,8 @@ class PartNorms:
 
     def _classify(self, name: str, param: torch.nn.Parameter, layout: Layout, tied_embeddings: bool) -> None:
         shared_embedding = getattr(param, "shared_embedding", False) or not param_is_not_shared(param)
+        if layout.ep > 1 and not is_shared_out(param):
+            self._summed_at_once.add(param)
         if tied_embeddings and layout.pp > 1 and shared_embedding:
             self._partial[param] = parallel_state.get_embedding_group()
             if parallel_state.is_pipeline_first_stage():
@@ -87,7 +98,9 @@ class PartNorms:
             self._counted.add(param)
         over_tokens = layout.sequence_parallel and getattr(param, "sequence_parallel", False)
         if over_tokens or (layout.tp > 1 and is_norm_of_heads(name)):
-            self._partial[param] = parallel_state.get_tensor_model_parallel_group()
+            # Experts are cut by tp too, so that this group has the tensor and the expert parallel ranks.
+            self._partial[param] = parallel_state.get_expert_tensor_and_model_parallel_group()
+            self._summed_at_once.discard(param)
 
     def _watch_reduction(self, bucket_group: Any) -> None:
         """Read the local gradients right before data-parallel ranks reduce them: at the end of the pass or, if the
@@ -116,7 +129,9 @@ class PartNorms:
         self._reset()
         self._full, norm_layers = split(source)
         self._configuration = configuration
-        if self._parts_of_replica() * configuration.layout.dp < 2:
+        if self._full == "replica" and configuration.layout.ep > 1:
+            self._full = None
+        if self._full_parts() < 2:
             self._full = None
         self._norm_layers_on = norm_layers and configuration.global_batch > 1
         self._weights = self._main_weights = None
@@ -130,6 +145,9 @@ class PartNorms:
 
     def _parts_of_replica(self) -> int:
         return {"replica": 1, "microbatch": self._configuration.num_microbatches}.get(self._full or "", 0)
+
+    def _full_parts(self) -> int:
+        return self._parts_of_replica() * self._groups_of_replicas
 
     @torch.no_grad()
     def _after_backward(self, param: torch.nn.Parameter) -> None:
@@ -151,11 +169,18 @@ class PartNorms:
     def _see(self, params: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor], part: int) -> None:
         whole = []
         for param, gradient in zip(params, gradients, strict=True):
+            if param in self._summed_at_once and (param in self._partial or param in self._counted):
+                gradient = gradient.float().clone()
+                dist.all_reduce(gradient, group=parallel_state.get_expert_model_parallel_group())
             if param in self._partial:
                 self._kept[param, part] = gradient.detach().clone()  # half of fp32's memory in bf16
-            elif param in self._counted:
+            elif self._counts(param):
                 whole.append(self._weighted(param, gradient))
         self._norms[part] += norms(whole)
+
+    def _counts(self, param: torch.nn.Parameter) -> bool:
+        """Whether this rank counts the gradient of a part. Of what all expert parallel ranks have, the first does."""
+        return param in self._counted and (is_shared_out(param) or parallel_state.get_expert_model_parallel_rank() == 0)
 
     def _weighted(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
         return gradient if self._weights is None else gradient * self._weights[param]
@@ -170,16 +195,17 @@ class PartNorms:
         """
         configuration = self._configuration
         rank, replicas = parallel_state.get_data_parallel_rank(), configuration.layout.dp
-        full_parts = self._parts_of_replica()
+        full_parts, group = self._parts_of_replica(), rank // configuration.layout.ep
         sequences = configuration.global_batch // replicas if self._norm_layers_on else 0
-        vector = torch.zeros(2 + replicas * (full_parts + sequences), dtype=torch.float64, device=device)
+        all_parts = self._full_parts()
+        vector = torch.zeros(2 + all_parts + replicas * sequences, dtype=torch.float64, device=device)
         if full_parts and self._weights is not None:
             vector[0] = self._mean_sq(None, device)
         if full_parts:
-            vector[2 + rank * full_parts :][:full_parts] = self._collect(full_parts, device)
+            vector[2 + group * full_parts :][:full_parts] = self._collect(full_parts, device)
         if sequences:
             vector[1] = self._mean_sq(set(self._norm_layers.params), device)
-            start = 2 + replicas * full_parts + rank * sequences
+            start = 2 + all_parts + rank * sequences
             vector[start:][:sequences] = self._norm_layers.collect(
                 configuration.num_microbatches, configuration.micro_batch, device
             )
@@ -189,8 +215,10 @@ class PartNorms:
     def _collect(self, parts: int, device: torch.device) -> torch.Tensor:
         self._add_up_partial_gradients(parts)
         sums = torch.stack([sum_of_squares(self._norms[part], device) for part in range(parts)])
-        # megatron divides every micro-batch's loss by their number (schedules.py:243)
-        return sums * self._configuration.num_microbatches**2 if self._full == "microbatch" else sums
+        if self._full == "replica":
+            return sums
+        # megatron divides every micro-batch's loss by their number (schedules.py:243); a part is a mean over ep of them
+        return sums * (self._configuration.num_microbatches / self._layout.ep) ** 2
 
     def _add_up_partial_gradients(self, parts: int) -> None:
         """Sum the partial gradients over their group, in fp32, and count them: large tensors one by one, so that there
@@ -211,25 +239,25 @@ class PartNorms:
                 self._count_whole(param, part, total.view(param.shape))
 
     def _count_whole(self, param: torch.nn.Parameter, part: int, gradient: torch.Tensor) -> None:
-        if param in self._counted:
+        if self._counts(param):
             self._norms[part] += norms([self._weighted(param, gradient)])
 
     def _mean_sq(self, only: set[torch.nn.Parameter] | None, device: torch.device) -> torch.Tensor:
         """This rank's share of |g|² of the step's mean gradient, weighted, of all parameters or of some."""
         gradients = []
-        # Without the distributed optimizer data parallel ranks have the same gradients: those of rank 0 count.
-        if self._layout.zero or parallel_state.get_data_parallel_rank() == 0:
-            for param, main, *_ in main_params(self._optimizer):
-                if param in self._counted and (only is None or param in only) and main.grad is not None:
-                    weights = self._main_weights
-                    gradients.append(main.grad if weights is None else main.grad * weights[main])
+        for param, main, *_ in main_params(self._optimizer):
+            # Without the distributed optimizer replicas have the same gradients: those of the first count.
+            counts = param in self._counted and (self._layout.zero or replica_number(is_shared_out(param)) == 0)
+            if counts and (only is None or param in only) and main.grad is not None:
+                weights = self._main_weights
+                gradients.append(main.grad if weights is None else main.grad * weights[main])
         return sum_of_squares(norms(gradients), device)
 
     def parts(self, totals: np.ndarray, grad_sq: float) -> tuple[Parts | None, Parts | None]:
         """The parts of the full source and those of the norm layers, from the sum of all ranks' contributions and |g|²
         of the step."""
         configuration = self._configuration
-        count = self._parts_of_replica() * configuration.layout.dp
+        count = self._full_parts()
         full = norm_layers = None
         if count:
             mean_sq = grad_sq if self._weights is None else float(totals[0])

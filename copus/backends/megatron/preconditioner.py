@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.megatron import cpu
+from copus.backends.megatron.experts import is_shared_out
 from copus.backends.megatron.main_params import main_params, shares_out_moments
 
 cpu.before_import()
@@ -49,26 +50,36 @@ class Preconditioner:
             else:
                 pieces.append((param, start, weight))
         if shares_out_moments(self._optimizer):
-            whole = self._gather(pieces)
+            groups = {
+                False: parallel_state.get_data_parallel_group(with_context_parallel=True),
+                True: parallel_state.get_expert_data_parallel_group(),
+            }
+            for of_experts, group in groups.items():
+                params = [param for param in self._params if is_shared_out(param) == of_experts]
+                own = [piece for piece in pieces if is_shared_out(piece[0]) == of_experts]
+                whole |= _gather(params, own, group) if params else {}
         return (whole, of_main) if whole else None
 
-    def _gather(self, pieces: list[tuple[torch.nn.Parameter, int, torch.Tensor]]) -> Weights:
-        """Every parameter whole, from the ranges that data-parallel ranks own; empty if no rank has any."""
-        offsets, total = {}, 0
-        for param in self._params:
-            offsets[param] = total
-            total += param.numel()
-        flat = torch.zeros(total + 1, dtype=torch.float32, device=self._params[0].device)
-        for param, start, weight in pieces:
-            begin = offsets[param] + start
-            flat[begin : begin + weight.numel()] = weight.view(-1)
-        flat[-1] = len(pieces)
-        dist.all_reduce(flat, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        if flat[-1] == 0:
-            return {}
-        return {
-            param: flat[offsets[param] : offsets[param] + param.numel()].view(param.shape) for param in self._params
-        }
+
+def _gather(
+    params: list[torch.nn.Parameter],
+    pieces: list[tuple[torch.nn.Parameter, int, torch.Tensor]],
+    group: dist.ProcessGroup,
+) -> Weights:
+    """The weights of whole parameters, from the ranges of them that the ranks of a group own; empty if none has any."""
+    offsets, total = {}, 0
+    for param in params:
+        offsets[param] = total
+        total += param.numel()
+    flat = torch.zeros(total + 1, dtype=torch.float32, device=params[0].device)
+    for param, start, weight in pieces:
+        begin = offsets[param] + start
+        flat[begin : begin + weight.numel()] = weight.view(-1)
+    flat[-1] = len(pieces)
+    dist.all_reduce(flat, group=group)
+    if flat[-1] == 0:
+        return {}
+    return {param: flat[offsets[param] : offsets[param] + param.numel()].view(param.shape) for param in params}
 
 
 def _weight(moment: torch.Tensor, correction: float, epsilon: float) -> torch.Tensor:

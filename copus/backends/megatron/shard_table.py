@@ -29,14 +29,14 @@ cpu.before_import()
 from megatron.core.distributed import param_and_grad_buffer  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
-from copus.backends.megatron.local_tensors import LocalTensor, has_master, local_tensors  # noqa: E402
+from copus.backends.megatron.local_tensors import LocalTensor, ModelRank, has_master, local_tensors  # noqa: E402
 from copus.backends.megatron.model import build_model  # noqa: E402
 
 
-def owned_ranges(wrapper: Any, replicas: int) -> Iterator[tuple[int, torch.nn.Parameter, int, int]]:
-    """What the distributed optimizer of every replica owns of a chunk: (replica, parameter, start, stop), ranges of
-    flattened parameters. Each bucket is cut into equal shares (distrib_optimizer.py:181)."""
-    for buffer in wrapper.buffers:
+def owned_ranges(buffers: Iterable[Any], replicas: int) -> Iterator[tuple[int, torch.nn.Parameter, int, int]]:
+    """What the distributed optimizer of every replica owns of the parameters in gradient buffers: (replica, parameter,
+    start, stop), ranges of flattened parameters. Each bucket is cut into equal shares (distrib_optimizer.py:181)."""
+    for buffer in buffers:
         for param, (param_start, param_stop, bucket) in buffer.param_index_map.items():
             bucket_start, bucket_stop = buffer.bucket_indices[bucket]
             share = (bucket_stop - bucket_start) // replicas
@@ -48,20 +48,27 @@ def owned_ranges(wrapper: Any, replicas: int) -> Iterator[tuple[int, torch.nn.Pa
 
 def shard_table(job: JobConfig, layout: Layout) -> ShardTable:
     """Weights and optimizer state of every rank of a layout. Ranks count tensor, context and data, pipeline; the first
-    the fastest."""
-    replicas = layout.cp * layout.dp
+    the fastest. Of the replicas of a stage, `ep` neighbours share its experts out."""
+    replicas, optimizer = layout.cp * layout.dp, job.training.optimizer
     tables = []
     for pp_rank in range(layout.pp):
         chunks = _chunks_on_meta(job, layout, pp_rank)
         for tp_rank in range(layout.tp):
             ranks = tp_rank + layout.tp * (np.arange(replicas) + replicas * pp_rank)
-            local = dict(pair for chunk in chunks for pair in local_tensors(chunk, job.model, layout.tp, tp_rank))
-            optimizer = job.training.optimizer
-            whole = _whole_rows(local.values(), None if layout.zero else optimizer)
-            # Every part of a fused matrix has the means over its rows, which are the same.
-            tables.append(ShardTable.of(dict.fromkeys(whole)).on_ranks(ranks))
-            if layout.zero:
-                tables.append(ShardTable.of(_sharded_rows(chunks, local, ranks, optimizer)))
+            for ep_rank in range(layout.ep):
+                rank = ModelRank(layout.tp, tp_rank, layout.ep, ep_rank)
+                local = dict(pair for chunk in chunks for pair in local_tensors(chunk, job.model, rank))
+                holders = ranks[ep_rank :: layout.ep]
+                whole = _whole_rows(local.values(), None if layout.zero else optimizer)
+                # Every part of a fused matrix has the means over its rows, which are the same.
+                tables.append(ShardTable.of(dict.fromkeys(whole)).on_ranks(holders))
+                if not layout.zero:
+                    continue
+                of_experts = [buffer for chunk in chunks for buffer in chunk.expert_parallel_buffers]
+                tables.append(ShardTable.of(_sharded_rows(of_experts, local, holders, optimizer)))
+                if ep_rank == 0:
+                    of_dense = [buffer for chunk in chunks for buffer in chunk.buffers]
+                    tables.append(ShardTable.of(_sharded_rows(of_dense, local, ranks, optimizer)))
     return ShardTable.concatenate(tables)
 
 
@@ -77,15 +84,13 @@ def _whole_rows(tensors: Iterable[LocalTensor], optimizer: BatchRules | None) ->
 
 
 def _sharded_rows(
-    chunks: list[Any], local: dict[torch.Tensor, LocalTensor], ranks: np.ndarray, optimizer: BatchRules
+    buffers: list[Any], local: dict[torch.Tensor, LocalTensor], ranks: np.ndarray, optimizer: BatchRules
 ) -> Iterator[Row]:
-    for chunk in chunks:
-        for replica, param, start, stop in owned_ranges(chunk, len(ranks)):
-            tensor = local[param]
-            for region, part, _, _ in tensor.parts_of_range(start, stop):
-                box = region.place(part)
-                for row in state_rows(region.weight, box, optimizer, has_master=has_master(region)):
-                    yield int(ranks[replica]), *row
+    for replica, param, start, stop in owned_ranges(buffers, len(ranks)):
+        for region, part, _, _ in local[param].parts_of_range(start, stop):
+            box = region.place(part)
+            for row in state_rows(region.weight, box, optimizer, has_master=has_master(region)):
+                yield int(ranks[replica]), *row
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,9 @@ def _chunks_on_meta(job: JobConfig, layout: Layout, pp_rank: int) -> list[Any]:
     groups.cp = _StandInGroup(layout.cp, 0)
     groups.ep = _StandInGroup(layout.ep, 0)
     groups.dp = _StandInGroup(layout.dp, 0)
-    groups.dp_cp = groups.expt_dp = replicas
+    groups.dp_cp, groups.expt_dp = replicas, _StandInGroup(replicas.ranks // layout.ep, 0)
+    groups.tp_ep = _StandInGroup(layout.tp * layout.ep, 0)
+    groups.tp_cp, groups.tp_dp_cp = groups.tp, replicas  # of the routers, which only run on real groups
     groups.embd = None  # nothing is sent to make the copies of a tied embedding equal
     # Megatron's helpers take every group for one rank if torch has no world.
     world = contextlib.nullcontext() if dist.is_initialized() else world_of_one(1, 0)

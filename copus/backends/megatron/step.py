@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from copus.backends.megatron import cpu
 from copus.backends.megatron.built import BuiltModel
+from copus.backends.megatron.groups import replica_number
 from copus.backends.megatron.local_tensors import unwrap
 from copus.backends.megatron.upstream import inner_optimizers
 from copus.backends.megatron.versions import main_grads
@@ -27,18 +28,21 @@ def compute_gradients(
 ) -> StepShares:
     """Run the forward and backward passes, reduce the gradients, and return this rank's shares of the step's figures.
     `optimizer_steps` is the number of steps before this one."""
-    optimizer, part_norms = built.optimizer, built.part_norms
+    optimizer, part_norms, expert_tokens = built.optimizer, built.part_norms, built.expert_tokens
     assert part_norms is not None, "it is built"
+    assert expert_tokens is not None, "it is built"
     for chunk in built.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     part_norms.start(request.noise_source, configuration, 1 - request.rules.beta2_product_before(optimizer_steps))
+    expert_tokens.start()
     losses = _run_microbatches(built, configuration, batches, request.first_sample, forward_only=False)
     optimizer.prepare_grads()
     return StepShares(
         _loss_share(built, configuration, losses),
         _local_grad_sq(built, configuration),
         part_norms.contribution(built.device),
+        expert_tokens.contribution(built.device),
     )
 
 
@@ -47,6 +51,8 @@ def update_weights(built: BuiltModel, options: dict[str, Any], scale: float) -> 
     _scale_gradients(built.optimizer, scale)
     _set_options(built.optimizer, options)
     built.optimizer.step_with_ready_grads()
+    assert built.expert_tokens is not None, "it is built"
+    built.expert_tokens.update_biases()
 
 
 def evaluate(built: BuiltModel, configuration: Configuration, batches: Batches, sequences: int) -> float:
@@ -128,11 +134,12 @@ def _local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Ten
     """This rank's share of |g|², in which every gradient counts once over all ranks.
 
     With the distributed optimizer every rank has its own shard. Without it all data-parallel ranks have the same
-    gradients, and those of rank 0 count.
+    gradients, and those of rank 0 count; of an expert's gradients those of the first rank that has it.
     """
     gradients: list[torch.Tensor] = []
-    if configuration.layout.zero or parallel_state.get_data_parallel_rank() == 0:
-        for wrapper in built.optimizer.chained_optimizers:
+    for wrapper in built.optimizer.chained_optimizers:
+        of_experts = any(group["is_expert_parallel"] for group in wrapper.param_groups)
+        if configuration.layout.zero or replica_number(of_experts) == 0:
             gradients += main_grads(wrapper)
     return sum_of_squares(norms(gradients), built.device)
 

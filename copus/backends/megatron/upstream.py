@@ -25,6 +25,17 @@ def use_torch_adam() -> None:
         patch(owner, name, value, oldest=(0, 16), newest=(0, 19))
 
 
+def use_torch_router() -> None:
+    """Let routers of 0.16 work without Transformer Engine.
+
+    moe_utils.py:1192 asks whether `te_general_gemm` is None, and without Transformer Engine there is no such name.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside megatron's chain of wrappers."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
