@@ -59,6 +59,15 @@ class NoiseAt(NamedTuple):
     """None where it is unbounded."""
 
 
+class ExpertsAt(NamedTuple):
+    """How tokens spread over the experts in a step: as in the event `step`."""
+
+    tokens: float
+    seconds: float
+    imbalance: float
+    dropped_share: float
+
+
 class LossAt(NamedTuple):
     """A held-out loss, nats a token."""
 
@@ -124,6 +133,7 @@ class History:
     status: RunStatus = field(default_factory=RunStatus)
     first_start: Start | None = None
     steps: list[StepAt] = field(default_factory=list)
+    experts: list[ExpertsAt] = field(default_factory=list)
     noise: list[NoiseAt] = field(default_factory=list)
     evaluations: list[LossAt] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -260,6 +270,8 @@ def _take(history: History, event: Event, seconds: float) -> None:
             span = len(history.spans) - 1
             row = StepAt(tokens, seconds, event.loss, event.seconds, event.global_batch, span)
             history.steps.append(row._replace(lr=event.lr, beta2=event.beta2, grad_norm=event.grad_norm))
+            if event.expert_imbalance is not None:
+                history.experts.append(ExpertsAt(tokens, seconds, event.expert_imbalance, event.dropped_share or 0.0))
             if history.spans:
                 _end_span(history, tokens, seconds)
         case Noise() if event.value is not None and event.value > 0:

@@ -27,7 +27,7 @@ _NOT_OF_THE_MODEL = frozenset(
     problem_type torchscript task_specific_params use_bfloat16 attn_implementation _attn_implementation
     _attn_implementation_autoset _attn_implementation_internal quantization_config initializer_range
     initializer_factor pretraining_tp attention_dropout hidden_dropout embedding_dropout residual_dropout resid_pdrop
-    embd_pdrop attn_pdrop classifier_dropout router_aux_loss_coef router_jitter_noise norm_topk_prob n_ctx
+    embd_pdrop attn_pdrop classifier_dropout router_aux_loss_coef router_jitter_noise n_ctx
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     reorder_and_upcast_attn prefix finetuning_task pruned_heads max_length min_length
     rope_scaling rope_parameters rope_theta max_position_embeddings
@@ -271,6 +271,7 @@ def _qwen3_moe(config: _Config) -> Fields:
         "ffn_hidden": config.take("moe_intermediate_size"),
         "experts": config.take("num_experts", config.take("num_local_experts", None)),
         "experts_per_token": config.take("num_experts_per_tok"),
+        "router": {"normalized": config.take("norm_topk_prob", False)},
     }
     return _qwen3(config) | experts
 
@@ -370,10 +371,10 @@ _MISSING = {
     "gpt_neox": "attention and MLP in parallel",
     "falcon": "attention and MLP in parallel",
     "gemma3": "its vision tower; the decoder is in text_config, which may stand in a file of its own",
-    "deepseek_v2": "multi-head latent attention, shared experts and dense layers before those with experts",
-    "deepseek_v3": "multi-head latent attention, shared experts and dense layers before those with experts",
+    "deepseek_v2": "the rotary scaling of its latent attention",
+    "deepseek_v3": "the rotary scaling of its latent attention; the name deepseek-v3 is the model before it is scaled",
     "gpt_oss": "attention sinks and the clamped SwiGLU of its experts",
-    "qwen2_moe": "a shared expert of another width than the others",
+    "qwen2_moe": "the gate of its shared expert",
     "granite": "scales of the residual branches and of the logits",
     "smollm3": "layers without positions",
 }

@@ -15,7 +15,7 @@ def flops_per_token(model: ModelShape) -> float:
     weights = model.matrices(model.experts_per_token) + model.vocab * model.hidden
     window, whole = min(model.sliding_window or model.seq_len, model.seq_len), model.full_attention_layers
     attended = whole * model.seq_len / 2 + (model.layers - whole) * window * (1 - window / (2 * model.seq_len))
-    return 6.0 * weights + 12.0 * model.query_width * attended
+    return 6.0 * weights + 12.0 * model.attention_width * attended
 
 
 def peak_samples_per_second(model: ModelShape, cluster: Cluster, precision: str) -> float | None:

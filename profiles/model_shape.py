@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from profiles.latent_attention import LatentAttention
 from profiles.record import PositiveInt, Record
 from profiles.rope import RopeScaling
 from profiles.router import Router
@@ -67,6 +68,8 @@ class ModelShape(Record):
     """Base of the rotary frequencies."""
     head_dim: PositiveInt | None = Field(default=None, json_schema_extra={"default_in_words": "hidden ÷ heads"})
     """Width of an attention head."""
+    latent_attention: LatentAttention | None = None
+    """Multi-head latent attention (DeepSeek-V2 and V3), if it is given; needs `head_dim`. Planned only."""
     activation: Literal["silu", "gelu", "gelu_tanh", "squared_relu"] | None = Field(
         default=None, json_schema_extra={"default_in_words": "`silu` with a gate, `gelu` without"}
     )
@@ -127,6 +130,8 @@ class ModelShape(Record):
             raise ValueError(
                 f"heads({self.heads}) ÷ kv_heads({self.kv_heads}) is not whole: {self.heads / self.kv_heads:g}"
             )
+        if self.latent_attention is not None:
+            self._check_latent_attention(self.latent_attention)
         if self.positions == "rope" and self.rotary_width % 2:
             of_head = (
                 f"head_dim({self.head_width})" if self.head_dim else f"hidden({self.hidden}) ÷ heads({self.heads})"
@@ -161,6 +166,14 @@ class ModelShape(Record):
             raise ValueError("full_attention_every(1): every layer attends to all tokens; leave sliding_window out")
         return self
 
+    def _check_latent_attention(self, latent: LatentAttention) -> None:
+        if self.head_width <= latent.rope_dim:
+            raise ValueError(
+                f"latent_attention.rope_dim({latent.rope_dim}) leaves nothing of head_dim({self.head_width})"
+            )
+        if self.kv_heads != self.heads:
+            raise ValueError(f"latent_attention needs as many kv_heads({self.kv_heads}) as heads({self.heads})")
+
     @property
     def padded_vocab(self) -> int:
         """Rows of the embedding: `vocab` rounded up to a multiple of 128."""
@@ -174,7 +187,7 @@ class ModelShape(Record):
     @property
     def rotary_width(self) -> int:
         """Dimensions of a head that are rotated."""
-        return int(self.head_width * self.rope_fraction)
+        return self.latent_attention.rope_dim if self.latent_attention else int(self.head_width * self.rope_fraction)
 
     @property
     def query_width(self) -> int:
@@ -185,6 +198,13 @@ class ModelShape(Record):
     def kv_width(self) -> int:
         """Width of the keys, and of the values, of all heads."""
         return self.kv_heads * self.head_width
+
+    @property
+    def attention_width(self) -> float:
+        """Mean width of queries and of the results of all heads: a score takes so many multiplications, twice."""
+        if self.latent_attention is None:
+            return self.query_width
+        return self.heads * (self.head_width + self.latent_attention.value_dim) / 2
 
     @property
     def mlp_activation(self) -> str:
@@ -201,6 +221,8 @@ class ModelShape(Record):
     @property
     def attention_matrices(self) -> int:
         """Weights of the matrices of a layer's attention."""
+        if self.latent_attention is not None:
+            return self.latent_attention.matrices(self.hidden, self.heads, self.head_width)
         return self.hidden * (2 * self.query_width + 2 * self.kv_width)
 
     @property
@@ -259,6 +281,7 @@ class ModelShape(Record):
         biases = self.hidden * (self.bias in ("attention", "all")) + self.hidden * (self.bias == "all")
         of_queries_and_keys = {"none": 0, "head": 2 * self.head_width, "projection": self.query_width + self.kv_width}
         norms = self.norms_per_layer * self.hidden + of_queries_and_keys[self.qk_norm]
+        norms += self.latent_attention.norms if self.latent_attention else 0
         return biases + norms * self.norm_vectors
 
     @property

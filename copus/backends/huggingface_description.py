@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _REFUSED = (
     *("norm", "positions", "rope_fraction", "rope_local_base", "sliding_window", "full_attention_every"),
     *("attention_scale", "embedding_scale", "attention_softcap", "logit_softcap"),
-    *("expert_hidden", "shared_expert_hidden", "dense_layers", "capacity_factor", "router"),
+    *("latent_attention", "expert_hidden", "shared_expert_hidden", "dense_layers", "capacity_factor", "router"),
 )
 """Optional fields of a model that are not built."""
 

@@ -159,13 +159,15 @@ def work(
     inputs = 1 - moe + chosen + moe * (shared > 0)
     """Copies of a token that go into these."""
     tokens = b * (model.seq_len / cp)
-    products = 2 * tokens * ((2 * h * q + 2 * h * kv) + (gates + 1) * h * width + moe * h * model.experts) / tp
-    attention_weights = (2 * h * q + 2 * h * kv) / tp
+    products = 2 * tokens * (model.attention_matrices + (gates + 1) * h * width + moe * h * model.experts) / tp
+    attention_weights = model.attention_matrices / tp
     dense_weights = attention_weights + (gates + 1) * h * ((1 - moe) * f + shared) / tp
     expert_weights = moe * model.expert_matrices * model.experts / (ep * tp)
     touched = tokens * ((2 + inputs) * h + (2 * q + 2 * kv + (gates + 1) * width) / tp + inputs * h)
     operands = HALF * (touched + dense_weights + expert_weights)
-    causal = 2 * tokens * model.seq_len * q / tp  # all scores, also where a window hides some: the kernels skip none
+    causal = (
+        2 * tokens * model.seq_len * model.attention_width / tp
+    )  # all scores, also where a window hides some: the kernels skip none
     split = np.where(c.sequence_parallel, tp, 1.0)
     passes_whole = NORM_PASSES + PASSES_OF_A_NORM * (model.norms_per_layer - 2)
     passes_split = SPLIT_PASSES * q + PASSES_OF_A_NORM * (q + kv) * (model.qk_norm != "none")

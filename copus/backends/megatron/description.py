@@ -10,7 +10,7 @@ from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 from profiles.rope import attention_factor
 
-_REFUSED = ("rope_local_base", "attention_softcap", "logit_softcap")
+_REFUSED = ("rope_local_base", "attention_softcap", "logit_softcap", "latent_attention")
 """Optional fields of a model that it does not build."""
 
 
