@@ -108,9 +108,9 @@ def _variants(
 def _experts_are_near(layout: Layout, model: ModelShape, cluster: Cluster) -> bool:
     """Whether the ranks that share experts out are on one node, or on no more nodes than the experts' weights,
     gradients and unshared optimizer state need: an all-to-all between nodes is slow."""
-    memory, ranks = memory_bytes(cluster), layout.tp * layout.ep
-    if ranks <= node_size(cluster):
+    if layout.ep == 1 or layout.tp * layout.ep <= node_size(cluster):
         return True
+    memory = memory_bytes(cluster)
     degrees = [ep for ep in _divisors(model.experts) if ep < layout.ep and layout.dp % ep == 0]
     weights = model.expert_layers * model.experts * model.expert_matrices / (layout.tp * layout.pp * degrees[-1])
     return memory is not None and weights * (6 if layout.zero else 18) > _EXPERT_SHARE * memory

@@ -10,7 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from copus.backends import initial_weights
+from copus.backends.huggingface import mean_loss
+from copus.backends.initial_weights import initial_weight
 from copus.backends.megatron.hugging_face import hugging_face_parts
 from copus.backends.megatron.shard_table import shard_table
 from copus.backends.registry import find_backend
@@ -265,7 +269,7 @@ def test_impossible_experts_are_refused(fields: dict[str, Any], message: str) ->
     ("layout", "model", "message"),
     [
         ({"dp": 4, "ep": 4}, {"experts": 6}, "training.layout: model.experts(6) ÷ ep(4) is not whole: 1.5"),
-        ({"tp": 4, "ep": 2}, MOE, "training.layout: dp·cp(1) ÷ ep(2) is not whole: 0.5"),
+        ({"tp": 4, "ep": 2}, MOE | {"kv_heads": 4}, "training.layout: dp·cp(1) ÷ ep(2) is not whole: 0.5"),
         ({"dp": 2, "ep": 2}, {}, "training.layout: ep(2) needs a model with experts"),
         ({"tp": 4}, MOE | {"kv_heads": 4}, "tp(4) of a model with experts needs sequence_parallel: true"),
         (
@@ -328,9 +332,10 @@ def test_the_table_has_every_expert_and_the_memory_model_counts_them(layout: Lay
     for rank, stage in stages:
         held = table.of_rank(rank).values()
         counted = stage_weights(job.model, configurations, MEGATRON, stage)
-        weights = {field.name: box.elements for field, box in held if "/" not in field.name}
-        experts = sum(elements for name, elements in weights.items() if ".mlp.experts." in name)
-        assert (counted.experts[0], counted.dense[0]) == (experts, sum(weights.values()) - experts)
+        weights = [(field.name, box.elements) for field, box in held if "/" not in field.name]
+        experts = sum(elements for name, elements in weights if ".mlp.experts." in name)
+        dense = sum(elements for name, elements in weights) - experts
+        assert (counted.experts[0], counted.dense[0]) == (experts, dense)
     expert_weights = [
         index for index, fields in enumerate(table.groups) if fields[0].name.endswith("experts.3.up_proj.weight")
     ]
@@ -346,3 +351,71 @@ def test_the_table_has_every_expert_and_the_memory_model_counts_them(layout: Lay
         == copies * (job.model.parameters - experts + replicated)
         + copies // (1 if layout.zero else layout.ep) * experts
     )
+
+
+DIMENSIONS = {
+    **{"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "vocab_size": 256, "rms_norm_eps": 1e-5, "head_dim": 8, "tie_word_embeddings": False},
+    **{"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "num_experts_per_tok": 4},
+}
+AS_IN_TRANSFORMERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    *(
+        (
+            "qwen3_moe",
+            {"num_experts": 8, "moe_intermediate_size": 48, "norm_topk_prob": normalized},
+            {"qk_norm": "head", "router": {"normalized": normalized, "aux_loss": 0}},
+        )
+        for normalized in (True, False)
+    ),
+    (
+        "glm4_moe",  # routes as DeepSeek-V3 does
+        {
+            **{"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1},
+            **{"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "use_qk_norm": False},
+            "rope_parameters": DIMENSIONS["rope_parameters"] | {"partial_rotary_factor": 1.0},  # type: ignore[operator]
+        },
+        {
+            **{"dense_layers": 1, "expert_hidden": 24, "shared_expert_hidden": 24},
+            "router": {"scores": "sigmoid", "groups": 4, "groups_per_token": 2, "scale": 2.5, "aux_loss": 0},
+        },
+    ),
+]
+
+
+def _losses_of_both() -> list[tuple[float, float]]:
+    """Of models with large weights, so that everything in them matters."""
+    initial_weights._INIT_STD = 0.5
+    pairs = []
+    for kind, config, fields in AS_IN_TRANSFORMERS:
+        job = tiny_job(1, {}, {"experts": 8, "experts_per_token": 4, "kv_heads": 2, **fields}, micro_batch=8)
+        backend = backend_of(job)
+        ours = backend.train_step(random_batches, StepRequest(0, RULES)).loss
+        backend.close()
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**DIMENSIONS, **config}))
+        _fill(theirs, job.model, job.training.seed)
+        pairs.append((ours, mean_loss(theirs, *random_batches(0, 8)).item()))
+    return pairs
+
+
+def _fill(network: Any, model: ModelShape, seed: int) -> None:
+    """Put our initial weights into a model of transformers, whose experts are one tensor."""
+
+    def start(name: str, *shape: int) -> torch.Tensor:
+        return initial_weight(name, shape, model.layers, seed, torch.device("cpu"))
+
+    for name, weight in network.state_dict(keep_vars=True).items():
+        layer, _, which = name.rpartition(".")
+        if not layer.endswith("mlp.experts"):
+            weight.data.copy_(start(name, *weight.shape))
+            continue
+        for expert in range(model.experts):
+            parts = ("gate_proj", "up_proj") if which == "gate_up_proj" else ("down_proj",)
+            height = weight.shape[1] // len(parts)
+            own = [start(f"{layer}.{expert}.{part}.weight", height, weight.shape[2]) for part in parts]
+            weight.data[expert] = torch.cat(own)
+
+
+@pytest.mark.dist
+def test_megatron_computes_what_transformers_computes() -> None:
+    for ours, theirs in run_ranks(1, _losses_of_both)[0]:
+        assert ours == pytest.approx(theirs, rel=1e-5)

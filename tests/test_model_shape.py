@@ -96,12 +96,13 @@ def test_the_backend_refuses_what_it_does_not_build(fields: dict[str, Any], mess
 def test_a_backend_builds_a_field_or_refuses_it(field: str) -> None:
     """Nothing that a job file may say of a model is passed over."""
     for description, builders in (
-        ("megatron/description.py", ("megatron/model.py", "megatron/modules.py")),
+        ("megatron/description.py", ("megatron/model.py", "megatron/modules.py", "megatron/experts.py")),
         ("huggingface_description.py", ("huggingface.py",)),
     ):
         said = (BACKENDS / description).read_text()
         built = "".join((BACKENDS / builder).read_text() for builder in builders) + said
         properties = {"head_dim": "head_width", "activation": "mlp_activation", "experts_per_token": "experts"}
+        properties |= {"expert_hidden": "expert_width"}
         assert f'"{field}"' in said or re.search(rf"\b(model|shape)\.{properties.get(field, field)}\b", built)
 
 

@@ -135,6 +135,25 @@ def test_tensor_parallel_ranks_stay_within_a_node_unless_the_user_says_otherwise
     assert max(layout.tp for layout in layouts_of(config, domain)) == 8, "NVLink joins 72 of them"
 
 
+def test_experts_are_shared_out_within_a_node_unless_memory_or_the_user_asks_for_more():
+    cluster = Cluster(nodes=4, accelerators_per_node=4, accelerator="h100-sxm")
+    start = Configuration(layout=Layout(dp=16, zero=1), micro_batch=1, global_batch=16)
+    model = MODEL.model_copy(update={"experts": 16, "experts_per_token": 2, "seq_len": 64})
+    config = PlannerConfig(max_global_batch=16, recompute="none")
+
+    def degrees(model, config=config):
+        found = candidates(config, model, cluster, start)
+        assert all(candidate.layout.sequence_parallel for candidate in found if candidate.layout.tp > 1)
+        return {(c.layout.tp, c.layout.ep) for c in found if c.layout.pp == 1}
+
+    assert degrees(model) == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)}
+    assert degrees(model, config.model_copy(update={"max_ep": 1})) == {(1, 1), (2, 1)}
+    assert (1, 16) in degrees(model, config.model_copy(update={"max_ep": 16}))
+    # 4 experts a rank of 12.9 GB each with gradients, of 80 GiB; 2 of them are little enough
+    large = model.model_copy(update={"layers": 32, "hidden": 4096, "ffn_hidden": 5462})
+    assert degrees(large) == {(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4)}
+
+
 def test_layouts_that_the_model_does_not_allow_are_left_out():
     found = candidates(
         PlannerConfig(max_global_batch=8),
