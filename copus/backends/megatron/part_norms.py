@@ -170,7 +170,7 @@ class PartNorms:
         whole = []
         for param, gradient in zip(params, gradients, strict=True):
             if param in self._summed_at_once and (param in self._partial or param in self._counted):
-                gradient = gradient.float().clone()
+                gradient = gradient.to(torch.float32, copy=True)
                 dist.all_reduce(gradient, group=parallel_state.get_expert_model_parallel_group())
             if param in self._partial:
                 self._kept[param, part] = gradient.detach().clone()  # half of fp32's memory in bf16
