@@ -209,7 +209,30 @@ def test_the_defaults_are_those_of_megatron() -> None:
         ("--optimizer lion", "training.optimizer.kind", "adamw"),
         ("--distributed-timeout-minutes 5", "launch.timeout_seconds", 300.0),
         ("--exit-duration-in-mins 230", "training.max_minutes", 230.0),
-        ("--num-experts 8 --moe-ffn-hidden-size 96 --moe-router-topk 3", "model.ffn_hidden", 96),
+        ("--num-experts 8 --disable-bias-linear --moe-ffn-hidden-size 96 --moe-router-topk 3", "model.ffn_hidden", 96),
+        (
+            "--num-experts 8 --disable-bias-linear --moe-layer-freq '([0]*1+[1]*1)' --moe-ffn-hidden-size 96",
+            "model.expert_hidden",
+            96,
+        ),
+        (
+            "--num-experts 8 --disable-bias-linear --moe-layer-freq '([0]*1+[1]*1)' --moe-ffn-hidden-size 96",
+            "model.dense_layers",
+            1,
+        ),
+        (
+            "--num-experts 8 --disable-bias-linear --moe-router-load-balancing-type seq_aux_loss",
+            "model.router.aux_loss_over",
+            "sequence",
+        ),
+        ("--num-experts 8 --disable-bias-linear --moe-aux-loss-coeff 1e-2", "model.router.aux_loss", 0.01),
+        (
+            "--num-experts 8 --disable-bias-linear --moe-router-score-function sigmoid --moe-router-enable-expert-bias",
+            "model.router.bias_update_rate",
+            0.001,
+        ),
+        ("--num-experts 8 --disable-bias-linear --moe-router-pre-softmax", "model.router.normalized", False),
+        ("--num-experts 8 --disable-bias-linear", "training.expert_dispatch", "allgather"),
         ("--wandb-project p --wandb-exp-name 'my run/1'", "name", "my-run-1"),
         (
             "--wandb-project p --wandb-entity e",

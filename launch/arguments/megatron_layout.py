@@ -34,7 +34,7 @@ def read_layout(given: GivenArguments, command: CommandLine) -> int:
         layout["cp"] = cp
     if ep > 1 and _runs(given, "ep", ep, "--expert-model-parallel-size", "every rank has all experts here"):
         layout["ep"] = ep
-    if given.whole("--expert-tensor-parallel-size") not in (None, 1, tp):
+    if given.whole("--expert-tensor-parallel-size") not in (None, tp):
         given.leave("--expert-tensor-parallel-size", "is lost", "experts are split as all else is")
     if (chunks := _chunks(given, pp)) > 1:
         layout["vp"] = chunks

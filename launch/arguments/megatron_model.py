@@ -7,6 +7,7 @@ from typing import Any
 
 from copus.job import JobError
 from launch.arguments.given_arguments import GivenArguments
+from launch.arguments.megatron_experts import dense_layers, read_experts
 from profiles.preset import presets
 
 _VOCABULARIES = {"GPT2BPETokenizer": 50257, "Llama2Tokenizer": 32000, "Llama3Tokenizer": 128256}
@@ -62,11 +63,16 @@ def _mlp(given: GivenArguments) -> None:
     gated = given.flag("--swiglu")
     width, experts = given.whole("--ffn-hidden-size"), given.whole("--num-experts")
     of_experts = given.whole("--moe-ffn-hidden-size") if experts else None
-    if of_experts:
+    if dense := dense_layers(given) if experts else 0:
+        put("model.dense_layers", dense)
+        if of_experts:
+            put("model.expert_hidden", of_experts)
+    elif of_experts:
+        width = None
         put("model.ffn_hidden", of_experts, "--moe-ffn-hidden-size")
-    elif width:
+    if width:
         put("model.ffn_hidden", width)
-    else:
+    elif dense or not of_experts:
         usual, factor = (int(4 * hidden * 2 / 3 / 64) * 64, "8/3") if gated else (4 * hidden, "4")
         put("model.ffn_hidden", usual, f"--ffn-hidden-size's default, {hidden} × {factor}")
     put("model.gated_mlp", gated)
@@ -75,10 +81,7 @@ def _mlp(given: GivenArguments) -> None:
     elif given.flag("--openai-gelu"):
         put("model.activation", "gelu_tanh")
     if experts:
-        put("model.experts", experts)
-        given.put("model.experts_per_token", "--moe-router-topk", given.whole("--moe-router-topk"), 2)
-        if given.text("--moe-layer-freq") not in (None, "1"):
-            given.leave("--moe-layer-freq", "changes the training", "all layers have experts")
+        read_experts(given, experts)
 
 
 def _vocabulary(given: GivenArguments) -> None:
