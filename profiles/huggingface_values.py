@@ -1,6 +1,7 @@
 """A `model` section as the values of a Hugging Face configuration: the way back from `huggingface_config`.
 
-A family is taken only if its configuration, read again, is the same model. So nothing of a model can be lost.
+A family is taken only if its configuration, read again, is the same model. So nothing of a model can be lost, but for
+how tokens are spread over experts in training.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,8 @@ def config_values(shape: ModelShape, prefer: str | None = None) -> Fields:
         architecture, make = _FAMILIES[family]
         values = {"architectures": [architecture], "model_type": family, **make(shape)}
         values = {name: value for name, value in values.items() if value is not None}
-        if shape_of(values, shape.seq_len) == shape:
+        read = shape_of(values, shape.seq_len)
+        if read is not None and read.without_training == shape.without_training:
             return values
     raise ValueError(f"no family of Hugging Face has this model; there are {', '.join(_FAMILIES)}")
 
@@ -114,7 +116,9 @@ def _qwen3(shape: ModelShape) -> Fields:
 
 def _qwen3_moe(shape: ModelShape) -> Fields:
     experts = {"num_experts": shape.experts, "num_experts_per_tok": shape.experts_per_token}
-    return _qwen3(shape) | experts | {"moe_intermediate_size": shape.ffn_hidden, "norm_topk_prob": True}
+    return (
+        _qwen3(shape) | experts | {"moe_intermediate_size": shape.ffn_hidden, "norm_topk_prob": shape.router.normalized}
+    )
 
 
 def _olmo2(shape: ModelShape) -> Fields:

@@ -304,6 +304,13 @@ class ModelShape(Record):
         return self.matrices(self.experts) + vectors + embeddings
 
     @property
+    def without_training(self) -> "ModelShape":
+        """The same model without what only training has of it: losses and limits that spread tokens over experts."""
+        router = {name: getattr(self.router, name) for name in ("scores", "normalized", "scale", "groups")}
+        router |= {"groups_per_token": self.router.groups_per_token, "bias_update_rate": self.router.bias_update_rate}
+        return self.model_copy(update={"router": Router(**router), "capacity_factor": None})
+
+    @property
     def digest(self) -> str:
         """A short name that shapes share whose steps take the same work: the key of a model in throughput tables."""
         # Without defaults: a field that is added later does not make every table forget its models.

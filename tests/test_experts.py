@@ -24,6 +24,7 @@ from copus.job import JobError
 from copus.reshard.boxes import Box
 from planner.noise_sources import MICROBATCH, NORMLAYER
 from profiles.configurations import Configurations
+from profiles.huggingface_values import config_values
 from profiles.layout import Layout
 from profiles.memory import MEGATRON
 from profiles.memory.parameters import Stage, stage_weights
@@ -311,6 +312,17 @@ def test_experts_have_the_names_that_hugging_face_gives_them() -> None:
     assert names("mlp.shared_experts.linear_fc2.weight", 32, 16) == [f"{layer}.shared_experts.down_proj.weight"]
     assert names("mlp.router.weight", 4, 32) == [f"{layer}.gate.weight"]
     assert names("mlp.router.expert_bias", 4) == [f"{layer}.gate.e_score_correction_bias"]
+
+
+def test_a_model_with_experts_becomes_a_configuration_of_the_family_that_has_it() -> None:
+    def family(**fields: Any) -> str:
+        return str(config_values(ModelShape(**{**SHAPE, "experts": 4, "experts_per_token": 2, **fields}))["model_type"])
+
+    assert family(router={"aux_loss": 0.5}, capacity_factor=1.5) == "mixtral"
+    assert family(qk_norm="head", router={"normalized": False}) == "qwen3_moe"
+    for fields in ({"router": {"normalized": False}}, {"shared_expert_hidden": 16}, {"router": {"scores": "sigmoid"}}):
+        with pytest.raises(ValueError, match="no family of Hugging Face has this model"):
+            family(**fields)
 
 
 @pytest.mark.parametrize(
