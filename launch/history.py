@@ -46,6 +46,10 @@ class StepAt(NamedTuple):
     """None with an optimizer that keeps no average of squared gradients."""
     grad_norm: float | None = None
     """Before clipping; None if it was not finite."""
+    expert_imbalance: float | None = None
+    """As in the event; None for a dense model."""
+    dropped_share: float | None = None
+    """As in the event; None for a dense model."""
 
 
 class NoiseAt(NamedTuple):
@@ -57,15 +61,6 @@ class NoiseAt(NamedTuple):
     low: float | None
     high: float | None
     """None where it is unbounded."""
-
-
-class ExpertsAt(NamedTuple):
-    """How tokens spread over the experts in a step: as in the event `step`."""
-
-    tokens: float
-    seconds: float
-    imbalance: float
-    dropped_share: float
 
 
 class LossAt(NamedTuple):
@@ -133,7 +128,6 @@ class History:
     status: RunStatus = field(default_factory=RunStatus)
     first_start: Start | None = None
     steps: list[StepAt] = field(default_factory=list)
-    experts: list[ExpertsAt] = field(default_factory=list)
     noise: list[NoiseAt] = field(default_factory=list)
     evaluations: list[LossAt] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -269,9 +263,8 @@ def _take(history: History, event: Event, seconds: float) -> None:
         case Step():
             span = len(history.spans) - 1
             row = StepAt(tokens, seconds, event.loss, event.seconds, event.global_batch, span)
+            row = row._replace(expert_imbalance=event.expert_imbalance, dropped_share=event.dropped_share)
             history.steps.append(row._replace(lr=event.lr, beta2=event.beta2, grad_norm=event.grad_norm))
-            if event.expert_imbalance is not None:
-                history.experts.append(ExpertsAt(tokens, seconds, event.expert_imbalance, event.dropped_share or 0.0))
             if history.spans:
                 _end_span(history, tokens, seconds)
         case Noise() if event.value is not None and event.value > 0:

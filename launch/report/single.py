@@ -124,6 +124,14 @@ def _draw(
     }
     if any(step.beta2 is not None for step in history.steps):
         content.figures["beta2"] = figures.of_steps(history, time, "β2", lambda step: step.beta2)
+    if any(step.expert_imbalance is not None for step in history.steps):
+        content.figures["expert-load"] = figures.of_steps(
+            history, time, "busiest expert over the mean", lambda step: step.expert_imbalance
+        )
+    if any(step.dropped_share for step in history.steps):
+        content.figures["dropped"] = figures.of_steps(
+            history, time, "share of tokens dropped", lambda step: step.dropped_share
+        )
     if (memory := figures.memory(history, time)) is not None:
         content.figures["memory"] = memory
 

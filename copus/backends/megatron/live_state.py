@@ -21,6 +21,9 @@ from copus.reshard.execute import LiveState
 from copus.reshard.table import MASTER, Place
 from profiles.model_shape import ModelShape
 
+cpu.before_import()
+from megatron.core import parallel_state  # noqa: E402
+
 _Shard = tuple[Place, Callable[[], torch.Tensor]]
 
 
