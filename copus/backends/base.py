@@ -171,9 +171,7 @@ class Backend(ABC):
         if shares.expert_tokens is not None:
             tokens = np.array(totals[count:]).reshape(shares.expert_tokens.shape)
             load = expert_load(tokens, self._job.model, self.configuration.global_batch)
-        return StepResult(
-            loss * factor, grad_sq * factor**2, full, norm_layers, skipped, stop > 0, writing > 0, load
-        )
+        return StepResult(loss * factor, grad_sq * factor**2, full, norm_layers, skipped, stop > 0, writing > 0, load)
 
     def held_out_loss(self, batches: Batches, sequences: int) -> float:
         """Mean loss over the labels that count in the first `sequences` held-out sequences, nats a token. Raises

@@ -29,4 +29,7 @@ def use_optimizer_of_job(optimizer: Any, chunks: list[Any], job: JobConfig, layo
                 {name: group[name] for name in _OF_MEGATRON if name in group}
                 for group in wrapper.optimizer.param_groups
             ]
+            for param in (param for group in groups for param in group["params"]):
+                if not param.is_leaf:  # the distributed optimizer's range of an fp32 weight, which torch refuses else
+                    param.retain_grad()
             wrapper.optimizer = make_optimizer(job.training, groups, held)
