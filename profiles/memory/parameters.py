@@ -56,9 +56,9 @@ def layer_weights(model: ModelShape, c: Configurations, *, experts: bool) -> Lay
         return LayerWeights((split + model.mlp_matrices) / c.tp + whole, np.zeros(len(c)), sides)
     dense = (split + model.shared_expert_matrices) / c.tp + whole + model.hidden * model.experts
     on_rank = model.experts / c.ep
-    cut = cut + matrices * (on_rank * model.expert_width + model.shared_expert_hidden)
+    widths = on_rank * model.expert_width + model.shared_expert_hidden
     mlps = on_rank + (model.shared_expert_hidden > 0)
-    sides = cut / c.tp + uncut + matrices * mlps * model.hidden + model.hidden + model.experts
+    sides = (cut + matrices * widths) / c.tp + uncut + matrices * mlps * model.hidden + model.hidden + model.experts
     return LayerWeights(dense, model.expert_matrices * on_rank / c.tp, sides)
 
 
