@@ -60,7 +60,7 @@ _NAMES: tuple[tuple[Effect, str, str], ...] = (
     ),
     (
         "is lost",
-        "a run begins with new weights, unless `copus submit --resume` goes on with it",
+        "a run begins with new weights, or with those of training.init_from, a torch_dist checkpoint",
         "load finetune no-load-optim no-load-rng ckpt-step pretrained-checkpoint",
     ),
     (
