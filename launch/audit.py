@@ -1,9 +1,8 @@
 """`copus audit`: was adapting worth it, what did it cost, and did predictions come true? By the run's own data."""
 
-import json
-
 from copus.audit import audit_run
 from copus.job import JobError
+from launch.json_output import as_json_line
 from launch.run_directory import find_run, shown
 from planner.wording import duration, percent
 from profiles.audit import Audit, Estimate
@@ -17,7 +16,7 @@ def audit(run_text: str | None, *, as_json: bool = False) -> int:
     if found.first is None:
         raise JobError(f"{shown(run)}: nothing has been trained yet")
     if as_json:
-        print(json.dumps({"run": str(run), **found.model_dump(mode="json")}))
+        print(as_json_line({"run": str(run), **found.model_dump(mode="json")}))
     else:
         print("\n".join(audit_lines(found)))
     return 0

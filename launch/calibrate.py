@@ -19,6 +19,7 @@ from launch.checkpoint import find_checkpoint
 from launch.data import check, prepare
 from launch.engines import attended_engine_of, check_not_queued
 from launch.interrupts import Interrupts
+from launch.json_output import as_json_line
 from launch.progress import SteadyConsole
 from launch.run_directory import clear_stop, find_run, lock_run, shown, write_atomically, write_job
 from launch.wording import clock, count
@@ -69,7 +70,7 @@ def calibrate(
     path = run / "calibration.json"
     write_atomically(path, found.model_dump_json(indent=2) + "\n")
     if as_json:
-        print(json.dumps({"calibration": str(path), **found.model_dump(mode="json")}))
+        print(as_json_line({"calibration": str(path), **found.model_dump(mode="json")}))
     else:
         _print(found, path, job)
     return 0

@@ -1,8 +1,7 @@
 """`copus cancel`: stops a run for good, wherever it runs."""
 
-import json
-
 from launch.engines import engine_of_run
+from launch.json_output import as_json_line
 from launch.run_directory import find_run, shown
 
 
@@ -10,5 +9,5 @@ def cancel(run_text: str, *, now: bool, as_json: bool) -> int:
     """Ask the engine. Returns at once; raises JobError where nothing of the run is queued or running."""
     run = find_run(run_text)
     done = engine_of_run(run).cancel(run, now=now)
-    print(json.dumps({"run": str(run), "done": done}) if as_json else f"{shown(run)}: {done}")
+    print(as_json_line({"run": str(run), "done": done}) if as_json else f"{shown(run)}: {done}")
     return 0

@@ -175,13 +175,15 @@ class Watch:
     """Run directory, or its name below ./runs; the newest run there if it is not given."""
     once: bool = False
     """Print one frame and end."""
+    web: bool = False
+    """Serve the report of the run, live, to a browser on this machine: prints its address, which has a token in it."""
     json: bool = False
-    """Print one frame as a JSON object and end."""
+    """Print a JSON object a line whenever something has changed; with --once a single one."""
 
     def run(self) -> int:
         from launch.watch import watch
 
-        return watch(self.run_name, once=self.once, as_json=self.json)
+        return watch(self.run_name, once=self.once, as_json=self.json, web=self.web)
 
 
 @dataclass
@@ -607,7 +609,7 @@ def main(arguments: list[str] | None = None) -> int:
             args=_in_full(arguments or ["--help"]),
             config=(FlagCreatePairsOff, OmitArgPrefixes),
         )
-        return _run(command)
+        return _run(command, as_json=getattr(command, "json", False))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader (`head`, a pager) has seen enough; keep the interpreter's own flush quiet too
@@ -615,8 +617,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _run(command: Command) -> int:
-    """Run a command and return its exit code. An error that the user has to fix is printed in one line."""
+def _run(command: Command, *, as_json: bool) -> int:
+    """Run a command and return its exit code. An error that the user has to fix is printed in one line, and as an
+    object on standard output if that is what the caller reads."""
     from copus.user_errors import EXIT_CODE, user_message  # after the parsing: --help needs none of it
 
     try:
@@ -630,6 +633,10 @@ def _run(command: Command) -> int:
         if message is None:
             raise
     print(f"copus: {message}", file=sys.stderr)
+    if as_json:
+        from launch.json_output import as_json_line
+
+        print(as_json_line({"error": message}))
     return EXIT_CODE
 
 

@@ -1,6 +1,5 @@
 """`copus data`, and the data step of every command that trains: text to tokens, in a process of its own."""
 
-import json
 import os
 import sys
 import tempfile
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from copus.job import JobConfig, JobError, load_job
 from launch.interrupts import Interrupts
+from launch.json_output import as_json_line
 from launch.process import python_module, run_module
 from launch.run_directory import find_run, portable, shown, write_job
 from launch.status import RunStatus
@@ -115,7 +115,7 @@ def data(target: str, overrides: list[str], *, verify: bool = False, as_json: bo
     if code == 0:
         path = str(prepared_path(job))
         if as_json:
-            print(json.dumps({"prepared": path} | ({"verified": True} if verify else {})))
+            print(as_json_line({"prepared": path} | ({"verified": True} if verify else {})))
         else:
             print(f"{path}: every file is as it was prepared" if verify else path)
     return code

@@ -1,6 +1,5 @@
 """`copus explain`: what the planner saw, what it chose and why, and whether it was right about it."""
 
-import json
 import math
 import statistics
 from collections.abc import Collection, Iterable
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from copus.event_lines import read_decision
 from copus.events import DecisionMade, DecisionTaken, Event, Reconfigure, Start, Step, read_events
 from copus.job import JobError, load_job
+from launch.json_output import as_json_line
 from launch.run_directory import find_run, shown
 from launch.tables import add_solid_column, fitted, new_table, page
 from launch.wording import count, noise_interval
@@ -71,7 +71,7 @@ def explain(run_text: str | None, number: int | None, *, as_json: bool = False, 
     run = find_run(run_text)
     explanation = explanation_of(run, number)
     if as_json:
-        print(json.dumps(as_values(run, explanation)))
+        print(as_json_line(as_values(run, explanation)))
     else:
         _print(run, explanation, all_candidates)
     return 0

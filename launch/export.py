@@ -1,6 +1,5 @@
 """`copus export`: the weights of a run for other tools, written by a process of its own."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +8,7 @@ from rich.console import Console
 from copus.job import JobError, load_job
 from launch.checkpoint import find_checkpoint
 from launch.interrupts import Interrupts
+from launch.json_output import as_json_line
 from launch.process import python_module, run_module
 from launch.run_directory import find_run
 
@@ -34,5 +34,5 @@ def export(
         code = run_module(command, interrupts)
     if code == 0:
         said = {"folder": str(folder), "checkpoint": checkpoint.name, "dtype": precision}
-        print(json.dumps(said) if as_json else folder)
+        print(as_json_line(said) if as_json else folder)
     return code

@@ -1,6 +1,5 @@
 """`copus plan`: what to expect of a job before it is launched. Needs no accelerator."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from copus.estimate import estimate_of
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import resized
 from launch.emit import check_tool, emit
+from launch.json_output import as_json_line
 from launch.recommendation import Recommendation, lines, recommend
 from launch.recommendation import as_values as recommendation_values
 from launch.smallest_batch import as_values as smallest_batch_values
@@ -54,7 +54,7 @@ def plan(
         return 0
     recommendation = recommend(job, estimate, price_per_hour)
     if as_json:
-        print(json.dumps(as_values(job, estimate) | {"recommended": recommendation_values(recommendation)}))
+        print(as_json_line(as_values(job, estimate) | {"recommended": recommendation_values(recommendation)}))
     else:
         _print(job, estimate, recommendation, all_candidates)
     return 0

@@ -1,6 +1,5 @@
 """`copus plan --backend A --backend B`: one job on several backends, side by side."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from rich.text import Text
 
 from copus.estimate import estimate_of
 from copus.job import JobConfig, JobError, load_job
+from launch.json_output import as_json_line
 from launch.plan import DISPENSABLE, as_values, fastest_row, on_backend
 from launch.tables import page, print_table
 from launch.wording import count
@@ -36,7 +36,7 @@ def plan_backends(job_file: Path, overrides: list[str], backends: list[str], *, 
     jobs = {backend: on_backend(job, backend) for backend in backends}
     planned = [_Planned(backend, there, estimate_of(there)) for backend, there in jobs.items()]
     if as_json:
-        print(json.dumps({each.backend: as_values(each.job, each.estimate) for each in planned}))
+        print(as_json_line({each.backend: as_values(each.job, each.estimate) for each in planned}))
         return 0
     console = page()
     heading = f"{job.name}: {count(job.model.parameters)} weights in {job.training.precision} on "

@@ -1,6 +1,5 @@
 """`copus plot`: a run in one picture, drawn from its own events."""
 
-import json
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from copus.job import JobError
 from launch.history import read_history
+from launch.json_output import as_json_line
 from launch.palette import LAYOUTS, LIGHT
 from launch.run_directory import find_run, shown
 from profiles.configuration import Configuration
@@ -69,7 +69,7 @@ def plot(run_text: str | None, output: Path | None, *, as_json: bool = False) ->
         raise JobError(f"{shown(run)}: no step has been trained yet, there is nothing to draw")
     need_matplotlib("copus plot")
     save(draw(series, title=run.name), output, "--output")
-    print(json.dumps({"output": str(output)}) if as_json else shown(output.absolute()))
+    print(as_json_line({"output": str(output)}) if as_json else shown(output.absolute()))
     return 0
 
 

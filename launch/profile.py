@@ -1,6 +1,5 @@
 """`copus profile run`: measure the throughput of a job's configurations and keep it."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from launch.data import check, check_table, prepare
 from launch.engines import AttendedEngine, Engine, LocalEngine, attended_engine_of
 from launch.follow import Follower
 from launch.interrupts import Interrupts
+from launch.json_output import as_json_line
 from launch.process import python_module
 from launch.progress import SteadyConsole
 from launch.run_directory import create_run, discard_run, lock_run, portable, write_job
@@ -67,7 +67,7 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
             "measured": measured,
             "exit_code": outcome.exit_code,
         }
-        print(json.dumps(result))
+        print(as_json_line(result))
     elif outcome.reason != "failed":
         unknown = f", {len(done) - measured} not known to the profiler" * (len(done) > measured)
         stopped = "" if outcome.exit_code == 0 else "; the same command goes on"

@@ -1,10 +1,10 @@
 """`copus profile import`: measurements of others, from CSV files or other tables, into a throughput table."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
 from copus.job import JobError
+from launch.json_output import as_json_line
 from launch.run_directory import shown
 from profiles.config import ProfileConfig
 from profiles.measurement import Measurement
@@ -40,7 +40,7 @@ def import_rows(sources: list[Path], table_path: Path | None, *, as_json: bool =
         raise JobError(str(error)) from None
     failures = sum(row.failure is not None for row in new)
     if as_json:
-        print(json.dumps({"table": str(table.path), "added": len(new), "failures": failures, "rejected": rejected}))
+        print(as_json_line({"table": str(table.path), "added": len(new), "failures": failures, "rejected": rejected}))
     else:
         print(f"{len(new)} rows added to {shown(table.path)}, {failures} of them failures")
         for reason, count in rejected.most_common():

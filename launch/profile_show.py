@@ -1,12 +1,12 @@
 """`copus profile show`: what throughput tables know: samples/s over global batch for each layout, and failures."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from copus.job import JobError, load_job
+from launch.json_output import as_json_line
 from launch.lines import LinePoint, Lines, fastest, point, winners
 from launch.run_directory import find_run, shown
 from launch.wording import count
@@ -30,7 +30,7 @@ def show(places: list[str], table: Path | None, wanted: Filter, picture: Path | 
 
         save_lines(groups(found), picture)
     if as_json:
-        print(json.dumps({"tables": [str(table) for table in tables], "rows": [_values(each) for each in found]}))
+        print(as_json_line({"tables": [str(table) for table in tables], "rows": [_values(each) for each in found]}))
         return 0
     if not found:
         print(

@@ -1,6 +1,5 @@
 """`copus runs`: the runs in a folder, and what each is doing."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from copus.event_lines import event_lines
 from copus.events import parse_event
 from copus.job import JobError
+from launch.json_output import as_json_line
 from launch.run_directory import runs_folder
 from launch.run_state import RunState, state_of
 from launch.status import RunStatus
@@ -52,7 +52,9 @@ def runs(folder: Path | None, *, as_json: bool = False) -> int:
         raise JobError(f"no runs in {folder}: {error.strerror}") from None
     found.sort(key=lambda each: each.changed, reverse=True)
     if as_json:
-        print(json.dumps({"folder": str(folder.expanduser().absolute()), "runs": [as_values(each) for each in found]}))
+        print(
+            as_json_line({"folder": str(folder.expanduser().absolute()), "runs": [as_values(each) for each in found]})
+        )
     elif not found:
         print(f"no runs in {folder}: a run is a folder with a job.yaml in it")
     else:

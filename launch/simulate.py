@@ -1,6 +1,5 @@
 """`copus simulate`: what each policy would make of a job, and whether adapting is worth it, before it runs."""
 
-import json
 import math
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ from copus.event_lines import without_replays
 from copus.events import Noise, Reconfigure, Trial, read_events
 from copus.job import JobConfig, JobError, load_job
 from copus.learning_rate import lr_decay
+from launch.json_output import as_json_line
 from launch.plot import check_output, need_matplotlib
 from launch.run_directory import find_run, shown
 from launch.tables import new_table, page
@@ -125,7 +125,7 @@ def simulate(
 
         draw(output, setting, plan, rows)
     if as_json:
-        print(json.dumps(_values(setting, plan, rows, said, source) | {"made": made and made._asdict()}))
+        print(as_json_line(_values(setting, plan, rows, said, source) | {"made": made and made._asdict()}))
     else:
         _print(setting, plan, rows, said, source)
         if made is not None:

@@ -1,6 +1,5 @@
 """`copus submit`: from a job file, or from an interrupted run, to a trained model."""
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from launch.engines import AttendedEngine, Engine, QueuedEngine, check_not_queue
 from launch.engines.ticket import clear_ticket
 from launch.follow import Follower
 from launch.interrupts import Interrupts
+from launch.json_output import as_json_line
 from launch.profile import check_profiler, profile_alone
 from launch.progress import SteadyConsole
 from launch.queued import Queued, follow_job, hand_over
@@ -205,7 +205,7 @@ def _follow(
 def _describe(engine: Engine, run: Path, job: JobConfig, manner: Manner) -> int:
     """Print what would be done, so that the engine's own tools can read it."""
     text = engine.describe(run, job)
-    print(json.dumps({"engine": job.launch.engine, "run": str(run), "description": text}) if manner.as_json else text)
+    print(as_json_line({"engine": job.launch.engine, "run": str(run), "description": text}) if manner.as_json else text)
     return 0
 
 
@@ -229,8 +229,7 @@ def _conclude(
             "seconds": outcome.seconds,
             "audit": audited.model_dump(mode="json") if audited else None,
         }
-        json.dump(result, sys.stdout)
-        print()
+        print(as_json_line(result))
         return outcome.exit_code
     if outcome.reason == "queued":
         console.print(_left_alone(run), markup=False, soft_wrap=True)

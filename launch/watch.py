@@ -1,6 +1,5 @@
 """`copus watch`: a run while it goes on, from its run directory alone, wherever its workers are."""
 
-import json
 import time
 from collections import deque
 from pathlib import Path
@@ -8,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from copus.event_lines import read_decision
 from copus.events import DecisionTaken, Event, Profile, Reconfigure, Start, Step
+from copus.job import JobError
 from launch.engines import EngineState, engine_state
 from launch.engines.ticket import FILE as TICKET
 from launch.follow import Follower
+from launch.json_output import as_json_line
 from launch.run_directory import find_run
 from launch.run_state import state_of
 from launch.runs import RunSummary, as_values
@@ -130,14 +131,23 @@ class Watched:
         return [*scored[: ALTERNATIVES - 1], running]
 
 
-def watch(run_text: str | None, *, once: bool = False, as_json: bool = False) -> int:
-    """Show a run until it has ended. Returns 1 if it failed or crashed. Raises JobError if there is no such run."""
+def watch(run_text: str | None, *, once: bool = False, as_json: bool = False, web: bool = False) -> int:
+    """Show a run until it has ended. Returns 1 if it failed or crashed. Raises JobError if there is no such run.
+
+    As JSON it is a stream, an object a line whenever something has changed; with `once` a single object.
+    """
     run = find_run(run_text)
+    if web:
+        if once or as_json:
+            raise JobError("--web is a page in a browser: leave out --once and --json")
+        from launch.web import serve
+
+        return serve(run)
     follower, watched = Follower(run), Watched(run)
     watched.update(follower.read())
     if as_json:
-        print(json.dumps(frame_as_values(watched)))
-        return 0
+        _stream(follower, watched, once)
+        return 1 if watched.state.name in ("failed", "crashed") else 0
     from launch.progress import SteadyConsole
 
     console = SteadyConsole(highlight=False)
@@ -165,6 +175,20 @@ def frame_as_values(watched: Watched) -> dict[str, object]:
         "alternatives": [each.model_dump(mode="json") for each in watched.alternatives()],
         "events": list(watched.told),
     }
+
+
+def _stream(follower: Follower, watched: Watched, once: bool) -> None:
+    """An object a line for each change, until the run has ended."""
+    said: dict[str, object] = {}
+    while True:
+        values = frame_as_values(watched)
+        if values != said:
+            print(as_json_line(values), flush=True)
+            said = values
+        if once or not watched.state.alive:
+            return
+        time.sleep(REFRESH_SECONDS)
+        watched.update(follower.read())
 
 
 def _live(follower: Follower, watched: Watched, console: "Console") -> None:

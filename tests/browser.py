@@ -1,6 +1,6 @@
 """Headless Chromium for tests, over its debugging pipe (the DevTools protocol): nothing to install but the browser.
 
-It can reach no host: every name resolves to nothing.
+It can reach this machine's loopback interface, and no other host: every name resolves to nothing.
 """
 
 import base64
@@ -19,7 +19,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars"),
-    *("--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe"),
+    *("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe"),
 )
 
 CONNECT = """
@@ -52,13 +52,19 @@ class Browser:
 
     def open(self, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Load a page and wait until it is loaded. Complaints and requests begin anew."""
+        self.visit(page.absolute().as_uri(), width=width, height=height, dark=dark)
+
+    def visit(self, address: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """The same for a page that is served."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._call("Emulation.setEmulatedMedia", features=scheme)
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.complaints, self.requests, self._loaded = [], [], False
-        self._call("Page.navigate", url=page.absolute().as_uri())
+        self._call("Page.navigate", url=address)
         while not self._loaded:
             self._take(self._receive())
+        while self.evaluate("location.href + document.readyState") != f"{address}complete":
+            time.sleep(0.02)  # what was loaded is the page before
 
     def evaluate(self, expression: str) -> Any:
         """Value of a JavaScript expression in the page."""

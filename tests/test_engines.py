@@ -125,7 +125,7 @@ def test_a_dry_run_shows_the_command_and_makes_nothing(
     assert words[words.index("--nproc-per-node") + 1] == "2"
     assert "secret" not in " ".join(words)
     assert copus_here("submit", "job.yaml", "--dry-run", "--json") == 0
-    assert set(json.loads(capfd.readouterr().out)) == {"engine", "run", "description"}
+    assert set(json.loads(capfd.readouterr().out)) == {"schema_version", "engine", "run", "description"}
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -84,7 +84,7 @@ def test_a_table_can_be_named_by_an_option_too(
     assert copus_here("profile", "show", str(job), "--table", "other.jsonl", "--json") == 2
     assert "other.jsonl: No such file" in capsys.readouterr().err
     assert copus_here("profile", "show", str(job), "--table", str(table), "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"tables": [str(table)], "rows": []}
+    assert json.loads(capsys.readouterr().out) == {"schema_version": 1, "tables": [str(table)], "rows": []}
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_the_file_is_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture
     written = (run / "report.html").read_text()
     assert written.startswith("<!DOCTYPE html>")
     assert copus_here("report", str(run), str(run), "--output", str(tmp_path / "x.html"), "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "x.html")}
+    assert json.loads(capsys.readouterr().out) == {"schema_version": 1, "output": str(tmp_path / "x.html")}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["told", "x.html"]
 
 

@@ -267,6 +267,18 @@ def test_watch_ends_with_the_run_and_tells_each_change_once(tmp_path: Path) -> N
     assert "finished, 128 tokens" in rest[-1]
 
 
+def test_json_is_a_stream_of_changes_and_an_error_is_an_object_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "one", start(), step(4), ended("finished"))
+    assert copus_here("watch", str(run), "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [(values["schema_version"], values["state"]) for values in map(json.loads, lines)] == [(1, "finished")]
+    assert copus_here("watch", str(tmp_path / "two"), "--json") == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"schema_version": 1, "error": printed.err.strip().removeprefix("copus: ")}
+
+
 def test_ctrl_c_leaves_a_watch_and_says_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "one", start(), step(4))
     terminal, other = pty.openpty()

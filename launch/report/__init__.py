@@ -4,12 +4,12 @@ Drawn with plotly, which is well kept, zooms and tells values; its 5 MB of JavaS
 needing nothing else.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from copus.events import read_events
 from copus.job import JobError
+from launch.json_output import as_json_line
 from launch.run_directory import find_run, shown, write_atomically
 
 
@@ -25,12 +25,13 @@ def report(run_texts: Sequence[str | None], output: Path | None, *, as_json: boo
         output.chmod(0o644)
     except OSError as error:
         raise JobError(f"--output {output}: {error.strerror}") from None
-    print(json.dumps({"output": str(output.absolute())}) if as_json else shown(output.absolute()))
+    print(as_json_line({"output": str(output.absolute())}) if as_json else shown(output.absolute()))
     return 0
 
 
-def page(runs: list[Path]) -> str:
-    """The page of a run, or the comparison of several."""
+def page(runs: list[Path], *, live: bool = False, library: bool = True) -> str:
+    """The page of a run, or the comparison of several. A `live` one asks its server for news; without the plotting
+    `library` it is an answer to that."""
     from launch.history import read_history
     from launch.report.comparison import comparison
     from launch.report.render import render
@@ -39,4 +40,4 @@ def page(runs: list[Path]) -> str:
     if len(runs) > 1:
         return render("comparison.html", comparison([read_history(run) for run in runs]))
     events = list(read_events(runs[0]))
-    return render("run.html", single(read_history(runs[0], events), events))
+    return render("run.html", single(read_history(runs[0], events), events), live=live, library=library)

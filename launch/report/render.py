@@ -60,7 +60,7 @@ class Content:
     """Everything else, by the name that the template knows."""
 
 
-def render(template: str, content: Content) -> str:
+def render(template: str, content: Content, *, live: bool = False, library: bool = True) -> str:
     """The page as text."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
@@ -76,7 +76,8 @@ def render(template: str, content: Content) -> str:
         reasons=content.reasons,
         css=_variables() + _template("page.css"),
         js=_template("page.js"),
-        plotly=_plotly() if content.figures else "",
+        plotly=_plotly() if library and (content.figures or live) else "",
+        live=live,
         version=_version(),
         written=time.strftime("%Y-%m-%d %H:%M"),
     )

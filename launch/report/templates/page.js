@@ -107,6 +107,43 @@
     draw();
   };
 
+  // A live page puts in what its server has, and keeps what the reader has opened, chosen and scrolled to.
+  const renew = (page) => {
+    const main = document.querySelector("main");
+    const open = [...main.querySelectorAll("details[open] > summary")].map((summary) => summary.textContent);
+    const view = main.querySelector("[data-view][aria-pressed=true]");
+    const maps = document.getElementById("maps");
+    const before = maps && maps.dataset.place !== undefined ? { place: Number(maps.dataset.place), first: data.decisions.first } : null;
+    const scrolled = window.scrollY;
+    data = JSON.parse(page.getElementById("data").textContent);
+    main.replaceChildren(...page.querySelector("main").childNodes);
+    for (const summary of main.querySelectorAll("summary")) {
+      if (open.includes(summary.textContent)) summary.parentElement.open = true;
+    }
+    prepare();
+    const tabs = main.querySelector("[data-tabs]");
+    if (view && tabs) showView(tabs, view.dataset.view);
+    if (before && data.decisions && before.place !== before.first) showDecision(Math.min(before.place, data.decisions.decisions.length - 1));
+    window.scrollTo(0, scrolled);
+  };
+
+  let version = "";
+  const ask = async () => {
+    const main = document.querySelector("main");
+    try {
+      const answer = await fetch("update", { headers: version ? { "If-None-Match": version } : {}, cache: "no-store" });
+      if (answer.status === 200) {
+        version = answer.headers.get("ETag");
+        renew(new DOMParser().parseFromString(await answer.text(), "text/html"));
+      }
+      main.classList.toggle("lost", !answer.ok && answer.status !== 304);
+    } catch {
+      main.classList.add("lost");
+    }
+    setTimeout(ask, 3000);
+  };
+
   dark.addEventListener("change", draw);
   prepare();
+  if (document.querySelector("main[data-live]")) setTimeout(ask, 1000);
 })();
