@@ -1,6 +1,5 @@
 """`copus advise`: what batch and layout another trainer should take now, from what it measured itself."""
 
-import json
 import math
 import statistics
 import sys
@@ -15,6 +14,7 @@ from copus.planning import Planner
 from launch.emit import check_tool, print_run
 from launch.explain import at_stake, print_candidates, shown_candidates, trade
 from launch.fixed_run import at_configuration
+from launch.json_output import as_json_line
 from launch.recommendation import flow
 from launch.tables import page
 from launch.trainer_logs import read_trainer_log
@@ -182,7 +182,7 @@ def _state(log: Path) -> object:
 
 def _show(advice: Advice, log: Path, tool: str | None, as_json: bool, all_candidates: bool) -> None:
     if as_json:
-        print(json.dumps(as_values(advice, log)), flush=True)
+        print(as_json_line(as_values(advice, log)), flush=True)
     elif tool is not None:
         notes = [*_lines(advice, log)[:1], _reason(advice.decision)]
         print_run(advice.job, at_configuration(advice.job, advice.advised, advice.decision.critical_batch, notes), tool)
