@@ -62,6 +62,7 @@ def branch_job(job: JobConfig, samples_consumed: int, sequences: int, lr: float,
             "target_loss": None,
             "evaluate_every_tokens": tokens,
             "checkpoint_every_tokens": None,
+            "checkpoint_every_minutes": None,
         }
     )
     most_steps = sequences  # of one sequence each

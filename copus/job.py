@@ -209,12 +209,16 @@ class TrainingConfig(Record):
     expert_dispatch: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens come to the experts of other ranks. alltoall: each to the ranks of its experts. allgather: all to all
     ranks of the expert parallel group, which pays where a token has experts on most of them."""
-    evaluate_every_tokens: PositiveInt = 250_000
-    """Tokens between evaluations."""
+    evaluate_every_tokens: PositiveInt | None = None
+    """Tokens between evaluations. null: 33 times the tokens of an evaluation, whose forward passes then take about 1 %
+    of the time, but at least 250,000."""
     evaluate_sequences: PositiveInt = 64
     """Held-out sequences in an evaluation: always the same ones."""
     checkpoint_every_tokens: PositiveInt | None = None
-    """Tokens between durable checkpoints; None: only at the end and on an interrupt."""
+    """Tokens between checkpoints; null: only `checkpoint_every_minutes` counts."""
+    checkpoint_every_minutes: PositiveFloat | None = 30
+    """Minutes of training after which a checkpoint is written if there was none; null: never for that reason. There is
+    always one at the end and on an interrupt."""
     async_checkpoints: bool = True
     """Write them in the background while training goes on, from a copy in the host's memory: as much again as weights
     and optimizer state take, for as long as the writing takes. Without room for it training waits."""
@@ -417,6 +421,12 @@ class JobConfig(Record):
         """Held-out sequences in an evaluation on this cluster: so many that every layout can share them evenly."""
         accelerators = self.cluster.accelerators
         return max(1, self.training.evaluate_sequences // accelerators) * accelerators
+
+    @property
+    def evaluate_every_tokens(self) -> int:
+        """Tokens between evaluations."""
+        given = self.training.evaluate_every_tokens
+        return given or max(250_000, 33 * self.evaluate_sequences * self.model.seq_len)
 
     @property
     def reference_batch(self) -> int:

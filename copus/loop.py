@@ -65,6 +65,8 @@ class Trainer:
         self._norms = NormWindow()
         self._norms.restore(state.norms)
         self._evaluated_at: int | None = None
+        self._asked_to_save = False
+        """Whether rank 0's clock asked for a checkpoint in the last step."""
         self._last_loss_is_finite = True
         """Of the validation losses."""
         self._divergence = Divergence(job.training.max_skipped_steps, state, report)
@@ -93,7 +95,7 @@ class Trainer:
             if self._divergence.is_certain:
                 reason = "diverged"
                 break
-            reached = self._passed(before, job.training.evaluate_every_tokens) and self._evaluate()
+            reached = self._passed(before, job.evaluate_every_tokens) and self._evaluate()
             # What falls due is done before anything is saved or stopped: a resumed run cannot catch up on it.
             if self._decision_is_due(before, configuration):
                 self._moves.decide(self._noise.estimate(), self._norms.take())
@@ -103,7 +105,7 @@ class Trainer:
             if reached:
                 reason = "target_loss"
                 break
-            save_due = save_due or self._passed(before, job.training.checkpoint_every_tokens)
+            save_due = save_due or self._asked_to_save or self._passed(before, job.training.checkpoint_every_tokens)
             if save_due and not state.skipped_in_a_row:
                 self._save()
                 save_due = False
@@ -176,6 +178,7 @@ class Trainer:
         self._measure_noise(configuration, request, result)
         self._divergence.note_step(result.skipped, request)
         self._moves.note_step(configuration, request.noise_source, result.loss, seconds)
+        self._asked_to_save = result.save
         if not result.writing:
             self._saver.finish()
         self._saver.prune()
@@ -190,6 +193,7 @@ class Trainer:
             noise_source=source_of_step(self._job.planner, self._backend.description, configuration, state.step),
             stop=stop,
             writing=self._saver.is_writing,
+            save=self._leads and self._saver.is_overdue,
             on_trial=self._moves.on_trial,
         )
 

@@ -41,12 +41,19 @@ class Saver:
         """Samples of the newest checkpoint, while its weights have not turned out to be good."""
         self._waited = 0.0
         """How long training waited for its beginning."""
-        self._begun = 0.0
+        self._begun = time.perf_counter()
+        """When the newest checkpoint was begun, or the run."""
 
     @property
     def is_writing(self) -> bool:
         """Whether this rank is at it."""
         return self._writing is not None and not self._writing.is_written
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether none was begun for as long as the job file allows, by this rank's clock."""
+        minutes = self._training.checkpoint_every_minutes
+        return minutes is not None and time.perf_counter() - self._begun > 60 * minutes
 
     def begin(self) -> None:
         """Begin a checkpoint of now. One that is still being written is waited for."""
@@ -103,7 +110,7 @@ class Saver:
 
     def _begin(self, in_background: bool, needed: bool) -> None:
         self.finish()
-        started = time.perf_counter()
+        started = self._begun = time.perf_counter()
         with self._unless(needed):
             keep = self._training.keep_checkpoints
             self._writing = Writing(self._run, self._backend, self._state, keep, in_background)

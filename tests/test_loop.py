@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints import newest_checkpoint, read_state
-from copus.events import DecisionMade, Evaluate, Event, Noise, Reconfigure, Step
+from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Noise, Reconfigure, Step
 from copus.job import JobConfig
 from copus.loop import Trainer
 from copus.trainer_state import TrainerState
@@ -256,9 +256,20 @@ def test_a_run_ends_at_its_target_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+def test_a_checkpoint_is_due_by_the_clock_of_the_first_rank(tmp_path: Path) -> None:
+    """Every step is longer than the limit here, and half an hour is longer than the run."""
+    by_clock = _job(tokens=16 * 40, checkpoint_every_minutes=1e-9, async_checkpoints=False)
+    written = [e.samples_consumed for e in run_ranks(2, _train, tmp_path, by_clock)[0] if isinstance(e, Checkpoint)]
+    assert len({*written}) >= 3
+    assert written[-1] == 40
+
+
+@pytest.mark.dist
 def test_checkpoints_are_kept_and_pruned(tmp_path: Path) -> None:
     job = _job(tokens=16 * 160, checkpoint_every_tokens=16 * 40, keep_checkpoints=2)
-    run_ranks(2, _train, tmp_path, job)
+    events = run_ranks(2, _train, tmp_path, job)[0]
+    written = [event.samples_consumed for event in events if isinstance(event, Checkpoint)]
+    assert written == [40, 80, 120, 160, 160], "half an hour has not passed"
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["samples-000000000120", "samples-000000000160"]
     assert json.loads((tmp_path / "checkpoints" / names[-1] / "trainer.json").read_text())["state"]["step"] == 40

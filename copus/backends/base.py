@@ -150,13 +150,14 @@ class Backend(ABC):
         with self._world.trial() if request.on_trial else contextlib.nullcontext() as trial:
             shares = self.compute_gradients(batches, request)
             counted = self._count_labels(batches, request.first_sample, self.configuration.global_batch)
-            own = torch.tensor([request.stop, request.writing, counted], dtype=torch.float64, device=self.device)
+            votes = request.stop, request.writing, request.save
+            own = torch.tensor([*votes, counted], dtype=torch.float64, device=self.device)
             figures = [shares.loss.view(1), shares.grad_sq.view(1), own, shares.parts]
             if shares.expert_tokens is not None:
                 figures.append(shares.expert_tokens.view(-1))
             message = torch.cat(figures)
             dist.all_reduce(message)
-            loss, grad_sq, stop, writing, counted, *totals = message.tolist()
+            loss, grad_sq, stop, writing, save, counted, *totals = message.tolist()
             if trial is not None:
                 trial.commit()
             # Backends divide by all labels, whether they count or not. Everything that follows is linear in that.
@@ -171,7 +172,8 @@ class Backend(ABC):
         if shares.expert_tokens is not None:
             tokens = np.array(totals[count:]).reshape(shares.expert_tokens.shape)
             load = expert_load(tokens, self._job.model, self.configuration.global_batch)
-        return StepResult(loss * factor, grad_sq * factor**2, full, norm_layers, skipped, stop > 0, writing > 0, load)
+        asked = {"stop": stop > 0, "writing": writing > 0, "save": save > 0}
+        return StepResult(loss * factor, grad_sq * factor**2, full, norm_layers, skipped, expert_load=load, **asked)
 
     def held_out_loss(self, batches: Batches, sequences: int) -> float:
         """Mean loss over the labels that count in the first `sequences` held-out sequences, nats a token. Raises

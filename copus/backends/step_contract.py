@@ -65,6 +65,8 @@ class StepRequest:
     """Whether this rank asks to stop."""
     writing: bool = False
     """Whether this rank still writes a checkpoint."""
+    save: bool = False
+    """Whether this rank asks for a checkpoint."""
     on_trial: bool = False
     """Whether the step must be undoable on all ranks if any rank runs out of memory."""
 
@@ -104,3 +106,5 @@ class StepResult:
     """True if any rank still writes a checkpoint."""
     expert_load: ExpertLoad | None = None
     """How the tokens of the step spread over the experts; None for a dense model."""
+    save: bool = False
+    """True if any rank asked for a checkpoint."""

@@ -247,7 +247,7 @@ def _looking(job: JobConfig, run: FixedRun, out: Emitted) -> None:
         out.add("--tokenizer-type", "NullTokenizer")
     _data(job, out)
     out.group()
-    out.add("--eval-interval", max(round(training.evaluate_every_tokens / tokens), 1))
+    out.add("--eval-interval", max(round(job.evaluate_every_tokens / tokens), 1))
     out.add("--eval-iters", max(math.ceil(training.evaluate_sequences / run.main_batch), 1))
     if training.checkpoint_every_tokens:
         out.add("--save-interval", max(round(training.checkpoint_every_tokens / tokens), 1))
