@@ -26,7 +26,8 @@ class OptimizerState(Record):
 
     @property
     def in_words(self) -> str:
-        """For people: `2 fp32 tensors kept of a matrix`."""
-        said = [f"{self.of_matrices} fp32 tensors kept of a matrix"] if self.of_matrices else []
-        said += ["rows and columns of a matrix kept"] * self.of_rows_and_columns
-        return " and ".join(said) or "nothing kept of a matrix"
+        """For people: `the optimizer keeps 2 fp32 tensors of a matrix`."""
+        if self.of_rows_and_columns:
+            return "the optimizer keeps means of a matrix's rows and columns"
+        kept = f"{self.of_matrices} fp32 tensors" if self.of_matrices else "nothing"
+        return f"the optimizer keeps {kept} of a matrix"
