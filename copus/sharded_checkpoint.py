@@ -11,8 +11,9 @@ Nothing in the files is executed: the index is unpickled by `load_metadata`, and
 import math
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -63,6 +65,8 @@ class Chunk(NamedTuple):
 ZEROS = ""
 """In place of a chunk's file: the box is zeros, and in no file."""
 
+PlaceInFile = tuple[str, int, int]
+"""Name of a file, first byte, number of bytes."""
 SavedState = dict[Field, list[Chunk]]
 """All fields of a checkpoint and their chunks."""
 Sources = dict[str, tuple[Field, list[Chunk]]]
@@ -129,7 +133,7 @@ class Save:
         """Write the index, after every rank has written its parts. Collective. Raises RankError on every rank if rank 0
         failed."""
         records = gather_on_rank0(dict(self._records))
-        run_on_all_ranks(lambda: None if records is None else _write_index(self._folder, records), OSError)
+        run_on_all_ranks(lambda: None if records is None else write_index(self._folder, records), OSError)
 
 
 def _cut(box: Box, size: int, limit: int) -> Iterator[Box]:
@@ -138,7 +142,10 @@ def _cut(box: Box, size: int, limit: int) -> Iterator[Box]:
         yield Box.between(part[0].tolist(), part[1].tolist(), len(box.shape))
 
 
-def _write_index(folder: Path, records: list[SavedState]) -> None:
+def write_index(
+    folder: Path, records: list[SavedState], objects: Mapping[str, PlaceInFile] = MappingProxyType({})
+) -> None:
+    """Write the index of a folder: which tensor of the records, and which object that is none, is where."""
     described: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for record in records:
@@ -150,6 +157,9 @@ def _write_index(folder: Path, records: list[SavedState]) -> None:
                 index = MetadataIndex(field.name, offset, len(entry.chunks))
                 entry.chunks.append(ChunkStorageMetadata(offset, torch.Size(chunk.box.shape)))
                 places[index] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
+    for name, place in objects.items():
+        described[name] = BytesStorageMetadata()
+        places[MetadataIndex(name)] = _StorageInfo(*place)
     with open(folder / INDEX, "wb") as file:
         dump_metadata(Metadata(described, storage_data=places), file)
 

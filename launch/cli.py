@@ -250,7 +250,7 @@ class Data:
 
 @dataclass
 class Export:
-    """Write the weights of a run for other tools: a folder that transformers opens, tokenizer and model card included.
+    """Write the weights of a run for other tools: a folder that transformers opens, or a checkpoint of Megatron-LM.
 
     Needs no accelerator, and little memory. Example: copus export shakespeare --to hf shakespeare-hf --dtype bf16
     """
@@ -259,8 +259,8 @@ class Export:
     """Run directory, or its name below ./runs."""
     folder: Positional[Annotated[Path, arg(metavar="DIR")]]
     """Folder to write; nothing may be there yet."""
-    to: Annotated[Literal["hf"], arg(metavar="hf")] = "hf"
-    """hf: a Hugging Face folder of safetensors files."""
+    to: Annotated[Literal["hf", "megatron"], arg(metavar="hf|megatron")] = "hf"
+    """hf: a Hugging Face folder of safetensors files. megatron: Megatron-LM's format torch_dist."""
     checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None
     """A checkpoint's folder, its name, or its sequences; else the newest that verifies."""
     dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, arg(metavar="bf16|fp16|fp32")] = None

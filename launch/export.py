@@ -16,7 +16,7 @@ from launch.run_directory import find_run
 def export(
     run_text: str,
     folder: Path,
-    to: Literal["hf"],
+    to: Literal["hf", "megatron"],
     checkpoint_text: str | None,
     precision: Literal["bf16", "fp16", "fp32"] | None,
     *,

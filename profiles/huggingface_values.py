@@ -4,6 +4,7 @@ A family is taken only if its configuration, read again, is the same model. So n
 how tokens are spread over experts in training.
 """
 
+import math
 from collections.abc import Callable
 
 from pydantic import ValidationError
@@ -25,18 +26,24 @@ def config_values(shape: ModelShape, prefer: str | None = None) -> Fields:
         architecture, make = _FAMILIES[family]
         values = {"architectures": [architecture], "model_type": family, **make(shape)}
         values = {name: value for name, value in values.items() if value is not None}
-        read = shape_of(values, shape.seq_len)
-        if read is not None and read.without_training == shape.without_training:
+        if is_model_of(values, shape):
             return values
     raise ValueError(f"no family of Hugging Face has this model; there are {', '.join(_FAMILIES)}")
 
 
-def shape_of(values: Fields, seq_len: int) -> ModelShape | None:
-    """The model of a configuration, at a length of sequences; None if the model section cannot express it."""
+def is_model_of(values: Fields, shape: ModelShape) -> bool:
+    """Whether a configuration is that of the model. Scales may differ beyond the seventh digit: families compute them,
+    and the model section has them written out."""
     try:
-        return ModelShape(**{"seq_len": seq_len, **config_fields(values)})
+        read = ModelShape(**{"seq_len": shape.seq_len, **config_fields(values)})
     except (ValueError, ValidationError, TypeError):
-        return None
+        return False
+    asked = shape.without_training
+    pairs = ((value, getattr(asked, name)) for name, value in read.without_training)
+    return all(
+        math.isclose(one, other, rel_tol=1e-7) if isinstance(one, float) and isinstance(other, float) else one == other
+        for one, other in pairs
+    )
 
 
 def _decoder(shape: ModelShape, epsilon: str = "rms_norm_eps", act: str = "hidden_act") -> Fields:

@@ -33,13 +33,18 @@ WITH_TRANSFORMERS = ["llama", "qwen2", "qwen3", "olmo2", "arcee"]
 """What the backends train that build transformers' own models."""
 
 
-def save_tiny(family: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-    """Save a random model in which every weight matters: large ones, norms and biases too. Returns its folder."""
-    values = {**_USUAL, **FAMILIES[family], **settings}
+def tiny_config(family: str, **settings: Any) -> Any:
+    """Its configuration, as transformers has it."""
+    values = {**_USUAL, **FAMILIES.get(family, {}), **settings}
     if family == "gpt2":
         values = {name: value for name, value in values.items() if name not in _USUAL or name.endswith("token_id")}
         values["vocab_size"] = VOCAB
-    config = AutoConfig.for_model(family, **copy.deepcopy(values))
+    return AutoConfig.for_model(family, **copy.deepcopy(values))
+
+
+def save_tiny(family: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    """Save a random model in which every weight matters: large ones, norms and biases too. Returns its folder."""
+    config = tiny_config(family, **settings)
     torch.manual_seed(len(family))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():

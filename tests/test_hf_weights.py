@@ -115,10 +115,70 @@ def test_each_family_computes_the_same_before_and_after(backend: str, families: 
         np.testing.assert_allclose(logits[family], expected, rtol=0, atol=1e-4, err_msg=family)
         run, exported = tmp_path / f"run-{family}", tmp_path / f"exported-{family}"
         job = job_from(tmp_path / family, backend)
-        export(run, job, run / "checkpoints" / "samples-000000000004", exported, "fp32")
+        export(run, job, run / "checkpoints" / "samples-000000000004", exported, "hf", "fp32")
         again = open_folder(exported)(input_ids=tokens()).logits.detach()
         np.testing.assert_allclose(again, expected, rtol=0, atol=1e-4, err_msg=family)
         before, after = all_tensors(tmp_path / family), all_tensors(exported)
         assert before.keys() == after.keys()
         changed = [name for name in before if not torch.equal(before[name], after[name])]
         assert all(family in ("gemma", "nemotron") and "norm" in name for name in changed), (family, changed)
+
+
+LAYOUTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("megatron", {"tp": 2}, {}),
+    ("megatron", {"pp": 2}, {"staging_bytes": 3000}),
+    ("megatron", {"dp": 2, "zero": 1}, {"precision": "bf16"}),
+    ("fsdp", {"dp": 2, "zero": 3}, {}),
+    ("fsdp", {"tp": 2}, {}),
+    ("deepspeed", {"dp": 2, "zero": 3}, {}),
+]
+
+
+def _losses_of_layouts(folder: Path) -> list[float]:
+    """The first loss in each layout. What a bf16 job begins with is saved in a run, and begun with again."""
+    losses = []
+    for backend, layout, settings in LAYOUTS:
+        job = job_from(folder / "model", backend, layout, **settings)
+        running = begun(job)
+        losses.append(running.evaluate(batches, 4))
+        if settings.get("precision") == "bf16":
+            make_run(folder / "run", job, running)
+        running.close()
+    again = begun(job_from(folder / "model", "fsdp", {"dp": 2, "zero": 3}, init_from=str(folder / "run")))
+    losses.append(again.evaluate(batches, 4))
+    assert again.optimizer_steps == 0
+    assert not any(read().any() for (name, _), read in again.live_state().items() if "exp_avg" in name)
+    again.close()
+    return losses
+
+
+@pytest.mark.dist
+def test_the_first_loss_is_that_of_transformers_in_any_layout(tmp_path: Path) -> None:
+    """Tied embeddings, biases, and a vocabulary that is padded. A bf16 job keeps every digit of the folder, in its
+    masters: what is exported in fp32 are the bytes that came in."""
+    save_tiny("qwen2", tmp_path / "model")
+    expected = loss_of(open_folder(tmp_path / "model"))
+    losses = run_ranks(2, _losses_of_layouts, tmp_path)[0]
+    for (*where, settings), loss in zip([*LAYOUTS, ("fsdp", "from the run", {})], losses, strict=True):
+        assert loss == pytest.approx(expected, rel=3e-2 if settings else 1e-5), where
+    job = job_from(tmp_path / "model")
+    export(
+        tmp_path / "run", job, next((tmp_path / "run" / "checkpoints").iterdir()), tmp_path / "exported", "hf", "fp32"
+    )
+    before, after = all_tensors(tmp_path / "model"), all_tensors(tmp_path / "exported")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_a_folder_in_half_precision_comes_out_as_it_went_in(dtype: torch.dtype, precision: str, tmp_path: Path) -> None:
+    save_tiny("gpt2", tmp_path / "gpt2", dtype)
+    run_ranks(1, _logits_of_all, tmp_path, "megatron", ["gpt2"])
+    run = tmp_path / "run-gpt2"
+    job = job_from(tmp_path / "gpt2")
+    export(run, job, next((run / "checkpoints").iterdir()), tmp_path / "exported", "hf", precision)  # type: ignore[arg-type]
+    before, after = all_tensors(tmp_path / "gpt2"), all_tensors(tmp_path / "exported")
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
@@ -16,8 +16,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from copus.durable import sync_folder
 from copus.job import JobConfig, JobError, load_job
 from copus.weights.export_hugging_face import HuggingFaceExport
+from copus.weights.export_megatron import MegatronExport
 from copus.weights.trained import Precision
 
+Format = Literal["hf", "megatron"]
+EXPORTS: dict[Format, type[HuggingFaceExport] | type[MegatronExport]] = {
+    "hf": HuggingFaceExport,
+    "megatron": MegatronExport,
+}
+"""The formats, by their names on the command line."""
 _SPARE_BYTES = 16 * 2**20
 """For the small files, beside the weights."""
 
@@ -25,11 +32,12 @@ _SPARE_BYTES = 16 * 2**20
 def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 2 for what the user has to mend, 130 and 143 when interrupted."""
     run, checkpoint, folder = map(Path, arguments[:3])
-    precision = arguments[4]
+    to, precision = arguments[3:]
+    assert to in EXPORTS, "the launcher offers no other formats"
     assert precision in get_args(Precision), "the launcher offers no others"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half made is left
     try:
-        export(run, load_job(run / "job.yaml"), checkpoint, folder, cast(Precision, precision))
+        export(run, load_job(run / "job.yaml"), checkpoint, folder, cast(Format, to), cast(Precision, precision))
     except JobError as error:
         print(f"copus: {error}", file=sys.stderr)
         return 2
@@ -38,10 +46,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def export(run: Path, job: JobConfig, checkpoint: Path, folder: Path, precision: Precision) -> None:
-    """Write a checkpoint of a run, which has been verified, into a new folder. Raises JobError, and leaves nothing, if
-    that cannot be done."""
-    planned = HuggingFaceExport(run, job, checkpoint, precision)
+def export(run: Path, job: JobConfig, checkpoint: Path, folder: Path, to: Format, precision: Precision) -> None:
+    """Write a checkpoint of a run, which has been verified, into a new folder in a format of `EXPORTS`.
+
+    Raises JobError, and leaves nothing, if that cannot be done.
+    """
+    planned = EXPORTS[to](run, job, checkpoint, precision)
     writing = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +65,7 @@ def export(run: Path, job: JobConfig, checkpoint: Path, folder: Path, precision:
         with _progress() as bars:
             task = bars.add_task(f"writing {folder.name}", total=planned.bytes)
             planned.write(writing, lambda count: bars.update(task, advance=count))
-        for path in [*writing.iterdir(), writing]:
+        for path in [*writing.rglob("*"), writing]:
             sync_folder(path)  # files too: their contents
         if folder.is_dir():
             folder.rmdir()  # an empty one; anything else is refused here

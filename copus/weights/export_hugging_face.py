@@ -1,7 +1,6 @@
 """A checkpoint as a Hugging Face folder that `transformers` opens."""
 
 import json
-import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,13 +19,11 @@ from copus.weights.families import Shapes, Stored, stored_weights, weights_of
 from copus.weights.model_card import model_card
 from copus.weights.safetensors import Planned
 from copus.weights.source import CONFIG, TOKENIZER
-from copus.weights.trained import TORCH_NAMES, Precision, TrainedWeights, training_until
+from copus.weights.trained import TORCH_NAMES, Precision, TrainedWeights, pieces, training_until
 from profiles.huggingface_config import read_values
-from profiles.huggingface_values import config_values, shape_of
+from profiles.huggingface_values import config_values, is_model_of
 
 LARGEST_FILE_BYTES = 5 * 10**9
-_PIECE_BYTES = 32 * 2**20
-"""Most bytes that are read at a time."""
 
 
 class HuggingFaceExport:
@@ -55,7 +52,7 @@ class HuggingFaceExport:
         if kept.is_file():
             values = read_values(kept)
             family = values["model_type"]
-        if not values or shape_of(values, model.seq_len) != model:
+        if not values or not is_model_of(values, model):
             try:
                 values = config_values(model, prefer=family)
             except ValueError as error:
@@ -88,13 +85,13 @@ class HuggingFaceExport:
         """A tensor of the folder, in pieces of consecutive numbers."""
         if parts[0][1].is_transposed:  # a row of the file has a column of every part
             width = sum(shapes[name][0] for name, _ in parts)
-            for start, rows in _pieces(shapes[parts[0][0]][1], width):
+            for start, rows in pieces((shapes[parts[0][0]][1], width)):
                 boxes = [(name, Box((0, start), (shapes[name][0], rows))) for name, _ in parts]
                 yield torch.cat([weights.read(name, box).t() for name, box in boxes], dim=1)
             return
         for name, stored in parts:
             height, *row = shapes[name]
-            for start, rows in _pieces(height, math.prod(row)):
+            for start, rows in pieces((height, *row)):
                 numbers = weights.read(name, Box((start, *[0] * len(row)), (rows, *row)))
                 yield numbers.float() - stored.subtracted if stored.subtracted else numbers
 
@@ -134,13 +131,6 @@ def _tokenizer_settings(path: Path, end: int | None, seq_len: int) -> dict[str, 
     added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
     eos = next(({"eos_token": token["content"]} for token in added if token["id"] == end), {})
     return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, **eos}
-
-
-def _pieces(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """(first, number of rows) of pieces of some megabytes."""
-    step = max(1, _PIECE_BYTES // (4 * width))
-    for start in range(0, rows, step):
-        yield start, min(step, rows - start)
 
 
 def _same(first: Path, second: Path) -> bool:

@@ -29,6 +29,14 @@ _MOST_PADDING = 8192
 """More rows than that are not for the sake of tensor parallelism: the vocabulary is another one."""
 
 
+def stored_name(name: str) -> str:
+    """The name that a weight has in Megatron-LM's checkpoints, from that in a layer of its own number."""
+    name = re.sub(r"^(decoder\.layers\.)\d+\.", r"\1", name)
+    for fused, own in _FUSED_NORMS.items():
+        name = name.replace(f"layers.{own}", f"layers.{fused}")
+    return name
+
+
 def read_megatron(folder: Path, model: ModelShape) -> SavedState:
     """Where each weight of a model is in a checkpoint of Megatron-LM; what else is in it is passed over.
 

@@ -44,32 +44,27 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     Raises JobError if there are no such files, or one is missing, cut off, or not what its header says.
     """
     try:
-        files = _files_of(folder)
         tensors: dict[str, StoredTensor] = {}
-        for file in sorted(files):
+        for file in sorted(_files_of(folder)):
             tensors |= _read_header(folder, file)
     except OSError as error:  # also a symbolic link that leads to itself
         raise JobError(f"{error.filename or folder}: {error.strerror}") from None
-    lacking = next((name for name in files.values() if name not in (None, *tensors)), None)
-    if lacking is not None:
-        raise JobError(f"{folder / INDEX} names {lacking}, which none of its files has")
     return tensors
 
 
-def _files_of(folder: Path) -> dict[str, str | None]:
-    """The files with weights, each with one tensor that the index says it has, if there is an index."""
+def _files_of(folder: Path) -> set[str]:
+    """The names of the files with weights: those of the index, or one."""
     index = folder / INDEX
     if not index.exists() and not index.is_symlink():
         if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
-            return {SINGLE: None}
+            return {SINGLE}
         others = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
         hint = f"; {others[0]} is a pickle, which could run code: save it again as safetensors" if others else ""
         raise JobError(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
     if index.stat().st_size > _LONGEST_INDEX:
         raise JobError(f"{index}: {index.stat().st_size} bytes; an index has at most {_LONGEST_INDEX}")
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {file: name for name, file in places.items()}
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise JobError(f"{index}: not an index of safetensors files: it has no weight_map") from None
     for file in files:

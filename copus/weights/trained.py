@@ -1,5 +1,7 @@
 """The weights in a checkpoint of copus, and what they were trained on: what every export starts from."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -19,6 +21,18 @@ from profiles.model_shape import ModelShape
 
 Precision = Literal["bf16", "fp16", "fp32"]
 TORCH_NAMES: dict[Precision, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+_PIECE_BYTES = 32 * 2**20
+"""Most bytes that are read at a time, in fp32."""
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """A tensor in pieces of some megabytes: the first row of each, and its number of rows."""
+    rows, *row = shape
+    step = max(1, _PIECE_BYTES // (4 * math.prod(row)))
+    for start in range(0, rows, step):
+        yield start, min(step, rows - start)
 
 
 class TrainedWeights:

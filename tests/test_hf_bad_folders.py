@@ -1,0 +1,240 @@
+"""What is wrong with a folder of weights is said in one line, before anything starts, and nothing half made is left."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from copus.checkpoint_files import FOLDER
+from copus.job import JobConfig, JobError, dump_job, parse_job
+from copus.manifest import describe, files_of, write_manifest
+from copus.reshard.boxes import Box
+from copus.reshard.table import Field
+from copus.sharded_checkpoint import Chunk, write_index
+from copus.weights import __main__ as exporting
+from copus.weights import trained
+from copus.weights.families import state_shape, weights_of
+from launch.cli import main
+from launch.weights import check_weights
+from tests.pretrained import save_tiny
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which nothing is wrong, with a tokenizer of three tokens."""
+    folder = save_tiny("llama", tmp_path_factory.mktemp("whole") / "llama")
+    tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    shutil.copytree(whole, tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def _job(whole: Path, init_from: Path, model: dict[str, Any] | None = None, **data: Any) -> JobConfig:
+    return parse_job(
+        {
+            "name": "tuned",
+            "model": {"from": str(whole), "seq_len": 16, **(model or {})},
+            "data": data,
+            "cluster": {"accelerators_per_node": 1},
+            "training": {"init_from": str(init_from), "global_batch": 4, "tokens": 1000},
+        }
+    )
+
+
+def _first(folder: Path) -> Path:
+    return min(folder.glob("model-*.safetensors"))
+
+
+def _truncate(folder: Path) -> None:
+    path = _first(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _rewrite(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        tensors = load_file(_first(folder))
+        change(tensors)
+        save_file(tensors, _first(folder))
+
+    return rewrite
+
+
+def _shorten(tensors: dict[str, torch.Tensor]) -> None:
+    name = min(tensors)
+    tensors[name] = tensors[name][1:].clone()
+
+
+def _round(tensors: dict[str, torch.Tensor]) -> None:
+    name = min(tensors)
+    tensors[name] = tensors[name].to(torch.int8)
+
+
+def _edit(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / file).read_text())
+        change(values)
+        (folder / file).write_text(json.dumps(values))
+
+    return edit
+
+
+def _loop(folder: Path) -> None:
+    _first(folder).unlink()
+    _first(folder).with_name("other").symlink_to(folder / "model.safetensors.index.json")
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors.index.json").symlink_to(folder / "other2")
+    (folder / "other2").symlink_to(folder / "model.safetensors.index.json")
+
+
+def _only_pickles(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
+INDEX = "model.safetensors.index.json"
+SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut off": (_truncate, r"is cut off: \d+ bytes, and its header says \d+"),
+    "a header that is none": (lambda it: _first(it).write_bytes(b"x" * 100), "is cut off, or no safetensors file"),
+    "an empty file": (lambda it: _first(it).write_bytes(b""), "is cut off, or no safetensors file"),
+    "a file is missing": (lambda it: _first(it).unlink(), "is not complete: model.safetensors.index.json names model-"),
+    "another shape": (_rewrite(_shorten), r"is \[\d+, 32\] in model-.*, and the model's is \[130, 32\]"),
+    "quantized": (_rewrite(_round), "is of type I8; weights of type F32, BF16, F16 are read"),
+    "a tensor is missing": (
+        _rewrite(lambda it: it.pop(min(it))),
+        "has no model.embed_tokens.weight: the weights are of another model, or not complete",
+    ),
+    "one too many": (_rewrite(lambda it: it.update(x=torch.ones(1))), "has x, which the model does not have"),
+    "an index with another folder": (
+        _edit(INDEX, lambda it: it["weight_map"].update(x="../x.safetensors")),
+        "points to ../x.safetensors, which is not a file of its folder",
+    ),
+    "an index that is none": (_edit(INDEX, lambda it: it.pop("weight_map")), "it has no weight_map"),
+    "a symbolic link to itself": (_loop, "Too many levels of symbolic links"),
+    "pickles": (_only_pickles, "pytorch_model.bin is a pickle, which could run code"),
+    "an unknown architecture": (
+        _edit("config.json", lambda it: it.update(model_type="mamba")),
+        r"model_type\(mamba\) is unknown",
+    ),
+    "another model": (
+        _edit("config.json", lambda it: it.update(num_hidden_layers=3)),
+        "its layers is 3, and model.layers is 2: the weights are of another model",
+    ),
+    "no configuration": (lambda it: (it / "config.json").unlink(), "is neither a Hugging Face folder"),
+    "a tokenizer with other ids": (
+        _edit("tokenizer.json", lambda it: it["model"]["vocab"].update(b=7)),
+        "where 'b' is token 7; .* gives it 1",
+    ),
+    "a tokenizer with more tokens": (
+        _edit("tokenizer.json", lambda it: it["model"]["vocab"].update(c=2)),
+        "where 'c' is token 2; .* does not have it",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_what_is_wrong_with_a_folder_is_said_in_one_line(spoiled: str, whole: Path, folder: Path) -> None:
+    spoil, message = SPOILED[spoiled]
+    spoil(folder)
+    with pytest.raises(JobError, match=message) as error:
+        check_weights(_job(whole, folder, tokenizer=str(whole / "tokenizer.json")), notice=lambda line: None)
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_folder_gets_a_digest_and_another_one_is_refused(whole: Path, folder: Path) -> None:
+    said: list[str] = []
+    job, source = check_weights(_job(whole, folder, {"rope_base": 1e6}), said.append)
+    assert source is not None
+    assert said == [f"training.init_from({folder}): its rope_base is 500000.0, and model.rope_base is 1000000.0"]
+    assert check_weights(job, said.append)[0].training.init_digest == job.training.init_digest
+    _rewrite(lambda it: it[min(it)].mul_(2))(folder)
+    with pytest.raises(JobError, match=f"init_digest is {job.training.init_digest}, and the weights in .* have "):
+        check_weights(job, said.append)
+
+
+@pytest.mark.parametrize("extra", ["model.layers.0.self_attn.rotary_emb.inv_freq"])
+def test_what_transformers_passes_over_is_passed_over(extra: str, whole: Path, folder: Path) -> None:
+    _rewrite(lambda it: it.update({extra: torch.ones(4)}))(folder)
+    check_weights(_job(whole, folder), notice=lambda line: None)
+
+
+# Exports of a run that nobody trained: its checkpoint is written here.
+
+
+def _make_run(run: Path, job: JobConfig) -> Path:
+    checkpoint = run / FOLDER / "samples-000000000000"
+    checkpoint.mkdir(parents=True)
+    record = {}
+    with open(checkpoint / "0.distcp", "wb") as file:
+        for name, shape in weights_of(job.model).items():
+            whole = state_shape(name, shape, job.model)
+            start = file.tell()
+            torch.save(torch.zeros(whole), file)
+            chunk = Chunk(Box.whole(whole), Box.whole(whole), "0.distcp", start, file.tell() - start)
+            record[Field(name, "float32", whole)] = [chunk]
+    write_index(checkpoint, [record])
+    configuration = job.training.configuration.model_dump(mode="json")
+    (checkpoint / "trainer.json").write_text(json.dumps({"state": {}, "configuration": configuration}))
+    write_manifest(checkpoint, describe(checkpoint, files_of(checkpoint)))
+    (run / "job.yaml").write_text(dump_job(job))
+    return checkpoint
+
+
+def test_an_export_overwrites_nothing_and_leaves_nothing_half_made(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, target = tmp_path / "run", tmp_path / "out" / "model"
+    checkpoint = _make_run(run, _job(whole, whole))
+    target.mkdir(parents=True)
+    (target / "mine").touch()
+    assert main(["export", str(run), str(target)]) == 2
+    assert "is there already: name a folder that is not, or remove it" in capsys.readouterr().err
+    (target / "mine").unlink()
+
+    job = _job(whole, whole)
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**24)
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(JobError, match="the weights take 0 MiB, and its disk has room for 16 MiB"):
+        exporting.export(run, job, checkpoint, target, "hf", "fp32")
+    monkeypatch.undo()
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device", "there")
+
+    monkeypatch.setattr(trained.TrainedWeights, "read", fail)
+    with pytest.raises(JobError, match="there: No space left on device"):
+        exporting.export(run, job, checkpoint, target, "hf", "fp32")
+    assert list(target.parent.iterdir()) == [target]
+    assert list(target.iterdir()) == []
+
+
+def test_a_large_export_takes_little_memory_and_several_files(whole: Path, tmp_path: Path) -> None:
+    """Two tensors of 205 MB are copied in 128 MB, the mapped pages included: the peak of a process of its own."""
+    job = _job(whole, whole, {"vocab": 200_000, "hidden": 256, "head_dim": 64, "layers": 1})
+    checkpoint = _make_run(tmp_path / "run", job)
+    program = (
+        "import resource, sys\n"
+        "from copus.weights import __main__ as exporting, export_hugging_face\n"
+        "export_hugging_face.LARGEST_FILE_BYTES = 250 * 10**6\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert exporting.main(sys.argv[1:]) == 0\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    arguments = [tmp_path / "run", checkpoint, tmp_path / "out", "hf", "bf16"]
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(finished.stdout) * 1024 < 128e6
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 200_000
