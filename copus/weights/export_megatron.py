@@ -149,7 +149,7 @@ def _append(file: IO[bytes], value: Any) -> PlaceInFile:
 
 
 def _nothing() -> bytes:
-    """An object that is None, as Megatron saves it."""
+    """An object that is None, as Megatron saves it: in a list, since several may have one name."""
     buffer = io.BytesIO()
-    torch.save(None, buffer)
+    torch.save([None], buffer)
     return buffer.getvalue()
