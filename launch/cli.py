@@ -471,6 +471,28 @@ class ImportArgs:
 
 
 @dataclass
+class ImportHF:
+    """Print a job file that trains a Hugging Face folder further, after a check of its weights; nothing is run.
+
+    Example: copus import-hf ~/models/mine --set data.source=texts --set cluster.accelerators_per_node=8 --out job.yaml
+    """
+
+    folder: Positional[Annotated[Path, arg(metavar="DIR")]]
+    """Folder with config.json and safetensors files."""
+    overrides: Overrides = field(default_factory=list)
+    """Set a field of the job file: data.source, cluster.accelerator, training.tokens."""
+    out: Annotated[Path | None, arg(metavar="JOB.yaml")] = None
+    """Write the job file there and not on stdout."""
+    json: bool = False
+    """Print one JSON object with the job."""
+
+    def run(self) -> int:
+        from launch.import_hf import import_hf
+
+        return import_hf(self.folder, self.overrides, self.out, as_json=self.json)
+
+
+@dataclass
 class Calibrate:
     """Measure the critical batch of a run: train branches of a checkpoint at several batches, for equal tokens.
 
@@ -579,6 +601,7 @@ Commands = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[ImportHF, subcommand("import-hf")]
     | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Simulate, subcommand("simulate")]
 )

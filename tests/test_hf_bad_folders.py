@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from copus.checkpoint_files import FOLDER
-from copus.job import JobConfig, JobError, dump_job, parse_job
+from copus.job import JobConfig, JobError, dump_job, load_job, parse_job
 from copus.manifest import describe, files_of, write_manifest
 from copus.reshard.boxes import Box
 from copus.reshard.table import Field
@@ -154,9 +154,17 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(spoiled: str, whole: Pa
     assert "\n" not in str(error.value)
 
 
+def test_a_tokenizer_is_not_trained_for_weights_that_have_one(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"data.tokenizer: none is named, and the weights .* go with .*tokenizer"):
+        check_weights(_job(whole, whole), notice=lambda line: None)
+    (tmp_path / "tokens.idx").touch()
+    check_weights(_job(whole, whole, source=str(tmp_path / "tokens")), notice=lambda line: None)
+
+
 def test_a_whole_folder_gets_a_digest_and_another_one_is_refused(whole: Path, folder: Path) -> None:
     said: list[str] = []
-    job, source = check_weights(_job(whole, folder, {"rope_base": 1e6}), said.append)
+    tokenizer = str(whole / "tokenizer.json")
+    job, source = check_weights(_job(whole, folder, {"rope_base": 1e6}, tokenizer=tokenizer), said.append)
     assert source is not None
     assert said == [f"training.init_from({folder}): its rope_base is 500000.0, and model.rope_base is 1000000.0"]
     assert check_weights(job, said.append)[0].training.init_digest == job.training.init_digest
@@ -165,10 +173,26 @@ def test_a_whole_folder_gets_a_digest_and_another_one_is_refused(whole: Path, fo
         check_weights(job, said.append)
 
 
+def test_import_hf_writes_a_job_file_that_the_folder_fits(
+    whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["import-hf", str(whole), "--set", f"data.source={tmp_path}", "--out", str(tmp_path / "job.yaml")]
+    assert main(arguments) == 0
+    assert "weights, trained by megatron; what to begin in: copus plan" in capsys.readouterr().err
+    job = load_job(tmp_path / "job.yaml")
+    assert (job.training.init_from, job.data.tokenizer) == (whole, whole / "tokenizer.json")
+    assert job.model.seq_len == 64, "no longer than the model's positions"
+    assert main([*arguments, "--set", "training.backend=fsdp"]) == 0
+    assert load_job(tmp_path / "job.yaml").training.backend == "fsdp"
+    _truncate(folder)
+    assert main(["import-hf", str(folder)]) == 2
+    assert "is cut off" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("extra", ["model.layers.0.self_attn.rotary_emb.inv_freq"])
 def test_what_transformers_passes_over_is_passed_over(extra: str, whole: Path, folder: Path) -> None:
     _rewrite(lambda it: it.update({extra: torch.ones(4)}))(folder)
-    check_weights(_job(whole, folder), notice=lambda line: None)
+    check_weights(_job(whole, folder, tokenizer=str(whole / "tokenizer.json")), notice=lambda line: None)
 
 
 # Exports of a run that nobody trained: its checkpoint is written here.

@@ -98,7 +98,16 @@ def check_source(job: JobConfig, source: Source, notice: Callable[[str], None]) 
         _compare_models(dict(_run_of(source).model), job.model, where, notice)
     theirs = tokenizer_of(source)
     if theirs is not None:
+        if source.kind == "hugging_face" and job.data.tokenizer is None and not _is_tokenized(job):
+            raise JobError(f"data.tokenizer: none is named, and the weights of training.init_from go with {theirs}")
         check_tokenizer_fits(theirs, job)
+
+
+def _is_tokenized(job: JobConfig) -> bool:
+    """Whether the data is there as tokens: prepared, or prefixes of Megatron's indexed datasets."""
+    paths = job.data.source if isinstance(job.data.source, list) else []
+    prefixes = [Path(f"{path.expanduser()}.idx").is_file() for path in paths]
+    return job.data.prepared is not None or (bool(prefixes) and all(prefixes))
 
 
 def _run_of(source: Source) -> JobConfig:
