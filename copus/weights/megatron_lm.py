@@ -16,7 +16,7 @@ from copus.sharded_checkpoint import Chunk, SavedState, read_index, zeros_below
 from copus.weights.families import weights_of
 from profiles.model_shape import ModelShape
 
-_WEIGHTS = re.compile(r"(?:module\.|model\.)?((?:embedding|decoder|output_layer)\..+\.(?:weight|bias))")
+_WEIGHTS = re.compile(r"(?:module\.|model\.)?((?:(?:embedding|decoder)\..+[._]|output_layer\.)(?:weight|bias))")
 """Names of weights; optimizer state, random states and what an index says of objects are left out."""
 _STACKED = re.compile(r"decoder\.layers\.(?=\D)")
 """The layers of this tensor are its first axis."""
