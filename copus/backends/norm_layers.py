@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 
-def rms_norms(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The norms of a model of transformers, by name."""
+def norms_of(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The norms of a model over the last axis of their input, by name: RMSNorm of torch, transformers and others, and
+    torch's LayerNorm."""
     for name, module in model.named_modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        weight = getattr(module, "weight", None)
+        is_norm = type(module).__name__.endswith("RMSNorm") or isinstance(module, torch.nn.LayerNorm)
+        if is_norm and weight is not None and weight.dim() == 1:
             yield name, module
 
 
@@ -71,10 +74,13 @@ class NormLayers:
         self._passes[module] = microbatch + 1
         summed = [axis for axis in range(states.dim() - 1) if axis != self._sequence_axis]
         bias = getattr(module, "bias", None)
-        if bias is not None:  # LayerNorm
+        if bias is not None or isinstance(module, torch.nn.LayerNorm):
             states = states - states.mean(dim=-1, keepdim=True, dtype=torch.float32)
+        if bias is not None:
             self._see(module, bias, microbatch, gradient.sum(dim=summed, dtype=torch.float32))
         epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        if epsilon is None:  # torch's RMSNorm, unless it was told
+            epsilon = torch.finfo(states.dtype).eps
         root = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
         scale = root.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
         self._see(module, module.weight, microbatch, (states * scale * gradient).sum(dim=summed))
@@ -94,10 +100,13 @@ class NormLayers:
         micro_batch,).
 
         The gradients are those of each sequence's own mean loss; in a step that is divided by the replica's sequences,
-        which is undone here.
+        which is undone here. Zeros if the step was another one than it was said to be.
         """
         sums = torch.zeros(num_microbatches, micro_batch, dtype=torch.float64, device=device)
-        for microbatch, squares in self._squares.items():
-            sums[microbatch] = squares
+        if all(microbatch < num_microbatches for microbatch in self._squares) and (
+            {len(squares) for squares in self._squares.values()} == {micro_batch}
+        ):
+            for microbatch, squares in self._squares.items():
+                sums[microbatch] = squares
         self.start(False)
         return sums.view(-1) * (num_microbatches * micro_batch) ** 2

@@ -5,15 +5,16 @@ seen by the norm layers alone (`normlayer`). The backend's description says whic
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from copus.backends.description import BackendDescription
-from copus.backends.norm_layers import NormLayers, rms_norms
+from copus.backends.norm_layers import NormLayers, norms_of
 from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Parts
+from planner.backend_traits import BackendTraits
 from planner.noise_sources import REPLICA, split
 from profiles.configuration import Configuration
 
@@ -22,24 +23,40 @@ class PartNorms(ABC):
     """Collects the squared norms of the parts of each step. Made once for a built model, and closed with it.
 
     Use: `start` before the first micro-batch, `begin_backward` before the backward pass of each, `contribution` after
-    the last, and `parts` with the sum of the contributions of all ranks. A backend's hooks see every gradient before it
-    is added to those of earlier micro-batches, and hand it to `_add`.
+    the last, and `parts` with the sum of the contributions of all ranks. Hooks see every gradient before it is added to
+    those of earlier micro-batches; they ask `_is_measured`, and hand it to `_add`.
+
+    In a training loop that is not ours nobody calls `begin_backward`: there `count_passes` lets the gradients say it.
     """
 
-    def __init__(self, model: Any, description: BackendDescription, replica: int, counts: bool) -> None:
+    def __init__(self, model: Any, traits: BackendTraits, replica: int, counts: bool) -> None:
         """`replica` is this rank's number among the data parallel ones. Of the ranks that see the same norm layers one
         `counts`."""
-        self._norm_layers = NormLayers(rms_norms(model), sequence_axis=0, counts=counts)
-        self._description = description
+        self._norm_layers = NormLayers(norms_of(model), sequence_axis=0, counts=counts)
+        self._traits = traits
         self._replica = replica
         self._hooks: list[Any] = []
         self._full_parts = 0
+        self._sums_microbatches = False
         self._part: int | None = None
         """The part that the gradients of this backward pass belong to; None if they are not measured."""
+        self.passes = 0
+        """Backward passes of this step, if they are counted."""
+        self._after_pass: Callable[[], None] | None = None
+        self._in_pass = False
 
     @abstractmethod
-    def _norm_layers_grad_sq(self, names: set[str]) -> torch.Tensor:
-        """This rank's share of |g|² of the step's mean gradient, of the norms' weights: 0-d, float64."""
+    def grad_sq_share(self, names: set[str] | None = None) -> torch.Tensor:
+        """This rank's share of |g|² of the step's mean gradient, of all parameters or of those named: 0-d, float64."""
+
+    @property
+    def has_norm_layers(self) -> bool:
+        """Whether the model has norms that can be measured."""
+        return bool(self._norm_layers.names)
+
+    def count_passes(self, after_pass: Callable[[], None]) -> None:
+        """Take every backward pass for a micro-batch, and call `after_pass` when it is over, gradients reduced."""
+        self._after_pass = after_pass
 
     def close(self) -> None:
         """Remove all hooks: they and the model keep each other."""
@@ -51,9 +68,10 @@ class PartNorms(ABC):
     def start(self, source: str | None, configuration: Configuration) -> None:
         """Begin a step. What the configuration has no two parts of is not measured."""
         full, norm_layers = split(source)
+        self.passes = 0
         self._configuration = configuration
         self._sums_microbatches = full == REPLICA
-        parts = self._description.parts(configuration)
+        parts = self._traits.parts(configuration)
         number = parts[full].number if full in parts else 0
         self._full_parts = number // configuration.layout.dp if number > 1 else 0
         """Of this replica."""
@@ -64,8 +82,28 @@ class PartNorms(ABC):
     def begin_backward(self, microbatch: int) -> None:
         """Say which micro-batch's gradients come next."""
         self._part = microbatch if self._full_parts else None
-        if self._full_parts and self._sums_microbatches:
-            self._part = 0 if microbatch == self._configuration.num_microbatches - 1 else None
+        if self._full_parts:
+            last = self._configuration.num_microbatches - 1
+            if self._sums_microbatches:
+                self._part = 0 if microbatch == last else None
+            elif microbatch > last:  # of a loop that makes more of them than it said
+                self._part = None
+
+    def _is_measured(self) -> bool:
+        """Whether the gradients of this backward pass are. Called by the hook of every gradient, first of all."""
+        if self._after_pass is not None and not self._in_pass:
+            self._in_pass = True
+            self.begin_backward(self.passes)
+            _at_end_of_pass(self._end_pass)
+        return self._part is not None
+
+    def _end_pass(self) -> None:
+        # Frameworks reduce what is left to reduce in callbacks of the same kind. Those were queued before this one is.
+        assert self._after_pass is not None, "passes are counted"
+        self._in_pass = False
+        self._part = None
+        self.passes += 1
+        _at_end_of_pass(self._after_pass)
 
     def _add(self, gradient: torch.Tensor) -> None:
         """Count a gradient for the part of this backward pass."""
@@ -88,7 +126,7 @@ class PartNorms(ABC):
             scale = 1 if self._sums_microbatches else count  # the loss of every micro-batch is divided by their number
             vector[1 + replica * self._full_parts :][: self._full_parts] = sums * scale**2
         if sequences:
-            vector[0] = self._norm_layers_grad_sq(self._norm_layers.names)
+            vector[0] = self.grad_sq_share(self._norm_layers.names)
             first = 1 + replicas * self._full_parts + replica * sequences
             vector[first:][:sequences] = self._norm_layers.collect(count, configuration.micro_batch, device)
         self._norms = []
@@ -102,3 +140,8 @@ class PartNorms(ABC):
         full = Parts(totals[1 : 1 + count], batch // count, grad_sq) if count else None
         norm_layers = Parts(totals[1 + count :], 1, float(totals[0])) if self._norm_layers_on else None
         return full, norm_layers
+
+
+def _at_end_of_pass(function: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that is under way, after what was queued before."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[no-untyped-call]

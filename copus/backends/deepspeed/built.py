@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.adamw import adam_state
+from copus.backends.deepspeed.gradients import BIASES, MATRICES, NORMS
 from copus.backends.deepspeed.partitions import Groups
 from copus.backends.deepspeed.upstream import DeepSpeedConfig, Engine, Partitioner, destroy_engine, init_groups
 from copus.backends.huggingface import build_causal_lm, restore_rotary_frequencies
@@ -19,8 +20,6 @@ from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
-MATRICES, NORMS, BIASES = 0, 1, 2
-"""The groups of parameters. Only matrices decay; a model without biases has no third group."""
 _BUCKET = 50_000_000
 """Most gradients that are reduced at once: 200 MB in fp32."""
 
@@ -73,14 +72,6 @@ class BuiltModel:
             return self.flat_masters
         return [param for group in self.groups for param in group.values()]
 
-    def accumulated_gradient(self, group: int, index: int, param: torch.nn.Parameter) -> torch.Tensor:
-        """This replica's sum of a parameter's gradients over the micro-batches so far, before any reduction; ZeRO 0 and
-        1, which keep it, from the second micro-batch on."""
-        in_fp32 = getattr(self.zero_optimizer, "fp32_groups_gradients", None)  # bf16 with ZeRO 1
-        gradient = param.grad if in_fp32 is None else in_fp32[group][index]
-        assert gradient is not None, "there was a backward pass before"
-        return gradient
-
     def release(self) -> None:
         """Let go of the memory: engine, model and hooks refer to each other in circles."""
         if self.part_norms is not None:
@@ -95,23 +86,6 @@ def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[di
     for name, param in named:
         groups[BIASES if name.endswith("bias") else NORMS if "norm" in name else MATRICES][name] = param
     return [group for group in groups if group]
-
-
-def reduced_gradients(built: BuiltModel, group: int | None = None) -> list[torch.Tensor]:
-    """The averaged gradients that this rank counts, of all groups of parameters or of one: its share, or on rank 0 all
-    of them if nothing is shared out."""
-    chosen = range(len(built.groups)) if group is None else (group,)
-    wrapper = built.zero_optimizer
-    if built.layout.zero == 0:
-        counts = dist.get_rank() == 0
-        params = (param for number in chosen for param in built.groups[number].values())
-        return [param.grad for param in params if counts and param.grad is not None]
-    if built.layout.offload_optimizer:
-        gradients = (built.flat_masters[number].grad for number in chosen)
-        return [gradient for gradient in gradients if gradient is not None]
-    if hasattr(wrapper, "fp32_groups_gradient_flat_partition"):  # bf16 with ZeRO 1
-        return [wrapper.fp32_groups_gradient_flat_partition[number] for number in chosen]
-    return [gradient for number in chosen for gradient in wrapper.averaged_gradients[number]]
 
 
 @functools.lru_cache(maxsize=4)

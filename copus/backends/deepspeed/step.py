@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.adamw import AdamWOptions
-from copus.backends.deepspeed.built import MATRICES, BuiltModel, reduced_gradients
+from copus.backends.deepspeed.built import BuiltModel
+from copus.backends.deepspeed.gradients import MATRICES
 from copus.backends.huggingface import mean_loss
 from copus.backends.microbatches import Microbatch, evaluation_of, loss_share, read_microbatches
-from copus.backends.squared_norms import norms, sum_of_squares
 from copus.backends.step_contract import Batches, StepRequest, StepShares
 from profiles.configuration import Configuration
 
@@ -34,7 +34,7 @@ def compute_gradients(
         engine.backward(loss / count, scale_wrt_gas=False)
     return StepShares(
         loss_share(configuration, losses, built.device, counts=True),
-        sum_of_squares(norms(reduced_gradients(built)), built.device),
+        part_norms.grad_sq_share(),
         part_norms.contribution(built.device),
     )
 

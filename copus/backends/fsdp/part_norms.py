@@ -25,17 +25,23 @@ class FsdpPartNorms(PartNorms):
     def begin_backward(self, microbatch: int) -> None:
         """Say which micro-batch's gradients come next."""
         super().begin_backward(microbatch)
-        if not self._hooks:  # the gathered parameters exist since the first forward pass, and stay the same objects
-            for parameter in fsdp_parameters(self._built.model):
-                if tensor_parallel_axis(parameter._param_fqn) is not None or self._built.tp_rank == 0:
-                    whole, of_one, of_all = parameter.unsharded_param, self._see, self._see_sum
-                    self._hooks.append(whole.register_hook(functools.partial(of_one, parameter)))
-                    self._hooks.append(whole.register_post_accumulate_grad_hook(functools.partial(of_all, parameter)))
+        self.watch()
+
+    def watch(self) -> None:
+        """Begin to see gradients, if that has not begun. The gathered parameters exist since the first forward pass,
+        and stay the same objects."""
+        if self._hooks:
+            return
+        for parameter in fsdp_parameters(self._built.model):
+            if tensor_parallel_axis(parameter._param_fqn) is not None or self._built.tp_rank == 0:
+                whole, of_one, of_all = parameter.unsharded_param, self._see, self._see_sum
+                self._hooks.append(whole.register_hook(functools.partial(of_one, parameter)))
+                self._hooks.append(whole.register_post_accumulate_grad_hook(functools.partial(of_all, parameter)))
 
     @torch.no_grad()
     def _see(self, parameter: Any, gradient: torch.Tensor) -> None:
         """Runs when autograd has one micro-batch's whole gradient, before it is added to the others."""
-        if self._part is not None and not self._sums_microbatches:
+        if self._is_measured() and not self._sums_microbatches:
             # A DTensor's gradient may be whole although the parameter is cut: the embedding's is.
             self._add(parameter._get_grad_inner_tensor(gradient))
 
@@ -47,7 +53,8 @@ class FsdpPartNorms(PartNorms):
             total, before = parameter._get_grad_inner_tensor(whole.grad), parameter.unsharded_accumulated_grad
             self._add(total if before is None else total + parameter._get_grad_inner_tensor(before))
 
-    def _norm_layers_grad_sq(self, names: set[str]) -> torch.Tensor:
+    def grad_sq_share(self, names: set[str] | None = None) -> torch.Tensor:
+        """This rank's share of |g|² of the step's mean gradient."""
         return grad_sq_share(self._built, names)
 
 
