@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
+    "BatchController": "copus.meter.batch_controller",
     "JobConfig": "copus.job",
     "JobError": "copus.job",
+    "NoiseMeter": "copus.meter.noise_meter",
     "Planner": "copus.planning",
     "ThroughputTable": "profiles.table",
     "load_job": "copus.job",

@@ -23,13 +23,18 @@ def rules_at(job: JobConfig, state: TrainerState, global_batch: int) -> StepRule
 
 
 def batch_ratio(job: JobConfig, global_batch: int, critical_batch: float | None) -> float:
-    """κ = B / B_ref, with B at most max(φ, B_ref) unless the job says otherwise.
+    """κ of a job: `capped_ratio` with its reference batch."""
+    beyond = job.training.optimizer.scale_beyond_critical_batch
+    return capped_ratio(global_batch, job.reference_batch, None if beyond else critical_batch)
+
+
+def capped_ratio(global_batch: int, reference: int, critical_batch: float | None) -> float:
+    """κ = B / B_ref, with B at most max(φ, B_ref). No cap without a critical batch.
 
     Above the critical batch φ gradients are hardly better than at φ (1812.06162), so larger steps are not either: the
     best learning rate of Adam rises like √B only below it (2405.14578). No cap while φ is unknown (None), and none on
-    batches up to B_ref, for which the job file's own values were chosen.
+    batches up to B_ref, for which the values were chosen.
     """
-    reference = job.reference_batch
-    if critical_batch is None or job.training.optimizer.scale_beyond_critical_batch:
+    if critical_batch is None:
         return global_batch / reference
     return min(global_batch, max(critical_batch, reference)) / reference

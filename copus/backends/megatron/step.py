@@ -40,7 +40,7 @@ def compute_gradients(
     optimizer.prepare_grads()
     return StepShares(
         _loss_share(built, configuration, losses),
-        _local_grad_sq(built, configuration),
+        local_grad_sq(built, configuration),
         part_norms.contribution(built.device),
         expert_tokens.contribution(built.device),
     )
@@ -130,7 +130,7 @@ def _mean_loss(
     return loss, {"loss": loss.detach().clone()}  # megatron divides `loss` in place by the number of micro-batches
 
 
-def _local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Tensor:
+def local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Tensor:
     """This rank's share of |g|², in which every gradient counts once over all ranks.
 
     With the distributed optimizer every rank has its own shard. Without it all data-parallel ranks have the same
