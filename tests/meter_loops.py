@@ -101,6 +101,8 @@ def deepspeed_loop(zero: int) -> copus.NoiseMeter:
     """DeepSpeed's engine."""
     import deepspeed
 
+    import copus.backends.deepspeed.upstream  # where there is no GPU, nothing is compiled for minutes
+
     model = hf_model()
     engine, *_ = deepspeed.initialize(
         model=model,

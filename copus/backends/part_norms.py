@@ -144,4 +144,4 @@ class PartNorms(ABC):
 
 def _at_end_of_pass(function: Callable[[], None]) -> None:
     """Call a function at the end of the backward pass that is under way, after what was queued before."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[no-untyped-call]
+    torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -48,7 +48,8 @@ class NoiseCallback(TrainerCallback):
         if self._log is not None:
             self.meter.log(self._log)
         if self._most is not None:
-            optimizer = getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)  # accelerate wraps it
+            optimizer: Any = self._trainer.optimizer
+            optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
             self.controller = BatchController(
                 self.meter,
                 optimizer,

@@ -4,7 +4,7 @@ ready."""
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ class MeasuredTraits(BackendTraits):
 class MeasuredModel(ABC):
     """What the meter asks of a framework. `part_norms` is closed with it."""
 
-    name: ClassVar[str]
+    name: str
     """The framework, for people."""
     part_norms: Any
     """What sees the gradients: a `PartNorms` of a backend."""

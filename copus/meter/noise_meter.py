@@ -182,8 +182,8 @@ class NoiseMeter:
             "noise_scale_low": noise.low,
             "noise_scale_high": noise.high,
             "critical_batch": self.critical_batch,
-            "doubling_steps_ratio": twice and twice.steps_ratio,
-            "doubling_samples_ratio": twice and twice.samples_ratio,
+            "doubling_steps_ratio": None if twice is None else twice.steps_ratio,
+            "doubling_samples_ratio": None if twice is None else twice.samples_ratio,
         }
         return {name: float(value) for name, value in known.items() if value is not None}
 
