@@ -13,7 +13,7 @@ from copus.backends.huggingface import (
     restore_rotary_frequencies,
 )
 from copus.backends.initial_weights import initial_weight
-from copus.backends.norm_layers import NormLayers, rms_norms
+from copus.backends.norm_layers import NormLayers, norms_of
 from profiles.model_shape import ModelShape
 from profiles.rope import attention_factor, frequencies
 from tests.megatron_jobs import SHAPE, random_batches
@@ -87,7 +87,7 @@ def test_a_model_made_on_meta_computes_the_same_once_it_is_filled(variant: dict[
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if "qk_norm" in variant])
 def test_norm_layers_count_every_head_of_a_sequence(variant: dict[str, Any]) -> None:
     model = build_causal_lm(_shape(variant), torch.float32, CPU, 1234)
-    layers = NormLayers(rms_norms(model), sequence_axis=0, counts=True)
+    layers = NormLayers(norms_of(model), sequence_axis=0, counts=True)
     layers.start(True)
     mean_loss(model, *random_batches(0, 4)).backward()
     seen = layers.collect(1, 4, CPU)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import copus
-from copus.backends.norm_layers import NormLayers
+from copus.backends.norm_layers import NormLayers, norms_of
 from copus.meter.noise_meter import MeterWarning
 from copus.meter_log import meter_steps
 from copus.noise.run_noise import RunNoise
@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_divided_by_the_micro_batches_has_the_same_noise_scal
 def test_norm_layers_of_torch_are_those_of_single_sequences() -> None:
     model = Model()
     ((tokens, labels),) = batches([4])
-    layers = NormLayers(model, counts=True)
+    layers = NormLayers(norms_of(model), sequence_axis=0, counts=True)
     assert layers.names == {"first.weight", "first.bias", "second.weight"}
     layers.start(True)
     mean_loss(model, (tokens, labels)).backward()
