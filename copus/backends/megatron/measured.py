@@ -60,7 +60,7 @@ class MegatronModel(MeasuredModel):
         self.part_norms = PartNorms(chunks, optimizer, self.layout, tied, None)
         self.traits.has_norm_layers = False
         self.traits.shows_microbatches = not config.gradient_accumulation_fusion
-        self._built = BuiltModel(self.device, self.layout, chunks, optimizer, self.part_norms)
+        self._built = BuiltModel(self.device, self.layout, chunks, optimizer, part_norms=self.part_norms)
         self._prepare: Callable[..., Any] | None = None
         self._configuration: Configuration | None = None
 
