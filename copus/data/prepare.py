@@ -162,10 +162,10 @@ def _build(job: JobConfig, folder: Path, progress: Progress) -> Manifest:
     for number, part in enumerate(part for part in (*train, *held_out) if not part.has_text):
         largest = max(largest, _link(part, folder, f"data-{number}", job.model.vocab, progress))
         parts += _prefix_parts(job, part, folder, f"data-{number}", held_out, is_held_out=part in held_out)
-    tokens = {side: sum(part.slice.tokens for part in parts if part.side == side) for side in get_args(Side)}
     eod = prepared.eod if prepared else _eod_of_tokenizer(job, folder)
-    if prepared and len(parts) == 2 and len(text) == 1 and not any(part.slice.mask for part in parts):
-        parts = []  # one text: its two datasets have the names of the sides, and no weights
+    tokens = {side: sum(part.slice.tokens for part in parts if part.side == side) for side in get_args(Side)}
+    if {part.slice.prefix for part in parts} == set(get_args(Side)) and not any(part.slice.mask for part in parts):
+        parts = []  # one dataset on each side, which have the names of the sides: there is nothing to blend
     if prepared:
         prepared.remove_empty()
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -193,7 +193,7 @@ def _text_parts(prepared: Prepared, text: list[PartSource], by_source: list[bool
     for number, (part, held_out) in enumerate(zip(text, by_source, strict=True)):
         for side in get_args(Side):
             dataset = prepared.slice(number, side)
-            if dataset.documents:
+            if dataset is not None:
                 weight = dataset.tokens if part.weight is None or held_out else part.weight
                 parts.append(Part(name=part.name, weight=weight, side=side, slice=dataset))
             elif side == "train" and not held_out:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -245,11 +245,9 @@ class Prepared:
         self._masks = bool(encoding.template)
         self._folder, self._parts = folder, parts
         states = note.get("writers", {})
-        names: tuple[Side, Side] = ("train", "valid")
+        self._sides = _sides(encoding.held_out)
         self._writers = {
-            (part, side): IndexedWriter(folder / self.prefix(part, side), vocab, states.get(self.prefix(part, side)))
-            for part in range(len(parts))
-            for side in names
+            key: IndexedWriter(folder / self.prefix(*key), vocab, states.get(self.prefix(*key))) for key in self._sides
         }
         self._mask_files = {}
         for (part, side), writer in self._writers.items() if self._masks else ():
@@ -259,7 +257,7 @@ class Prepared:
 
     def prefix(self, part: int, side: Side) -> str:
         """The files of a part on one side, without suffix."""
-        return side if len(self._parts) == 1 else f"{side}-{part}"
+        return side if sum(of == side for _, of in self._sides) == 1 else f"{side}-{part}"
 
     def add(self, part: int, result: EncodedBatch) -> None:
         """Append what a batch has become."""
@@ -311,9 +309,11 @@ class Prepared:
         for writer in self._writers.values():
             writer.finish()
 
-    def slice(self, part: int, side: Side) -> Slice:
-        """The dataset of a part on one side."""
-        writer = self._writers[part, side]
+    def slice(self, part: int, side: Side) -> Slice | None:
+        """The dataset of a part on one side; None if it is empty."""
+        writer = self._writers.get((part, side))
+        if writer is None or not writer.documents:
+            return None
         return Slice(
             prefix=self.prefix(part, side),
             first=0,
@@ -345,6 +345,13 @@ class Prepared:
     def dropped(self) -> list[Dropped]:
         """The dropped documents that are listed."""
         return [Dropped.model_validate(values) for values in self._dropped]
+
+
+def _sides(held_out: tuple[HeldOut, ...]) -> list[tuple[int, Side]]:
+    """The sides that each part has: both, or one if there are sources that are held out whole."""
+    if not any(part.everything for part in held_out):
+        return [(number, side) for number in range(len(held_out)) for side in get_args(Side)]
+    return [(number, "valid" if part.everything else "train") for number, part in enumerate(held_out)]
 
 
 def part_batches(part: PartSource, data: DataConfig, columns: Columns, *, cut: bool = False) -> Iterator[Batch]:
