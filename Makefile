@@ -7,6 +7,8 @@ CONSTRAINTS ?= constraints.txt
 # Passed to `python -m venv`; --system-site-packages keeps a torch that is installed already.
 VENV_FLAGS ?=
 PIP_FLAGS ?=
+# screenshots: the run whose report is shown.
+RUN ?= runs/shakespeare
 # test-next: the newest megatron-core needs Python 3.12.
 NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv312
@@ -28,7 +30,7 @@ GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-insp
 	tyro docstring-parser typeguard
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-next test-slow test-slurm lint format reference docs gpu-check gpu-ranks gpu-wheels clean
+.PHONY: help install demo test test-next test-slow test-slurm lint format reference screenshots docs gpu-check gpu-ranks gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +74,9 @@ format: install  ## let ruff mend what it can
 
 reference: install  ## write the generated parts of docs/ anew, after a change of a field or an option
 	$(BIN)/python docs/hooks/reference.py
+
+screenshots: install  ## take the pictures of the report in docs/ anew, from RUN, with Chromium
+	PYTHONPATH=. $(BIN)/python docs/hooks/screenshots.py $(RUN)
 
 docs: $(VENV)/.docs  ## build the documentation into build/site; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
