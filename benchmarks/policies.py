@@ -23,15 +23,15 @@ import numpy as np
 
 from benchmarks.policies_report import print_cells, print_summary, summary
 from benchmarks.policies_setups import measure_setups, print_setups
-from planner.cbs import CriticalBatch
 from planner.menu import Menu
-from planner.norm_test import NormTest
 from planner.plan import Plan
-from planner.policy import Copus, Policy, Static
-from planner.schedules import Ramp
+from planner.policies.cbs import CriticalBatch
+from planner.policies.goodput import Goodput
+from planner.policies.norm_test import NormTest
+from planner.policies.policy import Copus, Policy, Static
+from planner.policies.schedules import Ramp
 from planner.simulator.simulate import Runs, best_fixed_seconds, oracle, simulate
 from planner.simulator.trajectory import POINTS, geometric, linear, power
-from planner.switching import Goodput
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from planner.cbs import CriticalBatch
 from planner.config import PlannerConfig
 from planner.job_estimate import estimate_job
 from planner.menu import Menu
-from planner.policy import Copus, Policy, Static
+from planner.policies.cbs import CriticalBatch
+from planner.policies.goodput import Goodput
+from planner.policies.policy import Copus, Policy, Static
 from planner.simulator.simulate import Runs, oracle, simulate
 from planner.simulator.trajectory import POINTS, geometric, kaplan_critical_batch
-from planner.switching import Goodput
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.layout import Layout

@@ -11,7 +11,7 @@ from copus.learning_rate import lr_decay
 from copus.predictor import predictor_of
 from planner import planner
 from planner.job_estimate import rows_of
-from planner.policy import make_policy
+from planner.policies.policy import make_policy
 from profiles.measurement import Measurement
 
 if TYPE_CHECKING:

@@ -119,7 +119,7 @@ def check_profiler(job: JobConfig, engine: Engine) -> None:
         )
     if not profiler.shards:
         return
-    from planner.policy import make_policy  # loads scipy, which no other profiler's job waits for here
+    from planner.policies.policy import make_policy  # loads scipy, which no other profiler's job waits for here
 
     if not make_policy(job.planner).weighs_error:
         raise JobError(

@@ -22,7 +22,7 @@ from planner.forecast import CriticalBatchForecast
 from planner.job_estimate import JobEstimate
 from planner.menu import Floats, Menu, rung_of
 from planner.plan import Plan
-from planner.policy import Policy, make_policy
+from planner.policies.policy import Policy, make_policy
 from planner.simulator.compare import Row, Setting, compare
 from planner.simulator.trajectory import geometric, linear, power, published_schedules, through
 from planner.wording import duration, percent, three_digits

@@ -15,7 +15,7 @@ QUANTILE_50 = 0.67
 
 class Outlook(NamedTuple):
     """The rest of the job as it is expected, for the first run of a situation with C candidates. The intervals of φ
-    include the error of c, which the rule itself leaves out (`planner.switching`)."""
+    include the error of c, which the rule itself leaves out (`planner.policies.goodput`)."""
 
     saved_low: Floats
     """Seconds that moving to each candidate and staying there saves over staying, the move paid, shape (C,): at the

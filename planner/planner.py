@@ -14,9 +14,9 @@ from planner.goodput import goodput
 from planner.horizon import Horizon
 from planner.menu import Menu, rung_of
 from planner.move_costs import MoveCosts
-from planner.norm_test import plug_in_batch
 from planner.outlook import Outlook, look_ahead
-from planner.policy import make_policy
+from planner.policies.norm_test import plug_in_batch
+from planner.policies.policy import make_policy
 from planner.predictor import CandidateEstimate, Predictor
 from planner.sampling import half_life
 from planner.situation import Choice, Situation

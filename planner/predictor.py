@@ -9,7 +9,7 @@ from planner.backend_traits import ANY_BACKEND, BackendTraits
 from planner.config import PlannerConfig
 from planner.memory_check import LIKELY, MemoryCheck, PeakMemory
 from planner.move_costs import expected_layout_seconds
-from planner.policy import make_policy
+from planner.policies.policy import make_policy
 from planner.pruning import worthwhile
 from planner.sampling import halved_share, noise_measurable, typical_configuration
 from planner.space import candidates

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from copus.backends import initial_weights
 from copus.backends.huggingface import mean_loss
 from copus.backends.initial_weights import initial_weight
-from copus.backends.megatron.hugging_face import hugging_face_parts
 from copus.backends.megatron.shard_table import shard_table
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest
@@ -23,6 +22,7 @@ from copus.backends.vocabulary import hide_padding
 from copus.expert_load import expert_load
 from copus.job import JobError
 from copus.reshard.boxes import Box
+from copus.weights.megatron_names import hugging_face_parts
 from planner.noise_sources import MICROBATCH, NORMLAYER
 from profiles.configurations import Configurations
 from profiles.huggingface_values import config_values

@@ -11,7 +11,7 @@ from copus.noise.norm_window import NormWindow
 from copus.noise.step_estimate import estimate_step
 from planner.backend_traits import BackendTraits
 from planner.config import PlannerConfig
-from planner.norm_test import NormTest, plug_in_batch, unbiased_batch
+from planner.policies.norm_test import NormTest, plug_in_batch, unbiased_batch
 from planner.sampling import source_of_step
 from profiles.configuration import Configuration
 from profiles.layout import Layout

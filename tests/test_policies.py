@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from policy_situations import JOB, situation_of
 from test_planner_decision import CONFIG, DP2, START, TP2, noise, of, planner
 
-from planner.cbs import CriticalBatch, CriticalBatchDoubling
 from planner.config import PlannerConfig
 from planner.forecast import QUANTILE_90, CriticalBatchForecast
 from planner.move_costs import expected_layout_seconds
 from planner.outlook import look_ahead
-from planner.policy import Copus, make_policy
-from planner.schedules import LateSwitch, Ramp, Seesaw
+from planner.policies.cbs import CriticalBatch, CriticalBatchDoubling
+from planner.policies.goodput import Goodput, reservation_value, worth_trying
+from planner.policies.policy import Copus, make_policy
+from planner.policies.schedules import LateSwitch, Ramp, Seesaw
 from planner.situation import Choice
-from planner.switching import Goodput, reservation_value, worth_trying
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.layout import Layout

@@ -10,7 +10,8 @@ from test_planner_decision import DP2, TP2, of
 
 from benchmarks import policies
 from planner.menu import Menu
-from planner.policy import Copus, Static
+from planner.policies.goodput import Goodput
+from planner.policies.policy import Copus, Static
 from planner.simulator.meter import NoiseMeter
 from planner.simulator.simulate import Runs, best_fixed_seconds, oracle, simulate
 from planner.simulator.trajectory import (
@@ -22,7 +23,6 @@ from planner.simulator.trajectory import (
     steps,
     through,
 )
-from planner.switching import Goodput
 
 BATCHES = (2, 4, 8, 16, 32, 64)
 TABLE = {of(DP2, 1, b): 100 * b / (b + 20.0) for b in BATCHES} | {of(TP2, 1, b): 60 * b / (b + 4.0) for b in BATCHES}

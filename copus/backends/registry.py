@@ -11,6 +11,12 @@ BUILT_IN = {
     "fsdp": "copus.backends.fsdp.description:FsdpDescription",
 }
 """Name → `module:class` of its description."""
+MEASURED = {
+    "megatron": "copus.backends.megatron.measured:MegatronModel",
+    "deepspeed": "copus.backends.deepspeed.measured:DeepSpeedModel",
+    "fsdp": "copus.backends.fsdp.measured:FsdpModel",
+}
+"""Framework → `module:class` that a meter in somebody else's loop sees its models by (`copus.meter.measured`)."""
 
 
 def find_backend(name: str) -> BackendDescription:

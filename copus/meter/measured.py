@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from copus.backends.registry import MEASURED
 from copus.backends.whole_part_norms import WholePartNorms
 from planner.backend_traits import BackendTraits, PartCount
 from planner.noise_sources import MICROBATCH, NORMLAYER, REPLICA
@@ -202,15 +203,15 @@ def measured_model(model: Any, optimizer: Any) -> MeasuredModel:
     framework = _framework(first)
     if framework == "megatron":
         chunks = list(model) if isinstance(model, Sequence) else [model]
-        return _load("copus.backends.megatron.measured", "MegatronModel")(chunks, optimizer)
+        return _load(framework)(chunks, optimizer)
     if framework == "deepspeed":
-        return _load("copus.backends.deepspeed.measured", "DeepSpeedModel")(model)
+        return _load(framework)(model)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch module, an engine or megatron-core's model chunks, got {type(model)}")
     if type(model).__name__ == "FullyShardedDataParallel":
         raise TypeError("model: FSDP1 keeps no gradients of parameters to measure; use fully_shard (FSDP2)")
     if framework == "fsdp":
-        return _load("copus.backends.fsdp.measured", "FsdpModel")(model)
+        return _load(framework)(model)
     if any(hasattr(param, "full_tensor") for param in model.parameters()):
         raise TypeError("model: parameters are split over ranks (DTensor), but by no FSDP2 that would reduce them")
     return WholeModel(model)
@@ -226,7 +227,8 @@ def _framework(model: Any) -> str:
     return "fsdp" if any(hasattr(module, "_get_fsdp_state") for module in modules) else ""
 
 
-def _load(module: str, name: str) -> Callable[..., MeasuredModel]:
+def _load(framework: str) -> Callable[..., MeasuredModel]:
     """A framework's own, imported when it is wanted."""
+    module, _, name = MEASURED[framework].partition(":")
     measured: Callable[..., MeasuredModel] = getattr(importlib.import_module(module), name)
     return measured

@@ -15,7 +15,6 @@ from typing import IO, Any
 
 import torch
 
-from copus.backends.megatron.hugging_face import hugging_face_parts
 from copus.durable import write_text
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
@@ -23,6 +22,7 @@ from copus.reshard.table import Field
 from copus.sharded_checkpoint import Chunk, PlaceInFile, SavedState, write_index
 from copus.weights.families import Shapes
 from copus.weights.megatron_lm import stored_name
+from copus.weights.megatron_names import hugging_face_parts
 from copus.weights.source import LATEST
 from copus.weights.trained import TORCH_NAMES, Precision, TrainedWeights, pieces
 from profiles.model_shape import ModelShape

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from copus.backends.megatron.hugging_face import hugging_face_parts
 from copus.job import JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import Field
 from copus.sharded_checkpoint import Chunk, SavedState, read_index, zeros_below
 from copus.weights.families import weights_of
+from copus.weights.megatron_names import hugging_face_parts
 from profiles.model_shape import ModelShape
 
 _WEIGHTS = re.compile(r"(?:module\.|model\.)?((?:(?:embedding|decoder)\..+[._]|output_layer\.)(?:weight|bias))")

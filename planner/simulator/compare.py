@@ -10,7 +10,7 @@ from planner.forecast import QUANTILE_90
 from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Menu
 from planner.plan import Plan
-from planner.policy import Policy
+from planner.policies.policy import Policy
 from planner.simulator.simulate import Outcome, Runs, best_fixed_seconds, oracle, simulate
 
 

@@ -11,7 +11,7 @@ from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Indices, Menu
 from planner.plan import Plan, plan_run
 from planner.planner import FEWEST_STEPS_BETWEEN
-from planner.policy import Policy
+from planner.policies.policy import Policy
 from planner.simulator.meter import NoiseMeter
 from planner.situation import Choice, Situation
 from planner.trials import EXPECTED_STEPS, SETTLING_STEPS

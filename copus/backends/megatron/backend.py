@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from copus.backends.base import Backend
-from copus.backends.megatron import cpu, former_checkpoint, groups, step, upstream
+from copus.backends.megatron import cpu, groups, step, upstream
 from copus.backends.optimizers.build import count_steps, step_options
 from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
 from copus.collectives import run_on_all_ranks
@@ -16,6 +16,7 @@ from copus.optimizers import AdamW
 from copus.reshard.execute import LiveState
 from copus.reshard.table import ShardTable
 from copus.sharded_checkpoint import SavedState
+from copus.weights import former_checkpoint
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from copus.backends.megatron import cpu
-from copus.backends.megatron.hugging_face import hugging_face_parts
 from copus.backends.regions import Region
 from copus.reshard.boxes import Box, boxes_of_range
 from copus.reshard.table import Field
+from copus.weights.megatron_names import hugging_face_parts
 from profiles.model_shape import ModelShape
 
 cpu.before_import()

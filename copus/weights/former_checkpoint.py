@@ -7,10 +7,10 @@ In those of 0.1.0, which megatron-core wrote, the layers of one kind of weight a
 
 import re
 
-from copus.backends.megatron.hugging_face import hugging_face_parts
 from copus.reshard.boxes import Box
 from copus.reshard.table import MASTER, Field
 from copus.sharded_checkpoint import SavedState
+from copus.weights.megatron_names import hugging_face_parts
 from profiles.model_shape import ModelShape
 
 _OPTIMIZER = "optimizer.state."

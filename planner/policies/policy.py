@@ -4,13 +4,13 @@ from typing import Protocol
 
 import numpy as np
 
-from planner.cbs import CriticalBatch, CriticalBatchDoubling
 from planner.config import PlannerConfig
-from planner.norm_test import NormTest
-from planner.schedules import LateSwitch, Ramp, Seesaw
+from planner.policies.cbs import CriticalBatch, CriticalBatchDoubling
+from planner.policies.goodput import Goodput
+from planner.policies.norm_test import NormTest
+from planner.policies.schedules import LateSwitch, Ramp, Seesaw
 from planner.situation import Choice, Situation
 from planner.small_batch import SmallestSaturating
-from planner.switching import Goodput
 from planner.wording import percent
 
 
