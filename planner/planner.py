@@ -188,8 +188,10 @@ class Planner:
                 outlook = look_ahead(situation)
             eligible = self._judge(situation, choice, outlook, eligible, mine)
             reason = self.policy.reason(situation, choice)
-            purpose = accumulation_purpose(found.configuration, estimates, self.config.max_micro_batch)
-            reason = "; ".join(filter(None, [f"{known}: {reason}", purpose]))
+            reason = f"{known}: {reason}"
+            if found is not mine or starting:
+                purpose = accumulation_purpose(found.configuration, estimates, self.config.max_micro_batch)
+                reason += f"; {purpose}" * bool(purpose)
             chosen = mine
             if found is not mine and self.config.advisory:
                 advised, reason = found.configuration, f"{reason}; advisory, so nothing changes"

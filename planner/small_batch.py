@@ -82,4 +82,6 @@ def accumulation_purpose(
     if own is None or at_once.samples_per_second is None:
         return f"{said}, since the throughput of a micro-batch of {batch} is not known"
     faster = own / at_once.samples_per_second - 1
+    if faster <= 0:
+        return f"{said}, which need less memory than a micro-batch of {batch}"
     return f"{said}, {percent(faster)} faster than a micro-batch of {batch}"

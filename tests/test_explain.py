@@ -255,5 +255,8 @@ def test_a_long_run_is_explained_in_a_moment(tmp_path: Path) -> None:
     whole.write_bytes(b"".join(decisions))
     log.write_bytes(first + stepped * 20_000 + b"".join(outcomes))
     began = time.process_time()
+    for line in (log.read_bytes() + whole.read_bytes()).splitlines():
+        json.loads(line)
+    everything_read, began = time.process_time() - began, time.process_time()
     assert explanation_of(run, None).decision.number == 299
-    assert time.process_time() - began < 0.5
+    assert time.process_time() - began < everything_read

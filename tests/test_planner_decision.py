@@ -94,7 +94,10 @@ def test_the_golden_decision():
     assert decision.switch
     assert decision.critical_batch == 16.0
     assert decision.predicted_gain == pytest.approx(13 / 12)
-    assert decision.reason == "noise scale 8 sequences (6.5–11): goodput of TP2·PP1·DP1 B8 m2 is 2.08× the current"
+    assert decision.reason == (
+        "noise scale 8 sequences (6.5–11): goodput of TP2·PP1·DP1 B8 m2 is 2.08× the current; "
+        "4 micro-batches on one replica, since max_micro_batch(2) is less than the batch"
+    )
     assert list(verdicts(decision).items()) == [
         ("TP2·PP1·DP1 B8 m2", "CHOSEN"),
         ("TP2·PP1·DP1 B4 m2", "gain 100 %, less than the chosen one's"),
