@@ -77,7 +77,8 @@ def test_a_folder_is_tuned_and_exported(backend: str, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(_loss(open_folder(tmp_path / "model"), *batch), rel=1e-5)
 
     said = json.loads(_run(tmp_path, "export", "tuned", "tuned-hf", "--json"))
-    assert said == {"folder": str(tmp_path / "tuned-hf"), "checkpoint": "samples-000000000012", "dtype": "fp32"}
+    assert (said["folder"], said["dtype"]) == (str(tmp_path / "tuned-hf"), "fp32")
+    assert said["checkpoint"] == "samples-000000000012"
     tuned = open_folder(tmp_path / "tuned-hf")
     assert losses[-1] == pytest.approx(_loss(tuned, *batch), rel=1e-5)
     assert losses[-1] < losses[0]
