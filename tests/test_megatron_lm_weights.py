@@ -28,7 +28,7 @@ def _megatron_model(job: JobConfig, rows: int) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     model = job.model
-    config = transformer_config(model, Layout(), "fp32", 0.0)
+    config = transformer_config(model, Layout(), job.training)
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm == "head", normalization=config.normalization)
     return GPTModel(
         config,
