@@ -90,7 +90,8 @@ def fitting(
 
 def _layouts_like(layout: Layout, job: JobConfig, cluster: Cluster) -> Iterator[Layout]:
     """Splits of the cluster with every ZeRO stage of the backend, with as many copies as a layout has or one, and with
-    its sequence parallelism and offloading or without."""
+    its sequence parallelism and offloading or without. Uneven pipelines are left to the planner: a somewhat smaller
+    batch is nearer to what ran."""
     stages = range(find_backend(job.training.backend).largest_zero + 1)
     offloads = {layout.offload_optimizer, False}
     for sequence_parallel, offload, zero in product({layout.sequence_parallel, False}, offloads, stages):
@@ -104,7 +105,8 @@ def _layouts_like(layout: Layout, job: JobConfig, cluster: Cluster) -> Iterator[
                 dp_replicate=copies,
                 offload_optimizer=offload,
             )
-            yield from layouts(job.model, cluster, template)
+            splits = layouts(job.model, cluster, template)
+            yield from (split for split in splits if job.model.layers % split.pp == 0)
 
 
 def _with_batch(layout: Layout, micro_batch: int, current: Configuration) -> Configuration:

@@ -121,6 +121,6 @@ def test_backends_are_compared_in_one_table(job_file: Path, capsys: pytest.Captu
 def test_the_comparison_as_values_names_the_backends(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan_backends(job_file, [], ["megatron", "fsdp"], as_json=True)
     values = json.loads(capsys.readouterr().out)
-    assert values.keys() == {"megatron", "fsdp"}
+    assert values.keys() == {"schema_version", "megatron", "fsdp"}
     assert values["megatron"]["start"]["configuration"]["layout"]["pp"] == load_job(job_file).training.layout.pp == 2
     assert values["fsdp"]["start"]["configuration"]["layout"]["pp"] == 1

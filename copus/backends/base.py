@@ -149,9 +149,12 @@ class Backend(ABC):
         """
         with self._world.trial() if request.on_trial else contextlib.nullcontext() as trial:
             shares = self.compute_gradients(batches, request)
-            counted = self._count_labels(batches, request.first_sample, self.configuration.global_batch)
+            masked = self._job.data.masks_labels
+            share = (
+                self._count_labels(batches, request.first_sample, self.configuration.global_batch) if masked else 0.0
+            )
             votes = request.stop, request.writing, request.save
-            own = torch.tensor([*votes, counted], dtype=torch.float64, device=self.device)
+            own = torch.tensor([*votes, share], dtype=torch.float64, device=self.device)
             figures = [shares.loss.view(1), shares.grad_sq.view(1), own, shares.parts]
             if shares.expert_tokens is not None:
                 figures.append(shares.expert_tokens.view(-1))
@@ -161,7 +164,7 @@ class Backend(ABC):
             if trial is not None:
                 trial.commit()
             # Backends divide by all labels, whether they count or not. Everything that follows is linear in that.
-            factor = 1 / counted if counted else math.nan
+            factor = (1 / counted if counted else math.nan) if masked else 1.0
             skipped = not math.isfinite(grad_sq * factor**2)
             if not skipped:
                 self.update_weights(request.rules, self._clipping(grad_sq * factor**2) * factor)
@@ -178,6 +181,8 @@ class Backend(ABC):
     def held_out_loss(self, batches: Batches, sequences: int) -> float:
         """Mean loss over the labels that count in the first `sequences` held-out sequences, nats a token. Raises
         JobError if none counts."""
+        if not self._job.data.masks_labels:
+            return self.evaluate(batches, sequences)
         counted = torch.tensor(self._count_labels(batches, 0, sequences), dtype=torch.float64, device=self.device)
         dist.all_reduce(counted)
         if not counted:
@@ -190,8 +195,6 @@ class Backend(ABC):
         The ranks share the sequences for this as they are, whichever replica trains on them.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
-        if not self._job.data.masks_labels:
-            return float(rank == 0)
         first, last = (sequences * place // world for place in (rank, rank + 1))
         if first == last:
             return 0.0
