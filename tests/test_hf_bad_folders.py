@@ -245,6 +245,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_made(
     assert list(target.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_large_export_takes_little_memory_and_several_files(whole: Path, tmp_path: Path) -> None:
     """Two tensors of 205 MB are copied in 128 MB, the mapped pages included: the peak of a process of its own."""
     job = _job(whole, whole, {"vocab": 200_000, "hidden": 256, "head_dim": 64, "layers": 1})

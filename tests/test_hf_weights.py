@@ -104,7 +104,10 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("backend", "families"), [("megatron", ON_MEGATRON), ("fsdp", WITH_TRANSFORMERS)])
+@pytest.mark.parametrize(
+    ("backend", "families"),
+    [("megatron", ON_MEGATRON), pytest.param("fsdp", WITH_TRANSFORMERS, marks=pytest.mark.slow)],
+)
 def test_each_family_computes_the_same_before_and_after(backend: str, families: list[str], tmp_path: Path) -> None:
     """Logits of what transformers saved: in copus, and of what copus exports; whose tensors are the same bytes."""
     for family in families:
@@ -168,7 +171,9 @@ def test_the_first_loss_is_that_of_transformers_in_any_layout(backend: str, tmp_
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "bf16"), pytest.param(torch.float16, "fp16", marks=pytest.mark.slow)]
+)
 def test_a_folder_in_half_precision_comes_out_as_it_went_in(dtype: torch.dtype, precision: str, tmp_path: Path) -> None:
     save_tiny("gpt2", tmp_path / "gpt2", dtype)
     run_ranks(1, _logits_of_all, tmp_path, "megatron", ["gpt2"])
