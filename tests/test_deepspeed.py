@@ -372,3 +372,22 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     )
     with pytest.raises(JobError, match=r"backend: this backend needs deepspeed: pip install 'copus\[deepspeed\]'"):
         deepspeed_job(1, 2)
+
+
+def _group_timeout() -> float:
+    from deepspeed.utils import groups
+
+    job = deepspeed_job(1, 1)
+    backend = deepspeed_backend(
+        job.model_copy(update={"launch": job.launch.model_copy(update={"timeout_seconds": 77.0})})
+    )
+    group = groups._get_data_parallel_group()
+    backend.close()
+    seconds: float = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    return seconds
+
+
+@pytest.mark.dist
+def test_the_groups_of_deepspeed_wait_as_long_as_the_job_says() -> None:
+    """torch's default is half an hour: nobody would notice a rank that hangs."""
+    assert run_ranks(1, _group_timeout) == [77.0]

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def build(built: BuiltModel, job: JobConfig, configuration: Configuration) -> No
     Raises RankError on all ranks if one of them cannot make the model, and MidCollectiveError if this rank cannot make
     the engine while the others may wait for it.
     """
-    init_groups(dist.get_backend())
+    init_groups(dist.get_backend(), timedelta(seconds=job.launch.timeout_seconds))
     config = engine_config(job, configuration)
     # With ZeRO 3 the ranks wait for each other in the engine's constructor: one that has no memory for the model must
     # say so before, and one that fails in there must end. With ZeRO 0 to 2 all can still agree after it.

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -56,9 +57,16 @@ class Partitioner(Init):
         param.partition()
 
 
-def init_groups(backend: str) -> None:
+def init_groups(backend: str, timeout: timedelta) -> None:
     """Let DeepSpeed use the process group that there is, and make its own one of all ranks. Collective. Raises
-    MidCollectiveError if this rank cannot make it, since the others may wait for it."""
+    MidCollectiveError if this rank cannot make it, since the others may wait for it.
+
+    `timeout` is how long a collective waits for the others. DeepSpeed gives its groups none, and torch then takes 30
+    minutes, in which nobody notices that a rank hangs.
+    """
+    sys.modules["deepspeed.comm.torch"].TorchBackend.new_group = lambda self, ranks: dist.new_group(
+        ranks, timeout=timeout
+    )
     with no_agreement():
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=backend, verbose=False)
