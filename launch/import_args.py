@@ -6,7 +6,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from copus.durable import replace_text
 from copus.job import JobConfig, JobError, apply_override, parse_job
 from copus.job_text import parse_job_text
 from launch.arguments.command_line import CommandLine, read_command, read_shell_script
@@ -14,7 +13,7 @@ from launch.arguments.configuration_file import add_overrides, command_of_values
 from launch.arguments.imported_job import ImportedJob
 from launch.arguments.megatron_read import job_of_megatron
 from launch.arguments.torchtitan_read import job_of_torchtitan
-from launch.json_output import as_json_line
+from launch.job_file_output import put_job_file
 
 MOST_BYTES = 2**20
 """Length of a script or of a configuration."""
@@ -28,15 +27,7 @@ def import_args(words: list[str], overrides: list[str], out: Path | None, *, as_
     """
     imported, job = imported_job(words, overrides)
     text = imported.text([f"Made by copus import-args from {_shortened(' '.join(words))}"])
-    if out is None and not as_json:
-        print(text, end="")
-    if out is not None:
-        try:
-            replace_text(out, text)
-        except OSError as error:
-            raise JobError(f"--out {out}: {error.strerror}") from None
-    if as_json:
-        print(as_json_line(_as_values(imported, job, out)))
+    put_job_file(text, out, _as_values(imported, job, out), as_json=as_json)
     print("\n".join(imported.summary()), file=sys.stderr)
     if job.model_refusal is not None:
         print(f"  `copus plan` takes this job, and training does not: {job.model_refusal}", file=sys.stderr)

@@ -1,6 +1,5 @@
 """`copus import-hf`: a job file that trains a Hugging Face folder further."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 import yaml
 
 from copus.backends.registry import BUILT_IN
-from copus.durable import replace_text
 from copus.job import JobConfig, JobError, apply_override, parse_job
 from copus.weights.source import TOKENIZER, check_source, find_source
+from launch.job_file_output import put_job_file
 from launch.wording import count
 from profiles.huggingface_config import read_config, read_values
 
@@ -36,15 +35,8 @@ def import_hf(folder: Path, overrides: list[str], out: Path | None, *, as_json: 
     text = f"# Made by copus import-hf from {folder.name}\n" + yaml.safe_dump(
         values, sort_keys=False, allow_unicode=True
     )
-    if out is not None:
-        try:
-            replace_text(out, text)
-        except OSError as error:
-            raise JobError(f"--out {out}: {error.strerror}") from None
-    if as_json:
-        print(json.dumps({"job": job.model_dump(mode="json"), "out": None if out is None else str(out)}))
-    elif out is None:
-        print(text, end="")
+    shown = {"job": job.model_dump(mode="json"), "out": None if out is None else str(out)}
+    put_job_file(text, out, shown, as_json=as_json)
     said = f"{count(job.model.parameters)} weights, trained by {job.training.backend}"
     print(f"{said}; what to begin in: copus plan {out or 'JOB.yaml'}", file=sys.stderr)
     return 0

@@ -187,11 +187,10 @@ class Planner:
             if self.policy.weighs_error and not starting:
                 outlook = look_ahead(situation)
             eligible = self._judge(situation, choice, outlook, eligible, mine)
-            reason = self.policy.reason(situation, choice)
-            reason = f"{known}: {reason}"
+            reason = f"{known}: {self.policy.reason(situation, choice)}"
             if found is not mine or starting:
                 purpose = accumulation_purpose(found.configuration, estimates, self.config.max_micro_batch)
-                reason += f"; {purpose}" * bool(purpose)
+                reason = f"{reason}; {purpose}" if purpose else reason
             chosen = mine
             if found is not mine and self.config.advisory:
                 advised, reason = found.configuration, f"{reason}; advisory, so nothing changes"

@@ -48,8 +48,11 @@ def check_limits(
     """Raise ValueError if the limits of the job file leave nothing to choose."""
     if next(_within_limits(config, model, cluster, start, backend, precision), None) is None:
         pins = [
-            *(("tp", config.tp), ("max_pp", config.max_pp), ("max_vp", config.max_vp), ("max_ep", config.max_ep)),
-            *(("recompute", config.recompute),),
+            ("tp", config.tp),
+            ("max_pp", config.max_pp),
+            ("max_vp", config.max_vp),
+            ("max_ep", config.max_ep),
+            ("recompute", config.recompute),
             ("layouts", config.layouts and len(config.layouts)),
         ]
         said = [f"{name}({value})" for name, value in pins if value is not None]

@@ -1,11 +1,15 @@
 """Synthetic text and jobs for the data tests."""
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from copus.data.documents import Columns, Document, cut_in_two, documents_of, read_batches
 from copus.data.held_out import HeldOut, WorkSizes, choose_held_out
+from copus.data.indexed import IndexedWriter
 from copus.data.prepared import needs_verifying
 from copus.job import JobConfig, parse_job
 from copus.manifest import mark_checked
@@ -78,3 +82,11 @@ def take_as_verified(folder: Path) -> None:
     """Have prepared data count as verified, once the clock has moved on from when its files were written."""
     while needs_verifying(folder):
         mark_checked(folder)
+
+
+def write_indexed(prefix: Path, documents: Iterable[np.ndarray], vocab: int) -> None:
+    """Write `<prefix>.bin` and `<prefix>.idx`."""
+    writer = IndexedWriter(prefix, vocab)
+    for document in documents:
+        writer.write(document, np.array([len(document)]))
+    writer.finish()

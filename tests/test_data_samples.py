@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_text import make_job, prose, write_works
+from data_text import make_job, prose, write_indexed, write_works
 from ranks import run_ranks
 
 from copus.data.manifest import FILES, FORMAT_VERSION, Manifest
@@ -18,8 +18,6 @@ SEQ_LEN = 16
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """A prepared folder in which no token id occurs twice: a sequence says where in the data it comes from."""
-    from copus.data.indexed import write_indexed
-
     folder = tmp_path_factory.mktemp("data") / "prepared"
     folder.mkdir()
     sides = {"train": [300, 1, 700, 150, 5, 44], "valid": [90, 200]}
@@ -222,7 +220,6 @@ def test_the_order_is_that_of_megatrons_dataset(prepared):
 @pytest.mark.parametrize("vocab", [250, 65_499, 65_500])
 def test_megatron_writes_the_same_files(vocab, tmp_path):
     from copus.backends.megatron import cpu
-    from copus.data.indexed import write_indexed
 
     cpu.before_import()
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
-from data_text import make_job, prose, read_documents, write_works
+from data_text import make_job, prose, read_documents, write_indexed, write_works
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ import copus.data.documents as documents_module
 import copus.data.text_pipeline as pipeline_module
 from copus.data.blend import LONGEST_PERIOD, Blend
 from copus.data.documents import Columns
-from copus.data.indexed import IndexedDocuments, write_indexed
+from copus.data.indexed import IndexedDocuments
 from copus.data.manifest import read_manifest
 from copus.data.overlap import HeldOutText
 from copus.data.prepare import prepare

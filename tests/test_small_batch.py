@@ -9,8 +9,9 @@ from benchmarks.small_batch import ARMS, Grid, best_loss, is_inside, verdict, wi
 from copus.job import load_job
 from launch.smallest_batch import smallest_batch
 from planner.memory_check import PeakMemory
+from planner.policies.smallest_saturating import SmallestSaturating
 from planner.predictor import CandidateEstimate
-from planner.small_batch import SmallestSaturating, accumulation_purpose, smallest_saturating
+from planner.small_batch import accumulation_purpose, smallest_saturating
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from tests.policy_situations import situation_of

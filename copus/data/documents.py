@@ -222,31 +222,29 @@ def _next_piece(stream: BinaryIO, wanted: int) -> bytes:
 
 def _line_batches(file: Path) -> Iterator[Batch]:
     with _open(file) as stream:
-        lines: list[bytes] = []
-        first, size, position = 1, 0, 0
-        for line in stream:
-            lines.append(line)
-            size += len(line)
-            if size >= BATCH_BYTES:
-                position += size
-                yield Batch(file, "json", lines, first, position=position)
-                first, lines, size = first + len(lines), [], 0
-        if lines:
-            yield Batch(file, "json", lines, first, position=position + size)
+        yield from _in_batches(file, "json", ((line, len(line)) for line in stream))
 
 
 def _row_batches(file: Path, columns: Columns) -> Iterator[Batch]:
-    rows: list[tuple[Any, Any]] = []
+    def size(content: Any) -> int:
+        return len(content) if isinstance(content, str) else len(str(content))
+
+    yield from _in_batches(file, "rows", (((content, work), size(content)) for content, work in _rows(file, columns)))
+
+
+def _in_batches(file: Path, kind: str, records: Iterable[tuple[Any, int]]) -> Iterator[Batch]:
+    """Records, given with their sizes, in batches of `BATCH_BYTES` or somewhat more."""
+    batch: list[Any] = []
     first, size, position = 1, 0, 0
-    for content, work in _rows(file, columns):
-        rows.append((content, work))
-        size += len(content) if isinstance(content, str) else len(str(content))
+    for record, record_bytes in records:
+        batch.append(record)
+        size += record_bytes
         if size >= BATCH_BYTES:
             position += size
-            yield Batch(file, "rows", rows, first, position=position)
-            first, rows, size = first + len(rows), [], 0
-    if rows:
-        yield Batch(file, "rows", rows, first, position=position + size)
+            yield Batch(file, kind, batch, first, position=position)
+            first, batch, size = first + len(batch), [], 0
+    if batch:
+        yield Batch(file, kind, batch, first, position=position + size)
 
 
 def _rows(file: Path, columns: Columns) -> Iterator[tuple[Any, Any]]:

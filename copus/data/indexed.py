@@ -129,14 +129,6 @@ class IndexedWriter:
         self._lengths_path.unlink()
 
 
-def write_indexed(prefix: Path, documents: Iterable[NDArray[np.int64]], vocab: int) -> None:
-    """Write `<prefix>.bin` and `<prefix>.idx`, durably. Ids are uint16 if `vocab` allows, else int32."""
-    writer = IndexedWriter(prefix, vocab)
-    for document in documents:
-        writer.write(document, np.array([len(document)]))
-    writer.finish()
-
-
 def check_index(prefix: Path) -> None:
     """Read the whole index of a dataset that somebody else made. Raises JobError, one line, if it is broken."""
     code = read_header(prefix).code

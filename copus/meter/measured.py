@@ -61,6 +61,8 @@ class MeasuredModel(ABC):
 
     def __init__(self) -> None:
         self.traits = MeasuredTraits()
+        self.gradient_probe: GradientProbe | None = None
+        """What checks that nobody changes gradients; None if the framework leaves nothing to check."""
 
     @abstractmethod
     def watch(self, after_pass: Callable[[], None], at_step: Callable[[], None]) -> None:
@@ -81,6 +83,8 @@ class MeasuredModel(ABC):
     def start(self, source: str | None, configuration: Configuration) -> None:
         """Begin a step."""
         self.part_norms.start(source, configuration)
+        if self.gradient_probe is not None:
+            self.gradient_probe.start(source is not None)
 
     def grad_sq_share(self) -> torch.Tensor:
         """This rank's share of |g|² of the step's mean gradient, before clipping: 0-d, float64."""
@@ -90,11 +94,13 @@ class MeasuredModel(ABC):
     def probe(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What this replica's backward passes gave to some elements, and this rank's share of what became of them:
         float64 each, of the same length on all ranks. None if the framework leaves nothing to check."""
-        return None
+        return None if self.gradient_probe is None else self.gradient_probe.figures(self.leads)
 
     def close(self) -> None:
         """Remove all hooks."""
         self.part_norms.close()
+        if self.gradient_probe is not None:
+            self.gradient_probe.close()
 
 
 class WholeModel(MeasuredModel):
@@ -112,8 +118,8 @@ class WholeModel(MeasuredModel):
         replica = 0 if self.group is None else dist.get_rank(self.group)
         self.part_norms = WholePartNorms(module, self.traits, replica, self.device)
         self.traits.has_norm_layers = self.part_norms.has_norm_layers
-        self._probe = GradientProbe(dict(module.named_parameters()))
-        self._probe.watch(self._probe.param)
+        self.gradient_probe = GradientProbe(dict(module.named_parameters()))
+        self.gradient_probe.watch(self.gradient_probe.param)
 
     def watch(self, after_pass: Callable[[], None], at_step: Callable[[], None]) -> None:
         """After every backward pass."""
@@ -124,20 +130,6 @@ class WholeModel(MeasuredModel):
             after_pass()
 
         self.part_norms.count_passes(reduced)
-
-    def start(self, source: str | None, configuration: Configuration) -> None:
-        """Begin a step."""
-        super().start(source, configuration)
-        self._probe.start(source is not None)
-
-    def probe(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Of the smallest parameter."""
-        return self._probe.figures(self.leads)
-
-    def close(self) -> None:
-        """Remove all hooks."""
-        super().close()
-        self._probe.close()
 
 
 class GradientProbe:

@@ -142,7 +142,7 @@ _NAMES: tuple[tuple[Effect, str, str], ...] = (
 )
 _PREFIXES: tuple[tuple[Effect, str, str], ...] = (
     ("changes the training", "the arithmetic is bf16", "fp8- fp4-"),
-    ("changes the training", "the router is the plain one", "moe-"),
+    ("changes the training", "no field of `model.router` says this", "moe-"),
     ("changes the training", "the optimizer is another", "muon- sgd-"),
     ("changes the training", "this is pretraining, not reinforcement learning", "rl- grpo- langrl- perform-rl"),
     (

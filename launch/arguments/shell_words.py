@@ -7,7 +7,6 @@ separators `; & | && ||`, brackets of arrays and subshells, redirections and her
 import re
 from typing import NamedTuple
 
-SEPARATORS = ("&&", "||", ";;", ";", "&", "|", "\n")
 _OPERATORS = ("&&", "||", ";;", "<<<", "<<", ">>", ">&", "<&", "&>", ";", "&", "|", "<", ">", "(", ")", "\n")
 _REDIRECTIONS = ("<<<", "<<", ">>", ">&", "<&", "&>", "<", ">")
 

@@ -9,8 +9,8 @@ from planner.policies.cbs import CriticalBatch, CriticalBatchDoubling
 from planner.policies.goodput import Goodput
 from planner.policies.norm_test import NormTest
 from planner.policies.schedules import LateSwitch, Ramp, Seesaw
+from planner.policies.smallest_saturating import SmallestSaturating
 from planner.situation import Choice, Situation
-from planner.small_batch import SmallestSaturating
 from planner.wording import percent
 
 

@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 from copus.backends.fsdp.built import fsdp_parameters
 from copus.backends.fsdp.part_norms import FsdpPartNorms
 from copus.meter.measured import GradientProbe, MeasuredModel
-from profiles.configuration import Configuration
 from profiles.layout import Layout
 
 
@@ -65,32 +64,23 @@ class FsdpModel(MeasuredModel):
         self.part_norms._traits = self.traits
         self.traits.reduces_every_pass = True
         self.traits.has_norm_layers = self.part_norms.has_norm_layers
-        self._probe = GradientProbe(named)
+        self.gradient_probe = GradientProbe(named)
         self._watching = model.register_forward_hook(self._after_forward)
 
     def _after_forward(self, *_: Any) -> None:
         """The gathered parameters exist since the first forward pass."""
+        assert self.gradient_probe is not None
         self.part_norms.watch()
         for record in fsdp_parameters(self.model):
-            if record._param_fqn == self._probe.name:
-                self._probe.watch(record.unsharded_param)
+            if record._param_fqn == self.gradient_probe.name:
+                self.gradient_probe.watch(record.unsharded_param)
         self._watching.remove()
 
     def watch(self, after_pass: Callable[[], None], at_step: Callable[[], None]) -> None:
         """After every backward pass."""
         self.part_norms.count_passes(after_pass)
 
-    def start(self, source: str | None, configuration: Configuration) -> None:
-        """Begin a step."""
-        super().start(source, configuration)
-        self._probe.start(source is not None)
-
-    def probe(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Of the smallest parameter."""
-        return self._probe.figures(self.leads)
-
     def close(self) -> None:
         """Remove all hooks."""
         super().close()
         self._watching.remove()
-        self._probe.close()

@@ -1,7 +1,7 @@
 """An optimizer whose updates know which tensors of the state its parameters are parts of."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -9,9 +9,30 @@ from copus.backends.optimizers.rounding import round_stochastically
 from copus.backends.regions import HeldWeight, optimizer_state
 from copus.optimizers import BatchRules
 
-Update = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], HeldWeight, BatchRules, dict[str, Any]], None]
-"""(weight, gradient, state, what they are, the job's optimizer, options of the step): changes the weight and the state,
-both fp32 and of the parameter's shape; the gradient may be used up. Collective over the groups of the weight."""
+
+class ParameterStep(NamedTuple):
+    """One step of one parameter."""
+
+    weight: torch.Tensor
+    """fp32, to be changed in place."""
+    gradient: torch.Tensor
+    """fp32, of the same shape; may be used up."""
+    state: dict[str, torch.Tensor]
+    """The statistics, fp32, to be changed in place."""
+    held: HeldWeight
+    """The tensors of the job's state that the parameter consists of."""
+    optimizer: BatchRules
+    """The optimizer of the job file."""
+    options: dict[str, Any]
+    """Learning rate, decay rates and the like, as they are in this step."""
+
+    def decay_weight(self) -> None:
+        """Decoupled weight decay (1711.05101)."""
+        self.weight.mul_(1 - self.options["lr"] * self.options["weight_decay"])
+
+
+Update = Callable[[ParameterStep], None]
+"""Changes the weight and its state. Collective over the groups of the weight."""
 
 
 class RegionOptimizer(torch.optim.Optimizer):
@@ -39,6 +60,6 @@ class RegionOptimizer(torch.optim.Optimizer):
                 held = self._held[param]
                 state = optimizer_state(self, param, held.statistic_shapes(self._optimizer))
                 weight = param.data.float()
-                self._update(weight, param.grad.float(), state, held, self._optimizer, group)
+                self._update(ParameterStep(weight, param.grad.float(), state, held, self._optimizer, group))
                 if param.dtype != torch.float32:
                     round_stochastically(weight, param.data, held, self._seed, group["steps"])

@@ -1,4 +1,4 @@
-"""One update of each kind of optimizer, on one parameter in fp32: see `by_region.Update` for the arguments.
+"""One update of each kind of optimizer, on one parameter in fp32: see `by_region.ParameterStep`.
 
 torch has SGD, Adafactor and Muon too. Its Adafactor works on whole tensors that one rank has, and counts the memory of
 its averages in steps; its Muon knows nothing of fused matrices, nor of the AdamW beside it. Tests compare with both.
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from copus.backends.optimizers.by_region import Update
+from copus.backends.optimizers.by_region import ParameterStep, Update
 from copus.backends.regions import HeldWeight
-from copus.optimizers import Adafactor, AdamW, BatchRules, Muon, is_hidden_matrix
+from copus.optimizers import Adafactor, AdamW, Muon, is_hidden_matrix
 
 _SMALLEST_SQUARE = 1e-30
 """ε₁ of Adafactor's paper, added to squared gradients: a row without gradients divides nothing by 0."""
@@ -22,86 +22,55 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 
 
-def _adamw(
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    state: dict[str, torch.Tensor],
-    held: HeldWeight,
-    optimizer: BatchRules,
-    options: dict[str, Any],
-) -> None:
-    assert isinstance(optimizer, AdamW)
+def _adamw(step: ParameterStep) -> None:
+    assert isinstance(step.optimizer, AdamW)
+    gradient, options = step.gradient, step.options
     beta1, beta2 = options["betas"]
-    first = state["exp_avg"].lerp_(gradient, 1 - beta1)
-    second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    scale = (second / options["correction"]).sqrt_().add_(optimizer.epsilon)
-    weight.mul_(1 - options["lr"] * options["weight_decay"])
-    weight.addcdiv_(first, scale, value=-options["lr"] / (1 - beta1 ** (options["steps"] + 1)))
+    first = step.state["exp_avg"].lerp_(gradient, 1 - beta1)
+    second = step.state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    scale = (second / options["correction"]).sqrt_().add_(step.optimizer.epsilon)
+    step.decay_weight()
+    step.weight.addcdiv_(first, scale, value=-options["lr"] / (1 - beta1 ** (options["steps"] + 1)))
 
 
-def _sgd(
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    state: dict[str, torch.Tensor],
-    held: HeldWeight,
-    optimizer: BatchRules,
-    options: dict[str, Any],
-) -> None:
-    gradient = gradient.add(weight, alpha=options["weight_decay"])
-    weight.sub_(_momentum(gradient, state.get("momentum_buffer"), options), alpha=options["lr"])
+def _sgd(step: ParameterStep) -> None:
+    gradient = step.gradient.add(step.weight, alpha=step.options["weight_decay"])
+    step.weight.sub_(_momentum(gradient, step.state.get("momentum_buffer"), step.options), alpha=step.options["lr"])
 
 
-def _signum(
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    state: dict[str, torch.Tensor],
-    held: HeldWeight,
-    optimizer: BatchRules,
-    options: dict[str, Any],
-) -> None:
-    weight.mul_(1 - options["lr"] * options["weight_decay"])
-    weight.sub_(_momentum(gradient, state.get("exp_avg"), options).sign(), alpha=options["lr"])
+def _signum(step: ParameterStep) -> None:
+    step.decay_weight()
+    average = _momentum(step.gradient, step.state.get("exp_avg"), step.options)
+    step.weight.sub_(average.sign(), alpha=step.options["lr"])
 
 
 def _momentum(gradient: torch.Tensor, average: torch.Tensor | None, options: dict[str, Any]) -> torch.Tensor:
     return gradient if average is None else average.lerp_(gradient, 1 - options["betas"][0])
 
 
-def _adafactor(
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    state: dict[str, torch.Tensor],
-    held: HeldWeight,
-    optimizer: BatchRules,
-    options: dict[str, Any],
-) -> None:
+def _adafactor(step: ParameterStep) -> None:
     """Means over rows, columns and whole tensors are those of the whole tensor, wherever its parts lie."""
-    assert isinstance(optimizer, Adafactor)
-    beta2, correction = options["betas"][1], options["correction"]
+    assert isinstance(step.optimizer, Adafactor)
+    weight, gradient, held, options = step.weight, step.gradient, step.held, step.options
     squares = gradient.square().add_(_SMALLEST_SQUARE)
     if weight.dim() == 2:
-        _scale_by_rows_and_columns(gradient, squares, state, held, beta2, correction)
+        _scale_by_rows_and_columns(step, squares)
     else:
-        average = state["exp_avg_sq"].lerp_(squares, 1 - beta2)
-        gradient.mul_((average / correction).rsqrt_())
+        average = step.state["exp_avg_sq"].lerp_(squares, 1 - options["betas"][1])
+        gradient.mul_((average / options["correction"]).rsqrt_())
     update_sq = _sum_over_ranks(_sums_of_names(gradient.square(), held), held.row_groups + held.column_groups)
-    weight.mul_(1 - options["lr"] * options["weight_decay"])
+    step.decay_weight()
     for region in held.regions:
         root_mean_square = (update_sq[held.names.index(region.weight.name)] / math.prod(region.weight.shape)).sqrt()
-        clipped = (root_mean_square / optimizer.clip_threshold).clamp_(min=1.0)
+        clipped = (root_mean_square / step.optimizer.clip_threshold).clamp_(min=1.0)
         weight[region.slices].sub_(gradient[region.slices] / clipped, alpha=options["lr"])
 
 
-def _scale_by_rows_and_columns(
-    gradient: torch.Tensor,
-    squares: torch.Tensor,
-    state: dict[str, torch.Tensor],
-    held: HeldWeight,
-    beta2: float,
-    correction: float,
-) -> None:
+def _scale_by_rows_and_columns(step: ParameterStep, squares: torch.Tensor) -> None:
     """Divide the gradient of a matrix by √v̂, v̂ the product of the means over its row and over its column, over the mean
     of all (1804.04235, algorithm 4)."""
+    gradient, state, held = step.gradient, step.state, step.held
+    beta2, correction = step.options["betas"][1], step.options["correction"]
     width = held.regions[0].weight.shape[1]
     of_rows = _sum_over_ranks(squares.sum(dim=1), held.column_groups) / width
     rows = state["row_sq"].lerp_(of_rows, 1 - beta2)
@@ -134,30 +103,24 @@ def _sum_over_ranks(values: torch.Tensor, groups: Iterable[dist.ProcessGroup]) -
     return values
 
 
-def _muon(
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    state: dict[str, torch.Tensor],
-    held: HeldWeight,
-    optimizer: BatchRules,
-    options: dict[str, Any],
-) -> None:
+def _muon(step: ParameterStep) -> None:
     """Every matrix of the state by itself, gathered from its rows in a fused one: their order does not matter, since an
     exchange of rows goes through the Newton–Schulz steps unchanged."""
-    assert isinstance(optimizer, Muon)
+    assert isinstance(step.optimizer, Muon)
+    weight, held, momentum = step.weight, step.held, step.optimizer.momentum
     whole = held.regions[0].weight
     if not is_hidden_matrix(whole.name, whole.shape):
-        _adamw(weight, gradient, state, held, optimizer, options)
+        _adamw(step)
         return
-    average = state["exp_avg"].lerp_(gradient, 1 - optimizer.momentum)
-    ahead = gradient.lerp_(average, optimizer.momentum)  # Nesterov's
-    weight.mul_(1 - options["lr"] * options["weight_decay"])
+    average = step.state["exp_avg"].lerp_(step.gradient, 1 - momentum)
+    ahead = step.gradient.lerp_(average, momentum)  # Nesterov's
+    step.decay_weight()
     for name in held.names:
         regions = [region for region in held.regions if region.weight.name == name]
         update = orthogonal(torch.cat([ahead[region.slices] for region in regions]))
         size = 0.2 * math.sqrt(max(update.shape))
         for region, rows in zip(regions, update.split([region.box.shape[0] for region in regions]), strict=True):
-            weight[region.slices].sub_(rows, alpha=options["lr"] * size)
+            weight[region.slices].sub_(rows, alpha=step.options["lr"] * size)
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
