@@ -1,13 +1,17 @@
 """What every test has: one thread a process, properties without a clock, and GPU tests only where there is a GPU."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks share the machine's cores
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process that a test starts would compile scipy and copus anew
 
 import pytest
 from hypothesis import settings
 
 from tests import ranks
+
+sys.dont_write_bytecode = False
 
 # A shared machine makes single examples slow, which is no failure. In CI the examples are the same every time.
 settings.register_profile("copus", deadline=None, derandomize=bool(os.environ.get("CI")))
