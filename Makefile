@@ -32,7 +32,7 @@ GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-insp
 	tyro docstring-parser typeguard
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-next test-slow test-slurm lint format reference screenshots docs gpu-check gpu-ranks gpu-wheels clean
+.PHONY: help install install-next demo test test-next test-slow test-slurm lint format reference screenshots docs gpu-check gpu-ranks gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,8 +54,10 @@ demo: install  ## train the main job on Shakespeare: 2 ranks, about 10 minutes
 test: install  ## the default test suite
 	$(BIN)/python -m pytest --durations=15 --durations-min=8
 
-test-next:  ## layouts, moves, checkpoints and noise on Python 3.12 with the newest megatron-core, in .venv312 (5 GB)
+install-next:  ## make .venv312: Python 3.12 and the newest megatron-core (5 GB)
 	$(MAKE) --no-print-directory install PYTHON=$(NEXT_PYTHON) VENV=$(NEXT_VENV)
+
+test-next: install-next  ## layouts, moves, checkpoints and noise with the newest megatron-core
 	$(NEXT_VENV)/bin/python -m pytest $(NEXT_TESTS:%=tests/test_%.py)
 
 test-slow: install  ## what the default suite leaves out for its length
