@@ -113,10 +113,10 @@ def _fit_theta(relative: np.ndarray, gains: np.ndarray) -> float:
     grid = np.linspace(math.log(0.1), math.log1p(LARGEST_RATIO), 200)
     best = int(np.argmin(_misfit(grid, relative, gains)))
     around = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
-    found = minimize_scalar(
+    minimum = minimize_scalar(
         lambda theta: float(_misfit(theta, relative, gains)), bounds=around, method="bounded", options={"xatol": 1e-7}
     )
-    return float(found.x)
+    return float(minimum.x)
 
 
 def _half_width(relative: np.ndarray, gains: np.ndarray, rng: np.random.Generator) -> float:

@@ -133,27 +133,29 @@ def look_back(run: PastRun, seed: int = 0) -> Hindsight | None:
     if not len(run.noise_log) or not len(timed):
         return None
     rng = np.random.default_rng(seed)
-    known, log_seconds = _draw_step_times(run, timed, rng)
+    numbers, log_seconds = _draw_step_times(run, timed, rng)
     critical_batch = _draw_critical_batch(run, rng)
     amounts = _amounts(run)
     batches = np.array([configuration.global_batch for configuration in run.configurations], float)
-    batches = batches[known]
+    batches = batches[numbers]
 
     progress = _progress(run, amounts, critical_batch)
     needed = _needed(progress, critical_batch, batches, run.objective)  # sequences, (draws, known)
     seconds_per_sample = np.exp(log_seconds) / batches
-    slowdown = _slowdown(run, known, log_seconds)
+    slowdown = _slowdown(run, numbers, log_seconds)
     fixed = slowdown * needed * seconds_per_sample
     own = run.own_seconds
 
-    sure = np.array([number not in run.predicted or run.predicted[number].error <= WIDEST for number in known.tolist()])
+    sure = np.array(
+        [number not in run.predicted or run.predicted[number].error <= WIDEST for number in numbers.tolist()]
+    )
     best = int(np.argmin(np.where(sure, np.log(fixed).mean(axis=0), np.inf)))
-    first = np.flatnonzero(known == 0)
-    scheduled = _scheduled_seconds(run, known[sure], log_seconds[:, sure], critical_batch, progress, slowdown)
+    first = np.flatnonzero(numbers == 0)
+    scheduled = _scheduled_seconds(run, numbers[sure], log_seconds[:, sure], critical_batch, progress, slowdown)
     return Hindsight(
         gain_over_first=_estimate(fixed[:, first[0]] / own) if len(first) else None,
-        best_fixed=int(known[best]),
-        best_fixed_ran=bool(known[best] in timed),
+        best_fixed=int(numbers[best]),
+        best_fixed_ran=bool(numbers[best] in timed),
         gain_over_best_fixed=_estimate(fixed[:, best] / own),
         regret_to_best_schedule=_estimate(own / scheduled),
     )
@@ -172,15 +174,15 @@ def _draw_step_times(run: PastRun, timed: Indices, rng: np.random.Generator) -> 
     assert fit is not None, "something was timed"
     draws = rng.multivariate_normal(fit.mean, fit.covariance, DRAWS, method="eigh")
     draws[0] = fit.mean
-    columns, known = [draws], list(timed)
+    columns, numbers = [draws], list(timed)
     place = {int(number): column for column, number in enumerate(timed)}
     for number, predicted in run.predicted.items():
         if number not in place and predicted.beside in place:
             error = predicted.error * rng.standard_normal(DRAWS)
             error[0] = 0.0
             columns.append((draws[:, place[predicted.beside]] + predicted.log_ratio + error)[:, None])
-            known.append(np.int64(number))
-    return np.array(known), np.concatenate(columns, axis=1)
+            numbers.append(np.int64(number))
+    return np.array(numbers), np.concatenate(columns, axis=1)
 
 
 def _bin_of(run: PastRun, samples: Floats) -> Indices:
@@ -231,22 +233,22 @@ def _needed(progress: Floats, critical_batch: Floats, batches: Floats, objective
     return np.stack([needed[batch] for batch in batches], axis=1)
 
 
-def _slowdown(run: PastRun, known: Indices, log_seconds: Floats) -> Floats:
+def _slowdown(run: PastRun, numbers: Indices, log_seconds: Floats) -> Floats:
     """How much longer the settled steps took than on the machine in its mean state, shape (draws, 1)."""
     column = np.full(len(run.configurations), -1)
-    column[known] = np.arange(len(known))
+    column[numbers] = np.arange(len(numbers))
     counted = run.settled & (column[run.configuration] >= 0)
     full = np.array([configuration.global_batch for configuration in run.configurations], float)
-    steps = np.zeros(len(known))
+    steps = np.zeros(len(numbers))
     np.add.at(steps, column[run.configuration[counted]], run.batch[counted] / full[run.configuration[counted]])
     return np.asarray(run.seconds[counted].sum() / (np.exp(log_seconds) @ steps))[:, None]
 
 
 def _scheduled_seconds(
-    run: PastRun, known: Indices, log_seconds: Floats, critical_batch: Floats, progress: Floats, slowdown: Floats
+    run: PastRun, numbers: Indices, log_seconds: Floats, critical_batch: Floats, progress: Floats, slowdown: Floats
 ) -> Floats:
     """Duration of the best schedule for the middle of what is known, by what each draw knows; shape (draws,)."""
-    menu = Menu.of([run.configurations[number] for number in known])
+    menu = Menu.of([run.configurations[number] for number in numbers])
     total = float(progress[0].sum())
     reached = np.cumsum(progress[0]) - progress[0] / 2
     middles = (np.arange(STAGES) + 0.5) / STAGES

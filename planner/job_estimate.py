@@ -74,26 +74,28 @@ class JobEstimate:
     @property
     def eligible(self) -> list[CandidateEstimate]:
         """Those that may be chosen."""
-        return [each for each in self.candidates if not each.refusal and each.step_seconds is not None]
+        return [
+            candidate for candidate in self.candidates if not candidate.refusal and candidate.step_seconds is not None
+        ]
 
     @property
     def smallest(self) -> CandidateEstimate:
         """The candidate that needs the least memory."""
-        return min(self.candidates, key=lambda each: each.peak.expected_bytes)
+        return min(self.candidates, key=lambda candidate: candidate.peak.expected_bytes)
 
     def fastest(self) -> list[Fastest]:
         """For each global batch, ascending; batches at which nothing may be chosen are left out."""
         by_batch: dict[int, list[CandidateEstimate]] = {}
-        for each in self.eligible:
-            by_batch.setdefault(each.configuration.global_batch, []).append(each)
-        found = []
+        for candidate in self.eligible:
+            by_batch.setdefault(candidate.configuration.global_batch, []).append(candidate)
+        fastest = []
         for _, group in sorted(by_batch.items()):
-            ranked = sorted(group, key=lambda each: each.step_seconds or math.inf)
+            ranked = sorted(group, key=lambda candidate: candidate.step_seconds or math.inf)
             best = ranked[0]
-            others = (each for each in ranked if each.configuration.layout != best.configuration.layout)
+            others = (candidate for candidate in ranked if candidate.configuration.layout != best.configuration.layout)
             runner_up = next(others, None)
-            found.append(Fastest(best, runner_up, None if runner_up is None else self._faster(best, runner_up)))
-        return found
+            fastest.append(Fastest(best, runner_up, None if runner_up is None else self._faster(best, runner_up)))
+        return fastest
 
     def _faster(self, one: CandidateEstimate, other: CandidateEstimate) -> float:
         """Probability that a step of one is shorter; logarithms count as normal."""
@@ -104,15 +106,20 @@ class JobEstimate:
     def by_noise(self, config: PlannerConfig) -> list[NoiseRange]:
         """Which configuration has the highest Goodput at which noise scale, from small to large."""
         # Within a batch Goodput ranks as throughput does, so that the fastest ones are enough.
-        able = [each.best for each in self.fastest()]
+        able = [fastest.best for fastest in self.fastest()]
         if not able:
             return []
         winners = []
         for noise in NOISE_SCALES:
             critical = config.critical_batch_factor * float(noise)
             scores = [
-                goodput(each.samples_per_second or 0.0, each.configuration.global_batch, critical, config.objective)
-                for each in able
+                goodput(
+                    candidate.samples_per_second or 0.0,
+                    candidate.configuration.global_batch,
+                    critical,
+                    config.objective,
+                )
+                for candidate in able
             ]
             winners.append(able[int(np.argmax(scores))])
         starts = [0, *(i for i in range(1, len(winners)) if winners[i] is not winners[i - 1])]

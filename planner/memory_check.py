@@ -94,7 +94,11 @@ class MemoryCheck:
         user chose them."""
         refused = self.refusals(configurations)
         chosen = (start.layout, start.micro_batch)
-        return [each for each in configurations if each not in refused or (each.layout, each.micro_batch) == chosen]
+        return [
+            configuration
+            for configuration in configurations
+            if configuration not in refused or (configuration.layout, configuration.micro_batch) == chosen
+        ]
 
 
 def in_words(chance: float | None) -> str:

@@ -31,9 +31,9 @@ def expected_layout_seconds(model: ModelShape, cluster: Cluster, layout: Layout)
     The time to build the new layout, and that to receive the weights and the optimizer state of a rank of `layout`
     through the slowest link. An accelerator without a file counts as one on 10 Gb/s Ethernet.
     """
-    known = is_described(cluster.accelerator)
-    links = accelerator(cluster.accelerator if known else "cpu")
-    link = links.inside_node if known and cluster.nodes == 1 else links.between_nodes
+    described = is_described(cluster.accelerator)
+    links = accelerator(cluster.accelerator if described else "cpu")
+    link = links.inside_node if described and cluster.nodes == 1 else links.between_nodes
     state_bytes = BYTES_PER_WEIGHT * model.parameters / (layout.tp * layout.pp)
     build_seconds = BUILD_SECONDS_CPU if cluster.accelerator == "cpu" else BUILD_SECONDS
     return build_seconds + state_bytes / (LINK_SHARE * link.bytes_per_second)
@@ -59,8 +59,8 @@ class MoveCosts:
 
     def seconds(self) -> Floats:
         """Cost of a new batch, micro-batch, layout; ascending, shape (3,): a dearer rung includes the cheaper ones."""
-        found = [median(self._measured[rung]) if self._measured[rung] else self._expected[rung] for rung in RUNGS]
-        return np.maximum.accumulate(np.array(found))
+        seconds = [median(self._measured[rung]) if self._measured[rung] else self._expected[rung] for rung in RUNGS]
+        return np.maximum.accumulate(np.array(seconds))
 
     def refusal(self, rung: Rung) -> str:
         """Why there may be no such move now; empty where there may."""

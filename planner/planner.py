@@ -125,10 +125,10 @@ class Planner:
 
     def begin_trial(self, decision: Decision) -> Trial:
         """The trial that a decision asks for."""
-        score = {each.configuration: each for each in decision.candidates}
+        scores = {score.configuration: score for score in decision.candidates}
         useful = [
-            (score[each].goodput or 1.0) * (score[each].step_seconds or 1.0)  # progress of a step
-            for each in (decision.chosen, decision.current)
+            (scores[configuration].goodput or 1.0) * (scores[configuration].step_seconds or 1.0)  # progress of a step
+            for configuration in (decision.chosen, decision.current)
         ]
         break_even = useful[0] / useful[1]
         self._trial = Trial(decision.number, decision.chosen, decision.current, self.trials.recent, break_even)
@@ -169,33 +169,33 @@ class Planner:
         eligible = sorted([mine, *(score for score in others if not score.verdict)], key=_rank)
         refused = sorted((score for score in others if score.verdict), key=_rank)
         advised, trial, outlook = None, False, None
-        known = noise_in_words(noise) if noise.value is not None else "the noise scale is not known"
+        noise_words = noise_in_words(noise) if noise.value is not None else "the noise scale is not known"
         if starting:
-            known = self._laws_in_words(forecast)
+            noise_words = self._laws_in_words(forecast)
         if self.policy.needs_noise and critical_batch is None:
             chosen, reason = mine, f"{self._why_unknown(noise, current)}; nothing changes"
         elif self.policy.needs_noise and mine.goodput is None:
             why = f"the throughput of the current configuration, {current.label}, is not known"
-            chosen, reason = mine, f"{known}: {why}; nothing changes"
+            chosen, reason = mine, f"{noise_words}: {why}; nothing changes"
         else:
             situation = self._situation(eligible, mine, estimates, noise, critical_batch, samples_consumed, step_norms)
             within = seconds_left * mine.samples_per_second if mine.samples_per_second else math.inf  # sequences
             left = np.maximum(np.minimum(situation.samples_left, within), situation.samples_to_next)
             situation = replace(situation, forecast=forecast, started=not starting, samples_left=left)
             choice = self.policy.choose(situation)
-            found = eligible[int(choice.index[0])]
+            picked = eligible[int(choice.index[0])]
             if self.policy.weighs_error and not starting:
                 outlook = look_ahead(situation)
             eligible = self._judge(situation, choice, outlook, eligible, mine)
-            reason = f"{known}: {self.policy.reason(situation, choice)}"
-            if found is not mine or starting:
-                purpose = accumulation_purpose(found.configuration, estimates, self.config.max_micro_batch)
+            reason = f"{noise_words}: {self.policy.reason(situation, choice)}"
+            if picked is not mine or starting:
+                purpose = accumulation_purpose(picked.configuration, estimates, self.config.max_micro_batch)
                 reason = f"{reason}; {purpose}" if purpose else reason
             chosen = mine
-            if found is not mine and self.config.advisory:
-                advised, reason = found.configuration, f"{reason}; advisory, so nothing changes"
+            if picked is not mine and self.config.advisory:
+                advised, reason = picked.configuration, f"{reason}; advisory, so nothing changes"
             else:
-                chosen = found
+                chosen = picked
                 trial = bool(choice.exploring is not None and choice.exploring[0])
         judged = [
             score if score.verdict else score.model_copy(update={"verdict": "no decision yet"}) for score in eligible

@@ -145,7 +145,7 @@ class Predictor:
         rows = list(rows)
         space = worthwhile(config, model, cluster, precision, start, implementation, backend)
         asked = [*space, *besides]
-        halves = [each.halved for each in asked if halved_share(config, backend, each) > 0]
+        halves = [configuration.halved for configuration in asked if halved_share(config, backend, configuration) > 0]
         predicted, cost = CostPredictions(), None
         if use_cost_model:
             with contextlib.suppress(ValueError):  # an accelerator or a precision that nothing is known about
@@ -168,10 +168,13 @@ class Predictor:
     @property
     def assumptions(self) -> tuple[str, ...]:
         """What the predictions take for granted, in words."""
-        found = [*(self.cost.assumptions(self.model, self.cluster) if self.cost else ()), *self.memory.assumptions]
+        assumptions = [
+            *(self.cost.assumptions(self.model, self.cluster) if self.cost else ()),
+            *self.memory.assumptions,
+        ]
         if any(halved_share(self.config, self.backend, candidate) for candidate in self.candidates):
-            found.append("a lone micro-batch is timed as the job runs it: some or all steps in two halves")
-        return tuple(found)
+            assumptions.append("a lone micro-batch is timed as the job runs it: some or all steps in two halves")
+        return tuple(assumptions)
 
     def estimate(self, configuration: Configuration, beside: Configuration | None = None) -> CandidateEstimate:
         """What is expected of a configuration. `beside` is the running one: then the error is that of the comparison

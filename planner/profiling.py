@@ -36,28 +36,28 @@ def to_measure(
     ordered: list[tuple[tuple[int, int, int], Configuration]] = []
     for place, (layout, by_micro_batch) in enumerate(groups.items()):
         own = start.micro_batch if layout == start.layout else None
-        for line, micro_batch in enumerate(sorted(by_micro_batch, key=lambda each: (each != own, each))):
-            known = throughput.counts(layout, micro_batch)
+        for line, micro_batch in enumerate(sorted(by_micro_batch, key=lambda size: (size != own, size))):
+            counts = throughput.counts(layout, micro_batch)
             longest_count = longest_batch // (layout.dp * micro_batch)
-            chosen = _counts(sorted(by_micro_batch[micro_batch]), known, longest_count)
+            chosen = _counts(sorted(by_micro_batch[micro_batch]), counts, longest_count)
             # The places of what is known stay taken: a profile that was interrupted goes on where it was.
-            for position, count in enumerate(chosen, start=2 * line + bool(known)):
+            for position, count in enumerate(chosen, start=2 * line + bool(counts)):
                 visit = position.bit_length()  # 0, 1, 2 and 3, 4 to 7, …
                 key = (visit, -place if visit % 2 else place, position)
                 batch = count * layout.dp * micro_batch
                 ordered.append((key, Configuration(layout=layout, micro_batch=micro_batch, global_batch=batch)))
-    return [configuration for _, configuration in sorted(ordered, key=lambda each: each[0])]
+    return [configuration for _, configuration in sorted(ordered, key=lambda item: item[0])]
 
 
-def _counts(needed: list[int], known: list[int], longest_count: int) -> list[int]:
+def _counts(needed: list[int], measured: list[int], longest_count: int) -> list[int]:
     """Numbers of micro-batches to measure so that all the `needed` ones (ascending) become predictable."""
     if not needed:
         return []
     smallest = needed[0]
-    chosen = [] if known and known[0] <= smallest else [smallest]
+    chosen = [] if measured and measured[0] <= smallest else [smallest]
     rest = [count for count in needed if count not in chosen]
-    if rest and len(known) + len(chosen) < 2:
-        reach = REACH * min(known + chosen)
+    if rest and len(measured) + len(chosen) < 2:
+        reach = REACH * min(measured + chosen)
         short = [count for count in rest if count <= min(reach, longest_count)]
         chosen.append(max(short, default=rest[0]))
     return chosen

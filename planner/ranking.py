@@ -31,16 +31,20 @@ def next_round(
     `contested` names, until each has been measured `rounds` times. What is in `leave_out` is not measured.
     """
     rows = list(rows)
-    lacking = [each for each in to_measure(candidates, Throughput(rows), start) if each not in leave_out]
+    lacking = [candidate for candidate in to_measure(candidates, Throughput(rows), start) if candidate not in leave_out]
     if lacking:
         return lacking
     times = _times_measured(rows)
-    again = [each for each in contested(candidates, rows, within) if times[each] < rounds and each not in leave_out]
+    again = [
+        candidate
+        for candidate in contested(candidates, rows, within)
+        if times[candidate] < rounds and candidate not in leave_out
+    ]
     # A round that was interrupted is finished first: a line is known as often as the less known of its points.
     fewest: dict[_Group, int] = {}
-    for each in again:
-        fewest[_group(each)] = min(times[each], fewest.get(_group(each), rounds))
-    return [each for each in again if times[each] == fewest[_group(each)]]
+    for candidate in again:
+        fewest[_group(candidate)] = min(times[candidate], fewest.get(_group(candidate), rounds))
+    return [candidate for candidate in again if times[candidate] == fewest[_group(candidate)]]
 
 
 def contested(candidates: Iterable[Configuration], rows: Sequence[Measurement], within: float) -> list[Configuration]:
@@ -62,16 +66,16 @@ def contested(candidates: Iterable[Configuration], rows: Sequence[Measurement], 
     repeats = {group: min(times[point] for point in members) for group, members in points.items()}
     by_batch: defaultdict[int, list[tuple[float, float, _Group]]] = defaultdict(list)
     for candidate in candidates:
-        known = throughput.predict(candidate)
-        if known is None or known.step_seconds is None:
+        prediction = throughput.predict(candidate)
+        if prediction is None or prediction.step_seconds is None:
             continue
         group = _group(candidate)
         rounds = repeats[group]
-        share = math.hypot(relative_spread(known.error), UNSEEN_DRIFT if rounds == 1 else 0.0)
-        by_batch[candidate.global_batch].append((known.step_seconds, min(share, 0.9), group))
+        share = math.hypot(relative_spread(prediction.error), UNSEEN_DRIFT if rounds == 1 else 0.0)
+        by_batch[candidate.global_batch].append((prediction.step_seconds, min(share, 0.9), group))
     stakes: defaultdict[_Group, float] = defaultdict(float)
     for known_times in by_batch.values():
-        seconds, unsure, leader = min(known_times, key=lambda each: each[0])
+        seconds, unsure, leader = min(known_times, key=lambda timed: timed[0])
         for other_seconds, other_unsure, other in known_times:
             stake = seconds * (1 + unsure) / (other_seconds * (1 - other_unsure)) - 1
             if other != leader and stake > within:
@@ -80,7 +84,7 @@ def contested(candidates: Iterable[Configuration], rows: Sequence[Measurement], 
                         stakes[group] = max(stakes[group], stake)
     most = {layout: max(stakes[group] for group in stakes if group[0] == layout) for layout, _ in stakes}
     ordered = sorted(stakes, key=lambda group: (-most[group[0]], group[0].label, -stakes[group], group[1]))
-    return [point for group in ordered for point in sorted(points[group], key=lambda each: each.num_microbatches)]
+    return [point for group in ordered for point in sorted(points[group], key=lambda point: point.num_microbatches)]
 
 
 def _group(configuration: Configuration) -> _Group:

@@ -19,7 +19,11 @@ def smallest_saturating(estimates: "Sequence[CandidateEstimate]") -> "CandidateE
     is known."""
     best = max((estimate.samples_per_second or 0.0 for estimate in estimates), default=0.0)
     enough = [estimate for estimate in estimates if (estimate.samples_per_second or 0.0) >= SATURATED * best > 0]
-    return min(enough, key=lambda each: (each.configuration.global_batch, each.step_seconds or 0.0), default=None)
+    return min(
+        enough,
+        key=lambda candidate: (candidate.configuration.global_batch, candidate.step_seconds or 0.0),
+        default=None,
+    )
 
 
 def accumulation_purpose(

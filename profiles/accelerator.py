@@ -83,10 +83,10 @@ def accelerators() -> list[str]:
 @cache
 def link(name: str) -> Link:
     """The link of that name in `links.yaml`. Raises ValueError, with the names that exist, where there is none."""
-    known = yaml.safe_load((FOLDER / "links.yaml").read_text())
-    if name not in known:
-        raise ValueError(f"link({name}) is unknown: expected one of {', '.join(known)}")
-    return Link.model_validate(known[name])
+    links = yaml.safe_load((FOLDER / "links.yaml").read_text())
+    if name not in links:
+        raise ValueError(f"link({name}) is unknown: expected one of {', '.join(links)}")
+    return Link.model_validate(links[name])
 
 
 def is_file_of_user(name: str) -> bool:

@@ -57,14 +57,14 @@ def read_factor(path: Path) -> tuple[float, float | None]:
         path = path.expanduser()
         if path.exists() and not path.is_file():  # opening a pipe waits for a writer
             raise ValueError(f"{path}: neither a number nor a calibration file (not a regular file)")
-        found = Calibration.model_validate_json(path.read_bytes())
+        calibration = Calibration.model_validate_json(path.read_bytes())
     except (OSError, RuntimeError) as error:  # RuntimeError: `~` of a user that there is not
         why = getattr(error, "strerror", error)
         raise ValueError(f"{path}: neither a number nor a calibration file ({why})") from None
     except ValidationError:
         raise ValueError(f"{path}: not a file of `copus calibrate`") from None
-    if found.critical_batch_factor is None:
-        bound = "" if found.factor_low is None else f", only that it is above {found.factor_low:.3g}"
+    if calibration.critical_batch_factor is None:
+        bound = "" if calibration.factor_low is None else f", only that it is above {calibration.factor_low:.3g}"
         raise ValueError(f"{path}: this calibration does not know c{bound}; give a number")
-    c, low, high = found.critical_batch_factor, found.factor_low, found.factor_high
+    c, low, high = calibration.critical_batch_factor, calibration.factor_low, calibration.factor_high
     return c, max(c / low, high / c) if low and high else None

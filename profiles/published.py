@@ -87,12 +87,12 @@ class PublishedProfiler:
         if not isinstance(path, str) or options:
             raise ValueError(f"the published profiler takes `csv`, a file, and nothing else; got {task.config.options}")
         try:
-            found = read_csv(Path(path).expanduser()).measurements
+            measurements = read_csv(Path(path).expanduser()).measurements
         except OSError as error:
             raise ValueError(f"csv({path}): {error.strerror}") from None
         self._task = task
         self._rows: dict[Configuration, list[Measurement]] = {}
-        for row in found:
+        for row in measurements:
             accelerators = row.configuration.layout.accelerators
             same = (row.fingerprint.model, row.fingerprint.precision, accelerators) == (
                 *(task.fingerprint.model, task.fingerprint.precision),
@@ -102,7 +102,7 @@ class PublishedProfiler:
                 self._rows.setdefault(row.configuration, []).append(row)
         if not self._rows:
             raise ValueError(
-                f"csv({path}): none of its {len(found)} usable rows is of this model in "
+                f"csv({path}): none of its {len(measurements)} usable rows is of this model in "
                 f"{task.fingerprint.precision} on {task.cluster.accelerators} accelerators"
             )
 

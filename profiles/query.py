@@ -146,8 +146,8 @@ def query(tables: Sequence[Path], wanted: Filter | None = None) -> list[Summary]
             )
         except duckdb.Error as error:
             raise ValueError(f"where {wanted and wanted.where}: {str(error).splitlines()[0]}") from None
-        found = _records(database, _SUMMARY)
-    return [_summary(record) for record in found]
+        records = _records(database, _SUMMARY)
+    return [_summary(record) for record in records]
 
 
 def read_new(sources: Sequence[Path], table: Path) -> list[Measurement]:
@@ -155,23 +155,23 @@ def read_new(sources: Sequence[Path], table: Path) -> list[Measurement]:
 
     Raises OSError for a source that cannot be read, ValueError, in one line, for one that holds something else.
     """
-    known = set(ThroughputTable(table).everything())
-    found: list[Measurement] = []
+    present = set(ThroughputTable(table).everything())
+    candidates: list[Measurement] = []
     for source in sources:
         rows = _rows([source])
         if not rows and source.stat().st_size:
             raise ValueError(f"{source}: no throughput table: none of its lines is a measurement")
-        found += rows
-    return sorted(dict.fromkeys(row for row in found if row not in known), key=lambda row: row.time)
+        candidates += rows
+    return sorted(dict.fromkeys(row for row in candidates if row not in present), key=lambda row: row.time)
 
 
 def _rows(tables: Sequence[Path]) -> list[Measurement]:
     """Of several tables, each once. Raises OSError for a table that is not there."""
-    found: dict[Measurement, None] = {}
+    measurements: dict[Measurement, None] = {}
     for table in tables:
         os.stat(table)  # to `ThroughputTable` a table that is not there is one without rows
-        found |= dict.fromkeys(ThroughputTable(table).everything())
-    return list(found)
+        measurements |= dict.fromkeys(ThroughputTable(table).everything())
+    return list(measurements)
 
 
 def _open(tables: Sequence[Path]) -> "DuckDBPyConnection":
@@ -218,26 +218,26 @@ def _summary(record: dict[str, Any]) -> Summary:
 
 def _degrees(text: str) -> dict[str, Any]:
     """Columns and their values from a layout as people write it."""
-    found: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     for part in re.split(r"[·,\s]+", text.lower().strip()):
         match = re.fullmatch(r"(tp|pp|vp|cp|ep|dp|z|zero)=?(\d+)", part)
         if match:
-            found["zero" if match[1] == "z" else match[1]] = int(match[2])
+            columns["zero" if match[1] == "z" else match[1]] = int(match[2])
         elif part in ("sp", "nosp"):
-            found["sequence_parallel"] = part == "sp"
+            columns["sequence_parallel"] = part == "sp"
         elif re.fullmatch(r"recompute[:=](none|selective|full)", part):
-            found["recompute"] = re.split(r"[:=]", part)[1]
+            columns["recompute"] = re.split(r"[:=]", part)[1]
         elif part:
             raise ValueError(
                 f"layout {text}: {part!r} is no degree; expected such as TP2·PP1·DP4, SP, Z1, recompute:full"
             )
-    return found
+    return columns
 
 
-def groups(found: Iterable[Summary]) -> dict[tuple[str, ...], list[Summary]]:
+def groups(summaries: Iterable[Summary]) -> dict[tuple[str, ...], list[Summary]]:
     """Summaries that can be compared with one another, by fingerprint; shards and steps apart."""
     result: dict[tuple[str, ...], list[Summary]] = {}
-    for each in found:
-        key = (*each.measurement.fingerprint.model_dump().values(), "shard" * each.measurement.shard)
-        result.setdefault(key, []).append(each)
+    for summary in summaries:
+        key = (*summary.measurement.fingerprint.model_dump().values(), "shard" * summary.measurement.shard)
+        result.setdefault(key, []).append(summary)
     return result

@@ -53,8 +53,8 @@ class Record(BaseModel):
 
     def __hash__(self) -> int:
         try:
-            known: int = object.__getattribute__(self, "_hash")
+            kept: int = object.__getattribute__(self, "_hash")
         except AttributeError:
-            known = hash((type(self), *self.__dict__.values()))
-            object.__setattr__(self, "_hash", known)
-        return known
+            kept = hash((type(self), *self.__dict__.values()))
+            object.__setattr__(self, "_hash", kept)
+        return kept

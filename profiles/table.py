@@ -70,7 +70,7 @@ class ThroughputTable:
 
     def _read(self, fingerprint: Fingerprint | None) -> list[Measurement]:
         self.skipped = 0
-        found = []
+        measurements = []
         self.check()
         try:
             lines = self.path.read_bytes().splitlines()
@@ -83,10 +83,10 @@ class ThroughputTable:
                 self.skipped += 1
                 continue
             if fingerprint is None or measurement.fingerprint == fingerprint:
-                found.append(measurement)
+                measurements.append(measurement)
         if self.skipped:
             warnings.warn(f"{self.path}: skipped {self.skipped} of {len(lines)} lines, not measurements", stacklevel=3)
-        return found
+        return measurements
 
     def add(self, measurement: Measurement) -> None:
         """Append one row durably, in one write; makes the folder. Raises OSError where it cannot."""

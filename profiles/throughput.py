@@ -118,17 +118,17 @@ class Throughput:
         refused = self._refusal(configuration)
         if refused:
             return refused
-        known = self._known(configuration)
-        if known is None or known.step_seconds is None or not self._before:
-            return known
+        prediction = self._known(configuration)
+        if prediction is None or prediction.step_seconds is None or not self._before:
+            return prediction
         steps = self._live.steps(configuration)
-        seen = steps >= SEEN_STEPS or (steps > 0 and known.error >= UNKNOWN_ERROR)
-        return known.model_copy(
+        seen = steps >= SEEN_STEPS or (steps > 0 and prediction.error >= UNKNOWN_ERROR)
+        return prediction.model_copy(
             update={
-                "step_seconds": known.step_seconds * self._live.factor(configuration),
-                "error": self._live.error(configuration, known.error),
-                "source": "seen" if seen else known.source,
-                "memory_seen": steps > 0 or known.memory_seen,
+                "step_seconds": prediction.step_seconds * self._live.factor(configuration),
+                "error": self._live.error(configuration, prediction.error),
+                "source": "seen" if seen else prediction.source,
+                "memory_seen": steps > 0 or prediction.memory_seen,
             }
         )
 
@@ -211,7 +211,9 @@ class Throughput:
 
     def state(self) -> dict[str, Any]:
         """What the running job taught, as plain values for a checkpoint."""
-        before = [(each.model_dump(), known.model_dump()) for each, known in self._before.items()]
+        before = [
+            (configuration.model_dump(), prediction.model_dump()) for configuration, prediction in self._before.items()
+        ]
         refused = [
             ("layout" if isinstance(tried, Layout) else "configuration", tried.model_dump(), why.failure)
             for tried, why in self._refused.items()
@@ -220,8 +222,8 @@ class Throughput:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave; an empty dict changes nothing."""
-        for each, known in state.get("before", ()):
-            self._before[Configuration.model_validate(each)] = Prediction.model_validate(known)
+        for configuration, prediction in state.get("before", ()):
+            self._before[Configuration.model_validate(configuration)] = Prediction.model_validate(prediction)
         for kind, tried, failure in state.get("refused", ()):
             self.refuse((Layout if kind == "layout" else Configuration).model_validate(tried), failure)
         self._live.restore(state.get("live", {}))

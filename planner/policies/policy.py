@@ -53,10 +53,10 @@ class Static:
         index, gain = _best(situation)
         if gain[0] > 0:
             label = situation.menu.configurations[int(index[0])].label
-            found = f"{label} would gain {percent(float(gain[0]))}"
+            outcome = f"{label} would gain {percent(float(gain[0]))}"
         else:
-            found = "no configuration is better than the current one"
-        return f"{found}; the static policy never moves"
+            outcome = "no configuration is better than the current one"
+        return f"{outcome}; the static policy never moves"
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """The gain that is forgone."""
@@ -82,13 +82,13 @@ class Copus:
     def reason(self, situation: Situation, choice: Choice) -> str:
         """The gain, or what it falls short of."""
         index, gain = _best(situation)
-        label, found = situation.menu.configurations[int(index[0])].label, float(gain[0])
-        if found <= 0:
+        label, best_gain = situation.menu.configurations[int(index[0])].label, float(gain[0])
+        if best_gain <= 0:
             return "no configuration is better than the current one"
-        if found < self.min_gain:
+        if best_gain < self.min_gain:
             limit = percent(self.min_gain)
-            return f"{label} is the best, but its gain of {percent(found)} over the current is below {limit}"
-        return f"goodput of {label} is {1 + found:.2f}× the current"
+            return f"{label} is the best, but its gain of {percent(best_gain)} over the current is below {limit}"
+        return f"goodput of {label} is {1 + best_gain:.2f}× the current"
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """The gain, and what it falls short of."""

@@ -138,9 +138,9 @@ class _State:
     """What each run's steps taught; None where throughputs are known."""
 
     def keep(self, rows: np.ndarray) -> "_State":
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        live, table = found.pop("live"), {name: found.pop(name) for name in ("table", "table_error")}
-        taken = {n: v[rows] if isinstance(v, np.ndarray) else v.take(rows) for n, v in found.items()}
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        live, table = state.pop("live"), {name: state.pop(name) for name in ("table", "table_error")}
+        taken = {n: v[rows] if isinstance(v, np.ndarray) else v.take(rows) for n, v in state.items()}
         return _State(**taken, **table, live=live and [live[row] for row in np.flatnonzero(rows)])
 
 

@@ -54,7 +54,7 @@ def through(progress: Sequence[float], critical_batch: Sequence[float]) -> Float
 def published_schedules(file: Path) -> dict[str, Floats]:
     """φ trajectories from the batch schedules of `batch_noise.csv`: each batch from its tokens on, in sequences, the
     whole run twice as long as to the last change. Models with one batch only are left out."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    points_of_model: dict[str, list[tuple[float, float]]] = {}
     with file.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
             if row["kind"] != "schedule":
@@ -69,9 +69,9 @@ def published_schedules(file: Path) -> dict[str, Floats]:
                     )
                 except ValueError:
                     continue
-            found.setdefault(row["model"], []).append(point)
+            points_of_model.setdefault(row["model"], []).append(point)
     schedules = {}
-    for model, points in found.items():
+    for model, points in points_of_model.items():
         points.sort()
         if len(points) > 1 and points[0][0] == 0:
             total = 2 * points[-1][0]

@@ -98,21 +98,26 @@ class CostModel:
         """
         fitted = CostModel(self._how, optimizer=self._optimizer)
         fitted._links = self._links
-        known = [each for each in timings if len(each.step_seconds)]
-        if not known:
+        informative = [timing for timing in timings if len(timing.step_seconds)]
+        if not informative:
             return fitted
-        seconds = np.concatenate([each.step_seconds for each in known])
+        seconds = np.concatenate([timing.step_seconds for timing in informative])
         if not (np.isfinite(seconds) & (seconds > 0)).all():
             raise ValueError("step_seconds has to be positive and finite")
         done = Work.concatenate(
-            [self._work(each.model, each.cluster, each.configurations, each.precision) for each in known]
+            [
+                self._work(timing.model, timing.cluster, timing.configurations, timing.precision)
+                for timing in informative
+            ]
         )
-        means = np.concatenate([np.tile(self._prior(each.cluster)[0], (len(each.step_seconds), 1)) for each in known])
-        sd = self._prior(known[0].cluster)[1]
-        shard = np.concatenate([np.full(len(each.step_seconds), each.shard) for each in known])
+        means = np.concatenate(
+            [np.tile(self._prior(timing.cluster)[0], (len(timing.step_seconds), 1)) for timing in informative]
+        )
+        sd = self._prior(informative[0].cluster)[1]
+        shard = np.concatenate([np.full(len(timing.step_seconds), timing.shard) for timing in informative])
         logs = np.log(seconds)
         places = np.concatenate(
-            [coordinates(each.model, each.cluster, each.configurations, each.shard) for each in known]
+            [coordinates(timing.model, timing.cluster, timing.configurations, timing.shard) for timing in informative]
         )
         noisy = covariance(places, places, self._how) + self._how.noise_sd**2 * np.eye(len(logs))
         lower = np.linalg.cholesky(noisy)

@@ -40,12 +40,12 @@ def next_to_measure(
     last one serves the choice, among `may` and what was measured (`profiles.cost.verify`): what looks fastest is
     verified before it is run for days.
     """
-    known = np.flatnonzero(np.isfinite(measured))
+    timed = np.flatnonzero(np.isfinite(measured))
     if left == 1:
-        found = gains(cost, model, cluster, configurations, precision, measured, may)
-        if found.max(initial=0.0) > SETTLED:
-            return int(np.argmax(found))
-    chosen = select(cost, model, cluster, configurations, precision, 1, leave_out=known)
+        gain = gains(cost, model, cluster, configurations, precision, measured, may)
+        if gain.max(initial=0.0) > SETTLED:
+            return int(np.argmax(gain))
+    chosen = select(cost, model, cluster, configurations, precision, 1, leave_out=timed)
     return int(chosen[0]) if len(chosen) else -1
 
 

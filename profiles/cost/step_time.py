@@ -70,7 +70,7 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     reduced = dp_rate * (w.dp_reduce + k["shard_traffic"] * w.dp_scatter)
     dp = dp + _exposed(reduced, k["dp_overlap"] * 2 / 3 * whole / w.pp)
     dp = dp + _exposed(dp_rate * k["shard_traffic"] * w.dp_gather, k["weights_overlap"] / 3 * whole / w.pp)
-    found = {
+    components = {
         "compute": layers * compute + busy * head,
         "launch": n * (slowest - device) + k["step_seconds"],
         "tp": layers * tp,
@@ -81,17 +81,17 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
         "dp": dp + layers * gather,
         "optimizer": k["optimizer"] * w.optimizer,
     }
-    return {name: k["time_scale"] * seconds for name, seconds in found.items()}
+    return {name: k["time_scale"] * seconds for name, seconds in components.items()}
 
 
 def step_seconds(w: Work, log_constants: NDArray[np.float64], shard: NDArray[np.bool_] | None = None) -> Floats:
     """Seconds of a step; where `shard` is true, of the parts of it that a rank does by itself, alone on its node."""
-    found = parts(w, log_constants)
-    total: Floats = sum(found.values(), start=np.zeros(len(w)))
+    components = parts(w, log_constants)
+    total: Floats = sum(components.values(), start=np.zeros(len(w)))
     if shard is None:
         return total
     company = np.exp(log_constants[NAMES.index("company")] * w.shared_node)
-    alone = sum((found[name] for name in OWN), start=np.zeros(len(w))) / company
+    alone = sum((components[name] for name in OWN), start=np.zeros(len(w))) / company
     return np.where(shard, alone, total)
 
 

@@ -33,14 +33,14 @@ def predict_unmeasured(
     times = cost.predict(model, cluster, arrays, precision, coverage=None).seconds
     errors = cost.errors(model, cluster, arrays, precision)
     failed = {row.configuration: row.failure for row in sorted(rows, key=lambda row: row.time) if row.shard}
-    found = {}
+    predictions = {}
     halves = errors.half_widths(COVERAGE)
     for configuration, seconds, half in zip(configurations, times.tolist(), halves.tolist(), strict=True):
         if failure := failed.get(configuration):
-            found[configuration] = Prediction(source="predicted", failure=failure)
+            predictions[configuration] = Prediction(source="predicted", failure=failure)
         else:
-            found[configuration] = Prediction(step_seconds=seconds, error=half / DECILE, source="predicted")
-    return CostPredictions(found, _Alike(configurations, errors))
+            predictions[configuration] = Prediction(step_seconds=seconds, error=half / DECILE, source="predicted")
+    return CostPredictions(predictions, _Alike(configurations, errors))
 
 
 class _Alike:

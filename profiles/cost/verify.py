@@ -37,27 +37,27 @@ def gains(
     many predictions picks those that are too low), or another one faster; and nothing where the choice is settled.
     """
     expected = np.log(cost.predict(model, cluster, configurations, precision, coverage=None).seconds)
-    known = np.isfinite(measured)
-    expected[known] = np.log(measured[known])
-    able = np.ones(len(expected), dtype=bool) if may is None else known | may
+    timed = np.isfinite(measured)
+    expected[timed] = np.log(measured[timed])
+    able = np.ones(len(expected), dtype=bool) if may is None else timed | may
     behind = np.full(len(expected), np.inf)
     size = configurations.global_batch
     of_batch = (np.flatnonzero(able & (size == batch)) for batch in np.unique(size))
-    batches = [each for each in of_batch if len(each) > 1]
+    batches = [members for members in of_batch if len(members) > 1]
     for batch in batches:
         behind[batch] = expected[batch] - expected[batch].min()
-    found = np.zeros(len(expected))
+    gain = np.zeros(len(expected))
     if not batches:
-        return found
+        return gain
     pool = np.sort(np.argsort(behind, kind="stable")[:POOL])
     errors = cost.errors(model, cluster, configurations.take(pool), precision)
     covariance = errors.covariance()
     moves = errors.spread * covariance / np.sqrt(np.diag(covariance) + errors.how.noise_sd**2)
-    moves[known[pool]] = 0.0
+    moves[timed[pool]] = 0.0
     for batch in batches:
         rows = np.flatnonzero(np.isin(pool, batch))
         now, moved = expected[pool[rows], None], moves[rows]
         after = sum(share * (now + moved * point).min(0) for point, share in zip(_POINTS, _SHARES, strict=True))
-        found[pool] += (now.min() - after) / len(batches)
-    found[known] = 0.0
-    return found
+        gain[pool] += (now.min() - after) / len(batches)
+    gain[timed] = 0.0
+    return gain

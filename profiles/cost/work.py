@@ -191,8 +191,8 @@ def work(
 
     # A pipeline keeps gathered weights and sums gradients over its micro-batches: then once a step.
     single = pp == 1
-    each = np.where(single, _GATHERED[c.zero], 0.0)
-    gather = each * (layer_parameters * ring / dp_link + expert_weights * expert_ring / expert_link)
+    gathers = np.where(single, _GATHERED[c.zero], 0.0)
+    gather = gathers * (layer_parameters * ring / dp_link + expert_weights * expert_ring / expert_link)
     stages = split_layers(model.layers, c.pp, c.vp)
     # Published runs may be split in ways of their own: then whole chunks, rounded.
     stage_layers = np.where(stages.possible, np.maximum(stages.first, stages.middle), np.ceil(layers / (pp * vp)) * vp)

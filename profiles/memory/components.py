@@ -73,7 +73,7 @@ def stage_components(
     else:
         master = 4 if how.optimizer.masters else 0 if how.weights == "kept" else element
     kept = master * share(1) + 4 * kept_by_optimizer(weights, how.optimizer) * share(1) / of_rank
-    found = {
+    components = {
         "weights": element * (np.where(c.zero < 3, share(3), 0) if how.weights == "gathered" else share(3)),
         "gradients": on_device * gradient * share(2),
         "optimizer": on_device * kept,
@@ -85,15 +85,15 @@ def stage_components(
         "communication": buckets * (weights.dense + weights.experts) + np.where(c.pp > 1, 2 * boundary, 0),
     }
     if how.weights == "gathered":
-        others = found["activations"] + found["logits"] + found["working"]
-        found["communication"] += _gathered_bytes(model, c, element, of_a_layer, others)
+        others = components["activations"] + components["logits"] + components["working"]
+        components["communication"] += _gathered_bytes(model, c, element, of_a_layer, others)
     else:
         # ZeRO-2 and -3 have the whole gradient of a layer before it is reduced, ZeRO-3 the gathered weights of the
         # layer that runs and of the next.
-        found["communication"] += element * largest * ((c.zero >= 2) + 2.0 * (c.zero >= 3))
-    moving = found["activations"] + found["logits"] + found["working"] + found["communication"]
-    found["allocator"] = WORKSPACE_BYTES + how.fragmentation * moving
-    return found
+        components["communication"] += element * largest * ((c.zero >= 2) + 2.0 * (c.zero >= 3))
+    moving = components["activations"] + components["logits"] + components["working"] + components["communication"]
+    components["allocator"] = WORKSPACE_BYTES + how.fragmentation * moving
+    return components
 
 
 def _gathered_bytes(

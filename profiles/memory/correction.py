@@ -93,10 +93,10 @@ class Correction:
         return self.spread * np.sqrt(np.maximum(variance, NOISE_SD**2))
 
 
-def grouped(found: dict[str, Floats]) -> Floats:
+def grouped(components: dict[str, Floats]) -> Floats:
     """Bytes of each of `GROUPS`, and one unit of what lies beside them: 5 × N."""
-    assert set(found) == set(COMPONENTS)
-    sums = [np.add.reduce([found[name] for name in members]) for members in GROUPS.values()]
+    assert set(components) == set(COMPONENTS)
+    sums = [np.add.reduce([components[name] for name in members]) for members in GROUPS.values()]
     return np.stack([*sums, np.full_like(sums[0], BESIDE_BYTES)])
 
 
@@ -115,20 +115,20 @@ def learn(peaks: Sequence[Peaks], assumed: Implementation) -> tuple[Implementati
     Maximum of the posterior: robust least squares of the logarithms' errors, which are alike for neighbours, with the
     factors' priors. The work is one small fit for each alternative.
     """
-    known = [_evenly(each, peaks) for each in peaks if len(each.configurations)]
-    if not known:
+    informative = [_evenly(group, peaks) for group in peaks if len(group.configurations)]
+    if not informative:
         return assumed, Correction()
-    seen = _Seen(known)
+    seen = _Seen(informative)
     problems = [(_Problem(seen, how), DIFFERENCE * differences) for how, differences in assumed.alternatives()]
     best, _ = min(problems, key=lambda problem: problem[0].cost + problem[1])
     return best.how, best.correction()
 
 
-def _evenly(each: Peaks, peaks: Sequence[Peaks]) -> Peaks:
+def _evenly(group: Peaks, peaks: Sequence[Peaks]) -> Peaks:
     total = sum(len(one.configurations) for one in peaks)
-    own = len(each.configurations)
+    own = len(group.configurations)
     share = max(1, own * MOST_ROWS // total)
-    return each if total <= MOST_ROWS else each.take(np.linspace(0, own - 1, share).round().astype(np.int64))
+    return group if total <= MOST_ROWS else group.take(np.linspace(0, own - 1, share).round().astype(np.int64))
 
 
 class _Seen:
@@ -136,17 +136,17 @@ class _Seen:
 
     def __init__(self, peaks: Sequence[Peaks]) -> None:
         self.peaks = peaks
-        at_least = np.concatenate([each.at_least_bytes for each in peaks])
+        at_least = np.concatenate([group.at_least_bytes for group in peaks])
         self.failed = np.isfinite(at_least)
-        bytes_ = np.concatenate([each.peak_bytes for each in peaks])
+        bytes_ = np.concatenate([group.peak_bytes for group in peaks])
         self.target = np.log(np.where(self.failed, np.maximum(at_least - OUTSIDE_BYTES, 1.0), bytes_))
-        self.places = np.concatenate([coordinates(each.model, each.configurations) for each in peaks])
+        self.places = np.concatenate([coordinates(group.model, group.configurations) for group in peaks])
         self.noisy = covariance(self.places, self.places) + NOISE_SD**2 * np.eye(len(self.target))
 
     def groups(self, how: Implementation, stage: Stage) -> Floats:
         """5 × N, by an implementation."""
-        found = [stage_components(p.model, p.configurations, p.precision, how, stage) for p in self.peaks]
-        return np.concatenate([grouped(each) for each in found], axis=1)
+        components = [stage_components(p.model, p.configurations, p.precision, how, stage) for p in self.peaks]
+        return np.concatenate([grouped(part) for part in components], axis=1)
 
 
 class _Problem:
@@ -193,7 +193,7 @@ class _Problem:
     def correction(self) -> Correction:
         """With what neighbours add, and how sure everything is."""
         heard, seen = self._heard, self._seen
-        errors, slopes = (each[heard] for each in self._errors(self.z * PRIOR_SD))
+        errors, slopes = (values[heard] for values in self._errors(self.z * PRIOR_SD))
         own = slopes * PRIOR_SD
         noisy = seen.noisy[np.ix_(heard, heard)].copy()
         # A row that is far off has a noise of its own size: its neighbours do not follow it.

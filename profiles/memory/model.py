@@ -94,8 +94,8 @@ class MemoryModel:
         margin: float = 0.0,
     ) -> NDArray[np.bool_]:
         """Whether the expected peak, `OUTSIDE_BYTES` and that share of an accelerator's memory fit into it."""
-        found = self.predict(model, configurations, precision, coverage=None)
-        return found.peak_bytes + OUTSIDE_BYTES <= (1 - margin) * memory_bytes
+        prediction = self.predict(model, configurations, precision, coverage=None)
+        return prediction.peak_bytes + OUTSIDE_BYTES <= (1 - margin) * memory_bytes
 
     def assumptions(self, model: ModelShape) -> tuple[str, ...]:
         """What every prediction takes for granted, in words."""

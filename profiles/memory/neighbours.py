@@ -19,8 +19,8 @@ def coordinates(model: ModelShape, c: Configurations) -> Floats:
     """N × 14: places of configurations, one `REACH` apart in each direction."""
     doubling = [c.tp, c.pp, c.vp, c.cp, c.ep, c.dp, c.micro_batch, np.maximum(c.num_microbatches, 1)]
     steps = [c.zero, c.recompute, c.sequence_parallel]
-    sizes = [np.full(len(c), each) for each in (model.hidden, model.layers, model.seq_len)]
-    columns = [*(np.log2(each) for each in doubling), *steps, *(np.log2(each) for each in sizes)]
+    sizes = [np.full(len(c), size) for size in (model.hidden, model.layers, model.seq_len)]
+    columns = [*(np.log2(column) for column in doubling), *steps, *(np.log2(column) for column in sizes)]
     return np.stack(columns, axis=1) / np.array(list(REACH.values()))
 
 

@@ -44,12 +44,12 @@ class Peaks:
         return [
             cls(
                 model,
-                Configurations.of(row.configuration for row in found),
+                Configurations.of(row.configuration for row in rows),
                 precision,
-                np.array([np.nan if row.failure else float(row.peak_bytes or 0) for row in found]),
-                np.array([float(memory_bytes or 0) if row.failure else np.nan for row in found]),
+                np.array([np.nan if row.failure else float(row.peak_bytes or 0) for row in rows]),
+                np.array([float(memory_bytes or 0) if row.failure else np.nan for row in rows]),
             )
-            for (model, precision), found in groups.items()
+            for (model, precision), rows in groups.items()
         ]
 
     def take(self, where: np.ndarray) -> "Peaks":
