@@ -86,13 +86,13 @@ def _signs_of_work(log: Iterable[Event]) -> list[Event]:
 def _with_hindsight(audit: Audit, past: PastRun) -> Audit:
     """The audit with what compares the run with others, as far as it is known."""
     fields: dict[str, object] = {"first": past.configurations[0]}
-    if found := look_back(past):
+    if hindsight := look_back(past):
         fields |= {
-            "best_fixed": past.configurations[found.best_fixed],
-            "best_fixed_ran": found.best_fixed_ran,
-            "gain_over_first_pct": found.gain_over_first,
-            "gain_over_best_fixed_pct": found.gain_over_best_fixed,
-            "regret_to_best_schedule_pct": found.regret_to_best_schedule,
+            "best_fixed": past.configurations[hindsight.best_fixed],
+            "best_fixed_ran": hindsight.best_fixed_ran,
+            "gain_over_first_pct": hindsight.gain_over_first,
+            "gain_over_best_fixed_pct": hindsight.gain_over_best_fixed,
+            "regret_to_best_schedule_pct": hindsight.regret_to_best_schedule,
         }
     return audit.model_copy(update=fields)
 

@@ -17,9 +17,9 @@ _NAME = re.compile(rf"samples-(\d+)({re.escape(REPLACED)})?")
 
 def checkpoint_names(run: Path) -> list[str]:
     """Names of the checkpoints, newest first; of two with as many samples the one that is not being replaced."""
-    found = [match for path in (run / FOLDER).glob("samples-*") if (match := _NAME.fullmatch(path.name))]
-    found.sort(key=lambda match: (int(match[1]), match[2] is None), reverse=True)
-    return [match[0] for match in found]
+    matches = [match for path in (run / FOLDER).glob("samples-*") if (match := _NAME.fullmatch(path.name))]
+    matches.sort(key=lambda match: (int(match[1]), match[2] is None), reverse=True)
+    return [match[0] for match in matches]
 
 
 def samples_of(name: str) -> int:

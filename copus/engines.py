@@ -19,14 +19,14 @@ BUILT_IN = {
 def load_engine(name: str) -> Any:
     """The class of the engine of that name. Raises ValueError, in one line, where there is none."""
     plugin = find_plugin("engine", name, GROUP, BUILT_IN)
-    found = plugin.load()
-    options = getattr(found, "Options", None)
-    if not (callable(found) and isinstance(options, type) and issubclass(options, BaseModel)):
+    engine = plugin.load()
+    options = getattr(engine, "Options", None)
+    if not (callable(engine) and isinstance(options, type) and issubclass(options, BaseModel)):
         raise ValueError(
             f"{name} ({plugin.source}): {plugin.place} is no engine: it has to be a subclass of AttendedEngine or "
             "QueuedEngine in launch.engines.base"
         )
-    return found
+    return engine
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:

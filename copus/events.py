@@ -504,15 +504,15 @@ def samples_trained(run: Path) -> int | None:
 
 def has_checkpoint(run: Path) -> bool:
     """Whether a checkpoint was completed since the run last began at its first step."""
-    found = False
+    complete = False
     with contextlib.suppress(FileNotFoundError), open(run / "events.jsonl", "rb") as lines:
         for line in lines:
             if b'"checkpoint"' in line[:24]:
-                found = True
+                complete = True
             elif b'"start"' in line[:24]:
                 event = parse_event(line)
-                found = found and not (isinstance(event, Start) and event.resumed_from is None)
-    return found
+                complete = complete and not (isinstance(event, Start) and event.resumed_from is None)
+    return complete
 
 
 def parse_event(line: bytes) -> Event | None:

@@ -330,7 +330,9 @@ class JobConfig(Record):
     def _without_options(cls, value: Any) -> Any:
         """`wandb:` alone, which YAML reads as null, has no options."""
         return (
-            {name: {} if each is None else each for name, each in value.items()} if isinstance(value, dict) else value
+            {name: {} if options is None else options for name, options in value.items()}
+            if isinstance(value, dict)
+            else value
         )
 
     @model_validator(mode="before")

@@ -63,10 +63,10 @@ def _check(node: yaml.Node, lengths: dict[int, int | None]) -> int:
     `lengths` has what is known, by the node's id; None while a node is looked at.
     """
     if id(node) in lengths:
-        known = lengths[id(node)]
-        if known is None:
+        counted = lengths[id(node)]
+        if counted is None:
             raise ValueError(f"line {node.start_mark.line + 1}: a value that contains itself")
-        return known
+        return counted
     lengths[id(node)] = None
     if isinstance(node, yaml.ScalarNode):
         length = 1 + len(node.value)

@@ -15,11 +15,11 @@ LOOPBACK = "127.0.0.1"
 def host_store(port: int, timeout: timedelta) -> TCPStore:
     """A store on this port of the loopback interface, on a free one where it is 0. Raises OSError for a taken one."""
     with socket.create_server((LOOPBACK, port)) as listener:
-        found = listener.getsockname()[1]
+        bound_port = listener.getsockname()[1]
         descriptor = listener.detach()  # the store closes it
     return TCPStore(
         LOOPBACK,
-        found,
+        bound_port,
         is_master=True,
         timeout=timeout,
         wait_for_workers=False,

@@ -34,8 +34,8 @@ class Entry(NamedTuple):
 
 def files_of(folder: Path) -> list[str]:
     """Paths of the files below a folder, relative to it, without the manifest; sorted."""
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != MANIFEST)
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
 
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, Entry]:

@@ -21,12 +21,12 @@ class Plugin:
         """Import it. Raises ValueError, in one line, where that fails."""
         module, _, attribute = self.place.partition(":")
         try:
-            found: Any = importlib.import_module(module)
+            part: Any = importlib.import_module(module)
             for name in attribute.split("."):
-                found = getattr(found, name)
+                part = getattr(part, name)
         except Exception as error:  # a stranger's module may raise anything
             raise ValueError(f"{self.name} ({self.source}): {type(error).__name__}: {error}") from error
-        return found
+        return part
 
 
 def plugins(group: str, built_in: Mapping[str, str]) -> dict[str, Plugin]:
@@ -36,11 +36,11 @@ def plugins(group: str, built_in: Mapping[str, str]) -> dict[str, Plugin]:
     """
     from importlib.metadata import entry_points
 
-    found = {name: Plugin(name, place, "built in") for name, place in built_in.items()}
+    by_name = {name: Plugin(name, place, "built in") for name, place in built_in.items()}
     for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
         source = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown distribution"
-        found.setdefault(entry.name, Plugin(entry.name, entry.value, source))
-    return found
+        by_name.setdefault(entry.name, Plugin(entry.name, entry.value, source))
+    return by_name
 
 
 def find_plugin(kind: str, name: str, group: str, built_in: Mapping[str, str]) -> Plugin:
@@ -50,8 +50,8 @@ def find_plugin(kind: str, name: str, group: str, built_in: Mapping[str, str]) -
     """
     if name in built_in:
         return Plugin(name, built_in[name], "built in")
-    known = plugins(group, built_in)
-    if name not in known:
-        listed = ", ".join(f"{each.name} ({each.source})" for each in known.values())
+    by_name = plugins(group, built_in)
+    if name not in by_name:
+        listed = ", ".join(f"{plugin.name} ({plugin.source})" for plugin in by_name.values())
         raise ValueError(f"no {kind} {name!r} is installed; there are {listed}")
-    return known[name]
+    return by_name[name]

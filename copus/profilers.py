@@ -23,37 +23,40 @@ BUILT_IN_OPTIONS: dict[str, tuple[str, ...]] = {"live": (), "single": (), "publi
 class Installed(Plugin):
     """A profiler that can be named in `profile.profiler`."""
 
-    known: tuple[Processes, bool] | None = None
-    """`processes` and `shards`, where they are known without importing it."""
+    traits: tuple[Processes, bool] | None = None
+    """`processes` and `shards` of a built-in profiler, so that it need not be imported for them."""
 
     @property
     def processes(self) -> Processes:
         """How many processes it wants. Imports a plugin, and no built-in one; raises as `load` does."""
-        return self.known[0] if self.known else self.load().processes
+        return self.traits[0] if self.traits else self.load().processes
 
     @property
     def shards(self) -> bool:
         """Whether it measures shards and no steps. As `processes`."""
-        return self.known[1] if self.known else self.load().shards
+        return self.traits[1] if self.traits else self.load().shards
 
     def load(self) -> ProfilerType:
         """Import it. Raises ValueError, in one line, where that fails or it is no profiler."""
         try:
-            found = super().load()
+            profiler = super().load()
         except ValueError as error:
             raise ValueError(f"profiler {error}") from error
-        fits = getattr(found, "processes", None) in ("one", "all") and getattr(found, "shards", None) in (True, False)
-        if not callable(found) or not fits:
+        fits = getattr(profiler, "processes", None) in ("one", "all") and getattr(profiler, "shards", None) in (
+            True,
+            False,
+        )
+        if not callable(profiler) or not fits:
             raise ValueError(
                 f"profiler {self.name} ({self.source}): {self.place} is no profiler: it has to be callable, with "
                 '`processes` "one" or "all", and `shards` True or False'
             )
-        return found
+        return profiler
 
 
 def installed() -> dict[str, Installed]:
     """All of them by name, the built-in ones first. A plugin cannot take the name of a built-in one."""
-    return {name: _known(plugin) for name, plugin in plugins(GROUP, _places()).items()}
+    return {name: _installed(plugin) for name, plugin in plugins(GROUP, _places()).items()}
 
 
 def check_profiler(name: str, options: dict[str, Any]) -> None:
@@ -70,13 +73,13 @@ def check_profiler(name: str, options: dict[str, Any]) -> None:
 
 def find_profiler(name: str) -> Installed:
     """The profiler of that name; only plugins are looked for on disk. Raises ValueError that lists what there is."""
-    return _known(find_plugin("profiler", name, GROUP, _places()))
+    return _installed(find_plugin("profiler", name, GROUP, _places()))
 
 
 def _places() -> dict[str, str]:
     return {name: place for name, (place, _, _) in BUILT_IN.items()}
 
 
-def _known(plugin: Plugin) -> Installed:
-    known = BUILT_IN[plugin.name][1:] if plugin.name in BUILT_IN else None
-    return Installed(plugin.name, plugin.place, plugin.source, known)
+def _installed(plugin: Plugin) -> Installed:
+    traits = BUILT_IN[plugin.name][1:] if plugin.name in BUILT_IN else None
+    return Installed(plugin.name, plugin.place, plugin.source, traits)

@@ -21,7 +21,7 @@ BUILT_IN: dict[str, tuple[str, str | None]] = {
 
 def make_tracker(name: str, options: dict[str, Any]) -> "Tracker":
     """A tracker with its options; nothing is opened yet. Raises ValueError for an unknown name or a wrong option."""
-    plugin = find_plugin("tracker", name, GROUP, {known: place for known, (place, _) in BUILT_IN.items()})
+    plugin = find_plugin("tracker", name, GROUP, {name: place for name, (place, _) in BUILT_IN.items()})
     try:
         tracker: Tracker = plugin.load()(options)
     except ValueError:

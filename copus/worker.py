@@ -113,8 +113,8 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
             return
         fingerprint = backend.fingerprint()
         rows = ThroughputTable(job.profile.table).everything(fingerprint) if rank == 0 else []
-        known = Throughput(row for row in rows if not row.shard)
-        state = _build_or_resume(job, newest, backend, known, request, report)
+        throughput = Throughput(row for row in rows if not row.shard)
+        state = _build_or_resume(job, newest, backend, throughput, request, report)
         state.data = prepared.name
         resumed_from = None if newest is None else str(newest.relative_to(run))
         done = samples_trained(run)
@@ -213,7 +213,7 @@ def _build_or_resume(
     job: JobConfig,
     newest: Path | None,
     backend: Backend,
-    known: Throughput,
+    throughput: Throughput,
     request: ResumeRequest | None = None,
     report: Callable[[Event], None] = lambda event: None,
 ) -> TrainerState:
@@ -223,14 +223,14 @@ def _build_or_resume(
         begin(job, backend)
         return TrainerState()
     state, saved = read_state(newest)
-    seen = known.predict(saved)
+    seen = throughput.predict(saved)
     infeasible = broadcast_from_rank0(seen is not None and seen.failure is not None)
     target = saved
     if request and request.configuration and state.samples_consumed <= request.until_samples:
         target, infeasible = request.configuration, False
     wanted = target.global_batch
     if infeasible or not fits(target.layout, job, job.cluster):
-        target = broadcast_from_rank0(fitting(target, job, job.cluster, known.predict))
+        target = broadcast_from_rank0(fitting(target, job, job.cluster, throughput.predict))
     if target.global_batch != wanted:
         message = (
             f"{job.cluster.accelerators} ranks cannot share a global batch of {wanted} evenly: it is "

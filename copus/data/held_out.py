@@ -28,7 +28,7 @@ class HeldOut(Record):
     """Whether all works are held out: those of `data.held_out_source`."""
 
     def __contains__(self, work: str) -> bool:
-        return self.everything or work in self.works or any(fnmatch.fnmatch(work, each) for each in self.patterns)
+        return self.everything or work in self.works or any(fnmatch.fnmatch(work, pattern) for pattern in self.patterns)
 
 
 class WorkSizes:

@@ -53,9 +53,9 @@ class LossCheck:
         self._steps += 1
         if self._steps >= STEPS:
             self.close()
-        found = []
+        faults = []
         if weights and max(weights) > LARGEST_MEAN:
-            found.append(
+            faults.append(
                 (
                     "summed loss",
                     "the loss of a micro-batch is not the mean over its tokens: the logits are weighted with "
@@ -64,14 +64,14 @@ class LossCheck:
                 )
             )
         if tokens and min(tokens) * UNEVEN < max(tokens):
-            found.append(
+            faults.append(
                 (
                     "uneven tokens",
                     f"micro-batches count {min(tokens)} to {max(tokens)} tokens: the estimate takes them for equally "
                     "large, and is off by about the variance of their sizes. Pack or bucket sequences",
                 )
             )
-        return found
+        return faults
 
     def close(self) -> None:
         """Remove the hook."""

@@ -177,7 +177,7 @@ class NoiseMeter:
         """What is known now, as numbers by name, for a logger: `noise_scale` with `noise_scale_low` and
         `noise_scale_high`, `critical_batch`, and the ratios of `doubling`."""
         noise, twice = self._estimate, self.doubling()
-        known = {
+        figures = {
             "noise_scale": noise.value,
             "noise_scale_low": noise.low,
             "noise_scale_high": noise.high,
@@ -185,7 +185,7 @@ class NoiseMeter:
             "doubling_steps_ratio": None if twice is None else twice.steps_ratio,
             "doubling_samples_ratio": None if twice is None else twice.samples_ratio,
         }
-        return {name: float(value) for name, value in known.items() if value is not None}
+        return {name: float(value) for name, value in figures.items() if value is not None}
 
     def finish_step(self) -> None:
         """The step is over: for a loop that knows it and has neither an optimizer to show nor a place for `step`.

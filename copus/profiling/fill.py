@@ -113,7 +113,7 @@ class _Lead:
             self._tried.unlink(missing_ok=True)  # nothing is measured any more: no later death is of what was
             return None
         configuration = self._last() or self._queue[0]
-        self._queue = [each for each in self._queue if each != configuration]
+        self._queue = [queued for queued in self._queue if queued != configuration]
         trying = {
             "configuration": configuration.model_dump(),
             "time": time.time(),
@@ -173,7 +173,7 @@ class _Lead:
 
     def _enough(self) -> set[Configuration]:
         """What was measured as often as may be."""
-        return {each for each, times in self._measured.items() if times >= self._rounds}
+        return {configuration for configuration, times in self._measured.items() if times >= self._rounds}
 
     def _note_death(self) -> None:
         """What was being measured when an earlier attempt of this run died may be the cause (`DEATHS`), unless the

@@ -52,8 +52,8 @@ class _SoloGroup(_ProcessGroup):
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], options: Any = None) -> Any:
         for many, one in zip(outputs, inputs, strict=True):
-            for each in many:
-                each.detach().copy_(one)
+            for output in many:
+                output.detach().copy_(one)
         return _done(outputs)
 
     def _allgather_base(self, output: torch.Tensor, input_: torch.Tensor, options: Any = None) -> Any:

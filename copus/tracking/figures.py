@@ -87,10 +87,10 @@ class Figures:
     def of(self, event: Event) -> dict[str, float]:
         """What the event has to show, finite numbers; empty for most."""
         self._productive.add(event)
-        found = self._found(event)
-        return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+        figures = self._figures(event)
+        return {name: float(value) for name, value in figures.items() if value is not None and math.isfinite(value)}
 
-    def _found(self, event: Event) -> dict[str, float | None]:
+    def _figures(self, event: Event) -> dict[str, float | None]:
         match event:
             case Step():
                 rate = event.global_batch / event.seconds
@@ -146,7 +146,7 @@ class Figures:
 
 def _of_decision(event: DecisionMade) -> dict[str, float | None]:
     decision = event.decision
-    scores = {each.configuration: each for each in decision.candidates}
+    scores = {score.configuration: score for score in decision.candidates}
     current, chosen = scores.get(decision.current), scores.get(decision.chosen)
     return {
         "noise/critical_batch": decision.critical_batch,

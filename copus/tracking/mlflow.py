@@ -62,10 +62,10 @@ class MlflowTracker:
 
         uri = self._options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run / 'mlflow.db'}"
         self._client = mlflow.MlflowClient(tracking_uri=uri)
-        known = identity.remembered(run / ID_FILE)
-        if known is not None:
-            self._client.update_run(known, status="RUNNING")
-            self._id = known
+        run_id = identity.remembered(run / ID_FILE)
+        if run_id is not None:
+            self._client.update_run(run_id, status="RUNNING")
+            self._id = run_id
             return
         experiment = self._client.get_experiment_by_name(self._options.experiment)
         where = experiment.experiment_id if experiment else self._client.create_experiment(self._options.experiment)
