@@ -339,9 +339,9 @@ def resized(folder: Path, backend: str, say: Callable[[str], None]) -> tuple[lis
     for kind, ranks, stop_at in (("shrink 4 to 2 ranks", 2, 400), ("grow 2 to 4 ranks", 4, None)):
         copus("--resume", str(run), "--set", f"cluster.accelerators_per_node={ranks}", stop_at=stop_at, run=run)
         starts = [event for event in read_events(run) if isinstance(event, Start)]
-        found = starts[-1].configuration
-        ok = found.layout.accelerators == ranks
-        detail = f"went on at {starts[-1].samples_consumed} samples with {found.label}"
+        configuration = starts[-1].configuration
+        ok = configuration.layout.accelerators == ranks
+        detail = f"went on at {starts[-1].samples_consumed} samples with {configuration.label}"
         faults.append(Fault(kind, ok, f"{detail}; {time.monotonic() - begun:.0f} s"))
     lost, repeated = lineage(run, static.total_samples)
     losses = {event.samples_consumed: event.loss for event in read_events(steady) if isinstance(event, Step)}
@@ -428,8 +428,8 @@ def _one_after_another(
     faults: list[Fault] = []
     lost = repeated = 0
     for group in groups:
-        found, group_lost, group_repeated = disturbed(job, group, chance, reference, say)
-        faults, lost, repeated = faults + found, lost + group_lost, repeated + group_repeated
+        of_group, group_lost, group_repeated = disturbed(job, group, chance, reference, say)
+        faults, lost, repeated = faults + of_group, lost + group_lost, repeated + group_repeated
     return faults, lost, repeated
 
 
@@ -444,11 +444,11 @@ def _all(
         kinds = [kind for kind in kinds if kind != "full disk"]
     lost = repeated = 0
     if kinds:
-        found, lost, repeated = _one_after_another(folder, backend, kinds, chance, say)
-        faults += found
+        outcomes, lost, repeated = _one_after_another(folder, backend, kinds, chance, say)
+        faults += outcomes
     if resizes:
-        found, group_lost, group_repeated = resized(folder, backend, say)
-        faults, lost, repeated = faults + found, lost + group_lost, repeated + group_repeated
+        outcomes, group_lost, group_repeated = resized(folder, backend, say)
+        faults, lost, repeated = faults + outcomes, lost + group_lost, repeated + group_repeated
     return faults, lost, repeated
 
 

@@ -65,7 +65,7 @@ def run(backends: list[str], steps: int, console: Console) -> dict[str, Any]:
         _on_ranks(*ORIGIN, {"steps": STEPS_BEFORE, "save": str(origin)}, Path(name))
         cells: list[dict[str, Any]] = []
         reference: dict[str, Any] = {}
-        for backend in ["megatron", *(each for each in backends if each != "megatron")]:
+        for backend in ["megatron", *(name for name in backends if name != "megatron")]:
             for layout in (Layout(**degrees) for degrees in LAYOUTS[backend]):
                 task = {"steps": steps, "load": str(origin), "again": str(Path(name) / "again")}
                 shown = _on_ranks(backend, layout, task, Path(name))

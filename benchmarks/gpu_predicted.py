@@ -44,8 +44,8 @@ def predictions(job: JobConfig, candidates: list[Configuration]) -> list[dict[st
     chances = peaks.chance_to_fit(accelerator(job.cluster.accelerator).memory_bytes)
     return [
         {
-            "predicted_seconds": [float(each[row]) for each in (times.low, times.seconds, times.high)],
-            "predicted_bytes": [float(each[row]) for each in (peaks.low, peaks.peak_bytes, peaks.high)],
+            "predicted_seconds": [float(values[row]) for values in (times.low, times.seconds, times.high)],
+            "predicted_bytes": [float(values[row]) for values in (peaks.low, peaks.peak_bytes, peaks.high)],
             "chance_to_fit": float(chances[row]),
         }
         for row in range(len(candidates))

@@ -68,11 +68,11 @@ def make_job(max_batch: int, ranks: int = RANKS) -> JobConfig:
 
 def configurations(job: JobConfig, quick: bool) -> list[Configuration]:
     """Everything that the planner of the job may choose; with `quick` one of each of three layouts."""
-    found = candidates(job.planner, job.model, job.cluster, job.training.configuration)
+    space = candidates(job.planner, job.model, job.cluster, job.training.configuration)
     if not quick:
-        return found
-    batch = min(each.global_batch for each in found)
-    one_each = {each.layout: each for each in found if each.global_batch == batch}
+        return space
+    batch = min(configuration.global_batch for configuration in space)
+    one_each = {configuration.layout: configuration for configuration in space if configuration.global_batch == batch}
     return list(one_each.values())[:3]
 
 
@@ -82,7 +82,7 @@ def measure(wanted: list[Configuration], job: JobConfig, settled_steps: int = 0)
         folder = Path(name)
         task = {
             "job": job.model_dump(mode="json"),
-            "wanted": [each.model_dump() for each in wanted],
+            "wanted": [configuration.model_dump() for configuration in wanted],
             "settled_steps": settled_steps,
         }
         (folder / "task.json").write_text(json.dumps(task))
@@ -97,18 +97,18 @@ def measure(wanted: list[Configuration], job: JobConfig, settled_steps: int = 0)
         if done.returncode or not result.exists():
             cause = done.stderr[max(0, done.stderr.find("Traceback")) :]
             raise SystemExit(f"the ranks failed ({done.returncode}):\n{cause[:4000]}")
-        found = json.loads(result.read_text())
-        rows, settled = ([Measurement.model_validate(row) for row in found[name]] for name in ("rows", "settled"))
-        return Measured(rows, settled, seconds - found["settled_seconds"])
+        measured = json.loads(result.read_text())
+        rows, settled = ([Measurement.model_validate(row) for row in measured[name]] for name in ("rows", "settled"))
+        return Measured(rows, settled, seconds - measured["settled_seconds"])
 
 
 def launch_each(wanted: list[Configuration], job: JobConfig, turn: str, console: Console) -> Measured:
     """One launch for each of them."""
     total = Measured([], [], 0.0)
-    for place, each in enumerate(wanted, start=1):
-        one = measure([each], job, SETTLED_STEPS)
+    for place, configuration in enumerate(wanted, start=1):
+        one = measure([configuration], job, SETTLED_STEPS)
         total = Measured(total.rows + one.rows, total.settled + one.settled, total.seconds + one.seconds)
-        console.print(f"{turn} time, launch {place}/{len(wanted)} {each.label}: {one.seconds:.1f} s")
+        console.print(f"{turn} time, launch {place}/{len(wanted)} {configuration.label}: {one.seconds:.1f} s")
     console.print(f"{turn} time, {len(wanted)} launches: {total.seconds:.0f} s")
     return total
 
@@ -162,12 +162,16 @@ def compare(
             if all(signs):
                 decided += 1
                 agreeing += signs[0] == signs[1]
-        best = [min(members, key=lambda each: _seconds(seen[each])) for seen in (first, second)]
+        best = [min(members, key=lambda configuration: _seconds(seen[configuration])) for seen in (first, second)]
         regret = max(regret, 100 * (_seconds(second[best[0]]) / _seconds(second[best[1]]) - 1))
         fastest += all(
             _ahead(seen[best[0]], seen[best[1]], by) == 0 for seen, by in zip((first, second), deviations, strict=True)
         )
-    slower = [math.log(_seconds(second[each]) / _seconds(first[each])) for each in first if each in second]
+    slower = [
+        math.log(_seconds(second[configuration]) / _seconds(first[configuration]))
+        for configuration in first
+        if configuration in second
+    ]
     failures = {row.configuration for row in one if row.failure} == {row.configuration for row in other if row.failure}
     enough = pairs > 0 and decided >= DECIDED * pairs
     return {
@@ -208,13 +212,13 @@ def run(quick: bool, max_batch: int, console: Console) -> dict[str, Any]:
         console.print(f"{turn} time, one job with all of them: {jobs[-1].seconds:.0f} s")
         launches.append(launch_each(wanted, job, turn, console))
     ways = {
-        "one job": [each.rows for each in jobs],
-        "launches": [each.rows for each in launches],
-        "settled launches": [each.settled for each in launches],
+        "one job": [job.rows for job in jobs],
+        "launches": [launch.rows for launch in launches],
+        "settled launches": [launch.settled for launch in launches],
     }
     repeats = {name: repeatability(*both) for name, both in ways.items()}
     rankings = rank(ways, repeats)
-    one_job_seconds, launches_seconds = (mean(each.seconds for each in way) for way in (jobs, launches))
+    one_job_seconds, launches_seconds = (mean(measured.seconds for measured in way) for way in (jobs, launches))
     fingerprint = jobs[0].rows[0].fingerprint
     return {
         "benchmark": "live_profiler",
@@ -226,19 +230,19 @@ def run(quick: bool, max_batch: int, console: Console) -> dict[str, Any]:
         "warmup_steps": job.profile.warmup_steps,
         "settled_steps": SETTLED_STEPS,
         "one_job_seconds": one_job_seconds,
-        "one_job_seconds_all": [each.seconds for each in jobs],
+        "one_job_seconds_all": [job.seconds for job in jobs],
         "launches_seconds": launches_seconds,
-        "launches_seconds_all": [each.seconds for each in launches],
+        "launches_seconds_all": [launch.seconds for launch in launches],
         "speedup": launches_seconds / one_job_seconds,
         "same_ranking": rankings[SETTLED]["same_ranking"],
         "repeatability_pct": {name: 100 * deviation for name, deviation in repeats.items()},
         "rankings": rankings,
         "rows": [
             {
-                "configuration": each.label,
+                "configuration": configuration.label,
                 **{name: [_time(both[turn][place]) for turn in (0, 1)] for name, both in ways.items()},
             }
-            for place, each in enumerate(wanted)
+            for place, configuration in enumerate(wanted)
         ],
     }
 
@@ -275,7 +279,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     ways = list(result["repeatability_pct"])
     table = Table("configuration", *(heading for name in ways for heading in (f"{name}, ms", "again")))
     for row in result["rows"]:
-        table.add_row(row["configuration"], *(_cell(each) for name in ways for each in row[name]))
+        table.add_row(row["configuration"], *(_cell(time) for name in ways for time in row[name]))
     console.print(table)
     jobs, launches = (
         " and ".join(f"{seconds:.0f}" for seconds in result[name])
@@ -288,13 +292,13 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"from one time to the next a median differs by {repeats} (one standard deviation, the machine's common speed "
         "left out); pairs closer than that allows are not decided",
     ]
-    for name, found in result["rankings"].items():
+    for name, order in result["rankings"].items():
         lines.append(
-            f"{name}: ranking {'the same' if found['same_ranking'] else 'NOT the same'}: {found['pairs_agreeing']} of "
-            f"{found['pairs_decided']} decided pairs agree, of {found['pairs']}; the fastest agrees at "
-            f"{found['batches_with_the_same_fastest']} of {found['batches']} batches; choosing by the first costs at "
-            f"most {found['regret_pct']:.1f} %; Kendall's τ {found['kendall_tau']:.2f}; the second is "
-            f"{found['slower_pct']:+.1f} % slower, with {found['scatter_pct']:.1f} % of scatter"
+            f"{name}: ranking {'the same' if order['same_ranking'] else 'NOT the same'}: {order['pairs_agreeing']} of "
+            f"{order['pairs_decided']} decided pairs agree, of {order['pairs']}; the fastest agrees at "
+            f"{order['batches_with_the_same_fastest']} of {order['batches']} batches; choosing by the first costs at "
+            f"most {order['regret_pct']:.1f} %; Kendall's τ {order['kendall_tau']:.2f}; the second is "
+            f"{order['slower_pct']:+.1f} % slower, with {order['scatter_pct']:.1f} % of scatter"
         )
     console.print("\n".join(lines), soft_wrap=True)
 

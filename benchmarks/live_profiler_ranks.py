@@ -39,14 +39,14 @@ def main(folder: Path) -> int:
     def profiler(config: ProfileConfig) -> LiveProfiler:
         return LiveProfiler(Task(job.model, job.cluster, backend.fingerprint(), config, backend, job, batches))
 
-    wanted = [Configuration.model_validate(each) for each in task["wanted"]]
+    wanted = [Configuration.model_validate(values) for values in task["wanted"]]
     usual = profiler(job.profile)
-    rows = [usual.measure(each) for each in wanted]
+    rows = [usual.measure(configuration) for configuration in wanted]
     started = time.perf_counter()
     settled = []
     if task["settled_steps"]:
         longer = profiler(job.profile.model_copy(update={"steps": task["settled_steps"]}))
-        settled = [longer.measure(each) for each in wanted]
+        settled = [longer.measure(configuration) for configuration in wanted]
     if dist.get_rank() == 0:
         result = {
             "rows": [row.model_dump(mode="json") for row in rows],

@@ -30,13 +30,13 @@ COVERAGE = 0.8
 
 def predict(memory: MemoryModel, rows: list[Row]) -> dict[str, np.ndarray]:
     """Expected peak, interval and chance to fit of rows of any models: arrays in their order."""
-    found = {name: np.full(len(rows), np.nan) for name in ("peak", "low", "high", "chance")}
+    columns = {name: np.full(len(rows), np.nan) for name in ("peak", "low", "high", "chance")}
     for peaks, places in _grouped(rows):
         seen = memory.predict(peaks.model, peaks.configurations, peaks.precision, coverage=COVERAGE)
-        found["peak"][places], found["low"][places], found["high"][places] = seen.peak_bytes, seen.low, seen.high
+        columns["peak"][places], columns["low"][places], columns["high"][places] = seen.peak_bytes, seen.low, seen.high
         for place, chance in zip(places, _chances(seen, [rows[i].memory_bytes for i in places]), strict=True):
-            found["chance"][place] = chance
-    return found
+            columns["chance"][place] = chance
+    return columns
 
 
 def _chances(seen: Any, memories: list[float | None]) -> np.ndarray:
@@ -60,7 +60,7 @@ def choose(rows: list[Row], count: int) -> list[int]:
 
 def judge(published: Published) -> list[dict[str, Any]]:
     """One entry a source: errors and coverage before and after learning, and what was said of failures."""
-    found = []
+    entries = []
     for source in dict.fromkeys(row.source for row in published.rows):
         rows = [row for row in published.rows if row.source == source]
         measured = [row for row in rows if row.peak_bytes and not row.failed]
@@ -79,8 +79,8 @@ def judge(published: Published) -> list[dict[str, Any]]:
             entry["learned"] = _score(memory, rest, [row for row in runs if id(row) not in learned])
             entry["learned"]["learned_from"] = count
             entry["learned"]["implementation"] = memory.implementation.model_dump(mode="json")
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def _score(memory: MemoryModel, measured: list[Row], runs: list[Row]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def run(folder: Path) -> dict[str, Any]:
     entries = judge(published)
     activations = check(folder)
     scores = {kind: [entry[kind] for entry in entries if kind in entry] for kind in ("zero_shot", "learned")}
-    whole = {kind: summary(each) if each else None for kind, each in scores.items()}
+    whole = {kind: summary(score) if score else None for kind, score in scores.items()}
     zero_shot, learned = whole["zero_shot"], whole["learned"]
     sources = [
         {"source": entry["source"]}
@@ -206,12 +206,12 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def _sum(sources: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
-    found = [entry[kind] for entry in sources if kind in entry]
-    if not found:
+    scores = [entry[kind] for entry in sources if kind in entry]
+    if not scores:
         return None
     return {
-        "rows": sum(score["rows"] for score in found),
-        "failures": {name: sum(score["failures"][name] for score in found) for name in found[0]["failures"]},
+        "rows": sum(score["rows"] for score in scores),
+        "failures": {name: sum(score["failures"][name] for score in scores) for name in scores[0]["failures"]},
     }
 
 

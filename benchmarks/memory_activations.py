@@ -30,13 +30,13 @@ def check(folder: Path) -> list[dict[str, Any]]:
 
 
 def _row(row: dict[str, str]) -> dict[str, Any]:
-    found = _predict(row["model"], row["mode"])
+    predicted = _predict(row["model"], row["mode"])
     if row["units"] == "%":
-        value = 100 * found["activations"] / _predict(row["model"], "none")["activations"]
+        value = 100 * predicted["activations"] / _predict(row["model"], "none")["activations"]
     elif "activations" in row["quantity"]:
-        value = found["activations"] / GIB
+        value = predicted["activations"] / GIB
     else:
-        value = (found["weights"] + found["gradients"] + found["optimizer"]) / GIB
+        value = (predicted["weights"] + predicted["gradients"] + predicted["optimizer"]) / GIB
     published = float(row["value"])
     return {
         "model": row["model"],
@@ -61,5 +61,5 @@ def _predict(name: str, mode: str) -> dict[str, float]:
         recompute="full" if "full" in mode else "selective" if "selective" in mode else "none",
     )
     configuration = Configuration(layout=layout, micro_batch=micro_batch, global_batch=global_batch)
-    found = MemoryModel(KORTHIKANTI).predict(model, Configurations.of([configuration]), "fp16", coverage=None)
-    return {part: float(amount[0]) for part, amount in found.breakdown.items()}
+    predicted = MemoryModel(KORTHIKANTI).predict(model, Configurations.of([configuration]), "fp16", coverage=None)
+    return {part: float(amount[0]) for part, amount in predicted.breakdown.items()}

@@ -54,20 +54,20 @@ class Published:
 
 def read(folder: Path) -> Published:
     """Rows of `throughput.csv` and `failed_configs.csv`. Raises FileNotFoundError where the first is not there."""
-    found = Published([])
-    _read(folder / "throughput.csv", found, failed=False)
+    published = Published([])
+    _read(folder / "throughput.csv", published, failed=False)
     if (folder / "failed_configs.csv").exists():
-        _read(folder / "failed_configs.csv", found, failed=True)
-    return found
+        _read(folder / "failed_configs.csv", published, failed=True)
+    return published
 
 
-def _read(path: Path, found: Published, *, failed: bool) -> None:
+def _read(path: Path, published: Published, *, failed: bool) -> None:
     for cells in csv_rows(path):
         try:
-            found.rows.append(row_of(cells, failed))
+            published.rows.append(row_of(cells, failed))
         except RejectedError as reason:
             if failed or cells.get("peak_mem_gb"):
-                found.skipped[f"{cells['source_id']}: {reason}"] += 1
+                published.skipped[f"{cells['source_id']}: {reason}"] += 1
 
 
 def row_of(cells: Cells, failed: bool) -> Row:
@@ -115,8 +115,8 @@ def _heads(hidden: int, published: int) -> int:
 
 def _memory(system: str) -> float | None:
     """Bytes from `h100-sxm-80g`; None where the system's name does not say it."""
-    found = re.search(r"\b(\d+)g\b", system.lower())
-    return int(found[1]) * GIB if found else None
+    size = re.search(r"\b(\d+)g\b", system.lower())
+    return int(size[1]) * GIB if size else None
 
 
 def peaks_of(rows: Iterable[Row]) -> list[Peaks]:
@@ -127,10 +127,10 @@ def peaks_of(rows: Iterable[Row]) -> list[Peaks]:
     return [
         Peaks(
             model,
-            Configurations.of(row.configuration for row in found),
+            Configurations.of(row.configuration for row in members),
             precision,
-            np.array([np.nan if row.failed else row.peak_bytes or np.nan for row in found]),
-            np.array([row.memory_bytes or np.nan if row.failed else np.nan for row in found]),
+            np.array([np.nan if row.failed else row.peak_bytes or np.nan for row in members]),
+            np.array([row.memory_bytes or np.nan if row.failed else np.nan for row in members]),
         )
-        for (model, precision), found in groups.items()
+        for (model, precision), members in groups.items()
     ]

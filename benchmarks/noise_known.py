@@ -189,8 +189,8 @@ def run(only: list[str], quick: bool) -> dict[str, Any]:
         repetitions, later = (60, 60) if quick else (200, 100)
         rows = [measure(cell, repetitions, later) for cell in cells()]
         result["cells"] = rows
-        known = [row["steps_until_known"] for row in rows]
-        result["steps_until_known_max"] = None if None in known else max(known)
+        steps = [row["steps_until_known"] for row in rows]
+        result["steps_until_known_max"] = None if None in steps else max(steps)
         result["coverage_pct"] = float(np.mean([row["coverage_pct"] for row in rows]))
         result["coverage_later_pct"] = float(np.mean([row["coverage_later_pct"] for row in rows]))
     if "job" in only:
@@ -204,13 +204,13 @@ def show(result: dict[str, Any], console: Console) -> None:
         names = ("tokens a step", "seq_len", "batch", "source", "known after", "coverage %", "later %")
         table = Table(*names, title=f"measured steps until known (99 % of runs); coverage after {WANTED}, and later")
         for row in result["cells"]:
-            known = row["steps_until_known"]
+            steps = row["steps_until_known"]
             table.add_row(
                 f"{row['seq_len'] * row['global_batch']:,}",
                 str(row["seq_len"]),
                 str(row["global_batch"]),
                 row["source"],
-                "never" if known is None else f"{known:.0f}",
+                "never" if steps is None else f"{steps:.0f}",
                 f"{row['coverage_pct']:.1f}",
                 f"{row['coverage_later_pct']:.1f}",
             )

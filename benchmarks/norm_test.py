@@ -100,12 +100,12 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def simulate(settings: Settings, run: Path) -> list[dict[str, Any]]:
     """The same policies, with the noise scale as that run measured it."""
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for names, own in ((("static", "ramp", "norm-test"), UNBIASED), (("norm-test-paper",), PAPER)):
         policies = [part for name in names for part in ("--policy", name)]
         said = copus_output("simulate", str(JOB), "--like", str(run), "--json", *policies, *_set({**settings, **own}))
-        found += json.loads(said)["policies"]
-    return found
+        results += json.loads(said)["policies"]
+    return results
 
 
 def extra_of_testing(settings: Settings, rounds: int) -> dict[str, float]:

@@ -73,10 +73,10 @@ def space() -> Configurations:
 
 def plan(cost: CostModel) -> tuple[Configurations, Predicted]:
     """Enumerate, check for memory, predict what fits."""
-    found = space()
+    configurations = space()
     memory_bytes = accelerator(CLUSTER.accelerator).memory_bytes
-    found = found.take(MemoryModel().fits(MODEL, found, PRECISION, memory_bytes, MARGIN))
-    return found, cost.predict(MODEL, CLUSTER, found, PRECISION, coverage=None)
+    configurations = configurations.take(MemoryModel().fits(MODEL, configurations, PRECISION, memory_bytes, MARGIN))
+    return configurations, cost.predict(MODEL, CLUSTER, configurations, PRECISION, coverage=None)
 
 
 def trillion() -> Planner:
@@ -108,7 +108,7 @@ def decisions(planner: Planner, repeats: int) -> dict[str, float]:
         assert seconds.step_seconds is not None
         for _ in range(10):
             planner.throughput.observe(ran, 0.8 * seconds.step_seconds)
-    batch, samples = float(np.median([each.global_batch for each in space])), 0
+    batch, samples = float(np.median([configuration.global_batch for configuration in space])), 0
 
     def decide() -> None:
         nonlocal samples
@@ -174,10 +174,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"({r['space_seconds_low']:.2f} to {r['space_seconds_high']:.2f}), of which "
         f"enumeration {r['enumerate_seconds']:.2f}; wall clock {r['space_wall_seconds']:.2f} s"
     )
-    for name, each in r["decisions"].items():
+    for name, timing in r["decisions"].items():
         console.print(
-            f"a decision among {each['candidates']:,} candidates ({name}): {1000 * each['seconds']:.0f} ms "
-            f"({1000 * each['low']:.0f} to {1000 * each['high']:.0f}); wall clock {1000 * each['wall_seconds']:.0f} ms"
+            f"a decision among {timing['candidates']:,} candidates ({name}): {1000 * timing['seconds']:.0f} ms "
+            f"({1000 * timing['low']:.0f} to {1000 * timing['high']:.0f}); "
+            f"wall clock {1000 * timing['wall_seconds']:.0f} ms"
         )
 
 

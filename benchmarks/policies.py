@@ -167,7 +167,7 @@ def _joined(cells: Sequence[Cell]) -> Runs:
 
 def measure(tables: dict[str, tuple[Menu, np.ndarray]], args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """Figures of every cell and policy, and how many runs were simulated."""
-    found, count = [], 0
+    figures, count = [], 0
     for table, (menu, speed) in tables.items():
         everything = make_cells(table, menu, speed, args)
         for key in {(cell.world, cell.calibration_learned): None for cell in everything}:
@@ -182,12 +182,12 @@ def measure(tables: dict[str, tuple[Menu, np.ndarray]], args: argparse.Namespace
                 outcome = simulate(menu, speed, joined, policy)
                 count += len(joined.seed)
                 for cell, rows in zip(cells, np.split(np.arange(len(joined.seed)), len(cells)), strict=True):
-                    found.append(_figures(cell, name, menu, outcome.seconds[rows], outcome.moves[rows], fixed[rows]))
+                    figures.append(_figures(cell, name, menu, outcome.seconds[rows], outcome.moves[rows], fixed[rows]))
             if not args.only and key == ("still", False):
                 for cell in cells:
                     own = np.full(1, cell.plan.seconds), np.zeros((1, 3)), np.full(1, cell.plan.fixed_seconds)
-                    found.append(_figures(cell, "oracle", menu, *own))
-    return found, count
+                    figures.append(_figures(cell, "oracle", menu, *own))
+    return figures, count
 
 
 def _best_fixed_seconds(menu: Menu, speed: np.ndarray, cells: Sequence[Cell], joined: Runs) -> np.ndarray:

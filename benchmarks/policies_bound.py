@@ -73,17 +73,17 @@ class Game:
         times = self.seconds.reshape(len(TRUE), -1)
         stretches, size = self.seconds.shape[1:]
         whole = np.kron(np.eye(stretches), np.ones(size))
-        found = linprog(
+        solution = linprog(
             weights @ times, times, 1 / (1 + least / 100), whole, np.ones(stretches), bounds=(0, None), method="highs"
         )
-        return self.gains(found.x.reshape(stretches, size)) if found.success else None
+        return self.gains(solution.x.reshape(stretches, size)) if solution.success else None
 
 
 def measure(tables: dict[str, tuple[Menu, Floats]]) -> dict[str, Any]:
     """Means and worst cells, by what is asked of a schedule."""
     right, off = np.array([0.0, 1.0, 0.0]), np.array([0.5, 0.0, 0.5])
     slack = 1e-6  # of the solver
-    found: dict[str, list[Floats | None]] = {}
+    gains_of: dict[str, list[Floats | None]] = {}
     middles = np.interp((np.arange(STRETCHES) + 0.5) / STRETCHES, np.linspace(0, 1, POINTS), np.arange(POINTS))
     for menu, speed in tables.values():
         for first, last in RANGES:
@@ -101,12 +101,12 @@ def measure(tables: dict[str, tuple[Menu, Floats]]) -> dict[str, Any]:
                     "both": game.best(right, np.maximum(copus, -HARM) - slack),
                 }
                 for name, gains in answers.items():
-                    found.setdefault(name, []).append(gains)
-    return {name: _figures(gains) for name, gains in found.items()}
+                    gains_of.setdefault(name, []).append(gains)
+    return {name: _figures(gains) for name, gains in gains_of.items()}
 
 
 def _figures(gains: list[Floats | None]) -> dict[str, Any]:
-    there = np.array([each for each in gains if each is not None]).reshape(-1, 3)
+    there = np.array([gain for gain in gains if gain is not None]).reshape(-1, 3)
     if not len(there):
         return {"cases": len(gains), "possible": 0, "mean_gain_pct": None, "worst_gain_pct": None}
     return {

@@ -47,15 +47,15 @@ def _means(cells: Cells) -> dict[str, dict[str, float]]:
 
 def _figures(cells: Cells) -> dict[str, Any]:
     ours = _where(cells, policy="goodput")
-    found: dict[str, Any] = {"tables": len({cell["table"] for cell in cells}), "policies": _means(cells)}
+    report: dict[str, Any] = {"tables": len({cell["table"] for cell in cells}), "policies": _means(cells)}
     if not ours:
-        return found
+        return report
     right = _where(ours, calibration=1.0)
     ratios = np.array([cell["ratio_to_oracle"] for cell in right])
     worst = min(ours, key=lambda cell: cell["gain_over_best_fixed_pct"])
     free = _where(ours, move_cost_steps=0)
     off = [cell["gain_over_best_fixed_pct"] for cell in free if cell["calibration"] != 1.0]
-    found["goodput"] = {
+    report["goodput"] = {
         "to_oracle_median_pct": 100 * float(np.median(ratios) - 1),
         "to_oracle_worst_pct": 100 * float(ratios.max() - 1),
         "worst_gain_over_best_fixed_pct": worst["gain_over_best_fixed_pct"],
@@ -77,7 +77,7 @@ def _figures(cells: Cells) -> dict[str, Any]:
             if c["gain_over_best_fixed_pct"] < copus[_place(c)]["gain_over_best_fixed_pct"]
             and c["high"] < copus[_place(c)]["low"]
         ]
-        found["goodput"] |= {
+        report["goodput"] |= {
             "mean_ahead_of_copus_pct": float(np.mean(ahead)),
             "least_ahead_of_copus_pct": float(np.min(ahead)),
             "cells_behind_copus": int((np.array(ahead) < -1e-9).sum()),
@@ -86,7 +86,7 @@ def _figures(cells: Cells) -> dict[str, Any]:
                 np.min([a for a, c in zip(ahead, ours, strict=True) if c["calibration"] == 1])
             ),
         }
-    return found
+    return report
 
 
 def print_cells(cells: Cells) -> None:

@@ -76,12 +76,12 @@ def _table(setup: Setup) -> tuple[Menu, np.ndarray]:
     config = PlannerConfig(min_global_batch=8, max_global_batch=1024, max_micro_batch=8)
     estimate = estimate_job(config, setup.model, cluster, "bf16", start)
     best: dict[tuple[Layout, int], tuple[float, Configuration]] = {}
-    for each in estimate.candidates:
-        if each.step_seconds is None or each.refusal:
+    for candidate in estimate.candidates:
+        if candidate.step_seconds is None or candidate.refusal:
             continue
-        key = each.configuration.layout, each.configuration.global_batch
-        if key not in best or each.step_seconds < best[key][0]:
-            best[key] = (each.step_seconds, each.configuration)
+        key = candidate.configuration.layout, candidate.configuration.global_batch
+        if key not in best or candidate.step_seconds < best[key][0]:
+            best[key] = (candidate.step_seconds, candidate.configuration)
     menu = Menu.of([configuration for _, configuration in best.values()])
     return menu, menu.global_batch / np.array([seconds for seconds, _ in best.values()])
 

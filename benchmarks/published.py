@@ -70,10 +70,10 @@ class Published:
 
 def read(folder: Path, name: str = "throughput.csv") -> Published:
     """The sweeps of a file in the folder. Raises FileNotFoundError if it is not there."""
-    found = Published([])
+    published_rows = Published([])
     groups: dict[tuple[str, ModelShape, Cluster, str], list[tuple[str, Configuration, float, bool]]] = {}
     for published in csv_rows(folder / name):
-        found.rows += 1
+        published_rows.rows += 1
         try:
             row = _filled(published)
             model, configuration, cluster = model_of(row), configuration_of(row), _cluster(row)
@@ -83,12 +83,12 @@ def read(folder: Path, name: str = "throughput.csv") -> Published:
             key = (row["sweep_id"] or row["source_id"], model, cluster, _precision(row["precision"], cluster))
             groups.setdefault(key, []).append((row["source_id"], configuration, step_seconds, _reliable(row)))
         except RejectedError as reason:
-            found.skipped[str(reason)] += 1
+            published_rows.skipped[str(reason)] += 1
     for (sweep_id, model, cluster, precision), rows in groups.items():
         sources, configurations, seconds, reliable = zip(*rows, strict=True)
         timings = Timings(model, cluster, precision, Configurations.of(configurations), np.array(seconds))
-        found.sweeps.append(Sweep(sweep_id, sources[0], timings, np.array(reliable)))
-    return found
+        published_rows.sweeps.append(Sweep(sweep_id, sources[0], timings, np.array(reliable)))
+    return published_rows
 
 
 def _filled(row: Row) -> Row:
@@ -115,10 +115,10 @@ def _cluster(row: Row) -> Cluster:
 
 def _accelerator(system: str) -> str:
     names = {name: name for name in accelerators()} | OTHER_NAMES
-    found = [name for name in names if name in system.lower()]
-    if not found:
+    matches = [name for name in names if name in system.lower()]
+    if not matches:
         raise RejectedError("accelerator is unknown")
-    return names[max(found, key=len)]
+    return names[max(matches, key=len)]
 
 
 def _precision(text: str, cluster: Cluster) -> str:

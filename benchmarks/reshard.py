@@ -167,13 +167,13 @@ def large_job(ranks: int, ranks_per_node: int) -> JobConfig:
 def walk(count: int) -> list[int]:
     """A closed walk over `count` places, from 0, that goes each ordered pair once (Hierholzer)."""
     left = {here: [there for there in range(count) if there != here] for here in range(count)}
-    path, found = [0], []
+    path, circuit = [0], []
     while path:
         if left[path[-1]]:
             path.append(left[path[-1]].pop())
         else:
-            found.append(path.pop())
-    return found[::-1]
+            circuit.append(path.pop())
+    return circuit[::-1]
 
 
 def start_ranks(task: dict[str, Any], folder: Path) -> tuple[dict[str, Any], float]:

@@ -35,19 +35,19 @@ def measure_shards(wanted: list[Configuration], job: JobConfig) -> tuple[list[Me
     torch.set_num_threads(1)
     started = time.perf_counter()
     profiler = SingleProfiler(Task(job.model, job.cluster, fingerprint_of(job), job.profile, job=job))
-    return [profiler.measure(each) for each in wanted], time.perf_counter() - started
+    return [profiler.measure(configuration) for configuration in wanted], time.perf_counter() - started
 
 
-def score(cost: CostModel, timings: Timings, known: np.ndarray) -> dict[str, Any]:
+def score(cost: CostModel, timings: Timings, measured: np.ndarray) -> dict[str, Any]:
     """How a model that knows the steps at the places `known` predicts the others."""
-    found = judge(cost, timings, known, likely(timings))
-    misses = np.log1p(found.errors)
+    judged = judge(cost, timings, measured, likely(timings))
+    misses = np.log1p(judged.errors)
     return {
-        "mape_pct": mape(found),
+        "mape_pct": mape(judged),
         "bias_pct": float(100 * np.expm1(misses.mean())),
         "scatter_pct": float(100 * misses.std(ddof=1)),
-        "regret_pct": regret(found),
-        "coverage_pct": coverage(found),
+        "regret_pct": regret(judged),
+        "coverage_pct": coverage(judged),
     }
 
 
@@ -81,7 +81,7 @@ def run(ranks: int, max_batch: int, quick: bool, console: Console) -> dict[str, 
         "shards_seconds": shards_seconds,
         "steps_seconds": steps_seconds,
         "nominal_coverage_pct": 100 * COVERAGE,
-        "ways": {name: score(cost, timings, known) for name, (cost, known) in ways.items()},
+        "ways": {name: score(cost, timings, measured) for name, (cost, measured) in ways.items()},
         "rows": [
             {
                 "configuration": step.configuration.label,
@@ -101,8 +101,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         rows.add_row(row["configuration"], *(_milliseconds(row[name]) for name in ("shard_seconds", "seconds")))
     console.print(rows)
     ways = Table("known", "MAPE %", "bias %", "scatter %", "regret %", "coverage %")
-    for name, found in result["ways"].items():
-        ways.add_row(name, *(f"{value:.1f}" for value in found.values()))
+    for name, scores in result["ways"].items():
+        ways.add_row(name, *(f"{value:.1f}" for value in scores.values()))
     console.print(ways)
     console.print(
         f"bias: of all predictions together, scatter: about it; regret: of choosing the fastest of each global batch; "

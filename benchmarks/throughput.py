@@ -91,10 +91,10 @@ def same(c: Configurations) -> NDArray[np.int64]:
 
 def seconds_of(timings: Timings, rows: Rows) -> Floats:
     """What these rows say of each configuration: the median where they are repeats, nan where they are silent."""
-    which, found = same(timings.configurations), np.full(len(timings.step_seconds), np.nan)
-    for each in np.unique(which[rows]):
-        found[which == each] = np.median(timings.step_seconds[rows[which[rows] == each]])
-    return found
+    which, medians = same(timings.configurations), np.full(len(timings.step_seconds), np.nan)
+    for group in np.unique(which[rows]):
+        medians[which == group] = np.median(timings.step_seconds[rows[which[rows] == group]])
+    return medians
 
 
 def likely(timings: Timings) -> NDArray[np.bool_]:
@@ -114,19 +114,19 @@ def regrets(
     from; from all where there are none. Among equals the measured ones, else all of them, share the choice.
     """
     c, truth = timings.configurations, seconds_of(timings, np.arange(len(timings.step_seconds)))
-    known = np.zeros(len(c), dtype=bool) if measured is None else np.isfinite(measured)
-    expected = seconds if measured is None else np.where(known, measured, seconds)
-    able = np.ones(len(c), dtype=bool) if may is None else known | may
-    which, found = same(c), []
+    timed = np.zeros(len(c), dtype=bool) if measured is None else np.isfinite(measured)
+    expected = seconds if measured is None else np.where(timed, measured, seconds)
+    able = np.ones(len(c), dtype=bool) if may is None else timed | may
+    which, regret = same(c), []
     for batch in np.unique(c.global_batch):
         rows = np.flatnonzero(c.global_batch == batch)
         if len(np.unique(which[rows])) < 2:
             continue
         open_ = rows[able[rows]] if able[rows].any() else rows
         best = open_[expected[open_] <= expected[open_].min() * (1 + EQUAL)]
-        best = best[known[best]] if known[best].any() else best
-        found.append(truth[best].mean() / truth[rows].min() - 1)
-    return np.array(found)
+        best = best[timed[best]] if timed[best].any() else best
+        regret.append(truth[best].mean() / truth[rows].min() - 1)
+    return np.array(regret)
 
 
 def measure(cost: CostModel, timings: Timings, count: int, may: NDArray[np.bool_]) -> tuple[CostModel, Rows]:
@@ -134,9 +134,9 @@ def measure(cost: CostModel, timings: Timings, count: int, may: NDArray[np.bool_
     t, chosen = timings, np.array([], dtype=np.int64)
     fitted = cost.fit([])
     for left in range(count, 0, -1):
-        known = fitted, t.model, t.cluster, t.configurations, t.precision
-        place = next_to_measure(*known, seconds_of(t, chosen), left, may)
-        chosen = np.append(chosen, place if place >= 0 else select(*known, 1, leave_out=chosen))
+        task = fitted, t.model, t.cluster, t.configurations, t.precision
+        place = next_to_measure(*task, seconds_of(t, chosen), left, may)
+        chosen = np.append(chosen, place if place >= 0 else select(*task, 1, leave_out=chosen))
         fitted = cost.fit([t.take(chosen)])
     return fitted, chosen
 

@@ -44,15 +44,15 @@ class Rows(NamedTuple):
 def rows_of(sweeps: Sequence[Sweep], how: Smoothness, one_node: bool) -> dict[str, Rows]:
     """The reliable rows by source."""
     cost = CostModel(how._replace(blind_spread=1.0, blind_spread_of_nodes=1.0))
-    found: defaultdict[str, list[Rows]] = defaultdict(list)
+    by_source: defaultdict[str, list[Rows]] = defaultdict(list)
     for sweep in sweeps:
         t = sweep.timings.take(sweep.scored)
         if (t.cluster.nodes == 1) != one_node or not len(t.step_seconds):
             continue
         predicted = cost.predict(t.model, t.cluster, t.configurations, t.precision, coverage=COVERAGE)
         misses = np.abs(np.log(t.step_seconds / predicted.seconds)) / np.log(predicted.high / predicted.seconds)
-        found[sweep.source_id].append(Rows(misses, predicted.breakdown["launch"] / predicted.seconds))
-    return {source: Rows(*map(np.concatenate, zip(*rows, strict=True))) for source, rows in found.items()}
+        by_source[sweep.source_id].append(Rows(misses, predicted.breakdown["launch"] / predicted.seconds))
+    return {source: Rows(*map(np.concatenate, zip(*rows, strict=True))) for source, rows in by_source.items()}
 
 
 def covered(rows: Rows, scale: float) -> float:
@@ -69,8 +69,8 @@ def scale_of(sources: Sequence[Rows]) -> float:
 def blind_spreads(sweeps: Sequence[Sweep], how: Smoothness) -> dict[str, float]:
     """The two fields of `Smoothness`, for these sweeps; the one that they say nothing of stays."""
     fields = {"blind_spread": True, "blind_spread_of_nodes": False}
-    found = {name: list(rows_of(sweeps, how, one_node).values()) for name, one_node in fields.items()}
-    return {name: scale_of(rows) for name, rows in found.items() if rows}
+    rows_of_field = {name: list(rows_of(sweeps, how, one_node).values()) for name, one_node in fields.items()}
+    return {name: scale_of(rows) for name, rows in rows_of_field.items() if rows}
 
 
 def run(sweeps: Sequence[Sweep]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def run(sweeps: Sequence[Sweep]) -> dict[str, Any]:
         everything = Rows(*map(np.concatenate, zip(*sources.values(), strict=True)))
         lines = []
         for source, rows in sources.items():
-            others = [each for other, each in sources.items() if other != source]
+            others = [other_rows for other, other_rows in sources.items() if other != source]
             scale = scale_of(others) if others else in_use
             lines.append(
                 {
@@ -115,9 +115,9 @@ def run(sweeps: Sequence[Sweep]) -> dict[str, Any]:
 def show(result: dict[str, Any], console: Console) -> None:
     """Tables for people."""
     for name in ("one node", "several nodes"):
-        found = result[name]
+        entry = result[name]
         table = Table("source", "rows", "inside %", "scale of the others", "inside % with that", title=name)
-        for line in found["sources"]:
+        for line in entry["sources"]:
             table.add_row(
                 line["source_id"],
                 str(line["rows"]),
@@ -127,11 +127,11 @@ def show(result: dict[str, Any], console: Console) -> None:
             )
         console.print(table)
         console.print(
-            f"{name}: scale {found['scale']:.2f} (in use {found['scale_in_use']:.2f}); inside, every source alike, "
-            f"{found['coverage_pct']:.1f} %, with the scale of the others {found['left_out_coverage_pct']:.1f} %; "
+            f"{name}: scale {entry['scale']:.2f} (in use {entry['scale_in_use']:.2f}); inside, every source alike, "
+            f"{entry['coverage_pct']:.1f} %, with the scale of the others {entry['left_out_coverage_pct']:.1f} %; "
             + "; ".join(
                 f"{row['rows']} rows with launches {row['launches']}: {row['coverage_pct']:.0f} %"
-                for row in found["rows"]
+                for row in entry["rows"]
                 if row["rows"]
             )
         )

@@ -76,7 +76,7 @@ class Tuner:
             # What an accelerator's file says stays.
             offsets.append(np.tile(guess + prior(device)[0] - usual, (len(t.step_seconds), 1)))
         self._work, self._logs, self._offsets = Work.concatenate(works), np.concatenate(logs), np.concatenate(offsets).T
-        self._sizes = np.array([len(each) for each in logs])
+        self._sizes = np.array([len(log) for log in logs])
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
 
     def errors(self, shift: Floats) -> Floats:
@@ -111,7 +111,7 @@ def run(folder: Path) -> dict[str, Any]:
     with_all = tuner.tune()
     rows = []
     for source in dict.fromkeys(tuner.sources):
-        own = np.array([each == source for each in tuner.sources])
+        own = np.array([name == source for name in tuner.sources])
         inside, outside = tuner.mapes(with_all)[own], tuner.mapes(tuner.tune(source))[own]
         rows.append(
             {

@@ -81,12 +81,12 @@ def smoothness(sweeps: list[Sweep], rounds: int = 2) -> Smoothness:
     """The most probable one."""
     rng = np.random.default_rng(1)
     rows = [_Rows(sweep, rng) for sweep in sweeps if sweep.scored.sum() >= LEAST_ROWS]
-    counted = Counter(each.source for each in rows)
-    weights = [counted[each.source] ** -0.5 for each in rows]
+    counted = Counter(row.source for row in rows)
+    weights = [counted[row.source] ** -0.5 for row in rows]
     how = Smoothness()
     for _ in range(rounds):
-        linear = [each.linear(how) for each in rows]
-        arguments = ([each.places for each in rows], linear, weights)
+        linear = [row.linear(how) for row in rows]
+        arguments = ([row.places for row in rows], linear, weights)
         how = _named(minimize(_surprise, _GUESS, args=arguments, method="L-BFGS-B", options={"maxiter": 20}).x)
     return how._replace(noise_sd=max(how.noise_sd, LEAST_NOISE))
 

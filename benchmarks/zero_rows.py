@@ -48,7 +48,7 @@ def kind_of(configuration: Configuration) -> str:
 
 def memory_rows(path: Path) -> list[dict[str, Any]]:
     """Predicted and published peaks."""
-    found = []
+    peaks = []
     for cells in csv_rows(path):
         framework = framework_of(cells["sharding"])
         try:
@@ -59,8 +59,8 @@ def memory_rows(path: Path) -> list[dict[str, Any]]:
         # No backend here shares out over context parallel ranks, or recomputes chosen operations of a layer.
         is_ours = layout.pp == layout.cp == 1 and "(op)" not in cells["recompute"]
         if framework is not None and row.peak_bytes and is_ours and not any(w in cells["quality"] for w in UNSURE):
-            found.append({"framework": framework, "kind": kind_of(row.configuration), **_peak(framework, row)})
-    return found
+            peaks.append({"framework": framework, "kind": kind_of(row.configuration), **_peak(framework, row)})
+    return peaks
 
 
 def _peak(framework: str, row: Row) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _peak(framework: str, row: Row) -> dict[str, Any]:
 
 def time_rows(folder: Path) -> list[dict[str, Any]]:
     """Predicted and published step times of the rows that can be scored."""
-    found = []
+    times = []
     for sweep in read(folder, NAME).sweeps:
         timings = sweep.timings.take(sweep.scored)
         seen = CostModel().predict(
@@ -86,7 +86,7 @@ def time_rows(folder: Path) -> list[dict[str, Any]]:
         )
         for index, seconds in enumerate(timings.step_seconds):
             configuration = timings.configurations[index]
-            found.append(
+            times.append(
                 {
                     "framework": "all",
                     "kind": kind_of(configuration),
@@ -97,16 +97,16 @@ def time_rows(folder: Path) -> list[dict[str, Any]]:
                     "inside": bool(seen.low[index] <= seconds <= seen.high[index]),
                 }
             )
-    return found
+    return times
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """By framework and kind: how many, how far off in the median, to which side, and how many in their intervals."""
-    found = []
+    groups = []
     for framework, kind in sorted({(row["framework"], row["kind"]) for row in rows}):
         same = [row for row in rows if (row["framework"], row["kind"]) == (framework, kind)]
         errors = np.array([100 * (row["predicted"] / row["published"] - 1) for row in same])
-        found.append(
+        groups.append(
             {
                 "framework": framework,
                 "kind": kind,
@@ -116,7 +116,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "inside_pct": 100 * float(np.mean([row["inside"] for row in same])),
             }
         )
-    return found
+    return groups
 
 
 def run(folder: Path) -> dict[str, Any]:
