@@ -119,9 +119,9 @@ def test_unknown_names_are_refused_where_the_job_file_is_read(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_what_is_said_of_built_in_ones_is_so(name: str) -> None:
-    found = find_profiler(name)
-    kind = found.load()
-    assert (kind.processes, kind.shards) == found.known == (found.processes, found.shards)
+    profiler = find_profiler(name)
+    kind = profiler.load()
+    assert (kind.processes, kind.shards) == profiler.traits == (profiler.processes, profiler.shards)
 
 
 def test_options_are_the_profilers_own_business(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
