@@ -9,6 +9,9 @@ VENV_FLAGS ?=
 PIP_FLAGS ?=
 # screenshots: the run whose report is shown.
 RUN ?= runs/shakespeare
+# figures: benchmarks to run first (or all), and the folder of published measurements that some of them need.
+MEASURE ?=
+DATA ?=
 # test-next: the newest megatron-core needs Python 3.12.
 NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv312
@@ -32,7 +35,7 @@ GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-insp
 	tyro docstring-parser typeguard
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-next demo test test-next test-slow test-slurm lint format reference screenshots docs gpu-check gpu-ranks gpu-wheels clean
+.PHONY: help install install-next demo test test-next test-slow test-slurm lint format reference figures screenshots docs gpu-check gpu-ranks gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,7 +82,10 @@ format: install  ## let ruff mend what it can
 reference: install  ## write the generated parts of docs/ anew, after a change of a field or an option
 	$(BIN)/python docs/hooks/reference.py
 
-screenshots: install  ## take the pictures of the report in docs/ anew, from RUN, with Chromium
+figures: install  ## write the figures of kept results into docs/ and README; MEASURE=all DATA=DIR measures them first (hours)
+	$(BIN)/python docs/hooks/figures.py $(MEASURE) $(addprefix --data ,$(DATA))
+
+screenshots: install  ## take the pictures of the report and of the commands in docs/ anew, from RUN, with Chromium
 	PYTHONPATH=. $(BIN)/python docs/hooks/screenshots.py $(RUN)
 
 docs: $(VENV)/.docs  ## build the documentation into build/site; any warning is an error

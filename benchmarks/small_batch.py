@@ -75,7 +75,7 @@ class Cell(NamedTuple):
     seed: int
     tokens: int
     loss: float
-    """Of held-out sequences at the end, nats a token; infinite if training diverged."""
+    """Of held-out sequences at the end, nats per token; infinite if training diverged."""
 
 
 Losses = dict[float, float]
@@ -296,7 +296,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             panel.plot(rates, [np.mean(losses[lr]) for lr in rates], marker="o", label=f"batch {batch}")
         panel.set(xscale="log", xlabel="peak learning rate", title=f"{optimizer}, β2 {rule}")
     best = min(cell["loss"] for cell in result["cells"] if cell["loss"])
-    panels[0][0].set(ylabel="held-out loss, nats a token", ylim=(best - 0.1, best + 1.5))
+    panels[0][0].set(ylabel="held-out loss, nats per token", ylim=(best - 0.1, best + 1.5))
     panels[0][-1].legend()
     figure.savefig(path, bbox_inches="tight")
 

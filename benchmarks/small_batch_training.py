@@ -25,7 +25,7 @@ DIVERGED = 20.0
 
 
 def train(job: JobConfig, optimizer: Optimizer, batch: int, lr: float, seed: int) -> float:
-    """Held-out loss in nats a token after all tokens of the job; infinite if training diverged."""
+    """Held-out loss in nats per token after all tokens of the job; infinite if training diverged."""
     torch.set_num_threads(1)
     training = job.training.model_copy(update={"optimizer": optimizer, "seed": seed})
     prepared, seq_len = prepared_path(job), job.model.seq_len

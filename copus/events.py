@@ -101,7 +101,7 @@ class Step(Event):
 
     type: Literal["step"] = "step"
     loss: float | None
-    """Mean training loss of the step, nats a token; None where it was not finite."""
+    """Mean training loss of the step, nats per token; None where it was not finite."""
     grad_norm: float | None
     """Norm of the gradient before clipping; None where it was not finite."""
     lr: float
@@ -239,7 +239,7 @@ class Evaluate(Event):
 
     type: Literal["evaluate"] = "evaluate"
     loss: float | None
-    """Mean loss, nats a token; None where it was not finite."""
+    """Mean loss, nats per token; None where it was not finite."""
     sequences: int
     """Held-out sequences."""
     seconds: float
@@ -285,7 +285,7 @@ class Branch(Event):
     lr: float
     """Learning rate, constant."""
     first_loss: float | None
-    """Held-out loss at the checkpoint, nats a token; None where it was not finite."""
+    """Held-out loss at the checkpoint, nats per token; None where it was not finite."""
     last_loss: float | None
     """Held-out loss at the end."""
     noise: NoiseScale

@@ -163,7 +163,7 @@ class TrainingConfig(Record):
     max_minutes: PositiveFloat | None = None
     """Stop cleanly, with a checkpoint, after this long."""
     target_loss: PositiveFloat | None = None
-    """Stop cleanly, with a checkpoint, at the first evaluation whose loss is no more than this, in nats a token."""
+    """Stop cleanly, with a checkpoint, at the first evaluation whose loss is no more than this, in nats per token."""
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed of weights, sample order and dropout."""
     init_from: UserPath | None = None

@@ -32,7 +32,7 @@ class MeterStep(BaseModel):
     step_seconds: PositiveFloat | None = None
     """Duration of the step; None if it was not timed, or its time says nothing (the first step, a checkpoint)."""
     loss: float | None = None
-    """Mean training loss, nats a token."""
+    """Mean training loss, nats per token."""
     noise: NoiseScale | None = None
     """The noise scale after this step; None if nothing was measured yet."""
 

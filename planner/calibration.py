@@ -28,7 +28,7 @@ class CriticalBatchFit:
     drop: float
     """Nats a token that a very small batch would have gained, mean over the orders."""
     residual: float
-    """Root mean square of what the model leaves, nats a token."""
+    """Root mean square of what the model leaves, nats per token."""
 
 
 def fit_critical_batch(batches: np.ndarray, losses: np.ndarray, first_loss: float, seed: int = 0) -> CriticalBatchFit:

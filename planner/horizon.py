@@ -26,7 +26,7 @@ class Horizon:
         self._evaluations: deque[tuple[int, float]] = deque(maxlen=KEPT)
 
     def observe(self, samples_consumed: int, loss: float) -> None:
-        """Feed every evaluation's held-out loss, in nats a token. One that is not finite is left out."""
+        """Feed every evaluation's held-out loss, in nats per token. One that is not finite is left out."""
         if samples_consumed > 0 and math.isfinite(loss):
             self._evaluations.append((samples_consumed, loss))
 

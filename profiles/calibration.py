@@ -39,7 +39,7 @@ class Calibration(Record):
     sequences: int
     """Length of every branch."""
     first_loss: float
-    """Held-out loss at the checkpoint, nats a token."""
+    """Held-out loss at the checkpoint, nats per token."""
     batches: list[int]
     """Global batches, ascending."""
     losses: list[list[float]]

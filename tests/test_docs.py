@@ -16,6 +16,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS / "hooks"))
 
 import commands  # noqa: E402
+import figures  # noqa: E402
 import job_file  # noqa: E402
 import reference  # noqa: E402
 
@@ -86,6 +87,22 @@ def test_every_generated_part_stands_in_its_page_as_it_has_to_be_now() -> None:
     assert old == [], "make reference writes them anew"
 
 
+# Words
+
+
+def test_no_page_uses_a_word_that_the_glossary_avoids() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| (.+) \|(.*)\|$", (DOCS / "glossary.md").read_text(), re.MULTILINE)
+    avoided = [word for *_, words in rows if words.strip() not in ("not", "") for word in words.strip().split(", ")]
+    assert len(rows) > 50
+    assert len(avoided) > 10
+    for page in PAGES:
+        if page.name in ("glossary.md", "CHANGELOG.md"):
+            continue
+        written = FENCED.sub("", reference.PART.sub("", page.read_text()))
+        text = " ".join(re.sub(r"`[^`\n]*`", "", written).split()).lower()
+        assert [word for word in avoided if re.search(rf"\b{word}\b", text)] == [], page.name
+
+
 # Commands
 
 
@@ -124,6 +141,18 @@ def test_the_page_of_benchmarks_has_every_benchmark_and_every_kept_result() -> N
         assert f"`{result.name}`" in page, f"{result.name} is kept, and not on the page"
 
 
+@pytest.mark.parametrize("claim", figures.CLAIMS, ids=lambda claim: f"{claim.benchmark} in {claim.pages[0]}")
+def test_the_figures_of_kept_results_are_the_newest_ones(claim: figures.Claim) -> None:
+    for page in claim.pages:
+        (said,) = claim.pattern().finditer((ROOT / page).read_text())
+        assert " ".join(said[0].split()) == claim.said(), f"{page}: make figures writes it anew"
+
+
+def test_a_figure_that_changed_is_found_and_replaced() -> None:
+    claim = figures.Claim("reshard", "{a} times as fast", (), lambda result: {"a": "2.5"})
+    assert claim.pattern().sub(claim.said(), "moves are 1,234.5 times\nas fast") == "moves are 2.5 times as fast"
+
+
 # Fields of the job file
 
 
@@ -150,7 +179,11 @@ def field_names() -> set[str]:
     """`training.layout.tp` and the like, options of trackers included."""
     without_kind = ((place.partition(" (")[0], names) for place, names in fields().items())
     named = {f"{place}.{name}".strip(".") for place, names in without_kind for name in names}
-    options = {f"{place}.{field}" for place, model in job_file.OPTIONS.items() for field in model.model_fields}
+    options = {
+        f"{place.partition(' (')[0]}.{field}"
+        for place, model in job_file.OPTIONS.items()
+        for field in model.model_fields
+    }
     return named | options | set(job_file.OPTIONS)
 
 

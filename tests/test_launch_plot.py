@@ -46,7 +46,7 @@ def test_throughput_is_not_smoothed_across_a_move() -> None:
 
 def test_the_picture_has_four_panels_with_the_layouts_named(run: Path) -> None:
     loss, noise_panel, layouts, throughput = draw(series_of(run), "one").axes
-    assert loss.get_ylabel() == "loss (nats a token)"
+    assert loss.get_ylabel() == "loss (nats per token)"
     assert noise_panel.get_yscale() == "log"
     assert [text.get_text() for text in layouts.texts] == ["TP2·PP1·DP1\nmicro-batch 1", "TP1·PP1·DP2\nmicro-batch 2"]
     assert throughput.get_xlabel() == "tokens"

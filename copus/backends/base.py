@@ -136,7 +136,7 @@ class Backend(ABC):
 
     @abstractmethod
     def evaluate(self, batches: Batches, sequences: int) -> float:
-        """Mean loss over all labels of the first `sequences` held-out sequences, nats a token. `held_out_loss` makes
+        """Mean loss over all labels of the first `sequences` held-out sequences, nats per token. `held_out_loss` makes
         the mean over those that count of it."""
 
     # From here on everything follows from the methods above, for every framework.
@@ -179,7 +179,7 @@ class Backend(ABC):
         return StepResult(loss * factor, grad_sq * factor**2, full, norm_layers, skipped, expert_load=load, **asked)
 
     def held_out_loss(self, batches: Batches, sequences: int) -> float:
-        """Mean loss over the labels that count in the first `sequences` held-out sequences, nats a token. Raises
+        """Mean loss over the labels that count in the first `sequences` held-out sequences, nats per token. Raises
         JobError if none counts."""
         if not self._job.data.masks_labels:
             return self.evaluate(batches, sequences)

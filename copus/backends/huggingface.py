@@ -130,8 +130,8 @@ def mean_loss(
     positions: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean cross entropy in fp32, nats a token, over all tokens: a label that does not count adds nothing. `model` may
-    be wrapped; the tensors are those of a `Microbatch`, int64 of shape (sequences, seq_len) each."""
+    """Mean cross entropy in fp32, nats per token, over all tokens: a label that does not count adds nothing. `model`
+    may be wrapped; the tensors are those of a `Microbatch`, int64 of shape (sequences, seq_len) each."""
     options = {}
     if documents is not None:
         # The mask is given even if positions alone begin anew: from these transformers would guess the documents.

@@ -77,7 +77,7 @@ class StepShares:
     the backend."""
 
     loss: torch.Tensor
-    """Share of the mean training loss over all labels of the global batch, nats a token. One element."""
+    """Share of the mean training loss over all labels of the global batch, nats per token. One element."""
     grad_sq: torch.Tensor
     """Share of |g|², the squared norm of the mean gradient before clipping. One element."""
     parts: torch.Tensor
@@ -91,7 +91,7 @@ class StepResult:
     """Outcome of one optimizer step; equal on every rank."""
 
     loss: float
-    """Mean training loss over the labels of the global batch that count, nats a token."""
+    """Mean training loss over the labels of the global batch that count, nats per token."""
     grad_sq: float
     """|g|², squared norm of the mean gradient before clipping."""
     parts: Parts | None

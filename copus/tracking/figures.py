@@ -23,8 +23,8 @@ from copus.tracking.productive_time import ProductiveTime
 from profiles.configuration import Configuration
 
 FIGURES: dict[str, str] = {
-    "loss/train": "Mean training loss of the last step, nats a token.",
-    "loss/validation": "Held-out loss, nats a token.",
+    "loss/train": "Mean training loss of the last step, nats per token.",
+    "loss/validation": "Held-out loss, nats per token.",
     "optimizer/lr": "Learning rate.",
     "optimizer/beta2": "Adam's β2.",
     "optimizer/grad_norm": "Norm of the gradient before clipping.",

@@ -27,7 +27,7 @@ def model_card(job: JobConfig, checkpoint: Path, training: Training, config: dic
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [copus]\n---\n\n"
         f"# {job.name}\n\n"
         "Trained with copus, which chooses the global batch and the layout while a job runs. "
-        "Losses are in nats a token.\n\n"
+        "Losses are in nats per token.\n\n"
         f"| | |\n|---|---|\n{table}\n"
     )
 

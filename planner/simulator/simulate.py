@@ -28,7 +28,7 @@ TRIAL_ERROR = 0.03
 LOSS_SLOPE = 0.25
 """Nats a token that the loss falls by in an e-folding of samples: how much a change of batch has to show."""
 LOSS_NOISE = 0.5
-"""Standard deviation of the loss of a sequence, nats a token (docs/calibration.md)."""
+"""Standard deviation of the loss of a sequence, nats per token (docs/calibration.md)."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def power(first: float, last: float, exponent: float = 0.5) -> Floats:
 
 
 def kaplan_critical_batch(loss: float, seq_len: int) -> float:
-    """φ in sequences at a loss in nats a token: 2.1·10⁸ · L^−4.8 tokens (Kaplan et al., 2001.08361, fig. 10)."""
+    """φ in sequences at a loss in nats per token: 2.1·10⁸ · L^−4.8 tokens (Kaplan et al., 2001.08361, fig. 10)."""
     return 2.1e8 * loss**-4.8 / seq_len
 
 

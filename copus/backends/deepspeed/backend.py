@@ -101,5 +101,5 @@ class DeepSpeedBackend(Backend):
         step.update_weights(self.built, adamw_options(optimizer, rules, self._optimizer_steps), scale)
 
     def evaluate(self, batches: Batches, sequences: int) -> float:
-        """Mean loss over the first `sequences` held-out sequences, nats a token."""
+        """Mean loss over the first `sequences` held-out sequences, nats per token."""
         return step.evaluate(self.built, self.configuration, batches, sequences)

@@ -128,5 +128,5 @@ class FsdpBackend(Backend):
         step.update_weights(self.built, options, scale)
 
     def evaluate(self, batches: Batches, sequences: int) -> float:
-        """Mean loss over the first `sequences` held-out sequences, nats a token."""
+        """Mean loss over the first `sequences` held-out sequences, nats per token."""
         return step.evaluate(self.built, self.configuration, batches, sequences)

@@ -143,7 +143,7 @@ class MegatronBackend(Backend):
             tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31)
 
     def evaluate(self, batches: Batches, sequences: int) -> float:
-        """Mean loss over the first `sequences` held-out sequences, nats a token."""
+        """Mean loss over the first `sequences` held-out sequences, nats per token."""
         return step.evaluate(self.built, self.configuration, batches, sequences)
 
     def translate_saved(self, saved: SavedState) -> SavedState:
