@@ -99,8 +99,9 @@ class DataConfig(Record):
     cache: UserPath = Path("~/.cache/copus")
     """Where fetched text and prepared data are kept."""
     prepared: str | None = Field(default=None, pattern=f"^{DIGEST}$")
-    """Digest of the prepared data to train on: `copus submit` writes it into the run's job.yaml. The fields above are
-    then read only if that data is no longer in the cache, and must give the same data again."""
+    """Digest of the prepared data to train on: `copus submit` writes it into the run's job.yaml. A resume reads the
+    fields above only if that data is no longer in the cache, and they must give the same data again. In a new job they
+    must give it too, unless the text is gone or `--set data.prepared=` names it."""
 
     @field_validator("source", "held_out_source", mode="before")
     @classmethod

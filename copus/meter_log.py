@@ -3,14 +3,17 @@
 `copus.NoiseMeter` writes it beside somebody's own training loop, and `copus advise` reads it. Without torch.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
+from copus.job import first_message
 from profiles.layout import Layout
 from profiles.noise_scale import NoiseScale
+from profiles.record import NonNegativeInt, PositiveInt
 
 
 class MeterStep(BaseModel):
@@ -58,12 +61,26 @@ class MeterLog:
         self._file.close()
 
 
+_REQUIRED = {name for name, field in MeterStep.model_fields.items() if field.is_required()}
+
+
 def meter_steps(path: Path) -> Iterator[MeterStep]:
     """The steps in a log, in the order that they were written. Lines that are no steps are left out: a torn last line,
-    and lines that a trainer adds for itself. Raises OSError."""
+    and lines that a trainer adds for itself. Raises OSError, and ValueError with the number of the line for a step
+    that cannot be."""
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             try:
                 yield MeterStep.model_validate_json(line)
-            except ValidationError:
-                continue
+            except ValidationError as error:
+                if _is_step(line):
+                    raise ValueError(f"line {number}: {first_message(error)}") from None
+
+
+def _is_step(line: bytes) -> bool:
+    """Whether a line has all that a step must have, whatever the values are."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.keys() >= _REQUIRED

@@ -91,7 +91,7 @@ def advise(
     log that cannot be read or does not fit the job.
     """
     if tool is not None:
-        check_tool(tool)
+        check_tool(tool, {"--json": as_json, "--all": all_candidates})
     if not 0 <= restart_seconds < math.inf:
         raise JobError(f"--restart-seconds({restart_seconds}): expected a time, at least 0")
     job = load_job(job_file, overrides, notice=lambda line: print(line, file=sys.stderr), planned_only=True)

@@ -45,6 +45,8 @@ def calibrate(
 
     Raises JobError for what the user has to mend; interrupted, it goes on where it was when called again.
     """
+    if not 0 <= tolerance < math.inf:
+        raise JobError(f"--tolerance {tolerance:g}: finite, at least 0")
     run = find_run(run_text)
     job = load_job(run / "job.yaml")
     console = SteadyConsole(stderr=True, highlight=False)

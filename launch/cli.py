@@ -52,7 +52,7 @@ class Submit:
     dry_run: bool = False
     """Print what would be done (a command, a script, a manifest) and do nothing."""
     detach: bool = False
-    """Return as soon as the job is queued, where the engine has a queue."""
+    """Return as soon as the job is queued. For engines with a queue."""
     json: bool = False
     """Print the result as one JSON object on stdout, and the progress on stderr."""
 

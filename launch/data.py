@@ -81,7 +81,7 @@ def keep_data(run: Path, before: JobConfig, job: JobConfig, status: RunStatus) -
     if digest is None:  # nothing was trained on yet, or by an older version: the settings have to be the same
         return job
     for name in INPUTS:
-        was, now = getattr(before.data, name), getattr(job.data, name)
+        was, now = (data.model_dump(mode="json", include={name})[name] for data in (before.data, job.data))
         if was == now:
             continue
         prepared = find_prepared(job.model_copy(update={"data": job.data.model_copy(update={"prepared": None})}))
@@ -98,11 +98,35 @@ def keep_data(run: Path, before: JobConfig, job: JobConfig, status: RunStatus) -
     return job.model_copy(update={"data": job.data.model_copy(update={"prepared": digest})})
 
 
+def check_named_data(job: JobConfig, overrides: list[str]) -> None:
+    """Raise JobError if a job file names prepared data, as that of a run does, and a text that gives other data: nobody
+    can tell which of them is meant, unless `--set` names it. A text that is gone contradicts nothing."""
+    from copus.data.prepared import find_prepared
+
+    if job.data.prepared is None or any(override.startswith("data.prepared=") for override in overrides):
+        return
+    try:
+        other = find_prepared(job.model_copy(update={"data": job.data.model_copy(update={"prepared": None})}))
+    except JobError:
+        return
+    if other is None or other.name != job.data.prepared:
+        raise JobError(
+            f"data.prepared({job.data.prepared}) is not what the fields beside it give now, "
+            + (f"the data {other.name}" if other else "which is not prepared")
+            + f": take it out of the job file, or say --set data.prepared={job.data.prepared}"
+        )
+
+
 def data(target: str, overrides: list[str], *, verify: bool = False, as_json: bool = False) -> int:
     """Prepare the data of a job file or a run, or compare it with its checksums, and print where it lies."""
     from copus.data.prepared import prepared_path
 
-    job = portable(load_job(_job_file(target), overrides))
+    job_file, run = _job_file(target)
+    job = portable(load_job(job_file, overrides))
+    if run is None:
+        check_named_data(job, overrides)
+    else:
+        job = keep_data(run, portable(load_job(job_file)), job, RunStatus())
     check(job, trains=False)
     if verify:
         prepared_path(job)
@@ -121,9 +145,10 @@ def data(target: str, overrides: list[str], *, verify: bool = False, as_json: bo
     return code
 
 
-def _job_file(target: str) -> Path:
-    """A job file, or that of a run."""
+def _job_file(target: str) -> tuple[Path, Path | None]:
+    """A job file, and the run that it is of if a run was named."""
     path = Path(target)
     if path.suffix in (".yaml", ".yml") or (path.exists() and not path.is_dir()):
-        return path
-    return find_run(target) / "job.yaml"
+        return path, None
+    run = find_run(target)
+    return run / "job.yaml", run

@@ -16,10 +16,14 @@ WITH_SCHEDULE = ("megatron", "megatron-0.17")
 """Tools whose batch may grow while they train."""
 
 
-def check_tool(tool: str) -> None:
-    """Raise JobError for a tool that nothing can be emitted for."""
+def check_tool(tool: str, beside: dict[str, bool]) -> None:
+    """Raise JobError for a tool that nothing can be emitted for, and for options `beside` it, which may be given, that
+    what is emitted has no place for."""
     if tool not in TOOLS:
         raise JobError(f"--emit {tool}: expected {', '.join(TOOLS[:-1])} or {TOOLS[-1]}")
+    for option, is_given in beside.items():
+        if is_given:
+            raise JobError(f"--emit {tool} prints the arguments of that tool and nothing else: leave {option} out")
 
 
 def emit(job: JobConfig, estimate: "JobEstimate", tool: str) -> None:

@@ -42,7 +42,7 @@ def plan(
     """Print what is expected of a job file; `price_per_hour` is that of one accelerator, `backend` replaces the job's,
     and with `tool` the best run is printed as that tool's arguments. Raises JobError if nothing can be expected."""
     if tool is not None:
-        check_tool(tool)
+        check_tool(tool, {"--json": as_json, "--all": all_candidates, "--price": price_per_hour is not None})
     job = load_job(job_file, overrides, notice=lambda line: print(line, file=sys.stderr), planned_only=True)
     if backend is not None:
         job = on_backend(job, backend)

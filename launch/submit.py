@@ -17,7 +17,7 @@ from copus.resume_request import ResumeRequest, write_resume_request
 from launch.attend import Outcome, attend
 from launch.audit import audit_lines
 from launch.check import check_start
-from launch.data import check, keep_data, prepare
+from launch.data import check, check_named_data, keep_data, prepare
 from launch.engines import AttendedEngine, Engine, QueuedEngine, check_not_queued, engine_of, engine_state
 from launch.engines.ticket import clear_ticket
 from launch.follow import Follower
@@ -74,6 +74,8 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     training = job.training.model_copy(update={"reference_batch": job.reference_batch})  # whatever a resume changes
     job = job.model_copy(update={"training": training})
     engine = engine_of(job)
+    _check_manner(engine, job, manner)
+    check_named_data(job, overrides)
     check(job)
     check_profiler(job, engine)
     if not engine.own_software:
@@ -97,6 +99,15 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
         if isinstance(outcome, Queued):
             outcome = _follow(engine, run, outcome, interrupts, console, manner)
     return _conclude(outcome, run, job, console, manner)
+
+
+def _check_manner(engine: Engine, job: JobConfig, manner: Manner) -> None:
+    """Raise JobError for what the engine cannot do."""
+    if manner.detach and not isinstance(engine, QueuedEngine):
+        raise JobError(
+            f"--detach: launch.engine({job.launch.engine}) has no queue: this command stays with the workers until "
+            "they end"
+        )
 
 
 def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Console, manner: Manner) -> int:
@@ -123,6 +134,7 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
         may_begin_again=manner.may_begin_again,
     )
     engine = engine_of(job)
+    _check_manner(engine, job, manner)
     check(job)
     check_profiler(job, engine)
     if not engine.own_software:

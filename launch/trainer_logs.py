@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from copus.job import JobConfig, JobError
+from pydantic import ValidationError
+
+from copus.job import JobConfig, JobError, first_message
 from copus.meter_log import MeterStep, meter_steps
 from profiles.layout import Layout
 from profiles.noise_scale import NoiseScale
+from profiles.record import MOST
 
 NAMES: dict[str, tuple[str, ...]] = {
     "noise": ("noise_scale", "noise/scale"),
@@ -46,6 +49,7 @@ def read_trainer_log(path: Path, job: JobConfig) -> list[MeterStep]:
         raise JobError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise JobError(f"{path}: {error}") from None
+    steps = [step if _is_known(step.noise) else step.model_copy(update={"noise": None}) for step in steps]
     if not steps:
         raise JobError(f"{path}: no steps in it; expected lines of copus.NoiseMeter, TensorBoard events, or a CSV")
     return steps
@@ -59,6 +63,16 @@ def _in_order(steps: Iterable[MeterStep]) -> list[MeterStep]:
             kept.pop()
         kept.append(step)
     return kept
+
+
+def _is_known(noise: NoiseScale | None) -> bool:
+    """Whether a noise scale is a number of sequences, inside of its interval. An estimate of |G|² that is unbiased may
+    be negative where there is much noise, and the ratio with it."""
+    if noise is None or noise.value is None:
+        return True
+    low = noise.value if noise.low is None else noise.low
+    high = noise.value if noise.high is None else noise.high
+    return 0 < noise.value <= MOST and low <= noise.value <= high
 
 
 def _of_rows(rows: Mapping[int, Mapping[str, float]], job: JobConfig) -> Iterator[MeterStep]:
@@ -85,16 +99,19 @@ def _of_rows(rows: Mapping[int, Mapping[str, float]], job: JobConfig) -> Iterato
                 samples=max(measured, number),
             )
         seconds = row.get("step_seconds")
-        yield MeterStep(
-            step=number,
-            samples=samples,
-            global_batch=batch,
-            micro_batch=micro,
-            layout=Layout(**degrees) if len(degrees) == 3 else None,
-            step_seconds=seconds if seconds and seconds > 0 else None,
-            loss=row.get("loss"),
-            noise=noise,
-        )
+        try:
+            yield MeterStep(
+                step=number,
+                samples=samples,
+                global_batch=batch,
+                micro_batch=micro,
+                layout=Layout(**degrees) if len(degrees) == 3 else None,
+                step_seconds=seconds if seconds and seconds > 0 else None,
+                loss=row.get("loss"),
+                noise=noise,
+            )
+        except ValidationError as error:
+            raise ValueError(f"step {number}: {first_message(error)}") from None
 
 
 def _figure(name: str) -> str | None:

@@ -183,6 +183,13 @@ def test_steps_that_a_trainer_did_again_count_once(job_file: Path, tmp_path: Pat
         ("empty.jsonl", "", "no steps in it"),
         ("words.csv", "a,b\n1,2\n", "no column Step or _step among a, b"),
         ("bad.csv", "Step,noise_scale\n1,2\n2,many\n", "line 3: expected numbers"),
+        ("batch.csv", "Step,global_batch\n1,8\n2,0\n", "step 2: global_batch: input should be greater than 0, got 0"),
+        ("layout.csv", "Step,layout/tp,layout/pp,layout/dp\n3,0,1,1\n", "step 3: tp: input should be greater than 0"),
+        (
+            "step.jsonl",
+            '{"step": 1, "samples": 8, "global_batch": 0}\n',
+            "line 1: global_batch: input should be greater",
+        ),
     ],
 )
 def test_a_log_that_cannot_be_read_is_one_line(
@@ -194,6 +201,20 @@ def test_a_log_that_cannot_be_read_is_one_line(
     errors = capsys.readouterr().err
     assert message in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "figures", [{"value": -10.0}, {"value": 1e300}, {"low": 20.0, "high": 5.0}], ids=["negative", "huge", "no interval"]
+)
+def test_a_noise_scale_that_is_none_counts_as_unknown(
+    figures: dict[str, float], job_file: Path, tmp_path: Path
+) -> None:
+    """A trainer's own estimate of |G|² may be negative, and the noise scale with it."""
+    impossible = noise_of(10.0, 60).model_copy(update=figures)
+    steps = [step.model_copy(update={"noise": impossible}) for step in steps_of(10.0)]
+    log = written(tmp_path / "meter.jsonl", steps)
+    job = load_job(job_file)
+    assert advice_of(job, read_trainer_log(log, job)).decision.noise.value is None
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,8 @@ def test_a_batch_that_diverged_is_left_out(run: Path) -> None:
         (["--checkpoint", "²"], "--checkpoint ²: no such checkpoint"),
         (["--orders", "0"], "--orders 0"),
         (["--tokens", "0"], "--tokens 0"),
+        (["--tolerance", "-1"], "--tolerance -1: finite, at least 0"),
+        (["--tolerance", "nan"], "--tolerance nan: finite, at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(

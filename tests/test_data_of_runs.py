@@ -133,6 +133,37 @@ def test_a_resume_with_other_data_is_refused(
     assert words.format(digest=digest_of(folder)) in refused(capfd, "--set", setting)
 
 
+def test_the_data_of_a_run_is_its_own_whatever_is_set(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert copus_here("data", "small", "--set", "data.source=[two.txt]") == 2
+    assert (
+        f"data.source is ['{folder}/one.txt', '{folder}/two.txt'] in this run and cannot become ['{folder}/two.txt']"
+        in capfd.readouterr().err
+    )
+    CHANGES["text changed in place"](folder)
+    assert copus_here("data", "small") == 0
+    assert capfd.readouterr().out == f"{folder}/cache/data/{digest_of(folder)}\n"
+
+
+def test_a_copied_job_file_whose_text_and_digest_disagree_is_refused(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`cp runs/small/job.yaml other.yaml`, and another text in it: the digest of the run's data is there too."""
+    digest = digest_of(folder)
+    values = yaml.safe_load((folder / "runs/small/job.yaml").read_text()) | {"name": "other"}
+    (folder / "same.yaml").write_text(yaml.safe_dump(values))
+    (folder / "three.txt").write_text(prose(3))
+    values["data"]["source"] = [str(folder / "two.txt"), str(folder / "three.txt")]
+    (folder / "other.yaml").write_text(yaml.safe_dump(values))
+    assert copus_here("submit", "same.yaml", worker=["--steps", "3"]) == 0
+    for command in ("submit", "data"):
+        assert copus_here(command, "other.yaml") == 2
+        said = f"data.prepared({digest}) is not what the fields beside it give now, which is not prepared: take it out"
+        assert said in capfd.readouterr().err
+    assert copus_here("submit", "other.yaml", "--set", f"data.prepared={digest}", worker=["--steps", "3"]) == 0
+    CHANGES["text gone"](folder)
+    assert copus_here("submit", "same.yaml", worker=["--steps", "3"]) == 0
+
+
 def test_a_resume_may_name_the_place_that_the_same_text_was_moved_to(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

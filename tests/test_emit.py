@@ -227,6 +227,16 @@ def test_a_tool_that_there_is_not_is_refused(job_file: Path, capsys: pytest.Capt
     )
 
 
+@pytest.mark.parametrize("option", [["--json"], ["--all"], ["--price", "3"]])
+def test_options_that_change_nothing_of_what_is_emitted_are_refused(
+    option: list[str], job_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(job_file), "--emit", "megatron", *option]) == 2
+    assert capsys.readouterr().err == (
+        f"copus: --emit megatron prints the arguments of that tool and nothing else: leave {option[0]} out\n"
+    )
+
+
 def test_what_a_tool_cannot_say_is_said(job_file: Path) -> None:
     sets = ["training.target_loss=2.5", "planner.policy=seesaw", "model.logit_softcap=30", "model.rope_base=1234.5"]
     job = load_job(job_file, sets, planned_only=True)

@@ -123,6 +123,16 @@ def test_tensorboard_is_named_only_where_it_has_the_curves(tmp_path: Path, copus
     assert "tensorboard" not in result.stdout
 
 
+def test_a_job_without_a_queue_cannot_be_left_alone(tmp_path: Path, copus: Copus) -> None:
+    write_job(tmp_path)
+    ended = copus("submit", "job.yaml", "--detach")
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "copus: --detach: launch.engine(local) has no queue: this command stays with the workers until they end\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 def test_taken_names_are_numbered(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
     for expected in ("small", "small-2", "small-3"):

@@ -1,6 +1,9 @@
 """The log that a noise meter writes beside somebody's own training loop."""
 
+import json
 from pathlib import Path
+
+import pytest
 
 from copus.meter_log import MeterLog, MeterStep, meter_steps
 from profiles.layout import Layout
@@ -30,6 +33,22 @@ def test_a_torn_line_costs_no_other_line(tmp_path: Path) -> None:
     log.write(STEPS[1])
     log.close()
     assert list(meter_steps(path)) == STEPS[1:]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"step": 2, "samples": 16, "global_batch": 0}, "global_batch: input should be greater than 0, got 0"),
+        ({"step": 2, "samples": -8, "global_batch": 8}, "samples: input should be greater than or equal to 0, got -8"),
+        ({"step": 2, "samples": 16, "global_batch": 8, "step_seconds": -1}, "step_seconds: input should be"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_and_not_left_out(line: dict[str, int], message: str, tmp_path: Path) -> None:
+    """Advice on the steps before it would be on old ones."""
+    path = tmp_path / "meter.jsonl"
+    path.write_text(f'{{"step": 1, "samples": 8, "global_batch": 8}}\n{json.dumps(line)}\n')
+    with pytest.raises(ValueError, match=f"line 2: {message}"):
+        list(meter_steps(path))
 
 
 def test_fields_of_a_later_version_and_lines_of_others_are_ignored(tmp_path: Path) -> None:

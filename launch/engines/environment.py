@@ -12,13 +12,13 @@ EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 """Variables that are surely secret by their name: a job file is no place for their values."""
 
-JOB_PREFIXES = ("PET_", "TORCHELASTIC_", "COPUS_")
+JOB_PREFIXES = ("PET_", "TORCHELASTIC_", "COPUS_", "OMPI_COMM_WORLD_")
 JOB_NAMES = {
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
 }
-"""What torch's agents, their schedulers and copus itself set for the workers of one job. A shell has them if copus is
-called from another job: the new job's agents would take them for their own."""
+"""What torch's agents, mpirun, their schedulers and copus itself set for the workers of one job. A shell has them if
+copus is called from another job: the new job's agents, or DeepSpeed, would take them for their own."""
 SLURM_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SCONTROL_", "SCANCEL_")
 """Options of Slurm's programs. They outrank the `#SBATCH` lines of a script, and so the job file."""
 SLURM_CLIENT = ("SLURM_CONF", "SLURM_JWT", "SLURM_SACK")

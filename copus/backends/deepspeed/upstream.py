@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"  # the job's, whatever a shell says
 
 import deepspeed
 from deepspeed.runtime import bf16_optimizer

@@ -27,6 +27,8 @@ from profiles.layout import Layout
 
 _COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")
 """Any of these is enough for `torch.compile`."""
+_SWITCHES = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+"""Variables with which `torch.compile` does nothing."""
 
 
 class FsdpBackend(Backend):
@@ -38,6 +40,8 @@ class FsdpBackend(Backend):
             raise JobError(
                 "training.compile(true) needs a C++ compiler on every node: install g++ or clang, or set CXX"
             )
+        if job.training.compile and (switch := next((name for name in _SWITCHES if os.environ.get(name) == "1"), None)):
+            raise JobError(f"training.compile(true): {switch}=1 in the environment turns it off; take one of them back")
         self._meshes = Meshes(device, job.launch.timeout_seconds)
         self._shapes = parameter_shapes(job.model)
         self._built: BuiltModel | None = None
