@@ -1,14 +1,16 @@
 """How fast is text prepared, in how much memory, and are the files those that Megatron's own tool would write?
 
-    python -m benchmarks.data [--megabytes N] [--processes N] [--quick] [--json]
+    python -m benchmarks.data [--megabytes N] [--processes N] [--alone] [--quick] [--json]
 
 Synthetic JSON lines of 2 kB each are made, and a tokenizer. `copus data` prepares them in one process and in several;
 beside it one process does what Megatron-LM's `tools/preprocess_data.py --append-eod` does: encode a line, append the
 end-of-document token, hand it to megatron-core's IndexedDatasetBuilder. The script itself is not in the wheel. copus
 compares every document with the held-out text too, which the other does not. `peak_bytes` is the memory of all
-processes together, sampled 50 times a second, shared pages counted once for each.
+processes together, sampled 50 times a second, shared pages counted once for each. `--alone` prepares a long text once,
+in so many processes and without Megatron's way beside it; memory is then sampled twice a second.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from copus.job import JobConfig, dump_job, parse_job
 
 VOCAB = 4096
 WORDS_A_LINE = 330
-SECONDS_BETWEEN_SAMPLES = 0.02
+SECONDS_BETWEEN_SAMPLES, SECONDS_BETWEEN_SAMPLES_ALONE = 0.02, 0.5
 AS_MEGATRON = """
 import json, sys
 from copus.backends.megatron import cpu
@@ -53,11 +55,11 @@ def make_text(path: Path, megabytes: float, seed: int) -> None:
     random = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlu"))
     words = np.array(["".join(random.choice(letters, 2 + number % 9)) for number in range(20_000)])
-    share = 1 / np.arange(1, len(words) + 1)
+    shares = np.cumsum(1 / np.arange(1, len(words) + 1))
     written = 0
     with open(path, "w", encoding="utf-8") as file:
         while written < megabytes * 1e6:
-            text = " ".join(random.choice(words, WORDS_A_LINE, p=share / share.sum()))
+            text = " ".join(words[np.searchsorted(shares, random.random(WORDS_A_LINE) * shares[-1])])
             written += file.write(json.dumps({"text": text}) + "\n")
 
 
@@ -76,14 +78,14 @@ def job_of(folder: Path, processes: int) -> JobConfig:
     return parse_job({"name": "data", "model": model, "data": data, "cluster": cluster, "training": training})
 
 
-def measured(command: list[str]) -> dict[str, float]:
+def measured(command: list[str], seconds_between_samples: float = SECONDS_BETWEEN_SAMPLES) -> dict[str, float]:
     """Seconds and peak memory of a command and all of its processes. Raises CalledProcessError if it fails."""
     started, peak = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         root = psutil.Process(process.pid)
         while process.poll() is None:
             peak = max(peak, _resident_bytes(root))
-            time.sleep(SECONDS_BETWEEN_SAMPLES)
+            time.sleep(seconds_between_samples)
         assert process.stderr is not None
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command, stderr=process.stderr.read())
@@ -100,29 +102,35 @@ def _resident_bytes(root: psutil.Process) -> int:
     return total
 
 
-def run(folder: Path, megabytes: float, processes: int) -> dict[str, Any]:
-    """Prepare the same text in each way."""
+def run(folder: Path, megabytes: float, processes: int, *, alone: bool = False) -> dict[str, Any]:
+    """Prepare the same text in each way, or `alone` with copus in several processes."""
     make_text(folder / "train.jsonl", megabytes, seed=1)
     make_text(folder / "valid.jsonl", 0.2, seed=2)
-    lines = (folder / "train.jsonl").read_text(encoding="utf-8")[:2_000_000].splitlines()[:-1]
-    train_tokenizer((json.loads(line)["text"] for line in lines), VOCAB).save(str(folder / "tokenizer.json"))
+    with open(folder / "train.jsonl", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in itertools.islice(file, 1000)]
+    train_tokenizer(texts, VOCAB).save(str(folder / "tokenizer.json"))
     text_bytes = (folder / "train.jsonl").stat().st_size
 
+    rows: dict[str, dict[str, float]] = {}
     theirs = [str(folder / "train.jsonl"), str(folder / "tokenizer.json"), str(folder / "theirs"), str(VOCAB)]
-    rows = {"megatron, 1 process": measured([sys.executable, "-W", "ignore", "-c", AS_MEGATRON, *theirs])}
+    if not alone:
+        rows["megatron, 1 process"] = measured([sys.executable, "-W", "ignore", "-c", AS_MEGATRON, *theirs])
     equal = []
-    for count in sorted({1, processes}):
+    for count in [processes] if alone else sorted({1, processes}):
         job = job_of(folder, count)
         (folder / "job.yaml").write_text(dump_job(job))
         command = [sys.executable, "-m", "copus.data", str(folder / "job.yaml")]
-        rows[f"copus, {count} process{'es' if count > 1 else ''}"] = measured(command)
+        interval = SECONDS_BETWEEN_SAMPLES_ALONE if alone else SECONDS_BETWEEN_SAMPLES
+        rows[f"copus, {count} process{'es' if count > 1 else ''}"] = measured(command, interval)
         ours = prepared_path(job)
         equal += [
-            (ours / f"train.{kind}").read_bytes() == (folder / f"theirs.{kind}").read_bytes() for kind in ("bin", "idx")
+            (ours / f"train.{kind}").read_bytes() == (folder / f"theirs.{kind}").read_bytes()
+            for kind in ("bin", "idx")
+            if not alone
         ]
     for row in rows.values():
         row["bytes_per_second"] = text_bytes / row["seconds"]
-    return {"text_bytes": text_bytes, "rows": rows, "same_files_as_megatron": all(equal)}
+    return {"text_bytes": text_bytes, "rows": rows, "same_files_as_megatron": None if alone else all(equal)}
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -132,8 +140,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         figures = (row["bytes_per_second"] / 1e6, row["seconds"], row["peak_bytes"] / 1e6)
         table.add_row(name, *(f"{figure:.3g}" for figure in figures))
     console.print(table)
-    same = "" if result["same_files_as_megatron"] else "NOT "
-    console.print(f"the files are {same}those that megatron-core's builder writes, byte for byte")
+    if result["same_files_as_megatron"] is not None:
+        same = "" if result["same_files_as_megatron"] else "NOT "
+        console.print(f"the files are {same}those that megatron-core's builder writes, byte for byte")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,12 +150,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("data", __doc__)
     parser.add_argument("--megabytes", type=float, default=200, help="size of the text")
     parser.add_argument("--processes", type=int, default=default_processes(), help="beside one process")
+    parser.add_argument("--alone", action="store_true", help="copus in so many processes alone")
     parser.add_argument("--quick", action="store_true", help="40 MB of text")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), 40 if options.quick else options.megabytes, options.processes)
+        result = run(Path(folder), 40 if options.quick else options.megabytes, options.processes, alone=options.alone)
     tell(result, show, options, console_of(options))
-    return 0 if result["same_files_as_megatron"] else 1
+    return 1 if result["same_files_as_megatron"] is False else 0
 
 
 if __name__ == "__main__":

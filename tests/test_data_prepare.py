@@ -137,6 +137,12 @@ def test_all_of_training_held_out(job, corpus):
     assert find_prepared(job) is None
 
 
+def test_a_file_that_is_held_out_whole_is_not_trained_on(corpus, tmp_path):
+    file = str(corpus / "work0.txt")
+    with pytest.raises(JobError, match=r"data: nothing is left to train on: all of data.source is held out"):
+        prepare(make_job(tmp_path / "cache", {"source": [file], "held_out_source": [file]}))
+
+
 def test_jsonl_works_stay_together(tmp_path):
     file = tmp_path / "corpus.jsonl"
     lines = [{"text": prose(seed), "work": f"w{seed % 3}"} for seed in range(9)]

@@ -173,8 +173,9 @@ class TextPipeline:
             if encoding.side(item.part, document) == "train"
             and (reason := encoding.reason_to_drop(item.part, document))
         ]
-        first = f"; {dropped[0]}" if dropped else ""
-        return JobError(f"data: all {len(dropped)} training documents repeat held-out text{first}")
+        if not dropped:
+            return JobError("data: nothing is left to train on: all of data.source is held out")
+        return JobError(f"data: all {len(dropped)} training documents repeat held-out text; {dropped[0]}")
 
     def _encode(self, encoding: Encoding) -> "Prepared":
         prepared = Prepared(self._folder, self._parts, self._job.model.vocab, encoding, self._note)
