@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class JobError(Exception):
-    """What the user has to mend, in one line. The command prints it and exits with 2."""
+    """An error that the user can fix, in one line. The command prints it and exits with 2."""
 
     def __init__(self, message: str) -> None:
         """What a person wrote may be in the message: it stays on one line, and tells a terminal nothing."""
@@ -256,7 +256,7 @@ class TrainingConfig(Record):
 
     @property
     def step_settings(self) -> list[str]:
-        """Those of `STEP_SETTINGS` that are not as usual."""
+        """The settings of `STEP_SETTINGS` that differ from their defaults."""
         said = {"expert_dispatch": self.expert_dispatch != "alltoall", self.optimizer.kind: True}
         return [name for name in STEP_SETTINGS if said.get(name, getattr(self, name, False))]
 

@@ -68,7 +68,7 @@ class Trainer:
         self._asked_to_save = False
         """Whether rank 0's clock asked for a checkpoint in the last step."""
         self._last_loss_is_finite = True
-        """Of the validation losses."""
+        """Whether the last validation loss is finite."""
         self._divergence = Divergence(job.training.max_skipped_steps, state, report)
         self._moves = Moves(job, backend, planner, state, report, self._survived)
         self._saver = Saver(job.training, run, backend, state, report, self._survived)

@@ -53,7 +53,7 @@ class BatchRules(Record):
     batch, if that is larger): it teaches hardly more per step, so it deserves no larger steps."""
 
     def lr_factor(self, kappa: float) -> float:
-        """By how much the learning rate is larger than at the reference batch."""
+        """Factor of the learning rate over that at the reference batch."""
         return kappa**self.lr_batch_exponent
 
     def weight_decay_at(self, kappa: float) -> float:

@@ -11,7 +11,7 @@ class Plugin:
     """Something that a job file can name."""
 
     name: str
-    """As in the job file."""
+    """Its name in the job file."""
     place: str
     """`module:attribute`."""
     source: str

@@ -139,7 +139,7 @@ class CriticalBatchForecast:
         return (x2 * y0 - x1 * xy) / determinant, (n * xy - x1 * y0) / determinant
 
     def _covariance(self) -> Floats:
-        """Of level and slope, shape (R, 2, 2), before the excess."""
+        """Covariance of level and slope, shape (R, 2, 2), before the excess."""
         determinant, x2 = self._determinant()
         n, x1 = self.sums[:, 0], self.sums[:, 1]
         return np.stack([np.stack([x2, -x1], -1), np.stack([-x1, n], -1)], -2) / determinant[:, None, None]

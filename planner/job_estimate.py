@@ -73,7 +73,7 @@ class JobEstimate:
 
     @property
     def eligible(self) -> list[CandidateEstimate]:
-        """Those that may be chosen."""
+        """Candidates that may be chosen."""
         return [
             candidate for candidate in self.candidates if not candidate.refusal and candidate.step_seconds is not None
         ]

@@ -48,7 +48,7 @@ class MemoryCheck:
         implementation: Implementation = MEGATRON,
     ) -> None:
         self.memory_bytes = memory_bytes(cluster)
-        """Of one accelerator; None if nothing is checked."""
+        """Memory of one accelerator; None if nothing is checked."""
         self._model, self._precision = model, precision
         self._memory = MemoryModel(implementation).fit(Peaks.of(rows, self.memory_bytes))
         self._peaks: dict[Configuration, PeakMemory] = {}
@@ -82,7 +82,7 @@ class MemoryCheck:
         return f"{in_words(peak.chance_to_fit)}: {peak.expected_bytes / GIB:.1f} of {self.memory_bytes / GIB:.1f} GiB"
 
     def refusals(self, configurations: Sequence[Configuration], least: float = SURE) -> dict[Configuration, str]:
-        """Those whose chance to fit is below `least`, and why they are refused."""
+        """Configurations whose chance to fit is below `least`, and the reason."""
         reasons = {
             configuration: self.refusal(peak, least)
             for configuration, peak in zip(configurations, self.peaks(configurations), strict=True)

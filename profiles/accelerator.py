@@ -22,14 +22,14 @@ class Link(Record):
     kind: str
     """NVLink 4, InfiniBand NDR, Ethernet, …"""
     bytes_per_second: PositiveFloat
-    """Of one accelerator, in one direction."""
+    """Bandwidth of one accelerator, in one direction."""
 
 
 class Accelerator(Record):
     """One accelerator: what a rank runs on."""
 
     name: str
-    """As in `cluster.accelerator`."""
+    """Its name in `cluster.accelerator`."""
     flops: dict[str, PositiveFloat]
     """Dense peak by precision (fp32, bf16, fp16, fp8, …), floating point operations per second."""
     rated: bool = True

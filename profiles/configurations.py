@@ -82,7 +82,7 @@ class Configurations:
         )
 
     def take(self, where: NDArray[np.bool_] | NDArray[np.int64]) -> "Configurations":
-        """Those at the given places (a mask or indices)."""
+        """The configurations at the given places (a mask or indices)."""
         return Configurations(**{field.name: getattr(self, field.name)[where] for field in fields(self)})
 
     @property

@@ -29,7 +29,7 @@ DRIFT = 0.02
 """What the machine is expected to drift by before the run has shown it: a standard deviation, as a logarithm."""
 
 Covariance = Callable[[Configuration, Configuration], float]
-"""Of the logarithms of two configurations' prediction errors."""
+"""Covariance of the logarithms of two configurations' prediction errors."""
 
 
 class Effects(NamedTuple):

@@ -7,11 +7,11 @@ class OptimizerState(Record):
     """Numbers of tensors that are kept of each weight. The defaults are AdamW's with fp32 masters."""
 
     of_matrices: NonNegativeInt = 2
-    """Of the shape of a matrix inside the layers."""
+    """fp32 tensors with the shape of a matrix inside the layers."""
     of_embeddings: NonNegativeInt = 2
-    """Of the shape of an embedding or of the output layer."""
+    """fp32 tensors with the shape of an embedding or of the output layer."""
     of_vectors: NonNegativeInt = 2
-    """Of the shape of a norm or of a bias."""
+    """fp32 tensors with the shape of a norm or of a bias."""
     of_rows_and_columns: bool = False
     """Whether a matrix has one number for each row and one for each column (Adafactor)."""
     masters: bool = True

@@ -13,11 +13,11 @@ class PipelineSplit(NamedTuple):
     says. All three are the model's layers if there is one stage, and 0 if the layers cannot be split in this way."""
 
     first: Counts
-    """Of the stage that has the embedding."""
+    """Layers of the stage with the embedding."""
     middle: Counts
-    """Of every other one, the fullest; with two stages or one as many as the first has."""
+    """Layers of the fullest of all other stages; with one or two stages those of the first."""
     last: Counts
-    """Of the stage that has the output layer."""
+    """Layers of the stage with the output layer."""
 
     @property
     def possible(self) -> NDArray[np.bool_]:

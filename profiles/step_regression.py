@@ -58,7 +58,7 @@ class Posterior(NamedTuple):
     mean: Floats
     covariance: Floats
     inverse: Floats
-    """Of the misses' prior covariance."""
+    """Inverse of the prior covariance of the prediction errors."""
     excess: float
     """Squared misses over what they were assumed to be, at least 1."""
     drift: float

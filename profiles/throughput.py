@@ -73,9 +73,9 @@ class CostPredictions(NamedTuple):
     """Predictions of a cost model, which stand in for rows that were not measured."""
 
     predictions: Mapping[Configuration, Prediction] = {}
-    """Of configurations."""
+    """Configuration → its prediction."""
     covariance: Covariance = independent
-    """Of the logarithms of the errors of two of them."""
+    """Covariance of the logarithms of the errors of two predictions."""
 
 
 class Throughput:

@@ -24,7 +24,7 @@ class Region:
     weight: Field
     """The tensor of the state, whole."""
     offset: tuple[int, ...]
-    """Of the box in that tensor."""
+    """First element of the box along each axis of that tensor."""
 
     def place(self, part: Box) -> Box:
         """A part of the box, in coordinates of the tensor of the state."""
@@ -32,7 +32,7 @@ class Region:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Of the box, for indexing the rank's tensor."""
+        """Slices of the box, for indexing the rank's tensor."""
         return tuple(map(slice, self.box.offset, self.box.stop))
 
 
@@ -41,7 +41,7 @@ class HeldWeight:
     """What a parameter of the optimizer consists of on this rank, and which ranks hold the rest of it."""
 
     shape: tuple[int, ...]
-    """Of the parameter."""
+    """Shape of the parameter."""
     regions: tuple[Region, ...]
     """They cover it, from the first row to the last."""
     row_groups: tuple[dist.ProcessGroup, ...] = ()

@@ -16,7 +16,7 @@ from copus.job import JobError, load_job
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 done, 2 for what the user has to mend, 130 and 143 when interrupted."""
+    """Exit status: 0 done, 2 for an error that the user can fix, 130 and 143 when interrupted."""
     verifies = arguments[:1] == ["--verify"]
     paths = arguments[verifies:]
     if len(paths) != 1 or paths[0].startswith("-"):

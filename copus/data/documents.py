@@ -78,9 +78,9 @@ class Batch(NamedTuple):
     first: int = 1
     """Number of the first record in its file."""
     begins: bool = True
-    """Of a text: whether it is the beginning."""
+    """Whether this piece is the beginning of its text."""
     ends: bool = True
-    """Of a text: whether it is the end."""
+    """Whether this piece is the end of its text."""
     position: int = 0
     """Bytes of the file that were read by then."""
     suffix: str = ""

@@ -41,7 +41,7 @@ class Encoding:
     vocab: int
     """Ids are below it."""
     held_out: tuple[HeldOut, ...] = ()
-    """Of each part, which works are held out."""
+    """Held-out works of each part."""
     cuts: bool = False
     """Whether the source is one document, which is cut in two."""
     shared_text: tuple[tuple[str, str], ...] = ()
@@ -129,7 +129,7 @@ class Encoded:
     ids: list[NDArray[np.int64]] = field(default_factory=list)
     """Tokens of each document, or of its piece."""
     said: list[NDArray[np.uint8]] = field(default_factory=list)
-    """Of conversations, 1 for each token that is learned."""
+    """For conversations, 1 for each token whose loss counts."""
     ends: bool = True
     """Whether the last document is complete."""
 
@@ -145,7 +145,7 @@ class EncodedBatch:
     ends_dropped: bool = False
     """Whether the last piece of a long document was dropped, whose earlier pieces may not have been."""
     works: dict[str, tuple[Side, int, int, int]] = field(default_factory=dict)
-    """Of each work its side, documents, tokens and bytes; a document counts where it ends."""
+    """Work → its side, documents, tokens and bytes; a document counts where it ends."""
     largest: int = 0
     """Largest id."""
 

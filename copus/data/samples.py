@@ -24,7 +24,7 @@ from copus.manifest import changed_since_checked, damage, describe, files_of, ma
 from copus.manifest import read_manifest as read_checksums
 
 _FORMAT = "order 1"
-"""Of the files of an order; another one gets other folders."""
+"""Format of the files of an order; another format gets other folders."""
 
 
 def open_data(job: JobConfig, prepared: Path) -> tuple[Batches, Batches]:

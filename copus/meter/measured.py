@@ -141,7 +141,7 @@ class GradientProbe:
         if not trained:
             raise ValueError("model: no parameter requires a gradient")
         self.name = min(trained)[1]
-        """Of the parameter."""
+        """Name of the parameter."""
         self.param = parameters[self.name]
         self._on = False
         self._sum: torch.Tensor | None = None

@@ -27,7 +27,7 @@ from profiles.noise_scale import NoiseScale
 SCALED = 0.02
 """Share by which a reduced gradient may differ from the mean of what was seen: half precision rounds sums."""
 NOTHING = StepResult(math.nan, math.nan, None, None, skipped=False, stop=False)
-"""Of a step that was not measured."""
+"""Result of a step that was not measured."""
 
 
 class MeterWarning(UserWarning):

@@ -167,12 +167,12 @@ class _Lead:
         return last_measurement(predictor, {*unsure, *self._enough()} | ({*predictor.candidates} - {*self._space}))
 
     def _rows(self) -> list[Measurement]:
-        """Those that count."""
+        """This fingerprint's rows; with `when: always`, only this run's."""
         rows = (self._table.shards if self._shards else self._table.rows)(self._task.fingerprint)
         return [row for row in rows if row.time >= self._since]
 
     def _enough(self) -> set[Configuration]:
-        """What was measured as often as may be."""
+        """Configurations that were measured `profile.rounds` times."""
         return {configuration for configuration, times in self._measured.items() if times >= self._rounds}
 
     def _note_death(self) -> None:

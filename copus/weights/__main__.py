@@ -30,7 +30,7 @@ _SPARE_BYTES = 16 * 2**20
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 done, 2 for what the user has to mend, 130 and 143 when interrupted."""
+    """Exit status: 0 done, 2 for an error that the user can fix, 130 and 143 when interrupted."""
     run, checkpoint, folder = map(Path, arguments[:3])
     to, precision = arguments[3:]
     assert to in EXPORTS, "the launcher offers no other formats"

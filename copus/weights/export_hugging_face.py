@@ -45,7 +45,7 @@ class HuggingFaceExport:
         """Size of the weights on disk."""
 
     def _configuration(self) -> dict[str, Any]:
-        """That of the folder that the run began with, if it is still the same model; else one made from the job's."""
+        """The configuration of the folder that the run began with, if it is still that model; else one from the job."""
         kept, model = self._run / pretrained.FOLDER / CONFIG, self._job.model
         family = None
         values: dict[str, Any] = {}

@@ -88,11 +88,11 @@ class Stored(NamedTuple):
     """Where a weight of the state is in a Hugging Face folder: some rows of a tensor."""
 
     name: str
-    """Of that tensor."""
+    """Name of the tensor in the file."""
     shape: tuple[int, ...]
-    """Of that tensor, as it is in the file."""
+    """Shape of the tensor in the file."""
     first_row: int = 0
-    """Of the weight in the tensor, after it has been transposed if it is."""
+    """First row of the weight in the tensor, after it has been transposed if it is."""
     is_transposed: bool = False
     """Whether the file has inputs × outputs, as GPT-2's does."""
     subtracted: float = 0.0

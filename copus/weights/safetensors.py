@@ -30,7 +30,7 @@ class StoredTensor(NamedTuple):
     file: str
     """Name of the file, in the folder."""
     dtype: str
-    """As the header names it."""
+    """Type, as the header names it."""
     shape: tuple[int, ...]
     offset: int
     """Bytes from the beginning of the file."""

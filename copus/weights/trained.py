@@ -74,9 +74,9 @@ class Training(NamedTuple):
     data: str
     """Digest of the prepared data; empty if the checkpoint is older than that."""
     loss: float | None
-    """Of the last step, nats per token."""
+    """Training loss of the last step, nats per token."""
     held_out_loss: float | None
-    """Of the last evaluation, nats per token."""
+    """Held-out loss of the last evaluation, nats per token."""
 
 
 def training_until(checkpoint: Path, run: Path, job: JobConfig) -> Training:

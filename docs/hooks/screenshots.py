@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from copus.job import load_job
 from launch.report import page
 from tests.browser import browser
 
@@ -23,20 +24,20 @@ HEIGHT = 1450
 COLUMNS = (80, 120)
 LINES = 70
 """Most lines of a terminal that are shown."""
-JOB = str(DOCS.parent / "examples" / "llama-7b-h100.yaml")
+JOB = "examples/llama-7b-h100.yaml"
 TERMINALS = {
     "help": ["--help"],
     "plan": ["plan", JOB, "--price", "2"],
-    "profile-show": ["profile", "show", "RUN"],
+    "profile-show": ["profile", "show", "NAME"],
     "runs": ["runs"],
-    "logs": ["logs", "RUN", "--rank", "0"],
-    "watch": ["watch", "RUN", "--once"],
-    "explain": ["explain", "RUN"],
-    "audit": ["audit", "RUN"],
-    "simulate": ["simulate", "RUN/job.yaml", "--noise", "8:128"],
+    "logs": ["logs", "NAME", "--rank", "0"],
+    "watch": ["watch", "NAME", "--once"],
+    "explain": ["explain", "NAME"],
+    "audit": ["audit", "NAME"],
+    "simulate": ["simulate", "runs/NAME/job.yaml", "--noise", "8:128"],
     "error": ["plan", JOB, "--set", "planner.max_microbatch=4"],
 }
-"""Name of the picture → arguments of `copus`; RUN stands for the run's name."""
+"""Name of the picture → arguments of `copus`; NAME stands for that of the job."""
 # Without rich's own format: its font comes from another host.
 SVG = """<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg"><style>
 .{unique_id}-matrix {{font: {char_height}px/{line_height}px monospace}}
@@ -53,39 +54,45 @@ SVG = """<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 def main(run: Path) -> None:
     """Take them."""
     (DOCS / "terminal").mkdir(exist_ok=True)
-    for name, arguments in TERMINALS.items():
-        for columns in COLUMNS:
-            terminal(DOCS / "terminal" / f"{name}-{columns}.svg", arguments, columns, run)
-    with tempfile.TemporaryDirectory() as folder, browser(Path(folder) / "profile") as tab:
-        report = Path(folder) / "report.html"
-        report.write_text(page([run]), encoding="utf-8")
-        for name, width, dark in PICTURES:
-            tab.open(report, width=width, dark=dark)
-            tab.picture(DOCS / name, HEIGHT)
-    copus(["plot", "RUN", "--output", str(DOCS / "demo.png")], 80, run)
+    name = load_job(run / "job.yaml").name
+    with tempfile.TemporaryDirectory() as clone:
+        # Looks like a clone with this run, so that pictures name no folder of this machine.
+        folder = Path(clone)
+        (folder / "runs").mkdir()
+        (folder / "runs" / name).symlink_to(run)
+        (folder / "examples").symlink_to(DOCS.parent / "examples")
+        for picture, arguments in TERMINALS.items():
+            words = [word.replace("NAME", name) for word in arguments]
+            for columns in COLUMNS:
+                terminal(DOCS / "terminal" / f"{picture}-{columns}.svg", words, columns, folder)
+        copus(["plot", name, "--output", str(DOCS / "demo.png")], 80, folder)
+        report = folder / "report.html"
+        report.write_text(page([folder / "runs" / name]), encoding="utf-8")
+        with browser(folder / "profile") as tab:
+            for file, width, dark in PICTURES:
+                tab.open(report, width=width, dark=dark)
+                tab.picture(DOCS / file, HEIGHT)
 
 
-def terminal(picture: Path, words: list[str], columns: int, run: Path) -> None:
+def terminal(picture: Path, words: list[str], columns: int, folder: Path) -> None:
     """The text that a command prints on a terminal of so many columns, as an SVG file."""
-    lines = copus(words, columns, run).rstrip("\n").splitlines()
-    shown = lines if len(lines) <= LINES else [f"… {len(lines) - LINES + 1} lines", *lines[1 - LINES :]]
+    printed = [Text.from_ansi(line) for line in copus(words, columns, folder).rstrip("\n").splitlines()]
+    lines = [part for line in printed for part in line.divide(range(columns, len(line), columns))]
+    if len(lines) > LINES:
+        lines = [Text(f"… {len(lines) - LINES + 1} lines"), *lines[1 - LINES :]]
     with open(os.devnull, "w") as nowhere:
         console = Console(width=columns, record=True, file=nowhere, force_terminal=True, color_system="truecolor")
-        for line in shown:
-            console.print(Text.from_ansi(line), no_wrap=True, overflow="crop", crop=True)
-        title = " ".join(["copus", *words]).replace(f"{DOCS.parent}/", "").replace("RUN", run.name)
-        console.save_svg(str(picture), title=title, code_format=SVG, unique_id=picture.stem)
+        for part in lines:
+            console.print(part, no_wrap=True, crop=True)
+        console.save_svg(str(picture), title=" ".join(["copus", *words]), code_format=SVG, unique_id=picture.stem)
 
 
-def copus(words: list[str], columns: int, run: Path) -> str:
-    """Standard output and errors of the command, in colours. It runs where names of runs stand for paths, so that
-    pictures name no folder of this machine."""
-    words = [word.replace("RUN/", f"runs/{run.name}/").replace("RUN", run.name) for word in words]
-    environment = os.environ | {"COLUMNS": str(columns), "FORCE_COLOR": "1", "PYTHONPATH": str(DOCS.parent)}
+def copus(words: list[str], columns: int, folder: Path) -> str:
+    """Standard output and errors of the command in a folder, in colours."""
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", *words],
-        cwd=run.parent.parent,
-        env=environment,
+        cwd=folder,
+        env=os.environ | {"COLUMNS": str(columns), "FORCE_COLOR": "1", "PYTHONPATH": str(DOCS.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

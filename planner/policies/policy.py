@@ -18,7 +18,7 @@ class Policy(Protocol):
     """Chooses, for any number of runs at once. Deterministic, and without a memory of its own."""
 
     name: str
-    """As in `planner.policy` of the job file."""
+    """Its name in `planner.policy` of the job file."""
     weighs_error: bool
     """Whether it looks at how well a throughput is known. One that does may try what the cost model alone knows of."""
     needs_noise: bool

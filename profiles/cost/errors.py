@@ -11,7 +11,7 @@ from profiles.cost.work import Floats
 
 ALL = slice(None)
 SMALLEST_VARIANCE = 1e-8
-"""Of a prediction: what rounding leaves of one is not taken for certainty."""
+"""Least variance of a prediction, so that rounding never makes one certain."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,22 @@ class Errors:
     """The rows' covariance⁻¹ · `across`ᵀ: rows × N."""
 
     def half_widths(self, coverage: float) -> Floats:
-        """Of the interval that holds that share of measured times, their noise included, as logarithms: N."""
+        """Half-width of the interval that holds a share `coverage` of measured times with noise, as logarithms: N."""
         return self.widening(coverage) * np.sqrt(self.variance() + self.how.noise_sd**2)
 
     def widening(self, coverage: float) -> float:
-        """That, in standard deviations as believed."""
+        """Interval half-width in prior standard deviations."""
         return float(stdtrit(self.freedom, 0.5 + coverage / 2)) * self.spread
 
     def variance(self) -> Floats:
-        """Of each: N."""
+        """Variance of each prediction: N."""
         total: Floats = (self.jacobian * self.jacobian).sum(1) + variance(self.how)
         if self.across is not None and self.solved is not None:
             total = total - np.einsum("ij,ji->i", self.across, self.solved)
         return np.maximum(total, SMALLEST_VARIANCE)
 
     def covariance(self, some: slice = ALL) -> Floats:
-        """Of all with some of them: N × M."""
+        """Covariance of all predictions with some of them: N × M."""
         total: Floats = self.jacobian @ self.jacobian[some].T + covariance(self.places, self.places[some], self.how)
         if self.across is not None and self.solved is not None:
             total -= self.across @ self.solved[:, some]

@@ -21,21 +21,21 @@ COORDINATES = (
 
 
 class Smoothness(NamedTuple):
-    """How far what was seen at one configuration says something about another."""
+    """Hyperparameters of the Gaussian process: how far the error at one configuration informs that at another."""
 
     shape_sd: float = 0.085
-    """Of a miss that depends on the shapes of the matrix products (tensor and context parallel degree, micro-batch), as
-    a logarithm."""
+    """Standard deviation of the error that depends on the shapes of the matrix products (tensor and context parallel
+    degree, micro-batch), as a logarithm."""
     shape_length: float = 0.42
-    """Doublings of these over which it changes."""
+    """Doublings of these quantities over which that error changes."""
     layout_sd: float = 0.03
-    """Of a miss that depends on the layout alone."""
+    """Standard deviation of the error that depends on the layout."""
     microbatch_sd: float = 0.036
-    """Of a miss that depends on the layout and the micro-batch."""
+    """Standard deviation of the error that depends on the layout and the micro-batch."""
     step_sd: float = 0.05
-    """Of a miss that depends on everything, the number of micro-batches included."""
+    """Standard deviation of the error that depends on everything, the number of micro-batches included."""
     noise_sd: float = 0.02
-    """Of what repeats of one configuration differ by."""
+    """Standard deviation of repeats of one configuration."""
     degree_length: float = 1.3
     """Doublings of a degree of parallelism over which a miss changes."""
     batch_length: float = 2.9

@@ -9,7 +9,7 @@ from profiles.cost.work import Floats, Work
 PARTS = ("compute", "launch", "tp", "cp", "ep", "p2p", "bubble", "dp", "optimizer")
 """Parts of a step, as in `Predicted.breakdown`."""
 OWN = ("compute", "launch", "optimizer")
-"""Those that a rank does by itself: what one accelerator takes for its shard alone."""
+"""Parts that a rank does by itself: the time of one accelerator for its shard alone."""
 
 ROUND = 0.1
 """Share of a communication that shows even under ample work: its first message has nothing to hide under."""

@@ -51,5 +51,5 @@ class Timings:
         ]
 
     def take(self, where: NDArray[np.bool_] | NDArray[np.int64]) -> "Timings":
-        """Those at the given places (a mask or indices)."""
+        """The timings at the given places (a mask or indices)."""
         return replace(self, configurations=self.configurations.take(where), step_seconds=self.step_seconds[where])

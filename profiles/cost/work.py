@@ -33,7 +33,7 @@ NORM_PASSES = 10.0
 """Reads and writes of a tokens × hidden tensor by what stands between the matrix products of a layer, forward: two
 norms, two residual sums, two dropouts or their like."""
 PASSES_OF_A_NORM = 2.0
-"""Of these for each norm."""
+"""Passes over the residual stream per norm."""
 SPLIT_PASSES = 6.0
 """The same inside the tensor parallel region, by rotary positions and copies of heads."""
 BACKWARD = 2.0
@@ -121,7 +121,7 @@ class Work:
         return len(self.layers)
 
     def take(self, where: NDArray[np.bool_] | NDArray[np.int64]) -> "Work":
-        """Those at the given places."""
+        """The work of the configurations at the given places."""
         return Work(**{field.name: getattr(self, field.name)[where] for field in fields(self)})
 
     @classmethod
@@ -155,7 +155,7 @@ def work(
     moe = model.expert_layers / layers
     chosen, shared = moe * model.experts_per_token, moe * model.shared_expert_hidden
     width = (1 - moe) * f + chosen * model.expert_width + shared
-    """Of the MLPs that a token goes through."""
+    """Width of all MLPs that a token goes through."""
     inputs = 1 - moe + chosen + moe * (shared > 0)
     """Copies of a token that go into these."""
     tokens = b * (model.seq_len / cp)

@@ -23,12 +23,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Parts that share a factor: they are wrong together."""
 BESIDE_BYTES = 0.5 * 2**30
-"""Of what lies beside the formulas (contexts, communicators): one standard deviation; it is not negative."""
+"""One standard deviation of the bytes beside the formulas (contexts, communicators), which are not negative."""
 PRIOR_SD = np.array([0.10, 0.25, 0.25, 0.50, 1.0])
 """Of the logarithm of each group's factor, and of what lies beside in units of `BESIDE_BYTES`. Weights can be counted;
 how many copies a framework keeps of activations and logits cannot."""
 NOISE_SD = 0.07
-"""Of the logarithm of a peak that is measured again."""
+"""Standard deviation of the logarithm of a repeated peak."""
 FREEDOM = 10.0
 """Rows that these beliefs count for, when rows say that errors are larger or smaller."""
 ROBUST = 3.0
@@ -36,7 +36,7 @@ ROBUST = 3.0
 DIFFERENCE = 1.5
 """Log odds against every way in which the framework differs from what was assumed."""
 MOST_ROWS = 500
-"""Of more rows, evenly spaced ones are learned from."""
+"""Most rows that are fitted; of more, evenly spaced ones are taken."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Correction:
     parameters: Floats = field(default_factory=lambda: np.zeros(len(PRIOR_SD)))
     """Log factors of `GROUPS`, and what lies beside in units of `BESIDE_BYTES`."""
     spread: float = 1.0
-    """By which all standard deviations are wider than was believed."""
+    """Factor by which all standard deviations exceed the priors'."""
     freedom: float = FREEDOM
     """Degrees of freedom of the Student distribution of a peak's logarithm."""
     count: int = 0
@@ -65,17 +65,17 @@ class Correction:
     """What is left of them."""
 
     def factor(self, component: str) -> float:
-        """Of one part."""
+        """Factor of one part."""
         group = next(index for index, members in enumerate(GROUPS.values()) if component in members)
         return float(np.exp(self.parameters[group]))
 
     @property
     def beside_bytes(self) -> float:
-        """What lies beside the formulas."""
+        """Bytes beside the formulas."""
         return float(self.parameters[-1]) * BESIDE_BYTES
 
     def nearby(self, places: Floats) -> Floats:
-        """By which neighbours took more than formulas and factors say."""
+        """Measured ÷ predicted memory, interpolated from nearby rows."""
         if self.rows is None:
             return np.ones(len(places))
         return np.asarray(np.exp(covariance(places, self.rows.places) @ self.rows.solved), dtype=np.float64)

@@ -27,7 +27,7 @@ class PredictedMemory:
     """Peaks of N configurations."""
 
     peak_bytes: Floats
-    """Of the fullest rank: the median of what is expected."""
+    """Expected peak of the fullest rank: the median."""
     low: Floats
     """Lower end of the interval; nan where none was asked for."""
     high: Floats

@@ -7,7 +7,7 @@ from profiles.memory.parameters import Floats
 from profiles.model_shape import ModelShape
 
 SHAPE_SD = 0.12
-"""Of the logarithm of what the formulas miss, alike for neighbours."""
+"""Standard deviation of the logarithm of the formulas' error that neighbours share."""
 REACH = {
     **{"tp": 2.0, "pp": 2.0, "vp": 2.0, "cp": 2.0, "ep": 2.0, "dp": 3.0, "micro_batch": 2.0, "num_microbatches": 4.0},
     **{"zero": 1.0, "recompute": 1.0, "sequence_parallel": 1.0, "hidden": 1.0, "layers": 1.0, "seq_len": 1.0},
@@ -25,6 +25,6 @@ def coordinates(model: ModelShape, c: Configurations) -> Floats:
 
 
 def covariance(a: Floats, b: Floats) -> Floats:
-    """Of what the formulas miss, between places: Gaussian in their distance."""
+    """Covariance of the formulas' errors between places: Gaussian in their distance."""
     distance = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.T
     return np.asarray(SHAPE_SD**2 * np.exp(-0.5 * np.maximum(distance, 0)), dtype=np.float64)

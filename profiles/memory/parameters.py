@@ -27,9 +27,9 @@ class Weights:
     experts: Floats
     """MLPs of experts, replicated over dp · cp ÷ ep ranks; 0 for a dense model."""
     embeddings: Floats
-    """Of `dense`, those of embeddings and of the output layer."""
+    """Weights in `dense` of the embeddings and the output layer."""
     vectors: Floats
-    """Of `dense`, those of norms and biases."""
+    """Weights in `dense` of the norms and biases."""
     rows_and_columns: Floats
     """Rows and columns of all matrices, embeddings among them."""
 

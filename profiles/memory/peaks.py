@@ -53,7 +53,7 @@ class Peaks:
         ]
 
     def take(self, where: np.ndarray) -> "Peaks":
-        """Those at the given places (a mask or indices)."""
+        """The peaks at the given places (a mask or indices)."""
         return Peaks(
             self.model,
             self.configurations.take(where),

@@ -57,9 +57,9 @@ class BuiltModel:
     model: Any
     """transformers' model under FSDP."""
     parameters: list[ShardedParameter] = field(default_factory=list)
-    """Those of which this rank holds a part."""
+    """Parameters of which this rank holds a part."""
     empty: list[ShardedParameter] = field(default_factory=list)
-    """Those of which it holds nothing. Updates that need whole tensors are collective: it takes part in them."""
+    """Parameters of which it holds nothing. It takes part in updates that need whole tensors, which are collective."""
     optimizer: torch.optim.Optimizer | None = None
     """The job's optimizer over the local tensors."""
     part_norms: Any = None
