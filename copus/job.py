@@ -171,7 +171,7 @@ class TrainingConfig(Record):
     """Weights to begin with instead of random ones, without an optimizer's state: a Hugging Face folder, a run of copus
     or one of its checkpoints, or a `torch_dist` checkpoint of Megatron-LM. They have to be those of `model`."""
     init_digest: str | None = Field(default=None, pattern=f"^{DIGEST}$")
-    """Digest of these weights: `copus submit` writes it into the run's job.yaml, and workers begin with no others."""
+    """Digest of these weights: `copus submit` writes it into the run's job.yaml, and workers accept no others."""
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", json_schema_extra={"default_in_words": "`bf16` on GPUs, `fp32` on CPU"}
     )
@@ -179,7 +179,7 @@ class TrainingConfig(Record):
     `cluster.accelerator`."""
     master_weights: Literal["fp32", "none"] = "fp32"
     """none: bf16 weights are updated themselves, rounded stochastically, and have no fp32 copies (`fsdp` with
-    `precision: bf16`). That saves 4 bytes a weight, and 2 of its gradient's."""
+    `precision: bf16`). That saves 4 bytes per weight and 2 per element of the gradient."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate at `reference_batch`."""
     min_lr: NonNegativeFloat = 1e-4
@@ -187,7 +187,7 @@ class TrainingConfig(Record):
     warmup_tokens: NonNegativeInt = 0
     """Linear warm-up."""
     decay: Literal["constant", "cosine", "linear", "wsd", "inverse-sqrt"] = "cosine"
-    """Learning rate after the warm-up. `cosine` and `linear` decay from there on; `wsd` (warm-up, stable, decay) stays
+    """Learning rate after the warm-up. `cosine` and `linear` decay from then on; `wsd` (warm-up, stable, decay) stays
     at `lr` and decays at the end of the run; `inverse-sqrt` is lr · √(`warmup_tokens` / tokens)."""
     decay_tokens: PositiveInt | None = None
     """Length of the decay. None: `cosine` and `linear` decay to the end of the run, `wsd` over its last fifth. After
@@ -201,7 +201,7 @@ class TrainingConfig(Record):
     clip_grad: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data parallel ranks while the backward pass goes on."""
+    """Reduce gradients over data parallel ranks during the backward pass."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of attention and of the residual branches."""
     compile: bool = False
@@ -209,7 +209,7 @@ class TrainingConfig(Record):
     some compiling."""
     expert_dispatch: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens come to the experts of other ranks. alltoall: each to the ranks of its experts. allgather: all to all
-    ranks of the expert parallel group, which pays where a token has experts on most of them."""
+    ranks of the expert parallel group, which is faster if a token has experts on most of them."""
     evaluate_every_tokens: PositiveInt | None = None
     """Tokens between evaluations. null: 33 times the tokens of an evaluation, whose forward passes then take about 1 %
     of the time, but at least 250,000."""
@@ -218,15 +218,16 @@ class TrainingConfig(Record):
     checkpoint_every_tokens: PositiveInt | None = None
     """Tokens between checkpoints; null: only `checkpoint_every_minutes` counts."""
     checkpoint_every_minutes: PositiveFloat | None = 30
-    """Minutes of training after which a checkpoint is written if there was none; null: never for that reason. There is
-    always one at the end and on an interrupt."""
+    """Minutes of training after which a checkpoint is written if there was none; null: no such limit. There is always
+    a checkpoint at the end and on an interrupt."""
     async_checkpoints: bool = True
-    """Write them in the background while training goes on, from a copy in the host's memory: as much again as weights
-    and optimizer state take, for as long as the writing takes. Without room for it training waits."""
+    """Write checkpoints in the background during training, from a copy of weights and optimizer state in the host's
+    memory, which is released afterwards. Without enough memory for it training waits."""
     staging_bytes: PositiveInt = 256 * 2**20
-    """Most memory of a rank for what it is sending and receiving while the job moves to another layout."""
+    """Most memory of a rank for data in flight while the job moves to another layout."""
     keep_checkpoints: PositiveInt = 2
-    """Checkpoints kept; older ones are removed. The newest from before a step that was not finite always stays."""
+    """Number of checkpoints to keep; older ones are removed. The newest one that a finite step followed always
+    stays."""
     max_skipped_steps: PositiveInt = 20
     """Steps in a row with gradients that are not finite (the optimizer skips them) after which the run ends, with exit
     code 1."""
@@ -286,7 +287,7 @@ class LaunchConfig(Record):
     """Where to run: `local` (this machine, through torch's elastic agent), `slurm`, `kubernetes` (Kubeflow Trainer), or
     an engine that a plugin adds."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """What that engine wants to know, such as a partition; each engine has its own."""
+    """Options of the engine, such as a partition; each engine has its own."""
     runs: UserPath = Path("runs")
     """Folder that run directories are made in; `$COPUS_RUNS`, if that is set, unless the job file says otherwise."""
     threads_per_rank: int = Field(default=1, gt=0, le=1024)
@@ -295,7 +296,7 @@ class LaunchConfig(Record):
     """Times that the elastic agent may restart the workers after a failure, each time from the newest checkpoint that
     verifies."""
     timeout_seconds: float = Field(default=600.0, gt=0, le=30 * 86_400)
-    """A collective that takes longer than this is taken for a hang."""
+    """A collective that takes longer than this counts as a hang."""
 
 
 _PLANNED_ONLY = "planned only"
@@ -317,14 +318,14 @@ class JobConfig(Record):
     training: TrainingConfig
     """The run, and the configuration that it starts with."""
     planner: PlannerConfig = PlannerConfig()
-    """What may be chosen, and when the job moves."""
+    """The candidates, and when the job moves."""
     profile: ProfileConfig = ProfileConfig()
-    """How throughput is learned."""
+    """How step times are measured."""
     launch: LaunchConfig = LaunchConfig()
     """How processes are started."""
     tracking: dict[str, dict[str, Any]] = Field(default={"tensorboard": {}})
-    """Where else figures go: name of a tracker → its options, `{tensorboard: {}, wandb: {mode: offline}}`. Built in:
-    `tensorboard`, `wandb`, `mlflow`, `prometheus`; plugins by their names. `{}`: nowhere."""
+    """Trackers that show the figures of the run: name of a tracker → its options, `{tensorboard: {}, wandb: {mode:
+    offline}}`. Built in: `tensorboard`, `wandb`, `mlflow`, `prometheus`; plugins by their names. `{}`: nowhere."""
 
     @field_validator("tracking", mode="before")
     @classmethod

@@ -49,8 +49,8 @@ class BatchRules(Record):
     weight_decay_follows_batch: bool = True
     """Keep the decay per token: weight_decay · κ^(1−a), since the learning rate alone grows by κ^a."""
     scale_beyond_critical_batch: bool = False
-    """Let κ go on growing above the critical batch φ. Without this a batch above φ counts as φ (or as the reference
-    batch, if that is larger): it teaches hardly more per step, so it deserves no larger steps."""
+    """Let κ keep growing above the critical batch φ. Without this a batch above φ counts as φ (or as the reference
+    batch, if that is larger), since a larger batch hardly improves the gradient."""
 
     def lr_factor(self, kappa: float) -> float:
         """Factor of the learning rate over that at the reference batch."""

@@ -39,9 +39,9 @@ class PlannerConfig(Record):
     cbs-doubling: double the batch when the critical batch reaches twice the present one. ramp: grow the batch by equal
     increments. seesaw: grow it as the learning rate decays. late-switch: the largest batch at the end."""
     start: Literal["plan", "job"] = "plan"
-    """plan: begin in the configuration that the policy picks, from the throughput that is known and from published laws
-    of critical batches; `static` and `norm-test` begin as the job file says all the same. job: begin in the layout,
-    micro-batch and global batch of the job file."""
+    """plan: begin in the configuration that the policy picks, from known step times and published laws of critical
+    batches; `static` and `norm-test` begin as the job file says nevertheless. job: begin in the layout, micro-batch and
+    global batch of the job file."""
     objective: Literal["plain", "lr-aware"] = "plain"
     """plain: throughput × efficiency. lr-aware: × √B too (COPUS with Adam and a √B learning rate)."""
     every_samples: PositiveInt = 256
@@ -49,12 +49,12 @@ class PlannerConfig(Record):
     min_gain: float = Field(default=0.10, ge=0)
     """Goodput has to improve by this share before the job moves (COPUS's rule: 0.10)."""
     critical_batch_factor: PositiveFloat = 2.0
-    """c in φ = c · B_simple: how far the critical batch lies from the simple noise scale (COPUS: 2.0, set by hand). Or
-    the file that `copus calibrate` wrote, RUN/calibration.json: then the c that it measured, with its interval. The
-    run learns more of it from its own changes of batch."""
+    """c in φ = c · B_simple: ratio of the critical batch to the simple noise scale (COPUS: 2.0, set by hand). Or the
+    file that `copus calibrate` wrote, RUN/calibration.json: then the measured c, with its interval. The run refines it
+    from its own changes of batch."""
     critical_batch_factor_range: float = Field(default=2.6, ge=1)
-    """How far the ends of the 90 % interval of c lie from it before the run has taught anything, as a factor; 1 takes
-    c for exact. A calibration file brings its own."""
+    """Distance of the ends of the 90 % interval of c from it at the start of the run, as a factor; 1 means that c is
+    exact. A calibration file has its own."""
     noise_source: Literal["auto", "microbatch", "replica", "normlayer"] = "auto"
     """Parts that the noise is measured from. auto: micro-batches on every `noise_every_steps`-th step, replicas on the
     others (if dp > 1); if a step is one micro-batch, the norm layers on every `noise_every_steps`-th step, calibrated
@@ -121,7 +121,7 @@ class PlannerConfig(Record):
     """Share of the elapsed time that `goodput` may spend on trials: a few steps in a configuration that never ran, to
     see how fast it is. Training goes on in them. 0 for none."""
     advisory: bool = False
-    """Decide and write what would be done, but never move."""
+    """Decide, and write every decision, but never move."""
     layouts: list[Layout] | None = None
     """Layouts that may be chosen, as they are listed; None means every split of the cluster into tp, pp and dp that the
     model and the backend allow, with tensor parallel ranks within a node, every recomputation, every number of chunks a

@@ -9,15 +9,16 @@ from profiles.record import Record, UserPath
 
 
 class ProfileConfig(Record):
-    """How throughput is learned."""
+    """How step times are measured."""
 
     table: UserPath = Path("~/.cache/copus/throughput.jsonl")
     """Throughput table (append-only JSONL) that is read, and that new measurements are added to."""
     when: Literal["missing", "always", "never"] = "missing"
-    """Measure before training: what the table lacks, everything again, or nothing. A resumed run measures only if the
-    table has nothing of its machine, its software and its number of ranks."""
+    """Measure before training: configurations that the table lacks, everything again, or nothing. A resumed run
+    measures only if the table has nothing of its machine, its software and its number of ranks."""
     budget_seconds: PositiveFloat = 120.0
-    """Stop measuring after this long; what is left stays unmeasured and is never chosen."""
+    """Stop measuring after this long. Only policies that use predictions (`goodput`, `smallest-saturating`) choose
+    configurations that remain unmeasured."""
     warmup_steps: int = Field(default=1, gt=0, le=1000)
     """Steps run and not counted before a measurement. `live` makes them as short as they can be, and leaves them out
     where the layout and the micro-batch have just run."""
@@ -29,7 +30,7 @@ class ProfileConfig(Record):
     settled_within: float = Field(default=0.02, ge=0)
     """A configuration that could be faster than the fastest by less than this share is not measured again for that."""
     profiler: str = "live"
-    """What measures. live: the job itself, moved through the configurations. single: one accelerator, a rank's shard by
+    """The profiler. live: the job itself, moved through the configurations. single: one accelerator, a rank's shard by
     itself. published: a CSV file, `options: {csv: FILE}`. Or the name of an installed plugin."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the profiler: what it takes is its own business."""
+    """Settings of the profiler, which each profiler defines."""

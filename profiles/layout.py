@@ -24,7 +24,7 @@ class Layout(Record):
     cp: PositiveInt = 1
     """Context parallel degree."""
     ep: PositiveInt = 1
-    """Expert parallel degree: every ep data parallel ranks share the experts out. Each expert is cut by tp like the
+    """Expert parallel degree: groups of ep data parallel ranks split the experts. Each expert is split by tp like the
     other matrices."""
     dp: PositiveInt = 1
     """Data parallel degree."""
@@ -33,11 +33,12 @@ class Layout(Record):
     recompute: Recompute = "none"
     """Activation recomputation: none, attention only, or every layer."""
     zero: Literal[0, 1, 2, 3] = 0
-    """What data parallel ranks share out: 0 nothing, 1 optimizer state (Megatron's distributed optimizer), 2 gradients,
-    3 weights."""
+    """State that data parallel ranks split: 0 nothing, 1 optimizer state (Megatron's distributed optimizer), 2
+    gradients, 3 weights."""
     dp_replicate: PositiveInt = 1
-    """Copies of what `zero` shares out: every dp ÷ dp_replicate ranks hold one between them. 1: all data parallel ranks
-    share one. More is hybrid sharding (HSDP), which gathers and scatters over fewer ranks and takes more memory."""
+    """Copies of the state that `zero` splits: every dp ÷ dp_replicate ranks hold one together. 1: all data parallel
+    ranks hold one. More is hybrid sharding (HSDP), which gathers and scatters over fewer ranks and needs more
+    memory."""
     offload_optimizer: bool = False
     """Keep the optimizer state and the reduced gradients in the host's memory, and update the weights there. Saves
     accelerator memory, and makes every step longer."""

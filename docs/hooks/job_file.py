@@ -75,7 +75,8 @@ def _row(name: str, field: FieldInfo, place: str) -> str:
         kind = " or ".join(f"[{model.__name__}]({_anchor(where)})" for where, model in inner)
     elif name == "tracking":
         kind = "tracker → options"
-    cells = [f"`{name}`", kind, _default(field), unit(name, field), field.description or ""]
+    meaning = re.sub(r"\bNone\b", "null", field.description or "")
+    cells = [f"`{name}`", kind, _default(field), unit(name, field), meaning]
     return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
 
 
