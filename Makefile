@@ -32,7 +32,7 @@ GPU_SITE := build/gpu-site
 NEXT_TESTS := groups layouts moves noise_sources step shard_table sharded_checkpoint async_checkpoints
 RANK_TESTS := reshard_execute oom_recovery moves move_back noise_sources
 GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-inspection typing-extensions \
-	tyro docstring-parser typeguard
+	click
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-next demo test test-next test-slow test-slurm lint format reference figures screenshots docs gpu-check gpu-ranks gpu-wheels clean

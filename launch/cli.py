@@ -3,636 +3,689 @@
 Nothing heavy is imported here: `copus --help` is for people, and answers at once.
 """
 
-import difflib
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, get_args
 
-import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg, subcommand
-
-JobFile = Annotated[Path, arg(metavar="JOB.yaml")]
-OptionalJobFile = Annotated[Path | None, arg(metavar="[JOB.yaml]", help_behavior_hint="")]
-Run = Annotated[str, arg(metavar="RUN", name="run")]
-OptionalRun = Annotated[str | None, arg(metavar="[RUN]", name="run", help_behavior_hint="")]
-Overrides = Annotated[list[str], UseAppendAction, arg(name="set", metavar="SECTION.FIELD=VALUE")]
-
-
-class Command(Protocol):
-    """A subcommand with its arguments."""
-
-    def run(self) -> int:
-        """Do it. Returns the exit code."""
-
-
-@dataclass
-class Submit:
-    """Train a job; it moves to a better batch and layout while it runs. Ctrl-C stops it with a checkpoint.
-
-    On an engine with a queue (slurm, kubernetes) Ctrl-C only leaves it alone; `copus cancel RUN` stops it there.
-    Examples: copus submit examples/shakespeare.yaml --set training.seed=7 · copus submit --resume shakespeare
-    """
-
-    job: Positional[OptionalJobFile] = None
-    """Job file. With --resume: settings to go on with, instead of the run's own."""
-    overrides: Overrides = field(default_factory=list)
-    """Override a field of the job file."""
-    name: Annotated[str | None, arg(metavar="NAME")] = None
-    """Name of the run; short for --set name=NAME."""
-    resume: Annotated[str | None, arg(metavar="RUN")] = None
-    """Go on with this run (a path, or a name below ./runs), exactly where it was."""
-    allow_from_scratch: bool = False
-    """With --resume: train again from the first step if no checkpoint verifies, instead of refusing."""
-    engine: Annotated[str | None, arg(metavar="ENGINE")] = None
-    """Where to run, not launch.engine: local, slurm, kubernetes, or a plugin's; leaves out launch.options."""
-    dry_run: bool = False
-    """Print what would be done (a command, a script, a manifest) and do nothing."""
-    detach: bool = False
-    """Return as soon as the job is queued. For engines with a queue."""
-    json: bool = False
-    """Print the result as one JSON object on stdout, and the progress on stderr."""
-
-    def run(self) -> int:
-        from launch.submit import Manner, submit
-
-        manner = Manner(self.engine, self.dry_run, self.allow_from_scratch, self.detach, self.json)
-        named = [] if self.name is None else [f"name={self.name}"]
-        return submit(self.job, [*self.overrides, *named], self.resume, manner)
-
-
-@dataclass
-class Logs:
-    """Print what the workers of a run wrote, and go on printing with --follow until it has ended.
-
-    Example: copus logs shakespeare --follow --rank 0
-    """
-
-    run_name: Positional[OptionalRun] = None
-    """Run directory, or its name below ./runs; the newest run there if it is not given."""
-    rank: Annotated[int | None, arg(metavar="N")] = None
-    """Only the lines of this rank; without it those of all ranks, and of what starts them."""
-    follow: Annotated[bool, arg(aliases=["-f"])] = False
-    """Wait for more lines until the run has ended."""
-
-    def run(self) -> int:
-        from launch.logs import logs
-
-        return logs(self.run_name, self.rank, follow=self.follow)
-
-
-@dataclass
-class Cancel:
-    """Stop a run for good: at the next step, with a checkpoint, or at once. `copus submit --resume RUN` goes on.
-
-    Example: copus cancel shakespeare
-    """
-
-    run_name: Positional[Run]
-    """Run directory, or its name below ./runs."""
-    now: bool = False
-    """End the workers at once, without a checkpoint."""
-    json: bool = False
-    """Print one JSON object."""
-
-    def run(self) -> int:
-        from launch.cancel import cancel
-
-        return cancel(self.run_name, now=self.now, as_json=self.json)
-
-
-@dataclass
-class Explain:
-    """Show a decision of the planner: every candidate, the choice, the reason, and predicted against seen.
-
-    Example: copus explain shakespeare --decision 3
-    """
-
-    run_name: Positional[OptionalRun] = None
-    """Run directory, or its name below ./runs; the newest run there if it is not given."""
-    decision: Annotated[int | None, arg(metavar="N")] = None
-    """Number of the decision; without it the newest that moved the job, else the newest."""
-    all: bool = False
-    """Show every candidate, not only the best."""
-    json: bool = False
-    """Print one JSON object, always with every candidate."""
-
-    def run(self) -> int:
-        from launch.explain import explain
-
-        return explain(self.run_name, self.decision, as_json=self.json, all_candidates=self.all)
-
-
-@dataclass
-class Audit:
-    """Say whether adapting was worth it, by the run's own data: gain over fixed configurations, trials, predictions.
-
-    Example: copus audit shakespeare
-    """
-
-    run_name: Positional[OptionalRun] = None
-    """Run directory, or its name below ./runs; the newest run there if it is not given."""
-    json: bool = False
-    """Print one JSON object."""
-
-    def run(self) -> int:
-        from launch.audit import audit
-
-        return audit(self.run_name, as_json=self.json)
-
-
-@dataclass
-class Plot:
-    """Draw loss, noise, batch, layout and throughput of a run over tokens.
-
-    Example: copus plot shakespeare --output shakespeare.svg
-    """
-
-    run_name: Positional[OptionalRun] = None
-    """Run directory, or its name below ./runs; the newest run there if it is not given."""
-    output: Annotated[Path | None, arg(metavar="FILE.png|.svg")] = None
-    """File to write; RUN/plot.png if it is not given."""
-    json: bool = False
-    """Print the file's path as a JSON object."""
-
-    def run(self) -> int:
-        from launch.plot import plot
-
-        return plot(self.run_name, self.output, as_json=self.json)
-
-
-@dataclass
-class Watch:
-    """Watch a run while it goes on, wherever its workers are; ends when the run ends. Ctrl-C leaves; the run goes on.
-
-    Example: copus watch shakespeare
-    """
-
-    run_name: Positional[OptionalRun] = None
-    """Run directory, or its name below ./runs; the newest run there if it is not given."""
-    once: bool = False
-    """Print one frame and end."""
-    web: bool = False
-    """Serve the report of the run, live, to a browser on this machine: prints its address, which has a token in it."""
-    json: bool = False
-    """Print a JSON object a line whenever something has changed; with --once a single one."""
-
-    def run(self) -> int:
-        from launch.watch import watch
-
-        return watch(self.run_name, once=self.once, as_json=self.json, web=self.web)
-
-
-@dataclass
-class Runs:
-    """List the runs in a folder, and what each is doing: running, stalled, finished, stopped, failed, crashed.
-
-    Example: copus runs /shared/runs --json
-    """
-
-    folder: Positional[Annotated[Path | None, arg(metavar="[FOLDER]", help_behavior_hint="")]] = None
-    """Folder with run directories; $COPUS_RUNS or ./runs if it is not given."""
-    json: bool = False
-    """Print one JSON object."""
-
-    def run(self) -> int:
-        from launch.runs import runs
-
-        return runs(self.folder, as_json=self.json)
-
-
-@dataclass
-class Report:
-    """Write a run, or a comparison of several, as one HTML page that needs nothing else: no network, no other file.
-
-    Example: copus report shakespeare · copus report with-moves without-moves --output both.html
-    """
-
-    run_names: Positional[Annotated[list[str], arg(metavar="[RUN …]", name="runs", help_behavior_hint="")]] = field(
-        default_factory=list
-    )
-    """Run directories, or their names below ./runs; the newest run there if none is given."""
-    output: Annotated[Path | None, arg(metavar="FILE.html")] = None
-    """File to write; RUN/report.html if it is not given, and comparison.html in this folder for several runs."""
-    json: bool = False
-    """Print the file's path as a JSON object."""
-
-    def run(self) -> int:
-        from launch.report import report
-
-        return report(self.run_names, self.output, as_json=self.json)
-
-
-@dataclass
-class Data:
-    """Fetch and tokenize the text of a job, unless that is done already, and print where it lies.
-
-    Example: copus data examples/shakespeare.yaml · copus data shakespeare --verify
-    """
-
-    job: Positional[Annotated[str, arg(metavar="JOB.yaml|RUN")]]
-    """Job file, or a run: a path, or a name below ./runs."""
-    overrides: Overrides = field(default_factory=list)
-    """Override a field of the job file."""
-    verify: bool = False
-    """Prepare nothing: read the data that is there and compare it with its checksums."""
-    json: bool = False
-    """Print one JSON object on stdout."""
-
-    def run(self) -> int:
-        from launch.data import data
-
-        return data(self.job, self.overrides, verify=self.verify, as_json=self.json)
-
-
-@dataclass
-class Export:
-    """Write the weights of a run for other tools: a folder that transformers opens, or a checkpoint of Megatron-LM.
-
-    Needs no accelerator, and little memory. Example: copus export shakespeare --to hf shakespeare-hf --dtype bf16
-    """
-
-    run_name: Positional[Run]
-    """Run directory, or its name below ./runs."""
-    folder: Positional[Annotated[Path, arg(metavar="DIR")]]
-    """Folder to write; nothing may be there yet."""
-    to: Annotated[Literal["hf", "megatron"], arg(metavar="hf|megatron")] = "hf"
-    """hf: a Hugging Face folder of safetensors files. megatron: Megatron-LM's format torch_dist."""
-    checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None
-    """A checkpoint's folder, its name, or its sequences; else the newest that verifies."""
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, arg(metavar="bf16|fp16|fp32")] = None
-    """Type of the weights; that of training.precision if it is not given."""
-    json: bool = False
-    """Print one JSON object on stdout, and the progress on stderr."""
-
-    def run(self) -> int:
-        from launch.export import export
-
-        return export(self.run_name, self.folder, self.to, self.checkpoint, self.dtype, as_json=self.json)
-
-
-@dataclass
-class ProfileRun:
-    """Measure the step time of a job's configurations and keep it in the throughput table, with the job's profiler.
-
-    Example: copus profile run examples/shakespeare.yaml --set profile.budget_seconds=600
-    """
-
-    job: Positional[JobFile]
-    """Job file."""
-    overrides: Overrides = field(default_factory=list)
-    """Override a field of the job file."""
-    json: bool = False
-    """Print one JSON object on stdout, and the progress on stderr."""
-
-    def run(self) -> int:
-        from launch.profile import profile
-
-        return profile(self.job, self.overrides, as_json=self.json)
-
-
-@dataclass
-class ProfileShow:
-    """Show what throughput tables know: samples/s over global batch for each layout, crossings, failures.
-
-    Example: copus profile show examples/shakespeare.yaml --layout TP2 --where "global_batch >= 8" --plot lines.png
-    """
-
-    places: Positional[Annotated[list[str], arg(metavar="[TABLE|JOB …]", help_behavior_hint="")]] = field(
-        default_factory=list
-    )
-    """Tables (merged), or a job file or run: its table, its model alone. The usual table if none is given."""
-    table: Annotated[Path | None, arg(metavar="TABLE.jsonl")] = None
-    """Table to look into: one more, and in place of a job's own."""
-    model: Annotated[str | None, arg(metavar="DIGEST")] = None
-    """Only models whose digest begins so."""
-    layout: Annotated[str | None, arg(metavar="LAYOUT")] = None
-    """Only layouts with these degrees: TP2·PP1, tp=2,dp=4, Z1, SP, recompute:full."""
-    hardware: Annotated[str | None, arg(metavar="TEXT")] = None
-    """Only hardware whose name has this in it."""
-    where: Annotated[str | None, arg(metavar="SQL")] = None
-    """Only rows for which this holds; any column of a row: tokens_per_second > 1e4, failure IS NOT NULL."""
-    plot: Annotated[Path | None, arg(metavar="FILE.png|.svg")] = None
-    """Draw the lines to this file; needs pip install 'copus[plot]'."""
-    json: bool = False
-    """Print one JSON object: every row that was kept, repeats of a configuration as one."""
-
-    def run(self) -> int:
-        from launch.profile_show import show
-        from profiles.query import Filter
-
-        wanted = Filter((self.model,) if self.model else (), self.layout, self.hardware, self.where)
-        return show(self.places, self.table, wanted, self.plot, as_json=self.json)
-
-
-@dataclass
-class ProfileImport:
-    """Add measurements of others to a throughput table: CSV files, or other tables. What is there already stays once.
-
-    Example: copus profile import published.csv other-machine.jsonl --table throughput.jsonl
-    """
-
-    sources: Positional[Annotated[list[Path], arg(metavar="FILE.csv|.jsonl")]]
-    """What to add; docs/tables.md has the columns of a CSV file."""
-    table: Annotated[Path | None, arg(metavar="TABLE.jsonl")] = None
-    """Table to add to; the usual one if it is not given."""
-    json: bool = False
-    """Print one JSON object."""
-
-    def run(self) -> int:
-        from launch.profile_import import import_rows
-
-        return import_rows(self.sources, self.table, as_json=self.json)
-
-
-@dataclass
-class Profile:
-    """What is known of throughput: measure it (run), look at it (show), take it over (import).
-
-    Example: copus profile run examples/shakespeare.yaml. `copus profile JOB.yaml` is short for that.
-    """
-
-    action: (
-        Annotated[ProfileRun, subcommand("run")]
-        | Annotated[ProfileShow, subcommand("show")]
-        | Annotated[ProfileImport, subcommand("import")]
-    )
-
-    def run(self) -> int:
-        return self.action.run()
-
-
-@dataclass
-class Plan:
-    """Say what to expect of a job without launching it, and what to begin in: what fits, how fast, for how much.
-
-    Needs no accelerator. Times are measured ones where the throughput table has them, else the cost model's.
-    Example: copus plan examples/shakespeare.yaml --set cluster.accelerator=h100-sxm
-    """
-
-    job: Positional[JobFile]
-    """Job file."""
-    overrides: Overrides = field(default_factory=list)
-    """Override a field of the job file."""
-    price: Annotated[float | None, arg(metavar="PRICE")] = None
-    """Price of an hour of one accelerator, in any currency: says what the run costs."""
-    backend: Annotated[list[str], UseAppendAction, arg(metavar="NAME")] = field(default_factory=list)
-    """Plan for this backend instead of training.backend; given several times, all of them in one table."""
-    all: bool = False
-    """Show every candidate, not only the fastest of each global batch."""
-    emit: Annotated[str | None, arg(metavar="TOOL")] = None
-    """Print only the best run that keeps its layout, as arguments of megatron, megatron-0.17, bridge, torchtitan,
-    deepspeed or accelerate."""
-    json: bool = False
-    """Print one JSON object, always with every candidate."""
-
-    def run(self) -> int:
-        if len(self.backend) > 1:
-            from copus.job import JobError
-            from launch.plan_backends import plan_backends
-
-            if self.all or self.price is not None or self.emit is not None:
-                raise JobError(
-                    "--all, --price and --emit go with one --backend: several are compared by their fastest layouts"
-                )
-            return plan_backends(self.job, self.overrides, self.backend, as_json=self.json)
-        from launch.plan import plan
-
-        backend = self.backend[0] if self.backend else None
-        return plan(
-            self.job, self.overrides, self.price, backend, self.emit, as_json=self.json, all_candidates=self.all
-        )
-
-
-@dataclass
-class Advise:
-    """Say what batch and layout a training of your own should take now, from its noise scale and step times.
-
-    The log is what copus.NoiseMeter writes, TensorBoard's event files, or a CSV that W&B exported. Example: copus
-    advise job.yaml meter.jsonl --emit megatron
-    """
-
-    job: Positional[JobFile]
-    """Job file that describes the training; `copus import-args` writes one."""
-    log: Positional[Annotated[Path, arg(metavar="LOG")]]
-    """Log of the steps: .jsonl, an event file or the folder of one, .csv."""
-    overrides: Overrides = field(default_factory=list)
-    """Override a field of the job file."""
-    restart_seconds: float = 300.0
-    """What going on in another layout costs, if planner.layout_move_seconds does not say it; another batch is free."""
-    watch: bool = False
-    """Go on, and print the advice again whenever it changes. Ctrl-C ends it."""
-    all: bool = False
-    """Show every candidate, not only the best."""
-    emit: Annotated[str | None, arg(metavar="TOOL")] = None
-    """Print what is advised as arguments of another tool, as for `copus plan`."""
-    json: bool = False
-    """Print one JSON object, with --watch one a line."""
-
-    def run(self) -> int:
-        from launch.advise import advise
-
-        return advise(
-            self.job,
-            self.log,
-            self.overrides,
-            self.restart_seconds,
-            self.emit,
-            watch=self.watch,
-            as_json=self.json,
-            all_candidates=self.all,
-        )
-
-
-@dataclass
-class ImportArgs:
-    """Print the job file for a training that another tool's arguments describe; nothing is run.
-
-    Takes a command line, a shell script with its own arguments, a YAML of Megatron-Bridge or NeMo, a torchtitan TOML.
-    What has no field becomes a comment. Examples: copus import-args train.sh · copus import-args -- torchrun …
-    """
-
-    words: Positional[Annotated[list[str], arg(metavar="SCRIPT|FILE|-- COMMAND …")]]
-    """Script with its arguments, configuration, or a command line after --; NAME=VALUE before it sets a variable."""
-    overrides: Overrides = field(default_factory=list)
-    """Set a field that the arguments do not say: cluster.accelerator, model.vocab."""
-    out: Annotated[Path | None, arg(metavar="JOB.yaml")] = None
-    """Write the job file there and not on stdout."""
-    json: bool = False
-    """Print one JSON object with the job, and with what became of every argument."""
-
-    def run(self) -> int:
-        from launch.import_args import import_args
-
-        return import_args(self.words, self.overrides, self.out, as_json=self.json)
-
-
-@dataclass
-class ImportHF:
-    """Print a job file that trains a Hugging Face folder further, after a check of its weights; nothing is run.
-
-    Example: copus import-hf ~/models/mine --set data.source=texts --set cluster.accelerators_per_node=8 --out job.yaml
-    """
-
-    folder: Positional[Annotated[Path, arg(metavar="DIR")]]
-    """Folder with config.json and safetensors files."""
-    overrides: Overrides = field(default_factory=list)
-    """Set a field of the job file: data.source, cluster.accelerator, training.tokens."""
-    out: Annotated[Path | None, arg(metavar="JOB.yaml")] = None
-    """Write the job file there and not on stdout."""
-    json: bool = False
-    """Print one JSON object with the job."""
-
-    def run(self) -> int:
-        from launch.import_hf import import_hf
-
-        return import_hf(self.folder, self.overrides, self.out, as_json=self.json)
-
-
-@dataclass
-class Calibrate:
-    """Measure the critical batch of a run: train branches of a checkpoint at several batches, for equal tokens.
-
-    Prints c = critical batch / noise scale, and writes RUN/calibration.json for planner.critical_batch_factor. Called
-    again, it goes on where it was. Example: copus calibrate shakespeare --multiples 1,2,4,8 --orders 3
-    """
-
-    run_name: Positional[Run]
-    """Run directory, or its name below ./runs. Its workers must not be running."""
-    checkpoint: Annotated[str | None, arg(metavar="CHECKPOINT")] = None
-    """Where the branches begin: a folder, its name, or its sequences; else the newest that verifies."""
-    multiples: Annotated[str, arg(metavar="K,K,…")] = "1,2,4,8"
-    """Batches to compare, as multiples of the checkpoint's own; the learning rate follows by the rules of the job."""
-    tokens: Annotated[int | None, arg(metavar="N")] = None
-    """Length of a branch, rounded up to whole steps of every batch; 16 steps of the largest if it is not given."""
-    orders: Annotated[int, arg(metavar="K")] = 3
-    """Orders of the data, each for every batch; the interval comes from how much they differ."""
-    tolerance: float = 0.01
-    """Nats a token that a batch may be worse than the smallest, for the figure without a model (2505.23971)."""
-    json: bool = False
-    """Print one JSON object on stdout, and the progress on stderr."""
-
-    def run(self) -> int:
-        from launch.calibrate import calibrate
-
-        return calibrate(
-            self.run_name,
-            self.checkpoint,
-            self.multiples,
-            self.tokens,
-            self.orders,
-            self.tolerance,
-            as_json=self.json,
-        )
-
-
-@dataclass
-class Simulate:
-    """Say how long a job would take with each policy, from measured step times, and whether adapting is worth it.
-
-    Needs a law of the noise scale, or a run that measured it. Example: copus simulate examples/shakespeare.yaml
-    --noise 4:64 --policy copus --policy goodput
-    """
-
-    job: Positional[JobFile]
-    """Job file; its throughput table has the times."""
-    overrides: Overrides = field(default_factory=list)
-    """Override a field of the job file."""
-    policy: Annotated[list[str], UseAppendAction, arg(metavar="NAME")] = field(default_factory=list)
-    """Policy to simulate, may be repeated: static, smallest-saturating, ramp, seesaw, late-switch, norm-test,
-    norm-test-paper, cbs, cbs-pessimistic, cbs-optimistic, cbs-doubling, copus, goodput. If none is given: all, or with
-    --like the one of the job file."""
-    noise: Annotated[str | None, arg(metavar="FIRST:LAST")] = None
-    """B_simple at the beginning and at the end, sequences; or FILE.csv:MODEL, a published batch schedule."""
-    law: Annotated[str, arg(metavar="LAW")] = "geometric"
-    """How it grows over the progress: geometric, linear, power."""
-    like: Annotated[str | None, arg(metavar="RUN")] = None
-    """Take the length, the noise scale, the cost of moves and how the machine wandered from the events of this run;
-    simulate errors of the table and trials too, and print the moves to be expected beside those that it made."""
-    error: Annotated[float | None, arg(metavar="E")] = None
-    """Standard deviation of the logarithm of a noise estimate that is there from the start, without any lag. If it is
-    not given, the noise scale is measured as in a job."""
-    factor_error: float = 1.0
-    """What the c of the job is over the right one."""
-    move_seconds: Annotated[float | None, arg(metavar="S")] = None
-    """Cost of another layout; else that of --like, else planner.layout_move_seconds."""
-    seeds: int = 16
-    """Runs of each policy."""
-    plot: Annotated[Path | None, arg(metavar="FILE.png|.svg")] = None
-    """Draw batches and times to a file."""
-    json: bool = False
-    """Print one JSON object on stdout."""
-
-    def run(self) -> int:
-        from launch.simulate import simulate
-
-        return simulate(
-            self.job,
-            self.overrides,
-            self.policy,
-            self.noise,
-            self.law,
-            self.like,
-            error=self.error,
-            factor_error=self.factor_error,
-            move_seconds=self.move_seconds,
-            seeds=self.seeds,
-            output=self.plot,
-            as_json=self.json,
-        )
-
-
-Commands = (
-    Annotated[Submit, subcommand("submit")]
-    | Annotated[Logs, subcommand("logs")]
-    | Annotated[Cancel, subcommand("cancel")]
-    | Annotated[Data, subcommand("data")]
-    | Annotated[Profile, subcommand("profile")]
-    | Annotated[Plan, subcommand("plan")]
-    | Annotated[ImportArgs, subcommand("import-args")]
-    | Annotated[Advise, subcommand("advise")]
-    | Annotated[Watch, subcommand("watch")]
-    | Annotated[Runs, subcommand("runs")]
-    | Annotated[Explain, subcommand("explain")]
-    | Annotated[Audit, subcommand("audit")]
-    | Annotated[Report, subcommand("report")]
-    | Annotated[Plot, subcommand("plot")]
-    | Annotated[Export, subcommand("export")]
-    | Annotated[ImportHF, subcommand("import-hf")]
-    | Annotated[Calibrate, subcommand("calibrate")]
-    | Annotated[Simulate, subcommand("simulate")]
+import click
+from click.shell_completion import shell_complete
+
+from launch.command import (
+    FILE,
+    PROGRESS_JSON,
+    RUN_HELP,
+    CommandGroup,
+    complete_job_or_run,
+    complete_run,
+    job_argument,
+    json_option,
+    newest_run_argument,
+    run_argument,
+    set_option,
 )
 
-DESCRIPTION = (
-    "Trains language models, and chooses batch and layout together while they train. `copus COMMAND --help` says more."
+COMPLETION = "_COPUS_COMPLETE"
+"""The variable by which the shell asks for completions."""
+TRAIN = "Train"
+BEFORE = "Before a run"
+LOOK = "Look at a run"
+OTHER_TOOLS = "With other tools"
+
+
+@click.group("copus", cls=CommandGroup, examples=["copus submit examples/shakespeare.yaml", "copus watch"])
+@click.version_option(package_name="copus", message="copus %(version)s")
+def copus() -> None:
+    """Train language models, and choose batch and layout together while they train.
+
+    `copus COMMAND --help` describes a command.
+    """
+
+
+@copus.command(
+    section=TRAIN,
+    examples=[
+        "copus submit examples/shakespeare.yaml --set training.seed=7",
+        "copus submit --resume shakespeare",
+    ],
 )
+@click.argument(
+    "job", metavar="[JOB.yaml]", required=False, type=FILE, help="Job file. With --resume: its new settings."
+)
+@set_option()
+@click.option("--name", metavar="NAME", help="Name of the run; short for --set name=NAME.")
+@click.option(
+    "--resume",
+    metavar="RUN",
+    shell_complete=complete_run,
+    help="Continue this run exactly where it stopped. A path, or a name below $COPUS_RUNS or ./runs.",
+)
+@click.option(
+    "--allow-from-scratch",
+    is_flag=True,
+    help="With --resume: train from the first step again if no checkpoint verifies, instead of refusing.",
+)
+@click.option(
+    "--engine",
+    metavar="ENGINE",
+    help="Run the job with this engine instead of launch.engine: local, slurm, kubernetes, or one that a plugin adds. "
+    "launch.options is left out.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the command, script or manifest that would run the job, and stop.")
+@click.option("--detach", is_flag=True, help="Return as soon as the job is queued, on engines that have a queue.")
+@json_option(PROGRESS_JSON)
+def submit(
+    job: Path | None,
+    overrides: Sequence[str],
+    name: str | None,
+    resume: str | None,
+    allow_from_scratch: bool,
+    engine: str | None,
+    dry_run: bool,
+    detach: bool,
+    as_json: bool,
+) -> int:
+    """Train a job, which moves to a better batch and layout as it runs.
+
+    Ctrl-C stops the job with a checkpoint. On an engine with a queue (slurm, kubernetes), Ctrl-C detaches and the job
+    keeps running; `copus cancel RUN` stops it.
+    """
+    from launch.submit import Manner, submit
+
+    manner = Manner(engine, dry_run, allow_from_scratch, detach, as_json)
+    named = [] if name is None else [f"name={name}"]
+    return submit(job, [*overrides, *named], resume, manner)
+
+
+@copus.command(section=TRAIN, examples=["copus cancel shakespeare"])
+@run_argument()
+@click.option("--now", is_flag=True, help="End the workers at once, without a checkpoint.")
+@json_option()
+def cancel(run: str, now: bool, as_json: bool) -> int:
+    """Stop a run with a checkpoint, at its next step.
+
+    `copus submit --resume RUN` continues it.
+    """
+    from launch.cancel import cancel
+
+    return cancel(run, now=now, as_json=as_json)
+
+
+@copus.command(section=TRAIN, examples=["copus data examples/shakespeare.yaml", "copus data shakespeare --verify"])
+@click.argument("job", metavar="JOB.yaml|RUN", shell_complete=complete_job_or_run, help=f"Job file. {RUN_HELP}.")
+@set_option()
+@click.option("--verify", is_flag=True, help="Compare the data that is there with its checksums; prepare nothing.")
+@json_option()
+def data(job: str, overrides: Sequence[str], verify: bool, as_json: bool) -> int:
+    """Fetch and tokenize the text of a job, and print the folder.
+
+    What is prepared already is used again.
+    """
+    from launch.data import data
+
+    return data(job, list(overrides), verify=verify, as_json=as_json)
+
+
+@copus.command(
+    section=BEFORE,
+    examples=[
+        "copus plan examples/shakespeare.yaml --set cluster.accelerator=h100-sxm",
+        "copus plan examples/llama-7b-h100.yaml --price 2.5",
+    ],
+)
+@job_argument
+@set_option()
+@click.option("--price", metavar="PRICE", type=float, help="Price of one accelerator-hour, in any currency.")
+@click.option(
+    "--backend",
+    metavar="NAME",
+    multiple=True,
+    help="Plan for this backend instead of training.backend. Repeatable: several are compared in one table.",
+)
+@click.option("--all", "all_candidates", is_flag=True, help="Show every candidate, not only the fastest of each batch.")
+@click.option(
+    "--emit",
+    metavar="TOOL",
+    help="Print only the best run that keeps its layout, as arguments of this tool: megatron, megatron-0.17, bridge, "
+    "torchtitan, deepspeed or accelerate.",
+)
+@json_option("Print one JSON object, always with every candidate.")
+def plan(
+    job: Path,
+    overrides: Sequence[str],
+    price: float | None,
+    backend: Sequence[str],
+    all_candidates: bool,
+    emit: str | None,
+    as_json: bool,
+) -> int:
+    """Predict memory, speed and price of a job, and recommend a start.
+
+    Nothing is launched, and no accelerator is needed. Step times come from the throughput table if it has them, else
+    from the cost model.
+    """
+    if len(backend) > 1:
+        from launch.plan_backends import plan_backends
+
+        if all_candidates or price is not None or emit is not None:
+            raise click.UsageError(
+                "--all, --price and --emit go with one --backend: several are compared by their fastest layouts"
+            )
+        return plan_backends(job, list(overrides), list(backend), as_json=as_json)
+    from launch.plan import plan
+
+    only = backend[0] if backend else None
+    return plan(job, list(overrides), price, only, emit, as_json=as_json, all_candidates=all_candidates)
+
+
+@copus.group(section=BEFORE, cls=CommandGroup, examples=["copus profile run examples/shakespeare.yaml"])
+def profile() -> None:
+    """Measure step times (run), show them (show), import them (import).
+
+    `copus profile JOB.yaml` is short for `copus profile run JOB.yaml`.
+    """
+
+
+@profile.command("run", examples=["copus profile run examples/shakespeare.yaml --set profile.budget_seconds=600"])
+@job_argument
+@set_option()
+@json_option(PROGRESS_JSON)
+def profile_run(job: Path, overrides: Sequence[str], as_json: bool) -> int:
+    """Measure the step times of a job's configurations.
+
+    The job's profiler measures them, and the throughput table keeps them.
+    """
+    from launch.profile import profile
+
+    return profile(job, list(overrides), as_json=as_json)
+
+
+@profile.command(
+    "show",
+    examples=[
+        "copus profile show examples/shakespeare.yaml --layout TP2",
+        'copus profile show --where "global_batch >= 8" --plot throughput.png',
+    ],
+)
+@click.argument(
+    "places",
+    metavar="[TABLE|JOB …]",
+    nargs=-1,
+    shell_complete=complete_job_or_run,
+    help="Throughput tables, which are merged; or a job file or run, whose table and model are shown. Without it the "
+    "default table.",
+)
+@click.option("--table", metavar="TABLE.jsonl", type=FILE, help="Table to read instead of the job's, or as one more.")
+@click.option("--model", metavar="DIGEST", help="Show models whose digest begins with this.")
+@click.option(
+    "--layout",
+    metavar="LAYOUT",
+    help='Show layouts with these degrees: "TP2·PP1", "tp=2,dp=4", "Z1", "recompute:full".',
+)
+@click.option("--hardware", metavar="TEXT", help="Show hardware whose name contains this.")
+@click.option(
+    "--where", metavar="SQL", help='Show rows for which this holds: "tokens_per_second > 1e4", "failure IS NOT NULL".'
+)
+@click.option(
+    "--plot", metavar="FILE.png|.svg", type=FILE, help="Draw the lines to this file. Needs pip install 'copus[plot]'."
+)
+@json_option("Print one JSON object with every row that is shown; repeats of a configuration are one row.")
+def profile_show(
+    places: Sequence[str],
+    table: Path | None,
+    model: str | None,
+    layout: str | None,
+    hardware: str | None,
+    where: str | None,
+    plot: Path | None,
+    as_json: bool,
+) -> int:
+    """Show the throughput of each layout by global batch.
+
+    Also where one layout overtakes another, and the configurations that failed.
+    """
+    from launch.profile_show import show
+    from profiles.query import Filter
+
+    wanted = Filter((model,) if model else (), layout, hardware, where)
+    return show(list(places), table, wanted, plot, as_json=as_json)
+
+
+@profile.command("import", examples=["copus profile import published.csv other.jsonl --table throughput.jsonl"])
+@click.argument(
+    "sources",
+    metavar="FILE.csv|.jsonl …",
+    nargs=-1,
+    required=True,
+    type=FILE,
+    help="Files to add. docs/tables.md describes the columns of a CSV file.",
+)
+@click.option("--table", metavar="TABLE.jsonl", type=FILE, help="Table to add to, instead of the default one.")
+@json_option()
+def profile_import(sources: Sequence[Path], table: Path | None, as_json: bool) -> int:
+    """Add measurements from CSV files or other tables.
+
+    Rows that the table has already are not added again.
+    """
+    from launch.profile_import import import_rows
+
+    return import_rows(list(sources), table, as_json=as_json)
+
+
+@copus.command(
+    section=BEFORE,
+    examples=[
+        "copus simulate examples/shakespeare.yaml --noise 4:64 --policy goodput",
+        "copus simulate JOB.yaml --like RUN",
+    ],
+)
+@click.argument("job", metavar="JOB.yaml", type=FILE, help="Job file. Its throughput table has the step times.")
+@set_option()
+@click.option(
+    "--policy",
+    metavar="NAME",
+    multiple=True,
+    help="Policy to simulate. Repeatable: static, smallest-saturating, ramp, seesaw, late-switch, norm-test, "
+    "norm-test-paper, cbs, cbs-pessimistic, cbs-optimistic, cbs-doubling, copus, goodput. Without it all of them, or "
+    "with --like that of the job file.",
+)
+@click.option(
+    "--noise",
+    metavar="FIRST:LAST",
+    help="Noise scale B_simple at the first and last step, sequences; or FILE.csv:MODEL, a published batch schedule.",
+)
+@click.option(
+    "--law",
+    metavar="LAW",
+    default="geometric",
+    help="How the noise scale grows between the two: geometric, linear or power.",
+)
+@click.option(
+    "--like",
+    metavar="RUN",
+    shell_complete=complete_run,
+    help="Take length, noise scale, cost of moves and variation of step times from this run. Also simulate errors of "
+    "the table and trials, and compare the expected moves with those of the run.",
+)
+@click.option(
+    "--error",
+    metavar="E",
+    type=float,
+    help="Give the policies a noise scale from the first step on, without lag, whose logarithm has this standard "
+    "deviation. Without it the noise scale is estimated as in a job.",
+)
+@click.option(
+    "--factor-error",
+    metavar="RATIO",
+    type=float,
+    default=1.0,
+    help="The job's critical_batch_factor over the true one.",
+)
+@click.option(
+    "--move-seconds",
+    metavar="S",
+    type=float,
+    help="Cost of a move to another layout, seconds. Without it that of --like, else planner.layout_move_seconds.",
+)
+@click.option("--seeds", metavar="N", type=int, default=16, help="Simulated runs of each policy.")
+@click.option("--plot", metavar="FILE.png|.svg", type=FILE, help="Draw batches and times to this file.")
+@json_option(PROGRESS_JSON)
+def simulate(
+    job: Path,
+    overrides: Sequence[str],
+    policy: Sequence[str],
+    noise: str | None,
+    law: str,
+    like: str | None,
+    error: float | None,
+    factor_error: float,
+    move_seconds: float | None,
+    seeds: int,
+    plot: Path | None,
+    as_json: bool,
+) -> int:
+    """Compare policies on a job, from measured step times.
+
+    Says whether adapting is worth it. Needs an assumed growth of the noise scale (--noise), or a run that measured it
+    (--like).
+    """
+    from launch.simulate import simulate
+
+    return simulate(
+        job,
+        list(overrides),
+        list(policy),
+        noise,
+        law,
+        like,
+        error=error,
+        factor_error=factor_error,
+        move_seconds=move_seconds,
+        seeds=seeds,
+        output=plot,
+        as_json=as_json,
+    )
+
+
+@copus.command(section=LOOK, examples=["copus watch shakespeare"])
+@newest_run_argument
+@click.option("--once", is_flag=True, help="Print the present state and stop.")
+@click.option(
+    "--web",
+    is_flag=True,
+    help="Serve the report of the run, live, to a browser on this machine. Prints its address, which contains a token.",
+)
+@json_option("Print a JSON object on a line of its own at every change; with --once a single one.")
+def watch(run: str | None, once: bool, web: bool, as_json: bool) -> int:
+    """Show a run as it trains, until it ends.
+
+    Ctrl-C detaches; the run keeps running. The exit code is 1 if the run failed.
+    """
+    from launch.watch import watch
+
+    return watch(run, once=once, as_json=as_json, web=web)
+
+
+@copus.command(section=LOOK, examples=["copus runs /shared/runs --json"])
+@click.argument(
+    "folder",
+    metavar="[FOLDER]",
+    required=False,
+    type=click.Path(path_type=Path, file_okay=True),
+    help="Folder with run directories. Without it $COPUS_RUNS or ./runs.",
+)
+@json_option()
+def runs(folder: Path | None, as_json: bool) -> int:
+    """List the runs in a folder with their state and progress.
+
+    A run is queued, starting, measuring, running, stalled, finished, stopped, failed or crashed.
+    """
+    from launch.runs import runs
+
+    return runs(folder, as_json=as_json)
+
+
+@copus.command(section=LOOK, examples=["copus logs shakespeare --follow --rank 0"])
+@newest_run_argument
+@click.option("--rank", metavar="N", type=int, help="Print the lines of this rank only, not those of all ranks.")
+@click.option("--follow", "-f", is_flag=True, help="Wait for more lines until the run has ended.")
+def logs(run: str | None, rank: int | None, follow: bool) -> int:
+    """Print the output of a run's workers: a line for each step."""
+    from launch.logs import logs
+
+    return logs(run, rank, follow=follow)
+
+
+@copus.command(section=LOOK, examples=["copus explain shakespeare --decision 3"])
+@newest_run_argument
+@click.option(
+    "--decision",
+    metavar="N",
+    type=int,
+    help="Number of the decision. Without it the newest that moved the job, else the newest.",
+)
+@click.option("--all", "all_candidates", is_flag=True, help="Show every candidate, not only the best eight.")
+@json_option("Print one JSON object, always with every candidate.")
+def explain(run: str | None, decision: int | None, all_candidates: bool, as_json: bool) -> int:
+    """Show a decision of the planner, and why it was taken.
+
+    Lists the candidates with the time that each would save, and compares the predicted step time with the measured one.
+    """
+    from launch.explain import explain
+
+    return explain(run, decision, as_json=as_json, all_candidates=all_candidates)
+
+
+@copus.command(section=LOOK, examples=["copus audit shakespeare"])
+@newest_run_argument
+@json_option()
+def audit(run: str | None, as_json: bool) -> int:
+    """Check by a run's own data whether adapting paid off.
+
+    Reports the gain over fixed configurations, what trials cost and brought, and how good the predictions were.
+    """
+    from launch.audit import audit
+
+    return audit(run, as_json=as_json)
+
+
+@copus.command(
+    section=LOOK,
+    examples=["copus report shakespeare", "copus report with-moves without-moves --output both.html"],
+)
+@click.argument(
+    "names",
+    metavar="[RUN …]",
+    nargs=-1,
+    shell_complete=complete_run,
+    help="Run directories, or their names below $COPUS_RUNS or ./runs. Without it the newest run there.",
+)
+@click.option(
+    "--output",
+    metavar="FILE.html",
+    type=FILE,
+    help="File to write. Without it RUN/report.html, or ./comparison.html for several runs.",
+)
+@json_option("Print the path of the file as a JSON object.")
+def report(names: Sequence[str], output: Path | None, as_json: bool) -> int:
+    """Write an HTML page about a run, or compare several runs.
+
+    The page needs no network and no other file.
+    """
+    from launch.report import report
+
+    return report(list(names), output, as_json=as_json)
+
+
+@copus.command(section=LOOK, examples=["copus plot shakespeare --output shakespeare.svg"])
+@newest_run_argument
+@click.option("--output", metavar="FILE.png|.svg", type=FILE, help="File to write. Without it RUN/plot.png.")
+@json_option("Print the path of the file as a JSON object.")
+def plot(run: str | None, output: Path | None, as_json: bool) -> int:
+    """Draw loss, noise scale, batch, layout and throughput."""
+    from launch.plot import plot
+
+    return plot(run, output, as_json=as_json)
+
+
+@copus.command(
+    section=LOOK, examples=["copus calibrate shakespeare", "copus calibrate shakespeare --multiples 1,2,4,8 --orders 3"]
+)
+@run_argument(". Its workers must not be running")
+@click.option(
+    "--checkpoint",
+    metavar="CHECKPOINT",
+    help="Checkpoint that the branches start from: a folder, its name, or its sequences. Without it the newest that "
+    "verifies.",
+)
+@click.option(
+    "--multiples",
+    metavar="K,K,…",
+    default="1,2,4,8",
+    help="Batches to compare, as multiples of the checkpoint's. The learning rate follows the rules of the job.",
+)
+@click.option(
+    "--tokens",
+    metavar="N",
+    type=int,
+    help="Length of a branch, rounded up to whole steps of every batch. Without it 16 steps of the largest batch.",
+)
+@click.option(
+    "--orders",
+    metavar="K",
+    type=int,
+    default=3,
+    help="Orders of the data, for every batch. The interval comes from the differences between them.",
+)
+@click.option(
+    "--tolerance",
+    metavar="LOSS",
+    type=float,
+    default=0.01,
+    help="Loss in nats/token that a batch may be worse than the smallest, for the estimate without a model "
+    "(arXiv 2505.23971).",
+)
+@json_option(PROGRESS_JSON)
+def calibrate(
+    run: str, checkpoint: str | None, multiples: str, tokens: int | None, orders: int, tolerance: float, as_json: bool
+) -> int:
+    """Measure the critical batch by training short branches.
+
+    The branches start from one checkpoint and train equal tokens at several batches. Prints c = critical batch / noise
+    scale, and writes RUN/calibration.json for planner.critical_batch_factor. A second call continues the first.
+    """
+    from launch.calibrate import calibrate
+
+    return calibrate(run, checkpoint, multiples, tokens, orders, tolerance, as_json=as_json)
+
+
+@copus.command(
+    "import-args",
+    section=OTHER_TOOLS,
+    examples=[
+        "copus import-args train.sh --out job.yaml",
+        "copus import-args -- torchrun pretrain_gpt.py --num-layers 24 …",
+    ],
+)
+@click.argument(
+    "words",
+    metavar="SCRIPT|FILE|-- COMMAND …",
+    nargs=-1,
+    required=True,
+    type=click.UNPROCESSED,
+    shell_complete=complete_job_or_run,
+    help="Shell script with its arguments, YAML of Megatron-Bridge or NeMo, TOML of torchtitan, or a command line "
+    "after --. NAME=VALUE before it sets a variable.",
+)
+@set_option("Set a field that the arguments do not give, such as cluster.accelerator or model.vocab.")
+@click.option("--out", metavar="JOB.yaml", type=FILE, help="Write the job file there and not to stdout.")
+@json_option("Print one JSON object with the job and the fate of every argument.")
+def import_args(words: Sequence[str], overrides: Sequence[str], out: Path | None, as_json: bool) -> int:
+    """Print the job file for another tool's arguments.
+
+    Nothing is run. Arguments that no field of a job file expresses become comments.
+    """
+    from launch.import_args import import_args
+
+    return import_args(list(words), list(overrides), out, as_json=as_json)
+
+
+@copus.command(
+    "import-hf",
+    section=OTHER_TOOLS,
+    examples=["copus import-hf ~/models/mine --set data.source=texts --out job.yaml"],
+)
+@click.argument("folder", metavar="DIR", type=FILE, help="Folder with config.json and safetensors files.")
+@set_option("Set a field of the job file, such as data.source, cluster.accelerator or training.tokens.")
+@click.option("--out", metavar="JOB.yaml", type=FILE, help="Write the job file there and not to stdout.")
+@json_option("Print one JSON object with the job.")
+def import_hf(folder: Path, overrides: Sequence[str], out: Path | None, as_json: bool) -> int:
+    """Print a job file that trains a Hugging Face model further.
+
+    The weights are checked. Nothing is run.
+    """
+    from launch.import_hf import import_hf
+
+    return import_hf(folder, list(overrides), out, as_json=as_json)
+
+
+@copus.command(section=OTHER_TOOLS, examples=["copus advise job.yaml meter.jsonl --emit megatron"])
+@click.argument(
+    "job", metavar="JOB.yaml", type=FILE, help="Job file that describes the training; `copus import-args` writes one."
+)
+@click.argument(
+    "log",
+    metavar="LOG",
+    type=FILE,
+    help="Log of the steps: .jsonl of copus.NoiseMeter, TensorBoard's event file or folder, or .csv exported by W&B.",
+)
+@set_option()
+@click.option(
+    "--restart-seconds",
+    metavar="S",
+    type=float,
+    default=300.0,
+    help="Cost of a restart in another layout, seconds, if planner.layout_move_seconds is not set. A change of the "
+    "batch alone costs nothing.",
+)
+@click.option("--watch", is_flag=True, help="Print the advice again whenever it changes. Ctrl-C ends it.")
+@click.option("--all", "all_candidates", is_flag=True, help="Show every candidate, not only the best.")
+@click.option("--emit", metavar="TOOL", help="Print the advice as arguments of another tool, as in `copus plan`.")
+@json_option("Print one JSON object; with --watch one on each line.")
+def advise(
+    job: Path,
+    log: Path,
+    overrides: Sequence[str],
+    restart_seconds: float,
+    watch: bool,
+    all_candidates: bool,
+    emit: str | None,
+    as_json: bool,
+) -> int:
+    """Recommend batch and layout for a trainer of your own.
+
+    Uses the noise scale and step times in the trainer's log, and says how much time the change saves.
+    """
+    from launch.advise import advise
+
+    return advise(
+        job,
+        log,
+        list(overrides),
+        restart_seconds,
+        emit,
+        watch=watch,
+        as_json=as_json,
+        all_candidates=all_candidates,
+    )
+
+
+@copus.command(section=OTHER_TOOLS, examples=["copus export shakespeare shakespeare-hf --to hf --dtype bf16"])
+@run_argument()
+@click.argument("folder", metavar="DIR", type=FILE, help="Folder to write. It must be empty or not exist.")
+@click.option(
+    "--to",
+    type=click.Choice(["hf", "megatron"]),
+    default="hf",
+    help="hf: a Hugging Face folder of safetensors files. megatron: Megatron-LM's format torch_dist.",
+)
+@click.option(
+    "--checkpoint",
+    metavar="CHECKPOINT",
+    help="Checkpoint to export: a folder, its name, or its sequences. Without it the newest that verifies.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="Type of the weights. Without it that of training.precision.",
+)
+@json_option(PROGRESS_JSON)
+def export(run: str, folder: Path, to: str, checkpoint: str | None, dtype: str | None, as_json: bool) -> int:
+    """Write a run's weights for transformers or Megatron-LM.
+
+    No accelerator is needed, and little memory.
+    """
+    from launch.export import export
+
+    return export(run, folder, to, checkpoint, dtype, as_json=as_json)  # type: ignore[arg-type]  # click has checked
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
-    Returns the exit code: 0, 1 where workers failed, 2 for what the user has to mend, 128 + signal where stopped.
+    Returns the exit code: 0, 1 if workers failed, 2 for a user error, 128 + signal if the command was stopped by one.
     """
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that lacks a sign gets a "?"
+    if instruction := os.environ.get(COMPLETION):
+        return shell_complete(copus, {}, "copus", COMPLETION, instruction)
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == ["--version"]:
-        print(f"copus {version('copus')}")
-        return 0
-    if misspelt := _misspelt(arguments):
-        print(f"copus: {misspelt}", file=sys.stderr)
-        return 2
     try:
-        command: Command = tyro.cli(
-            Commands,
-            prog="copus",
-            description=DESCRIPTION,
-            args=_in_full(arguments or ["--help"]),
-            config=(FlagCreatePairsOff, OmitArgPrefixes),
-        )
-        return _run(command, as_json=getattr(command, "json", False))
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = _run(_in_full(arguments or ["--help"]))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader (`head`, a pager) has seen enough; keep the interpreter's own flush quiet too
@@ -640,27 +693,38 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _run(command: Command, *, as_json: bool) -> int:
-    """Run a command and return its exit code. An error that the user has to fix is printed in one line, and as an
-    object on standard output if that is what the caller reads."""
-    from copus.user_errors import EXIT_CODE, user_message  # after the parsing: --help needs none of it
-
+def _run(arguments: list[str]) -> int:
+    """Parse the arguments, run the command and return its exit code. A user error is printed in one line, and as an
+    object on standard output as well if the caller asked for JSON."""
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn
-            code = command.run()
-        sys.stdout.flush()
-        return code
+        with copus.make_context("copus", list(arguments)) as context:
+            return int(copus.invoke(context) or 0)
+    except click.exceptions.Exit as ended:  # --help, --version
+        return ended.exit_code
+    except click.UsageError as error:
+        message = _usage_message(error)
     except Exception as error:
-        message = user_message(error)
-        if message is None:
+        from copus.user_errors import user_message  # only now: --help needs none of it
+
+        said = user_message(error)
+        if said is None:
             raise
+        message = said
     print(f"copus: {message}", file=sys.stderr)
-    if as_json:
+    if "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments:
         from launch.json_output import as_json_line
 
         print(as_json_line({"error": message}))
-    return EXIT_CODE
+    return 2
+
+
+def _usage_message(error: click.UsageError) -> str:
+    """What is wrong with the command line, in a line, with the nearest names, or where to look for the right ones."""
+    near = getattr(error, "possibilities", None) or []
+    text = (error.message if near else error.format_message()).rstrip(".")
+    text = text[:1].lower() + text[1:]
+    path = error.ctx.command_path if error.ctx else "copus"
+    return f"{text}; did you mean {' or '.join(near)}?" if near else f"{text} (see {path} --help)"
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
@@ -668,20 +732,12 @@ def _warn(message: Warning | str, category: type[Warning], *where: object, **mor
     print(f"copus: warning: {message}", file=sys.stderr)
 
 
-def _misspelt(arguments: list[str]) -> str | None:
-    """What to say of a command that there is not; None if there is no such command line."""
-    names = [metadata.name for command in get_args(Commands) for metadata in command.__metadata__]
-    if not arguments or arguments[0].startswith("-") or arguments[0] in names:
-        return None
-    near = difflib.get_close_matches(arguments[0], names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-    return f"no command {arguments[0]}; {hint}"
-
-
 def _in_full(arguments: list[str]) -> list[str]:
-    """`copus profile JOB.yaml` as `copus profile run JOB.yaml`."""
+    """`copus profile JOB.yaml` as `copus profile run JOB.yaml`, and `copus profile` as a request for its help."""
+    if arguments == ["profile"]:
+        return ["profile", "--help"]
     asks = {"run", "show", "import", "-h", "--help"}
-    if arguments[:1] == ["profile"] and len(arguments) > 1 and asks.isdisjoint(arguments[1:]):
+    if arguments[:1] == ["profile"] and asks.isdisjoint(arguments[1:]):
         return ["profile", "run", *arguments[1:]]
     return arguments
 

@@ -1,6 +1,7 @@
 """The run directory: making one, finding one, locking one, and asking its workers to stop."""
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import itertools
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from copus.job import JobConfig, JobError, dump_job
+from launch.run_names import run_names, runs_folder
 from profiles.accelerator import is_file_of_user
 
 
@@ -112,11 +114,6 @@ def discard_run(run: Path) -> None:
         run.parent.rmdir()
 
 
-def runs_folder() -> Path:
-    """Where runs are made and looked for unless somebody says otherwise: `$COPUS_RUNS`, else ./runs."""
-    return Path(os.environ.get("COPUS_RUNS") or "runs").expanduser()
-
-
 def newest_run() -> Path:
     """The run in `runs_folder` that wrote an event last, or was made last. Raises JobError if there is none."""
     folder = runs_folder()
@@ -144,7 +141,9 @@ def find_run(text: str | None) -> Path:
                 return path.absolute()
     except (OSError, RuntimeError) as error:  # a name that is too long; `~` of a user that there is not
         raise JobError(f"no run {text[:80]}: {getattr(error, 'strerror', error)}") from None
-    raise JobError(f"no run {text}: neither {text} nor {runs_folder() / text} is a folder with a job.yaml")
+    near = difflib.get_close_matches(text, run_names(), n=2)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise JobError(f"no run {text}: neither {text} nor {runs_folder() / text} is a folder with a job.yaml{hint}")
 
 
 def _check_events(run: Path) -> None:

@@ -10,7 +10,7 @@ from copus.event_lines import event_lines
 from copus.events import parse_event
 from copus.job import JobError
 from launch.json_output import as_json_line
-from launch.run_directory import runs_folder
+from launch.run_names import runs_folder
 from launch.run_state import RunState, state_of
 from launch.status import RunStatus
 from launch.tables import add_solid_column, fitted, new_table, page

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -32,6 +33,8 @@ COMMANDS = (
     "audit",
     "report",
     "plot",
+    "export",
+    "import-hf",
     "calibrate",
     "simulate",
 )
@@ -59,7 +62,7 @@ def run(tmp_path: Path) -> Path:
 def test_help_and_explain_import_nothing_heavy(run: Path) -> None:
     helped = imported(run.parent.parent, "--help")
     explained = imported(run.parent.parent, "explain", "one", "--json")
-    assert "tyro" in helped
+    assert "click" in helped
     assert "planner" in explained
     assert (helped | explained).isdisjoint(HEAVY)
     assert "pydantic" not in helped
@@ -67,21 +70,27 @@ def test_help_and_explain_import_nothing_heavy(run: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        copus_here(*command.split(), "--help")
-    assert ended.value.code == 0
+    assert copus_here(*command.split(), "--help") == 0
     text = capsys.readouterr().out
-    assert f"copus {command} " in text.partition("Example")[2]
-    assert "{None}" not in text
+    assert f"copus {command}" in text.partition("Example")[2]
+    assert "None" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert sentences(text) == []
+
+
+def sentences(text: str) -> list[str]:
+    """Explanations of arguments in a help text that do not begin with a capital letter and end with a full stop."""
+    entries = re.split(r"\n  (?=\S)", text.partition("rguments:\n")[2] or text.partition("Options:\n")[2])
+    words = [" ".join(entry.split("\n\n")[0].split("  ", 1)[-1].split()) for entry in entries if "  " in entry]
+    plain = [re.sub(r" \[default: .*\]$", "", word) for word in words if word]
+    return [word for word in plain if not re.fullmatch(r"([A-Z$]|\w+: ).*\.", word)]
 
 
 def test_the_command_alone_prints_the_help_and_its_version_is_that_of_the_package(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        copus_here()
-    assert ended.value.code == 0
-    assert "usage: copus" in capsys.readouterr().out
+    assert copus_here() == 0
+    assert "Usage: copus" in capsys.readouterr().out
     assert copus_here("--version") == 0
     assert capsys.readouterr().out == f"copus {version('copus')}\n"
 
@@ -89,18 +98,52 @@ def test_the_command_alone_prints_the_help_and_its_version_is_that_of_the_packag
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("explian", "copus: no command explian; did you mean explain?\n"),
-        (
-            "zzz",
-            "copus: no command zzz; there are submit, logs, cancel, data, profile, plan, import-args, advise, watch, ",
-        ),
+        ("explian", "copus: no such command 'explian'; did you mean explain or plan?\n"),
+        ("zzz", "copus: no such command 'zzz' (see copus --help)\n"),
+        ("explain --decison 3", "copus: no such option '--decison'; did you mean --decision?\n"),
+        ("explain --decision", "copus: option '--decision' requires an argument (see copus explain --help)\n"),
     ],
 )
-def test_a_misspelt_command_is_answered_with_the_nearest(
+def test_a_misspelt_command_or_option_is_answered_with_the_nearest(
     typed: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert copus_here(typed, "x") == 2
-    assert capsys.readouterr().err.startswith(message)
+    assert copus_here(*typed.split()) == 2
+    assert capsys.readouterr().err == message
+
+
+def test_a_misspelt_run_is_answered_with_the_nearest(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    assert copus_here("explain", "oen") == 2
+    assert capsys.readouterr().err.endswith("is a folder with a job.yaml; did you mean one?\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["ex"], ["explain", "export"]),
+        (["explain", ""], ["one", "other"]),
+        (["submit", "--resume", "ot"], ["other"]),
+        (["export", "--to", "m"], ["megatron"]),
+        (["explain", "--dec"], ["--decision"]),
+    ],
+)
+def test_the_shell_completes_commands_options_and_the_names_of_runs(
+    words: list[str],
+    expected: list[str],
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (run.parent / "other").mkdir()
+    (run.parent / "other" / "job.yaml").write_text("")
+    monkeypatch.chdir(run.parent.parent)
+    monkeypatch.setenv("_COPUS_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", " ".join(["copus", *words]))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    assert copus_here() == 0
+    assert capsys.readouterr().out.split() == [f"plain,{word}" for word in expected]
 
 
 def test_the_newest_run_is_meant_if_none_is_named(
@@ -131,9 +174,7 @@ def test_a_watch_of_a_run_that_failed_does_not_end_well(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["submit", "--frobnicate"], ["cancel"], ["explain", "a", "--decision", "x"]])
 def test_what_cannot_be_parsed_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        copus_here(*arguments)
-    assert ended.value.code == 2
+    assert copus_here(*arguments) == 2
     output, errors = capsys.readouterr()
     assert output == ""
     assert "Traceback" not in errors
@@ -158,6 +199,15 @@ def test_modules_are_found_where_the_command_is_not_where_it_is_typed(tmp_path: 
     command = [sys.executable, "-P", "-c", script]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+def test_with_json_an_error_of_the_command_line_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert copus_here("explain", "--json", "--decision", "x") == 2
+    output, errors = capsys.readouterr()
+    values = json.loads(output)
+    assert values["schema_version"] == 1
+    assert values["error"] == "invalid value for '--decision': 'x' is not a valid integer (see copus explain --help)"
+    assert errors == f"copus: {values['error']}\n"
 
 
 def test_json_is_one_object_on_stdout(run: Path) -> None:

@@ -117,14 +117,14 @@ def command_lines(page: Path) -> Iterator[str]:
 
 @each_page
 def test_commands_and_flags_exist(page: Path) -> None:
-    names = set(commands.names())
+    names = set(dict(commands.commands()))
     for line in command_lines(page):
         words = [word.strip("[].,;") for word in shlex.split(line, comments=True)][1:]
         name = words[0] if " ".join(words[:2]) not in names else " ".join(words[:2])
         assert name in names, f"{page.name}: {line}"
         name = "profile run" if name == "profile" and len(words) > 1 else name
         flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert flags <= commands.help_of(name).flags | {"--help"}, f"{page.name}: {line}"
+        assert flags <= commands.flags(name) | {"--help"}, f"{page.name}: {line}"
 
 
 # Benchmarks
