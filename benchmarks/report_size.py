@@ -19,9 +19,9 @@ from benchmarks.command import console_of, parser_of, tell
 from copus.events import DecisionMade, End, Evaluate, EventLog, Noise, Reconfigure, Start, Step
 from launch.report import page
 from launch.tables import print_table
-from planner.wording import duration
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
+from profiles.formatting import duration
 from profiles.layout import Layout
 from profiles.noise_scale import NoiseScale
 

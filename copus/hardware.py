@@ -32,7 +32,7 @@ def software_name() -> str:
     """Versions that matter for speed."""
     if torch.cuda.is_available():
         return f"torch {torch.__version__}, CUDA {torch.version.cuda}"
-    return f"torch {torch.__version__}, gloo, {torch.get_num_threads()} threads a rank"
+    return f"torch {torch.__version__}, gloo, {torch.get_num_threads()} threads per rank"
 
 
 class PhaseClock:

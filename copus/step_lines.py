@@ -1,8 +1,8 @@
 """The line that rank 0 prints for each step: `copus logs` shows it."""
 
 from copus.events import Evaluate, Event, Reconfigure, Start, Step
-from planner.wording import duration, percent, three_digits
 from profiles.configuration import Configuration
+from profiles.formatting import duration, percent, three_digits
 
 
 class StepLines:

@@ -18,11 +18,10 @@ from launch.json_output import as_json_line
 from launch.recommendation import flow
 from launch.tables import page
 from launch.trainer_logs import read_trainer_log
-from launch.wording import count, noise_interval
 from planner.outlook import QUANTILE_50
-from planner.wording import duration, percent, three_digits
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
+from profiles.formatting import count, duration, noise_interval, percent, three_digits
 from profiles.noise_scale import NoiseScale
 
 LOOKS = 24

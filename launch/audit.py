@@ -4,9 +4,9 @@ from copus.audit import audit_run
 from copus.job import JobError
 from launch.json_output import as_json_line
 from launch.run_directory import find_run, shown
-from planner.wording import duration, percent
 from profiles.audit import Audit, Estimate
 from profiles.configuration import Configuration
+from profiles.formatting import duration, percent, signed_percent, signed_percent_interval
 
 
 def audit(run_text: str | None, *, as_json: bool = False) -> int:
@@ -66,13 +66,7 @@ def _gains(found: Audit, best: Configuration) -> list[tuple[str, str]]:
 
 def _interval(estimate: Estimate) -> str:
     """`+5.1 % (+1.2 to +9.8)`."""
-    return f"{signed(estimate.value)} % ({signed(estimate.low)} to {signed(estimate.high)})"
-
-
-def signed(percentage: float) -> str:
-    """`+5.1`, `−12`, `0.0`: one decimal below 10."""
-    text = f"{percentage:+.{1 if abs(percentage) < 9.95 else 0}f}".replace("-", "−")
-    return "0.0" if text in ("+0.0", "−0.0") else text
+    return signed_percent_interval(*(part / 100 for part in (estimate.value, estimate.low, estimate.high)))
 
 
 def _share(found: Audit) -> str:
@@ -87,12 +81,12 @@ def _with_measuring(found: Audit) -> str:
     if gain is None or not found.compared_seconds:
         return ", in none of these figures"
     share = found.compared_seconds / (found.compared_seconds + found.measuring_seconds)
-    return f"; with it {signed((100 + gain.value) * share - 100)} % over the first"
+    return f"; with it {signed_percent((1 + gain.value / 100) * share - 1)} over the first"
 
 
 def _predictions(found: Audit) -> str:
     checked = found.predictions
     if checked.mape_pct is None or checked.coverage_pct is None:
         return "none was checked: the job never moved"
-    times = f"{checked.count} step time{'s' * (checked.count != 1)} off by {checked.mape_pct:.1f} % on average"
-    return f"{times}, {checked.coverage_pct:.0f} % within their 80 % interval"
+    times = f"{checked.count} step time{'s' * (checked.count != 1)} off by {percent(checked.mape_pct / 100)} on average"
+    return f"{times}, {percent(checked.coverage_pct / 100)} within their 80 % interval"

@@ -22,10 +22,9 @@ from launch.interrupts import Interrupts
 from launch.json_output import as_json_line
 from launch.progress import SteadyConsole
 from launch.run_directory import clear_stop, find_run, lock_run, shown, write_atomically, write_job
-from launch.wording import clock, count
-from planner.wording import three_digits
 from profiles.calibration import Calibration
 from profiles.configuration import Configuration
+from profiles.formatting import count, duration, three_digits
 
 SHORTEST = 16
 """Steps of the largest batch in a branch, where the user names no length."""
@@ -223,7 +222,7 @@ def _analyse(
 def _say_unfinished(outcome: Outcome, run: Path, console: Console) -> int:
     if outcome.reason != "failed":  # which has been explained
         console.print(
-            f"stopped after {clock(outcome.seconds)}; the same command goes on after the last whole branch of "
+            f"stopped after {duration(outcome.seconds)}; the same command goes on after the last whole branch of "
             f"{shown(run)}",
             markup=False,
             soft_wrap=True,
@@ -260,10 +259,10 @@ def _print(found: Calibration, path: Path, job: JobConfig) -> None:
 
 
 def _interval(value: float | None, low: float | None, high: float | None) -> str:
-    """`14.2 [10.1–19.8]`; an open end is ∞."""
+    """`14.2 (10.1–19.8)`; an open end is ∞."""
     if value is None:
         return "unknown" if low is None else f"unknown, above {three_digits(low)}"
     if low is None and high is None:
         return f"{three_digits(value)} (no interval)"
     ends = ("0" if low is None else three_digits(low), "∞" if high is None else three_digits(high))
-    return f"{three_digits(value)} [{'–'.join(ends)}]"
+    return f"{three_digits(value)} ({'–'.join(ends)})"

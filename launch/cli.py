@@ -523,7 +523,7 @@ def plot(run: str | None, output: Path | None, as_json: bool) -> int:
     metavar="LOSS",
     type=float,
     default=0.01,
-    help="Loss in nats/token that a batch may be worse than the smallest, for the estimate without a model "
+    help="Loss in nats per token that a batch may be worse than the smallest, for the estimate without a model "
     "(arXiv 2505.23971).",
 )
 @json_option(PROGRESS_JSON)
@@ -648,7 +648,7 @@ def advise(
     "--to",
     type=click.Choice(["hf", "megatron"]),
     default="hf",
-    help="hf: a Hugging Face folder of safetensors files. megatron: Megatron-LM's format torch_dist.",
+    help="Format: hf is a Hugging Face folder of safetensors files, megatron is Megatron-LM's torch_dist.",
 )
 @click.option(
     "--checkpoint",
@@ -723,8 +723,9 @@ def _usage_message(error: click.UsageError) -> str:
     near = getattr(error, "possibilities", None) or []
     text = (error.message if near else error.format_message()).rstrip(".")
     text = text[:1].lower() + text[1:]
-    path = error.ctx.command_path if error.ctx else "copus"
-    return f"{text}; did you mean {' or '.join(near)}?" if near else f"{text} (see {path} --help)"
+    if near:
+        return f"{text}; did you mean {' or '.join(near)}?"
+    return f"{text} (see {error.ctx.command_path} --help)" if error.ctx else text
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:

@@ -13,9 +13,18 @@ from copus.job import JobError, load_job
 from launch.json_output import as_json_line
 from launch.run_directory import find_run, shown
 from launch.tables import add_solid_column, fitted, new_table, page
-from launch.wording import count, noise_interval
-from planner.wording import duration, duration_interval, percent, signed_duration, three_digits
 from profiles.decision import CandidateScore, Decision
+from profiles.formatting import (
+    count,
+    duration,
+    duration_interval,
+    gibibytes,
+    noise_interval,
+    percent,
+    signed_duration,
+    signed_percent,
+    three_digits,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -178,12 +187,12 @@ def cells(candidate: CandidateScore, current: CandidateScore | None) -> list[str
         spread = candidate.step_seconds_spread / candidate.step_seconds
     return [
         candidate.configuration.label,
-        "–" if candidate.step_seconds is None else f"{1000 * candidate.step_seconds:.0f} ms",
-        _number(spread, ".0%"),
+        "–" if candidate.step_seconds is None else duration(candidate.step_seconds),
+        "–" if spread is None else percent(spread),
         *("–" if ratio is None else f"×{ratio:.2f}" for ratio in ratios),
         _saved(candidate),
         "–" if candidate.move_seconds is None else duration(candidate.move_seconds),
-        "–" if candidate.peak_bytes is None else f"{candidate.peak_bytes / 2**30:.2f} GiB",
+        "–" if candidate.peak_bytes is None else gibibytes(candidate.peak_bytes),
         candidate.source,
         verdict_word(candidate.verdict),
     ]
@@ -345,7 +354,7 @@ def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:
         ("critical", f"φ {critical}{_factors(decision)}"),
         *_forecast(decision),
         ("objective", f"{decision.objective}: goodput = {formula}, efficiency = 1 / (1 + batch/φ)"),
-        ("policy", f"{decision.policy}, decided in {event.seconds * 1000:.0f} ms"),
+        ("policy", f"{decision.policy}, decided in {duration(event.seconds)}"),
         ("outcome", outcome),
         *([("trade", line)] if (line := trade(decision)) else []),
         *([("at stake", line)] if (line := at_stake(decision)) else []),
@@ -355,10 +364,10 @@ def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:
     if seen is None:
         seen_text = "no step has run in it since"
     else:
-        seen_text = f"seen {seen * 1000:.0f} ms a step (median of {explanation.seen_steps})"
+        seen_text = f"measured {duration(seen)} per step (median of {explanation.seen_steps})"
         if predicted:
-            seen_text += f", {seen / predicted - 1:+.1%}"
-    predicted_text = "no prediction" if predicted is None else f"predicted {predicted * 1000:.0f} ms"
+            seen_text += f", {signed_percent(seen / predicted - 1)}"
+    predicted_text = "no prediction" if predicted is None else f"predicted {duration(predicted)}"
     return [*rows, ("chosen", f"{predicted_text}, {seen_text}")]
 
 
@@ -381,7 +390,3 @@ def _forecast(decision: Decision) -> list[tuple[str, str]]:
         return []
     interval = noise_interval(found.value, found.low, found.high)
     return [("forecast", f"B_simple {interval} at {count(found.tokens)} tokens")]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

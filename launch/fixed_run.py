@@ -9,8 +9,8 @@ from copus.job import JobConfig, JobError
 from copus.optimizers import AdamW
 from launch.arguments.batch_steps import BatchSteps
 from launch.recommendation import STAGES
-from planner.wording import percent
 from profiles.configuration import Configuration
+from profiles.formatting import percent
 from profiles.layout import Layout
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs

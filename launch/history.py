@@ -64,7 +64,7 @@ class NoiseAt(NamedTuple):
 
 
 class LossAt(NamedTuple):
-    """A held-out loss, nats a token."""
+    """A held-out loss, nats per token."""
 
     tokens: float
     seconds: float

@@ -11,7 +11,7 @@ from copus.backends.registry import BUILT_IN
 from copus.job import JobConfig, JobError, apply_override, parse_job
 from copus.weights.source import TOKENIZER, check_source, find_source
 from launch.job_file_output import put_job_file
-from launch.wording import count
+from profiles.formatting import count
 from profiles.huggingface_config import read_config, read_values
 
 LONGEST = 4096

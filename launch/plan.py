@@ -17,8 +17,7 @@ from launch.smallest_batch import as_values as smallest_batch_values
 from launch.smallest_batch import lines as smallest_batch_lines
 from launch.smallest_batch import smallest_batch
 from launch.tables import page, print_columns, print_table
-from launch.wording import count
-from planner.wording import duration, percent, three_digits
+from profiles.formatting import count, duration, percent, three_digits
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs, and not by those that only look at it
     from planner.job_estimate import Fastest, JobEstimate, NoiseRange
@@ -158,7 +157,7 @@ def _print(
             "fastest layout of each global batch", [fastest_row(each) for each in fastest], console, DISPENSABLE
         )
         print_columns(
-            "memory of the fullest rank, GiB, as the memory model has it",
+            "predicted peak memory per rank (GiB)",
             _memory([estimate.start, *(each.best for each in fastest)]),
             console,
         )

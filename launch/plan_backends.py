@@ -11,7 +11,7 @@ from copus.job import JobConfig, JobError, load_job
 from launch.json_output import as_json_line
 from launch.plan import DISPENSABLE, as_values, fastest_row, on_backend
 from launch.tables import page, print_table
-from launch.wording import count
+from profiles.formatting import count
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs
     from planner.job_estimate import Fastest, JobEstimate

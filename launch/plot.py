@@ -127,7 +127,7 @@ def _draw_loss(panel: "Axes", series: Series) -> None:
             linewidth=1.6,
             label="validation",
         )
-    panel.set_ylabel("loss (nats a token)")
+    panel.set_ylabel("loss (nats per token)")
     panel.legend(loc="upper right", ncols=2)
 
 

@@ -9,9 +9,8 @@ from copus.job import JobError, load_job
 from launch.json_output import as_json_line
 from launch.lines import LinePoint, Lines, fastest, point, winners
 from launch.run_directory import find_run, shown
-from launch.wording import count
-from planner.wording import duration, three_digits
 from profiles.config import ProfileConfig
+from profiles.formatting import count, duration, three_digits
 from profiles.measurement import Measurement
 from profiles.query import Filter, Summary, groups, query
 

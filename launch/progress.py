@@ -16,16 +16,8 @@ from copus.events import Branch, Evaluate, Event, Failure, Profile, Reconfigure,
 from launch.explain import trade
 from launch.run_directory import shown
 from launch.status import RunStatus
-from launch.wording import (
-    clock,
-    count,
-    describe_branch,
-    describe_event,
-    describe_loss,
-    describe_measurement,
-    noise_interval,
-)
-from planner.wording import percent, three_digits
+from launch.wording import describe_branch, describe_event, describe_loss, describe_measurement
+from profiles.formatting import count, duration, noise_interval, percent, three_digits
 
 LINE_SECONDS = 10.0
 """Time between plain lines."""
@@ -154,15 +146,15 @@ class Progress:
             facts.append(("samples/s", three_digits(status.samples_per_second)))
         if status.mfu is not None:
             facts.append(("MFU", percent(status.mfu)))
-        facts.append(("elapsed", clock(self.elapsed_seconds)))
+        facts.append(("elapsed", duration(self.elapsed_seconds)))
         if status.remaining_seconds is not None and status.end is None:
-            facts.append(("left", clock(status.remaining_seconds)))
+            facts.append(("left", duration(status.remaining_seconds)))
         return facts
 
     def _panel(self) -> RenderableType:
         status = self._status
         facts = self._facts()
-        heading = Text.assemble((shown(self._run), "bold"), f"   {clock(self.elapsed_seconds)}")
+        heading = Text.assemble((shown(self._run), "bold"), f"   {duration(self.elapsed_seconds)}")
         if status.profile:
             return Group(heading, _bar(status.profile.done / status.profile.total, facts[0][1]))
         if len(facts) == 1:  # not training yet

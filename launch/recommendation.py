@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from copus.job import JobConfig
-from launch.wording import count
-from planner.wording import duration, percent, three_digits
 from profiles.configuration import Configuration
+from profiles.formatting import count, duration, percent, three_digits
 from profiles.noise_scale import NoiseScale
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs

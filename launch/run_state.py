@@ -11,7 +11,7 @@ from launch.engines.ticket import FILE as TICKET
 from launch.run_directory import lock_holder
 from launch.status import RunStatus
 from launch.wording import LIMITS
-from planner.wording import duration
+from profiles.formatting import duration
 
 StateName = Literal[
     "queued",

@@ -14,8 +14,8 @@ from launch.run_names import runs_folder
 from launch.run_state import RunState, state_of
 from launch.status import RunStatus
 from launch.tables import add_solid_column, fitted, new_table, page
-from launch.wording import count, describe_loss
-from planner.wording import duration
+from launch.wording import describe_loss
+from profiles.formatting import count, duration, percent
 
 if TYPE_CHECKING:  # rich is loaded when something is printed
     from rich.table import Table
@@ -140,7 +140,7 @@ def _row(each: RunSummary, now: float) -> dict[str, str]:
     return {
         "run": each.run.name,
         "state": each.state.name,
-        "done": f"{status.fraction:.0%}" if status.start else "–",
+        "done": percent(status.fraction) if status.start else "–",
         "tokens": count(status.samples_consumed * status.start.seq_len) if status.start else "–",
         "loss": describe_loss(status.step.loss) if status.step else "–",
         "validation": describe_loss(status.evaluation.loss) if status.evaluation else "–",

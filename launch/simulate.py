@@ -25,7 +25,7 @@ from planner.plan import Plan
 from planner.policies.policy import Policy, make_policy
 from planner.simulator.compare import Row, Setting, compare
 from planner.simulator.trajectory import geometric, linear, power, published_schedules, through
-from planner.wording import duration, percent, three_digits
+from profiles.formatting import duration, percent, signed_percent, three_digits
 
 LAWS = {"geometric": geometric, "linear": linear, "power": power}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -242,7 +242,7 @@ def _print_made(made: Made, run: str, rows: list[Row]) -> None:
     moves, trials = f"{count} move{'s' * (count != 1)}", f"{made.trials} trial{'s' * (made.trials != 1)}"
     console.print(
         f"{run} made {moves}, {made.layout_moves} of them to another layout, and {trials} in {made.samples} sequences; "
-        f"its machine drifted by {made.drift:.0%}",
+        f"its machine drifted by {percent(made.drift)}",
         soft_wrap=True,
     )
     for row in rows:
@@ -298,7 +298,7 @@ def _start_seconds(setting: Setting) -> float:
 def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str) -> None:
     console = page()
     label = [configuration.label for configuration in setting.menu.configurations]
-    how = "as a job's steps measure it" if setting.noise is None else f"estimates ± {setting.noise:.0%}"
+    how = "as a job's steps measure it" if setting.noise is None else f"estimates ± {percent(setting.noise)}"
     console.print(f"noise       {said}; {how}, c × {setting.factor_error:g}", soft_wrap=True)
     console.print(f"throughput  {source}; a layout move takes {duration(setting.move_seconds[2])}")
     console.print(f"objective   {setting.objective}")
@@ -310,16 +310,21 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
     for row in rows:
         gain, half = row.gain, duration((row.high - row.low) / 2)
         table.add_row(
-            row.policy, duration(row.seconds), half, f"{gain:+.1%}", f"{row.layout_moves:.1f}", f"{row.batch_moves:.1f}"
+            row.policy,
+            duration(row.seconds),
+            half,
+            signed_percent(gain),
+            f"{row.layout_moves:.1f}",
+            f"{row.batch_moves:.1f}",
         )
-    table.add_row("as written", duration(start), "", f"{fixed / start - 1:+.1%}", "0", "0")
+    table.add_row("as written", duration(start), "", signed_percent(fixed / start - 1), "0", "0")
     table.add_row(f"best fixed: {label[plan.fixed_index]}", duration(fixed), "", "", "0", "0")
-    table.add_row("oracle", duration(plan.seconds), "", f"{plan.gain:+.1%}", "", "", style="dim")
+    table.add_row("oracle", duration(plan.seconds), "", signed_percent(plan.gain), "", "", style="dim")
     console.print(table)
     console.print("schedule of the oracle, who knows φ:")
     for stretch in plan.schedule:
         console.print(
-            f"  from {stretch.first:4.0%} of the progress (φ = {three_digits(stretch.critical_batch)}): "
+            f"  from {percent(stretch.first):>5} of the progress (φ = {three_digits(stretch.critical_batch)}): "
             f"{label[stretch.index]}, {duration(stretch.seconds)}"
         )
     console.print(_conclusion(plan, label[plan.fixed_index]), soft_wrap=True)

@@ -9,13 +9,11 @@ from pydantic import TypeAdapter
 from copus.backends.registry import find_backend
 from copus.job import JobConfig
 from copus.optimizers import Optimizer
-from planner.wording import percent, three_digits
+from profiles.formatting import gibibytes, percent, three_digits
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs
     from planner.job_estimate import JobEstimate
     from planner.predictor import CandidateEstimate
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def _runs(job: JobConfig, optimizer: Any, found: "CandidateEstimate") -> bool:
 def lines(smallest: SmallestBatch) -> list[str]:
     """For people."""
     estimate = smallest.estimate
-    memory = ", ".join(f"{kind} {peak / GIB:.2f} GiB" for kind, peak in smallest.peak_bytes.items())
+    memory = ", ".join(f"{kind} {gibibytes(peak)}" for kind, peak in smallest.peak_bytes.items())
     return [
         f"smallest batch at 95 % of the best throughput: {estimate.configuration.global_batch} "
         f"({estimate.configuration.label}, {three_digits(estimate.samples_per_second or 0.0)} samples/s, "

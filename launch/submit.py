@@ -42,7 +42,8 @@ from launch.run_directory import (
 from launch.status import RunStatus
 from launch.tracking import check_trackers
 from launch.weights import check_weights, keep_weights
-from launch.wording import LIMITS, clock, count
+from launch.wording import LIMITS
+from profiles.formatting import count, duration, percent
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def _conclude(
         console.print(_left_alone(run), markup=False, soft_wrap=True)
         return outcome.exit_code
     headline = {
-        "finished": f"{shown(run)} finished already" if already else f"finished in {clock(outcome.seconds)}",
+        "finished": f"{shown(run)} finished already" if already else f"finished in {duration(outcome.seconds)}",
         **{limit: f"stopped: {reached}" for limit, reached in LIMITS.items()},
         "diverged": "ended, it diverged",
         "interrupted": "stopped",
@@ -298,5 +299,5 @@ def _losses(status: RunStatus) -> str:
         if status.start and last.samples_consumed < status.samples_consumed:
             text += f" at {count(last.samples_consumed * status.start.seq_len)}"
         if first and first is not last and first.loss:
-            text += f" ({last.loss / first.loss:.0%} of the first one, {first.loss:.3f})"
+            text += f" ({percent(last.loss / first.loss)} of the first one, {first.loss:.3f})"
     return text

@@ -12,16 +12,9 @@ from rich.text import Text
 from launch.run_directory import shown
 from launch.runs import STYLES
 from launch.watch import Watched
-from launch.wording import (
-    clock,
-    count,
-    describe_branch,
-    describe_loss,
-    describe_measurement,
-    noise_interval,
-)
-from planner.wording import duration, percent, three_digits
+from launch.wording import describe_branch, describe_loss, describe_measurement
 from profiles.decision import CandidateScore
+from profiles.formatting import count, duration, noise_interval, percent, three_digits
 
 BARS = "▁▂▃▄▅▆▇█"
 BAR_WIDTH = 12
@@ -38,7 +31,7 @@ def frame(watched: Watched, width: int) -> RenderableType:
         parts.append(_bar(status.branch.done / status.branch.total, describe_branch(status.branch)))
     elif status.start:
         tokens, total = (count(samples * status.start.seq_len) for samples in _samples(watched))
-        parts += [_bar(status.fraction, f"{status.fraction:.1%}  {tokens} of {total} tokens"), Text()]
+        parts += [_bar(status.fraction, f"{percent(status.fraction)}  {tokens} of {total} tokens"), Text()]
         parts.append(_loss(watched, min(width, 100)))
         parts.append(_figures(watched))
     if alternatives := watched.alternatives():
@@ -54,7 +47,7 @@ def headline(watched: Watched) -> str:
     status, state = watched.status, watched.state
     words = [f"{shown(watched.run)}: {state.name}" + (f" ({state.why})" if state.why else "")]
     if status.start:
-        words.append(f"{count(status.samples_consumed * status.start.seq_len)} tokens ({status.fraction:.1%})")
+        words.append(f"{count(status.samples_consumed * status.start.seq_len)} tokens ({percent(status.fraction)})")
     if status.step:
         words.append(f"loss {describe_loss(status.step.loss)}")
     return ", ".join(words)
@@ -78,9 +71,9 @@ def _heading(watched: Watched) -> Text:
         heading.append(f" {state.why}", "dim")
     if status.start and status.time is not None:
         until = time.time() if state.alive else status.time
-        heading.append(f"   {clock(max(0.0, until - status.start.time))} since the start")
+        heading.append(f"   {duration(max(0.0, until - status.start.time))} since the start")
         if state.alive and status.remaining_seconds is not None:
-            heading.append(f"   {clock(status.remaining_seconds)} to go at this speed")
+            heading.append(f"   {duration(status.remaining_seconds)} to go at this speed")
     return heading
 
 

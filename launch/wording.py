@@ -15,9 +15,9 @@ from copus.events import (
     Trial,
     Warned,
 )
-from planner.wording import duration, three_digits
+from profiles.formatting import count, duration
 
-LIMITS = {"max_minutes": "training.max_minutes was up", "target_loss": "training.target_loss was reached"}
+LIMITS = {"max_minutes": "reached training.max_minutes", "target_loss": "reached training.target_loss"}
 """Why a run stopped before all of its tokens, where the job file said so."""
 
 
@@ -83,7 +83,7 @@ def describe_ratio(event: Trial) -> str:
 
 def describe_measurement(event: Profile) -> str:
     """Progress of the profiler in words."""
-    result = event.failure or "no time" if event.step_seconds is None else f"{event.step_seconds * 1000:.0f} ms"
+    result = event.failure or "no time" if event.step_seconds is None else duration(event.step_seconds)
     return f"measuring {event.done}/{event.total} {event.configuration.label}: {result}"
 
 
@@ -101,29 +101,3 @@ def describe_loss(value: float | None) -> str:
 
 def _amount(samples: int, seq_len: int | None) -> str:
     return f"{samples} sequences" if seq_len is None else f"{count(samples * seq_len)} tokens"
-
-
-def clock(seconds: float) -> str:
-    """Time that has passed, or is left, to the second: `0.42 s`, `03:12` or `1:03:12`."""
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
-
-
-def count(number: float) -> str:
-    """`950`, `12.3 k`, `1.2 M`: tokens for people."""
-    rounded = float(f"{number:.3g}")
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if rounded >= size:
-            return f"{three_digits(rounded / size)} {unit}"
-    return f"{number:.0f}"
-
-
-def noise_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """`14.2 [10.1–19.8]`, in sequences; an open interval ends in ∞."""
-    if value is None:
-        return "unknown yet"
-    ends = f" [{three_digits(low)}–{'∞' if high is None else three_digits(high)}]" if low is not None else ""
-    return f"{three_digits(value)}{ends}"

@@ -7,13 +7,13 @@ from profiles.accelerator import memory_bytes
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
+from profiles.formatting import gibibytes
 from profiles.measurement import Measurement
 from profiles.memory import MEGATRON, Implementation, MemoryModel, Peaks
 from profiles.memory.model import SURE
 from profiles.memory.parameters import STAGES, Stage
 from profiles.model_shape import ModelShape
 
-GIB = 2.0**30
 LIKELY = 0.8
 """A configuration whose chance to fit is smaller is not proposed, nor run before it was measured."""
 
@@ -76,10 +76,10 @@ class MemoryCheck:
         return [self._peaks[configuration] for configuration in configurations]
 
     def refusal(self, peak: PeakMemory, least: float = SURE) -> str:
-        """`does not fit: 84.1 of 80.0 GiB` if the chance to fit is below `least`, else empty."""
+        """`does not fit: 84.1 GiB of 80 GiB` if the chance to fit is below `least`, else empty."""
         if self.memory_bytes is None or peak.chance_to_fit is None or peak.chance_to_fit >= least:
             return ""
-        return f"{in_words(peak.chance_to_fit)}: {peak.expected_bytes / GIB:.1f} of {self.memory_bytes / GIB:.1f} GiB"
+        return f"{in_words(peak.chance_to_fit)}: {gibibytes(peak.expected_bytes)} of {gibibytes(self.memory_bytes)}"
 
     def refusals(self, configurations: Sequence[Configuration], least: float = SURE) -> dict[Configuration, str]:
         """Configurations whose chance to fit is below `least`, and the reason."""

@@ -22,10 +22,10 @@ from planner.sampling import half_life
 from planner.situation import Choice, Situation
 from planner.small_batch import accumulation_purpose
 from planner.trials import Trial, TrialLedger
-from planner.wording import noise_in_words, percent, three_digits
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 from profiles.forecast import Forecast
+from profiles.formatting import noise_in_words, percent, three_digits
 from profiles.noise_scale import NoiseScale
 from profiles.step_norms import StepNorms
 from profiles.throughput import Throughput
@@ -289,7 +289,7 @@ class Planner:
     def _why_unknown(self, noise: NoiseScale, current: Configuration) -> str:
         """Why there is no critical batch."""
         if not self.predictor.noise_measurable(current):
-            return f"the noise scale is unknown, and cannot be measured with {current.label}: one part a step"
+            return f"the noise scale is unknown, and cannot be measured with {current.label}: one part per step"
         if noise.samples < self.config.min_noise_samples:
             return f"the noise scale has seen {noise.samples} steps, {self.config.min_noise_samples} are needed"
         return f"the noise scale cannot be told yet after {noise.samples} steps"

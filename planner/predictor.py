@@ -17,6 +17,7 @@ from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.cost import CostModel, Timings, predict_unmeasured
 from profiles.cost.residual import Smoothness
+from profiles.formatting import duration, percent
 from profiles.measurement import Measurement
 from profiles.memory import MEGATRON, Implementation
 from profiles.memory.peaks import OUT_OF_MEMORY
@@ -236,9 +237,9 @@ class Predictor:
         off_a_line = prediction.source in ("interpolated", "extrapolated")
         if spread > MAX_RELATIVE_SPREAD and (off_a_line or not self._weighs_error):
             seconds = prediction.step_seconds
-            return f"throughput too uncertain: a step takes {seconds:.3g} ± {seconds * spread:.2g} s"
+            return f"throughput too uncertain: step time {duration(seconds)} ± {percent(spread)}"
         if not self.noise_measurable(configuration):
-            return "noise cannot be measured: one part a step"
+            return "noise cannot be measured: one part per step"
         return ""
 
 

@@ -4,8 +4,8 @@ train as well per token, so a larger one has to earn its place by throughput).""
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from planner.wording import percent
 from profiles.configuration import Configuration
+from profiles.formatting import percent
 
 if TYPE_CHECKING:  # the predictor asks the policies
     from planner.predictor import CandidateEstimate

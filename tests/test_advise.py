@@ -240,7 +240,7 @@ def test_the_command_says_what_to_take_what_it_saves_and_how_sure_that_is(
     assert main(arguments) == 0
     output = capsys.readouterr().out
     for words in (
-        "noise      B_simple = 40 [36–44] sequences",
+        "noise      B_simple = 40 (36–44) sequences",
         "advice     take",
         "saves",
         "that it saves time",

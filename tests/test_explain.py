@@ -11,10 +11,10 @@ from launch_events import DATA, TENSOR, candidate, decision, reconfigure, start,
 from launch_jobs import copus_here
 
 from launch.explain import BEST, explanation_of
-from planner.wording import duration_interval
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore
 from profiles.forecast import Forecast
+from profiles.formatting import duration_interval
 from profiles.layout import Layout
 
 
@@ -74,7 +74,7 @@ def test_the_table_says_what_was_known(run: Path, capsys: pytest.CaptureFixture[
     text = printed(capsys, str(run))
     for part in (
         "decision 1 of 0–3 (the newest that moved the job)",
-        "B_simple = 12 [9–20] sequences after 40 steps",
+        "B_simple = 12 (9–20) sequences after 40 steps",
         "φ = 24 sequences: 2 · B_simple",
         "plain: goodput = throughput × efficiency",
         "moves TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2",
@@ -192,7 +192,7 @@ def test_the_forecast_is_shown_where_there_is_one(tmp_path: Path, capsys: pytest
     seen = made.model_copy(update={"decision": made.decision.model_copy(update={"forecast": forecast})})
     assert "  forecast " not in printed(capsys, str(write_run(tmp_path / "one", start(), made)))
     text = printed(capsys, str(write_run(tmp_path / "two", start(), seen)))
-    assert "forecast   B_simple 50 [40–64] at 2 M tokens" in text
+    assert "forecast   B_simple 50 (40–64) at 2 M tokens" in text
 
 
 def test_a_run_is_found_by_its_name(

@@ -28,7 +28,7 @@ from copus.events import Branch, Evaluate, Event, EventLog, Failure, Profile, Wa
 from launch.follow import Follower
 from launch.progress import Progress
 from launch.status import RunStatus
-from launch.wording import clock, count, noise_interval
+from profiles.formatting import count, noise_interval
 
 
 def evaluate(samples: int, loss: float | None) -> Evaluate:
@@ -131,11 +131,11 @@ def test_progress_shows_what_a_person_looks_for(tmp_path: Path, terminal: bool) 
         "1.79 k of 12.8 k",
         "3.000",
         "5.500",
-        "12 [9–∞]",
+        "12 (9–∞)",
         "TP1·PP1·DP2",
         "40",
         "moved TP2·PP1·DP1 B4 m1",
-        "noise scale 12 [9–20]: throughput ×2.00, efficiency ×1.00 → ×2.00 now",
+        "noise scale 12 (9–20): throughput ×2.00, efficiency ×1.00 → ×2.00 now",
     ]
     assert [part for part in expected if part not in text] == []
     assert ("\x1b" in text) == terminal
@@ -213,7 +213,6 @@ def test_what_a_resume_did_again_is_left_out() -> None:
 def test_words_for_numbers() -> None:
     assert [count(number) for number in (0, 950, 12_340, 1_200_000, 3.2e9)] == ["0", "950", "12.3 k", "1.2 M", "3.2 G"]
     assert [count(number) for number in (999, 999_936, 999_999_488, 15e12)] == ["999", "1 M", "1 G", "15 T"]
-    assert [clock(seconds) for seconds in (0.421, 9.96, 192, 3_792)] == ["0.42 s", "10 s", "03:12", "1:03:12"]
     assert noise_interval(None, None, None) == "unknown yet"
-    assert noise_interval(14.23, 10.1, 19.84) == "14.2 [10.1–19.8]"
-    assert noise_interval(1239.0, 1012.0, None) == "1240 [1010–∞]"
+    assert noise_interval(14.23, 10.1, 19.84) == "14.2 (10.1–19.8)"
+    assert noise_interval(1239.0, 1012.0, None) == "1240 (1010–∞)"

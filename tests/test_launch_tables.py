@@ -41,7 +41,7 @@ def test_a_column_goes_before_any_is_cut(width: int, there: bool) -> None:
 
 
 def test_only_what_may_wrap_does() -> None:
-    rows = [row | {"verdict": "noise cannot be measured: one part a step"} for row in ROWS[:1]]
+    rows = [row | {"verdict": "noise cannot be measured: one part per step"} for row in ROWS[:1]]
     text = printed(50, lambda console: print_table("layouts", rows, console, ["source", "zero"], wrapping="verdict"))
     assert "9.94 a second" in text
     assert all(word in text for word in rows[0]["verdict"].split())

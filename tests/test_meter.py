@@ -202,7 +202,7 @@ def padded(model: nn.Module, microbatch: Microbatch) -> torch.Tensor:
         ({"zero_grad": False}, r"zero_grad\(\) was not called"),
         ({"sizes": [2, 2, 2, 1]}, "differ in their sequences"),
         ({"last_sizes": [1] * COUNT}, r"this rank has \[1\] instead of 2"),
-        ({"sizes": [4]}, "is one part a step"),
+        ({"sizes": [4]}, "is one part per step"),
         ({"micro_batch": 2, "micro_batches": 3}, r"backward passes instead of micro_batches\(3\)"),
     ],
     ids=["summed", "uneven tokens", "scaled", "stale", "uneven", "last batch", "one part", "passes"],

@@ -9,10 +9,10 @@ from planner.config import PlannerConfig
 from planner.planner import Planner, decision_interval, decision_is_due
 from planner.predictor import Predictor
 from planner.space import candidates
-from planner.wording import duration, noise_in_words, percent, signed_percent, three_digits
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.decision import Decision
+from profiles.formatting import duration, noise_in_words, percent, signed_percent, three_digits
 from profiles.layout import Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.model_shape import ModelShape
@@ -80,7 +80,7 @@ TABLE = {
     of(DP2, 2, 4): 0.4,  # 10 a second: goodput 8, gain 0
     of(DP2, 2, 8): 0.4,  # 20 a second: goodput 13.333, gain 2/3
     of(DP2, 2, 16): "out of memory",
-    of(TP2, 1, 1): 0.05,  # 20 a second: goodput 18.824, but one part a step; all else of TP2 m1 is not measured
+    of(TP2, 1, 1): 0.05,  # 20 a second: goodput 18.824, but one part per step; all else of TP2 m1 is not measured
     of(TP2, 2, 2): 0.14,  # 14.286 a second: goodput 12.698, gain 0.5873
     of(TP2, 2, 4): 0.2,  # 20 a second: goodput 16, gain 1
     of(TP2, 2, 8): 0.32,  # 25 a second: goodput 16.667, gain 13/12
@@ -95,7 +95,7 @@ def test_the_golden_decision():
     assert decision.critical_batch == 16.0
     assert decision.predicted_gain == pytest.approx(13 / 12)
     assert decision.reason == (
-        "noise scale 8 sequences (6.5–11): goodput of TP2·PP1·DP1 B8 m2 is 2.08× the current; "
+        "noise scale 8 (6.5–11) sequences: goodput of TP2·PP1·DP1 B8 m2 is 2.08× the current; "
         "4 micro-batches on one replica, since max_micro_batch(2) is less than the batch"
     )
     assert list(verdicts(decision).items()) == [
@@ -109,7 +109,7 @@ def test_the_golden_decision():
         ("TP1·PP1·DP2 B4 m2", "no gain"),
         ("TP1·PP1·DP2 B2 m1", "slower: −11.1 %"),
         ("TP1·PP1·DP2 B16 m1", "lower goodput: −21.8 %"),
-        ("TP2·PP1·DP1 B1 m1", "noise cannot be measured: one part a step"),
+        ("TP2·PP1·DP1 B1 m1", "noise cannot be measured: one part per step"),
         ("TP2·PP1·DP1 B2 m1", "not measured"),
         ("TP2·PP1·DP1 B4 m1", "not measured"),
         ("TP2·PP1·DP1 B8 m1", "not measured"),
@@ -144,7 +144,7 @@ def test_a_gain_below_the_limit_is_named_and_not_taken():
     assert decision.chosen == START
     assert decision.predicted_gain == 0.0
     assert decision.reason == (
-        "noise scale 8 sequences (6.5–∞): TP2·PP1·DP1 B8 m2 is the best, "
+        "noise scale 8 (6.5–∞) sequences: TP2·PP1·DP1 B8 m2 is the best, "
         "but its gain of 108.3 % over the current is below 110 %"
     )
     assert verdicts(decision)["TP2·PP1·DP1 B8 m2"] == "gain 108.3 % is below 110 %"
@@ -176,7 +176,7 @@ def test_without_noise_nothing_moves_but_throughput_is_listed(measured, says):
     assert best.samples_per_second == pytest.approx(16 / 0.56)
     assert set(verdicts(decision).values()) == {
         *("no decision yet", "current", "not measured", "out of memory"),
-        "noise cannot be measured: one part a step",
+        "noise cannot be measured: one part per step",
     }
 
 
@@ -184,7 +184,7 @@ def test_a_start_that_cannot_measure_noise_is_told_so():
     start = of(TP2, 1, 1)
     decision = planner(TABLE, start).decide(noise(None, samples=0), start, 0)
     assert decision.reason == (
-        "the noise scale is unknown, and cannot be measured with TP2·PP1·DP1 B1 m1: one part a step; nothing changes"
+        "the noise scale is unknown, and cannot be measured with TP2·PP1·DP1 B1 m1: one part per step; nothing changes"
     )
     assert verdicts(decision)["TP2·PP1·DP1 B1 m1"] == "current"
 
@@ -192,7 +192,7 @@ def test_a_start_that_cannot_measure_noise_is_told_so():
 def test_replica_noise_needs_two_replicas():
     decision = planner(TABLE, noise_source="replica").decide(noise(8.0), START, 0)
     assert decision.chosen == of(DP2, 2, 8)
-    assert verdicts(decision)["TP2·PP1·DP1 B8 m2"] == "noise cannot be measured: one part a step"
+    assert verdicts(decision)["TP2·PP1·DP1 B8 m2"] == "noise cannot be measured: one part per step"
 
 
 def test_an_unknown_current_configuration_stays_until_its_own_steps_are_seen():
@@ -223,7 +223,7 @@ def test_a_line_that_is_hardly_known_is_refused_and_a_prediction_is_left_to_the_
         guess = {of(TP2, 1, 16): Prediction(step_seconds=0.5, error=0.5, source=source)}
         decider = deciding(Throughput([row(START, step_seconds=1.0)], CostPredictions(guess)), policy="goodput")
         verdict = verdicts(decider.decide(noise(50.0, 45.0, 55.0), START, 0))[of(TP2, 1, 16).label]
-        assert verdict.startswith("throughput too uncertain: a step takes 0.5 ± 0.4") == refused
+        assert verdict.startswith("throughput too uncertain: step time 0.5 s ± 8") == refused
 
 
 def test_decisions_are_numbered_and_the_number_can_be_restored():
@@ -277,7 +277,7 @@ def test_a_dominated_configuration_is_never_chosen(table, current, value):
 @given(tables, currents, noises, st.floats(0, 2))
 def test_a_move_is_to_the_best_and_gains_at_least_the_limit(table, current, value, min_gain):
     decision = planner(table, current, min_gain=min_gain).decide(noise(value), current, 0)
-    gains = [s.gain for s in decision.candidates if s.verdict != "noise cannot be measured: one part a step"]
+    gains = [s.gain for s in decision.candidates if s.verdict != "noise cannot be measured: one part per step"]
     best = max(gains)
     assert decision.switch == (best > 0 and best >= min_gain)
     assert decision.predicted_gain == (best if decision.switch else 0.0)
@@ -337,8 +337,8 @@ def test_percent(share, says):
 
 
 def test_the_noise_in_words():
-    assert noise_in_words(noise(37.2, 31.4, 46.0)) == "noise scale 37.2 sequences (31.4–46)"
-    assert noise_in_words(noise(37.2, 31.4, None)) == "noise scale 37.2 sequences (31.4–∞)"
+    assert noise_in_words(noise(37.2, 31.4, 46.0)) == "noise scale 37.2 (31.4–46) sequences"
+    assert noise_in_words(noise(37.2, 31.4, None)) == "noise scale 37.2 (31.4–∞) sequences"
     assert noise_in_words(noise(1234567.0)) == "noise scale 1230000 sequences"
     amounts = (0.03214, 999.7, 8192, 3e-5, 0.0, -2.0, 2.50)
     assert [three_digits(amount) for amount in amounts] == ["0.0321", "1000", "8190", "0.00003", "0", "-2", "2.5"]
@@ -389,7 +389,7 @@ def test_a_measured_time_that_is_hardly_known_bars_only_policies_that_do_not_wei
         rows = [row(START, step_seconds=1.0), row(noisy, step_seconds=0.5).model_copy(update={"spread_seconds": 2.0})]
         decider = deciding(Throughput(rows), policy=policy)
         verdict = verdicts(decider.decide(noise(50.0, 45.0, 55.0), START, 0))[noisy.label]
-        assert verdict.startswith("throughput too uncertain: a step takes ") == refused
+        assert verdict.startswith("throughput too uncertain: step time ") == refused
 
 
 def test_a_limit_of_time_is_an_end_of_the_job_too():

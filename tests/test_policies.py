@@ -314,7 +314,7 @@ def test_every_policy_decides_through_the_planner(name: str):
     decider = planner(times, policy=name, ramp_start=4)
     decision = decider.decide(noise(20.0, 15.0, 27.0), START, 1000)
     assert decision.policy == make_policy(PlannerConfig(policy=name)).name == name
-    assert decision.reason.startswith("noise scale 20 sequences (15–27): ")
+    assert decision.reason.startswith("noise scale 20 (15–27) sequences: ")
     assert all(c.verdict for c in decision.candidates)
 
 

@@ -190,10 +190,10 @@ def test_a_frame_shows_what_a_person_looks_for(tmp_path: Path) -> None:
     watched.update(Follower(run).read())
     text = shown(watched)
     expected = [
-        "stopped training.max_minutes was up",
+        "stopped reached training.max_minutes",
         "11.4 k of 12.8 k tokens",
         "validation 4.500 (at first 8.200)",
-        "12 [9–20]",
+        "12 (9–20)",
         "16",
         "TP1·PP1·DP2",
         "80 (160 predicted)",

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from copus.job import JobConfig, JobError
-from planner.wording import three_digits
+from profiles.formatting import gibibytes
 
 RANKS_PER_CORE = 8
 """More ranks than this for each core of the machine are a mistake."""
 SHARING = "NCCL_MULTI_RANK_GPU_ENABLE"
 """NCCL's own switch, as in `copus.devices`, which imports torch."""
-GIB = 2**30
 
 
 def check_this_machine(job: JobConfig) -> None:
@@ -42,8 +41,8 @@ def check_this_machine(job: JobConfig) -> None:
     if needed > memory:
         raise JobError(
             f"model: {job.model.parameters} parameters with training.micro_batch({job.training.micro_batch}) × "
-            f"model.seq_len({job.model.seq_len}) tokens take at least {three_digits(needed / GIB)} GiB, and this "
-            f"machine has {three_digits(memory / GIB)} GiB"
+            f"model.seq_len({job.model.seq_len}) tokens take at least {gibibytes(needed)}, and this "
+            f"machine has {gibibytes(memory)}"
         )
 
 

@@ -24,7 +24,7 @@ def loss(histories: Mapping[str, History], groups: Mapping[str, str], axis: Axis
         if group not in named:
             lines[-1] |= {"name": text(group), "showlegend": True}
             named.add(group)
-    return {"data": data, "layout": plot_layout(axis, "loss (nats/token)", height=380)}
+    return {"data": data, "layout": plot_layout(axis, "loss (nats per token)", height=380)}
 
 
 def _colour(groups: Mapping[str, str], name: str) -> str:

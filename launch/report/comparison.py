@@ -12,8 +12,7 @@ from launch.report.render import Column, Content, Row, Table
 from launch.report.series import reached, time_shares
 from launch.report.single import job_values
 from launch.run_state import state_of
-from launch.wording import count
-from planner.wording import duration, percent, signed_percent
+from profiles.formatting import count, duration, percent, signed_percent
 
 SAME_DATA = ("data.source", "data.held_out", "data.tokenizer", "model.vocab")
 """Settings that have to be the same if a run of an older version does not say which data it was trained on."""

@@ -5,10 +5,9 @@ from typing import Any
 from launch.explain import trade, verdict_word
 from launch.history import History
 from launch.report.series import thinned
-from launch.wording import count, noise_interval
-from planner.wording import duration, percent, three_digits
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
+from profiles.formatting import count, duration, noise_interval, percent, three_digits
 
 MOST_DECISIONS = 240
 """Decisions that the page has; of more, those that moved the job come first, then others evenly."""

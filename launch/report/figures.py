@@ -23,8 +23,7 @@ from launch.report.style import (
     short,
     text,
 )
-from launch.wording import count
-from planner.wording import duration, signed_percent
+from profiles.formatting import count, duration, signed_percent
 
 MOST_LINES = 10
 """Layouts that the crossing lines have room for."""

@@ -30,7 +30,7 @@ from launch.report.style import (
 )
 from launch.wording import describe_ratio
 from planner.goodput import Objective
-from planner.wording import duration
+from profiles.formatting import duration
 
 PANELS = {"y": (0.68, 0.97), "y2": (0.39, 0.63), "y3": (0.16, 0.34), "y4": (0.0, 0.12)}
 """Panel → its share of the height."""
@@ -46,7 +46,7 @@ def overview(
     history: History, rows: Sequence[GoodputAt], axis: Axis, shades: Mapping[str, str], objective: Objective
 ) -> Figure:
     """The figure, over time or over tokens."""
-    layout = plot_layout(axis, "loss (nats/token)", height=700)
+    layout = plot_layout(axis, "loss (nats per token)", height=700)
     del layout["legend"]  # the panels have headings
     layout |= {"hoversubplots": "axis", "showlegend": False, "barmode": "overlay", "bargap": 0.2}
     layout["margin"] |= {"t": 4, "r": 12}

@@ -10,7 +10,7 @@ import yaml
 from copus.audit import Outcome, audit_events
 from copus.events import Event, read_events
 from copus.job import JobError
-from launch.audit import audit_facts, signed
+from launch.audit import audit_facts
 from launch.explain import BEST, COLUMNS, WORDS, Explanation, cells, explanation_of, shown_candidates
 from launch.explain import facts as decision_facts
 from launch.history import History
@@ -30,11 +30,11 @@ from launch.report.series import (
     time_shares,
 )
 from launch.run_state import RunState, state_of
-from launch.wording import count, describe_ratio, noise_interval
+from launch.wording import describe_ratio
 from planner.config import PlannerConfig
 from planner.goodput import Objective
-from planner.wording import duration, percent, signed_percent, three_digits
 from profiles.audit import Audit, Estimate
+from profiles.formatting import count, duration, noise_interval, percent, signed_percent, three_digits
 
 MOST_ROWS = 60
 """Moves, and notices, that have a row."""
@@ -158,7 +158,7 @@ def summary(history: History, state: RunState, audit: Audit) -> list[str]:
         words = "more" if gain.value >= 0 else "less"
         sentences.append(
             f"By its own data its first configuration would have taken {abs(gain.value):.0f} % {words} time to the "
-            f"same progress ({signed(gain.low)} to {signed(gain.high)} %)."
+            f"same progress ({signed_percent(gain.low / 100)} to {signed_percent(gain.high / 100)})."
         )
     if state.alive:
         sentences.append("The run is still going on; this is how far it was when the page was written.")
@@ -168,9 +168,9 @@ def summary(history: History, state: RunState, audit: Audit) -> list[str]:
 def _losses(history: History) -> str:
     evaluations = history.evaluations
     if len(evaluations) > 1:
-        return f" Validation loss went from {evaluations[0].loss:.3f} to {evaluations[-1].loss:.3f} nats a token."
+        return f" Validation loss went from {evaluations[0].loss:.3f} to {evaluations[-1].loss:.3f} nats per token."
     if evaluations:
-        return f" Validation loss, evaluated once, was {evaluations[0].loss:.3f} nats a token."
+        return f" Validation loss, evaluated once, was {evaluations[0].loss:.3f} nats per token."
     return ""
 
 
@@ -215,7 +215,13 @@ def _tiles(history: History, gain: Estimate | None) -> list[dict[str, str]]:
         seconds = sum(trial.event.seconds for trial in history.trials)
         tiles.append(("trials", str(len(history.trials)), f"took {duration(seconds)}"))
     if gain is not None and history.moves:
-        tiles.append(("vs first", f"{signed(gain.value)} %", f"{signed(gain.low)} to {signed(gain.high)} %"))
+        tiles.append(
+            (
+                "vs first",
+                signed_percent(gain.value / 100),
+                f"{signed_percent(gain.low / 100)} to {signed_percent(gain.high / 100)}",
+            )
+        )
     if history.status.skipped_steps:
         tiles.append(("skipped", str(history.status.skipped_steps), "steps that were not finite"))
     return [{"name": name, "value": value, "note": note} for name, value, note in tiles]

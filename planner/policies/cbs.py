@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 
 from planner.situation import Choice, Situation
-from planner.wording import percent, three_digits
+from profiles.formatting import percent, three_digits
 
 CbsLayout = Literal["present", "pessimistic", "optimistic"]
 

@@ -12,7 +12,7 @@ from planner.plan import seconds_to_go
 from planner.remaining import stage_seconds
 from planner.situation import Choice, Situation
 from planner.trials import EXPECTED_STEPS, SETTLING_STEPS, expected_seconds
-from planner.wording import duration, duration_interval, percent
+from profiles.formatting import duration, duration_interval, percent
 from profiles.throughput import DECILE
 
 PESSIMISM = QUANTILE_50

@@ -6,7 +6,7 @@ import numpy as np
 
 from planner.menu import Floats
 from planner.situation import Choice, Situation
-from planner.wording import three_digits
+from profiles.formatting import three_digits
 from profiles.step_norms import StepNorms
 
 NormTestForm = Literal["paper", "unbiased"]

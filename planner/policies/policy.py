@@ -11,7 +11,7 @@ from planner.policies.norm_test import NormTest
 from planner.policies.schedules import LateSwitch, Ramp, Seesaw
 from planner.policies.smallest_saturating import SmallestSaturating
 from planner.situation import Choice, Situation
-from planner.wording import percent
+from profiles.formatting import percent
 
 
 class Policy(Protocol):

@@ -4,7 +4,7 @@ import numpy as np
 
 from planner.situation import Choice, Situation
 from planner.small_batch import SATURATED
-from planner.wording import percent, three_digits
+from profiles.formatting import percent, three_digits
 
 
 class SmallestSaturating:

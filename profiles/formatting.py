@@ -1,4 +1,4 @@
-"""The words and figures of a decision."""
+"""Numbers as text: every view formats shares, durations, sizes, counts and intervals here."""
 
 import math
 
@@ -17,6 +17,12 @@ def signed_percent(share: float) -> str:
     number = 100 * share
     text = f"{number:+.{1 if abs(number) < 9.95 else 0}f}".replace("-", "−").removesuffix(".0")
     return ("0" if text in ("+0", "−0") else text) + " %"
+
+
+def signed_percent_interval(share: float, low: float, high: float) -> str:
+    """A change and its interval: `+5.1 % (+1.2 to +9.8)`."""
+    ends = " to ".join(signed_percent(end).removesuffix(" %") for end in (low, high))
+    return f"{signed_percent(share)} ({ends})"
 
 
 def duration(seconds: float) -> str:
@@ -65,10 +71,37 @@ def _plain(amount: float, digits: int) -> str:
     return text.rstrip("0").rstrip(".") if decimals else text
 
 
+def count(number: float) -> str:
+    """Tokens, parameters and the like: `950`, `12.3 k`, `1.2 M`."""
+    rounded = float(f"{number:.3g}")
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if rounded >= size:
+            return f"{three_digits(rounded / size)} {unit}"
+    return f"{number:.0f}"
+
+
+def gibibytes(size: float) -> str:
+    """Bytes as `0.68 GiB`, `80 GiB`: three significant digits, and no more than two decimals."""
+    return f"{_gib(size)} GiB"
+
+
+def gibibytes_interval(size: float, low: float, high: float) -> str:
+    """A size and its interval: `0.68 GiB (0.65–0.71)`."""
+    return f"{gibibytes(size)} ({_gib(low)}–{_gib(high)})"
+
+
+def _gib(size: float) -> str:
+    return three_digits(round(size / 2**30, 2))
+
+
+def noise_interval(value: float | None, low: float | None, high: float | None) -> str:
+    """A noise scale in sequences, with its 90 % interval if there is one: `14.2 (10.1–19.8)`, `37 (31–∞)`."""
+    if value is None:
+        return "unknown yet"
+    ends = f" ({three_digits(low)}–{'∞' if high is None else three_digits(high)})" if low is not None else ""
+    return f"{three_digits(value)}{ends}"
+
+
 def noise_in_words(noise: NoiseScale) -> str:
-    """`noise scale 37 sequences (31–46)`, with the 90 % interval where there is one."""
-    assert noise.value is not None
-    if noise.low is None:
-        return f"noise scale {three_digits(noise.value)} sequences"
-    high = "∞" if noise.high is None else three_digits(noise.high)
-    return f"noise scale {three_digits(noise.value)} sequences ({three_digits(noise.low)}–{high})"
+    """`noise scale 37 (31–46) sequences`."""
+    return f"noise scale {noise_interval(noise.value, noise.low, noise.high)} sequences"
