@@ -12,7 +12,7 @@ from copus.events import DecisionMade, DecisionTaken, Event, Reconfigure, Start,
 from copus.job import JobError, load_job
 from launch.json_output import as_json_line
 from launch.run_directory import find_run, shown
-from launch.tables import add_solid_column, fitted, new_table, page
+from launch.tables import add_solid_column, fitted, new_table, page, print_facts
 from profiles.decision import CandidateScore, Decision
 from profiles.formatting import (
     count,
@@ -302,10 +302,8 @@ def _table(decision: Decision, rows: list[CandidateScore], left_out: Collection[
 
 
 def _print(run: Path, explanation: Explanation, all_candidates: bool) -> None:
-    from rich.text import Text
-
     console = page()
-    console.print(Text("\n".join(_heading(run, explanation))), soft_wrap=True)
+    print_facts(_heading(run, explanation), facts(run, explanation), console)
     print_candidates(explanation.decision, shown_candidates(explanation.decision, all_candidates), console)
 
 
@@ -315,17 +313,16 @@ def print_candidates(decision: Decision, rows: list[CandidateScore], console: "C
 
     console.print(fitted(lambda left_out: _table(decision, rows, left_out), DISPENSABLE, console.width))
     for verdict, number in notes(rows).items():
-        console.print(Text(f"[{number}] {verdict}", style="dim"))
+        print_facts(f"[{number}] {verdict}", [], console)
     total, more = len(decision.candidates) + decision.omitted, len(decision.candidates) - len(rows)
     if len(rows) < total:
         rest = f"; --all shows {more} more" if more else ""
         console.print(Text(f"{len(rows)} of {total} candidates{rest}", style="dim"))
 
 
-def _heading(run: Path, explanation: Explanation) -> list[str]:
+def _heading(run: Path, explanation: Explanation) -> str:
     why = f" ({explanation.why})" if explanation.why else ""
-    first = f"{shown(run)}: decision {explanation.decision.number} of {explanation.first}–{explanation.last}{why}"
-    return [first, *(f"  {name:<10} {value}" for name, value in facts(run, explanation))]
+    return f"{shown(run)}: decision {explanation.decision.number} of {explanation.first}–{explanation.last}{why}"
 
 
 def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:

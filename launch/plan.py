@@ -11,19 +11,17 @@ from copus.job import JobConfig, JobError, load_job
 from copus.resize import resized
 from launch.emit import check_tool, emit
 from launch.json_output import as_json_line
-from launch.recommendation import Recommendation, lines, recommend
+from launch.recommendation import Recommendation, recommend, recommendation_facts
 from launch.recommendation import as_values as recommendation_values
 from launch.smallest_batch import as_values as smallest_batch_values
-from launch.smallest_batch import lines as smallest_batch_lines
-from launch.smallest_batch import smallest_batch
-from launch.tables import page, print_columns, print_table
-from profiles.formatting import count, duration, percent, three_digits
+from launch.smallest_batch import smallest_batch, smallest_batch_facts
+from launch.tables import page, print_columns, print_facts, print_table
+from profiles.formatting import count, duration, gibibytes, gibibytes_interval, percent, three_digits
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs, and not by those that only look at it
     from planner.job_estimate import Fastest, JobEstimate, NoiseRange
     from planner.predictor import CandidateEstimate
 
-GIB = 2**30
 DISPENSABLE = ("source", "80 %", "memory 80 %", "MFU", "fit")
 """Columns that a narrow terminal goes without, the first one first; `--json` has them."""
 
@@ -136,11 +134,9 @@ def _values(each: "CandidateEstimate") -> dict[str, Any]:
 def _print(
     job: JobConfig, estimate: "JobEstimate", recommendation: Recommendation | None, all_candidates: bool
 ) -> None:
-    from rich.text import Text
-
     console = page()
     fastest, by_noise = estimate.fastest(), estimate.by_noise(job.planner)
-    console.print(Text("\n".join(_heading(job, estimate))), soft_wrap=True)
+    print_facts(_heading(job, estimate), _facts(job, estimate), console)
     if all_candidates:
         candidates = [_candidate(each) for each in estimate.candidates]
         print_table("every candidate", candidates, console, DISPENSABLE, wrapping="verdict")
@@ -164,22 +160,30 @@ def _print(
         title = "best configuration by noise scale (tr Σ/|G|², sequences)"
         print_table(title, [_by_noise(each) for each in by_noise], console, DISPENSABLE)
     else:
-        console.print(Text(_nothing(estimate)))
+        print_facts(_nothing(job, estimate), [], console)
     smallest = smallest_batch(job, estimate)
     if smallest is not None:
-        console.print(Text("\n".join(smallest_batch_lines(smallest))), soft_wrap=True)
-    console.print(Text("assumed: " + "; ".join(estimate.predictor.assumptions), style="dim"))
+        print_facts(*smallest_batch_facts(smallest), console)
+    print_facts("assumed: " + "; ".join(estimate.predictor.assumptions), [], console)
     if recommendation is not None:
         chosen = recommendation.estimate
         memory = f"{_peak(chosen)}{_of(estimate.memory_bytes)}: {_fit(chosen)}"
-        console.print(Text("\n".join(lines(job, recommendation, memory))), soft_wrap=True)
+        print_facts(*recommendation_facts(job, recommendation, memory), console)
 
 
-def _heading(job: JobConfig, estimate: "JobEstimate") -> list[str]:
+def _heading(job: JobConfig, estimate: "JobEstimate") -> str:
+    room = "memory is not checked" if estimate.memory_bytes is None else f"{gibibytes(estimate.memory_bytes)} each"
+    return (
+        f"{job.name}: {count(job.model.parameters)} weights in {job.training.precision} on "
+        f"{job.cluster.accelerators} × {job.cluster.accelerator}, {room}"
+    )
+
+
+def _facts(job: JobConfig, estimate: "JobEstimate") -> list[tuple[str, str]]:
+    """What is planned, and by which times: name and value."""
     from planner.memory_check import in_words
 
-    each, cluster = estimate.start, job.cluster
-    room = "memory is not checked" if estimate.memory_bytes is None else f"{estimate.memory_bytes / GIB:.1f} GiB each"
+    start = estimate.start
     if estimate.fingerprint is None:
         times = "predicted by the cost model; the table has no row of this job"
     elif not estimate.measured_rows:
@@ -196,21 +200,25 @@ def _heading(job: JobConfig, estimate: "JobEstimate") -> list[str]:
         counts[in_words(candidate.peak.chance_to_fit)] = counts.get(in_words(candidate.peak.chance_to_fit), 0) + 1
     summary = ", ".join(f"{words} {counts[words]}" for words in sorted(counts, key=lambda words: -counts[words]))
     return [
-        f"{job.name}: {count(job.model.parameters)} weights in {job.training.precision} on "
-        f"{cluster.accelerators} × {cluster.accelerator}, {room}",
-        f"  start       {each.configuration.label}: {_step(each)}; {_peak(each)}, {in_words(each.peak.chance_to_fit)}",
-        f"  times       {times}",
-        f"  candidates  {len(estimate.candidates)}: {summary}",
-        f"  objective   {job.planner.objective}, φ = {job.planner.critical_batch_factor:g} · noise scale",
-        *([] if job.model_refusal is None else [f"  model       a plan only, {job.model_refusal}"]),
+        ("start", f"{start.configuration.label}: {_step(start)}; {_peak(start)}, {in_words(start.peak.chance_to_fit)}"),
+        ("times", times),
+        ("candidates", f"{len(estimate.candidates)}: {summary}"),
+        ("objective", f"{job.planner.objective}, φ = {job.planner.critical_batch_factor:g} · noise scale"),
+        *([] if job.model_refusal is None else [("model", f"a plan only, {job.model_refusal}")]),
     ]
 
 
-def _nothing(estimate: "JobEstimate") -> str:
-    each = estimate.smallest
+def _nothing(job: JobConfig, estimate: "JobEstimate") -> str:
+    """Why there is no table of the fastest: nothing fits, or no step time is certain enough for the policy."""
+    if any(candidate.can_run for candidate in estimate.candidates):
+        return (
+            f"No step time is certain enough for planner.policy({job.planner.policy}) to choose by; `copus profile "
+            "run` measures them, and --all shows the predicted ones."
+        )
+    smallest = estimate.smallest
     return (
-        f"No candidate may be chosen: the smallest is {each.configuration.label} with {_peak(each)}, {_fit(each)}. "
-        "The table above says what other settings of training.layout would need."
+        f"No candidate may be chosen: the smallest is {smallest.configuration.label} with {_peak(smallest)}, "
+        f"{_fit(smallest)}. The table above says what other settings of training.layout would need."
     )
 
 
@@ -222,7 +230,7 @@ def _candidate(each: "CandidateEstimate") -> dict[str, str]:
         **_speed(each),
         "80 %": _rates(each),
         "source": each.source,
-        "memory": _gib(each.peak.expected_bytes),
+        "memory": gibibytes(each.peak.expected_bytes),
         "verdict": each.refusal or _fit(each),
     }
 
@@ -233,8 +241,8 @@ def _variant(each: "CandidateEstimate") -> dict[str, str]:
         "recompute": layout.recompute,
         "zero": str(layout.zero),
         "sequence parallel": "yes" if layout.sequence_parallel else "no",
-        "memory": _gib(each.peak.expected_bytes),
-        "memory 80 %": f"{each.peak.low_bytes / GIB:.1f}–{each.peak.high_bytes / GIB:.1f}",
+        "memory": gibibytes(each.peak.expected_bytes),
+        "memory 80 %": _gib_range(each),
         "fit": _fit(each),
         **_speed(each),
         "source": each.source,
@@ -250,10 +258,10 @@ def fastest_row(row: "Fastest") -> dict[str, str]:
         **_speed(each),
         "80 %": _rates(each),
         "source": each.source,
-        "memory": _gib(each.peak.expected_bytes),
+        "memory": gibibytes(each.peak.expected_bytes),
         "fit": _fit(each),
         "next layout": "–" if other is None else f"{other.configuration.layout.label} {_rate(other)}",
-        "sure": "–" if row.sure is None else f"{min(row.sure, 0.99):.0%}",
+        "sure": "–" if row.sure is None else percent(min(row.sure, 0.99)),
     }
 
 
@@ -268,9 +276,9 @@ def _memory(estimates: "list[CandidateEstimate]") -> dict[str, dict[str, str]]:
             continue
         seen.add(key)
         found[each.configuration.label] = {
-            **{name: f"{size / GIB:.2f}" for name, size in each.peak.parts.items()},
-            "sum": f"{sum(each.peak.parts.values()) / GIB:.2f}",
-            "80 %": f"{each.peak.low_bytes / GIB:.1f}–{each.peak.high_bytes / GIB:.1f}",
+            **{name: gibibytes(size).removesuffix(" GiB") for name, size in each.peak.parts.items()},
+            "sum": gibibytes(sum(each.peak.parts.values())).removesuffix(" GiB"),
+            "80 %": _gib_range(each),
             "stage": each.peak.stage,
         }
     return found
@@ -283,7 +291,7 @@ def _by_noise(each: "NoiseRange") -> dict[str, str]:
         "configuration": each.best.configuration.label,
         **_speed(each.best),
         "source": each.best.source,
-        "memory": _gib(each.best.peak.expected_bytes),
+        "memory": gibibytes(each.best.peak.expected_bytes),
         "fit": _fit(each.best),
     }
 
@@ -291,22 +299,29 @@ def _by_noise(each: "NoiseRange") -> dict[str, str]:
 def _step(each: "CandidateEstimate") -> str:
     if each.step_seconds is None:
         return each.refusal
-    return f"{duration(each.step_seconds)} a step, {each.source}, {_rate(each)} samples/s ({_rates(each)})"
+    return f"{duration(each.step_seconds)} per step, {each.source}, {_rate(each)} samples/s ({_rates(each)})"
 
 
 def _peak(each: "CandidateEstimate") -> str:
-    return f"{_gib(each.peak.expected_bytes)} ({each.peak.low_bytes / GIB:.1f}–{each.peak.high_bytes / GIB:.1f})"
+    return gibibytes_interval(each.peak.expected_bytes, each.peak.low_bytes, each.peak.high_bytes)
+
+
+def _gib_range(each: "CandidateEstimate") -> str:
+    """The interval of the memory, GiB."""
+    return _peak(each).partition("(")[2].removesuffix(")")
 
 
 def _of(memory_bytes: float | None) -> str:
-    return "" if memory_bytes is None else f" of {memory_bytes / GIB:.1f} GiB"
+    return "" if memory_bytes is None else f" of {gibibytes(memory_bytes)}"
 
 
 def _fit(each: "CandidateEstimate") -> str:
     from planner.memory_check import in_words
 
     words = in_words(each.peak.chance_to_fit)
-    return words if each.peak.chance_to_fit is None or words == "fits" else f"{words} ({each.peak.chance_to_fit:.0%})"
+    return (
+        words if each.peak.chance_to_fit is None or words == "fits" else f"{words} ({percent(each.peak.chance_to_fit)})"
+    )
 
 
 def _speed(each: "CandidateEstimate") -> dict[str, str]:
@@ -325,7 +340,3 @@ def _rates(each: "CandidateEstimate") -> str:
     """The interval of the throughput."""
     batch, low, high = each.configuration.global_batch, each.step_seconds_low, each.step_seconds_high
     return "–" if not low or not high else f"{three_digits(batch / high)}–{three_digits(batch / low)}"
-
-
-def _gib(amount: float) -> str:
-    return f"{amount / GIB:.2f} GiB"

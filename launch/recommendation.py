@@ -28,6 +28,10 @@ class Recommendation:
     """Why, in one line: what the planner says when such a job begins."""
     speedup: float | None
     """Its samples per second over those of the job file's configuration; None if that one's are not known."""
+    runner_up: "CandidateEstimate | None"
+    """The fastest configuration of another layout at its batch."""
+    sure: float | None
+    """Probability that it is faster than the runner-up; None without one."""
     tokens_per_second: float
     """Throughput."""
     later: list[tuple[float, "CandidateEstimate"]]
@@ -51,8 +55,9 @@ def recommend(job: JobConfig, estimate: "JobEstimate", price_per_hour: float | N
     decision = planner.decide(unknown, estimate.start.configuration, 0)
     chosen = estimate.predictor.estimate(decision.advised or decision.chosen)
     rate = chosen.samples_per_second
-    if rate is None or chosen.refusal:
+    if rate is None or not chosen.can_run:
         return None
+    fastest = next((row for row in estimate.fastest() if row.best.configuration == chosen.configuration), None)
     later, seconds = _by_laws(job, estimate, chosen)
     hours = seconds / 3600 * job.cluster.accelerators
     before = estimate.start.samples_per_second
@@ -60,6 +65,8 @@ def recommend(job: JobConfig, estimate: "JobEstimate", price_per_hour: float | N
         estimate=chosen,
         reason=decision.reason,
         speedup=rate / before if before else None,
+        runner_up=fastest and fastest.runner_up,
+        sure=fastest and fastest.sure,
         tokens_per_second=rate * job.model.seq_len,
         later=later,
         run_seconds=seconds,
@@ -98,8 +105,11 @@ def _by_laws(
     return later, seconds
 
 
-def lines(job: JobConfig, recommendation: Recommendation, memory: str) -> list[str]:
-    """The recommendation for people; `memory` says what the configuration needs, and whether it fits."""
+def recommendation_facts(
+    job: JobConfig, recommendation: Recommendation, memory: str
+) -> tuple[str, list[tuple[str, str]]]:
+    """The recommendation for people: a heading, and names with values below it. `memory` says how much the
+    configuration needs, and whether it fits."""
     estimate = recommendation.estimate
     rate = estimate.samples_per_second or 0.0
     speed = f"{count(recommendation.tokens_per_second)} tokens/s ({three_digits(rate)} samples/s), {estimate.source}"
@@ -111,21 +121,29 @@ def lines(job: JobConfig, recommendation: Recommendation, memory: str) -> list[s
         speed += f"; MFU {percent(estimate.mfu)}"
     if recommendation.speedup is not None and estimate.configuration != job.training.configuration:
         speed += f"; ×{recommendation.speedup:.2f} of the job file's"
-    price = "" if recommendation.price is None else f", {three_digits(recommendation.price)} at --price"
+    price = "" if recommendation.price is None else f", price {three_digits(recommendation.price)}"
     run = (
         f"{count(job.training.tokens)} tokens in {duration(recommendation.run_seconds)}, "
         f"{three_digits(recommendation.accelerator_hours)} accelerator-hours{price}"
     )
     later = [f"{best.configuration.label} from {percent(place)}" for place, best in recommendation.later]
-    return [
-        f"recommended: begin in {estimate.configuration.label}",
-        f"  why         {recommendation.reason}",
-        f"  speed       {speed}",
-        *([f"  later       by the same laws {', '.join(later)} of the run"] if later else []),
-        f"  run         {run}",
-        f"  memory      {memory}",
-        f"  job file    training: {flow(estimate.configuration)}",
+    return f"recommended: begin in {estimate.configuration.label}", [
+        ("why", recommendation.reason),
+        ("speed", speed),
+        *([] if recommendation.sure is None else [("sure", _sure_in_words(recommendation))]),
+        *([("later", f"by the same laws {', '.join(later)} of the run")] if later else []),
+        ("run", run),
+        ("memory", memory),
+        ("tools", "copus plan JOB.yaml --emit TOOL prints the arguments of Megatron-LM and others"),
+        ("job file", f"training: {flow(estimate.configuration)}"),
     ]
+
+
+def _sure_in_words(recommendation: Recommendation) -> str:
+    sure, other = recommendation.sure, recommendation.runner_up
+    assert sure is not None and other is not None
+    layout = other.configuration.layout.label
+    return f"{percent(min(sure, 0.99))}: faster than {layout}, the next layout at this batch"
 
 
 def flow(configuration: Configuration) -> str:
@@ -148,6 +166,7 @@ def as_values(recommendation: Recommendation | None) -> dict[str, Any] | None:
         "configuration": recommendation.estimate.configuration.model_dump(mode="json"),
         "reason": recommendation.reason,
         "speedup": recommendation.speedup,
+        "sure": recommendation.sure,
         "tokens_per_second": recommendation.tokens_per_second,
         "later": [
             {"share": share, "configuration": best.configuration.model_dump(mode="json")}

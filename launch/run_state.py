@@ -10,7 +10,7 @@ from launch.engines import EngineState, engine_state
 from launch.engines.ticket import FILE as TICKET
 from launch.run_directory import lock_holder
 from launch.status import RunStatus
-from launch.wording import LIMITS
+from launch.wording import describe_limit
 from profiles.formatting import duration
 
 StateName = Literal[
@@ -79,7 +79,7 @@ def _ended(status: RunStatus) -> RunState | None:
             return RunState("finished")
         if status.end.reason == "diverged":
             return RunState("failed", "diverged: its steps were not finite")
-        return RunState("stopped", LIMITS.get(status.end.reason, "interrupted"))
+        return RunState("stopped", describe_limit(status.end.reason, status.start))
     if status.failure is not None:
         return RunState("failed", f"rank {status.failure.rank}: {status.failure.message}")
     return None

@@ -64,16 +64,16 @@ def _runs(job: JobConfig, optimizer: Any, found: "CandidateEstimate") -> bool:
     return True
 
 
-def lines(smallest: SmallestBatch) -> list[str]:
-    """For people."""
+def smallest_batch_facts(smallest: SmallestBatch) -> tuple[str, list[tuple[str, str]]]:
+    """A heading, and names with values below it."""
     estimate = smallest.estimate
     memory = ", ".join(f"{kind} {gibibytes(peak)}" for kind, peak in smallest.peak_bytes.items())
-    return [
+    heading = (
         f"smallest batch at 95 % of the best throughput: {estimate.configuration.global_batch} "
         f"({estimate.configuration.label}, {three_digits(estimate.samples_per_second or 0.0)} samples/s, "
-        f"{percent(smallest.share)} of the best)",
-        f"  memory      {memory}",
-    ]
+        f"{percent(smallest.share)} of the best)"
+    )
+    return heading, [("memory", memory)]
 
 
 def as_values(smallest: SmallestBatch) -> dict[str, Any]:

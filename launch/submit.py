@@ -42,7 +42,7 @@ from launch.run_directory import (
 from launch.status import RunStatus
 from launch.tracking import check_trackers
 from launch.weights import check_weights, keep_weights
-from launch.wording import LIMITS
+from launch.wording import LIMITS, describe_limit
 from profiles.formatting import count, duration, percent
 
 
@@ -249,7 +249,7 @@ def _conclude(
         return outcome.exit_code
     headline = {
         "finished": f"{shown(run)} finished already" if already else f"finished in {duration(outcome.seconds)}",
-        **{limit: f"stopped: {reached}" for limit, reached in LIMITS.items()},
+        **{limit: f"stopped: {describe_limit(limit, status.start)}" for limit in LIMITS},
         "diverged": "ended, it diverged",
         "interrupted": "stopped",
         "killed": "ended at once",
@@ -262,7 +262,7 @@ def _conclude(
         newest = next(iter(checkpoint_names(run)), None)
         where = f"from {FOLDER}/{newest}" if newest else "from the start: there is no checkpoint"
         again = " --set training.lr=…" if outcome.reason == "diverged" else ""
-        lines.append(f"  go on       {resume}{again}   ({where})")
+        lines.append(f"  resume      {resume}{again}   ({where})")
     lines += [
         f"  run         {shown(run)}",
         f"  report      copus report {place}",
@@ -282,7 +282,7 @@ def _left_alone(run: Path) -> str:
     """Where to look at a job that goes on without this command."""
     place = typed(run)
     lines = [
-        f"{engine_state(run).words}; it goes on without this command",
+        f"{engine_state(run).words}; it keeps running without this command",
         f"  run         {shown(run)}",
         f"  watch       copus watch {place}",
         f"  logs        copus logs {place} --follow",

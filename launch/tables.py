@@ -1,6 +1,7 @@
 """Tables for people: what all rows share is said once, above, and a narrow terminal goes without some columns."""
 
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,29 @@ def page(stderr: bool = False) -> "Console":
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 200  # a file or a pipe has no width to fit into
     return console
+
+
+def print_facts(heading: str, facts: "Sequence[tuple[str, str]]", console: "Console") -> None:
+    """Print a heading, and below it a line for each name and value. On a terminal both wrap between words, the values
+    beside their names; in a pipe or a file every one is a whole line."""
+    lines = _wrapped(heading, "", console)
+    for name, value in facts:
+        lines += _wrapped(value, f"  {name:<10} ", console)
+    console.print("\n".join(lines), soft_wrap=True, markup=False)
+
+
+def _wrapped(text: str, start: str, console: "Console") -> list[str]:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        return [start + text]
+    indent = " " * (len(start) or 2)
+    return textwrap.wrap(
+        text,
+        console.width,
+        initial_indent=start,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def fitted(make: "Callable[[Sequence[str]], Table]", dispensable: Sequence[str], width: int) -> "Table":
@@ -53,10 +77,8 @@ def print_table(
     """Print one row or more below a title. `bold` is the index of a row that stands out, `wrapping` the one column that
     may wrap between words."""
     same = {name: rows[0][name] for name in rows[0] if len(rows) > 1 and len({row[name] for row in rows}) == 1}
-    if same:  # words speak for themselves, figures do not
-        title += (
-            f" (all: {', '.join(value if value[:1].isalpha() else f'{name} {value}' for name, value in same.items())})"
-        )
+    if same:
+        title += f" (all: {', '.join(map(_shared_value, same, same.values()))})"
 
     def make(left_out: Sequence[str]) -> "Table":
         table = new_table()
@@ -70,8 +92,13 @@ def print_table(
             table.add_row(*(row[name] for name in names), style="bold" if index == bold else "")
         return table
 
-    console.print(title, style="italic", soft_wrap=True, markup=False)
+    console.print("\n".join(_wrapped(title, "", console)), style="italic", soft_wrap=True, markup=False)
     console.print(fitted(make, [name for name in dispensable if name not in same], console.width))
+
+
+def _shared_value(name: str, value: str) -> str:
+    """A cell that all rows share, in the title: figures and answers need the name of their column."""
+    return value if value[:1].isalpha() and value not in ("yes", "no") else f"{name} {value}"
 
 
 def print_columns(title: str, columns: Mapping[str, Row], console: "Console") -> None:
@@ -88,7 +115,7 @@ def print_columns(title: str, columns: Mapping[str, Row], console: "Console") ->
             table.add_row(name, *(columns[heading][name] for heading in some))
         return table
 
-    console.print(title, style="italic", soft_wrap=True, markup=False)
+    console.print("\n".join(_wrapped(title, "", console)), style="italic", soft_wrap=True, markup=False)
     while headings:
         count = len(headings)
         while count > 1 and _least_width(make(headings[:count])) > console.width:

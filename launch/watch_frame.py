@@ -68,12 +68,12 @@ def _heading(watched: Watched) -> Text:
     status, state = watched.status, watched.state
     heading = Text.assemble((shown(watched.run), "bold"), "   ", (state.name, STYLES.get(state.name, "") + " bold"))
     if state.why:
-        heading.append(f" {state.why}", "dim")
+        heading.append(f": {state.why}", "dim")
     if status.start and status.time is not None:
         until = time.time() if state.alive else status.time
-        heading.append(f"   {duration(max(0.0, until - status.start.time))} since the start")
+        heading.append(f"   {duration(max(0.0, until - status.start.time))} elapsed")
         if state.alive and status.remaining_seconds is not None:
-            heading.append(f"   {duration(status.remaining_seconds)} to go at this speed")
+            heading.append(f"   {duration(status.remaining_seconds)} left")
     return heading
 
 

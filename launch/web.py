@@ -107,7 +107,7 @@ def serve(run: Path) -> int:
     with Server(run) as server:
         print(f"{shown(run)}: {server.address}", flush=True)
         print(
-            "Ctrl-C ends it; the run goes on. From another machine: "
+            "Ctrl-C ends the page; the run keeps running. From another machine: "
             f"ssh -L {server.server_port}:{HOST}:{server.server_port} HOST",
             flush=True,
         )

@@ -17,8 +17,8 @@ from copus.events import (
 )
 from profiles.formatting import count, duration
 
-LIMITS = {"max_minutes": "reached training.max_minutes", "target_loss": "reached training.target_loss"}
-"""Why a run stopped before all of its tokens, where the job file said so."""
+LIMITS = ("max_minutes", "target_loss")
+"""Fields of `training` that end a run before all of its tokens, as reasons of its end."""
 
 
 def describe_event(event: Event, seq_len: int | None = None) -> str | None:
@@ -51,8 +51,16 @@ def describe_event(event: Event, seq_len: int | None = None) -> str | None:
             again = f"{event.samples_repeated} sequences are trained on again"
             return f"{how} on {event.ranks} ranks from {where}; {again}"
         case End():
-            return f"stopped: {LIMITS[event.reason]}" if event.reason in LIMITS else event.reason
+            return f"stopped: {describe_limit(event.reason)}" if event.reason in LIMITS else event.reason
     return None
+
+
+def describe_limit(reason: str, start: Start | None = None) -> str:
+    """Why a run stopped before all of its tokens: `reached max_minutes (6)`."""
+    if reason not in LIMITS:
+        return "interrupted"
+    minutes = start.max_minutes if start is not None and reason == "max_minutes" else None
+    return f"reached {reason}" + (f" ({minutes:g})" if minutes is not None else "")
 
 
 def describe_move(event: Reconfigure) -> str:

@@ -76,7 +76,7 @@ class MemoryCheck:
         return [self._peaks[configuration] for configuration in configurations]
 
     def refusal(self, peak: PeakMemory, least: float = SURE) -> str:
-        """`does not fit: 84.1 GiB of 80 GiB` if the chance to fit is below `least`, else empty."""
+        """`does not fit: 84.1 GiB of 80.0 GiB` if the chance to fit is below `least`, else empty."""
         if self.memory_bytes is None or peak.chance_to_fit is None or peak.chance_to_fit >= least:
             return ""
         return f"{in_words(peak.chance_to_fit)}: {gibibytes(peak.expected_bytes)} of {gibibytes(self.memory_bytes)}"

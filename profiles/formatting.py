@@ -81,7 +81,7 @@ def count(number: float) -> str:
 
 
 def gibibytes(size: float) -> str:
-    """Bytes as `0.68 GiB`, `80 GiB`: three significant digits, and no more than two decimals."""
+    """Bytes as `0.60 GiB`, `29.8 GiB`, `135 GiB`: three digits, and no more than two decimals."""
     return f"{_gib(size)} GiB"
 
 
@@ -91,7 +91,8 @@ def gibibytes_interval(size: float, low: float, high: float) -> str:
 
 
 def _gib(size: float) -> str:
-    return three_digits(round(size / 2**30, 2))
+    amount = size / 2**30
+    return f"{amount:.{2 if amount < 9.995 else 1 if amount < 99.95 else 0}f}"
 
 
 def noise_interval(value: float | None, low: float | None, high: float | None) -> str:

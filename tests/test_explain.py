@@ -80,7 +80,7 @@ def test_the_table_says_what_was_known(run: Path, capsys: pytest.CaptureFixture[
         "moves TP2·PP1·DP1 B4 m1 → TP1·PP1·DP2 B8 m2",
         "throughput ×2.00, efficiency ×1.00 → ×2.00 now",
         "because of [this]",
-        "predicted 100 ms, seen 400 ms a step (median of 5), +300.0%",
+        "predicted 0.1 s, measured 0.4 s per step (median of 5), +300 %",
     ):
         assert part in text
     row = next(line for line in text.splitlines() if "CHOSEN" in line)
@@ -89,9 +89,10 @@ def test_the_table_says_what_was_known(run: Path, capsys: pytest.CaptureFixture[
         "TP1·PP1·DP2",
         "B8",
         "m2",
-        "100",
-        "ms",
-        "10%",
+        "0.1",
+        "s",
+        "10",
+        "%",
         *("×2.00", "×1.00", "×2.00"),
         *"–––",
         "measured",

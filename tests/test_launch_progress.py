@@ -148,7 +148,7 @@ def test_progress_shows_the_measuring() -> None:
         Profile(**profile, done=8, step_seconds=None, failure="out of memory"),
     ]
     lines = shown_by(RunStatus(), events, terminal=False).splitlines()
-    assert lines == ["measuring 7/24 TP1·PP1·DP2 B8 m2: 182 ms", "measuring 8/24 TP1·PP1·DP2 B8 m2: out of memory"]
+    assert lines == ["measuring 7/24 TP1·PP1·DP2 B8 m2: 0.18 s", "measuring 8/24 TP1·PP1·DP2 B8 m2: out of memory"]
     assert "measuring 8/24" in shown_by(RunStatus(), events, terminal=True)
 
 

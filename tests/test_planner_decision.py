@@ -223,7 +223,7 @@ def test_a_line_that_is_hardly_known_is_refused_and_a_prediction_is_left_to_the_
         guess = {of(TP2, 1, 16): Prediction(step_seconds=0.5, error=0.5, source=source)}
         decider = deciding(Throughput([row(START, step_seconds=1.0)], CostPredictions(guess)), policy="goodput")
         verdict = verdicts(decider.decide(noise(50.0, 45.0, 55.0), START, 0))[of(TP2, 1, 16).label]
-        assert verdict.startswith("throughput too uncertain: step time 0.5 s ± 8") == refused
+        assert verdict.startswith("throughput too uncertain: step time 0.5 s ± 90.2 %") == refused
 
 
 def test_decisions_are_numbered_and_the_number_can_be_restored():

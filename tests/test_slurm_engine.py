@@ -236,7 +236,7 @@ def test_submit_writes_the_id_down_and_resume_waits_for_the_end(
     assert (ticket["engine"], ticket["job_id"]) == ("slurm", "12")
     assert asked(tmp_path)[0] == f"sbatch --parsable {run}/slurm.sh"
     said = capfd.readouterr().out
-    assert "Slurm job 12 waits: Priority; it goes on without this command" in said
+    assert "Slurm job 12 waits: Priority; it keeps running without this command" in said
     assert "copus cancel runs/small" in said
 
     assert copus_here("submit", "--resume", "small", "--detach") == 2
@@ -405,7 +405,7 @@ def test_ctrl_c_leaves_the_job_alone(tmp_path: Path, slurm: Says) -> None:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "it goes on without this command" in output
+    assert "it keeps running without this command" in output
     assert not any(line.startswith("scancel") for line in asked(tmp_path))
     assert not (tmp_path / "runs" / "small" / "stop").exists()
 

@@ -190,7 +190,7 @@ def test_a_frame_shows_what_a_person_looks_for(tmp_path: Path) -> None:
     watched.update(Follower(run).read())
     text = shown(watched)
     expected = [
-        "stopped reached training.max_minutes",
+        "stopped: reached max_minutes",
         "11.4 k of 12.8 k tokens",
         "validation 4.500 (at first 8.200)",
         "12 (9–20)",
@@ -243,7 +243,7 @@ def test_a_sparkline_has_the_shape_of_its_values() -> None:
 
 def test_a_frame_of_a_run_that_has_not_begun(tmp_path: Path) -> None:
     run = write_run(tmp_path / "new")
-    assert "crashed its workers never began" in shown(Watched(run))
+    assert "crashed: its workers never began" in shown(Watched(run))
     with lock_run(run):
         watched = Watched(run)
         watched.update([MEASURED.model_copy(update={"time": time.time()})])
@@ -326,7 +326,7 @@ def test_runs_are_listed_newest_first(
     monkeypatch.chdir(tmp_path)
     assert copus_here("runs") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert lines[2][:7] == ["new", "running", "1%", "128", "3.000", "–", "4"]
+    assert lines[2][:8] == ["new", "running", "1", "%", "128", "3.000", "–", "4"]
     assert lines[3][:2] == ["old", "failed"]
     assert " ".join(lines[4]) == "old failed: rank 1: killed"
     assert copus_here("runs", "runs", "--json") == 0

@@ -353,8 +353,8 @@ class NoiseMeter:
 
     def _one_part(self) -> str:
         return (
-            f"micro_batches({self._passes}) × {self.replicas} replica is one part per step, and the noise scale is told "
-            "from differences between parts: accumulate gradients over two or more smaller micro-batches"
+            f"micro_batches({self._passes}) × {self.replicas} replica is one part per step, and the noise scale is "
+            "told from differences between parts: accumulate gradients over two or more smaller micro-batches"
         )
 
     def _measure(self) -> None:

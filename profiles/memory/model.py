@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from profiles.configurations import Configurations
+from profiles.formatting import percent
 from profiles.memory.components import COMPONENTS, stage_components
 from profiles.memory.correction import Correction, grouped, learn
 from profiles.memory.implementation import MEGATRON, Implementation
@@ -16,6 +17,11 @@ from profiles.memory.parameters import STAGES, Floats
 from profiles.memory.peaks import OUTSIDE_BYTES, Peaks
 from profiles.model_shape import ModelShape
 
+PIPELINE_STAGES = {
+    "even": "pipeline stages of as many layers, with fewer on the first and last if they do not divide",
+    "balanced": "pipeline stages balanced by their work",
+}
+"""`Implementation.stages` in words."""
 CHUNK = 8192
 """Configurations that are worked on at once: their arrays stay in the processor's cache."""
 SURE = 0.05
@@ -104,9 +110,9 @@ class MemoryModel:
             f"{how.attention} attention, {'with' if how.dropout else 'no'} dropout; {how.optimizer.in_words}",
             f"gradients in {'fp32' if how.fp32_gradients else 'the precision of the model'}"
             + (", and again in buckets" if how.gradient_buckets else ""),
-            f"{how.stages} pipeline stages; logits in fp32 for the loss, {how.loss}",
+            f"{PIPELINE_STAGES[how.stages]}; logits in fp32 for the loss, {how.loss}",
             f"gathered inputs of sequence parallelism are {how.gathered_inputs}",
-            f"{how.fragmentation:.0%} of activations and buffers lost to fragmentation",
+            f"{percent(how.fragmentation)} of activations and buffers lost to fragmentation",
             f"corrected by {correction.count} observations" if correction.count else "no peak seen: formulas alone",
         ]
         if model.experts:
