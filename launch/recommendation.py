@@ -130,7 +130,7 @@ def recommendation_facts(
     return f"recommended: begin in {estimate.configuration.label}", [
         ("why", recommendation.reason),
         ("speed", speed),
-        *([] if recommendation.sure is None else [("sure", _sure_in_words(recommendation))]),
+        *_sure(recommendation),
         *([("later", f"by the same laws {', '.join(later)} of the run")] if later else []),
         ("run", run),
         ("memory", memory),
@@ -139,11 +139,13 @@ def recommendation_facts(
     ]
 
 
-def _sure_in_words(recommendation: Recommendation) -> str:
+def _sure(recommendation: Recommendation) -> list[tuple[str, str]]:
+    """The line about the next layout; none without one."""
     sure, other = recommendation.sure, recommendation.runner_up
-    assert sure is not None and other is not None
+    if sure is None or other is None:
+        return []
     layout = other.configuration.layout.label
-    return f"{percent(min(sure, 0.99))}: faster than {layout}, the next layout at this batch"
+    return [("sure", f"{percent(min(sure, 0.99))}: faster than {layout}, the next layout at this batch")]
 
 
 def flow(configuration: Configuration) -> str:

@@ -255,7 +255,7 @@ def test_the_command_says_what_to_take_what_it_saves_and_how_sure_that_is(
     assert main([*arguments, "--emit", "megatron"]) == 0
     output, errors = capsys.readouterr()
     assert f"--global-batch-size {values['advised']['global_batch']}" in output
-    assert "noise scale 40 sequences" in errors
+    assert "noise scale 40 (" in errors
     assert main([*arguments, "--emit", "jax"]) == 2
 
 
