@@ -15,8 +15,6 @@ from profiles.table import ThroughputTable
 def import_rows(sources: list[Path], table_path: Path | None, *, as_json: bool = False) -> int:
     """Add what the table does not have yet, each row once. Raises JobError, and adds nothing, where a file cannot be
     read."""
-    if not sources:
-        raise JobError("nothing to import: name a CSV file or another table")
     table = ThroughputTable((table_path or ProfileConfig().table).expanduser().absolute())
     rejected: Counter[str] = Counter()
     new: dict[Measurement, None] = {}

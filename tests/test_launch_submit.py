@@ -356,7 +356,7 @@ def test_profile_fills_the_table_and_prints_it(tmp_path: Path, copus: Copus) -> 
     result = copus("profile", "job.yaml", worker=[])
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"3 measured in {tmp_path}/table.jsonl\n"
-    assert "measuring 3/3 TP2·PP1·DP1 B4 m1: 300 ms" in result.stderr
+    assert "measuring 3/3 TP2·PP1·DP1 B4 m1: 0.3 s" in result.stderr
     assert (tmp_path / "runs" / "small-profile" / "job.yaml").exists()
 
 

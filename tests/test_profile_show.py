@@ -224,7 +224,7 @@ def test_what_is_no_table_is_not_imported(tmp_path: Path, capsys: pytest.Capture
     assert error == f"copus: {tmp_path}/notes.md: no throughput table: none of its lines is a measurement"
     assert warned == [f"copus: warning: {tmp_path}/notes.md: skipped 1 of 1 lines, not measurements"]
     assert copus_here("profile", "import", "--table", str(into)) == 2
-    assert "nothing to import" in capsys.readouterr().err
+    assert "missing argument 'FILE.csv|.jsonl …'" in capsys.readouterr().err
     assert not into.exists()
 
 
