@@ -73,7 +73,7 @@ def copus() -> None:
     "launch.options is left out.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the command, script or manifest that would run the job, and stop.")
-@click.option("--detach", is_flag=True, help="Return as soon as the job is queued, on engines that have a queue.")
+@click.option("--detach", is_flag=True, help="Return as soon as the job is queued. For engines with a queue.")
 @json_option(PROGRESS_JSON)
 def submit(
     job: Path | None,
