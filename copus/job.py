@@ -122,6 +122,11 @@ class DataConfig(Record):
             raise ValueError("held_out_source and held_out_share both say what is held out: give one")
         if self.chat_template is not None and self.messages_column is None:
             raise ValueError("chat_template is for conversations: give messages_column too")
+        if self.messages_column is not None and self.text_column != "text":
+            raise ValueError(
+                f"text_column({self.text_column}) and messages_column({self.messages_column}) both say what is read: "
+                "give one"
+            )
         if self.messages_column is not None and self.source == "shakespeare":
             raise ValueError("messages_column: shakespeare has no conversations")
         return self

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from profiles.measurement import Fingerprint, Measurement
 
+_LOOKED_AT_BYTES = 1 << 16
+
 
 class ThroughputTable:
     """A JSONL file of `Measurement`. Several jobs may append to it at once; nothing is ever rewritten.
@@ -49,6 +51,8 @@ class ThroughputTable:
                 raise OSError(errno.EINVAL, "not a regular file", str(self.path))
             if not os.access(self.path, os.R_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
+            if not self._looks_like_a_table():
+                raise OSError(errno.EINVAL, "no throughput table: none of its lines is a measurement", str(self.path))
             return
         above = self._above()
         if not above.is_dir():
@@ -63,6 +67,13 @@ class ThroughputTable:
             return
         with tempfile.TemporaryFile(dir=self._above()):
             pass
+
+    def _looks_like_a_table(self) -> bool:
+        """Whether the file is empty, or has a line of a measurement, of whatever version, in its first part: rows are
+        appended to it, and it may be a file of the user's with another purpose."""
+        with open(self.path, "rb") as file:
+            lines = list(filter(None, (line.strip() for line in file.read(_LOOKED_AT_BYTES).splitlines())))
+        return not lines or any(line.startswith(b"{") and b'"fingerprint"' in line for line in lines)
 
     def _above(self) -> Path:
         """The nearest folder above, or what is in its place, that is there."""

@@ -20,6 +20,7 @@ from copus.data.chat import encode_conversation, template_text
 from copus.data.indexed import IndexedDocuments
 from copus.data.manifest import read_manifest
 from copus.data.prepare import prepare
+from copus.data.prepared import check_data
 from copus.data.samples import Options, SampleReader, open_data
 from copus.data.tokenizer import END_OF_DOCUMENT, train_tokenizer
 from copus.job import DataConfig, JobConfig, JobError
@@ -129,8 +130,9 @@ def test_the_loss_is_on_what_the_assistant_says(tmp_path: Path) -> None:
         ("{{ raise_exception('roles must alternate') }}", r"data\.chat_template: line 1: roles must alternate"),
         ("{{ messages.__class__.__mro__ }}", r"data\.chat_template: line 1: access to attribute '__class__'"),
         ("{{ messages | length }}", r"the text up to message 1 is another one without what follows"),
+        ("a text file", r"data\.chat_template: line 1: it leaves out message 1, which the assistant says"),
     ],
-    ids=["no template", "refused by the template", "out of the sandbox", "not a continuation"],
+    ids=["no template", "refused by the template", "out of the sandbox", "not a continuation", "without the messages"],
 )
 def test_a_template_that_cannot_be_followed_is_refused(tmp_path: Path, template: str, message: str) -> None:
     tokenizer = Tokenizer.from_file(str(_chat_tokenizer(tmp_path / "model")))
@@ -142,6 +144,13 @@ def _chat_job(tmp_path: Path, lines: list[Any], **data: Any) -> JobConfig:
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = {"source": [str(tmp_path / "chat.jsonl")], "messages_column": "messages", **data}
     return make_job(tmp_path / "cache", data, seq_len=32, tokens=3200, evaluate_sequences=4)
+
+
+def test_text_beside_conversations_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    job = _chat_job(tmp_path, [{"messages": CONVERSATION}], source=[str(tmp_path)])
+    (tmp_path / "read.md").write_text("How these were made.")
+    with pytest.raises(JobError, match=r"read\.md is text, and data\.messages_column\(messages\) reads conversations"):
+        check_data(job)
 
 
 def test_conversations_are_trained_on_with_their_answers_alone(tmp_path: Path) -> None:

@@ -299,6 +299,28 @@ def test_ids_beyond_the_vocabulary_and_halves_of_a_dataset_are_refused(tmp_path:
 
 
 @pytest.mark.parametrize(
+    "data",
+    [
+        {"messages_column": "messages"},
+        {"text_column": "content"},
+        {"held_out": ["hamlet"]},
+        {"bos_token": "<s>"},
+        {"eos_token": "</s>"},
+    ],
+)
+def test_settings_of_text_are_refused_where_there_is_none(
+    tmp_path: Path, prefixes: list[Path], data: dict[str, Any]
+) -> None:
+    job = make_job(tmp_path / "cache", {"source": list(map(str, prefixes)), **data}, vocab=11_000)
+    with pytest.raises(JobError, match=rf"data\.{next(iter(data))}\(.*\) is for text, and data\.source has none"):
+        check_data(job)
+    text = write_works(tmp_path / "text", hamlet=prose(1), other=prose(2))
+    mixed = make_job(tmp_path / "cache", {"source": [str(prefixes[0]), str(text)], **data}, vocab=11_000)
+    with pytest.raises(JobError, match="name their tokenizer"):
+        check_data(mixed)
+
+
+@pytest.mark.parametrize(
     ("data", "message"),
     [
         ({"weights": [1.0]}, r"data: weights: 1 weights for the 2 entries of source"),
@@ -306,6 +328,10 @@ def test_ids_beyond_the_vocabulary_and_halves_of_a_dataset_are_refused(tmp_path:
         ({"weights": [1.0, -2.0]}, r"data\.weights\.1: input should be greater than 0, got -2"),
         ({"held_out": ["a"], "held_out_share": 0.1}, r"held_out and held_out_share both say what is held out"),
         ({"chat_template": "x"}, r"chat_template is for conversations: give messages_column too"),
+        (
+            {"messages_column": "m", "text_column": "t"},
+            r"text_column\(t\) and messages_column\(m\) both say what is read",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, data: dict[str, Any], message: str) -> None:

@@ -220,9 +220,11 @@ def test_what_is_no_table_is_not_imported(tmp_path: Path, capsys: pytest.Capture
     into = tmp_path / "into.jsonl"
     (tmp_path / "notes.md").write_text("# no table\n")
     assert copus_here("profile", "import", str(tmp_path / "notes.md"), "--table", str(into)) == 2
-    *warned, error = capsys.readouterr().err.splitlines()
-    assert error == f"copus: {tmp_path}/notes.md: no throughput table: none of its lines is a measurement"
-    assert warned == [f"copus: warning: {tmp_path}/notes.md: skipped 1 of 1 lines, not measurements"]
+    refusal = f"copus: {tmp_path}/notes.md: no throughput table: none of its lines is a measurement\n"
+    assert capsys.readouterr().err == refusal
+    assert copus_here("profile", "import", str(into), "--table", str(tmp_path / "notes.md")) == 2
+    assert capsys.readouterr().err == refusal
+    assert (tmp_path / "notes.md").read_text() == "# no table\n"
     assert copus_here("profile", "import", "--table", str(into)) == 2
     assert "missing argument 'FILE.csv|.jsonl …'" in capsys.readouterr().err
     assert not into.exists()

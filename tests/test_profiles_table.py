@@ -81,6 +81,17 @@ def test_foreign_lines_are_skipped_and_counted(tmp_path):
     assert table.skipped == 3
 
 
+@pytest.mark.parametrize("content", ["name: job\n", '{"kind": "start", "step": 0}\n', "\nto be or not to be\n"])
+def test_a_file_of_something_else_is_no_table_and_stays_as_it_is(tmp_path, content):
+    (tmp_path / "other").write_text(content)
+    table = ThroughputTable(tmp_path / "other")
+    for look in (table.check, table.check_writable, table.rows):
+        with pytest.raises(OSError, match="no throughput table"):
+            look()
+    (tmp_path / "other").write_text("\n")
+    assert table.rows() == []
+
+
 def test_what_does_not_change_the_work_of_a_step_is_no_part_of_a_models_name():
     assert MODEL.model_copy(update={"rope_base": 500_000.0, "norm_epsilon": 1e-6}).digest == MODEL.digest
     assert MODEL.model_copy(update={"layers": MODEL.layers + 1}).digest != MODEL.digest

@@ -69,6 +69,8 @@ def encode_conversation(
                 f"data.chat_template: {name}: the text up to message {number} is another one without what follows: it "
                 "cannot be told what the assistant says"
             )
+        if len(answered) == len(prompt) and message["content"].strip():
+            raise JobError(f"data.chat_template: {name}: it leaves out message {number}, which the assistant says")
         spans.append((len(prompt), len(answered)))
     tokenizer.encode_special_tokens = False
     encoding = tokenizer.encode(text, add_special_tokens=False)

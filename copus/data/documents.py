@@ -94,6 +94,11 @@ def read_batches(files: Iterable[Path], columns: Columns, *, cut: bool = False) 
     """
     for file in files:
         kind = kind_of(file)
+        if kind == "text" and columns.messages:
+            raise JobError(
+                f"data.source: {file} is text, and data.messages_column({columns.messages}) reads conversations: JSON "
+                "lines or tables"
+            )
         if kind == "text":
             yield from _text_batches(file, cut)
         elif kind == "json":

@@ -141,6 +141,7 @@ def needs_verifying(folder: Path) -> bool:
 
 
 def _check_inputs(job: JobConfig) -> None:
+    _check_there_is_text(job.data)
     check_vocabulary(job)
     if job.data.source == "shakespeare":
         works = WorkSizes(held_out_names(job.data))
@@ -148,6 +149,22 @@ def _check_inputs(job: JobConfig) -> None:
         choose_held_out(works, held_out_names(job.data))
         return
     check_text(job, [*training_parts(job.data), *held_out_parts(job.data)])
+
+
+def _check_there_is_text(data: DataConfig) -> None:
+    """Raise JobError for settings of text where all datasets are tokenized already: nothing would follow them."""
+    if any(part.has_text for part in (*training_parts(data), *held_out_parts(data))):
+        return
+    for name in (
+        "text_column",
+        "messages_column",
+        "held_out",
+        "bos_token",
+        *(() if data.tokenizer else ("eos_token",)),
+    ):
+        value = getattr(data, name)
+        if value != type(data).model_fields[name].get_default(call_default_factory=True):
+            raise JobError(f"data.{name}({value}) is for text, and data.source has none: its datasets are tokenized")
 
 
 def check_vocabulary(job: JobConfig) -> None:
