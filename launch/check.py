@@ -23,12 +23,12 @@ def check_start(job: JobConfig) -> None:
             f"training.evaluate_sequences({sequences}) ÷ {accelerators} accelerators is not whole: "
             f"{sequences / accelerators:g}; every layout has to evaluate the same ones"
         )
-    if job.planner.policy == "static":
-        return
     backend = find_backend(training.backend)
     try:
-        check_limits(job.planner, job.model, job.cluster, training.layout, backend, training.precision)
         check_measurable(job.planner, backend, training.configuration)
+        if job.planner.policy == "static":
+            return
+        check_limits(job.planner, job.model, job.cluster, training.layout, backend, training.precision)
     except ValueError as error:
         raise JobError(f"planner: {error}") from None
     if warning := too_short(job.planner, training.configuration, job.total_samples):

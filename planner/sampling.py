@@ -51,8 +51,10 @@ def noise_measurable(settings: PlannerConfig, backend: BackendTraits, configurat
 
 
 def check_measurable(settings: PlannerConfig, backend: BackendTraits, start: Configuration) -> None:
-    """Raise ValueError if the policy needs the noise scale and no step of the first configuration can measure it."""
-    if not settings.needs_noise_scale or noise_measurable(settings, backend, start):
+    """Raise ValueError if no step of the first configuration can measure the noise scale, and the policy needs it, or
+    the job names a source that the layout will never have."""
+    names_source = settings.noise_source != "auto" and settings.keeps_layout
+    if not (settings.needs_noise_scale or names_source) or noise_measurable(settings, backend, start):
         return
     parts = backend.parts(start)
     if settings.noise_source not in ("auto", *parts):
@@ -68,6 +70,8 @@ def check_measurable(settings: PlannerConfig, backend: BackendTraits, start: Con
             f"on one replica, training.micro_batch({start.micro_batch}), which is not even and cannot be halved"
         )
         remedy = "a larger training.global_batch"
+    if not settings.needs_noise_scale:
+        raise ValueError(f"{why}: the noise scale would never be known; set {remedy}")
     raise ValueError(
         f"{why}: policy({settings.policy}) would never know enough to decide; set {remedy}, or policy: static"
     )

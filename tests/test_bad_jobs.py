@@ -130,6 +130,11 @@ ARITHMETIC = [
         ("planner.noise_source=replica",),
     ),
     Bad(
+        "replicas to compare, and only one, for a job that never moves",
+        "training.layout.dp is 1: the noise scale would never be known; set another noise_source",
+        ("planner.noise_source=replica", "planner.policy=static"),
+    ),
+    Bad(
         "steps of one sequence, whose noise cannot be seen",
         "training.micro_batch(1), which is not even and cannot be halved: policy(copus) would never know",
         ("training.global_batch=1", "planner.policy=copus"),
