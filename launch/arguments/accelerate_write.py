@@ -56,7 +56,6 @@ def _fsdp(run: FixedRun) -> dict[str, Any]:
         },
     }
     if layout.tp > 1 or layout.dp_replicate > 1:
-        values["use_parallelism_config"] = True
         values["parallelism_config"] = {
             "parallelism_config_dp_replicate_size": layout.dp_replicate,
             "parallelism_config_dp_shard_size": layout.dp // layout.dp_replicate,

@@ -13,6 +13,7 @@ _SECTIONS = {
     "scheduler": "lr-decay-style lr-warmup-samples lr-decay-samples lr-wsd-decay-samples lr-wsd-decay-style",
     "rng": "seed",
     "tokenizer": "tokenizer-type tokenizer-model vocab-size",
+    "dataset": "data-path split eod-mask-loss reset-attention-mask reset-position-ids",
     "checkpoint": "save-interval",
     "logger": "wandb-project wandb-entity wandb-exp-name",
     "dist": "distributed-timeout-minutes",
@@ -38,6 +39,9 @@ _FLAGS = {
     "--use-rope-scaling": ("model.rope_scaling=true",),
     "--group-query-attention": (),
     "--max-position-embeddings": (),
+    "--step-batch-size-schedule": (),
+    "--train-data-path": (),
+    "--valid-data-path": (),
     "--use-torch-fsdp2": ("dist.use_torch_fsdp2=true",),
     "--no-gradient-accumulation-fusion": ("model.gradient_accumulation_fusion=false",),
     "--bf16": ("mixed_precision=bf16_mixed",),
@@ -50,6 +54,11 @@ def bridge_command(job: JobConfig, run: FixedRun) -> tuple[str, list[str]]:
     out = megatron_arguments(job, run)
     lines = [" ".join(word for name, values in group.items() for word in _words(name, values)) for group in out.groups]
     lost = [sentence.replace("Megatron-LM", "Megatron-Bridge") for sentence in out.lost]
+    if "--step-batch-size-schedule" in out.arguments:
+        schedule = out.arguments["--step-batch-size-schedule"][0]
+        lost.append(f"the schedule of the batch ({schedule}): Megatron-Bridge has one batch if it counts samples")
+    if job.data.held_out_source and "--valid-data-path" in out.arguments:
+        lost.append("data.held_out_source: it is dataset.blend_per_split of the recipe, as data.source is then")
     lost.append(f"model.activation({job.model.mlp_activation}): it is code there, model.activation_func of the recipe")
     cluster = job.cluster
     start = f"torchrun --nproc-per-node {cluster.accelerators_per_node} --nnodes {cluster.nodes} RECIPE.py"
@@ -61,5 +70,6 @@ def _words(name: str, values: list[str]) -> Iterator[str]:
         yield from _FLAGS[name]
         return
     field = _FIELDS.get(name, name.removeprefix("--").replace("-", "_"))
-    value = f"[{','.join(values[0].split(','))}]" if name == "--window-size" else ",".join(values) or "true"
+    is_list = name == "--window-size" or len(values) > 1
+    value = f"[{','.join(values)}]" if is_list else "".join(values) or "true"
     yield f"{_SECTION.get(name, 'model')}.{field}={value}"
