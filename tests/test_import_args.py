@@ -331,6 +331,7 @@ def test_configurations_of_bridge_and_nemo_are_read(tmp_path: Path) -> None:
         "scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 10},
         "ddp": {"use_distributed_optimizer": True},
         "rng": {"seed": 7},
+        "dataset": {"blend": [["/d/a", "/d/b"], [0.3, 0.7]], "split": "90,10,0", "eod_mask_loss": True},
     }
     file = tmp_path / "bridge.yaml"
     file.write_text(yaml.safe_dump(bridge))
@@ -344,6 +345,8 @@ def test_configurations_of_bridge_and_nemo_are_read(tmp_path: Path) -> None:
         1e-6,
     )
     assert (training.layout.tp, training.layout.dp, training.layout.zero) == (2, 4, 1)
+    assert (job.data.source, job.data.weights) == ([Path("/d/a"), Path("/d/b")], [0.3, 0.7])
+    assert (job.data.held_out_share, job.data.eod_mask_loss) == (0.1, True)
     assert (training.global_batch, training.tokens, training.warmup_tokens) == (32, 100 * 32 * 128, 10 * 32 * 128)
     assert (training.seed, training.optimizer.betas, training.precision) == (7, (0.9, 0.95), "bf16")
 
@@ -424,12 +427,21 @@ def test_configurations_of_torchtitan_are_read_with_their_arguments(tmp_path: Pa
         imported_job([str(file)], [])
 
 
-def test_a_dataset_of_megatron_is_the_source_with_its_weights_and_split() -> None:
+def test_a_dataset_of_megatron_is_the_source_with_its_weights_and_split(tmp_path: Path) -> None:
     data = job_of(*SMALL, "--data-path", "0.3", "/d/a", "0.7", "/d/b", "--split", "90,10,0", "--eod-mask-loss").data
     assert (data.source, data.weights) == ([Path("/d/a"), Path("/d/b")], [0.3, 0.7])
     assert (data.held_out_share, data.eod_mask_loss, data.reset_position_ids) == (0.1, True, False)
     apart = job_of(*SMALL, "--train-data-path", "/d/a", "/d/b", "--valid-data-path", "/d/c").data
     assert (apart.source, apart.weights, apart.held_out_source) == ([Path("/d/a"), Path("/d/b")], None, [Path("/d/c")])
+    (tmp_path / "blend.txt").write_text("0.3 /d/a 0.7 /d/b\n")
+    (tmp_path / "splits.json").write_text('{"train": ["0.3", "/d/a", "0.7", "/d/b"], "valid": ["/d/c"]}')
+    read = job_of(*SMALL, "--data-args-path", str(tmp_path / "blend.txt"), "--split", "90,10,0").data
+    assert (read.source, read.weights, read.held_out_share) == (data.source, data.weights, data.held_out_share)
+    read = job_of(*SMALL, "--per-split-data-args-path", str(tmp_path / "splits.json")).data
+    assert (read.source, read.weights, read.held_out_source) == (data.source, data.weights, [Path("/d/c")])
+    gone, _ = imported_job([*SMALL, "--data-args-path", "/nowhere/blend.txt"], [])
+    lost = [(left.argument, left.effect) for left in gone.unmapped]
+    assert ("--data-args-path /nowhere/blend.txt", "is lost") in lost
     imported, job = imported_job([*SMALL, "--data-path", "", "--split", "99,1,0"], [])
     assert job.data.source == "shakespeare"
     assert any("data.source" in text for text in imported.assumed)

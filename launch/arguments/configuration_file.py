@@ -103,6 +103,14 @@ def _add(command: CommandLine, name: str, value: Any) -> None:
             arguments[f"--{kind}"] = []
     elif name == "betas" and isinstance(value, list) and len(value) == 2:
         arguments["--adam-beta1"], arguments["--adam-beta2"] = [str(value[0])], [str(value[1])]
+    elif name == "blend" and _is_blend(value):
+        arguments["--data-path"] = _words_of_blend(value)
+    elif name == "blend_per_split" and isinstance(value, list) and any(map(_is_blend, value)):
+        for argument, part in zip(("train", "valid", "test"), value, strict=False):
+            if _is_blend(part):
+                arguments[f"--{argument}-data-path"] = _words_of_blend(part)
+    elif name == "data_path" and isinstance(value, str):
+        arguments["--data-path"] = value.strip("[]").replace(",", " ").split()
     elif name == "position_embedding_type":
         arguments["--position-embedding-type"] = [str(value)]
     elif name == "normalization":
@@ -111,6 +119,19 @@ def _add(command: CommandLine, name: str, value: Any) -> None:
     elif value not in (None, False) and (argument := _RENAMED.get(name, name.replace("_", "-"))):
         values = value if isinstance(value, list) else [value]
         arguments[f"--{argument}"] = [] if value is True else [str(each) for each in values]
+
+
+def _is_blend(value: Any) -> bool:
+    """Whether it is Bridge's pair of prefixes and their weights, which may be null."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], list)
+
+
+def _words_of_blend(value: list[Any]) -> list[str]:
+    """As Megatron-LM's `--data-path` has it."""
+    prefixes, weights = value
+    if not weights:
+        return [str(prefix) for prefix in prefixes]
+    return [str(word) for pair in zip(weights, prefixes, strict=False) for word in pair]
 
 
 def _add_activation(arguments: dict[str, list[str]], name: str, value: Any) -> None:

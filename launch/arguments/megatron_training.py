@@ -1,6 +1,9 @@
 """Batch, length, learning rate, optimizer, data and checkpoints that Megatron-LM's arguments describe."""
 
+import json
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 from copus.job import JobError
@@ -176,14 +179,15 @@ class Training:
     def read_data(self) -> None:
         """Where the tokens are, and what of them is held out."""
         given, put = self._given, self._job.put
-        weights, prefixes = _blend([*(given.values("--data-path") or []), *(given.values("--train-data-path") or [])])
+        training, held_out_words = self._data_words()
+        weights, prefixes = _blend(training)
         if prefixes:
             put("data.source", prefixes)
             if weights:
                 put("data.weights", weights)
         else:
             self._job.assume("data.source", "shakespeare", "the arguments have no text")
-        held_out = _blend(given.values("--valid-data-path") or [])[1]
+        held_out = _blend(held_out_words)[1]
         shares = [float(share) for share in re.findall(r"[\d.]+", given.text("--split") or "")]
         if held_out and prefixes:
             put("data.held_out_source", held_out)
@@ -198,6 +202,27 @@ class Training:
         given.leave("--mock-data", "is lost", "there is no made-up data")
         if (cache := given.text("--data-cache-path")) and "$" not in cache:
             put("data.cache", cache)
+
+    def _data_words(self) -> tuple[list[str], list[str]]:
+        """What is trained on and what is held out, as words of arguments, or of the files that arguments name."""
+        given = self._given
+        training = [*(given.values("--data-path") or []), *(given.values("--train-data-path") or [])]
+        held_out = given.values("--valid-data-path") or []
+        for name in ("--data-args-path", "--per-split-data-args-path"):
+            words = given.text(name)
+            if words is None:
+                continue
+            try:
+                text = Path(words).read_text(encoding="utf-8")
+                if name == "--data-args-path":
+                    training += shlex.split(text)
+                else:
+                    by_split = json.loads(text)
+                    training += map(str, by_split["train"])
+                    held_out = [str(word) for word in by_split.get("valid") or []]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                given.leave(name, "is lost", "it names the data, and is not here or cannot be read")
+        return training, held_out
 
     def read_looking(self) -> None:
         """Evaluations, checkpoints and where figures go."""
