@@ -174,20 +174,28 @@ def measure(steps: int, folder: Path) -> dict[str, Any]:
 
 
 def _opened(path: Path) -> dict[str, Any]:
-    """Seconds until Chromium has drawn the page, its height at 1,400 pixels, and addresses that it asked for."""
+    """Seconds until Chromium has loaded the page, which then shows its first figure, and until all figures are drawn; its
+    height at 1,400 pixels, and addresses that it asked for."""
     from tests.browser import CHROMIUM, browser
 
     if CHROMIUM is None:
-        return {"open_seconds": None, "height_px": None, "outside_requests": None}
+        return {"open_seconds": None, "drawn_seconds": None, "height_px": None, "outside_requests": None}
     with tempfile.TemporaryDirectory() as profile, browser(Path(profile) / "profile") as tab:
-        seconds = []
+        opened, drawn = [], []
         for _ in range(TRIES):
             began = time.perf_counter()
-            tab.open(path, width=1400)
-            seconds.append(time.perf_counter() - began)
+            tab.visit(path.as_uri(), width=1400)
+            opened.append(time.perf_counter() - began)
+            tab.wait_until_drawn()
+            drawn.append(time.perf_counter() - began)
         outside = [address for address in tab.requests if address != path.as_uri()]
         height = tab.evaluate("document.documentElement.scrollHeight")
-    return {"open_seconds": round(statistics.median(seconds), 3), "height_px": height, "outside_requests": len(outside)}
+    return {
+        "open_seconds": round(statistics.median(opened), 3),
+        "drawn_seconds": round(statistics.median(drawn), 3),
+        "height_px": height,
+        "outside_requests": len(outside),
+    }
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -199,6 +207,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             "page": f"{row['page_bytes'] / 1e6:.1f} MB",
             "written in (CPU)": duration(row["write_cpu_seconds"]),
             "opened in": "–" if row["open_seconds"] is None else duration(row["open_seconds"]),
+            "drawn in": "–" if row["drawn_seconds"] is None else duration(row["drawn_seconds"]),
             "height": "–" if row["height_px"] is None else f"{row['height_px']} px",
             "requests": "–" if row["outside_requests"] is None else str(row["outside_requests"]),
         }

@@ -51,11 +51,17 @@ class Browser:
             self._call(f"{domain}.enable")
 
     def open(self, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load a page and wait until it is loaded. Complaints and requests begin anew."""
+        """Load a report and wait until all its figures are drawn. Complaints and requests begin anew."""
         self.visit(page.absolute().as_uri(), width=width, height=height, dark=dark)
+        self.wait_until_drawn()
+
+    def wait_until_drawn(self) -> None:
+        """Wait for the last figure of a report: the page is loaded when the first one is drawn."""
+        while not self.evaluate("!document.getElementById('data') || document.documentElement.dataset.drawn === 'all'"):
+            time.sleep(0.02)
 
     def visit(self, address: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """The same for a page that is served."""
+        """Load an address and wait until it is loaded."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._call("Emulation.setEmulatedMedia", features=scheme)
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)

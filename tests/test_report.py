@@ -41,6 +41,7 @@ from launch.report.series import (
     seen_points,
     smoothed_loss,
     thinned,
+    thinned_peaks,
     time_shares,
 )
 from launch.report.single import job_values, single
@@ -58,6 +59,17 @@ def test_thinning_keeps_the_ends_and_the_order(rows: list[int], most: int) -> No
     assert len(kept) == min(len(rows), most)
     assert kept == sorted(set(kept))
     assert kept[:1] + kept[-1:] == places[:1] + places[-1:]
+
+
+@given(values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), most=st.integers(4, 60))
+def test_thinning_by_peaks_keeps_order_ends_and_extremes(values: list[float], most: int) -> None:
+    rows = list(enumerate(values))
+    kept = thinned_peaks(rows, lambda row: row[1], most)
+    assert len(kept) <= most
+    assert kept == sorted(set(kept) & set(rows))
+    assert (kept[0], kept[-1]) == (rows[0], rows[-1])
+    heights = [height for _, height in kept]
+    assert (min(heights), max(heights)) == (min(values), max(values))
 
 
 def test_the_smoothed_loss_counts_sequences_and_not_steps() -> None:

@@ -6,7 +6,7 @@ from statistics import median
 from copus.audit import Outcome
 from launch.history import History, LossAt, StepAt
 from launch.lines import LinePoint
-from launch.report.series import GoodputAt, SeenPoint, memory_of_spans, thinned
+from launch.report.series import GoodputAt, SeenPoint, memory_of_spans, thinned, thinned_peaks
 from launch.report.style import (
     BAD,
     GOOD,
@@ -80,7 +80,7 @@ def of_steps(
     history: History, axis: Axis, title: str, value: Callable[[StepAt], float | None], *, logarithmic: bool = False
 ) -> Figure:
     """Something that every step has."""
-    kept = thinned(history.steps)
+    kept = thinned_peaks(history.steps, lambda step: value(step) or 0.0)
     figure = _small(axis, title, [_small_curve(kept, [value(step) for step in kept], axis, title, INK)])
     if logarithmic:
         heights = [value(step) or 0.0 for step in kept]

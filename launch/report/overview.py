@@ -8,7 +8,7 @@ from statistics import median
 
 from copus.events import Trial
 from launch.history import History, LossAt, MoveAt, TrialAt
-from launch.report.series import KIND_WORDS, GoodputAt, smoothed_loss, thinned
+from launch.report.series import KIND_WORDS, GoodputAt, smoothed_loss, thinned, thinned_peaks
 from launch.report.style import (
     ACCENT,
     BAD,
@@ -88,7 +88,8 @@ def _loss(history: History, axis: Axis, layout: Figure) -> list[Figure]:
     """Training loss, smoothed, and validation loss."""
     steps = [step for step in history.steps if step.loss is not None]
     smooth = thinned(smoothed_loss(steps))
-    raw = thinned([LossAt(step.tokens, step.seconds, step.loss or 0.0) for step in steps])
+    losses = [LossAt(step.tokens, step.seconds, step.loss or 0.0) for step in steps]
+    raw = thinned_peaks(losses, lambda row: row.loss)
     data = []
     for rows, name, colour, width in ((raw, "training", FAINT, 1), (smooth, "smoothed", ACCENT, 2)):
         places = [axis.place(row.tokens, row.seconds) for row in rows]

@@ -1,6 +1,6 @@
 """What the plots of a report show, as numbers: pure functions of a run's history."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple, TypeVar
@@ -26,6 +26,19 @@ def thinned(rows: Sequence[Row], most: int = MOST_POINTS) -> list[Row]:
     if len(rows) <= most:
         return list(rows)
     return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]
+
+
+def thinned_peaks(rows: Sequence[Row], value: Callable[[Row], float], most: int = MOST_POINTS) -> list[Row]:
+    """At most so many rows that keep every peak: the lowest and the highest of equal shares of the rows, in order, with
+    the first and the last one."""
+    if len(rows) <= most:
+        return list(rows)
+    shares = (most - 2) // 2
+    kept = {0, len(rows) - 1}
+    for share in range(shares):
+        places = range(share * len(rows) // shares, (share + 1) * len(rows) // shares)
+        kept |= {min(places, key=lambda place: value(rows[place])), max(places, key=lambda place: value(rows[place]))}
+    return [rows[place] for place in sorted(kept)]
 
 
 def smoothed_loss(steps: Sequence[StepAt]) -> list[LossAt]:

@@ -17,16 +17,29 @@
     return value;
   };
 
-  // Figures of a view that is not shown have no width yet: they are drawn when it is.
+  // The first figure is drawn at once, the others one by one while the page can be read and scrolled already. Figures of a
+  // view that is not shown have no width yet: they are drawn when it is.
+  let drawing = 0;
   const draw = () => {
-    const style = getComputedStyle(document.documentElement);
-    for (const [name, figure] of Object.entries(data.figures)) {
-      const place = document.getElementById(name);
-      if (!place || place.closest("figure").hidden) continue;
-      const { data: traces, layout } = coloured(figure, style);
-      if (touch) layout.dragmode = false; // a finger scrolls the page
-      Plotly.react(place, traces, layout, config);
-    }
+    const turn = ++drawing;
+    const root = document.documentElement;
+    const style = getComputedStyle(root);
+    const places = Object.keys(data.figures).map((name) => document.getElementById(name));
+    const shown = places.filter((place) => place && !place.closest("figure").hidden);
+    delete root.dataset.drawn;
+    const next = () => {
+      if (turn !== drawing) return; // a later call draws everything
+      const place = shown.shift();
+      if (place) {
+        const { data: traces, layout } = coloured(data.figures[place.id], style);
+        if (touch) layout.dragmode = false; // a finger scrolls the page
+        Plotly.react(place, traces, layout, config);
+        setTimeout(next);
+      } else {
+        root.dataset.drawn = "all";
+      }
+    };
+    next();
   };
 
   const showView = (tabs, view) => {
