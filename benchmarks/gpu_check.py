@@ -35,8 +35,8 @@ from copus.hardware import hardware_name, peak_memory_bytes, reset_peak_memory, 
 from copus.job import JobConfig, parse_job
 from profiles.configuration import Configuration
 from profiles.layout import Layout
+from profiles.measurement import OUT_OF_MEMORY
 from profiles.mfu import peak_samples_per_second
-from profiles.throughput import OUT_OF_MEMORY
 
 SMALL_MODEL = {
     "layers": 12, "hidden": 1024, "ffn_hidden": 2816, "heads": 16, "kv_heads": 8, "seq_len": 1024, "vocab": 32000,

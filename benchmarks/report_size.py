@@ -174,8 +174,8 @@ def measure(steps: int, folder: Path) -> dict[str, Any]:
 
 
 def _opened(path: Path) -> dict[str, Any]:
-    """Seconds until Chromium has loaded the page, which then shows its first figure, and until all figures are drawn; its
-    height at 1,400 pixels, and addresses that it asked for."""
+    """Seconds until Chromium has loaded the page, which then shows its first figure, and until all figures are drawn;
+    its height at 1,400 pixels, and addresses that it asked for."""
     from tests.browser import CHROMIUM, browser
 
     if CHROMIUM is None:

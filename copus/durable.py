@@ -1,6 +1,7 @@
 """Writing so that it survives a loss of power (contents first, then the names), or so that nobody sees half of it."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -20,6 +21,20 @@ def replace_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file (UTF-8) whole or not at all, and wait until its contents are on disk."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

@@ -21,11 +21,10 @@ from planner.trials import SETTLING_STEPS
 from planner.trials import Trial as RunningTrial
 from profiles.configuration import Configuration
 from profiles.decision import Decision
-from profiles.measurement import Measurement
+from profiles.measurement import OUT_OF_MEMORY, Measurement
 from profiles.noise_scale import NoiseScale
 from profiles.step_norms import StepNorms
 from profiles.table import ThroughputTable
-from profiles.throughput import OUT_OF_MEMORY
 
 REVOCABLE_STEPS = 3
 """Steps after a move in which a lack of memory is the move's fault. Buffers and caches have their full size by then."""

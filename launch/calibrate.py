@@ -11,6 +11,7 @@ from rich.console import Console
 
 from copus.branches import Branches, plan_path, plan_text, read_plan
 from copus.checkpoint_files import check_same_data
+from copus.durable import write_atomically
 from copus.events import Branch, read_events
 from copus.job import JobConfig, JobError, dump_job, load_job
 from copus.manifest import MANIFEST
@@ -21,7 +22,7 @@ from launch.engines import attended_engine_of, check_not_queued
 from launch.interrupts import Interrupts
 from launch.json_output import as_json_line
 from launch.progress import SteadyConsole
-from launch.run_directory import clear_stop, find_run, lock_run, shown, write_atomically, write_job
+from launch.run_directory import clear_stop, find_run, lock_run, shown, write_job
 from profiles.calibration import Calibration
 from profiles.configuration import Configuration
 from profiles.formatting import count, duration, three_digits

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from profiles.configuration import Configuration
+from profiles.formatting import count
+from profiles.measurement import Measurement
+from profiles.query import Summary
 
 
 class LinePoint(NamedTuple):
@@ -50,3 +53,22 @@ def winners(lines: Lines) -> list[LinePoint]:
             if each.batch not in top or top[each.batch].rate < each.rate:
                 top[each.batch] = each
     return [top[batch] for batch in sorted(top)]
+
+
+def lines_of(members: Iterable[Summary]) -> Lines:
+    """The lines of comparable summaries."""
+    return fastest(
+        point(row.configuration, row.step_seconds, row.spread_seconds, "measured")
+        for row in (each.measurement for each in members)
+        if row.step_seconds is not None
+    )
+
+
+def heading(measurement: Measurement) -> str:
+    """What a group of rows is about, in one line."""
+    model, print_ = measurement.model, measurement.fingerprint
+    what = "shards alone, without network" if measurement.shard else "steps"
+    return (
+        f"{count(model.parameters)} parameters ({model.layers} layers of {model.hidden}, {model.seq_len} tokens), "
+        f"{print_.precision}, {print_.hardware}: {what}"
+    )

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copus.job import JobError
-from launch.lines import winners
+from launch.lines import heading, lines_of, winners
 from launch.palette import LAYOUTS
 from launch.plot import BATCH, MUTED, STYLE, check_output, need_matplotlib, save
-from launch.profile_show import heading, lines_of
 from profiles.query import Summary
 
 if TYPE_CHECKING:

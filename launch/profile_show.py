@@ -7,11 +7,10 @@ from pathlib import Path
 
 from copus.job import JobError, load_job
 from launch.json_output import as_json_line
-from launch.lines import LinePoint, Lines, fastest, point, winners
+from launch.lines import LinePoint, Lines, heading, lines_of, winners
 from launch.run_directory import find_run, shown
 from profiles.config import ProfileConfig
-from profiles.formatting import count, duration, three_digits
-from profiles.measurement import Measurement
+from profiles.formatting import duration, three_digits
 from profiles.query import Filter, Summary, groups, query
 
 
@@ -76,25 +75,6 @@ def _values(each: Summary) -> dict[str, object]:
         "samples_per_second": measurement.samples_per_second,
         "rows": each.rows,
     }
-
-
-def lines_of(members: Iterable[Summary]) -> Lines:
-    """The lines of comparable summaries."""
-    return fastest(
-        point(row.configuration, row.step_seconds, row.spread_seconds, "measured")
-        for row in (each.measurement for each in members)
-        if row.step_seconds is not None
-    )
-
-
-def heading(measurement: Measurement) -> str:
-    """What a group of rows is about, in one line."""
-    model, print_ = measurement.model, measurement.fingerprint
-    what = "shards alone, without network" if measurement.shard else "steps"
-    return (
-        f"{count(model.parameters)} parameters ({model.layers} layers of {model.hidden}, {model.seq_len} tokens), "
-        f"{print_.precision}, {print_.hardware}: {what}"
-    )
 
 
 def _group_lines(members: list[Summary]) -> Iterable[str]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from launch.run_directory import shown
 from launch.runs import STYLES
-from launch.watch import Watched
+from launch.watched import Watched
 from launch.wording import describe_branch, describe_loss, describe_measurement
 from profiles.decision import CandidateScore
 from profiles.formatting import count, duration, noise_interval, percent, three_digits

@@ -18,9 +18,8 @@ from profiles.configuration import Configuration
 from profiles.cost import CostModel, Timings, predict_unmeasured
 from profiles.cost.residual import Smoothness
 from profiles.formatting import duration, percent
-from profiles.measurement import Measurement
+from profiles.measurement import OUT_OF_MEMORY, Measurement
 from profiles.memory import MEGATRON, Implementation
-from profiles.memory.peaks import OUT_OF_MEMORY
 from profiles.mfu import peak_samples_per_second
 from profiles.model_shape import ModelShape
 from profiles.throughput import DECILE, CostPredictions, Prediction, Throughput, measurement_error, relative_spread

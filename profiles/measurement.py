@@ -6,6 +6,9 @@ from profiles.configuration import Configuration
 from profiles.model_shape import ModelShape
 from profiles.record import Record
 
+OUT_OF_MEMORY = "out of memory"
+"""The `failure` of a measurement for lack of memory."""
+
 
 class Fingerprint(Record):
     """What has to be equal for two measurements to be about the same thing."""

@@ -12,12 +12,10 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from profiles.affine import AffineFit, Point, fit_affine
 from profiles.configuration import Configuration
 from profiles.layout import Layout
-from profiles.measurement import Measurement
+from profiles.measurement import OUT_OF_MEMORY, Measurement
 from profiles.online import DRIFT, Covariance, OnlineCorrection, independent
 from profiles.record import Record
 
-OUT_OF_MEMORY = "out of memory"
-"""The failure of a `Measurement` for lack of memory."""
 FAR = 4
 """A count beyond this many times the largest measured one is called extrapolated."""
 SEEN_STEPS = 5

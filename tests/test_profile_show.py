@@ -10,9 +10,8 @@ from test_profiles_query import LAYOUTS, row, table_of
 from test_profiles_table import HERE, MODEL
 
 from copus.job import load_job
-from launch.lines import winners
+from launch.lines import lines_of, winners
 from launch.profile_plot import draw_lines
-from launch.profile_show import lines_of
 from profiles.published import read_csv
 from profiles.query import Filter, groups, query
 from profiles.table import ThroughputTable

@@ -24,8 +24,8 @@ from launch.run_directory import lock_run
 from launch.run_state import state_of
 from launch.runs import status_of
 from launch.status import RunStatus
-from launch.watch import Watched
 from launch.watch_frame import frame, headline, sparkline
+from launch.watched import Watched
 
 NOW = 2_000_000.0
 FAILED = Failure(step=1, samples_consumed=4, rank=1, message="killed")

@@ -19,10 +19,10 @@ from copus.profilers import find_profiler
 from copus.profiling.fill import fill_table, load_profiler
 from planner.sampling import source_of_step
 from profiles.configuration import Configuration
-from profiles.measurement import Measurement
+from profiles.measurement import OUT_OF_MEMORY, Measurement
 from profiles.profiler import Processes, Task
 from profiles.table import ThroughputTable
-from profiles.throughput import OUT_OF_MEMORY, half_spread
+from profiles.throughput import half_spread
 
 
 def profile_missing(

@@ -19,9 +19,9 @@ from copus.job import JobConfig
 from copus.profiling.solo import world_of_one
 from profiles.configuration import Configuration
 from profiles.layout import Layout
-from profiles.measurement import Measurement
+from profiles.measurement import OUT_OF_MEMORY, Measurement
 from profiles.profiler import Processes, Task
-from profiles.throughput import OUT_OF_MEMORY, half_spread
+from profiles.throughput import half_spread
 
 
 class SingleProfiler:

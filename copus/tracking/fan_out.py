@@ -1,6 +1,5 @@
 """Every tracker of a job, each in a thread of its own, so that none of them can stop or slow training."""
 
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +8,7 @@ from threading import Thread
 
 from copus.events import Event
 from copus.job import JobConfig
+from copus.secret_names import without_secrets
 from copus.trackers import make_tracker
 from copus.tracking.base import Tracker
 from copus.tracking.figures import Figures
@@ -19,7 +19,6 @@ BACKLOG = 2_000
 CLOSING_SECONDS, FAILED_SECONDS = 30.0, 2.0
 """Time that the trackers have together, at the end, for what they have not sent; and where the workers failed, so that
 the restart need not wait for them."""
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
 class FanOut:
@@ -87,7 +86,7 @@ class _Channel:
         if self._trouble is None or self._told:
             return []
         self._told = True
-        return [f"tracking.{self._name} is switched off: {_without_secrets(self._trouble)}"]
+        return [f"tracking.{self._name} is switched off: {without_secrets(self._trouble)}"]
 
     def _work(self) -> None:
         try:
@@ -100,11 +99,3 @@ class _Channel:
             self._tracker.close()
         except (Exception, SystemExit) as error:
             self._trouble = self._trouble or one_line(error)
-
-
-def _without_secrets(text: str) -> str:
-    """A library's message without the secrets of the environment, should it quote one."""
-    for name, value in os.environ.items():
-        if any(word in name.upper() for word in _SECRET) and len(value) >= 6:
-            text = text.replace(value, "…")
-    return text

@@ -12,9 +12,9 @@ import subprocess
 import time
 
 from profiles.configuration import Configuration
-from profiles.measurement import Measurement
+from profiles.measurement import OUT_OF_MEMORY, Measurement
 from profiles.profiler import Processes, Task
-from profiles.throughput import OUT_OF_MEMORY, half_spread
+from profiles.throughput import half_spread
 
 
 class CommandProfiler:

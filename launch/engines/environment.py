@@ -1,16 +1,15 @@
 """The environment of a job: what of the submitting shell's reaches it, and what a job file may add."""
 
 import os
-import re
 from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import Field
 
+from copus.secret_names import is_secret
+
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """Name of a variable in a job file."""
-SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
-"""Variables that are surely secret by their name: a job file is no place for their values."""
 
 JOB_PREFIXES = ("PET_", "TORCHELASTIC_", "COPUS_", "OMPI_COMM_WORLD_")
 JOB_NAMES = {
@@ -26,9 +25,10 @@ SLURM_CLIENT = ("SLURM_CONF", "SLURM_JWT", "SLURM_SACK")
 
 
 def check_no_secrets(names: Iterable[str], instead: str) -> None:
-    """Raise ValueError if one of these variables is a secret; `instead` says where it belongs."""
+    """Raise ValueError if one of these variables is a secret, whose value a job file must not hold; `instead` says where it
+    belongs."""
     for name in names:
-        if SECRET.search(name):
+        if is_secret(name):
             raise ValueError(f"{name} looks like a secret: {instead.format(name=name)}")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from launch.run_directory import write_atomically
+from copus.durable import write_atomically
 from profiles.record import Record
 
 FILE = "requeues.json"

@@ -16,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
+from copus.durable import write_atomically
 from copus.job import JobConfig, JobError
 from launch.engines.agent import agent_environment
 from launch.engines.base import EngineState, QueuedEngine, usual_cpus_per_node
@@ -23,7 +24,6 @@ from launch.engines.slurm_commands import ALIVE, QUEUED, queue_entry, slurm
 from launch.engines.slurm_options import SlurmOptions, check_directive
 from launch.engines.ticket import Ticket, read_ticket
 from launch.process import module_root
-from launch.run_directory import write_atomically
 
 SCRIPT = "slurm.sh"
 """In the run directory: what was submitted."""

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from copus.durable import write_atomically
 from copus.job import JobError
-from launch.run_directory import shown, write_atomically
+from launch.run_directory import shown
 from profiles.record import Record
 
 FILE = "engine.json"

@@ -7,10 +7,11 @@ needing nothing else.
 from collections.abc import Sequence
 from pathlib import Path
 
+from copus.durable import write_atomically
 from copus.events import read_events
 from copus.job import JobError
 from launch.json_output import as_json_line
-from launch.run_directory import find_run, shown, write_atomically
+from launch.run_directory import find_run, shown
 
 
 def report(run_texts: Sequence[str | None], output: Path | None, *, as_json: bool = False) -> int:

@@ -1,6 +1,5 @@
 """What the page of one run says."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import yaml
 from copus.audit import Outcome, audit_events
 from copus.events import Event, read_events
 from copus.job import JobError
+from copus.secret_names import is_secret
 from launch.audit import audit_facts
 from launch.explain import BEST, COLUMNS, WORDS, Explanation, cells, explanation_of, shown_candidates
 from launch.explain import facts as decision_facts
@@ -38,8 +38,6 @@ from profiles.formatting import count, duration, noise_interval, percent, signed
 
 MOST_ROWS = 60
 """Moves, and notices, that have a row."""
-SECRET = re.compile(r"secret|password|passwd|credential|private|api_?key|access_?key|(^|_)token$", re.IGNORECASE)
-"""Names of settings whose text is left out: plugins have settings of their own."""
 SHARE_COLOURS = {
     **{
         "training": "var(--ink)",
@@ -373,7 +371,7 @@ def job_text(run: Path) -> str:
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            name: "(left out)" if isinstance(inner, str) and SECRET.search(str(name)) else _without_secrets(inner)
+            name: "(left out)" if isinstance(inner, str) and is_secret(str(name)) else _without_secrets(inner)
             for name, inner in value.items()
         }
     return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from profiles.configurations import Configurations
-from profiles.measurement import Measurement
+from profiles.measurement import OUT_OF_MEMORY, Measurement
 from profiles.memory.parameters import Floats
 from profiles.model_shape import ModelShape
-
-OUT_OF_MEMORY = "out of memory"
-"""The failure of a measurement that says something about memory."""
 
 OUTSIDE_BYTES = 2**30
 """Memory of an accelerator that no tensor can have: the driver's context and the communication library's."""
