@@ -389,7 +389,7 @@ def test_a_watch_goes_on_while_the_controller_does_not_answer(
         slurm("squeue", "")
 
     monkeypatch.setattr("launch.watch.time", SimpleNamespace(**vars(time) | {"sleep": answer}))  # not everybody's
-    monkeypatch.setattr("launch.watch.ASK_SECONDS", 0)
+    monkeypatch.setattr("launch.watched.ASK_SECONDS", 0)
     assert copus_here("watch", "small") == 1, "the run has crashed"
     first, last = capfd.readouterr().out.splitlines()
     assert "runs/small: unknown (" in first

@@ -16,7 +16,7 @@ from launch_jobs import copus_command, copus_here
 from rich.console import Console
 from told_run import HOSTILE, WIDE, evaluate, told_events, write_told_run
 
-import launch.watch
+import launch.watched
 from copus.events import End, Event, Failure, Profile, Reconfigure
 from launch.engines.base import EngineState, Phase
 from launch.follow import Follower
@@ -104,7 +104,7 @@ def test_a_scheduler_is_not_asked_at_every_look(tmp_path: Path, monkeypatch: pyt
         questions.append(run)
         return EngineState("queued", "job 7: Resources")
 
-    monkeypatch.setattr(launch.watch, "engine_state", asked)
+    monkeypatch.setattr(launch.watched, "engine_state", asked)
     for expected in (4, 1):
         watched = Watched(run)
         for _ in range(3):
@@ -113,9 +113,9 @@ def test_a_scheduler_is_not_asked_at_every_look(tmp_path: Path, monkeypatch: pyt
         assert len(questions) == expected
         questions.clear()
         (run / "engine.json").touch()
-    monkeypatch.setattr(launch.watch, "ASK_SECONDS", 0)
+    monkeypatch.setattr(launch.watched, "ASK_SECONDS", 0)
     watched = Watched(run)
-    monkeypatch.setattr(launch.watch, "engine_state", lambda run: EngineState("unknown", "no answer"))
+    monkeypatch.setattr(launch.watched, "engine_state", lambda run: EngineState("unknown", "no answer"))
     watched.update([])
     assert watched.state.name == "queued"  # as it said last
 
