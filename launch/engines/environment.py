@@ -25,8 +25,8 @@ SLURM_CLIENT = ("SLURM_CONF", "SLURM_JWT", "SLURM_SACK")
 
 
 def check_no_secrets(names: Iterable[str], instead: str) -> None:
-    """Raise ValueError if one of these variables is a secret: a job file must not hold its value. `instead` says where it
-    belongs."""
+    """Raise ValueError if one of these variables is a secret: a job file must not hold its value. `instead` says
+    where it belongs."""
     for name in names:
         if is_secret(name):
             raise ValueError(f"{name} looks like a secret: {instead.format(name=name)}")
