@@ -1,9 +1,10 @@
 """Is the noise estimate unbiased, is its interval honest, is it the same on every layout, and what does it cost?
 
-    python -m benchmarks.noise [--data DIR] [--quick] [--json] [--only synthetic,brute_force,layouts,overhead]
+    python -m benchmarks.noise [--data DIR] [--quick] [--json] [--only synthetic,brute_force,layouts,overhead,meter]
 
-The first part needs no training. The others train the model of examples/shakespeare.yaml on gloo ranks on this machine;
-DIR is its `data.cache`, filled where it is empty. `--quick` does less of everything and takes a few minutes.
+The first part needs no training. The next three train the model of examples/shakespeare.yaml on gloo ranks on this
+machine; DIR is its `data.cache`, filled where it is empty. `meter` is what `copus.NoiseMeter` costs in training loops
+that are not ours, on random tokens. `--quick` does less of everything and takes a few minutes.
 """
 
 import sys
@@ -16,12 +17,13 @@ from rich.table import Table
 
 from benchmarks.command import console_of, parser_of, tell
 from benchmarks.noise_synthetic import SHAPES, measure
+from benchmarks.paired import paired
 from copus.data.prepare import prepare
 from copus.job import JobConfig, load_job
 from planner.config import PlannerConfig
 from profiles.configuration import Configuration
 
-SECTIONS = ("synthetic", "brute_force", "layouts", "overhead")
+SECTIONS = ("synthetic", "brute_force", "layouts", "overhead", "meter")
 JOB = Path(__file__).parent.parent / "examples" / "shakespeare.yaml"
 
 
@@ -126,16 +128,11 @@ def _sampled(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
-def paired(times: list[float], off: list[float], cycle: int) -> dict[str, float]:
-    """Median over rounds (or over cycles of rounds, summed) of time with ÷ time without, less 1, in percent; and the
-    90 % interval of that median, by bootstrap over rounds."""
-    whole = max(len(off) // cycle, 1)
-    with_, without = (np.array(each)[: whole * cycle].reshape(whole, -1).sum(axis=1) for each in (times, off))
-    ratios = 100 * (with_ / without - 1)
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, size=(2000, len(ratios))), axis=1)
-    low, high = np.percentile(medians, (5, 95))
-    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
+def meter(quick: bool) -> dict[str, Any]:
+    """What a meter adds to a step of somebody else's loop, paired within one run."""
+    from benchmarks.noise_meter import LOOPS, measure
+
+    return {kind: measure(kind, 4 if quick else 24) for kind in LOOPS}
 
 
 def run(only: list[str], data: Path | None, quick: bool) -> dict[str, Any]:
@@ -143,7 +140,7 @@ def run(only: list[str], data: Path | None, quick: bool) -> dict[str, Any]:
     result: dict[str, Any] = {"benchmark": "noise", "quick": quick}
     if "synthetic" in only:
         result["synthetic"] = synthetic(quick)
-    if set(only) - {"synthetic"}:
+    if set(only) - {"synthetic", "meter"}:
         prepare(_job(data, 2), lambda stage, done, total: None)
     if "brute_force" in only:
         result["brute_force"] = brute_force(data, quick)
@@ -154,6 +151,8 @@ def run(only: list[str], data: Path | None, quick: bool) -> dict[str, Any]:
         result["overhead"] = overhead(data, quick)
         first = next(iter(result["overhead"].values()))
         result["overhead_pct"] = {name: row["median"] for name, row in first["overhead_pct"].items()}
+    if "meter" in only:
+        result["meter"] = meter(quick)
     return result
 
 
@@ -189,6 +188,13 @@ def show(result: dict[str, Any], console: Console) -> None:
         table = Table("source", "overhead %", "90 %", title=f"{label}: {1e3 * case['off_seconds']:.0f} ms a step")
         for name, row in case["overhead_pct"].items():
             table.add_row(name, f"{row['median']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}")
+        console.print(table)
+    if "meter" in result:
+        table = Table("loop", "clock", "ms a step", "added %", "measured %", "others %", "check %", title="a meter")
+        for kind, cell in result["meter"].items():
+            for clock, rows in cell["overhead_pct"].items():
+                shown = [f"{row['median']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})" for row in rows.values()]
+                table.add_row(kind, clock, f"{1e3 * cell['off_seconds'][clock]:.0f}", *shown)
         console.print(table)
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import console_of, copus_output, parser_of, tell
-from benchmarks.noise import paired
+from benchmarks.paired import paired
 from benchmarks.time_to_target import JOB, without_evaluations
 from copus.events import Evaluate, Reconfigure, Start, Step, read_events
 from copus.job import load_job

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,14 +55,13 @@ def test_lightning_trainer_logs_the_noise_scale(tmp_path: Path) -> None:
 def _on_ranks(kind: str) -> Any:
     if kind == "deepspeed":
         import copus.backends.deepspeed.upstream  # noqa: F401 (where there is no GPU, nothing is compiled for minutes)
-    sys.argv = ["ranks.py", kind]
     assert dist.get_world_size() == 2
-    meter = example("ranks").main(kind)
+    meter = example("megatron").main() if kind == "megatron" else example("ranks").main(kind)
     return meter.noise.value, meter.problems
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "megatron", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_wrapped_models_measure(kind: str) -> None:
     (value, problems), other = run_ranks(2, _on_ranks, kind)
     assert value is not None

@@ -1,4 +1,4 @@
-"""copus as a library: its names, its types, and the examples of docs/python.md, which run as they stand."""
+"""copus as a library: its names, its types, and the examples of docs/python-*.md, which run as they stand."""
 
 import ast
 import re
@@ -11,26 +11,26 @@ import pytest
 import copus
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "python.md"
-EXAMPLES = re.findall(r"^## `copus\.(\w+)`\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+PAGES = {page.read_text().partition("\n")[0].removeprefix("# copus."): page for page in ROOT.glob("docs/python-*.md")}
+"""By name."""
 
 
-def code_of(section: str) -> str:
-    """The Python of a section of the page."""
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE))
+def code_of(page: Path) -> str:
+    """The Python of a page."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
 
 
-@pytest.mark.parametrize(("name", "section"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+@pytest.mark.parametrize("name", sorted(PAGES))
 def test_the_example_of_each_name_runs_as_it_stands(
-    name: str, section: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    exec(compile(code_of(section), f"{PAGE.name}: {name}", "exec"), {"__name__": "example"})
+    exec(compile(code_of(PAGES[name]), PAGES[name].name, "exec"), {"__name__": "example"})
     assert capsys.readouterr().out, "every example prints what it found"
 
 
-def test_every_public_class_and_function_has_its_own_example() -> None:
-    with_examples = {name for name, section in EXAMPLES if code_of(section)}
+def test_every_public_class_and_function_has_a_page_with_an_example() -> None:
+    with_examples = {name for name, page in PAGES.items() if code_of(page)}
     assert with_examples == set(copus.__all__) - {"JobConfig", "JobError", "load_job"}
 
 

@@ -83,7 +83,7 @@ class NormLayers:
             epsilon = torch.finfo(states.dtype).eps
         root = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
         scale = root.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
-        self._see(module, module.weight, microbatch, (states * scale * gradient).sum(dim=summed))
+        self._see(module, module.weight, microbatch, (states * scale).mul_(gradient).sum(dim=summed))
 
     def _see(self, module: Any, param: torch.nn.Parameter, microbatch: int, of_sequences: torch.Tensor) -> None:
         """Take the gradients of a parameter of a norm for the sequences of a micro-batch, of shape (sequences, …)."""

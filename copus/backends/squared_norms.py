@@ -13,25 +13,34 @@ throughout."""
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The norms of tensors, as 0-d tensors on their device, to some 1e-7 relative.
+    """Norms of tensors, or on a CPU of rows of them: vectors on their device, whose squares add up to |tensors|².
+    For `sum_of_squares`.
 
     On a GPU this takes one kernel per dtype: tree sums are exact enough in fp32, and with hundreds of tensors per
-    micro-batch the launches would cost more than the sums. Nothing waits for the device.
+    micro-batch the launches would cost more than the sums. Nothing waits for the device. On a CPU it takes one call or
+    two for a tensor, since for small ones the calls cost more than the sums too.
     """
     if tensors and tensors[0].is_cuda:
-        return list(torch._foreach_norm([tensor.detach() for tensor in tensors], 2, torch.float32))
-    return [_norm_on_cpu(tensor.detach().reshape(-1)) for tensor in tensors]
+        whole = torch._foreach_norm([tensor.detach() for tensor in tensors], 2, _precision(tensors[0]))
+        return [norm.view(1) for norm in whole]
+    return [row_norms for tensor in tensors for row_norms in _on_cpu(tensor.detach().reshape(-1))]
 
 
-def _norm_on_cpu(flat: torch.Tensor) -> torch.Tensor:
+def _on_cpu(flat: torch.Tensor) -> list[torch.Tensor]:
     whole = flat.numel() // _ROW * _ROW
-    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32).double()
-    rest = flat[whole:].double()
-    return (rows.dot(rows) + rest.dot(rest)).sqrt()
+    rows = [flat[:whole].view(-1, _ROW)] if whole else []
+    rest = [flat[whole:].view(1, -1)] if whole < flat.numel() else []
+    return [torch.linalg.vector_norm(part, dim=1, dtype=_precision(flat)) for part in rows + rest]
+
+
+def _precision(tensor: torch.Tensor) -> torch.dtype:
+    """fp32 for all but float64, whose norms torch does not take in less."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def sum_of_squares(norms: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Σ norm² as a 0-d float64 tensor on the device."""
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(list(norms)).to(device, torch.float64).square().sum()
+    all_norms = torch.cat(list(norms)).to(device, torch.float64)
+    return all_norms.dot(all_norms)

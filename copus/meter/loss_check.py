@@ -43,6 +43,7 @@ class LossCheck:
                 return
         if bool((gradient >= 0).all()):  # losses, of which each has its weight for a gradient
             self._weights.append(gradient.sum(dtype=torch.float32))
+            self._tokens.append((gradient > 0).sum())
 
     def complaints(self, loss_scale: float) -> list[tuple[str, str]]:
         """What is wrong with the loss of the step that is over, as (kind, sentence). `loss_scale` is what a gradient

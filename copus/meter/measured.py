@@ -58,6 +58,8 @@ class MeasuredModel(ABC):
     """The ranks that a step is shared among; None if there is one rank."""
     called: torch.nn.Module | None
     """The module whose first argument tells the sequences of a micro-batch; None if they have to be said."""
+    returns_loss: torch.nn.Module | None = None
+    """The module that returns logits or losses, if that is not `called`; on one rank, which warns of them."""
 
     def __init__(self) -> None:
         self.traits = MeasuredTraits()

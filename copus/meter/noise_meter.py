@@ -100,20 +100,26 @@ class NoiseMeter:
         self._log: MeterLog | None = None
         self._finished_at: float | None = None
         self._hooks: list[Any] = []
-        called = self._model.called
-        if called is None and (micro_batch is None or micro_batches is None):
-            raise ValueError(f"micro_batch and micro_batches: {self._model.name} does not show them; say both")
-        self._loss_check = None if called is None else LossCheck(called)
+        called, returns_loss = self._model.called, self._model.returns_loss or self._model.called
+        self._loss_check = None if returns_loss is None else LossCheck(returns_loss)
         if called is not None:
             self._hooks.append(called.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         if isinstance(optimizer, torch.optim.Optimizer):
             self._hooks.append(optimizer.register_step_pre_hook(self._before_update))
         self._model.watch(self._after_pass, self._at_step)
-        if micro_batch is not None and micro_batches is not None:
-            self._set(micro_batch, micro_batches)
-            if not self._can_compare():
-                raise ValueError(self._one_part())
+        if refused := self._refused():
+            self.close()
+            raise ValueError(refused)
         self._begin()
+
+    def _refused(self) -> str | None:
+        """Why what was said of the batch cannot be measured, after it was noted."""
+        if self._micro_batch is not None and self._passes is not None:
+            self._set(self._micro_batch, self._passes)
+            return None if self._can_compare() else self._one_part()
+        if self._model.called is None:
+            return f"micro_batch and micro_batches: {self._model.name} does not show them; say both"
+        return None
 
     @property
     def noise(self) -> NoiseScale:
@@ -302,9 +308,9 @@ class NoiseMeter:
         """Take the figures of the step, whose gradients are ready. Collective on steps that are measured."""
         self._was_read = True
         self._passes_made = passes = self._model.passes
-        if self._loss_check is not None and self._called_with:
+        if self._loss_check is not None:
             for kind, sentence in self._loss_check.complaints(self._loss_scale()):
-                self._complain(kind, sentence)
+                self._complain(kind, sentence, tells=self.leads or self._model.returns_loss is not None)
         if self._configuration is not None and passes != self._passes and self._passes_are_given:
             self._complain(
                 "another number of passes",
@@ -442,11 +448,11 @@ class NoiseMeter:
         scaler = self._grad_scaler
         return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
-    def _complain(self, kind: str, sentence: str) -> None:
-        """Warn once, on the leading rank."""
+    def _complain(self, kind: str, sentence: str, tells: bool | None = None) -> None:
+        """Warn once, on the leading rank, or where it `tells`."""
         if kind not in self._problems:
             self._problems[kind] = sentence
-            if self.leads:
+            if self.leads if tells is None else tells:
                 warnings.warn(f"noise meter: {sentence}", MeterWarning, stacklevel=2)
 
 

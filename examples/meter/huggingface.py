@@ -1,10 +1,13 @@
-"""The noise scale in a Hugging Face Trainer: python examples/meter/huggingface.py
+"""The noise scale in a Hugging Face Trainer: python examples/meter/huggingface.py, or with DDP
+
+    torchrun --nproc-per-node 2 examples/meter/huggingface.py
 
 The callback logs with the trainer's own figures, to whatever `report_to` names, and lets the gradient accumulation grow
 with the critical batch.
 """
 
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -12,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from copus.meter.huggingface import NoiseCallback
 
 
-def main(steps: int = 30) -> Trainer:
-    """Train a tiny model on tokens that follow from each other."""
+def main(steps: int = 30, **options: Any) -> Trainer:
+    """Train a tiny model on tokens that follow from each other; `options` are further arguments of the trainer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -39,6 +42,7 @@ def main(steps: int = 30) -> Trainer:
             save_strategy="no",
             disable_tqdm=True,
             use_cpu=True,
+            **options,
         )
         trainer = Trainer(LlamaForCausalLM(config), arguments, train_dataset=data)
         trainer.add_callback(NoiseCallback(trainer, most_accumulation_steps=16))

@@ -4,6 +4,7 @@ The callback logs with the module's own figures, to whatever loggers the trainer
 """
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -32,20 +33,20 @@ class Model(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def main(log: Path | None = None, steps: int = 30) -> pl.Trainer:
-    """Train for a few steps of four micro-batches."""
+def main(log: Path | None = None, steps: int = 30, **options: Any) -> pl.Trainer:
+    """Train for a few steps of four micro-batches; `options` are further arguments of the trainer."""
     torch.manual_seed(0)
     rows = (VOCAB * torch.rand(8 * steps, 16) ** 2).long()
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
-        devices=1,
         accumulate_grad_batches=4,
         callbacks=[NoiseCallback(log=log)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **{"devices": 1, **options},
     )
     trainer.fit(Model(), DataLoader(rows, batch_size=2))
     print(f"noise scale {trainer.callback_metrics['noise_scale']:.1f}")

@@ -63,11 +63,21 @@ class MegatronModel(MeasuredModel):
         self._built = BuiltModel(self.device, self.layout, chunks, optimizer, part_norms=self.part_norms)
         self._prepare: Callable[..., Any] | None = None
         self._configuration: Configuration | None = None
+        self._forward_passes = 0
+        self._counting = chunks[0].register_forward_pre_hook(self._before_forward)
+        is_first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0
+        if is_first and parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            self.returns_loss = unwrap(chunks[-1])
+
+    def _before_forward(self, *_: Any) -> None:
+        self._forward_passes += torch.is_grad_enabled()
 
     @property
     def passes(self) -> int:
-        """Backward passes of the step: as many as were said, since the schedule runs no others."""
-        return 0 if self._configuration is None else self._configuration.num_microbatches
+        """Forward passes of the step, of which each has its backward pass; as many as were said if the chunks are not
+        called as modules."""
+        said = 0 if self._configuration is None else self._configuration.num_microbatches
+        return self._forward_passes or said
 
     def watch(self, after_pass: Callable[[], None], at_step: Callable[[], None]) -> None:
         """When the optimizer has got its gradients, right before it clips them."""
@@ -83,6 +93,7 @@ class MegatronModel(MeasuredModel):
     def start(self, source: str | None, configuration: Configuration) -> None:
         """Begin a step."""
         self._configuration = configuration
+        self._forward_passes = 0
         self.part_norms.start(source, configuration, 1.0)
 
     def grad_sq_share(self) -> torch.Tensor:
@@ -92,8 +103,9 @@ class MegatronModel(MeasuredModel):
 
     def close(self) -> None:
         """Remove all hooks."""
-        assert self._configuration is not None, "a step was begun"
-        self.part_norms.start(None, self._configuration, 1.0)
+        if self._configuration is not None:  # a step was begun: nothing of it is of interest
+            self.part_norms.start(None, self._configuration, 1.0)
         super().close()
+        self._counting.remove()
         if self._prepare is not None:
             del self._built.optimizer.prepare_grads  # the method is there again

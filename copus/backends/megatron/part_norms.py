@@ -71,6 +71,8 @@ class PartNorms:
         params = [param for _, param in named]
         self._preconditioner = None if adam_epsilon is None else Preconditioner(params, optimizer, adam_epsilon)
         self._hooks = []
+        self._reductions: list[tuple[Any, Any]] = []
+        """Groups of buckets whose reductions are watched, and how they begin these by themselves."""
         for name, param in named:
             self._classify(name, param, layout, tied_embeddings)
             self._hooks.append(param.register_post_accumulate_grad_hook(self._after_backward))
@@ -84,6 +86,9 @@ class PartNorms:
         each other alive."""
         for hook in self._hooks:
             hook.remove()
+        for bucket_group, reduce in self._reductions:
+            bucket_group.start_grad_sync = reduce
+        self._reductions.clear()
 
     def _classify(self, name: str, param: torch.nn.Parameter, layout: Layout, tied_embeddings: bool) -> None:
         shared_embedding = getattr(param, "shared_embedding", False) or not param_is_not_shared(param)
@@ -114,6 +119,7 @@ class PartNorms:
             return reduce(*args, **kwargs)
 
         bucket_group.start_grad_sync = start_grad_sync
+        self._reductions.append((bucket_group, reduce))
 
     def _reset(self) -> None:
         self._norms: dict[int, list[torch.Tensor]] = defaultdict(list)
