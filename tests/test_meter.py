@@ -213,6 +213,39 @@ def test_bad_use_is_told(how: dict[str, Any], said: str) -> None:
     assert any(re.search(said, problem) for problem in meter.problems)
 
 
+class Losses(Model):
+    """Returns the loss of every token."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Labels are those of `batches`."""
+        logits = super().forward(tokens)
+        return nn.functional.cross_entropy(logits.transpose(1, 2), (7 * tokens + 1) % VOCAB, reduction="none")
+
+
+@pytest.mark.parametrize(("reduce", "complaints"), [(torch.mean, 0), (torch.sum, 1)])
+def test_a_model_that_returns_losses_shows_whether_they_are_averaged(
+    reduce: Callable[[torch.Tensor], torch.Tensor], complaints: int
+) -> None:
+    model = Losses()
+    meter = copus.NoiseMeter(model, **GIVEN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for tokens, _ in batches([MICRO_BATCH] * COUNT):
+            (reduce(model(tokens)) / COUNT).backward()
+    assert [problem for problem in meter.problems if "not the mean" in problem] == meter.problems
+    assert len(meter.problems) == complaints
+
+
+def test_outputs_that_are_no_logits_and_no_losses_raise_no_false_alarm(quiet: None) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    meter = copus.NoiseMeter(model, **GIVEN)
+    for seed in range(COUNT):
+        inputs = torch.rand(MICRO_BATCH, 4, generator=torch.Generator().manual_seed(seed))
+        ((model(inputs) + 9).square().mean() / COUNT).backward()  # every gradient is positive, and they are large
+    assert meter.problems == []
+
+
 def test_an_unknown_scaler_is_told_even_if_the_model_shows_no_logits() -> None:
     with pytest.warns(MeterWarning, match="the loss is scaled by 1024"):
         meter = loop(scaler=torch.amp.GradScaler("cpu", init_scale=1024.0), **GIVEN)

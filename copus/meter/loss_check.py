@@ -41,9 +41,12 @@ class LossCheck:
                 self._weights.append(total / 2)
                 self._tokens.append((of_tokens > 0).sum())
                 return
-        if bool((gradient >= 0).all()):  # losses, of which each has its weight for a gradient
-            self._weights.append(gradient.sum(dtype=torch.float32))
-            self._tokens.append((gradient > 0).sum())
+        counted = gradient[gradient != 0]
+        if len(counted) > 1 or not gradient.dim():
+            low, high = counted.aminmax()
+            if low == high > 0:  # losses: the gradient of each is its weight
+                self._weights.append(gradient.sum(dtype=torch.float32))
+                self._tokens.append(torch.tensor(len(counted)))
 
     def complaints(self, loss_scale: float) -> list[tuple[str, str]]:
         """What is wrong with the loss of the step that is over, as (kind, sentence). `loss_scale` is what a gradient
