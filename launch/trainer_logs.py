@@ -30,7 +30,10 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """Figure → what it is called: by `copus.NoiseMeter`, by copus's own trackers, by Megatron-LM."""
 _FIGURES = {name: figure for figure, names in NAMES.items() for name in names}
-_STEP_COLUMNS = ("step", "_step", "global_step", "trainer/global_step")
+_STEP_COLUMNS = ("global_step", "step", "_step")
+"""Where a row of a CSV has its step, after a slash if there is one; the first that is there. W&B's own `_step` counts
+what was logged if a trainer has a `global_step` of its own."""
+_HELD_OUT = re.compile(r"^(eval|val|valid|validation|test)/")
 
 
 def read_trainer_log(path: Path, job: JobConfig) -> list[MeterStep]:
@@ -117,6 +120,8 @@ def _of_rows(rows: Mapping[int, Mapping[str, float]], job: JobConfig) -> Iterato
 def _figure(name: str) -> str | None:
     """The figure that a tag or a column is: `train/noise_scale`, `run-1 - noise_scale`, `noise/scale`."""
     plain = name.rpartition(" - ")[2].strip()
+    if _HELD_OUT.match(plain):  # `eval/loss` is no training loss
+        return None
     return _FIGURES.get(plain) or _FIGURES.get(plain.rpartition("/")[2])
 
 
@@ -142,12 +147,15 @@ def _csv_rows(path: Path) -> dict[int, dict[str, float]]:
     """Figures by step in a CSV that W&B exported, of a chart or of the whole history."""
     reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")))
     columns = list(reader.fieldnames or [])
-    step_column = next((name for name in columns if name.lower() in _STEP_COLUMNS), None)
+    plain = {name.rpartition("/")[2].lower(): name for name in reversed(columns)}
+    step_column = next((plain[name] for name in _STEP_COLUMNS if name in plain), None)
     if step_column is None:
-        raise ValueError(f"no column Step or _step among {', '.join(columns[:8])}")
+        raise ValueError(f"no column Step, _step or global_step among {', '.join(columns[:8])}")
     figures = {name: figure for name in columns if not re.search(r"__M(IN|AX)$", name) and (figure := _figure(name))}
     rows: dict[int, dict[str, float]] = {}
     for line, row in enumerate(reader, start=2):
+        if not row[step_column]:  # what W&B measures of the machine
+            continue
         try:
             step = int(float(row[step_column]))
             for name, figure in figures.items():

@@ -169,6 +169,23 @@ def test_tensorboard_and_csv_say_what_the_log_of_the_meter_says(job_file: Path, 
         assert advice_of(advisory, read).advised == advice_of(advisory, direct).advised
 
 
+def test_the_history_of_a_hugging_face_run_is_read_by_its_global_steps(job_file: Path, tmp_path: Path) -> None:
+    """W&B's `_step` counts what was logged there; rows of the machine have no step, and the loss of an evaluation is
+    another one."""
+    rows = ["_step,train/global_step,train/loss,eval/loss,train/noise_scale,train/samples,train/step_seconds"]
+    for index, step in enumerate(range(10, 60, 10)):
+        rows += [
+            f"{3 * index},{step},4.5,,,,",
+            f"{3 * index + 1},{step},,9.0,30,{8 * step},0.5",
+            f"{3 * index + 2},,,,,,",
+        ]
+    (tmp_path / "history.csv").write_text("\n".join(rows))
+    steps = read_trainer_log(tmp_path / "history.csv", load_job(job_file))
+    assert [(step.step, step.samples, step.loss, step.step_seconds) for step in steps] == [
+        (step, 8 * step, 4.5, 0.5) for step in range(10, 60, 10)
+    ]
+
+
 def test_steps_that_a_trainer_did_again_count_once(job_file: Path, tmp_path: Path) -> None:
     job, steps = load_job(job_file), steps_of(10.0, count=10)
     again = [step.model_copy(update={"step_seconds": 9.0}) for step in steps[4:7]]
@@ -181,7 +198,7 @@ def test_steps_that_a_trainer_did_again_count_once(job_file: Path, tmp_path: Pat
     [
         ("absent.jsonl", None, "No such file or directory"),
         ("empty.jsonl", "", "no steps in it"),
-        ("words.csv", "a,b\n1,2\n", "no column Step or _step among a, b"),
+        ("words.csv", "a,b\n1,2\n", "no column Step, _step or global_step among a, b"),
         ("bad.csv", "Step,noise_scale\n1,2\n2,many\n", "line 3: expected numbers"),
         ("batch.csv", "Step,global_batch\n1,8\n2,0\n", "step 2: global_batch: input should be greater than 0, got 0"),
         ("layout.csv", "Step,layout/tp,layout/pp,layout/dp\n3,0,1,1\n", "step 3: tp: input should be greater than 0"),

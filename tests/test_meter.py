@@ -347,4 +347,8 @@ def test_figures_are_numbers_by_name() -> None:
         "critical_batch": 20.0,
         "doubling_steps_ratio": pytest.approx((1 + 16 / 20) / (1 + 8 / 20) / 2),
         "doubling_samples_ratio": pytest.approx((1 + 16 / 20) / (1 + 8 / 20)),
+        "step_seconds": meter._step_seconds,
+        "samples": STEPS * 8,
+        "global_batch": 8,
+        "micro_batch": MICRO_BATCH,
     }

@@ -69,9 +69,8 @@ class NoiseCallback(TrainerCallback):
         self._micro_batches_of_epoch += args.gradient_accumulation_steps
         if self.controller is not None:
             self._follow(args, self.controller)
-        figures = self.meter.figures()
-        if control.should_log and figures:
-            self._trainer.log(figures | {"global_batch": float(self.meter.global_batch or 0)})
+        if control.should_log:
+            self._trainer.log(self.meter.figures())
 
     def _follow(self, args: TrainingArguments, controller: BatchController) -> None:
         schedule = self._trainer.lr_scheduler

@@ -39,8 +39,7 @@ class NoiseCallback(Callback):
         assert self.meter is not None, "training has begun"
         self._updates = trainer.global_step
         self.meter.finish_step()
-        if figures := self.meter.figures():
-            pl_module.log_dict(figures, on_step=True, on_epoch=False)
+        pl_module.log_dict(self.meter.figures(), on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks; the figures can still be read."""

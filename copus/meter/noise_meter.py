@@ -99,6 +99,7 @@ class NoiseMeter:
         self._steps = self._samples = 0
         self._log: MeterLog | None = None
         self._finished_at: float | None = None
+        self._step_seconds: float | None = None
         self._hooks: list[Any] = []
         called, returns_loss = self._model.called, self._model.returns_loss or self._model.called
         self._loss_check = None if returns_loss is None else LossCheck(returns_loss)
@@ -180,9 +181,10 @@ class NoiseMeter:
         return doubling(self.global_batch, self.critical_batch)
 
     def figures(self) -> dict[str, float]:
-        """What is known now, as numbers by name, for a logger: `noise_scale` with `noise_scale_low` and
-        `noise_scale_high`, `critical_batch`, and the ratios of `doubling`."""
-        noise, twice = self._estimate, self.doubling()
+        """Everything that is known now, as numbers by name, for a logger: `noise_scale` with `noise_scale_low` and
+        `noise_scale_high`, `critical_batch`, and the ratios of `doubling`; of the last step `step_seconds`, `samples`
+        so far, and of the next `global_batch` and `micro_batch`. `copus advise` finds them by these names."""
+        noise, twice, batch = self._estimate, self.doubling(), self._configuration
         figures = {
             "noise_scale": noise.value,
             "noise_scale_low": noise.low,
@@ -190,6 +192,10 @@ class NoiseMeter:
             "critical_batch": self.critical_batch,
             "doubling_steps_ratio": None if twice is None else twice.steps_ratio,
             "doubling_samples_ratio": None if twice is None else twice.samples_ratio,
+            "step_seconds": self._step_seconds,
+            "samples": self._samples or None,
+            "global_batch": None if batch is None else batch.global_batch,
+            "micro_batch": None if batch is None else batch.micro_batch,
         }
         return {name: float(value) for name, value in figures.items() if value is not None}
 
@@ -288,6 +294,7 @@ class NoiseMeter:
             if self._noise.update(self._result, self._samples, batch):
                 self._estimate = self._noise.estimate()
             now = time.perf_counter()
+            self._step_seconds = None if self._finished_at is None else now - self._finished_at
             if self._log is not None:
                 self._log.write(
                     MeterStep(
@@ -296,7 +303,7 @@ class NoiseMeter:
                         global_batch=batch,
                         micro_batch=configuration.micro_batch,
                         layout=configuration.layout,
-                        step_seconds=None if self._finished_at is None else now - self._finished_at,
+                        step_seconds=self._step_seconds,
                         noise=self._estimate if self._estimate.samples else None,
                     )
                 )
