@@ -14,9 +14,9 @@ from tests.meter_loops import Microbatch, loop_of
 
 LOOPS = {"plain": 1, "ddp": 2, "fsdp": 2, "deepspeed1": 2, "megatron_dp": 2}
 """Loops by name (`tests/meter_loops.py`), and ranks."""
-SHAPE = {"layers": 4, "hidden": 256, "ffn_hidden": 688, "heads": 4, "kv_heads": 4, "seq_len": 256, "vocab": 1000}
+SHAPE = {"layers": 2, "hidden": 256, "ffn_hidden": 688, "heads": 4, "kv_heads": 4, "seq_len": 128, "vocab": 1000}
 MICRO_BATCH, MICRO_BATCHES = 4, 2
-"""Sequences in a backward pass, and passes of a replica in a step: 1,024 tokens each. A small model on few tokens is
+"""Sequences in a backward pass, and passes of a replica in a step: 512 tokens each. A small model on few tokens is
 the hard case: a norm costs as much as reading its gradient, and a backward pass grows with the tokens."""
 WARM_UP = 3
 """Steps before anything is timed; in as many the meter looks at the loss."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,3 +68,31 @@ def test_wrapped_models_measure(kind: str) -> None:
     assert value is not None
     assert problems == []
     assert other == (value, problems)
+
+
+def _trainer_on_ranks(kind: str, strategy: str) -> Any:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # where torchrun's would be; a world exists already
+    if kind == "huggingface":
+        callbacks = example(kind).main().callback_handler.callbacks
+    else:
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        callbacks = example(kind).main(devices=2, strategy=sharded if strategy == "fsdp" else strategy).callbacks
+    (callback,) = [each for each in callbacks if hasattr(each, "meter")]
+    meter = callback.meter
+    return meter._model.name, meter.replicas, meter.samples, meter.noise.value, meter.problems
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "strategy"), [("huggingface", "ddp"), ("lightning", "ddp"), ("lightning", "fsdp")])
+def test_callbacks_measure_on_two_ranks(kind: str, strategy: str) -> None:
+    """accelerate shards on GPUs alone, so that the Hugging Face trainer has no FSDP here."""
+    first, second = run_ranks(2, _trainer_on_ranks, kind, strategy)
+    name, replicas, samples, value, problems = first
+    assert name == ("DistributedDataParallel" if strategy == "ddp" else "FSDP2")
+    assert (replicas, samples) == (2, 8 * 30), "every sequence is trained on once"
+    assert value is not None
+    assert [problem for problem in problems if "backward passes" not in problem] == []  # an epoch ends where it likes
+    assert second == first

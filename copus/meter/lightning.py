@@ -27,7 +27,7 @@ class NoiseCallback(Callback):
             raise ValueError("NoiseCallback: the module optimizes by hand; use copus.NoiseMeter in its training_step")
         micro_batch = getattr(trainer.train_dataloader, "batch_size", None)
         options: dict[str, Any] = {"micro_batch": micro_batch, "micro_batches": trainer.accumulate_grad_batches}
-        self.meter = NoiseMeter(trainer.strategy.model, **{**options, **self._options})
+        self.meter = NoiseMeter(_sharded_root(trainer.strategy.model), **{**options, **self._options})
         self._updates = trainer.global_step
         if self._log is not None:
             self.meter.log(self._log)
@@ -49,3 +49,11 @@ class NoiseCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Lightning puts it into its checkpoints."""
         return {} if self.meter is None else self.meter.state_dict()
+
+
+def _sharded_root(model: Any) -> Any:
+    """The part of a Lightning module that `fully_shard` made the root of FSDP2, if all that is trained is in it:
+    Lightning runs the training step without calling the module itself. Else the model."""
+    root = next((module for module in model.modules() if hasattr(module, "_get_fsdp_state")), model)
+    inside = set(root.parameters())
+    return root if all(param in inside for param in model.parameters() if param.requires_grad) else model

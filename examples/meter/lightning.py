@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from copus.meter.lightning import NoiseCallback
@@ -22,6 +23,11 @@ class Model(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.network = nn.Sequential(nn.Embedding(VOCAB, 32), nn.LayerNorm(32), nn.Linear(32, VOCAB))
+
+    def configure_model(self) -> None:
+        """Shard with FSDP2 if the strategy is `ModelParallelStrategy(data_parallel_size=…, tensor_parallel_size=1)`."""
+        if self.device_mesh is not None:
+            fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, tokens: torch.Tensor, index: int) -> torch.Tensor:
         """Mean cross entropy."""
