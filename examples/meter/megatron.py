@@ -57,6 +57,10 @@ def build() -> tuple[list[DistributedDataParallel], object]:
     model = GPTModel(config, get_gpt_layer_local_spec(), vocab_size=VOCAB, max_sequence_length=TOKENS)
     if torch.cuda.is_available():
         model = model.cuda()
+    else:  # `cpu.adapt` leaves matrices as they lie in memory
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=0.02)
     chunks = [DistributedDataParallel(config, DistributedDataParallelConfig(), model)]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", lr=3e-3, clip_grad=CLIP), chunks, use_gloo_process_groups=False
