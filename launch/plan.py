@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs, and not b
     from planner.job_estimate import Fastest, JobEstimate, NoiseRange
     from planner.predictor import CandidateEstimate
 
-DISPENSABLE = ("source", "80 %", "memory 80 %", "MFU", "fit")
+DISPENSABLE = ("source", "80 %", "memory 80 %", "MFU", "next layout", "sure", "fit")
 """Columns that a narrow terminal goes without, the first one first; `--json` has them."""
 
 

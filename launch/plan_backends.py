@@ -4,13 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
 from copus.estimate import estimate_of
 from copus.job import JobConfig, JobError, load_job
 from launch.json_output import as_json_line
 from launch.plan import DISPENSABLE, as_values, fastest_row, on_backend
-from launch.tables import page, print_table
+from launch.tables import page, print_facts, print_table
 from profiles.formatting import count
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs
@@ -41,7 +39,7 @@ def plan_backends(job_file: Path, overrides: list[str], backends: list[str], *, 
     console = page()
     heading = f"{job.name}: {count(job.model.parameters)} weights in {job.training.precision} on "
     heading += f"{job.cluster.accelerators} × {job.cluster.accelerator}"
-    console.print(Text("\n".join([heading, *map(_source, planned)])), soft_wrap=True)
+    print_facts(heading, [(each.backend, _source(each)) for each in planned], console)
     rows = sorted(
         ((fastest, each) for each in planned for fastest in each.estimate.fastest()),
         key=lambda row: (row[0].best.configuration.global_batch, row[0].best.step_seconds or 0.0),
@@ -62,7 +60,7 @@ def _source(planned: _Planned) -> str:
         if estimate.measured_rows
         else "predicted by the cost model alone, which knows nothing of this framework"
     )
-    return f"  {planned.backend:<10}{len(estimate.candidates)} candidates, {times}"
+    return f"{len(estimate.candidates)} candidates, {times}"
 
 
 def _row(fastest: "Fastest", backend: str) -> dict[str, Any]:

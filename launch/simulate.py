@@ -17,7 +17,7 @@ from copus.learning_rate import lr_decay
 from launch.json_output import as_json_line
 from launch.plot import check_output, need_matplotlib
 from launch.run_directory import find_run, shown
-from launch.tables import new_table, page
+from launch.tables import new_table, page, print_facts
 from planner.forecast import CriticalBatchForecast
 from planner.job_estimate import JobEstimate
 from planner.menu import Floats, Menu, rung_of
@@ -299,9 +299,15 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
     console = page()
     label = [configuration.label for configuration in setting.menu.configurations]
     how = "as a job's steps measure it" if setting.noise is None else f"estimates ± {percent(setting.noise)}"
-    console.print(f"noise       {said}; {how}, c × {setting.factor_error:g}", soft_wrap=True)
-    console.print(f"throughput  {source}; a layout move takes {duration(setting.move_seconds[2])}")
-    console.print(f"objective   {setting.objective}")
+    print_facts(
+        f"time to target, {len(rows)} polic{'y' if len(rows) == 1 else 'ies'}",
+        [
+            ("noise", f"{said}; {how}, c × {setting.factor_error:g}"),
+            ("throughput", f"{source}; a layout move takes {duration(setting.move_seconds[2])}"),
+            ("objective", setting.objective),
+        ],
+        console,
+    )
     table = new_table()
     table.add_column("policy")
     for name in ("time to target", "±", "vs best fixed", "layout moves", "other moves"):
@@ -318,16 +324,17 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
             f"{row.batch_moves:.1f}",
         )
     table.add_row("as written", duration(start), "", signed_percent(fixed / start - 1), "0", "0")
-    table.add_row(f"best fixed: {label[plan.fixed_index]}", duration(fixed), "", "", "0", "0")
+    table.add_row("best fixed", duration(fixed), "", "", "0", "0")
     table.add_row("oracle", duration(plan.seconds), "", signed_percent(plan.gain), "", "", style="dim")
     console.print(table)
+    console.print(f"best fixed: {label[plan.fixed_index]}")
     console.print("schedule of the oracle, who knows φ:")
     for stretch in plan.schedule:
         console.print(
             f"  from {percent(stretch.first):>5} of the progress (φ = {three_digits(stretch.critical_batch)}): "
             f"{label[stretch.index]}, {duration(stretch.seconds)}"
         )
-    console.print(_conclusion(plan, label[plan.fixed_index]), soft_wrap=True)
+    print_facts(_conclusion(plan, label[plan.fixed_index]), [], console)
 
 
 def _conclusion(plan: Plan, fixed: str) -> str:

@@ -122,7 +122,7 @@ class Goodput:
         ahead = look_ahead(situation)
         ends = (ahead.saved_expected, ahead.saved_low, ahead.saved_high)
         saved = duration_interval(*(float(end[index]) for end in ends))
-        paid = f", the {duration(cost)} move paid" if cost else ""
+        paid = f" net of the {duration(cost)} move" if cost else ""
         surely = float(choice.saved_seconds[0, index])
         waiting = f"; waiting for the next decision would lose {duration(surely)}" if surely >= 0.1 else ""
         above = f"goodput of {label} is {percent(gain)} above the current"
@@ -136,8 +136,9 @@ class Goodput:
         worth = progress_per_sample(batch, phi, situation.objective)
         sooner = float(situation.samples_left[0]) * (1 / speed[here] - 1 / speed[index]) - float(cost)
         tokens = f"{duration(abs(sooner))} {'sooner' if sooner >= 0 else 'later'}"
-        learned = percent(float(worth[index] / worth[here]) - 1)
-        return f"{said}; at equal tokens {tokens} with {learned} of progress"
+        learned = float(worth[index] / worth[here]) - 1
+        progress = f"{percent(abs(learned))} {'more' if learned >= 0 else 'less'} progress"
+        return f"{said}; at equal tokens {tokens} with {progress}"
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
         """Why this candidate was not chosen."""
