@@ -68,7 +68,7 @@ test-slow: install  ## what the default suite leaves out for its length
 
 # Output is not captured: the events of the jobs are what one wants to see.
 test-slurm: install  ## jobs on a Slurm cluster of two nodes, installed (Debian, root) and started here: 3 to 8 minutes
-	$(BIN)/python -m pytest -m slurm -s -rs tests/test_slurm.py
+	$(BIN)/python -m pytest -m slurm -s -rs tests/test_slurm.py tests/test_tutorials.py
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check

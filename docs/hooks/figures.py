@@ -42,10 +42,10 @@ class Claim:
 
 
 def newest_path(benchmark: str) -> Path:
-    """The result of the latest date; of one day the one with the highest number."""
-    name = benchmark.replace("_", "-")
-    kept = [path for path in RESULTS.glob("*.json") if re.search(rf"\d-cpu-{name}(-\d+)?\.json$", path.name)]
-    return max(kept, key=lambda path: (path.name[:10], path.name))
+    """The result of the latest date; of one day the one with the highest number (NAME.json, NAME-2.json, …)."""
+    pattern = re.compile(rf"(\d{{4}}-\d\d-\d\d)-cpu-{benchmark.replace('_', '-')}(?:-(\d+))?\.json")
+    kept = [(found, path) for path in RESULTS.glob("*.json") if (found := pattern.fullmatch(path.name))]
+    return max(kept, key=lambda result: (result[0][1], int(result[0][2] or 1)))[1]
 
 
 def newest(benchmark: str) -> dict[str, Any]:
@@ -162,6 +162,39 @@ def _demos(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _single_profiler(result: dict[str, Any]) -> dict[str, str]:
+    ways = result["ways"]
+    return {"configurations": str(result["configurations"]), "nothing": f"{ways['nothing']['mape_pct']:.0f}"} | {
+        f"{name}_{figure}": form(ways[way][f"{figure}_pct"])
+        for name, way in (("shards", "shards"), ("both", "shards and 4 steps"), ("steps", "4 steps"))
+        for figure, form in (("mape", _one), ("coverage", lambda value: f"{value:.0f}"))
+    }
+
+
+def _checkpoint(result: dict[str, Any]) -> dict[str, str]:
+    plain, distributed = result["cells"]
+    megabytes = {
+        f"{which}_{name}": f"{cell[f'{name}_extra_bytes'] / 1e6:.0f}"
+        for which, cell in (("plain", plain), ("distributed", distributed))
+        for name in ("save", "load")
+    }
+    seconds = {
+        f"{which}_{name}_seconds": _one(cell[f"{name}_seconds"])
+        for which, cell in (("plain", plain), ("distributed", distributed))
+        for name in ("save", "load")
+    }
+    return megabytes | seconds
+
+
+def _live_profiler(result: dict[str, Any]) -> dict[str, str]:
+    assert result["same_ranking"], "the page says that the ranking is the same"
+    return {"speedup": _one(result["speedup"])}
+
+
+def _noise(result: dict[str, Any]) -> dict[str, str]:
+    return {"spread": f"{result['layouts']['max_relative_spread']:.0e}".replace("e-0", "e-")}
+
+
 ARGUMENTS = {"policies": ["--quick"]}
 WITH_DATA = ("policies", "memory", "throughput")
 """Those that compare with published measurements."""
@@ -216,6 +249,34 @@ CLAIMS = (
         _policies,
     ),
     Claim("policies", "| {ours} % (COPUS's rule {copus} %, the optimum {oracle} %)", (BENCHMARKS,), _policies),
+    Claim(
+        "single_profiler",
+        "| {shards_mape} % mean error (",
+        (BENCHMARKS,),
+        _single_profiler,
+    ),
+    Claim(
+        "single_profiler",
+        "{shards_coverage} % in their 80 % intervals; with 4 steps known too {both_mape} % and {both_coverage} %, "
+        "with these alone {steps_mape} % and {steps_coverage} %, with nothing {nothing} %",
+        (BENCHMARKS,),
+        _single_profiler,
+    ),
+    Claim(
+        "checkpoint",
+        "{plain_save} and {plain_load} MB; with the distributed optimizer {distributed_save} and {distributed_load} MB",
+        (BENCHMARKS,),
+        _checkpoint,
+    ),
+    Claim(
+        "checkpoint",
+        "{plain_save_seconds} and {plain_load_seconds} s; with the distributed optimizer {distributed_save_seconds} "
+        "and {distributed_load_seconds} s",
+        (BENCHMARKS,),
+        _checkpoint,
+    ),
+    Claim("live_profiler", "{speedup} times less wall time (", (BENCHMARKS,), _live_profiler),
+    Claim("noise", "largest relative spread of a squared norm {spread} |", (BENCHMARKS,), _noise),
     Claim("calibrate", "{c} ({low} to {high}): critical batch {phi}", (BENCHMARKS,), _calibrate),
 )
 
