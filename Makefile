@@ -15,6 +15,8 @@ DATA ?=
 # test-next: the newest megatron-core needs Python 3.12.
 NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv312
+# test: processes among which the test files are dealt out. The tests of a file stay together, for what they share.
+WORKERS ?= 2
 # gpu-check: folder for the results, and a folder of wheels (`make gpu-wheels`) for a machine without network.
 OUT ?= benchmarks/results
 WHEELS ?=
@@ -55,7 +57,7 @@ demo: install  ## train the main job on Shakespeare: 2 ranks, about 10 minutes
 	$(BIN)/copus submit examples/shakespeare.yaml
 
 test: install  ## the default test suite
-	$(BIN)/python -m pytest --durations=15 --durations-min=8
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=15 --durations-min=8
 
 install-next:  ## make .venv312: Python 3.12 and the newest megatron-core (5 GB)
 	$(MAKE) --no-print-directory install PYTHON=$(NEXT_PYTHON) VENV=$(NEXT_VENV)

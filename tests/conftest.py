@@ -5,6 +5,7 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks share the machine's cores
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process that a test starts would compile scipy and copus anew
+os.environ.pop("COLUMNS", None)  # of a terminal, or of pytest-xdist: tables would be as narrow
 
 import pytest
 from hypothesis import settings
@@ -39,7 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device. Torch is imported only when there is such a test."""
+    """Files that start ranks come first: of two workers (`make test`), the last to finish then has a short file.
+
+    Tests marked `gpu` are skipped where torch sees no CUDA device. Torch is imported only when there is such a test.
+    """
+    start_ranks = {item.path for item in items if item.get_closest_marker("dist")}
+    items.sort(key=lambda item: item.path not in start_ranks)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
