@@ -1,7 +1,7 @@
 """Do small batches train as well as large ones, and as easily? The three findings of 2507.07101, on a small Llama.
 
-    python -m benchmarks.small_batch [--batches 1,4,16,64] [--seeds 3] [--tokens N] [--out DIR] [--plot FILE] [--quick]
-        [--json]
+    python -m benchmarks.small_batch [--batches 1,4,16,64,256] [--seeds 3] [--tokens N] [--out DIR] [--plot FILE]
+        [--judge] [--quick] [--json]
 
 Every cell trains the model of benchmarks/small_batch.yaml on the same number of tokens, from the same weights for a
 seed, with one batch, optimizer, β2 rule and peak learning rate, and evaluates it on held-out sequences. `fixed` keeps
@@ -9,7 +9,8 @@ seed, with one batch, optimizer, β2 rule and peak learning rate, and evaluates 
 to 0, in tokens. Updates are those that jobs make (`copus.backends.optimizers`). Cells that DIR has are not run again.
 
 The verdicts can fail. Each has a figure, the 80 % interval of it over seeds, and holds (true), fails (false), or, if
-the interval has both, stays open (null). A best learning rate at the end of its grid makes a verdict open too.
+the interval has both or cells are missing, stays open (null). A best learning rate at the end of its grid makes a
+verdict open too.
 """
 
 import argparse
@@ -33,14 +34,19 @@ from copus.optimizers import Optimizer
 
 JOB = Path(__file__).with_name("small_batch.yaml")
 OUT = Path("build/small-batch")
-BATCHES = "1,4,16,64"
+BATCHES = "1,4,16,64,256"
 CLOSE = 0.05
 """Nats within which a loss counts as as good as the best."""
-STEPS_OF_GRID = 4.0
-"""Ratio of neighbouring learning rates."""
+COARSE = 4.0
+"""Ratio of neighbouring learning rates in the first grid; beside the best one it is the square root of that."""
 POINTS = 5
-"""Learning rates of a grid; a best one at its end has more on that side."""
-MOST_POINTS = 8
+"""Learning rates of the first grid."""
+MOST_POINTS = 12
+SEQUENCES_TOGETHER = 64
+"""Sequences in a step of all runs that train together: fewer are bound by calls, more leave the caches."""
+
+OPTIMIZERS: TypeAdapter[Optimizer] = TypeAdapter(Optimizer)
+"""Turns the section of a job file into an optimizer."""
 
 
 class Arm(NamedTuple):
@@ -101,42 +107,55 @@ class Grid:
             if (cell.batch, cell.optimizer, cell.rule, cell.seed, cell.tokens) == wanted
         }
 
-    def fill(self, arm: Arm, batch: int, seed: int, report: Callable[[str], None]) -> None:
-        """Train what the grid of an arm, a batch and a seed lacks. A best learning rate at an end brings another one
-        beyond it, so that the best is inside."""
-        middle = arm.middle * (batch / 8) ** arm.exponent
-        rates = [float(f"{middle * STEPS_OF_GRID ** (point - POINTS // 2):.3g}") for point in range(POINTS)]
-        while True:
-            known = self.losses(arm, batch, seed)
-            for lr in (lr for lr in rates if lr not in known):
-                report(f"{arm.optimizer['kind']} {arm.rule}, batch {batch}, learning rate {lr:g}, seed {seed}")
-                self._add(
-                    Cell(
-                        batch,
-                        arm.optimizer["kind"],
-                        arm.rule,
-                        lr,
-                        seed,
-                        self.job.training.tokens,
-                        self._train(arm, batch, lr, seed),
-                    )
-                )
-            losses = self.losses(arm, batch, seed)
-            best = min(losses, key=lambda lr: losses[lr])
-            if len(losses) >= MOST_POINTS or min(losses) < best < max(losses):
-                return
-            rates = [float(f"{best * STEPS_OF_GRID ** (1 if best == max(losses) else -1):.3g}")]
+    def fill(self, arm: Arm, batch: int, seeds: Sequence[int], report: Callable[[str], None]) -> None:
+        """Train what the grids of an arm and a batch lack, as many runs together as pays."""
+        together = max(1, SEQUENCES_TOGETHER // batch)
+        while missing := [
+            (lr, seed) for seed in seeds for lr in wanted_rates(arm, batch, self.losses(arm, batch, seed))
+        ]:
+            for first in range(0, len(missing), together):
+                runs = missing[first : first + together]
+                report(f"{arm.optimizer['kind']} {arm.rule}, batch {batch}, {len(runs)} of {len(missing)} runs")
+                for (lr, seed), loss in zip(runs, self._train(arm, batch, runs), strict=True):
+                    name = arm.optimizer["kind"]
+                    self._add(Cell(batch, name, arm.rule, lr, seed, self.job.training.tokens, loss))
+
+    def is_filled(self, arm: Arm, batch: int, seeds: Sequence[int]) -> bool:
+        """Whether the grid of an arm and a batch lacks nothing."""
+        return not any(wanted_rates(arm, batch, self.losses(arm, batch, seed)) for seed in seeds)
 
     def _add(self, cell: Cell) -> None:
         self.cells.append(cell)
         with open(self._path, "a") as file:  # one write of one line
             file.write(json.dumps(cell._asdict() | {"loss": str(cell.loss)}) + "\n")
 
-    def _train(self, arm: Arm, batch: int, lr: float, seed: int) -> float:
+    def _train(self, arm: Arm, batch: int, runs: Sequence[tuple[float, int]]) -> list[float]:
         from benchmarks.small_batch_training import train  # loads torch
 
-        optimizer = TypeAdapter(Optimizer).validate_python(arm.optimizer)
-        return train(self.job, optimizer, batch, lr, seed)
+        return train(self.job, OPTIMIZERS.validate_python(arm.optimizer), batch, runs)
+
+
+def wanted_rates(arm: Arm, batch: int, losses: Losses) -> list[float]:
+    """Learning rates that a grid with these losses lacks: first a coarse grid; then, while the best is at an end, one
+    beyond it; then those halfway between the best and its neighbours."""
+    middle = arm.middle * (batch / 8) ** arm.exponent
+    coarse = [_three_digits(middle * COARSE ** (point - POINTS // 2)) for point in range(POINTS)]
+    if missing := [lr for lr in coarse if lr not in losses]:
+        return missing
+    if len(losses) >= MOST_POINTS:
+        return []
+    rates = sorted(losses)
+    best = rates.index(min(rates, key=lambda lr: losses[lr]))
+    if best == 0:
+        return [_three_digits(rates[0] / COARSE)]
+    if best == len(rates) - 1:
+        return [_three_digits(rates[-1] * COARSE)]
+    pairs = zip(rates[best - 1 : best + 1], rates[best : best + 2], strict=True)
+    return [_three_digits(math.sqrt(a * b)) for a, b in pairs if b / a > 1.1 * math.sqrt(COARSE)]
+
+
+def _three_digits(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def best_loss(losses: Losses) -> float:
@@ -170,83 +189,102 @@ def width(losses: Losses) -> float:
 
 
 def verdict(statement: str, figures: Sequence[float], most: float, *, decided: bool) -> dict[str, Any]:
-    """Whether a figure is at most `most`: by the 80 % interval of its mean over seeds (Student's)."""
-    mean = float(np.mean(figures))
+    """Whether a figure is at most `most`: by the 80 % interval of its mean over seeds (Student's). Without figures it
+    is open."""
+    mean = float(np.mean(figures)) if figures else None
     low = high = mean
-    if len(figures) > 1:
+    if mean is not None and len(figures) > 1:
         half = float(student.ppf(0.9, len(figures) - 1)) * float(np.std(figures, ddof=1)) / math.sqrt(len(figures))
         low, high = mean - half, mean + half
-    holds = None if len(figures) < 2 or not decided else True if high <= most else False if low > most else None
+    holds = None
+    if low is not None and high is not None and len(figures) > 1 and decided:
+        holds = True if high <= most else False if low > most else None
     return {"statement": statement, "figure": mean, "interval": [low, high], "at_most": most, "holds": holds}
 
 
 def verdicts(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The findings of the paper, for what was trained."""
+    """The findings of the paper, for what was trained; open where something is missing."""
     small, large = min(batches), max(batches)
-    half_life, fixed, _, sgd = ARMS
+    half_life, fixed, adafactor, sgd = ARMS
+    trained = [batch for batch in batches if grid.is_filled(half_life, batch, seeds)]
 
-    def of(arm: Arm, batch: int) -> list[Losses]:
-        return [grid.losses(arm, batch, seed) for seed in seeds]
+    def compare(statement: str, most: float, cells: list[tuple[Arm, int]], figure: Callable[..., float]) -> None:
+        """Add a verdict on a figure of the losses of these cells, for each seed."""
+        if not all(grid.is_filled(arm, batch, seeds) for arm, batch in cells):
+            found.append(verdict(statement, [], most, decided=False))
+            return
+        by_seed = [[grid.losses(arm, batch, seed) for arm, batch in cells] for seed in seeds]
+        decided = all(is_inside(losses) for of_seed in by_seed for losses in of_seed)
+        found.append(verdict(statement, [figure(*of_seed) for of_seed in by_seed], most, decided=decided))
 
-    by_batch = {batch: of(half_life, batch) for batch in batches}
-    best = [min(best_loss(by_batch[batch][index]) for batch in batches) for index in range(len(seeds))]
-    inside = all(is_inside(losses) for losses in by_batch[small])
-    return [
-        verdict(
-            f"AdamW with the half-life kept trains as well at batch {small} as at the best batch: nats behind it",
-            [best_loss(losses) - least for losses, least in zip(by_batch[small], best, strict=True)],
+    def behind(losses: Losses, *others: Losses) -> float:
+        return best_loss(losses) - min(map(best_loss, (losses, *others)))
+
+    found: list[dict[str, Any]] = []
+    compare(
+        f"AdamW with the half-life kept trains as well at batch {small} as at the best batch: nats behind it",
+        CLOSE,
+        [(half_life, small), *((half_life, batch) for batch in trained if batch != small)],
+        behind,
+    )
+    compare(
+        f"batch {small} is no more sensitive to the learning rate than batch {large}: octaves by which its range is "
+        "narrower",
+        0.0,
+        [(half_life, small), (half_life, large)],
+        lambda a, b: width(b) - width(a),
+    )
+    for arm, name in ((sgd, "SGD without momentum"), (adafactor, "Adafactor")):
+        compare(
+            f"{name} at batch {small} trains as well as AdamW there: nats behind it",
             CLOSE,
-            decided=inside,
-        ),
-        verdict(
-            f"batch {small} is no more sensitive to the learning rate than batch {large}: octaves by which its range "
-            "is narrower",
-            [width(b) - width(a) for a, b in zip(by_batch[small], by_batch[large], strict=True)],
-            0.0,
-            decided=inside and all(is_inside(losses) for losses in by_batch[large]),
-        ),
-        verdict(
-            f"SGD without momentum at batch {small} trains as well as AdamW there: nats behind it",
-            [best_loss(a) - best_loss(b) for a, b in zip(of(sgd, small), by_batch[small], strict=True)],
-            CLOSE,
-            decided=inside and all(is_inside(losses) for losses in of(sgd, small)),
-        ),
-        verdict(
-            f"at batch {small} a kept half-life is no worse than a fixed β2: nats behind it",
-            [best_loss(a) - best_loss(b) for a, b in zip(by_batch[small], of(fixed, small), strict=True)],
-            0.0,
-            decided=inside and all(is_inside(losses) for losses in of(fixed, small)),
-        ),
-    ]
+            [(arm, small), (half_life, small)],
+            lambda a, b: best_loss(a) - best_loss(b),
+        )
+    compare(
+        f"at batch {small} a kept half-life is no worse than a fixed β2: nats behind it",
+        0.0,
+        [(half_life, small), (fixed, small)],
+        lambda a, b: best_loss(a) - best_loss(b),
+    )
+    return found
 
 
-def run(job: JobConfig, folder: Path, batches: Sequence[int], seeds: Sequence[int], console: Console) -> dict[str, Any]:
-    """Train what is missing, the dear small batches last, and judge."""
+def fill_all(grid: Grid, batches: Sequence[int], seeds: Sequence[int], console: Console) -> None:
+    """Train what is missing, what the verdicts need first."""
     copus_output("data", str(JOB))
-    grid = Grid(job, folder)
-    todo = [(arm, batch, seed) for seed in seeds for batch in sorted(batches, reverse=True) for arm in ARMS]
+    todo = sorted(((arm, batch) for arm in ARMS for batch in batches), key=lambda cell: _urgency(*cell, batches))
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(todo))
-        for arm, batch, seed in todo:
-            grid.fill(arm, batch, seed, lambda said: progress.update(task, description=said))
+        for arm, batch in todo:
+            grid.fill(arm, batch, seeds, lambda said: progress.update(task, description=said))
             progress.advance(task)
-    trained = [
-        cell
-        for cell in grid.cells
-        if cell.tokens == job.training.tokens and cell.batch in batches and cell.seed in seeds
-    ]
+
+
+def result_of(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
+    """What was trained, and what it says."""
+    tokens = grid.job.training.tokens
+    trained = [cell for cell in grid.cells if cell.tokens == tokens and cell.batch in batches and cell.seed in seeds]
     return {
-        "tokens": job.training.tokens,
+        "tokens": tokens,
         "cells": [cell._asdict() | {"loss": cell.loss if math.isfinite(cell.loss) else None} for cell in trained],
         "rows": list(rows(grid, batches, seeds)),
         "verdicts": verdicts(grid, batches, seeds),
     }
 
 
+def _urgency(arm: Arm, batch: int, batches: Sequence[int]) -> int:
+    """The verdicts compare AdamW at both ends, everything at the smallest batch, then AdamW at all of them; what is
+    trained first has the least."""
+    if arm is ARMS[0]:
+        return 0 if batch in (min(batches), max(batches)) else 2
+    return 1 if batch == min(batches) else 3
+
+
 def rows(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Means over seeds by arm and batch."""
+    """Means over seeds by arm and batch, where both are trained."""
     for arm in ARMS:
-        for batch in batches:
+        for batch in (batch for batch in batches if grid.is_filled(arm, batch, seeds)):
             found = [grid.losses(arm, batch, seed) for seed in seeds]
             rates = [min(losses, key=lambda lr: losses[lr]) for losses in found]
             yield {
@@ -273,7 +311,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     for found in result["verdicts"]:
         said = {True: "holds", False: "FAILS", None: "open"}[found["holds"]]
         low, high = found["interval"]
-        figure = f"{found['figure']:.3f} ({low:.3f} to {high:.3f}), at most {found['at_most']:g}"
+        seen = "not trained" if low is None else f"{found['figure']:.3f} ({low:.3f} to {high:.3f})"
+        figure = f"{seen}, at most {found['at_most']:g}"
         console.print(f"{said}: {found['statement']}: {figure}")
 
 
@@ -308,6 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, help="length of every run")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of finished cells")
+    parser.add_argument("--judge", action="store_true", help="train nothing: judge what --out has")
     parser.add_argument("--plot", type=Path, help="picture to draw")
     parser.add_argument("--quick", action="store_true", help="batches 4 and 16, one seed, an eighth of the tokens")
     options: argparse.Namespace = parser.parse_args(arguments)
@@ -315,7 +355,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batches = [4, 16] if options.quick else sorted({int(batch) for batch in options.batches.split(",")})
     tokens = options.tokens or load_job(JOB).training.tokens // (8 if options.quick else 1)
     job = load_job(JOB, [f"training.tokens={tokens}", f"training.warmup_tokens={tokens // 20}"])
-    result = run(job, options.out, batches, range(1 if options.quick else options.seeds), console)
+    grid, seeds = Grid(job, options.out), range(1 if options.quick else options.seeds)
+    if not options.judge:
+        fill_all(grid, batches, seeds, console)
+    result = result_of(grid, batches, seeds)
     if options.plot:
         plot(result, options.plot)
     tell(result, show, options, console)

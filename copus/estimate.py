@@ -27,7 +27,7 @@ def estimate_of(job: JobConfig) -> "JobEstimate":
             training.configuration,
             rows,
             training.implementation,
-            find_backend(training.backend).with_optimizer(training.optimizer),
+            find_backend(training.backend).with_optimizer_of(training),
         )
     except ValueError as error:
         raise JobError(f"cluster.{error}") from None

@@ -183,8 +183,8 @@ class TrainingConfig(Record):
     """Arithmetic of the model; bf16 keeps fp32 master weights and gradients. The default follows
     `cluster.accelerator`."""
     master_weights: Literal["fp32", "none"] = "fp32"
-    """none: bf16 weights are updated themselves, rounded stochastically, and have no fp32 copies (`fsdp` with
-    `precision: bf16`). That saves 4 bytes per weight and 2 per element of the gradient."""
+    """none: bf16 weights are updated themselves, rounded stochastically, and have no fp32 copies (`fsdp` and `megatron`
+    with `precision: bf16`). That saves 4 bytes per weight, and with `fsdp` 2 per element of the gradient."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate at `reference_batch`."""
     min_lr: NonNegativeFloat = 1e-4
@@ -279,9 +279,10 @@ class TrainingConfig(Record):
     @property
     def implementation(self) -> "Implementation":
         """How it spends memory."""
-        how = find_backend(self.backend).implementation(dropout=self.dropout > 0)
+        backend = find_backend(self.backend)
+        how = backend.implementation(dropout=self.dropout > 0)
         state = self.optimizer.state.model_copy(update={"masters": not self.without_masters})
-        fp32_gradients = how.fp32_gradients and not self.without_masters
+        fp32_gradients = how.fp32_gradients and (backend.has_fp32_gradients or not self.without_masters)
         return how.model_copy(update={"optimizer": state, "fp32_gradients": fp32_gradients})
 
 

@@ -23,7 +23,7 @@ from copus.saver import Saver
 from copus.schedule import rules_at
 from copus.trainer_state import TrainerState
 from planner.planner import Planner, decision_is_due
-from planner.sampling import first_known_step, half_life, source_of_step
+from planner.sampling import configuration_of_step, first_known_step, half_life, source_of_step
 from profiles.configuration import Configuration
 
 EndReason = Literal["finished", "interrupted", "max_minutes", "target_loss", "diverged"]
@@ -141,12 +141,17 @@ class Trainer:
         return self._leads and limit is not None and time.monotonic() - started > limit * 60
 
     def _next_configuration(self) -> Configuration | None:
-        """What the next step runs in: the current configuration, or at the end a smaller batch for what is left.
+        """What the next step runs in: the current configuration, with a second micro-batch where it is measured only
+        so, or at the end a smaller batch for what is left.
 
         None when nothing is left, or fewer sequences than there are replicas (times stages, where they interleave).
         """
         current = self._backend.configuration
         left = self._job.total_samples - self.state.samples_consumed
+        planner, backend = self._job.planner, self._backend.description
+        measured = configuration_of_step(planner, backend, current, self.state.step)
+        if left >= measured.global_batch:
+            return measured
         if left >= current.global_batch:
             return current
         micro_batch = current.micro_batch
@@ -166,7 +171,7 @@ class Trainer:
         """
         request = self._request(configuration, stop)
         full = self._backend.configuration
-        self._backend.move(configuration)  # another one only at the end of the run, for what is left
+        self._backend.move(configuration)  # of the same layout
         started = time.perf_counter()
         result = self._moves.try_step(self._train, request)
         if result is None:

@@ -19,6 +19,6 @@ def predictor_of(job: JobConfig, rows: Iterable[Measurement], *, use_cost_model:
         training.configuration,
         rows,
         training.implementation,
-        backend=find_backend(training.backend).with_optimizer(training.optimizer),
+        backend=find_backend(training.backend).with_optimizer_of(training),
         use_cost_model=use_cost_model,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from copus.backends.registry import find_backend
-from copus.job import JobConfig
+from copus.job import JobConfig, TrainingConfig
 from copus.optimizers import Optimizer
 from profiles.formatting import gibibytes, percent, three_digits
 
@@ -24,20 +24,24 @@ class SmallestBatch:
     """Its fastest configuration."""
     share: float
     """Of the best throughput."""
+    accumulation: str
+    """What the micro-batches of a lone replica are for; empty where there is no such accumulation."""
     peak_bytes: dict[str, float]
     """Memory of the fullest rank, by kind of optimizer that the backend runs in its layout; the job's own first."""
 
 
 def smallest_batch(job: JobConfig, estimate: "JobEstimate") -> SmallestBatch | None:
     """Of what fits, predicted or measured; None if nothing does, or no throughput is known."""
-    from planner.small_batch import smallest_saturating
+    from planner.small_batch import accumulation_purpose, smallest_saturating
 
     able = [candidate for candidate in estimate.candidates if candidate.can_run]
     found = smallest_saturating(able)
     if found is None:
         return None
     best = max(candidate.samples_per_second or 0.0 for candidate in able)
-    return SmallestBatch(found, (found.samples_per_second or 0.0) / best, _peaks(job, found))
+    estimates = {candidate.configuration: candidate for candidate in estimate.candidates}
+    purpose = accumulation_purpose(found.configuration, estimates, job.planner.max_micro_batch)
+    return SmallestBatch(found, (found.samples_per_second or 0.0) / best, purpose, _peaks(job, found))
 
 
 def _peaks(job: JobConfig, found: "CandidateEstimate") -> dict[str, float]:
@@ -48,17 +52,17 @@ def _peaks(job: JobConfig, found: "CandidateEstimate") -> dict[str, float]:
     peaks: dict[str, float] = {own.kind: found.peak.expected_bytes}
     for kind in backend.optimizers:
         optimizer = TypeAdapter(Optimizer).validate_python({"kind": kind})
-        if kind == own.kind or not _runs(job, optimizer, found):
-            continue
         training = job.training.model_copy(update={"optimizer": optimizer})
+        if kind == own.kind or not _runs(training, found):
+            continue
         check = MemoryCheck(job.model, job.cluster, training.precision, (), training.implementation)
         peaks[kind] = check.peaks([found.configuration])[0].expected_bytes
     return peaks
 
 
-def _runs(job: JobConfig, optimizer: Any, found: "CandidateEstimate") -> bool:
+def _runs(training: TrainingConfig, found: "CandidateEstimate") -> bool:
     try:
-        find_backend(job.training.backend).with_optimizer(optimizer).check_optimizer_in(found.configuration.layout)
+        find_backend(training.backend).with_optimizer_of(training).check_optimizer_in(found.configuration.layout)
     except ValueError:
         return False
     return True
@@ -73,7 +77,8 @@ def smallest_batch_facts(smallest: SmallestBatch) -> tuple[str, list[tuple[str, 
         f"({estimate.configuration.label}, {three_digits(estimate.samples_per_second or 0.0)} samples/s, "
         f"{percent(smallest.share)} of the best)"
     )
-    return heading, [("memory", memory)]
+    accumulation = [("accumulates", smallest.accumulation)] if smallest.accumulation else []
+    return heading, [*accumulation, ("memory", memory)]
 
 
 def as_values(smallest: SmallestBatch) -> dict[str, Any]:
@@ -83,5 +88,6 @@ def as_values(smallest: SmallestBatch) -> dict[str, Any]:
         "label": smallest.estimate.configuration.label,
         "samples_per_second": smallest.estimate.samples_per_second,
         "share_of_best": smallest.share,
+        "accumulation": smallest.accumulation,
         "peak_bytes": smallest.peak_bytes,
     }

@@ -40,14 +40,18 @@ def half_life(settings: PlannerConfig, total_samples: int, seq_len: int) -> Half
 
 
 def noise_measurable(settings: PlannerConfig, backend: BackendTraits, configuration: Configuration) -> bool:
-    """Whether some step of the configuration has two parts to compare: as it is, or as two halves of a lone
-    micro-batch."""
+    """Whether some step of the configuration has two parts to compare: as it is, as two halves of a lone micro-batch,
+    or with a second one."""
     parts = backend.parts(configuration)
     if settings.noise_source == "replica" or MICROBATCH not in parts:
         return settings.noise_source in ("auto", "replica") and _comparable(parts, REPLICA)
     if settings.noise_source == "normlayer" and NORMLAYER not in parts:
         return False
-    return _comparable(parts, MICROBATCH) or _can_halve(backend, configuration)
+    return (
+        _comparable(parts, MICROBATCH)
+        or _can_halve(backend, configuration)
+        or _needs_a_second(settings, backend, configuration)
+    )
 
 
 def check_measurable(settings: PlannerConfig, backend: BackendTraits, start: Configuration) -> None:
@@ -112,8 +116,7 @@ def source_of_step(
         return _joined(parts, settings.noise_source)
     if settings.compares_workers and _comparable(parts, REPLICA):
         return REPLICA
-    first = step < settings.min_noise_samples
-    sampled = first or step % settings.noise_every_steps == 0
+    first, sampled = step < settings.min_noise_samples, _is_sampled(settings, step)
     lone = MICROBATCH in parts and not _comparable(parts, MICROBATCH)
     if settings.noise_source == "normlayer" or lone:
         if first or step % settings.noise_halve_every_steps == 0:
@@ -122,6 +125,18 @@ def source_of_step(
     if sampled and MICROBATCH in parts:
         return _joined(parts, MICROBATCH, NORMLAYER)
     return REPLICA if _comparable(parts, REPLICA) else None
+
+
+def configuration_of_step(
+    settings: PlannerConfig, backend: BackendTraits, configuration: Configuration, step: int
+) -> Configuration:
+    """What step number `step` runs in. A lone micro-batch that cannot be halved, such as a batch of one sequence, has
+    no parts to be compared. Where the policy decides by the noise scale, sampled steps therefore take a second
+    micro-batch from the same weights, and are as unbiased as any: parts of successive steps would not be
+    (docs/small-batch.md)."""
+    if settings.needs_noise_scale and _is_sampled(settings, step) and _needs_a_second(settings, backend, configuration):
+        return _with_a_second(configuration)
+    return configuration
 
 
 def halved_share(settings: PlannerConfig, backend: BackendTraits, configuration: Configuration) -> float:
@@ -154,6 +169,27 @@ def _comparable(parts: dict[str, PartCount], source: str) -> bool:
 def _can_halve(backend: BackendTraits, configuration: Configuration) -> bool:
     """Whether two halves of the micro-batch make the micro-batches comparable."""
     return configuration.micro_batch % 2 == 0 and _comparable(backend.parts(configuration.halved), MICROBATCH)
+
+
+def _needs_a_second(settings: PlannerConfig, backend: BackendTraits, configuration: Configuration) -> bool:
+    """Whether only a second micro-batch makes the micro-batches comparable. The norm test looks at |ḡ|² of steps of the
+    batch that it judges, which such a step does not have."""
+    return (
+        settings.policy != "norm-test"
+        and not _comparable(backend.parts(configuration), MICROBATCH)
+        and not _can_halve(backend, configuration)
+        and _comparable(backend.parts(_with_a_second(configuration)), MICROBATCH)
+    )
+
+
+def _with_a_second(configuration: Configuration) -> Configuration:
+    """The configuration with twice as many micro-batches."""
+    return configuration.model_copy(update={"global_batch": 2 * configuration.global_batch})
+
+
+def _is_sampled(settings: PlannerConfig, step: int) -> bool:
+    """Whether micro-batches, or norm layers, are measured in a step: all of the first ones of a run, then some."""
+    return step < settings.min_noise_samples or step % settings.noise_every_steps == 0
 
 
 def _joined(parts: dict[str, PartCount], *sources: str) -> str | None:

@@ -136,8 +136,8 @@ ARITHMETIC = [
     ),
     Bad(
         "steps of one sequence, whose noise cannot be seen",
-        "training.micro_batch(1), which is not even and cannot be halved: policy(copus) would never know",
-        ("training.global_batch=1", "planner.policy=copus"),
+        "training.micro_batch(1), which is not even and cannot be halved: policy(norm-test) would never know",
+        ("training.global_batch=1", "planner.policy=norm-test"),
     ),
     Bad("limits in the wrong order", "min_global_batch(2048) is larger than", ("planner.min_global_batch=2048",)),
     Bad(

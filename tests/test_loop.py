@@ -239,6 +239,19 @@ def test_what_is_left_at_the_end_is_trained_on_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+def test_a_batch_of_one_sequence_is_measured_on_steps_that_take_a_second_one(tmp_path: Path) -> None:
+    job = _job(tokens=16 * 20, global_batch=1)
+    sampled = job.planner.model_copy(update={"noise_every_steps": 4})
+    events = run_ranks(2, _train, tmp_path, job.model_copy(update={"planner": sampled}))[0]
+    steps = [event for event in events if isinstance(event, Step)]
+    assert [step.global_batch for step in steps] == [2] * 6 + [1, 1, 2, 1, 1, 1, 1], "the last has none to take"
+    measured = [event for event in events if isinstance(event, Noise)]
+    assert [event.step for event in measured] == [1, 2, 3, 4, 5, 6, 9]
+    assert {(event.parts, event.part_size) for event in measured} == {(2, 1)}
+    assert read_state(newest_checkpoint(tmp_path))[1].global_batch == 1
+
+
+@pytest.mark.dist
 def test_without_a_planner_nothing_is_decided(tmp_path: Path) -> None:
     events = run_ranks(2, _train, tmp_path, _job(tokens=16 * 64), None)[0]
     assert [event.samples_consumed for event in events if isinstance(event, Step)] == list(range(4, 65, 4))

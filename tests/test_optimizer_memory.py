@@ -29,8 +29,6 @@ MODEL = {"hidden": 64, "ffn_hidden": 96, "kv_heads": 2, "vocab": 256}
 @pytest.mark.parametrize("backend", ["megatron", "fsdp"])
 def test_the_state_takes_what_the_memory_model_says(backend: str, layout: dict[str, Any], precision: str) -> None:
     ranks = layout.get("tp", 1)
-    if backend == "megatron" and precision == "without masters":
-        pytest.skip("megatron has masters")
     settings = (
         {"precision": "bf16", "master_weights": "none"} if precision == "without masters" else {"precision": precision}
     )

@@ -262,8 +262,18 @@ def test_every_optimizer_keeps_its_weight_decay_per_token(kappa: float, optimize
     [
         ({"optimizer": {"kind": "muon"}, "layout": {"tp": 2}}, r"layout.tp\(2\) is not supported with optimizer.kind"),
         ({"optimizer": {"kind": "adafactor"}, "layout": {"dp": 2, "zero": 1}}, r"layout.zero\(1\) is not supported"),
-        ({"optimizer": {"kind": "adafactor"}, "backend": "deepspeed"}, r"kind\(adafactor\): this backend has adamw"),
-        ({"master_weights": "none"}, r"master_weights\(none\) is not supported by this backend"),
+        (
+            {"optimizer": {"kind": "adafactor"}, "backend": "deepspeed"},
+            r"kind\(adafactor\): this backend has adamw: gradients are scaled",
+        ),
+        (
+            {"master_weights": "none", "precision": "bf16", "backend": "deepspeed", "layout": {"dp": 2, "zero": 2}},
+            r"master_weights\(none\) is not supported by this backend",
+        ),
+        (
+            {"master_weights": "none", "precision": "bf16", "layout": {"dp": 2, "zero": 1}},
+            r"layout.zero\(1\) is not supported with master_weights\(none\)",
+        ),
         ({"master_weights": "none", "backend": "fsdp"}, r"master_weights\(none\) needs precision\(bf16\), not fp32"),
         ({"optimizer": {"kind": "lion"}}, "adamw, sgd, adafactor, muon or signum"),
     ],

@@ -14,6 +14,7 @@ from planner.noise_sources import split
 from planner.sampling import (
     HalfLife,
     check_measurable,
+    configuration_of_step,
     executed_configuration,
     half_life,
     noise_measurable,
@@ -159,11 +160,30 @@ def test_steps_measure_what_the_backend_has() -> None:
     assert [source_of_step(settings, replicas, several, step) for step in range(2)] == ["replica", "replica"]
     compares_replicas = settings.model_copy(update={"noise_source": "replica"})
     assert source_of_step(compares_replicas, reduced, several, 0) is None
-    assert [noise_measurable(settings, reduced, each) for each in (several, lone, odd)] == [True, True, False]
+    assert [noise_measurable(settings, reduced, each) for each in (several, lone, odd)] == [True, True, True]
+    norm_test = settings.model_copy(update={"policy": "norm-test"})
+    assert not noise_measurable(norm_test, reduced, odd), "it judges steps of that batch"
     assert [noise_measurable(settings, replicas, each) for each in (several, lone, odd)] == [True, True, True]
     why = r"noise_source\(normlayer\): with TP1·PP1·DP2 B8 m2 this backend measures replica: policy"
     with pytest.raises(ValueError, match=why):
         check_measurable(settings.model_copy(update={"noise_source": "normlayer"}), replicas, several)
+
+
+def test_one_sequence_is_compared_with_a_second_one_on_sampled_steps() -> None:
+    one, two, three, even = (Configuration(layout=Layout(), micro_batch=n, global_batch=n) for n in (1, 2, 3, 4))
+    pair = one.model_copy(update={"global_batch": 2})
+    for source in ("auto", "microbatch", "normlayer"):
+        settings = PlannerConfig(min_noise_samples=2, noise_every_steps=3, noise_source=source)
+        steps = [configuration_of_step(settings, ANY_BACKEND, one, step) for step in range(7)]
+        assert steps == [pair, pair, one, pair, one, one, pair]
+        assert source_of_step(settings, ANY_BACKEND, pair, 0) is not None
+        assert source_of_step(settings, ANY_BACKEND, pair, 3) is not None
+        assert configuration_of_step(settings, ANY_BACKEND, three, 0).num_microbatches == 2
+        assert [configuration_of_step(settings, ANY_BACKEND, each, 0) for each in (two, even)] == [two, even]
+    for policy in ("static", "smallest-saturating", "norm-test"):
+        assert configuration_of_step(PlannerConfig(policy=policy), ANY_BACKEND, one, 0) == one
+    replicas = Configuration(layout=Layout(dp=2), micro_batch=1, global_batch=2)
+    assert configuration_of_step(PlannerConfig(), ANY_BACKEND, replicas, 0) == replicas
 
 
 def test_which_steps_measure_what() -> None:

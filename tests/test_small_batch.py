@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.small_batch import ARMS, Grid, best_loss, is_inside, verdict, width
+from benchmarks.small_batch import ARMS, Grid, best_loss, is_inside, result_of, verdict, width
+from benchmarks.small_batch_memory import FULL, SMALL_MODEL, job_of, peak, predicted_bytes
 from copus.job import load_job
-from launch.smallest_batch import smallest_batch
+from launch.smallest_batch import smallest_batch, smallest_batch_facts
 from planner.memory_check import PeakMemory
 from planner.policies.smallest_saturating import SmallestSaturating
 from planner.predictor import CandidateEstimate
@@ -92,6 +93,8 @@ def test_the_example_begins_at_batch_1_and_names_its_memory_with_every_optimizer
     peaks = smallest.peak_bytes
     assert set(peaks) == {"adafactor", "adamw", "sgd", "muon", "signum"}
     assert peaks["sgd"] < peaks["adafactor"] < peaks["signum"] <= peaks["muon"] < peaks["adamw"]
+    assert smallest.accumulation == "2 micro-batches on one replica, since max_micro_batch(16) is less than the batch"
+    assert ("accumulates", smallest.accumulation) in smallest_batch_facts(smallest)[1]
     assert peaks["adamw"] - peaks["sgd"] == pytest.approx(8 * job.model.parameters, rel=0.01)
 
 
@@ -116,16 +119,58 @@ def test_finished_cells_are_not_trained_again_and_a_best_rate_at_the_end_extends
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = load_job(EXAMPLE)
-    trained = []
+    trained: list[tuple[float, int]] = []
 
-    def train(self: Grid, arm: object, batch: int, lr: float, seed: int) -> float:
-        trained.append(lr)
-        return 3.0 + (math.log10(lr / 3.0)) ** 2  # best at 3, beyond the first grid of AdamW
+    def train(self: Grid, arm: object, batch: int, runs: list[tuple[float, int]]) -> list[float]:
+        trained.extend(runs)
+        return [3.0 + (math.log10(lr / 3.0)) ** 2 for lr, _ in runs]  # best at 3, beyond the first grid of AdamW
 
     monkeypatch.setattr(Grid, "_train", train)
-    Grid(job, tmp_path).fill(ARMS[0], 8, 0, lambda said: None)
+    Grid(job, tmp_path).fill(ARMS[0], 8, (0, 1), lambda said: None)
     first = len(trained)
     again = Grid(job, tmp_path)
-    again.fill(ARMS[0], 8, 0, lambda said: None)
-    assert len(trained) == first > 5
-    assert is_inside(again.losses(ARMS[0], 8, 0))
+    again.fill(ARMS[0], 8, (0, 1), lambda said: None)
+    assert len(trained) == len(set(trained)) == first
+    for seed in (0, 1):
+        losses = again.losses(ARMS[0], 8, seed)
+        assert is_inside(losses)
+        best = min(losses, key=lambda lr: losses[lr])
+        beside = sorted(losses, key=lambda lr: abs(math.log(lr / best)))[1:3]
+        assert all(abs(math.log2(lr / best)) < 1.1 for lr in beside), "the grid is finer around the best"
+
+
+def test_verdicts_on_what_is_not_trained_are_open_and_the_others_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Grid, "_train", lambda self, arm, batch, runs: [3.0 + math.log10(lr) ** 2 for lr, _ in runs])
+    grid = Grid(load_job(EXAMPLE), tmp_path)
+    for arm, batch in ((ARMS[0], 1), (ARMS[0], 4), (ARMS[3], 1)):
+        grid.fill(arm, batch, (0, 1), lambda said: None)
+    result = result_of(grid, [1, 4, 16], (0, 1))
+    assert [(row["optimizer"], row["batch"]) for row in result["rows"]] == [("adamw", 1), ("adamw", 4), ("sgd", 1)]
+    said = {entry["statement"].partition(" ")[0]: (entry["figure"], entry["holds"]) for entry in result["verdicts"]}
+    assert said == {
+        "AdamW": (pytest.approx(0.0, abs=0.1), True),
+        "batch": (None, None),
+        "SGD": (pytest.approx(0.0, abs=0.1), True),
+        "Adafactor": (None, None),
+        "at": (None, None),
+    }
+
+
+def test_the_peak_of_memory_is_the_largest_sum_of_changes() -> None:
+    assert peak([3, -1, 4, -2, 1]) == 6
+    assert peak([-2, 1]) == 0
+    assert peak([]) == 0
+
+
+def test_the_memory_model_counts_bytes_a_weight_of_every_case_of_full_training() -> None:
+    jobs = {case: job_of(settings, SMALL_MODEL) for case, settings in FULL.items()}
+    state = {
+        case: sum(predicted_bytes(job)[part] for part in ("weights", "gradients", "optimizer")) / job.model.parameters
+        for case, job in jobs.items()
+    }
+    assert state["AdamW, fp32"] == pytest.approx(4 + 4 + 4 + 8, rel=0.01), "weights, and the gathered copy of them"
+    assert state["AdamW"] == pytest.approx(2 + 4 + 4 + 8, rel=0.01)
+    assert state["SGD, bf16 weights alone"] == pytest.approx(2 + 2 + 2, rel=0.01)
+    assert state["Adafactor, bf16 weights alone"] == pytest.approx(2 + 2 + 2, rel=0.05)

@@ -30,10 +30,16 @@ class BackendDescription(BackendTraits, ABC):
     """The highest ZeRO stage that it runs."""
     optimizers: ClassVar[tuple[str, ...]] = ("adamw",)
     """Kinds of optimizers that it has, as in `copus.optimizers`."""
+    why_no_other_optimizer: ClassVar[str] = ""
+    """The reason, in words."""
     trains_without_masters: ClassVar[bool] = False
     """Whether it has `training.master_weights: none`."""
+    has_fp32_gradients: ClassVar[bool] = True
+    """Whether gradients are fp32 also where weights have no masters."""
     optimizer: Optimizer = AdamW()
     """The optimizer of the job."""
+    without_masters: bool = False
+    """Whether the job has bf16 weights without fp32 masters."""
     noise_metrics: ClassVar[tuple[str, ...]] = ("plain", "adam")
     """Values of `planner.noise_metric` that it can measure."""
     compiles: ClassVar[bool] = False
@@ -61,16 +67,17 @@ class BackendDescription(BackendTraits, ABC):
     def check_model(self, model: ModelShape) -> None:
         """Raise ValueError for a model that it does not build."""
 
-    def with_optimizer(self, optimizer: Optimizer) -> Self:
-        """This description of a job with that optimizer: `check_optimizer_in` knows it."""
+    def with_optimizer_of(self, training: "TrainingConfig") -> Self:
+        """This description of a job with that optimizer, and with masters or without: `check_optimizer_in` knows it."""
         described = copy.copy(self)
-        described.optimizer = optimizer
+        described.optimizer, described.without_masters = training.optimizer, training.without_masters
         return described
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise ValueError for an optimizer that it does not have."""
         if optimizer.kind not in self.optimizers:
-            raise ValueError(f"kind({optimizer.kind}): this backend has {', '.join(self.optimizers)}")
+            why = f": {self.why_no_other_optimizer}" if self.why_no_other_optimizer else ""
+            raise ValueError(f"kind({optimizer.kind}): this backend has {', '.join(self.optimizers)}{why}")
 
     def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for a setting of the training that it does not have. The default has all of them, in every
@@ -82,7 +89,7 @@ class BackendDescription(BackendTraits, ABC):
             raise ValueError("master_weights(none) is not supported by this backend: it keeps fp32 copies")
         if training.without_masters and training.precision != "bf16":
             raise ValueError(f"master_weights(none) needs precision(bf16), not {training.precision}")
-        self.with_optimizer(training.optimizer).check_optimizer_in(training.layout)
+        self.with_optimizer_of(training).check_optimizer_in(training.layout)
 
     def check_data(self, data: "DataConfig") -> None:
         """Raise ValueError for a setting of the data that it would not heed."""

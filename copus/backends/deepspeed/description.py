@@ -16,6 +16,7 @@ class DeepSpeedDescription(HuggingFaceDescription):
     framework = "deepspeed"
     largest_zero = 3
     offloads_optimizer = True
+    why_no_other_optimizer = "gradients are scaled, and steps left out, inside torch's fused AdamW"
     extra = "deepspeed"
     packages = ("deepspeed", "transformers")
     noise_metrics = ("plain",)

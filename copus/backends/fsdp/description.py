@@ -25,6 +25,7 @@ class FsdpDescription(HuggingFaceDescription):
     extra = "fsdp"
     optimizers = ("adamw", "sgd", "adafactor", "muon", "signum")
     trains_without_masters = True
+    has_fp32_gradients = False
     least_torch = (2, 13)  # for FSDP2's record of its gathered weights, which is not public
     noise_metrics = ("plain",)
     compiles = True

@@ -70,12 +70,16 @@ class MegatronBackend(Backend):
 
     def _make_optimizer(self, layout: Layout, chunks: list[Any]) -> Any:
         training = self._job.training
+        if training.without_masters:
+            for chunk in chunks:
+                for param in chunk.parameters():
+                    param.grad_dtype = None  # Megatron's fp32 sums become gradients of bf16 weights
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
                 lr=training.lr,
                 clip_grad=0.0,  # the step clips, by the norm that it computes anyway
-                bf16=training.precision == "bf16",
+                bf16=not training.without_masters and training.precision == "bf16",  # whether there are masters
                 params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
                 use_distributed_optimizer=layout.zero > 0,
             ),
@@ -105,7 +109,7 @@ class MegatronBackend(Backend):
 
     def live_state(self) -> LiveState:
         """The live tensors of this rank, by their place in the whole model."""
-        return live_state(self.built, self._job.model, self._job.training.optimizer)
+        return live_state(self.built, self._job.model, self._job.training)
 
     def count_optimizer_steps(self, steps: int) -> None:
         """Give every parameter the step count."""

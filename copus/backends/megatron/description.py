@@ -1,6 +1,7 @@
 """The description of the Megatron backend. Imports no megatron."""
 
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from copus.backends.description import BackendDescription, refuse_cut_matrices, refuse_fields
 from planner.backend_traits import PartCount
@@ -10,8 +11,13 @@ from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 from profiles.rope import attention_factor
 
+if TYPE_CHECKING:
+    from copus.job import TrainingConfig
+
 _REFUSED = ("rope_local_base", "attention_softcap", "logit_softcap", "latent_attention")
 """Optional fields of a model that it does not build."""
+_TORCH_WITHOUT_MASTERS = (2, 10)
+"""The oldest torch whose bf16 weights may have fp32 gradients (`Tensor.grad_dtype`)."""
 
 
 class MegatronDescription(BackendDescription):
@@ -20,6 +26,7 @@ class MegatronDescription(BackendDescription):
     framework = "megatron-core"
     largest_zero = 1
     optimizers = ("adamw", "sgd", "adafactor", "muon", "signum")
+    trains_without_masters = True
     reads_documents = True
 
     def check_model(self, model: ModelShape) -> None:
@@ -51,9 +58,22 @@ class MegatronDescription(BackendDescription):
                 raise ValueError(f"{name}({value}) is not supported by the megatron backend: at most {limit}")
         super().check_layout(layout)
 
+    def check_training(self, training: "TrainingConfig") -> None:
+        """Raise ValueError for a setting that it does not have."""
+        super().check_training(training)
+        if training.without_masters and tuple(map(int, version("torch").split(".")[:2])) < _TORCH_WITHOUT_MASTERS:
+            needed = ".".join(map(str, _TORCH_WITHOUT_MASTERS))
+            raise ValueError(f"master_weights(none) of the megatron backend needs torch {needed} or newer")
+
     def check_optimizer_in(self, layout: Layout) -> None:
-        """Raise ValueError for a layout without whole rows, columns or matrices for the optimizer."""
+        """Raise ValueError for a layout without whole rows, columns or matrices for the optimizer, or whose masters
+        the job does not want."""
         refuse_cut_matrices(self.optimizer, layout)
+        if layout.zero and self.without_masters:
+            raise ValueError(
+                f"layout.zero({layout.zero}) is not supported with master_weights(none): megatron's distributed "
+                "optimizer always keeps fp32 copies of its ranges"
+            )
         if layout.zero and not self.optimizer.elementwise:
             raise ValueError(
                 f"layout.zero({layout.zero}) is not supported with optimizer.kind({self.optimizer.kind}): megatron's "

@@ -15,7 +15,7 @@ from copus.backends.megatron.groups import own_model_rank
 from copus.backends.megatron.local_tensors import LocalTensor, has_master, local_tensors
 from copus.backends.megatron.main_params import MainParam, main_params
 from copus.backends.regions import HeldWeight, Region, optimizer_state, state_fields
-from copus.optimizers import BatchRules
+from copus.job import TrainingConfig
 from copus.reshard.boxes import Box
 from copus.reshard.execute import LiveState
 from copus.reshard.table import MASTER, Place
@@ -27,7 +27,7 @@ from megatron.core import parallel_state  # noqa: E402
 _Shard = tuple[Place, Callable[[], torch.Tensor]]
 
 
-def live_state(built: BuiltModel, model: ModelShape, optimizer: BatchRules) -> LiveState:
+def live_state(built: BuiltModel, model: ModelShape, training: TrainingConfig) -> LiveState:
     """All shards of this rank."""
     rank = own_model_rank(built.layout)
     local = dict(pair for chunk in built.chunks for pair in local_tensors(chunk, model, rank))
@@ -36,22 +36,22 @@ def live_state(built: BuiltModel, model: ModelShape, optimizer: BatchRules) -> L
         for region in described.regions:
             shards[region.weight.name, region.offset] = functools.partial(_weight, tensor, region)
     for main in main_params(built.optimizer):
-        shards.update(_optimizer_state(main, local[main.param], optimizer))
+        shards.update(_optimizer_state(main, local[main.param], training))
     return shards
 
 
-def _optimizer_state(main: MainParam, described: LocalTensor, optimizer: BatchRules) -> Iterator[_Shard]:
-    held = held_weight(main, described)
+def _optimizer_state(main: MainParam, described: LocalTensor, training: TrainingConfig) -> Iterator[_Shard]:
+    held, optimizer = held_weight(main, described), training.optimizer
     shapes = held.statistic_shapes(optimizer)
     if main.start is None:
         for region in described.regions:
-            for field, axes in state_fields(region.weight, optimizer, has_master=has_master(region)):
+            for field, axes in state_fields(region.weight, optimizer, has_master=has_master(region, training)):
                 offset = tuple(region.offset[axis] for axis in axes)
                 tensor = functools.partial(_statistic, main, field.name, shapes)
                 yield (field.name, offset), functools.partial(_part, held, tensor, axes, region)
         return
     for region, part, position, block in described.parts_of_range(main.start, main.start + main.main.numel()):
-        for field, _ in state_fields(region.weight, optimizer, has_master=has_master(region)):
+        for field, _ in state_fields(region.weight, optimizer, has_master=has_master(region, training)):
             tensor = functools.partial(_statistic, main, field.name, shapes)
             view = functools.partial(_view, tensor, position, block, part.slices_in(block))
             yield (field.name, region.place(part).offset), view

@@ -15,6 +15,7 @@ import torch
 
 from copus.backends.megatron import cpu
 from copus.backends.regions import Region
+from copus.job import TrainingConfig
 from copus.reshard.boxes import Box, boxes_of_range
 from copus.reshard.table import Field
 from copus.weights.megatron_names import hugging_face_parts
@@ -62,9 +63,9 @@ class LocalTensor:
             position += block.elements
 
 
-def has_master(region: Region) -> bool:
+def has_master(region: Region, training: TrainingConfig) -> bool:
     """Whether the optimizer updates an fp32 copy of the weight."""
-    return region.weight.dtype != "float32"
+    return region.weight.dtype != "float32" and training.has_fp32_weights
 
 
 def local_tensors(chunk: Any, model: ModelShape, rank: ModelRank) -> Iterator[tuple[torch.Tensor, LocalTensor]]:

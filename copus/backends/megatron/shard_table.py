@@ -19,8 +19,7 @@ import torch.distributed as dist
 
 from copus.backends.megatron import cpu
 from copus.backends.regions import state_rows
-from copus.job import JobConfig
-from copus.optimizers import BatchRules
+from copus.job import JobConfig, TrainingConfig
 from copus.profiling.solo import world_of_one
 from copus.reshard.table import Row, ShardTable
 from profiles.layout import Layout
@@ -49,7 +48,7 @@ def owned_ranges(buffers: Iterable[Any], replicas: int) -> Iterator[tuple[int, t
 def shard_table(job: JobConfig, layout: Layout) -> ShardTable:
     """Weights and optimizer state of every rank of a layout. Ranks count tensor, context and data, pipeline; the first
     the fastest. Of the replicas of a stage, `ep` neighbours share its experts out."""
-    replicas, optimizer = layout.cp * layout.dp, job.training.optimizer
+    replicas, training = layout.cp * layout.dp, job.training
     tables = []
     for pp_rank in range(layout.pp):
         chunks = _chunks_on_meta(job, layout, pp_rank)
@@ -59,37 +58,38 @@ def shard_table(job: JobConfig, layout: Layout) -> ShardTable:
                 rank = ModelRank(layout.tp, tp_rank, layout.ep, ep_rank)
                 local = dict(pair for chunk in chunks for pair in local_tensors(chunk, job.model, rank))
                 holders = ranks[ep_rank :: layout.ep]
-                whole = _whole_rows(local.values(), None if layout.zero else optimizer)
+                whole = _whole_rows(local.values(), None if layout.zero else training)
                 # Every part of a fused matrix has the means over its rows, which are the same.
                 tables.append(ShardTable.of(dict.fromkeys(whole)).on_ranks(holders))
                 if not layout.zero:
                     continue
                 of_experts = [buffer for chunk in chunks for buffer in chunk.expert_parallel_buffers]
-                tables.append(ShardTable.of(_sharded_rows(of_experts, local, holders, optimizer)))
+                tables.append(ShardTable.of(_sharded_rows(of_experts, local, holders, training)))
                 if ep_rank == 0:
                     of_dense = [buffer for chunk in chunks for buffer in chunk.buffers]
-                    tables.append(ShardTable.of(_sharded_rows(of_dense, local, ranks, optimizer)))
+                    tables.append(ShardTable.of(_sharded_rows(of_dense, local, ranks, training)))
     return ShardTable.concatenate(tables)
 
 
-def _whole_rows(tensors: Iterable[LocalTensor], optimizer: BatchRules | None) -> Iterator[Row]:
-    """Weights and, with an optimizer, what it keeps of them."""
+def _whole_rows(tensors: Iterable[LocalTensor], training: TrainingConfig | None) -> Iterator[Row]:
+    """Weights and, with `training`, what its optimizer keeps of them."""
     for tensor in tensors:
         for region in tensor.regions:
             box = region.place(region.box)
             yield 0, (region.weight,), box
-            if optimizer is not None and tensor.is_trained:
-                for row in state_rows(region.weight, box, optimizer, has_master=has_master(region)):
+            if training is not None and tensor.is_trained:
+                has = has_master(region, training)
+                for row in state_rows(region.weight, box, training.optimizer, has_master=has):
                     yield 0, *row
 
 
 def _sharded_rows(
-    buffers: list[Any], local: dict[torch.Tensor, LocalTensor], ranks: np.ndarray, optimizer: BatchRules
+    buffers: list[Any], local: dict[torch.Tensor, LocalTensor], ranks: np.ndarray, training: TrainingConfig
 ) -> Iterator[Row]:
     for replica, param, start, stop in owned_ranges(buffers, len(ranks)):
         for region, part, _, _ in local[param].parts_of_range(start, stop):
             box = region.place(part)
-            for row in state_rows(region.weight, box, optimizer, has_master=has_master(region)):
+            for row in state_rows(region.weight, box, training.optimizer, has_master=has_master(region, training)):
                 yield int(ranks[replica]), *row
 
 

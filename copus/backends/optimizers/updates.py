@@ -5,7 +5,7 @@ its averages in steps; its Muon knows nothing of fused matrices, nor of the Adam
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,13 +56,13 @@ def _adafactor(step: ParameterStep) -> None:
     if weight.dim() == 2:
         _scale_by_rows_and_columns(step, squares)
     else:
-        average = step.state["exp_avg_sq"].lerp_(squares, 1 - options["betas"][1])
+        average = _averaged(step.state["exp_avg_sq"], squares, options["betas"][1])
         gradient.mul_((average / options["correction"]).rsqrt_())
     update_sq = _sum_over_ranks(_sums_of_names(gradient.square(), held), held.row_groups + held.column_groups)
     step.decay_weight()
     for region in held.regions:
         root_mean_square = (update_sq[held.names.index(region.weight.name)] / math.prod(region.weight.shape)).sqrt()
-        clipped = (root_mean_square / step.optimizer.clip_threshold).clamp_(min=1.0)
+        clipped = (root_mean_square / step.optimizer.clip_threshold).clamp(min=1.0)
         weight[region.slices].sub_(gradient[region.slices] / clipped, alpha=options["lr"])
 
 
@@ -73,15 +73,15 @@ def _scale_by_rows_and_columns(step: ParameterStep, squares: torch.Tensor) -> No
     beta2, correction = step.options["betas"][1], step.options["correction"]
     width = held.regions[0].weight.shape[1]
     of_rows = _sum_over_ranks(squares.sum(dim=1), held.column_groups) / width
-    rows = state["row_sq"].lerp_(of_rows, 1 - beta2)
+    rows = _averaged(state["row_sq"], of_rows, beta2)
     heights = {region.weight.name: region.weight.shape[0] for region in held.regions}
     height = torch.tensor([heights[name] for name in held.names], dtype=torch.float32, device=gradient.device)
     of_columns = torch.zeros_like(state["column_sq"])
     for region in held.regions:
         of_columns[held.names.index(region.weight.name)] += squares[region.slices].sum(dim=0)
-    of_columns = _sum_over_ranks(of_columns, held.row_groups) / height[:, None]
-    columns = state["column_sq"].lerp_(of_columns, 1 - beta2)
-    means = _sum_over_ranks(_sums_of_names(rows, held), held.row_groups) / height
+    of_columns, of_all = _sums_over_ranks([of_columns, _sums_of_names(rows, held)], held.row_groups)
+    columns = _averaged(state["column_sq"], of_columns / height[:, None], beta2)
+    means = of_all / height
     for region in held.regions:
         number = held.names.index(region.weight.name)
         # Two factors, not one product: each may be as small as ε₁, whose square is 0.
@@ -89,9 +89,14 @@ def _scale_by_rows_and_columns(step: ParameterStep, squares: torch.Tensor) -> No
         gradient[region.slices].mul_((columns[number] / correction).rsqrt_())
 
 
+def _averaged(average: torch.Tensor, values: torch.Tensor, beta: float) -> torch.Tensor:
+    """The moving average, in place. Not `lerp_`, which `torch.func.vmap` does not batch."""
+    return average.mul_(beta).add_(values, alpha=1 - beta)
+
+
 def _sums_of_names(values: torch.Tensor, held: HeldWeight) -> torch.Tensor:
     """This rank's sum of each tensor of the state; `values` has the parameter's rows."""
-    sums = torch.zeros(len(held.names), dtype=torch.float32, device=values.device)
+    sums = values.new_zeros(len(held.names))
     for region in held.regions:
         sums[held.names.index(region.weight.name)] += values[region.slices[: values.dim()]].sum()
     return sums
@@ -101,6 +106,15 @@ def _sum_over_ranks(values: torch.Tensor, groups: Iterable[dist.ProcessGroup]) -
     for group in groups:
         dist.all_reduce(values, group=group)
     return values
+
+
+def _sums_over_ranks(values: list[torch.Tensor], groups: Sequence[dist.ProcessGroup]) -> list[torch.Tensor]:
+    """Several sums in one exchange."""
+    if not groups:
+        return values
+    together = _sum_over_ranks(torch.cat([part.flatten() for part in values]), groups)
+    sizes = [part.numel() for part in values]
+    return [part.view_as(like) for part, like in zip(together.split(sizes), values, strict=True)]
 
 
 def _muon(step: ParameterStep) -> None:
