@@ -253,7 +253,9 @@ def verdicts(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> list[d
 def fill_all(grid: Grid, batches: Sequence[int], seeds: Sequence[int], console: Console) -> None:
     """Train what is missing, what the verdicts need first."""
     copus_output("data", str(JOB))
-    todo = sorted(((arm, batch) for arm in ARMS for batch in batches), key=lambda cell: _urgency(*cell, batches))
+    todo = sorted(
+        ((arm, batch) for arm in ARMS for batch in batches), key=lambda cell: _urgency(cell[0], cell[1], batches)
+    )
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(todo))
         for arm, batch in todo:

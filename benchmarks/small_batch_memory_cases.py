@@ -30,7 +30,7 @@ def peak_of(run: Run, steps: int) -> dict[str, Any]:
             pass
         for _ in training:
             pass
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     built = next(event.start_ns() for event in events if event.name() == "built")
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     at_start = sum(size for time, size in changes if time < built)

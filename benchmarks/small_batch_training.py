@@ -76,6 +76,7 @@ class StackedUpdate:
         options["correction"] = 1 - self._beta2_product * betas[1]
         for weight, held, state in zip(self._weights, self._held, self._state, strict=True):
             change, gradient = torch.zeros_like(weight), weight.grad
+            assert gradient is not None, "the backward pass comes first"
             weight.grad = None
 
             def update(change: torch.Tensor, gradient: torch.Tensor, state: Weights, held: HeldWeight = held) -> None:
