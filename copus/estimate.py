@@ -1,6 +1,8 @@
-"""Estimates for a job, for whoever looks ahead: `copus plan`, `copus simulate`, `copus.plan`."""
+"""What is expected of a job: estimates for `copus plan`, `copus simulate` and `copus.plan`, and the predictor that its
+workers and its profiling use."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from copus.backends.registry import BUILT_IN, find_backend
 from copus.job import STEP_SETTINGS, JobConfig, JobError
@@ -9,6 +11,14 @@ from profiles.table import ThroughputTable
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when a command asks
     from planner.job_estimate import JobEstimate
+    from planner.predictor import Predictor
+
+
+def predictor_of(job: JobConfig, rows: Iterable[Measurement], *, use_cost_model: bool = True) -> "Predictor":
+    """`Predictor.from_rows` with everything that the job file says; `rows` share one fingerprint."""
+    from planner.predictor import Predictor
+
+    return Predictor.from_rows(**_settings(job), rows=rows, use_cost_model=use_cost_model)
 
 
 def estimate_of(job: JobConfig) -> "JobEstimate":
@@ -16,21 +26,25 @@ def estimate_of(job: JobConfig) -> "JobEstimate":
     is known about."""
     from planner.job_estimate import estimate_job
 
-    training = job.training
     rows = rows_of_table(job)
     try:
-        return estimate_job(
-            job.planner,
-            job.model,
-            job.cluster,
-            training.precision,
-            training.configuration,
-            rows,
-            training.implementation,
-            find_backend(training.backend).with_optimizer_of(training),
-        )
+        return estimate_job(**_settings(job), table=rows)
     except ValueError as error:
         raise JobError(f"cluster.{error}") from None
+
+
+def _settings(job: JobConfig) -> dict[str, Any]:
+    """What the job file says of a prediction, by the names of the planner's parameters."""
+    training = job.training
+    return {
+        "config": job.planner,
+        "model": job.model,
+        "cluster": job.cluster,
+        "precision": training.precision,
+        "start": training.configuration,
+        "implementation": training.implementation,
+        "backend": find_backend(training.backend).with_optimizer_of(training),
+    }
 
 
 def rows_of_table(job: JobConfig) -> list[Measurement]:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copus.backends.registry import find_backend
-from copus.estimate import estimate_of, rows_of_table
+from copus.estimate import estimate_of, predictor_of, rows_of_table
 from copus.job import JobConfig, load_job
 from copus.learning_rate import lr_decay
-from copus.predictor import predictor_of
 from planner import planner
 from planner.job_estimate import rows_of
 from planner.policies.policy import make_policy

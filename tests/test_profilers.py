@@ -16,9 +16,9 @@ from launch_jobs import JOB, copus_here, write_job
 
 import copus.profiling.fill as fill_module
 import launch.submit
+from copus.estimate import predictor_of
 from copus.events import Checkpoint, EventLog, Profile, read_events
 from copus.job import JobConfig, JobError, parse_job
-from copus.predictor import predictor_of
 from copus.profilers import BUILT_IN, TRIED, find_profiler, installed
 from copus.profiling.fill import DIED, fill_table, load_profiler
 from launch.attend import Outcome

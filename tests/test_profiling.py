@@ -14,9 +14,9 @@ from copus.backends.megatron import backend as backend_module
 from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.step_contract import StepResult
+from copus.estimate import predictor_of
 from copus.events import Profile
 from copus.job import JobConfig
-from copus.predictor import predictor_of
 from copus.profiling.live import LiveProfiler, profile_missing
 from planner.backend_traits import ANY_BACKEND
 from planner.config import PlannerConfig

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from copus.estimate import predictor_of
 from copus.events import NOTHING_TO_SAY, Profile, has_checkpoint
 from copus.job import JobConfig, JobError
-from copus.predictor import predictor_of
 from copus.profilers import TRIED, find_profiler
 from planner.last_measurement import last_measurement
 from planner.memory_check import LIKELY
