@@ -18,16 +18,12 @@ import torch.distributed as dist
 from copus.backends.base import Backend
 from copus.checkpoint_files import FOLDER, REPLACED, checkpoint_names, samples_of, whats_wrong
 from copus.collectives import RankError, all_gather, broadcast_from_rank0, run_on_all_ranks
-from copus.durable import sync_folder, write_text
+from copus.durable import full_disk, sync_folder, write_text
 from copus.manifest import Entry, describe, files_of, write_manifest
 from copus.trainer_state import TrainerState
 from profiles.configuration import Configuration
 
 _WRITING = ".writing"
-
-
-FULL_BYTES = 16 * 2**20
-"""A disk with less free space than this is taken for a full one: what could not be written is still there."""
 
 
 class CheckpointError(Exception):
@@ -50,14 +46,14 @@ def newest_checkpoint(run: Path, skipped: Callable[[str], None] = lambda line: N
         skipped(f"{FOLDER}/{_WRITING} is a half-written checkpoint: skipped")
     for name in broadcast_from_rank0(checkpoint_names(run)):
         checkpoint = run / FOLDER / name
-        reason = _whats_wrong(checkpoint)
+        reason = find_damage(checkpoint)
         if reason is None:
             return checkpoint
         skipped(f"{FOLDER}/{name} does not verify: {reason}: skipped")
     return None
 
 
-def _whats_wrong(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, the same on every rank, which share the reading; None where it verifies."""
     reasons = all_gather(whats_wrong(checkpoint, slice(_rank(), None, _ranks())))
     return next((reason for reason in reasons if reason), None)
@@ -187,13 +183,8 @@ def _disk_is_full(folder: Path, message: str) -> tuple[bool, str]:
     """
     if "No space left" in message or "quota exceeded" in message:
         return True, f"the disk of {folder.parent} is full ({message})"
-    try:
-        free = shutil.disk_usage(folder.parent).free
-    except OSError:
-        return False, message
-    if free > FULL_BYTES:
-        return False, message
-    return True, f"the disk of {folder.parent} is full, {free / 2**20:.1f} MiB are free ({message})"
+    full = full_disk(folder.parent)
+    return full is not None, f"{full} ({message})" if full else message
 
 
 def prune(run: Path, samples: int, keep: int, proven_samples: int) -> None:

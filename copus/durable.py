@@ -1,8 +1,22 @@
-"""Writing so that it survives a loss of power (contents first, then the names), or so that nobody sees half of it."""
+"""Writing so that it survives a loss of power (contents first, then the names), or so that nobody sees half of it; and
+whether there is room for it."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
+
+FULL_BYTES = 16 * 2**20
+"""A disk with less free space than this is taken for a full one: what could not be written is still there."""
+
+
+def full_disk(folder: Path) -> str | None:
+    """That the disk of a folder is full, in a few words; None if it is not, or cannot be asked."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return None
+    return None if free > FULL_BYTES else f"the disk of {folder} is full, {free / 2**20:.1f} MiB are free"
 
 
 def write_text(path: Path, text: str) -> None:

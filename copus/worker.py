@@ -281,8 +281,7 @@ class _Reporter:
 
     def _write(self, event: Event) -> None:
         if line := self._lines.line(event):
-            with suppress(OSError):  # on a full disk training goes on
-                print(line, flush=True)
+            print(line, flush=True)
         for line in self._trackers.write(self._log.write(event)):
             self._log.write(Warned(step=event.step, samples_consumed=event.samples_consumed, message=line))
 
@@ -293,11 +292,33 @@ class _Reporter:
             self._log.close()
 
 
+class Output:
+    """A standard stream that loses what finds no room. Its file is in the run's folder, and training goes on when the
+    disk is full: a line about that must not end it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write as much as there is room for."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what was held back, if there is room for it."""
+        with suppress(OSError):
+            self._stream.flush()
+
+
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     status = main(sys.argv[1:])
     # Not by way of C++'s own end, where a thread of torch or gloo that is still there aborts the process: the
     # agent then starts a finished run again.
-    with suppress(OSError):  # a full disk
-        sys.stdout.flush()
-        sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)

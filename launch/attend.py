@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from copus.durable import full_disk
 from copus.job import JobConfig, JobError
 from launch.engines import AttendedEngine, Workers
 from launch.follow import Follower
@@ -77,10 +78,13 @@ def attend(
     if heard > 1 or (code < 0 and status.failure is None and stop_requested(run)):  # here, or by `copus cancel --now`
         return Outcome(128 + (interrupts.signal or signal.SIGTERM), "killed", status, seconds)
     ended = status.end is not None or profile_only or heard > 0
-    if status.failure and status.failure.user_error:
+    message = status.failure.message if status.failure and status.failure.user_error else None
+    if status.failure is None and (code or not ended) and (full := full_disk(run)):
+        message = f"{full}: what the workers did last is not there; make room, then resume"
+    if message:
         if status.start is start_before and status.profile is None:
             undo()
-        raise JobError(status.failure.message)
+        raise JobError(message)
     if code or not ended:
         _explain_failure(code, workers, status)
         return Outcome(1, "failed", status, seconds)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from copus.checkpoint_files import FOLDER
@@ -17,10 +18,11 @@ from copus.job import JobConfig, JobError, dump_job, load_job, parse_job
 from copus.manifest import describe, files_of, write_manifest
 from copus.reshard.boxes import Box
 from copus.reshard.table import Field
-from copus.sharded_checkpoint import Chunk, write_index
+from copus.sharded_checkpoint import Chunk, SavedFiles, SavedState, write_index
 from copus.weights import __main__ as exporting
 from copus.weights import trained
 from copus.weights.families import state_shape, weights_of
+from copus.weights.saved import begin
 from launch.cli import main
 from launch.weights import check_weights
 from tests.pretrained import save_tiny
@@ -195,26 +197,100 @@ def test_what_transformers_passes_over_is_passed_over(extra: str, whole: Path, f
     check_weights(_job(whole, folder, tokenizer=str(whole / "tokenizer.json")), notice=lambda line: None)
 
 
-# Exports of a run that nobody trained: its checkpoint is written here.
+# A run that nobody trained: its checkpoint is written here.
 
 
-def _make_run(run: Path, job: JobConfig) -> Path:
-    checkpoint = run / FOLDER / "samples-000000000000"
-    checkpoint.mkdir(parents=True)
+def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    folder.mkdir(parents=True)
     record = {}
-    with open(checkpoint / "0.distcp", "wb") as file:
-        for name, shape in weights_of(job.model).items():
-            whole = state_shape(name, shape, job.model)
+    with open(folder / "0.distcp", "wb") as file:
+        for name, whole in shapes.items():
             start = file.tell()
             torch.save(torch.zeros(whole), file)
             chunk = Chunk(Box.whole(whole), Box.whole(whole), "0.distcp", start, file.tell() - start)
             record[Field(name, "float32", whole)] = [chunk]
-    write_index(checkpoint, [record])
+    write_index(folder, [record])
+
+
+def _make_run(run: Path, job: JobConfig) -> Path:
+    checkpoint = run / FOLDER / "samples-000000000000"
+    shapes = weights_of(job.model)
+    _write_weights(checkpoint, {name: state_shape(name, shape, job.model) for name, shape in shapes.items()})
     configuration = job.training.configuration.model_dump(mode="json")
     (checkpoint / "trainer.json").write_text(json.dumps({"state": {}, "configuration": configuration}))
     write_manifest(checkpoint, describe(checkpoint, files_of(checkpoint)))
     (run / "job.yaml").write_text(dump_job(job))
     return checkpoint
+
+
+class _Reader:
+    """As much of a backend as begins with weights: it reads all of them."""
+
+    built = False
+
+    def build(self, *arguments: Any, **options: Any) -> None:
+        self.built = True
+
+    def translate_saved(self, weights: SavedState) -> SavedState:
+        return weights
+
+    def load_weights(self, folder: Path, weights: SavedState) -> None:
+        with SavedFiles(folder) as files:
+            for field, chunks in weights.items():
+                files.read(field, chunks, chunks[0].box)
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    return _Reader()
+
+
+def test_a_job_does_not_begin_with_weights_of_a_run_that_do_not_verify(
+    reader: Any, whole: Path, tmp_path: Path
+) -> None:
+    """A bit is another one, and every file has its size."""
+    file = _make_run(tmp_path / "run", _job(whole, whole)) / "0.distcp"
+    job = _job(whole, tmp_path / "run")
+    begin(job, reader)
+    reader.built = False
+    content = file.read_bytes()
+    file.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
+    with pytest.raises(JobError, match=r"does not verify: 0\.distcp has changed since it was written"):
+        begin(job, reader)
+    assert not reader.built
+
+
+def _cut(path: Path, left: float) -> None:
+    path.write_bytes(path.read_bytes()[: round(left * path.stat().st_size)])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: _cut(folder / "0.distcp", 0.9),
+        lambda folder: (folder / "0.distcp").write_bytes(bytes((folder / "0.distcp").stat().st_size)),
+        lambda folder: (folder / "0.distcp").unlink(),
+        lambda folder: _cut(folder / ".metadata", 0.9),
+        lambda folder: _cut(folder / ".metadata", 0),
+        lambda folder: (folder / ".metadata").write_text("an index"),
+    ],
+    ids=["cut off", "zeros", "gone", "half an index", "an empty index", "a text as index"],
+)
+def test_files_of_megatron_that_cannot_be_read_are_the_users_to_mend(
+    damage: Callable[[Path], Any], reader: Any, whole: Path, tmp_path: Path
+) -> None:
+    """They have no checksums, and the workers are the first to read them: it is no reason to start these again."""
+    folder = tmp_path / "megatron"
+    hidden, rows = _job(whole, whole).model.hidden, _job(whole, whole).model.padded_vocab
+    _write_weights(
+        folder, {"embedding.word_embeddings.weight": (rows, hidden), "decoder.final_layernorm.weight": (hidden,)}
+    )
+    job = _job(whole, folder)
+    begin(job, reader)
+    damage(folder)
+    with pytest.raises(JobError, match=r"training\.init_from\(.*megatron\): its files are not complete, or damaged: "):
+        begin(job, reader)
 
 
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_made(

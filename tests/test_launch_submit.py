@@ -351,6 +351,20 @@ def test_failure_is_told_in_one_line_with_the_log(tmp_path: Path, copus: Copus) 
     assert "copus submit --resume runs/small" in result.stdout
 
 
+def test_workers_that_could_write_nothing_are_explained_by_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.attend.full_disk", lambda folder: f"the disk of {folder} is full, 0.0 MiB are free")
+    assert copus_here("submit", "job.yaml", worker=["--crash-at", "3"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"copus: the disk of {tmp_path}/runs/small is full, 0.0 MiB are free: what the workers did last is not there; "
+        "make room, then resume"
+    )
+    assert copus_here("submit", "--resume", "small", worker=["--fail-at", "4"]) == 1, "a failure that was told"
+
+
 def test_profile_fills_the_table_and_prints_it(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
     result = copus("profile", "job.yaml", worker=[])
@@ -407,7 +421,7 @@ class TestAgent:
         }
 
     def test_a_crash_names_the_rank_and_shows_its_last_words(self, tmp_path: Path, copus: Copus) -> None:
-        write_job(tmp_path, launch={"max_restarts": 0})
+        write_job(tmp_path)
         worker = ["--crash-at", "3", "--step-seconds", "0.2"]
         result = copus("submit", "job.yaml", worker=worker, how="agent")
         assert result.returncode == 1

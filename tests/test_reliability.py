@@ -1,9 +1,11 @@
 """Things that go wrong in a job of several ranks: moves that fail, disks that fill up, other numbers of ranks."""
 
 import contextlib
+import io
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.step_contract import StepRequest
 from copus.checkpoints import Writing, newest_checkpoint
 from copus.collectives import RankError, broadcast_from_rank0, run_on_all_ranks
-from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, Step
+from copus.events import Checkpoint, DecisionMade, Event, EventLog, Failure, Reconfigure, Step
 from copus.job import JobError
 from copus.loop import Trainer
 from copus.resize import resized
 from copus.trainer_state import TrainerState
+from copus.user_errors import report_failure
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.table import ThroughputTable
@@ -209,6 +212,17 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(tmp_path: Path) -> 
     assert not failures[0].fatal
     assert [int(event.path[-12:]) for event in events if isinstance(event, Checkpoint)] == [32, 96, 96]
     assert sum(event.global_batch for event in events if isinstance(event, Step)) == 96
+
+
+def test_lines_that_find_no_room_are_lost_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's output is on the disk of the run: what says that events are lost may be lost too."""
+    full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        print("a line", file=full, flush=True)
+    monkeypatch.setattr(sys, "stderr", worker.Output(full))
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    report_failure(JobError("the disk is full"), EventLog(tmp_path), 0)
+    print("a line", file=sys.stderr, flush=True)
 
 
 @pytest.fixture

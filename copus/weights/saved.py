@@ -1,15 +1,21 @@
 """The weights that a job begins with, as parts of files: the ranks read them as they read a checkpoint."""
 
+import contextlib
+import pickle
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 
 from copus.backends.base import Backend
+from copus.checkpoints import find_damage
 from copus.collectives import broadcast_from_rank0
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import Field
 from copus.sharded_checkpoint import Chunk, SavedState, read_index, zeros_below
+from copus.user_errors import one_line
 from copus.weights.families import state_shape, weights_of
 from copus.weights.megatron_lm import read_megatron
 from copus.weights.safetensors import DTYPES
@@ -33,9 +39,32 @@ def begin(job: JobConfig, backend: Backend) -> None:
             f"training.init_from({path}): the weights have changed since the job was submitted: their digest is "
             f"{digest}, and was {job.training.init_digest}"
         )
-    weights = read_weights(source, job.model)
+    if source.kind == "run" and (reason := find_damage(source.folder)):
+        raise JobError(f"training.init_from({source.folder}): the checkpoint does not verify: {reason}")
+    with _damage_told(source.folder):
+        weights = read_weights(source, job.model)
     backend.build(configuration, initial_weights=False)
-    backend.load_weights(source.folder, backend.translate_saved(weights) if source.kind == "run" else weights)
+    with _damage_told(source.folder):
+        backend.load_weights(source.folder, backend.translate_saved(weights) if source.kind == "run" else weights)
+
+
+_DAMAGE = (
+    *(FileNotFoundError, EOFError, ValueError, KeyError, IndexError, AttributeError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
+"""What reading an index or a file that is missing, cut off or something else ends in."""
+
+
+@contextlib.contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    """Raise JobError for files of somebody else's that cannot be read: they have no checksums, and another start would
+    find them the same."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise JobError(
+            f"training.init_from({folder}): its files are not complete, or damaged: {one_line(error)}"
+        ) from error
 
 
 def read_weights(source: Source, model: ModelShape) -> SavedState:
