@@ -265,7 +265,7 @@ class Planner:
         low, value, high = (
             three_digits(float(forecast.at(np.array([1.0]), sigmas)[0])) for sigmas in (-QUANTILE_90, 0.0, QUANTILE_90)
         )
-        return f"nothing is measured yet, laws say a critical batch of {value} sequences ({low}–{high})"
+        return f"nothing is measured yet, published laws suggest a critical batch of {value} ({low}–{high}) sequences"
 
     def _noise_to_come(self, samples: int) -> Forecast | None:
         """The noise scale to be expected after so many sequences: the forecast is of φ = c · B_simple."""

@@ -282,7 +282,7 @@ def test_a_job_begins_where_the_policy_says_unless_it_pins_its_start():
     free = planner(FASTEST_SMALL, policy="goodput", start_at="plan").decide(*now)
     assert free.switch
     assert free.chosen.layout == TP2
-    assert free.reason.startswith("nothing is measured yet, laws say a critical batch of ")
+    assert free.reason.startswith("nothing is measured yet, published laws suggest a critical batch of ")
     for pinned in (
         planner(FASTEST_SMALL, policy="goodput", start_at="job"),
         planner(FASTEST_SMALL, policy="static", start_at="plan"),

@@ -111,7 +111,7 @@ class Goodput:
         index, here = int(choice.index[0]), int(situation.current[0])
         assert choice.saved_seconds is not None or not situation.started
         if choice.saved_seconds is None:
-            return "the job starts in the first step of its plan"
+            return "the job starts with the first configuration of its plan"
         if index == here:
             return "nothing is sure to finish the job sooner than going on"
         label = situation.menu.configurations[index].label
