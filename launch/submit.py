@@ -11,6 +11,7 @@ from rich.console import Console
 
 from copus.audit import audit_run
 from copus.checkpoint_files import FOLDER, check_same_data, checkpoint_names
+from copus.events import has_checkpoint
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized
 from copus.resume_request import ResumeRequest, write_resume_request
@@ -262,6 +263,7 @@ def _conclude(
         newest = next(iter(checkpoint_names(run)), None)
         where = f"from {FOLDER}/{newest}" if newest else "from the start: there is no checkpoint"
         again = " --set training.lr=…" if outcome.reason == "diverged" else ""
+        again += " --allow-from-scratch" if newest is None and has_checkpoint(run) else ""
         lines.append(f"  resume      {resume}{again}   ({where})")
     lines += [
         f"  run         {shown(run)}",

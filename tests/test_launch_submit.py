@@ -365,6 +365,19 @@ def test_workers_that_could_write_nothing_are_explained_by_the_disk(
     assert copus_here("submit", "--resume", "small", worker=["--fail-at", "4"]) == 1, "a failure that was told"
 
 
+def test_the_command_that_goes_on_is_one_that_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that diverged at once has set its only checkpoint aside, and does not begin again unasked."""
+    write_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for had_checkpoint, asks in ((False, ""), (True, " --allow-from-scratch")):
+        monkeypatch.setattr("launch.submit.has_checkpoint", lambda run, had=had_checkpoint: had)
+        assert copus_here("submit", "job.yaml", worker=["--fail-at", "3"]) == 1
+        go_on = rf"copus submit --resume runs/small(-2)?{asks}   \(from the start: there is no checkpoint\)"
+        assert re.search(go_on, capfd.readouterr().out)
+
+
 def test_profile_fills_the_table_and_prints_it(tmp_path: Path, copus: Copus) -> None:
     write_job(tmp_path)
     result = copus("profile", "job.yaml", worker=[])
