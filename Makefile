@@ -12,6 +12,8 @@ RUN ?= runs/shakespeare
 # figures: benchmarks to run first (or all), and the folder of published measurements that some of them need.
 MEASURE ?=
 DATA ?=
+# test-slurm: CI leaves out the tutorial.
+SLURM_TESTS ?= tests/test_slurm.py tests/test_tutorials.py
 # test-next: the newest megatron-core needs Python 3.12.
 NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv312
@@ -70,7 +72,7 @@ test-slow: install  ## what the default suite leaves out for its length
 
 # Output is not captured: the events of the jobs are what one wants to see.
 test-slurm: install  ## jobs on a Slurm cluster of two nodes, installed (Debian, root) and started here: 3 to 8 minutes
-	$(BIN)/python -m pytest -m slurm -s -rs tests/test_slurm.py tests/test_tutorials.py
+	$(BIN)/python -m pytest -m slurm -s -rs $(SLURM_TESTS)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check
