@@ -94,6 +94,9 @@ class DataConfig(Record):
     """Let tokens attend to tokens of their own document alone."""
     reset_position_ids: bool = False
     """Count the positions of each document from 0."""
+    packing: Literal["joined", "best-fit"] = "joined"
+    """How conversations become sequences. joined: one behind the other, and cut. best-fit: packed whole, with padding
+    whose loss does not count; only a conversation that is longer than a sequence is cut. Needs `messages_column`."""
     processes: PositiveInt | None = None
     """Processes that prepare the data; None for one on each core, up to 16."""
     cache: UserPath = Path("~/.cache/copus")
@@ -122,6 +125,8 @@ class DataConfig(Record):
             raise ValueError("held_out_source and held_out_share both say what is held out: give one")
         if self.chat_template is not None and self.messages_column is None:
             raise ValueError("chat_template is for conversations: give messages_column too")
+        if self.packing == "best-fit" and self.messages_column is None:
+            raise ValueError("packing(best-fit) is for conversations: give messages_column too")
         if self.messages_column is not None and self.text_column != "text":
             raise ValueError(
                 f"text_column({self.text_column}) and messages_column({self.messages_column}) both say what is read: "

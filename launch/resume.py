@@ -18,7 +18,7 @@ from launch.run_directory import shown, typed
 
 FIXED = (
     *("model", "training.seed", "training.init_from", "training.optimizer.kind"),
-    *("data.eod_mask_loss", "data.reset_attention_mask", "data.reset_position_ids"),
+    *("data.eod_mask_loss", "data.reset_attention_mask", "data.reset_position_ids", "data.packing"),
     "planner.noise_metric",
 )
 """Sections and fields that the weights, the order of samples or the noise estimate of a run depend on. The text is

@@ -18,6 +18,7 @@ from copus.backends.step_contract import NOT_COUNTED, Batches
 from copus.data.blend import Blend
 from copus.data.indexed import IndexedDocuments
 from copus.data.manifest import Side, Slice, read_manifest
+from copus.data.packing import best_fit
 from copus.durable import sync_folder
 from copus.job import JobConfig, JobError
 from copus.manifest import changed_since_checked, damage, describe, files_of, mark_checked, write_manifest, wrong_size
@@ -35,7 +36,8 @@ def open_data(job: JobConfig, prepared: Path) -> tuple[Batches, Batches]:
     positions of the tokens and the numbers of their documents; what is not reset counts on from the beginning.
     """
     data, seq_len = job.data, job.model.seq_len
-    options = Options(data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask)
+    packs = data.packing == "best-fit"
+    options = Options(data.eod_mask_loss, data.reset_position_ids, data.reset_attention_mask, packs)
     train = SampleReader(prepared, "train", seq_len, job.total_samples, job.training.seed, options=options)
     valid = SampleReader(prepared, "valid", seq_len, job.evaluate_sequences, seed=0, options=options)
     return train.batch, valid.batch
@@ -50,21 +52,12 @@ class Options(NamedTuple):
     """Whether positions begin anew with each document."""
     reset_attention_mask: bool = False
     """Whether tokens attend to their own document alone."""
+    packs: bool = False
+    """Whether documents are packed whole, with padding, instead of joined and cut."""
 
 
 PLAIN = Options()
 """Nothing else."""
-
-
-class _Order(NamedTuple):
-    """One pass over the data; arrays that lie in files."""
-
-    documents: np.ndarray
-    """Numbers of the documents as they are joined, int32."""
-    starts: np.ndarray
-    """Where each of them begins in the joined text, in tokens, and where the last one ends: int64."""
-    sequences: np.ndarray
-    """Numbers of the sequences of the joined text as they are read."""
 
 
 class _Piece(NamedTuple):
@@ -76,6 +69,47 @@ class _Piece(NamedTuple):
     """Its first token."""
     last: int
     """The token after its last."""
+
+
+class _Joined(NamedTuple):
+    """One pass over documents that are joined and cut; arrays that lie in files."""
+
+    documents: np.ndarray
+    """Numbers of the documents as they are joined, int32."""
+    starts: np.ndarray
+    """Where each of them begins in the joined text, in tokens, and where the last one ends: int64."""
+    sequences: np.ndarray
+    """Numbers of the sequences of the joined text as they are read."""
+
+    def pieces(self, place: int, seq_len: int) -> Iterator[_Piece]:
+        """Those of the sequence at a place and the token after it."""
+        start = int(self.sequences[place]) * seq_len
+        stop = start + seq_len + 1
+        number = int(np.searchsorted(self.starts, start, "right")) - 1
+        while start < stop:
+            begin, end = int(self.starts[number]), int(self.starts[number + 1])
+            last = min(stop, end)
+            if last > start:
+                yield _Piece(int(self.documents[number]), start - begin, last - begin)
+            start, number = last, number + 1
+
+
+class _Packed(NamedTuple):
+    """One pass over documents that are packed; arrays that lie in files."""
+
+    documents: np.ndarray
+    firsts: np.ndarray
+    lasts: np.ndarray
+    bounds: np.ndarray
+    """As in `copus.data.packing.Packed`."""
+    sequences: np.ndarray
+    """Numbers of the sequences as they are read."""
+
+    def pieces(self, place: int, seq_len: int) -> Iterator[_Piece]:
+        """Those of the sequence at a place: at most seq_len + 1 tokens."""
+        sequence = int(self.sequences[place])
+        for piece in range(int(self.bounds[sequence]), int(self.bounds[sequence + 1])):
+            yield _Piece(int(self.documents[piece]), int(self.firsts[piece]), int(self.lasts[piece]))
 
 
 class SampleReader:
@@ -106,6 +140,7 @@ class SampleReader:
         self._datasets = []
         for number, ((dataset, _), count) in enumerate(zip(slices, counts, strict=True)):
             key = f"{_FORMAT} {manifest.digest} {split} {seq_len} {seed}" + (f" {number}" if len(slices) > 1 else "")
+            key += " packed" if options.packs else ""
             folder = (cache or prepared / "indices") / hashlib.sha256(key.encode()).hexdigest()[:16]
             self._datasets.append(DatasetReader(prepared, split, dataset, seq_len, count, seed, folder, options))
 
@@ -120,7 +155,7 @@ class SampleReader:
 
     def __getitem__(self, sample_index: int) -> tuple[torch.Tensor, ...]:
         """Tokens and labels of a sequence, int64, (seq_len,) each, and if one of them is reset positions and documents.
-        There is no padding."""
+        There is no padding, unless documents are packed: then its labels do not count."""
         if not 0 <= sample_index < self._num_samples:
             raise IndexError(f"sample {sample_index} of {self._num_samples}")
         number, index = self._blend.locate(sample_index)
@@ -136,7 +171,8 @@ class DatasetReader:
 
     Every pass over the dataset has a seed of its own. With E = (tokens − 1) ÷ seq_len sequences in a pass, index i is
     place i mod E of pass i ÷ E. A pass puts the documents in a random order, joins them, cuts them into sequences (the
-    last label of one is the first token of the next), drops the tokens that do not fill a sequence, and shuffles.
+    last label of one is the first token of the next), drops the tokens that do not fill a sequence, and shuffles. If
+    documents are packed, E is the number of sequences that they take.
 
     Collective: where torch.distributed is initialized, every rank makes its reader at the same time with the same
     arguments; rank 0 writes the indices that are missing, then all meet at one barrier of the default group. No
@@ -159,18 +195,23 @@ class DatasetReader:
         options: Options = PLAIN,
     ) -> None:
         tokens = dataset.tokens
-        self.samples_per_epoch = (tokens - 1) // seq_len
-        """E: sequences in one pass over the data."""
+        self._documents = IndexedDocuments(prepared / dataset.prefix, dataset.first, dataset.documents)
+        self._order_kind = _Packed if options.packs else _Joined
+        if options.packs:
+            in_order = np.arange(len(self._documents))
+            self.samples_per_epoch = len(best_fit(self._documents.lengths, in_order, seq_len + 1).bounds) - 1
+            """E: sequences in one pass over the data."""
+        else:
+            self.samples_per_epoch = (tokens - 1) // seq_len
         if self.samples_per_epoch < 1:
             raise JobError(f"data: the {split} side has {tokens} tokens < model.seq_len({seq_len}) + 1 = {seq_len + 1}")
         self._num_samples = num_samples
         self._seq_len = seq_len
         self._seed = seed
         self._options = options
-        self._documents = IndexedDocuments(prepared / dataset.prefix, dataset.first, dataset.documents)
         self._learned = np.memmap(prepared / f"{dataset.prefix}.mask", np.uint8, "r") if dataset.mask else None
         self._cache = cache
-        self._opened: tuple[int, _Order] | None = None
+        self._opened: tuple[int, _Joined | _Packed] | None = None
         self._write_indices()
 
     def sequence(self, index: int) -> tuple[torch.Tensor, ...]:
@@ -180,33 +221,23 @@ class DatasetReader:
         if self._opened is None or self._opened[0] != epoch:  # one pass at a time: every one holds files open
             self._opened = (epoch, self._open(self._cache / str(epoch)))
         order = self._opened[1]
-        pieces = list(self._pieces(order, int(order.sequences[place]) * self._seq_len))
-        ids = [self._documents.read(piece.document, piece.first, piece.last) for piece in pieces]
-        tokens = torch.from_numpy(np.concatenate(ids).astype(np.int64))
+        pieces = list(order.pieces(place, self._seq_len))
+        ids = np.concatenate([self._documents.read(piece.document, piece.first, piece.last) for piece in pieces])
+        padding = self._seq_len + 1 - len(ids)
+        tokens = torch.from_numpy(np.pad(ids.astype(np.int64), (0, padding), "edge"))
         labels = tokens[1:]
-        if self._options.eod_mask_loss or self._learned is not None:
-            counted = np.concatenate([self._counted(piece) for piece in pieces])[1:]
+        if self._options.eod_mask_loss or self._learned is not None or padding:
+            counted = np.pad(np.concatenate([self._counted(piece) for piece in pieces]), (0, padding))[1:]
             labels = labels.masked_fill(torch.from_numpy(counted == 0), NOT_COUNTED)
         if not (self._options.reset_position_ids or self._options.reset_attention_mask):
             return tokens[:-1], labels
-        lengths = torch.tensor([piece.last - piece.first for piece in pieces])
+        lengths = torch.tensor([*(piece.last - piece.first for piece in pieces), *[padding] * (padding > 0)])
         positions, documents = torch.arange(self._seq_len), torch.zeros(self._seq_len, dtype=torch.int64)
         if self._options.reset_position_ids:
             positions = torch.cat([torch.arange(length) for length in lengths.tolist()])[:-1]
         if self._options.reset_attention_mask:
-            documents = torch.arange(len(pieces)).repeat_interleave(lengths)[:-1]
+            documents = torch.arange(len(lengths)).repeat_interleave(lengths)[:-1]
         return tokens[:-1], labels, positions, documents
-
-    def _pieces(self, order: _Order, start: int) -> Iterator[_Piece]:
-        """The pieces of documents that a sequence and the token after it are made of; `start` is in the joined text."""
-        stop = start + self._seq_len + 1
-        number = int(np.searchsorted(order.starts, start, "right")) - 1
-        while start < stop:
-            begin, end = int(order.starts[number]), int(order.starts[number + 1])
-            last = min(stop, end)
-            if last > start:
-                yield _Piece(int(order.documents[number]), start - begin, last - begin)
-            start, number = last, number + 1
 
     def _counted(self, piece: _Piece) -> np.ndarray:
         """1 for each token of a piece whose loss counts."""
@@ -254,13 +285,19 @@ class DatasetReader:
             self.samples_per_epoch, dtype=np.int64 if self.samples_per_epoch > 2**32 - 3 else np.uint32
         )
         random.shuffle(sequences)
-        starts = np.concatenate([[0], np.cumsum(self._documents.lengths[documents], dtype=np.int64)])
-        for name, array in zip(_Order._fields, (documents, starts, sequences), strict=True):
+        lengths = self._documents.lengths
+        arrays: tuple[np.ndarray, ...]
+        if self._options.packs:
+            arrays = (*best_fit(lengths, documents, self._seq_len + 1), sequences)
+        else:
+            arrays = (documents, np.concatenate([[0], np.cumsum(lengths[documents], dtype=np.int64)]), sequences)
+        for name, array in zip(self._order_kind._fields, arrays, strict=True):
             np.save(folder / f"{name}.npy", array)
 
-    def _open(self, folder: Path) -> _Order:
+    def _open(self, folder: Path) -> _Joined | _Packed:
         try:  # mapped, and so never unpickled
-            order = _Order(*(np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in _Order._fields))
+            names = self._order_kind._fields
+            order = self._order_kind(*(np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in names))
         except (OSError, ValueError) as error:
             raise JobError(f"data.cache: {folder} has no order of samples in it: {error}; remove it") from None
         assert len(order.sequences) == self.samples_per_epoch, (len(order.sequences), self.samples_per_epoch)
