@@ -1,6 +1,7 @@
 """What `copus.NoiseMeter` adds to a step of the training loops that are not ours: what every rank runs, and how the
 times are compared. See benchmarks/noise.py."""
 
+import math
 import time
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import copus
 from benchmarks.paired import median_ratio
 from planner.config import PlannerConfig
-from tests.meter_loops import Microbatch, loop_of
+from tests.meter_loops import Loop, Microbatch, loop_of
 
 LOOPS = {"plain": 1, "ddp": 2, "fsdp": 2, "deepspeed1": 2, "megatron_dp": 2}
 """Loops by name (`tests/meter_loops.py`), and ranks."""
@@ -19,9 +21,10 @@ MICRO_BATCH, MICRO_BATCHES = 4, 2
 """Sequences in a backward pass, and passes of a replica in a step: 512 tokens each. A small model on few tokens is
 the hard case: a norm costs as much as reading its gradient, and a backward pass grows with the tokens."""
 WARM_UP = 3
-"""Steps before anything is timed; in as many the meter looks at the loss."""
+"""Steps before anything is timed."""
 MODES = ("without", "with", "again")
-"""The same loop three times: with a meter, and twice without one, of which the second shows what is chance."""
+"""The same model with a meter, and twice without one, of which the second shows what is chance. It is one model, since
+two may differ by where they lie in memory."""
 
 Seconds = dict[str, dict[str, list[float]]]
 """Of every step, by clock (`wall`, `processor`) and by mode."""
@@ -30,34 +33,48 @@ Seconds = dict[str, dict[str, list[float]]]
 def step_times(kind: str, rounds: int) -> Seconds:
     """Seconds of the steps of a loop, with and without a meter, in turns within one process: a turn is as many steps as
     lie between two measured ones, and every round begins with another mode."""
-    cycle = PlannerConfig().noise_every_steps
-    loops = {mode: loop_of(kind, MICRO_BATCHES, SHAPE, MICRO_BATCH) for mode in MODES}
-    meter = loops["with"].meter(MICRO_BATCHES, MICRO_BATCH)
+    settings = PlannerConfig()
+    cycle = settings.noise_every_steps
+    loop = loop_of(kind, MICRO_BATCHES, SHAPE, MICRO_BATCH)
     generator = torch.Generator().manual_seed(dist.get_rank())
     parts = [_tokens(generator) for _ in range(MICRO_BATCHES)]
-    for loop in loops.values():
-        for _ in range(WARM_UP):
-            loop.step(parts, _as_it_is)
-    past_the_first = PlannerConfig().min_noise_samples // cycle * cycle + cycle  # of which all are measured
-    meter.load_state_dict({**meter.state_dict(), "steps": past_the_first})
+    meter = loop.meter(MICRO_BATCHES, MICRO_BATCH)
+    for _ in range(WARM_UP):
+        loop.step(parts, _as_it_is)
+    # Of the first steps all are measured, and in a few the meter looks at the loss: both are over.
+    state = {**meter.state_dict(), "steps": math.ceil(settings.min_noise_samples / cycle) * cycle}
+    meter.close()
     seconds: Seconds = {clock: {mode: [] for mode in MODES} for clock in ("wall", "processor")}
     for number in range(rounds):
         for place in range(len(MODES)):
             mode = MODES[(place + number) % len(MODES)]
+            meter = _attached(loop, state) if mode == "with" else meter
             for _ in range(cycle):
                 dist.barrier()
                 wall, processor = time.perf_counter(), time.process_time()
-                loops[mode].step(parts, _as_it_is)
+                loop.step(parts, _as_it_is)
                 seconds["processor"][mode].append(time.process_time() - processor)
                 seconds["wall"][mode].append(time.perf_counter() - wall)
-    assert not meter.problems, meter.problems
+            if mode == "with":
+                assert not meter.problems, meter.problems
+                state = meter.state_dict()
+                meter.close()
     assert meter.noise.samples == WARM_UP + rounds, "one step in a turn is measured"
     return seconds
 
 
+def _attached(loop: Loop, state: dict[str, Any]) -> copus.NoiseMeter:
+    """A meter that goes on, without another look at the loss."""
+    meter = loop.meter(MICRO_BATCHES, MICRO_BATCH)
+    meter.load_state_dict(state)
+    if meter._loss_check is not None:
+        meter._loss_check.close()
+    return meter
+
+
 def compared(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """What the meter adds, in percent, each with the 90 % interval of the median over rounds: to a step on average, to
-    a measured one, to the others, and, as a check, what a second loop without a meter adds."""
+    a measured one, to the others, and, as a check, the other steps without a meter over the first ones."""
     cycle = PlannerConfig().noise_every_steps
     off, on, again = (np.array(seconds[mode]).reshape(-1, cycle) for mode in MODES)
     return {

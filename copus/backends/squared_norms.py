@@ -30,12 +30,13 @@ def _on_cpu(flat: torch.Tensor) -> list[torch.Tensor]:
     whole = flat.numel() // _ROW * _ROW
     rows = [flat[:whole].view(-1, _ROW)] if whole else []
     rest = [flat[whole:].view(1, -1)] if whole < flat.numel() else []
-    return [torch.linalg.vector_norm(part, dim=1, dtype=_precision(flat)) for part in rows + rest]
+    precision = _precision(flat)
+    return [torch.linalg.vector_norm(part, dim=1, dtype=precision) for part in rows + rest]
 
 
 def _precision(tensor: torch.Tensor) -> torch.dtype:
     """fp32 for all but float64, whose norms torch does not take in less."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.dtype if tensor.dtype == torch.float64 else torch.float32
 
 
 def sum_of_squares(norms: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
