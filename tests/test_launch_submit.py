@@ -434,7 +434,7 @@ class TestAgent:
         }
 
     def test_a_crash_names_the_rank_and_shows_its_last_words(self, tmp_path: Path, copus: Copus) -> None:
-        write_job(tmp_path)
+        write_job(tmp_path, launch={"max_restarts": 0})
         worker = ["--crash-at", "3", "--step-seconds", "0.2"]
         result = copus("submit", "job.yaml", worker=worker, how="agent")
         assert result.returncode == 1
