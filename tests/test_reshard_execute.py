@@ -48,12 +48,34 @@ def _parts(box: Box) -> dict[Place, torch.Tensor]:
     return {(field, box.offset): tensor[slices].clone() for name in NAMES for field, tensor in _truth(name).items()}
 
 
-def _transpose(staging_bytes: int, alone: int) -> dict[str, Any]:
-    """From rows to columns; how much of old and new there was at the most."""
+class _HostTensor(torch.Tensor):
+    """A tensor that is not on the rank's device, also where that is the CPU: it says that it is on another."""
+
+    device = torch.device("meta")  # type: ignore[assignment]
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu() if tensor.is_cuda else tensor.as_subclass(_HostTensor)
+
+
+class _CheckedOperation(dist.P2POp):
+    """A message, which has to lie on the device that communicates."""
+
+    def __init__(self, operation: Any, tensor: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        assert tensor.device.type == own_device().type, "what lies on the host goes through the staging buffer"
+        super().__init__(operation, tensor, *arguments, **options)
+
+
+def _transpose(staging_bytes: int, alone: int, on_host: str = "") -> dict[str, Any]:
+    """From rows to columns; how much of old and new there was at the most. `on_host` is what lies there: `held` or
+    `needed`, as when the optimizer's state leaves the host or goes there."""
     execute.ALONE = alone  # in this rank, which is a process of its own
+    dist.P2POp = _CheckedOperation
     rank = dist.get_rank()
     wanted = _columns_of(rank)
     held, expected = _parts(_rows_of(rank)), _parts(wanted)
+    if on_host == "held":
+        held = {place: _on_host(tensor) for place, tensor in held.items()}
     made: dict[Place, torch.Tensor] = {}
     most = 0
 
@@ -61,12 +83,14 @@ def _transpose(staging_bytes: int, alone: int) -> dict[str, Any]:
         nonlocal most
         if place not in made:
             made[place] = torch.empty_like(expected[place])
+            if on_host == "needed":
+                made[place] = _on_host(made[place])
         most = max(most, len(held) + len(made))
         return made[place]
 
     needed = {place: lambda place=place: make(place) for place in expected}
     reshard(make_plan(HELD, NEEDED), held, needed, staging_bytes, own_device())
-    right = all(torch.equal(made[place], tensor) for place, tensor in expected.items())
+    right = all(made[place].tolist() == tensor.tolist() for place, tensor in expected.items())
     return {"right": right, "left": len(held), "most": most}
 
 
@@ -79,6 +103,13 @@ def test_rows_become_columns_and_the_old_is_freed(staging_bytes: int, alone: int
         assert result["left"] == 0
         if staging_bytes < 2**20:
             assert result["most"] <= 2 * (len(NAMES) + 2), "old and new are never there together"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("on_host", ["held", "needed"])
+def test_what_lies_on_the_host_is_sent_and_received_through_the_device(on_host: str) -> None:
+    for result in run_ranks(4, _transpose, 2**20, 40, on_host):
+        assert result["right"]
 
 
 @pytest.mark.parametrize("staging_bytes", [96, 500, 5000])
