@@ -1,12 +1,14 @@
 """The norm test against a constant batch and a warm-up of the batch: loss at equal samples, steps saved, time.
 
-    python -m benchmarks.norm_test [--backend NAME] [--seeds N] [--tokens N] [--out DIR] [--quick] [--json]
+    python -m benchmarks.norm_test [--backend NAME] [--seeds N] [--first-seed N] [--tokens N] [--out DIR]
+        [--only runs,simulated,testing] [--quick] [--json]
 
 As in the paper of DDP-Norm and FSDP-Norm (2412.21124): a small Llama on Shakespeare, data parallel over two CPU cores
 with sharded optimizer state, trained on equally many sequences by each policy, in turn, with every seed. The learning
 rate follows the root of the batch, for all alike. Each form of the test has the η with which it keeps the batch at
 about the noise scale (`ETA`). Then the same policies are simulated with the noise scale that the unbiased norm test has
-measured, and what the norms of the workers add to a step is measured, in pairs of steps.
+measured in the newest of the runs in DIR, and what the norms of the workers add to a step is measured, in pairs of
+steps.
 """
 
 import argparse
@@ -22,17 +24,21 @@ from rich.table import Table
 from benchmarks.command import console_of, copus_output, parser_of, tell
 from benchmarks.paired import paired
 from benchmarks.time_to_target import JOB, without_evaluations
+from copus.data.prepare import prepare
 from copus.events import Evaluate, Reconfigure, Start, Step, read_events
 from copus.job import load_job
 from profiles.configuration import Configuration
 
 OUT = Path("build/norm-test")
+PARTS = ("runs", "simulated", "testing")
 TOKENS, SEEDS = 64_000, 3
 SMALL, LARGE = 4, 32
 """Global batches, in sequences: where every adaptive policy begins, and where it ends at the latest."""
 ETA = {"unbiased": 1.0, "paper": 0.7}
 """Unbiased, η = 1 asks for the noise scale itself. The paper's form comes to rest at noise scale × (1/η² − 1), which at
 η = 0.7 is about as much; above √½ it would stay below. The smaller η, the sooner either is at the largest batch."""
+ROUNDS = 512
+"""Pairs of steps, with a test and without. With 64 the interval was 9 points wide on a busy machine."""
 Settings = dict[str, Any]
 COMMON: Settings = {
     "training.layout": "{dp: 2, zero: 1}",
@@ -116,34 +122,48 @@ def extra_of_testing(settings: Settings, rounds: int) -> dict[str, float]:
 
     # `step_times` goes through 4,096 sequences again and again: the job has to be longer than that.
     job = load_job(JOB, _overrides({**settings, "training.tokens": 5_000 * 64}))
+    prepare(job)
     configuration = Configuration(layout=job.training.layout, micro_batch=4, global_batch=16)
     arguments = (job, configuration, rounds, ("replica",), time.process_time)
-    seconds = run_ranks(2, step_times, *arguments, timeout_seconds=1200)[0]
-    return paired(seconds["replica"], seconds["off"], 1)
+    ranks = run_ranks(2, step_times, *arguments, timeout_seconds=3600)
+    replica, off = ([second for rank in ranks for second in rank[variant]] for variant in ("replica", "off"))
+    return {"rounds": rounds, "off_seconds": float(np.median(off)), **paired(replica, off, 1)}
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Everything."""
+    """The parts that are asked for."""
     settings = settings_of(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    copus_output("profile", "run", str(JOB), *_set({**settings, "profile.budget_seconds": 60}))
-    runs = []
-    for seed in range(1, 1 + (1 if options.quick else options.seeds)):
-        for name, own in CONTENDERS.items():
-            one = train(name, seed, {**settings, **own})
-            console.print(f"{name}, seed {seed}: {one['steps']} steps, {one['seconds']:.0f} s, loss {one['loss']:.3f}")
-            runs.append(one)
-    return {
+    result: dict[str, Any] = {
         "benchmark": "norm_test",
         "quick": options.quick,
         "backend": options.backend,
         "eta": ETA,
         "tokens": settings["training.tokens"],
-        "policies": [summary(name, runs) for name in CONTENDERS],
-        "runs": runs,
-        "simulated": simulate(settings, options.out.absolute() / "runs" / runs[-1]["run"]),
-        "testing_adds_pct": extra_of_testing(settings, 8 if options.quick else 64),
     }
+    if "runs" in options.only:
+        options.out.mkdir(parents=True, exist_ok=True)
+        copus_output("profile", "run", str(JOB), *_set({**settings, "profile.budget_seconds": 60}))
+        runs = []
+        for seed in range(options.first_seed, options.first_seed + (1 if options.quick else options.seeds)):
+            for name, own in CONTENDERS.items():
+                one = train(name, seed, {**settings, **own})
+                line = f"{name}, seed {seed}: {one['steps']} steps, {one['seconds']:.0f} s, loss {one['loss']:.3f}"
+                console.print(line)
+                runs.append(one)
+        result |= {"policies": [summary(name, runs) for name in CONTENDERS], "runs": runs}
+    if "simulated" in options.only:
+        result["simulated"] = simulate(settings, newest_run(options.out))
+    if "testing" in options.only:
+        result["testing_adds_pct"] = extra_of_testing(settings, 8 if options.quick else ROUNDS)
+    return result
+
+
+def newest_run(out: Path) -> Path:
+    """The newest run of the unbiased norm test. Raises SystemExit if there is none."""
+    runs = sorted((out.absolute() / "runs").glob("norm-test-[0-9]*"), key=lambda run: run.stat().st_mtime)
+    if not runs:
+        raise SystemExit(f"--out({out}) has no run of the norm test to simulate from: train with --only runs")
+    return runs[-1]
 
 
 def summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -164,6 +184,22 @@ def summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Two tables, and what a test costs."""
+    if "runs" in result:
+        _show_runs(result, console)
+    if "simulated" in result:
+        simulated = Table(title="simulated, with the noise scale that the norm test measured")
+        for column in ("policy", "seconds to the same loss", "against best fixed"):
+            simulated.add_column(column, justify="left" if column == "policy" else "right")
+        for one in result["simulated"]:
+            simulated.add_row(one["policy"], f"{one['seconds']:.1f}", f"{one['gain_over_best_fixed_pct']:+.1f} %")
+        console.print(simulated)
+    if "testing_adds_pct" in result:
+        extra = result["testing_adds_pct"]
+        interval = f"{extra['low']:+.1f} to {extra['high']:+.1f}"
+        console.print(f"a step that tests takes {extra['median']:+.1f} % more processor time ({interval} %)")
+
+
+def _show_runs(result: dict[str, Any], console: Console) -> None:
     seeds = len({run["seed"] for run in result["runs"]})
     etas = ", ".join(f"η {eta:g} {form}" for form, eta in result["eta"].items())
     table = Table(title=f"{result['tokens']:,} tokens each on {result['backend']}, {seeds} seeds, {etas}")
@@ -184,15 +220,6 @@ def show(result: dict[str, Any], console: Console) -> None:
             " → ".join(f"{batch} at {samples}" for samples, batch in batches),
         )
     console.print(table)
-    simulated = Table(title="simulated, with the noise scale that the norm test measured")
-    for column in ("policy", "seconds to the same loss", "against best fixed"):
-        simulated.add_column(column, justify="left" if column == "policy" else "right")
-    for one in result["simulated"]:
-        simulated.add_row(one["policy"], f"{one['seconds']:.1f}", f"{one['gain_over_best_fixed_pct']:+.1f} %")
-    console.print(simulated)
-    extra = result["testing_adds_pct"]
-    interval = f"{extra['low']:+.1f} to {extra['high']:+.1f}"
-    console.print(f"a step that tests takes {extra['median']:+.1f} % more processor time ({interval} %)")
 
 
 def _overrides(settings: Settings) -> list[str]:
@@ -203,11 +230,21 @@ def _set(settings: Settings) -> list[str]:
     return [part for override in _overrides(settings) for part in ("--set", override)]
 
 
+def _parts(text: str) -> tuple[str, ...]:
+    parts = tuple(text.split(","))
+    unknown = set(parts) - set(PARTS)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{min(unknown)} is none of {', '.join(PARTS)}")
+    return parts
+
+
 def main() -> None:
     """The command."""
     parser = parser_of("norm_test", __doc__)
     parser.add_argument("--backend", choices=("megatron", "fsdp", "deepspeed"), default="fsdp", help="what trains")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each policy")
+    parser.add_argument("--first-seed", type=int, default=1, help="seed of the first run of each policy")
+    parser.add_argument("--only", type=_parts, default=PARTS, help=f"some of {','.join(PARTS)}")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="length of every run")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for runs and the throughput table")
     parser.add_argument("--quick", action="store_true", help="an eighth of the tokens, one seed")

@@ -24,7 +24,8 @@ class PartNorms(ABC):
 
     Use: `start` before the first micro-batch, `begin_backward` before the backward pass of each, `contribution` after
     the last, and `parts` with the sum of the contributions of all ranks. Hooks see every gradient before it is added to
-    those of earlier micro-batches; they ask `_is_measured`, and hand it to `_add`.
+    those of earlier micro-batches; they ask `_is_measured`, and hand it to `_add`. Autograd runs hooks
+    without recording; to say so again in each would take longer than all that they do in a step that is not measured.
 
     In a training loop that is not ours nobody calls `begin_backward`: there `count_passes` lets the gradients say it.
     """

@@ -20,7 +20,6 @@ class WholePartNorms(PartNorms):
         self._parameters = {name: param for name, param in model.named_parameters() if param.requires_grad}
         self._hooks = [param.register_hook(functools.partial(self._see, param)) for param in self._parameters.values()]
 
-    @torch.no_grad()
     def _see(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         """Runs when autograd has one micro-batch's whole gradient of a parameter, before it is added to the others."""
         if not self._is_measured():

@@ -27,7 +27,6 @@ class DeepSpeedPartNorms(PartNorms):
             for index, param in enumerate(group.values())
         ]
 
-    @torch.no_grad()
     def _see(self, group: int, index: int, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         """Runs when autograd has one micro-batch's whole gradient of a parameter, before it is added to the others."""
         if not self._is_measured():

@@ -38,14 +38,12 @@ class FsdpPartNorms(PartNorms):
                 self._hooks.append(whole.register_hook(functools.partial(of_one, parameter)))
                 self._hooks.append(whole.register_post_accumulate_grad_hook(functools.partial(of_all, parameter)))
 
-    @torch.no_grad()
     def _see(self, parameter: Any, gradient: torch.Tensor) -> None:
         """Runs when autograd has one micro-batch's whole gradient, before it is added to the others."""
         if self._is_measured() and not self._sums_microbatches:
             # A DTensor's gradient may be whole although the parameter is cut: the embedding's is.
             self._add(parameter._get_grad_inner_tensor(gradient))
 
-    @torch.no_grad()
     def _see_sum(self, parameter: Any, whole: torch.Tensor) -> None:
         """Runs when that gradient has been added to those of the earlier micro-batches, before FSDP reduces the sum.
         No sum is computed for the norm alone, except in bf16, whose gradients FSDP adds up in fp32 later."""
