@@ -1,5 +1,7 @@
 """The parts of a step on DeepSpeed, against gradients that plain torch computes of the same sequences."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -28,9 +30,11 @@ def _norms(size: int, norms_only: bool = False, precision: str = "fp32") -> list
     return found
 
 
-def _measure(precision: str, zero: int, source: str, micro_batch: int) -> tuple[float, Parts | None, Parts | None]:
+def _measure(
+    precision: str, zero: int, source: str, micro_batch: int, **training: Any
+) -> tuple[float, Parts | None, Parts | None]:
     layout = {"dp": dist.get_world_size(), "zero": zero}
-    backend = deepspeed_backend(deepspeed_job(zero, 2, layout=layout, precision=precision))
+    backend = deepspeed_backend(deepspeed_job(zero, 2, layout=layout, precision=precision, **training))
     backend.move(configuration(BATCH, micro_batch, **layout))
     result = backend.train_step(random_batches, StepRequest(FIRST, RULES, source))
     return result.grad_sq, result.parts, result.norm_layer_parts
@@ -63,6 +67,18 @@ def test_replicas_are_those_of_plain_torch() -> None:
     assert [parts for _, parts, _ in accumulated[2:]] == [None, None], "these reduce every micro-batch"
     for _, parts, _ in run_ranks(2, _measure_all, "fp32", [2, 3], "replica", 4)[0]:
         np.testing.assert_allclose(parts.squared_norms, _norms(4), rtol=1e-5)
+
+
+def _measure_overlapped() -> list[float]:
+    _, parts, _ = _measure("fp32", 1, "replica", 2, overlap_grad_reduce=True)
+    assert parts is not None
+    return parts.squared_norms.tolist()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_replicas_are_those_of_plain_torch_if_the_reduction_overlaps() -> None:
+    np.testing.assert_allclose(run_ranks(2, _measure_overlapped)[0], _norms(4), rtol=1e-5)
 
 
 @pytest.mark.dist

@@ -30,10 +30,8 @@ def reduced_gradients(built: "BuiltModel", group: int | None = None) -> list[tor
     return [gradient for number in chosen for gradient in wrapper.averaged_gradients[number]]
 
 
-def accumulated_gradient(built: "BuiltModel", group: int, index: int, param: torch.nn.Parameter) -> torch.Tensor:
-    """This replica's sum of a parameter's gradients over the micro-batches so far, before any reduction; ZeRO 0 and 1,
-    which keep it, from the second micro-batch on."""
-    in_fp32 = getattr(built.zero_optimizer, "fp32_groups_gradients", None)  # bf16 with ZeRO 1
-    gradient = param.grad if in_fp32 is None else in_fp32[group][index]
-    assert gradient is not None, "there was a backward pass before"
-    return gradient
+def fp32_accumulators(built: "BuiltModel") -> list[list[torch.Tensor]] | None:
+    """Where DeepSpeed adds up the gradients of micro-batches before any reduction, by group and index of the parameter;
+    None if autograd adds them up in the parameters' own, as without bf16. ZeRO 0 and 1."""
+    accumulators: list[list[torch.Tensor]] | None = getattr(built.zero_optimizer, "fp32_groups_gradients", None)
+    return accumulators
