@@ -58,7 +58,9 @@ class Advice:
     @property
     def score(self) -> CandidateScore | None:
         """What is expected of it."""
-        return next((each for each in self.decision.candidates if each.configuration == self.advised), None)
+        return next(
+            (candidate for candidate in self.decision.candidates if candidate.configuration == self.advised), None
+        )
 
     @property
     def sure(self) -> float | None:
@@ -119,8 +121,14 @@ def advice_of(job: JobConfig, steps: list[MeterStep]) -> Advice:
     training = job.training.model_copy(update={**settings, "reference_batch": reference})
     job = job.model_copy(update={"training": training})
     planner = Planner(job)
-    known = [index for index, step in enumerate(steps) if step.noise is not None and step.noise.value is not None]
-    looks = {known[round(place * (len(known) - 1) / LOOKS)] for place in range(LOOKS)} if known else set()
+    steps_with_noise = [
+        index for index, step in enumerate(steps) if step.noise is not None and step.noise.value is not None
+    ]
+    looks = (
+        {steps_with_noise[round(place * (len(steps_with_noise) - 1) / LOOKS)] for place in range(LOOKS)}
+        if steps_with_noise
+        else set()
+    )
     noise = NoiseScale(grad_sq=0.0, noise_trace=0.0, value=None, low=None, high=None, samples=0)
     for index, (step, configuration) in enumerate(zip(steps, configurations, strict=True)):
         noise = step.noise or noise

@@ -12,53 +12,56 @@ from profiles.formatting import duration, percent, signed_percent, signed_percen
 def audit(run_text: str | None, *, as_json: bool = False) -> int:
     """Print the audit of a run, which may still be going on. Raises JobError if it has not trained."""
     run = find_run(run_text)
-    found = audit_run(run)
-    if found.first is None:
+    audited = audit_run(run)
+    if audited.first is None:
         raise JobError(f"{shown(run)}: nothing has been trained yet")
     if as_json:
-        print(as_json_line({"run": str(run), **found.model_dump(mode="json")}))
+        print(as_json_line({"run": str(run), **audited.model_dump(mode="json")}))
     else:
-        print("\n".join(audit_lines(found)))
+        print("\n".join(audit_lines(audited)))
     return 0
 
 
-def audit_lines(found: Audit) -> list[str]:
+def audit_lines(audited: Audit) -> list[str]:
     """The audit in a few lines for people: a heading, then a name and a finding in each."""
-    return ["audit: time to the same progress, with 90 % intervals", *(f"  {a:<14} {b}" for a, b in audit_facts(found))]
+    return [
+        "audit: time to the same progress, with 90 % intervals",
+        *(f"  {a:<14} {b}" for a, b in audit_facts(audited)),
+    ]
 
 
-def audit_facts(found: Audit) -> list[tuple[str, str]]:
+def audit_facts(audited: Audit) -> list[tuple[str, str]]:
     """Name and value of every finding."""
-    if found.best_fixed is None:
+    if audited.best_fixed is None:
         facts = [("gain", "unknown: the noise scale, or every step time, is")]
     else:
-        facts = _gains(found, found.best_fixed)
+        facts = _gains(audited, audited.best_fixed)
     costs = [
-        f"{found.trials} trial{'s' * (found.trials != 1)} took {duration(found.trial_seconds)}{_share(found)}",
-        f"{found.moves} move{'s' * (found.moves != 1)} took {duration(found.move_seconds)}",
+        f"{audited.trials} trial{'s' * (audited.trials != 1)} took {duration(audited.trial_seconds)}{_share(audited)}",
+        f"{audited.moves} move{'s' * (audited.moves != 1)} took {duration(audited.move_seconds)}",
     ]
-    if found.restart_seconds:
-        costs.append(f"restarts took {duration(found.restart_seconds)}")
+    if audited.restart_seconds:
+        costs.append(f"restarts took {duration(audited.restart_seconds)}")
     facts.append(("cost", ", ".join(costs)))
-    if found.measuring_seconds:
-        facts.append(("measuring", f"{duration(found.measuring_seconds)} before training{_with_measuring(found)}"))
-    return [*facts, ("predictions", _predictions(found))]
+    if audited.measuring_seconds:
+        facts.append(("measuring", f"{duration(audited.measuring_seconds)} before training{_with_measuring(audited)}"))
+    return [*facts, ("predictions", _predictions(audited))]
 
 
-def _gains(found: Audit, best: Configuration) -> list[tuple[str, str]]:
+def _gains(audited: Audit, best: Configuration) -> list[tuple[str, str]]:
     """The comparisons with other ways to the same progress."""
     first, over_best, regret = (
-        found.gain_over_first_pct,
-        found.gain_over_best_fixed_pct,
-        found.regret_to_best_schedule_pct,
+        audited.gain_over_first_pct,
+        audited.gain_over_best_fixed_pct,
+        audited.regret_to_best_schedule_pct,
     )
-    assert found.first is not None, "something trained"
+    assert audited.first is not None, "something trained"
     assert over_best is not None, "there is a best fixed one"
     assert regret is not None, "there is a best fixed one"
     over_first = "unknown: no step of {} was timed" if first is None else f"{_interval(first)} over {{}}"
-    note = "" if found.best_fixed_ran else ", which never ran: predicted"
+    note = "" if audited.best_fixed_ran else ", which never ran: predicted"
     return [
-        ("vs first", over_first.format(found.first.label)),
+        ("vs first", over_first.format(audited.first.label)),
         ("vs best fixed", f"{_interval(over_best)} over {best.label}{note}"),
         ("regret", f"{_interval(regret)} to the best schedule of hindsight"),
     ]
@@ -69,23 +72,23 @@ def _interval(estimate: Estimate) -> str:
     return signed_percent_interval(*(part / 100 for part in (estimate.value, estimate.low, estimate.high)))
 
 
-def _share(found: Audit) -> str:
-    if not found.trial_seconds or not found.training_seconds:
+def _share(audited: Audit) -> str:
+    if not audited.trial_seconds or not audited.training_seconds:
         return ""
-    return f" ({percent(found.trial_seconds / found.training_seconds)} of training)"
+    return f" ({percent(audited.trial_seconds / audited.training_seconds)} of training)"
 
 
-def _with_measuring(found: Audit) -> str:
+def _with_measuring(audited: Audit) -> str:
     """What is left of the gain over the first configuration, which needs no measuring, if that is counted too."""
-    gain = found.gain_over_first_pct
-    if gain is None or not found.compared_seconds:
+    gain = audited.gain_over_first_pct
+    if gain is None or not audited.compared_seconds:
         return ", in none of these figures"
-    share = found.compared_seconds / (found.compared_seconds + found.measuring_seconds)
+    share = audited.compared_seconds / (audited.compared_seconds + audited.measuring_seconds)
     return f"; with it {signed_percent((1 + gain.value / 100) * share - 1)} over the first"
 
 
-def _predictions(found: Audit) -> str:
-    checked = found.predictions
+def _predictions(audited: Audit) -> str:
+    checked = audited.predictions
     if checked.mape_pct is None or checked.coverage_pct is None:
         return "none was checked: the job never moved"
     times = f"{checked.count} step time{'s' * (checked.count != 1)} off by {percent(checked.mape_pct / 100)} on average"

@@ -68,13 +68,13 @@ def calibrate(
             outcome = attend(engine, folder, job, lock, interrupts, console)
             if outcome.exit_code or outcome.reason != "finished":
                 return _say_unfinished(outcome, run, console)
-    found = _analyse(checkpoint, branches, _results(folder, branches), tolerance)
+    calibration = _analyse(checkpoint, branches, _results(folder, branches), tolerance)
     path = run / "calibration.json"
-    write_atomically(path, found.model_dump_json(indent=2) + "\n")
+    write_atomically(path, calibration.model_dump_json(indent=2) + "\n")
     if as_json:
-        print(as_json_line({"calibration": str(path), **found.model_dump(mode="json")}))
+        print(as_json_line({"calibration": str(path), **calibration.model_dump(mode="json")}))
     else:
-        _print(found, path, job)
+        _print(calibration, path, job)
     return 0
 
 
@@ -128,7 +128,7 @@ def _scaled(base: Configuration, multiple: float) -> Configuration:
 
 
 def _announcement(job: JobConfig, run: Path, branches: Branches) -> str:
-    batches = ", ".join(str(each.global_batch) for each in branches.configurations)
+    batches = ", ".join(str(configuration.global_batch) for configuration in branches.configurations)
     number = len(branches.configurations) * len(branches.seeds)
     tokens = branches.sequences * job.model.seq_len
     return (
@@ -231,29 +231,30 @@ def _say_unfinished(outcome: Outcome, run: Path, console: Console) -> int:
     return outcome.exit_code or 1
 
 
-def _print(found: Calibration, path: Path, job: JobConfig) -> None:
-    lines = [f"{'batch':>8}  {'loss':>8}  {'± order':>8}  (held out; {found.first_loss:.4f} at {found.checkpoint})"]
-    for index, batch in enumerate(found.batches):
-        column = [row[index] for row in found.losses]
+def _print(result: Calibration, path: Path, job: JobConfig) -> None:
+    lines = [f"{'batch':>8}  {'loss':>8}  {'± order':>8}  (held out; {result.first_loss:.4f} at {result.checkpoint})"]
+    for index, batch in enumerate(result.batches):
+        column = [row[index] for row in result.losses]
         mean = sum(column) / len(column)
         spread = math.sqrt(sum((loss - mean) ** 2 for loss in column) / max(len(column) - 1, 1))
         lines.append(f"{batch:>8}  {mean:>8.4f}  {spread:>8.4f}")
-    lines += [f"{batch:>8}  the loss was not finite" for batch in found.diverged]
+    lines += [f"{batch:>8}  the loss was not finite" for batch in result.diverged]
+    critical = _interval(result.critical_batch, result.critical_low, result.critical_high)
     lines += [
-        f"critical batch    φ = {_interval(found.critical_batch, found.critical_low, found.critical_high)} sequences",
-        f"noise scale       B_simple = {_interval(found.noise_scale, found.noise_low, found.noise_high)} sequences",
-        f"factor            c = {_interval(found.critical_batch_factor, found.factor_low, found.factor_high)}",
-        f"without a model   batch {found.within_tolerance:g} is the largest within {found.tolerance:g} nats of the "
+        f"critical batch    φ = {critical} sequences",
+        f"noise scale       B_simple = {_interval(result.noise_scale, result.noise_low, result.noise_high)} sequences",
+        f"factor            c = {_interval(result.critical_batch_factor, result.factor_low, result.factor_high)}",
+        f"without a model   batch {result.within_tolerance:g} is the largest within {result.tolerance:g} nats of the "
         "smallest",
     ]
-    if found.noise_scale is None:
+    if result.noise_scale is None:
         lines.append("the noise scale was unknown at this checkpoint: c cannot be told")
-    elif found.critical_batch_factor is None:
+    elif result.critical_batch_factor is None:
         lines.append("the largest batch learned as much per token as the smallest: try larger multiples")
     else:
         lines += [
             f"to use it, in the job file (it has {job.planner.critical_batch_factor:g}):",
-            f"  planner: {{critical_batch_factor: {three_digits(found.critical_batch_factor)}}}",
+            f"  planner: {{critical_batch_factor: {three_digits(result.critical_batch_factor)}}}",
             f"or --set planner.critical_batch_factor={shown(path)}",
         ]
     print("\n".join(lines))

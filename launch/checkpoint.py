@@ -20,13 +20,13 @@ def find_checkpoint(run: Path, text: str | None, console: Console) -> Path:
         return _newest(run, names, console)
     counted = [name for name in names if text.isdecimal() and samples_of(name) == int(text)]
     places = [Path(text).expanduser(), *(run / FOLDER / name for name in (text, *counted))]
-    found = next((path for path in places if (path / "trainer.json").is_file()), None)
-    if found is None:
-        known = ", ".join(reversed(names)) or "none"
-        raise JobError(f"--checkpoint {text}: no such checkpoint; {shown(run)} has {known}")
-    if reason := whats_wrong(found):
+    checkpoint = next((path for path in places if (path / "trainer.json").is_file()), None)
+    if checkpoint is None:
+        listed = ", ".join(reversed(names)) or "none"
+        raise JobError(f"--checkpoint {text}: no such checkpoint; {shown(run)} has {listed}")
+    if reason := whats_wrong(checkpoint):
         raise JobError(f"--checkpoint {text}: does not verify: {reason}")
-    return found.absolute()
+    return checkpoint.absolute()
 
 
 def _newest(run: Path, names: list[str], console: Console) -> Path:

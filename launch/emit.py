@@ -35,7 +35,7 @@ def print_run(job: JobConfig, run: FixedRun, tool: str) -> None:
     """Print a run as a tool's arguments on stdout, and on stderr what they do not say."""
     text, lost = written(job, run, tool)
     print(text, end="")
-    configurations = [each.label for each in run.configurations]
+    configurations = [configuration.label for configuration in run.configurations]
     print(
         f"# {tool}: {', then '.join(configurations[:1] + configurations[-1:] * (len(configurations) > 1))}",
         file=sys.stderr,

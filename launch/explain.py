@@ -382,8 +382,8 @@ def _factors(decision: Decision) -> str:
 
 def _forecast(decision: Decision) -> list[tuple[str, str]]:
     """The line about the noise scale to come; none where nothing is known."""
-    found = decision.forecast
-    if found is None:
+    forecast = decision.forecast
+    if forecast is None:
         return []
-    interval = noise_interval(found.value, found.low, found.high)
-    return [("forecast", f"B_simple {interval} at {count(found.tokens)} tokens")]
+    interval = noise_interval(forecast.value, forecast.low, forecast.high)
+    return [("forecast", f"B_simple {interval} at {count(forecast.tokens)} tokens")]

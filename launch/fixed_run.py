@@ -108,13 +108,13 @@ def best_fixed_run_for(
         return as_written(job)
     places = done + (np.arange(STAGES) + 0.5) / STAGES * (job.total_samples - done)
     phi = forecast.at(places)
-    batch = np.array([each.configuration.global_batch for each in able], float)
-    rate = np.array([each.samples_per_second for each in able], float)
+    batch = np.array([candidate.configuration.global_batch for candidate in able], float)
+    rate = np.array([candidate.samples_per_second for candidate in able], float)
     # Seconds for a stage's progress, in every stage and candidate: the same progress for all.
     seconds = 1 / (rate * progress_per_sample(batch, phi[:, None], job.planner.objective))
     groups: dict[tuple[Layout, int], list[int]] = {}
-    for index, each in enumerate(able):
-        groups.setdefault((each.configuration.layout, each.configuration.micro_batch), []).append(index)
+    for index, candidate in enumerate(able):
+        groups.setdefault((candidate.configuration.layout, candidate.configuration.micro_batch), []).append(index)
     chosen, total = list[int](), math.inf
     for members in groups.values():
         picked = _growing(seconds[:, members], batch[members]) if schedule else _constant(seconds[:, members])

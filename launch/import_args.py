@@ -135,7 +135,7 @@ def _as_values(imported: ImportedJob, job: JobConfig, out: Path | None) -> dict[
         "job": imported.values,
         "resolved": job.model_dump(mode="json"),
         "mapped": imported.mapped,
-        "unmapped": [vars(each) for each in imported.unmapped],
+        "unmapped": [vars(argument) for argument in imported.unmapped],
         "assumed": imported.assumed,
         "notes": imported.notes,
         "out": None if out is None else str(out),

@@ -38,10 +38,10 @@ def point(configuration: Configuration, step_seconds: float, spread_seconds: flo
 def fastest(points: Iterable[LinePoint]) -> Lines:
     """The fastest micro-batch of each layout at each batch; layouts in the order in which they come."""
     best: dict[str, dict[int, LinePoint]] = {}
-    for each in points:
-        line = best.setdefault(each.layout, {})
-        if each.batch not in line or line[each.batch].rate < each.rate:
-            line[each.batch] = each
+    for point in points:
+        line = best.setdefault(point.layout, {})
+        if point.batch not in line or line[point.batch].rate < point.rate:
+            line[point.batch] = point
     return {layout: [line[batch] for batch in sorted(line)] for layout, line in best.items()}
 
 
@@ -49,9 +49,9 @@ def winners(lines: Lines) -> list[LinePoint]:
     """The fastest layout at each global batch, ascending."""
     top: dict[int, LinePoint] = {}
     for line in lines.values():
-        for each in line:
-            if each.batch not in top or top[each.batch].rate < each.rate:
-                top[each.batch] = each
+        for point in line:
+            if point.batch not in top or top[point.batch].rate < point.rate:
+                top[point.batch] = point
     return [top[batch] for batch in sorted(top)]
 
 
@@ -59,7 +59,7 @@ def lines_of(members: Iterable[Summary]) -> Lines:
     """The lines of comparable summaries."""
     return fastest(
         point(row.configuration, row.step_seconds, row.spread_seconds, "measured")
-        for row in (each.measurement for each in members)
+        for row in (summary.measurement for summary in members)
         if row.step_seconds is not None
     )
 

@@ -84,39 +84,39 @@ def as_values(job: JobConfig, estimate: "JobEstimate") -> dict[str, Any]:
         "start": _values(estimate.start),
         "fastest": [
             {
-                "global_batch": each.best.configuration.global_batch,
-                "best": _values(each.best),
-                "runner_up": each.runner_up and _values(each.runner_up),
-                "sure": each.sure,
+                "global_batch": row.best.configuration.global_batch,
+                "best": _values(row.best),
+                "runner_up": row.runner_up and _values(row.runner_up),
+                "sure": row.sure,
             }
-            for each in fastest
+            for row in fastest
         ],
         "by_noise": [
             {
-                "noise_low": each.low,
-                "noise_high": each.high if math.isfinite(each.high) else None,
-                "best": _values(each.best),
+                "noise_low": noise_range.low,
+                "noise_high": noise_range.high if math.isfinite(noise_range.high) else None,
+                "best": _values(noise_range.best),
             }
-            for each in by_noise
+            for noise_range in by_noise
         ],
         "smallest_batch": smallest and smallest_batch_values(smallest),
-        "variants": [_values(each) for each in estimate.variants],
-        "candidates": [_values(each) for each in estimate.candidates],
+        "variants": [_values(variant) for variant in estimate.variants],
+        "candidates": [_values(candidate) for candidate in estimate.candidates],
         "assumptions": list(estimate.predictor.assumptions),
     }
 
 
-def _values(each: "CandidateEstimate") -> dict[str, Any]:
+def _values(candidate: "CandidateEstimate") -> dict[str, Any]:
     from planner.memory_check import in_words
 
-    peak = each.peak
+    peak = candidate.peak
     return {
-        "configuration": each.configuration.model_dump(mode="json"),
-        "label": each.configuration.label,
-        "step_seconds": each.step_seconds,
-        "step_seconds_low": each.step_seconds_low,
-        "step_seconds_high": each.step_seconds_high,
-        "source": each.source,
+        "configuration": candidate.configuration.model_dump(mode="json"),
+        "label": candidate.configuration.label,
+        "step_seconds": candidate.step_seconds,
+        "step_seconds_low": candidate.step_seconds_low,
+        "step_seconds_high": candidate.step_seconds_high,
+        "source": candidate.source,
         "peak_bytes": peak.expected_bytes,
         "peak_bytes_low": peak.low_bytes,
         "peak_bytes_high": peak.high_bytes,
@@ -124,10 +124,10 @@ def _values(each: "CandidateEstimate") -> dict[str, Any]:
         "stage": peak.stage,
         "chance_to_fit": peak.chance_to_fit,
         "fits": in_words(peak.chance_to_fit),
-        "refusal": each.refusal,
-        "peak_samples_per_second": each.peak_samples_per_second,
-        "samples_per_second": each.samples_per_second,
-        "mfu": each.mfu,
+        "refusal": candidate.refusal,
+        "peak_samples_per_second": candidate.peak_samples_per_second,
+        "samples_per_second": candidate.samples_per_second,
+        "mfu": candidate.mfu,
     }
 
 
@@ -138,27 +138,25 @@ def _print(
     fastest, by_noise = estimate.fastest(), estimate.by_noise(job.planner)
     print_facts(_heading(job, estimate), _facts(job, estimate), console)
     if all_candidates:
-        candidates = [_candidate(each) for each in estimate.candidates]
+        candidates = [_candidate(candidate) for candidate in estimate.candidates]
         print_table("every candidate", candidates, console, DISPENSABLE, wrapping="verdict")
-    configurations = [each.configuration for each in estimate.variants]
+    configurations = [variant.configuration for variant in estimate.variants]
     print_table(
         "the start with other settings of training.layout",
-        [_variant(each) for each in estimate.variants],
+        [_variant(variant) for variant in estimate.variants],
         console,
         DISPENSABLE,
         bold=configurations.index(estimate.start.configuration),
     )
     if fastest:
-        print_table(
-            "fastest layout of each global batch", [fastest_row(each) for each in fastest], console, DISPENSABLE
-        )
+        print_table("fastest layout of each global batch", [fastest_row(row) for row in fastest], console, DISPENSABLE)
         print_columns(
             "predicted peak memory per rank (GiB)",
-            _memory([estimate.start, *(each.best for each in fastest)]),
+            _memory([estimate.start, *(row.best for row in fastest)]),
             console,
         )
         title = "best configuration by noise scale (tr Σ/|G|², sequences)"
-        print_table(title, [_by_noise(each) for each in by_noise], console, DISPENSABLE)
+        print_table(title, [_by_noise(noise_range) for noise_range in by_noise], console, DISPENSABLE)
     else:
         print_facts(_nothing(job, estimate), [], console)
     smallest = smallest_batch(job, estimate)
@@ -222,44 +220,44 @@ def _nothing(job: JobConfig, estimate: "JobEstimate") -> str:
     )
 
 
-def _candidate(each: "CandidateEstimate") -> dict[str, str]:
+def _candidate(candidate: "CandidateEstimate") -> dict[str, str]:
     return {
-        "layout": each.configuration.layout.label,
-        "micro-batch": str(each.configuration.micro_batch),
-        "global batch": str(each.configuration.global_batch),
-        **_speed(each),
-        "80 %": _rates(each),
-        "source": each.source,
-        "memory": gibibytes(each.peak.expected_bytes),
-        "verdict": each.refusal or _fit(each),
+        "layout": candidate.configuration.layout.label,
+        "micro-batch": str(candidate.configuration.micro_batch),
+        "global batch": str(candidate.configuration.global_batch),
+        **_speed(candidate),
+        "80 %": _rates(candidate),
+        "source": candidate.source,
+        "memory": gibibytes(candidate.peak.expected_bytes),
+        "verdict": candidate.refusal or _fit(candidate),
     }
 
 
-def _variant(each: "CandidateEstimate") -> dict[str, str]:
-    layout = each.configuration.layout
+def _variant(candidate: "CandidateEstimate") -> dict[str, str]:
+    layout = candidate.configuration.layout
     return {
         "recompute": layout.recompute,
         "zero": str(layout.zero),
         "sequence parallel": "yes" if layout.sequence_parallel else "no",
-        "memory": gibibytes(each.peak.expected_bytes),
-        "memory 80 %": _gib_range(each),
-        "fit": _fit(each),
-        **_speed(each),
-        "source": each.source,
+        "memory": gibibytes(candidate.peak.expected_bytes),
+        "memory 80 %": _gib_range(candidate),
+        "fit": _fit(candidate),
+        **_speed(candidate),
+        "source": candidate.source,
     }
 
 
 def fastest_row(row: "Fastest") -> dict[str, str]:
     """A row of the table of fastest layouts."""
-    each, other = row.best, row.runner_up
+    candidate, other = row.best, row.runner_up
     return {
-        "batch": str(each.configuration.global_batch),
-        "layout": f"{each.configuration.layout.label} m{each.configuration.micro_batch}",
-        **_speed(each),
-        "80 %": _rates(each),
-        "source": each.source,
-        "memory": gibibytes(each.peak.expected_bytes),
-        "fit": _fit(each),
+        "batch": str(candidate.configuration.global_batch),
+        "layout": f"{candidate.configuration.layout.label} m{candidate.configuration.micro_batch}",
+        **_speed(candidate),
+        "80 %": _rates(candidate),
+        "source": candidate.source,
+        "memory": gibibytes(candidate.peak.expected_bytes),
+        "fit": _fit(candidate),
         "next layout": "–" if other is None else f"{other.configuration.layout.label} {_rate(other)}",
         "sure": "–" if row.sure is None else percent(min(row.sure, 0.99)),
     }
@@ -268,75 +266,82 @@ def fastest_row(row: "Fastest") -> dict[str, str]:
 def _memory(estimates: "list[CandidateEstimate]") -> dict[str, dict[str, str]]:
     """Parts of the memory by configuration. Of those that differ in the global batch alone, and do not differ in
     memory, the first one stands for all."""
-    found: dict[str, dict[str, str]] = {}
+    rows: dict[str, dict[str, str]] = {}
     seen = set()
-    for each in estimates:
-        key = (each.configuration.layout, each.configuration.micro_batch, tuple(each.peak.parts.values()))
+    for candidate in estimates:
+        key = (
+            candidate.configuration.layout,
+            candidate.configuration.micro_batch,
+            tuple(candidate.peak.parts.values()),
+        )
         if key in seen:
             continue
         seen.add(key)
-        found[each.configuration.label] = {
-            **{name: gibibytes(size).removesuffix(" GiB") for name, size in each.peak.parts.items()},
-            "sum": gibibytes(sum(each.peak.parts.values())).removesuffix(" GiB"),
-            "80 %": _gib_range(each),
-            "stage": each.peak.stage,
+        rows[candidate.configuration.label] = {
+            **{name: gibibytes(size).removesuffix(" GiB") for name, size in candidate.peak.parts.items()},
+            "sum": gibibytes(sum(candidate.peak.parts.values())).removesuffix(" GiB"),
+            "80 %": _gib_range(candidate),
+            "stage": candidate.peak.stage,
         }
-    return found
+    return rows
 
 
-def _by_noise(each: "NoiseRange") -> dict[str, str]:
-    high = f"to {three_digits(each.high)}" if math.isfinite(each.high) else "and more"
+def _by_noise(noise_range: "NoiseRange") -> dict[str, str]:
+    high = f"to {three_digits(noise_range.high)}" if math.isfinite(noise_range.high) else "and more"
     return {
-        "noise scale": f"{three_digits(each.low)} {high}",
-        "configuration": each.best.configuration.label,
-        **_speed(each.best),
-        "source": each.best.source,
-        "memory": gibibytes(each.best.peak.expected_bytes),
-        "fit": _fit(each.best),
+        "noise scale": f"{three_digits(noise_range.low)} {high}",
+        "configuration": noise_range.best.configuration.label,
+        **_speed(noise_range.best),
+        "source": noise_range.best.source,
+        "memory": gibibytes(noise_range.best.peak.expected_bytes),
+        "fit": _fit(noise_range.best),
     }
 
 
-def _step(each: "CandidateEstimate") -> str:
-    if each.step_seconds is None:
-        return each.refusal
-    return f"{duration(each.step_seconds)} per step, {each.source}, {_rate(each)} samples/s ({_rates(each)})"
+def _step(candidate: "CandidateEstimate") -> str:
+    if candidate.step_seconds is None:
+        return candidate.refusal
+    rate = f"{_rate(candidate)} samples/s ({_rates(candidate)})"
+    return f"{duration(candidate.step_seconds)} per step, {candidate.source}, {rate}"
 
 
-def _peak(each: "CandidateEstimate") -> str:
-    return gibibytes_interval(each.peak.expected_bytes, each.peak.low_bytes, each.peak.high_bytes)
+def _peak(candidate: "CandidateEstimate") -> str:
+    return gibibytes_interval(candidate.peak.expected_bytes, candidate.peak.low_bytes, candidate.peak.high_bytes)
 
 
-def _gib_range(each: "CandidateEstimate") -> str:
+def _gib_range(candidate: "CandidateEstimate") -> str:
     """The interval of the memory, GiB."""
-    return _peak(each).partition("(")[2].removesuffix(")")
+    return _peak(candidate).partition("(")[2].removesuffix(")")
 
 
 def _of(memory_bytes: float | None) -> str:
     return "" if memory_bytes is None else f" of {gibibytes(memory_bytes)}"
 
 
-def _fit(each: "CandidateEstimate") -> str:
+def _fit(candidate: "CandidateEstimate") -> str:
     from planner.memory_check import in_words
 
-    words = in_words(each.peak.chance_to_fit)
+    words = in_words(candidate.peak.chance_to_fit)
     return (
-        words if each.peak.chance_to_fit is None or words == "fits" else f"{words} ({percent(each.peak.chance_to_fit)})"
+        words
+        if candidate.peak.chance_to_fit is None or words == "fits"
+        else f"{words} ({percent(candidate.peak.chance_to_fit)})"
     )
 
 
-def _speed(each: "CandidateEstimate") -> dict[str, str]:
+def _speed(candidate: "CandidateEstimate") -> dict[str, str]:
     """Throughput, and the MFU where the peak of the accelerators is rated."""
-    rate = {"samples/s": _rate(each)}
-    if each.peak_samples_per_second is None:
+    rate = {"samples/s": _rate(candidate)}
+    if candidate.peak_samples_per_second is None:
         return rate
-    return rate | {"MFU": "–" if each.mfu is None else percent(each.mfu)}
+    return rate | {"MFU": "–" if candidate.mfu is None else percent(candidate.mfu)}
 
 
-def _rate(each: "CandidateEstimate") -> str:
-    return "–" if each.samples_per_second is None else three_digits(each.samples_per_second)
+def _rate(candidate: "CandidateEstimate") -> str:
+    return "–" if candidate.samples_per_second is None else three_digits(candidate.samples_per_second)
 
 
-def _rates(each: "CandidateEstimate") -> str:
+def _rates(candidate: "CandidateEstimate") -> str:
     """The interval of the throughput."""
-    batch, low, high = each.configuration.global_batch, each.step_seconds_low, each.step_seconds_high
+    batch, low, high = candidate.configuration.global_batch, candidate.step_seconds_low, candidate.step_seconds_high
     return "–" if not low or not high else f"{three_digits(batch / high)}–{three_digits(batch / low)}"

@@ -34,20 +34,20 @@ def plan_backends(job_file: Path, overrides: list[str], backends: list[str], *, 
     jobs = {backend: on_backend(job, backend) for backend in backends}
     planned = [_Planned(backend, there, estimate_of(there)) for backend, there in jobs.items()]
     if as_json:
-        print(as_json_line({each.backend: as_values(each.job, each.estimate) for each in planned}))
+        print(as_json_line({plan.backend: as_values(plan.job, plan.estimate) for plan in planned}))
         return 0
     console = page()
     heading = f"{job.name}: {count(job.model.parameters)} weights in {job.training.precision} on "
     heading += f"{job.cluster.accelerators} × {job.cluster.accelerator}"
-    print_facts(heading, [(each.backend, _source(each)) for each in planned], console)
+    print_facts(heading, [(plan.backend, _source(plan)) for plan in planned], console)
     rows = sorted(
-        ((fastest, each) for each in planned for fastest in each.estimate.fastest()),
+        ((fastest, plan) for plan in planned for fastest in plan.estimate.fastest()),
         key=lambda row: (row[0].best.configuration.global_batch, row[0].best.step_seconds or 0.0),
     )
     if not rows:
         raise JobError("no backend has a candidate that may be chosen: copus plan with one --backend says why")
     # A row says how sure a layout is to be faster than the next one of the same backend, not of another.
-    table = [_row(fastest, each.backend) for fastest, each in rows]
+    table = [_row(fastest, plan.backend) for fastest, plan in rows]
     print_table("fastest layout of each global batch, by backend", table, console, DISPENSABLE)
     return 0
 

@@ -79,11 +79,11 @@ def series_of(run: Path) -> Series:
     open_ended = float("nan")
     return Series(
         training=[(step.tokens, step.loss) for step in history.steps if step.loss is not None],
-        validation=[(each.tokens, each.loss) for each in history.evaluations],
+        validation=[(evaluation.tokens, evaluation.loss) for evaluation in history.evaluations],
         noise=[
-            (each.tokens, each.value, each.low, open_ended if each.high is None else each.high)
-            for each in history.noise
-            if each.low is not None
+            (noise.tokens, noise.value, noise.low, open_ended if noise.high is None else noise.high)
+            for noise in history.noise
+            if noise.low is not None
         ],
         batch=[(step.tokens, step.batch) for step in history.steps],
         throughput=[(step.tokens, step.batch / step.duration, step.span) for step in history.steps],

@@ -45,9 +45,9 @@ def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> i
         run = create_run(job, suffix="-profile")
         with lock_run(run) as lock:
             if alone:
-                found = profile_alone(run, job, lock, interrupts, console, partial(discard_run, run))
-                assert found is not None, "it wants one process"
-                outcome = found
+                profiled = profile_alone(run, job, lock, interrupts, console, partial(discard_run, run))
+                assert profiled is not None, "it wants one process"
+                outcome = profiled
             else:
                 code, job = prepare(job, run / "job.yaml", interrupts)
                 if code:
@@ -131,9 +131,9 @@ def check_profiler(job: JobConfig, engine: Engine) -> None:
 
 def _profiler(job: JobConfig) -> Installed:
     """The job's profiler. Raises JobError where it cannot be imported."""
-    found = find_profiler(job.profile.profiler)
+    profiler = find_profiler(job.profile.profiler)
     try:
-        assert found.processes
+        assert profiler.processes
     except ValueError as error:
         raise JobError(f"profile.profiler: {error}") from None
-    return found
+    return profiler

@@ -19,14 +19,14 @@ def import_rows(sources: list[Path], table_path: Path | None, *, as_json: bool =
     rejected: Counter[str] = Counter()
     new: dict[Measurement, None] = {}
     try:
-        known = {_without_time(row) for row in table.everything()}
+        present = {_without_time(row) for row in table.everything()}
         for source in sources:
             if source.suffix.lower() == ".csv":
                 read = read_csv(source.expanduser())
                 rejected += read.rejected
                 # A file has no time of its own: a copy of it, imported again, is nothing new.
                 rows = {_without_time(row): row for row in reversed(read.measurements)}
-                new |= dict.fromkeys(rows[key] for key in reversed(rows) if key not in known)
+                new |= dict.fromkeys(rows[key] for key in reversed(rows) if key not in present)
             else:
                 from profiles.query import read_new
 

@@ -54,10 +54,10 @@ def _draw_panel(panel: "Axes", members: list[Summary]) -> None:
 
     lines = lines_of(members)
     best = winners(lines)
-    batches = [each.batch for each in best]
+    batches = [point.batch for point in best]
     panel.plot(
         batches,
-        [each.rate for each in best],
+        [point.rate for point in best],
         color=BATCH,
         linewidth=7,
         alpha=0.12,
@@ -68,9 +68,9 @@ def _draw_panel(panel: "Axes", members: list[Summary]) -> None:
         colour = LAYOUTS[place % len(LAYOUTS)]
         style = ("-", "--", ":")[place // len(LAYOUTS) % 3]
         panel.errorbar(
-            [each.batch for each in line],
-            [each.rate for each in line],
-            yerr=[each.spread for each in line],
+            [point.batch for point in line],
+            [point.rate for point in line],
+            yerr=[point.spread for point in line],
             color=colour,
             linestyle=style,
             marker="o",
@@ -79,7 +79,7 @@ def _draw_panel(panel: "Axes", members: list[Summary]) -> None:
             capsize=2,
             label=layout,
         )
-    rates = [each.rate for line in lines.values() for each in line]
+    rates = [point.rate for line in lines.values() for point in line]
     panel.set_xscale("log", base=2)
     if max(rates) > 6 * min(rates):
         panel.set_yscale("log", base=2)
@@ -100,13 +100,13 @@ def _draw_failures(panel: "Axes", members: list[Summary], layouts: list[str]) ->
     """A cross at the foot for every configuration that failed, in the colour of its layout where that has a line."""
     place = panel.get_xaxis_transform()
     shown = False
-    for each in members:
-        if each.measurement.failure is None:
+    for member in members:
+        if member.measurement.failure is None:
             continue
-        layout = each.measurement.configuration.layout.label
+        layout = member.measurement.configuration.layout.label
         colour = LAYOUTS[layouts.index(layout) % len(LAYOUTS)] if layout in layouts else MUTED
         height = 0.02 + 0.03 * (layouts.index(layout) if layout in layouts else len(layouts))
-        batch = each.measurement.configuration.global_batch
+        batch = member.measurement.configuration.global_batch
         panel.plot(
             [batch],
             [min(height, 0.5)],

@@ -18,7 +18,7 @@ def show(places: list[str], table: Path | None, wanted: Filter, picture: Path | 
     """Print, and draw, what is known. Raises JobError for tables and filters that cannot be."""
     tables, wanted = _resolve(places, table, wanted)
     try:
-        found = query(tables, wanted)
+        summaries = query(tables, wanted)
     except OSError as error:
         raise JobError(f"{error.filename}: {error.strerror}") from None
     except ValueError as error:
@@ -26,17 +26,21 @@ def show(places: list[str], table: Path | None, wanted: Filter, picture: Path | 
     if picture is not None:
         from launch.profile_plot import save_lines
 
-        save_lines(groups(found), picture)
+        save_lines(groups(summaries), picture)
     if as_json:
-        print(as_json_line({"tables": [str(table) for table in tables], "rows": [_values(each) for each in found]}))
+        print(
+            as_json_line(
+                {"tables": [str(table) for table in tables], "rows": [_values(summary) for summary in summaries]}
+            )
+        )
         return 0
-    if not found:
+    if not summaries:
         print(
             f"nothing in {', '.join(shown(table) for table in tables)}"
             + " that fits the filter" * (wanted != Filter())
             + "; copus profile JOB.yaml measures"
         )
-    for position, members in enumerate(groups(found).values()):
+    for position, members in enumerate(groups(summaries).values()):
         print("\n" * (position > 0) + "\n".join(_group_lines(members)))
     if picture is not None:
         print(f"\n{shown(picture.absolute())}")
@@ -67,13 +71,13 @@ def _resolve(places: list[str], table: Path | None, wanted: Filter) -> tuple[lis
     return list(dict.fromkeys(tables)) or [ProfileConfig().table.expanduser().absolute()], wanted
 
 
-def _values(each: Summary) -> dict[str, object]:
-    measurement = each.measurement
+def _values(summary: Summary) -> dict[str, object]:
+    measurement = summary.measurement
     return {
         **measurement.model_dump(mode="json"),
         "label": measurement.configuration.label,
         "samples_per_second": measurement.samples_per_second,
-        "rows": each.rows,
+        "rows": summary.rows,
     }
 
 
@@ -87,23 +91,25 @@ def _group_lines(members: list[Summary]) -> Iterable[str]:
         yield from _matrix(lines)
         if not one.shard:  # which of the layouts is fast depends on the network too
             yield "fastest: " + _in_words(winners(lines))
-    failed = [each for each in members if each.measurement.failure is not None]
-    for each in failed:
-        yield f"failed: {each.measurement.configuration.label}: {each.measurement.failure}"
-    steps = sum(each.measurement.count for each in members)
-    spent = sum(each.measurement.count * (each.measurement.step_seconds or 0) for each in members)
+    failed = [summary for summary in members if summary.measurement.failure is not None]
+    for summary in failed:
+        yield f"failed: {summary.measurement.configuration.label}: {summary.measurement.failure}"
+    steps = sum(summary.measurement.count for summary in members)
+    spent = sum(summary.measurement.count * (summary.measurement.step_seconds or 0) for summary in members)
     yield f"{len(members)} configurations, {steps} steps timed in {duration(spent)}, {len(failed)} failed"
 
 
 def _matrix(lines: Lines) -> Iterable[str]:
     best = winners(lines)
-    rows = [["batch", *(str(each.batch) for each in best)]]
+    rows = [["batch", *(str(point.batch) for point in best)]]
     for layout, line in lines.items():
-        by_batch = {each.batch: each for each in line}
+        by_batch = {point.batch: point for point in line}
         cells = []
         for top in best:
-            each = by_batch.get(top.batch)
-            cells.append("· " if each is None else f"{three_digits(each.rate)} m{each.micro_batch}" + " *"[each == top])
+            point = by_batch.get(top.batch)
+            cells.append(
+                "· " if point is None else f"{three_digits(point.rate)} m{point.micro_batch}" + " *"[point == top]
+            )
         rows.append([layout, *cells])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     for row in rows:
@@ -114,7 +120,7 @@ def _matrix(lines: Lines) -> Iterable[str]:
 def _in_words(best: list[LinePoint]) -> str:
     """`TP2·PP1·DP1 at 2 to 8, TP1·PP1·DP2 at 16 to 64`."""
     spans = []
-    for layout, points in groupby(best, key=lambda each: each.layout):
-        batches = [each.batch for each in points]
+    for layout, points in groupby(best, key=lambda point: point.layout):
+        batches = [point.batch for point in points]
         spans.append(f"{layout} at {batches[0]}" + (f" to {batches[-1]}" if len(batches) > 1 else ""))
     return ", ".join(spans)

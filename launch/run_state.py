@@ -56,17 +56,17 @@ def state_of(
     held, ended = lock_holder(run) is not None, _ended(status)
     if not held and ended is not None and ended.name == "finished":
         return ended  # no engine starts that again
-    known = ask(run)
-    if known.phase == "queued":
-        return RunState("queued", known.words, alive=True)
+    state = ask(run)
+    if state.phase == "queued":
+        return RunState("queued", state.words, alive=True)
     # Events of the future tell that the clock was set back meanwhile, and not that somebody is alive.
     heard = silent is not None and abs(silent) < HEARD_SECONDS
-    if held or known.phase == "running" or (ended is None and heard):
+    if held or state.phase == "running" or (ended is None and heard):
         return _alive(run, status, silent)
     if ended is not None:
         return ended
-    if known.phase == "unknown" and (run / TICKET).exists():  # its scheduler has it, or had it: the lock says nothing
-        return RunState("unknown", known.words, alive=True)
+    if state.phase == "unknown" and (run / TICKET).exists():  # its scheduler has it, or had it: the lock says nothing
+        return RunState("unknown", state.words, alive=True)
     if status.start is None and status.profile is None:
         return RunState("crashed", "its workers never began")
     return RunState("crashed", "its workers are gone without having said why")

@@ -45,20 +45,22 @@ def runs(folder: Path | None, *, as_json: bool = False) -> int:
     """Print the runs in a folder (`runs_folder`), the newest first. Raises JobError where there is no such folder."""
     folder = folder or runs_folder()
     try:
-        found = [summary_of(job.parent) for job in folder.expanduser().absolute().glob("*/job.yaml")]
-        if not found and not folder.expanduser().is_dir():
+        summaries = [summary_of(job.parent) for job in folder.expanduser().absolute().glob("*/job.yaml")]
+        if not summaries and not folder.expanduser().is_dir():
             raise FileNotFoundError(2, "No such file or directory")
     except OSError as error:
         raise JobError(f"no runs in {folder}: {error.strerror}") from None
-    found.sort(key=lambda each: each.changed, reverse=True)
+    summaries.sort(key=lambda summary: summary.changed, reverse=True)
     if as_json:
         print(
-            as_json_line({"folder": str(folder.expanduser().absolute()), "runs": [as_values(each) for each in found]})
+            as_json_line(
+                {"folder": str(folder.expanduser().absolute()), "runs": [as_values(summary) for summary in summaries]}
+            )
         )
-    elif not found:
+    elif not summaries:
         print(f"no runs in {folder}: a run is a folder with a job.yaml in it")
     else:
-        _print(found)
+        _print(summaries)
     return 0
 
 
@@ -84,14 +86,14 @@ def status_of(run: Path) -> RunStatus:
     return status
 
 
-def as_values(each: RunSummary) -> dict[str, object]:
+def as_values(summary: RunSummary) -> dict[str, object]:
     """A run as plain values, for `--json`."""
-    status, configuration = each.status, each.status.configuration
+    status, configuration = summary.status, summary.status.configuration
     return {
-        "run": str(each.run),
-        "state": each.state.name,
-        "why": each.state.why,
-        "alive": each.state.alive,
+        "run": str(summary.run),
+        "state": summary.state.name,
+        "why": summary.state.why,
+        "alive": summary.state.alive,
         "progress": status.fraction,
         "samples_consumed": status.samples_consumed,
         "tokens": status.samples_consumed * status.start.seq_len if status.start else 0,
@@ -100,7 +102,7 @@ def as_values(each: RunSummary) -> dict[str, object]:
         "configuration": configuration.model_dump(mode="json") if configuration else None,
         "label": configuration.label if configuration else None,
         "moves": len(status.moves),
-        "changed": each.changed,
+        "changed": summary.changed,
     }
 
 
@@ -112,34 +114,34 @@ STYLES = {
 """Colours of states that deserve one."""
 
 
-def _print(found: list[RunSummary]) -> None:
+def _print(summaries: list[RunSummary]) -> None:
     from rich.text import Text
 
     now = time.time()
-    rows = [_row(each, now) for each in found]
+    rows = [_row(summary, now) for summary in summaries]
 
     def make(left_out: Sequence[str]) -> "Table":
         table = new_table()
         names = [name for name in rows[0] if name not in left_out]
         for name in names:
             add_solid_column(table, name, [row[name] for row in rows], right=name not in WORDS)
-        for each, row in zip(found, rows, strict=True):
-            style = STYLES.get(each.state.name, "")
+        for summary, row in zip(summaries, rows, strict=True):
+            style = STYLES.get(summary.state.name, "")
             table.add_row(*(Text(row[name], style=style if name == "state" else "") for name in names))
         return table
 
     console = page()
     console.print(fitted(make, DISPENSABLE, console.width))
-    for each in found:
-        if each.state.why and each.state.name in ("failed", "crashed", "stalled", "unknown"):
-            console.print(Text(f"{each.run.name} {each.state.name}: {each.state.why}"), soft_wrap=True)
+    for summary in summaries:
+        if summary.state.why and summary.state.name in ("failed", "crashed", "stalled", "unknown"):
+            console.print(Text(f"{summary.run.name} {summary.state.name}: {summary.state.why}"), soft_wrap=True)
 
 
-def _row(each: RunSummary, now: float) -> dict[str, str]:
-    status, configuration = each.status, each.status.configuration
+def _row(summary: RunSummary, now: float) -> dict[str, str]:
+    status, configuration = summary.status, summary.status.configuration
     return {
-        "run": each.run.name,
-        "state": each.state.name,
+        "run": summary.run.name,
+        "state": summary.state.name,
         "done": percent(status.fraction) if status.start else "–",
         "tokens": count(status.samples_consumed * status.start.seq_len) if status.start else "–",
         "loss": describe_loss(status.step.loss) if status.step else "–",
@@ -147,5 +149,5 @@ def _row(each: RunSummary, now: float) -> dict[str, str]:
         "batch": str(configuration.global_batch) if configuration else "–",
         "layout": f"{configuration.layout.label} m{configuration.micro_batch}" if configuration else "–",
         "moves": str(len(status.moves)) if status.start else "–",
-        "last event": f"{duration(max(0.0, now - each.changed))} ago",
+        "last event": f"{duration(max(0.0, now - summary.changed))} ago",
     }

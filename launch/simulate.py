@@ -109,7 +109,9 @@ def simulate(
     )
     if made is not None:  # what is known of the machine is put in: table errors, drift, bursts, trials
         start = job.training.configuration
-        errors = tuple(estimate.predictor.estimate(each, beside=start).error for each in menu.configurations)
+        errors = tuple(
+            estimate.predictor.estimate(configuration, beside=start).error for configuration in menu.configurations
+        )
         setting = replace(
             setting,
             throughput_error=errors,
@@ -180,14 +182,16 @@ def _throughputs(job: JobConfig, estimate: JobEstimate) -> tuple[Menu, Floats, s
     """What may be chosen, with samples a second, and where these come from: the table, and the cost model beyond it."""
     start = job.training.configuration
     usable = [
-        each for each in estimate.candidates if each.step_seconds and (not each.refusal or each.configuration == start)
+        candidate
+        for candidate in estimate.candidates
+        if candidate.step_seconds and (not candidate.refusal or candidate.configuration == start)
     ]
-    if all(each.configuration != start for each in usable):
+    if all(candidate.configuration != start for candidate in usable):
         raise JobError(f"{start.label}, with which the job starts, has no time: {estimate.start.refusal or 'unknown'}")
-    predicted = sum(each.source == "predicted" for each in usable)
+    predicted = sum(candidate.source == "predicted" for candidate in usable)
     source = f"{estimate.measured_rows} measured rows; {predicted} of {len(usable)} by the cost model"
-    speeds = [each.configuration.global_batch / (each.step_seconds or math.inf) for each in usable]
-    return Menu.of([each.configuration for each in usable]), np.array(speeds), source
+    speeds = [candidate.configuration.global_batch / (candidate.step_seconds or math.inf) for candidate in usable]
+    return Menu.of([candidate.configuration for candidate in usable]), np.array(speeds), source
 
 
 def _first_guess(job: JobConfig, critical_batch: float) -> float:

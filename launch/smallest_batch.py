@@ -35,34 +35,34 @@ def smallest_batch(job: JobConfig, estimate: "JobEstimate") -> SmallestBatch | N
     from planner.small_batch import accumulation_purpose, smallest_saturating
 
     able = [candidate for candidate in estimate.candidates if candidate.can_run]
-    found = smallest_saturating(able)
-    if found is None:
+    smallest = smallest_saturating(able)
+    if smallest is None:
         return None
     best = max(candidate.samples_per_second or 0.0 for candidate in able)
     estimates = {candidate.configuration: candidate for candidate in estimate.candidates}
-    purpose = accumulation_purpose(found.configuration, estimates, job.planner.max_micro_batch)
-    return SmallestBatch(found, (found.samples_per_second or 0.0) / best, purpose, _peaks(job, found))
+    purpose = accumulation_purpose(smallest.configuration, estimates, job.planner.max_micro_batch)
+    return SmallestBatch(smallest, (smallest.samples_per_second or 0.0) / best, purpose, _peaks(job, smallest))
 
 
-def _peaks(job: JobConfig, found: "CandidateEstimate") -> dict[str, float]:
+def _peaks(job: JobConfig, smallest: "CandidateEstimate") -> dict[str, float]:
     """By the formulas alone, but for the job's own optimizer, whose rows have taught the model."""
     from planner.memory_check import MemoryCheck
 
     own, backend = job.training.optimizer, find_backend(job.training.backend)
-    peaks: dict[str, float] = {own.kind: found.peak.expected_bytes}
+    peaks: dict[str, float] = {own.kind: smallest.peak.expected_bytes}
     for kind in backend.optimizers:
         optimizer = TypeAdapter(Optimizer).validate_python({"kind": kind})
         training = job.training.model_copy(update={"optimizer": optimizer})
-        if kind == own.kind or not _runs(training, found):
+        if kind == own.kind or not _runs(training, smallest):
             continue
         check = MemoryCheck(job.model, job.cluster, training.precision, (), training.implementation)
-        peaks[kind] = check.peaks([found.configuration])[0].expected_bytes
+        peaks[kind] = check.peaks([smallest.configuration])[0].expected_bytes
     return peaks
 
 
-def _runs(training: TrainingConfig, found: "CandidateEstimate") -> bool:
+def _runs(training: TrainingConfig, smallest: "CandidateEstimate") -> bool:
     try:
-        find_backend(training.backend).with_optimizer_of(training).check_optimizer_in(found.configuration.layout)
+        find_backend(training.backend).with_optimizer_of(training).check_optimizer_in(smallest.configuration.layout)
     except ValueError:
         return False
     return True

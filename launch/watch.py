@@ -58,7 +58,7 @@ def frame_as_values(watched: Watched) -> dict[str, object]:
         "samples_per_second": status.samples_per_second,
         "predicted_samples_per_second": watched.predicted,
         "remaining_seconds": status.remaining_seconds if watched.state.alive else None,
-        "alternatives": [each.model_dump(mode="json") for each in watched.alternatives()],
+        "alternatives": [candidate.model_dump(mode="json") for candidate in watched.alternatives()],
         "events": list(watched.told),
     }
 

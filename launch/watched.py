@@ -105,15 +105,15 @@ class Watched:
         """What the newest decision knew of a configuration."""
         decision = self.decision
         candidates = decision.candidates if decision else []
-        return next((each for each in candidates if each.configuration == configuration), None)
+        return next((candidate for candidate in candidates if candidate.configuration == configuration), None)
 
     def alternatives(self) -> list[CandidateScore]:
         """The best candidates of the newest decision, and always the configuration that runs, best first."""
         decision = self.decision
         if decision is None:
             return []
-        scored = [each for each in decision.candidates if each.goodput is not None]
-        scored.sort(key=lambda each: each.goodput or 0.0, reverse=True)
+        scored = [candidate for candidate in decision.candidates if candidate.goodput is not None]
+        scored.sort(key=lambda candidate: candidate.goodput or 0.0, reverse=True)
         running = self.score(self.status.configuration) if self.status.configuration else None
         if running is None or running in scored[:ALTERNATIVES]:
             return scored[:ALTERNATIVES]

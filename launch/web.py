@@ -76,8 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hosts = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
         token, _, name = self.path.removeprefix("/").partition("/")
-        known = secrets.compare_digest(token.encode(), self.server.token.encode())
-        if self.headers.get("Host") not in hosts or not known or name not in ("", "update"):
+        allowed = secrets.compare_digest(token.encode(), self.server.token.encode())
+        if self.headers.get("Host") not in hosts or not allowed or name not in ("", "update"):
             self._answer(HTTPStatus.NOT_FOUND, b"")
         elif name == "":
             self._answer(HTTPStatus.OK, self.server.live.whole())

@@ -118,7 +118,7 @@ def _add(command: CommandLine, name: str, value: Any) -> None:
         arguments["--normalization"] = [kinds.get(str(value).lower(), str(value))]
     elif value not in (None, False) and (argument := _RENAMED.get(name, name.replace("_", "-"))):
         values = value if isinstance(value, list) else [value]
-        arguments[f"--{argument}"] = [] if value is True else [str(each) for each in values]
+        arguments[f"--{argument}"] = [] if value is True else [str(item) for item in values]
 
 
 def _is_blend(value: Any) -> bool:

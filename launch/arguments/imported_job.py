@@ -96,14 +96,14 @@ class ImportedJob:
     def _reasons(self, effect: Effect) -> list[str]:
         """The arguments with this effect; those that have a reason in common, in one entry."""
         by_reason: dict[str, list[str]] = {}
-        for each in self.unmapped:
-            if each.effect == effect:
-                by_reason.setdefault(each.reason, []).append(each.argument)
+        for argument in self.unmapped:
+            if argument.effect == effect:
+                by_reason.setdefault(argument.reason, []).append(argument.argument)
         return [f"{', '.join(arguments)}: {reason}" for reason, arguments in by_reason.items()]
 
     def summary(self) -> list[str]:
         """For standard error: how many arguments became fields, and what to look at."""
-        effects = Counter(each.effect for each in self.unmapped)
+        effects = Counter(argument.effect for argument in self.unmapped)
         counts = [f"{effects[effect]} {_counted(effect, effects[effect])}" for effect in ORDER if effects[effect]]
         lines = [f"{self.mapped} arguments mapped, {len(self.unmapped)} commented" + _in_brackets(counts)]
         for effect in ("changes the training", "is unknown"):
@@ -114,8 +114,8 @@ class ImportedJob:
 
 def _in_order(values: dict[str, Any], model: Any) -> list[str]:
     """Names of fields, those of the model first and in its order."""
-    known = list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-    return [name for name in known if name in values] + [name for name in values if name not in known]
+    fields = list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    return [name for name in fields if name in values] + [name for name in values if name not in fields]
 
 
 def _wrapped(text: str, first: str, further: str) -> list[str]:

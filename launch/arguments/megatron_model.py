@@ -205,5 +205,5 @@ def _published(name: str) -> int | None:
     """Size of the vocabulary of a model that is known by name, such as `meta-llama/Llama-3.1-8B`."""
     wanted = PurePath(name).name.lower().replace("_", "-").replace("meta-llama", "llama")
     short = re.sub(r"-(instruct|chat|base|hf)(-.*)?$", "", wanted)
-    found = next((known for known in (wanted, short) if known in presets()), None)
-    return None if found is None else int(presets()[found]["vocab"])
+    preset = next((name for name in (wanted, short) if name in presets()), None)
+    return None if preset is None else int(presets()[preset]["vocab"])

@@ -48,8 +48,8 @@ def read_script(text: str, arguments: list[str], variables: dict[str, str]) -> S
 
     Raises ValueError, one line, for text that is no shell script.
     """
-    known = {"PWD": ["."], **{name: [value] for name, value in variables.items()}}
-    reader = _Reader(Variables(known, list(arguments)))
+    values = {"PWD": ["."], **{name: [value] for name, value in variables.items()}}
+    reader = _Reader(Variables(values, list(arguments)))
     for line in re.findall(r"^#SBATCH\s+(.*)$", text, re.MULTILINE):
         reader.script.directives += line.partition(" #")[0].split()
     reader.run(tokens(text))
@@ -77,7 +77,7 @@ class _Reader:
                 end = _block_end(words, place)
                 self._block(words[place:end])
                 place = end
-            elif token.text == "function" or [each.text for each in words[place + 1 : place + 3]] == ["(", ")"]:
+            elif token.text == "function" or [word.text for word in words[place + 1 : place + 3]] == ["(", ")"]:
                 end = _function_end(words, place)
                 self._leave_out("a function", words[place:end])
                 place = end
@@ -93,7 +93,7 @@ class _Reader:
 
     def _guarded(self, words: list[Token], place: int, end: int) -> int:
         """Where to go on after a test: `[ … ] && command` runs the command if it holds."""
-        while words[place].text == "[[" and "]]" not in (each.text for each in words[place:end]) and end < len(words):
+        while words[place].text == "[[" and "]]" not in (word.text for word in words[place:end]) and end < len(words):
             end = next((at for at in range(end + 1, len(words)) if words[at].operator), len(words))  # [[ a && b ]]
         joint = words[end].text if end < len(words) else ""
         if joint not in ("&&", "||"):
@@ -119,7 +119,7 @@ class _Reader:
         elif words[0].text == "case":
             value = " ".join(self._variables.expand(words[1].text, split=False))
             for patterns, body in _clauses(words):
-                if any(fnmatch.fnmatchcase(value, " ".join(self._variables.expand(each))) for each in patterns):
+                if any(fnmatch.fnmatchcase(value, " ".join(self._variables.expand(pattern))) for pattern in patterns):
                     self.run(body)
                     return
         else:
@@ -170,8 +170,8 @@ class _Reader:
         name, adds, text = match.groups()
         before = self._variables.values.get(name, []) if adds else []
         if text.startswith("(") and text.endswith(")"):
-            inner = [Token(each.text, token.line) for each in tokens(text[1:-1]) if not each.operator]
-            return [*before, *(word for each in inner for word in self._words(each))]
+            inner = [Token(part.text, token.line) for part in tokens(text[1:-1]) if not part.operator]
+            return [*before, *(word for part in inner for word in self._words(part))]
         value = "".join(self._words(Token(text, token.line), split=False))
         return ["".join(before[:1]) + value, *before[1:]]
 

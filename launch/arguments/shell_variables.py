@@ -151,8 +151,8 @@ class Variables:
 
     def _default(self, name: str, values: list[str], sign: str, default: str) -> list[str] | None:
         """The words that `${NAME:-default}` and its relatives have in place of the value; None for the value."""
-        known = name in self.values or (name.isdigit() and int(name) <= len(self.arguments))
-        there = known and not (sign.startswith(":") and not "".join(values))
+        is_set = name in self.values or (name.isdigit() and int(name) <= len(self.arguments))
+        there = is_set and not (sign.startswith(":") and not "".join(values))
         if sign[-1] == "+":
             return self.expand(default) if there else []
         if there or sign[-1] == "?":

@@ -40,7 +40,7 @@ def tokens(script: str) -> list[Token]:
             place += 1
         elif letter == "#":  # in the middle of a word it is part of the word, which `_word_end` takes whole
             place = _line_end(text, place)
-        elif operator := next((each for each in _OPERATORS if text.startswith(each, place)), None):
+        elif operator := next((symbol for symbol in _OPERATORS if text.startswith(symbol, place)), None):
             place += len(operator)
             if operator in _REDIRECTIONS:
                 if result and result[-1].text.isdigit() and text[place - len(operator) - 1].isdigit():

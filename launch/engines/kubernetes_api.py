@@ -39,12 +39,12 @@ class Cluster:
 
     def status(self, name: str) -> dict[str, Any] | None:
         """The status of a job, empty where there is none yet; None for a job that is gone."""
-        found = self._ask(
+        answer = self._ask(
             f"TrainJob {name}",
             lambda: self._jobs.get_namespaced_custom_object(**self._kind, name=name),
             missing_ok=True,
         )
-        return None if found is None else found.get("status") or {}
+        return None if answer is None else answer.get("status") or {}
 
     def delete(self, name: str) -> None:
         """Delete a job, and with it its pods; nothing where it is gone already."""

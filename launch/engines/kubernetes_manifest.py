@@ -63,14 +63,14 @@ def _environment(name: str, job: JobConfig, options: KubernetesOptions) -> list[
     from kubeflow_trainer_api import models
 
     plain = {**options.env, **agent_environment(job, options.env), "COPUS_JOB": name, "PYTHONSAFEPATH": "1"}
-    found = [models.IoK8sApiCoreV1EnvVar(name=key, value=value) for key, value in plain.items()]
+    variables = [models.IoK8sApiCoreV1EnvVar(name=key, value=value) for key, value in plain.items()]
     address = models.IoK8sApiCoreV1ObjectFieldSelector(field_path="status.podIP")
     sources = {"POD_IP": models.IoK8sApiCoreV1EnvVarSource(field_ref=address)}
     for variable, place in options.secrets.items():
         secret, _, key = place.partition("/")
         selector = models.IoK8sApiCoreV1SecretKeySelector(name=secret, key=key)
         sources[variable] = models.IoK8sApiCoreV1EnvVarSource(secret_key_ref=selector)
-    return found + [models.IoK8sApiCoreV1EnvVar(name=key, value_from=source) for key, source in sources.items()]
+    return variables + [models.IoK8sApiCoreV1EnvVar(name=key, value_from=source) for key, source in sources.items()]
 
 
 def _resources(job: JobConfig, options: KubernetesOptions) -> Any:
@@ -123,8 +123,9 @@ def _patch(options: KubernetesOptions) -> Any:
         termination_grace_period_seconds=options.grace_seconds,
         service_account_name=options.service_account,
         node_selector=options.node_selector or None,
-        tolerations=[models.IoK8sApiCoreV1Toleration.from_dict(each) for each in options.tolerations] or None,
-        image_pull_secrets=[models.IoK8sApiCoreV1LocalObjectReference(name=each) for each in options.image_pull_secrets]
+        tolerations=[models.IoK8sApiCoreV1Toleration.from_dict(toleration) for toleration in options.tolerations]
+        or None,
+        image_pull_secrets=[models.IoK8sApiCoreV1LocalObjectReference(name=name) for name in options.image_pull_secrets]
         or None,
     )
     metadata = None

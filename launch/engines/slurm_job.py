@@ -98,8 +98,8 @@ class Attempt:
         nodes, session = self._job.cluster.nodes, f"{self._job_id}-{self._attempt}"
         addresses, endpoint = {self._here: "127.0.0.1"}, "127.0.0.1:0"
         if nodes > 1:  # only then has anything to be reached from elsewhere
-            found = _patiently(lambda: node_addresses(os.environ["SLURM_JOB_NODELIST"]))
-            addresses = {self._here: found[self._here]} | found
+            resolved = _patiently(lambda: node_addresses(os.environ["SLURM_JOB_NODELIST"]))
+            addresses = {self._here: resolved[self._here]} | resolved
             endpoint = f"{addresses[self._here]}:{self._options.port or port_of(self._job_id)}"
         log = f"{self._run}/logs/slurm-{session}.node-%t.log"
         return [

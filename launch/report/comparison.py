@@ -99,12 +99,12 @@ def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
 def differences(jobs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """Field → its value in each job, for the fields that are not the same in all."""
     fields = dict.fromkeys(field for job in jobs.values() for field in job)
-    found = {}
+    rows = {}
     for field in fields:
         texts = ["–" if field not in job else str(job[field]) for job in jobs.values()]
         if field not in NEVER and len(set(texts)) > 1:
-            found[field] = texts
-    return found
+            rows[field] = texts
+    return rows
 
 
 def _differences(jobs: dict[str, dict[str, Any]]) -> Table | None:
@@ -159,15 +159,15 @@ def _equal_loss(named: dict[str, History], jobs: dict[str, dict[str, Any]]) -> t
             return None, f"The held-out losses cannot be compared: {field} is not the same in these runs."
     if any(len(history.evaluations) < 2 for history in named.values()):
         return None, "At least two evaluations of every run are needed to say when it reached a loss."
-    target = max(min(each.loss for each in history.evaluations) for history in named.values())
+    target = max(min(evaluation.loss for evaluation in history.evaluations) for history in named.values())
     groups = groups_of(jobs)
-    found: dict[str, list[LossAt]] = {}
+    points: dict[str, list[LossAt]] = {}
     for name, history in named.items():
         at = reached(history.evaluations, target)
         assert at is not None  # every run has reached the target, by its choice
-        found.setdefault(groups[name], []).append(at)
+        points.setdefault(groups[name], []).append(at)
     rows, first = [], None
-    for place, (group, times) in enumerate(found.items()):
+    for place, (group, times) in enumerate(points.items()):
         seconds = [max(at.seconds, 1e-9) for at in times]
         middle = math.exp(mean(map(math.log, seconds)))
         ends = interval(seconds)

@@ -152,16 +152,18 @@ def time_shares(history: History) -> list[Share]:
 def predicted_lines(decision: Decision) -> Lines:
     """What the planner expected of each layout."""
     return fastest(
-        point(each.configuration, each.step_seconds, each.step_seconds_spread, each.source)
-        for each in decision.candidates
-        if each.step_seconds
+        point(candidate.configuration, candidate.step_seconds, candidate.step_seconds_spread, candidate.source)
+        for candidate in decision.candidates
+        if candidate.step_seconds
     )
 
 
 def profiled_lines(history: History) -> Lines:
     """What this run measured before training: for where the planner has decided nothing yet."""
     return fastest(
-        point(each.configuration, each.step_seconds, None, "measured") for each in history.measured if each.step_seconds
+        point(measurement.configuration, measurement.step_seconds, None, "measured")
+        for measurement in history.measured
+        if measurement.step_seconds
     )
 
 
@@ -184,7 +186,7 @@ def seen_points(history: History) -> list[SeenPoint]:
             configuration = history.spans[step.span].configuration
             key = (configuration.layout.label, configuration.global_batch, configuration.micro_batch)
             rates.setdefault(key, []).append(step.batch / step.duration)
-    return [SeenPoint(*key, median(found), len(found)) for key, found in rates.items()]
+    return [SeenPoint(*key, median(times), len(times)) for key, times in rates.items()]
 
 
 def memory_of_spans(history: History) -> list[tuple[tuple[float, float], tuple[float, float], int]]:
@@ -226,7 +228,7 @@ def move_outcomes(history: History) -> list[MoveOutcome]:
     for move in history.moves:
         made = history.decision(move.event.decision)
         scores = made.candidates if made else []
-        score = next((each for each in scores if each.configuration == move.event.after), None)
+        score = next((candidate for candidate in scores if candidate.configuration == move.event.after), None)
         seen = durations.get(move.span, [])
         outcomes.append(
             MoveOutcome(
@@ -243,15 +245,15 @@ def move_outcomes(history: History) -> list[MoveOutcome]:
 def reached(evaluations: Sequence[LossAt], target: float) -> LossAt | None:
     """Where the held-out loss first came down to `target`, on the straight line between two evaluations."""
     before = None
-    for each in evaluations:
-        if each.loss <= target:
-            if before is None or before.loss == each.loss:
-                return each
-            part = (before.loss - target) / (before.loss - each.loss)
+    for evaluation in evaluations:
+        if evaluation.loss <= target:
+            if before is None or before.loss == evaluation.loss:
+                return evaluation
+            part = (before.loss - target) / (before.loss - evaluation.loss)
             return LossAt(
-                before.tokens + part * (each.tokens - before.tokens),
-                before.seconds + part * (each.seconds - before.seconds),
+                before.tokens + part * (evaluation.tokens - before.tokens),
+                before.seconds + part * (evaluation.seconds - before.seconds),
                 target,
             )
-        before = each
+        before = evaluation
     return None

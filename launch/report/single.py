@@ -316,8 +316,8 @@ def _candidates(explanation: Explanation, shades: dict[str, str]) -> Table:
 def _notices(history: History) -> Table | None:
     columns = [Column("at"), Column("tokens"), Column("what", "words")]
     rows = [
-        Row([duration(each.seconds), count(each.tokens) if each.tokens else "–", each.text])
-        for each in sorted(history.notices, key=lambda each: each.seconds)[-MOST_ROWS:]
+        Row([duration(notice.seconds), count(notice.tokens) if notice.tokens else "–", notice.text])
+        for notice in sorted(history.notices, key=lambda notice: notice.seconds)[-MOST_ROWS:]
     ]
     return Table(columns, rows) if rows else None
 
