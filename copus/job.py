@@ -178,8 +178,11 @@ class TrainingConfig(Record):
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed of weights, sample order and dropout."""
     init_from: UserPath | None = None
-    """Weights to begin with instead of random ones, without an optimizer's state: a Hugging Face folder, a run of copus
-    or one of its checkpoints, or a `torch_dist` checkpoint of Megatron-LM. They have to be those of `model`."""
+    """Weights to begin with instead of random ones: a Hugging Face folder, a run of copus or one of its checkpoints, or
+    a `torch_dist` checkpoint of Megatron-LM. They have to be those of `model`."""
+    init_optimizer: bool = False
+    """Begin with the optimizer's state of `init_from` too: fp32 masters, statistics and step count. Schedules and data
+    begin anew."""
     init_digest: str | None = Field(default=None, pattern=f"^{DIGEST}$")
     """Digest of these weights: `copus submit` writes it into the run's job.yaml, and workers accept no others."""
     precision: Literal["fp32", "bf16"] = Field(

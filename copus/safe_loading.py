@@ -5,6 +5,8 @@ can name any function and call it. Checksums are no help: whoever makes the file
 """
 
 import pickle
+import types
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -53,6 +55,46 @@ class _Unpickler(pickle.Unpickler):
 def load_metadata(file: IO[bytes]) -> Any:
     """`pickle.load` for torch's `.metadata`. Raises UnsafeCheckpointError for anything that could run code."""
     return _Unpickler(file).load()
+
+
+class _Inert:
+    """Stands in for whatever a pickle asks for, and does nothing."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Nothing of anybody's: numbers, text and containers need no class."""
+        return _Inert
+
+    def persistent_load(self, identifier: Any) -> Any:
+        """Tensors are not read."""
+        return _Inert()
+
+
+def _load_plain(file: IO[bytes], **options: Any) -> Any:
+    return _PlainUnpickler(file, **options).load()
+
+
+_PLAIN_PICKLE = types.SimpleNamespace(__name__="plain pickle", Unpickler=_PlainUnpickler, load=_load_plain)
+"""In place of the module, for torch."""
+
+
+def load_plain_values(path: Path) -> dict[str, Any]:
+    """The numbers, texts and containers in a dictionary that torch has saved; in place of all other objects in it there
+    is one that does nothing. Runs no code of the file's. Raises ValueError if it is no such file."""
+    try:
+        values = torch.load(path, map_location="meta", weights_only=False, pickle_module=_PLAIN_PICKLE)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not what torch saves: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: no dictionary")
+    return values
 
 
 def dump_metadata(metadata: Any, file: IO[bytes]) -> None:

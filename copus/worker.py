@@ -220,8 +220,7 @@ def _build_or_resume(
     """Start, or go on where the checkpoint was made, on whatever ranks there are now: in the configuration that the
     user asked for, if any, else in the checkpoint's. `known` counts on rank 0."""
     if newest is None:
-        begin(job, backend)
-        return TrainerState()
+        return begin(job, backend)
     state, saved = read_state(newest)
     seen = throughput.predict(saved)
     infeasible = broadcast_from_rank0(seen is not None and seen.failure is not None)

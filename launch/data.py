@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from copus.job import JobConfig, JobError, load_job
+from copus.weights.source import with_tokenizer
 from launch.interrupts import Interrupts
 from launch.json_output import as_json_line
 from launch.process import python_module, run_module
@@ -124,6 +125,7 @@ def data(target: str, overrides: list[str], *, verify: bool = False, as_json: bo
     job_file, run = _job_file(target)
     job = portable(load_job(job_file, overrides))
     if run is None:
+        job = with_tokenizer(job, notice=lambda line: print(f"copus: {line}", file=sys.stderr))
         check_named_data(job, overrides)
     else:
         job = keep_data(run, portable(load_job(job_file)), job, RunStatus())

@@ -1,5 +1,6 @@
 """`copus profile run`: measure the throughput of a job's configurations and keep it."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.console import Console
 from copus.events import NOTHING_TO_SAY, End, EventLog, Profile
 from copus.job import JobConfig, JobError, load_job
 from copus.profilers import TRIED, Installed, find_profiler
+from copus.weights.source import with_tokenizer
 from launch.attend import Outcome, attend
 from launch.data import check, check_table, prepare
 from launch.engines import AttendedEngine, Engine, LocalEngine, attended_engine_of
@@ -32,6 +34,7 @@ class AloneEngine(LocalEngine):
 def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> int:
     """Start the workers only to fill the throughput table. Prints where the table lies; returns the exit code."""
     job = portable(load_job(job_file, overrides))
+    job = with_tokenizer(job, notice=lambda line: print(f"copus: {line}", file=sys.stderr))
     if job.profile.when == "never":  # about training, and this command is no training
         job = job.model_copy(update={"profile": job.profile.model_copy(update={"when": "missing"})})
     console = SteadyConsole(stderr=True, highlight=False)

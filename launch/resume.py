@@ -17,7 +17,7 @@ from launch.data import INPUTS
 from launch.run_directory import shown, typed
 
 FIXED = (
-    *("model", "training.seed", "training.init_from", "training.optimizer.kind"),
+    *("model", "training.seed", "training.init_from", "training.init_optimizer", "training.optimizer.kind"),
     *("data.eod_mask_loss", "data.reset_attention_mask", "data.reset_position_ids", "data.packing"),
     "planner.noise_metric",
 )
@@ -31,12 +31,15 @@ STARTING = ("training.layout", "training.micro_batch", "training.global_batch")
 
 def settled(job: JobConfig, before: JobConfig) -> JobConfig:
     """The job of a resume with what the run keeps of its own: name, place, the digest of the weights that it began
-    with, and the batch that its learning rate is for, unless the user names another batch for that."""
+    with and their tokenizer, and the batch that its learning rate is for, unless the user names others."""
     launch = job.launch.model_copy(update={"runs": before.launch.runs})
     training = job.training.model_copy(update={"init_digest": before.training.init_digest})
     if training.reference_batch is None:
         training = training.model_copy(update={"reference_batch": before.reference_batch})
-    return job.model_copy(update={"name": before.name, "launch": launch, "training": training})
+    data = job.data
+    if data.tokenizer is None and training.init_from is not None:
+        data = data.model_copy(update={"tokenizer": before.data.tokenizer})
+    return job.model_copy(update={"name": before.name, "data": data, "launch": launch, "training": training})
 
 
 def check_settings(run: Path, before: JobConfig, job: JobConfig, overrides: list[str]) -> None:

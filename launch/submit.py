@@ -15,6 +15,7 @@ from copus.events import has_checkpoint
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized
 from copus.resume_request import ResumeRequest, write_resume_request
+from copus.weights.source import with_tokenizer
 from launch.attend import Outcome, attend
 from launch.audit import audit_lines
 from launch.check import check_start
@@ -72,7 +73,12 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
         raise JobError("--allow-from-scratch: only with --resume")
     if job_file is None:
         raise JobError("nothing to train: give a job file, or --resume RUN")
+
+    def notice(line: str) -> None:
+        print(f"copus: {line}", file=sys.stderr)
+
     job = portable(load_job(job_file, overrides, manner.engine, notice=lambda line: print(line, file=sys.stderr)))
+    job = with_tokenizer(job, notice)
     training = job.training.model_copy(update={"reference_batch": job.reference_batch})  # whatever a resume changes
     job = job.model_copy(update={"training": training})
     engine = engine_of(job)
@@ -83,7 +89,7 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
     if not engine.own_software:
         check_trackers(job)
     check_start(job)
-    job, weights = check_weights(job, notice=lambda line: print(f"copus: {line}", file=sys.stderr))
+    job, weights = check_weights(job, notice)
     if manner.dry_run:
         return _describe(engine, next_run(job), job, manner)
     if isinstance(engine, QueuedEngine):

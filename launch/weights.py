@@ -18,6 +18,8 @@ def check_weights(job: JobConfig, notice: Callable[[str], None]) -> tuple[JobCon
     if path is None:
         if job.training.init_digest is not None:
             raise JobError(f"training.init_digest({job.training.init_digest}) needs training.init_from")
+        if job.training.init_optimizer:
+            raise JobError("training.init_optimizer(true) needs training.init_from")
         return job, None
     source = find_source(path)
     check_source(job, source, notice)

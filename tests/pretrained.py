@@ -26,10 +26,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "starcoder2": {"sliding_window": None},
     "nemotron": {"num_key_value_heads": 4},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+        **{"head_dim": 16, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    },
+    "gemma2": {
+        **{"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24},
+        **{"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    },
+    "gemma3_text": {"head_dim": 16, "layer_types": ["full_attention"] * 2, "query_pre_attn_scalar": 16},
+    "olmo3": {"layer_types": ["full_attention"] * 2},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": SEQ_LEN, "n_inner": 48},
 }
-ON_MEGATRON = [family for family in FAMILIES if family != "olmo2"]
-WITH_TRANSFORMERS = ["llama", "qwen2", "qwen3", "olmo2", "arcee"]
+ON_MEGATRON = [family for family in FAMILIES if family not in ("olmo2", "olmo3")]
+WITH_TRANSFORMERS = ["llama", "qwen2", "qwen3", "olmo2", "olmo3", "arcee"]
 """What the backends train that build transformers' own models."""
 
 

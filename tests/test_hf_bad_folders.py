@@ -1,6 +1,7 @@
 """What is wrong with a folder of weights is said in one line, before anything starts, and nothing half made is left."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,9 +24,11 @@ from copus.weights import __main__ as exporting
 from copus.weights import trained
 from copus.weights.families import state_shape, weights_of
 from copus.weights.saved import begin
+from copus.weights.source import with_tokenizer
 from launch.cli import main
+from launch.resume import settled
 from launch.weights import check_weights
-from tests.pretrained import save_tiny
+from tests.pretrained import save_tiny, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +159,89 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(spoiled: str, whole: Pa
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_is_not_trained_for_weights_that_have_one(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"data.tokenizer: none is named, and the weights .* go with .*tokenizer"):
-        check_weights(_job(whole, whole), notice=lambda line: None)
+OF_EXPERTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "an expert is missing": (
+        lambda it: _without(it, "experts.3.w2.weight"),
+        r"has no model.layers.0.block_sparse_moe.experts.3.w2.weight \(and 1 more\)",
+    ),
+    "the router is missing": (lambda it: _without(it, "block_sparse_moe.gate.weight"), "has no .*moe.gate.weight"),
+    "fewer experts": (
+        _edit("config.json", lambda it: it.update(num_local_experts=2)),
+        "its experts is 2, and model.experts is 4: the weights are of another model",
+    ),
+    "no experts": (
+        _edit("config.json", lambda it: it.update(model_type="llama")),
+        "num_experts_per_tok.* is not understood",
+    ),
+}
+
+
+def _without(folder: Path, end: str) -> None:
+    for path in folder.glob("model-*.safetensors"):
+        tensors = load_file(path)
+        save_file({name: tensor for name, tensor in tensors.items() if not name.endswith(end)}, path)
+
+
+@pytest.mark.parametrize("spoiled", OF_EXPERTS)
+def test_what_is_wrong_with_a_folder_of_experts_is_said_in_one_line(spoiled: str, tmp_path: Path) -> None:
+    spoil, message = OF_EXPERTS[spoiled]
+    folder = save_tiny("mixtral", tmp_path / "mixtral")
+    job = _job(folder, folder)
+    check_weights(job, notice=lambda line: None)
+    spoil(folder)
+    with pytest.raises(JobError, match=message) as error:
+        check_weights(job, notice=lambda line: None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        (
+            "gemma2",
+            {"attn_logit_softcapping": 50.0},
+            r"attention_softcap\(50.0\) is not supported by the meg",
+        ),
+        (
+            "gemma3_text",
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+            r"rope_local_base\(10000.0\) is not supported by the megatron backend",
+        ),
+        (
+            "olmo3",
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+            r"qk_norm\(projection\) is not supported by the megatron backend.*sliding_window\(8\)",
+        ),
+        ("deepseek_v3", {}, r"model_type\(deepseek_v3\): the model section has no fields for the rotary scaling"),
+        (
+            "qwen2_moe",
+            {},
+            r"model_type\(qwen2_moe\): the model section has no fields for the gate",
+        ),
+    ],
+)
+def test_a_family_that_no_backend_trains_is_refused_in_one_line(
+    family: str, settings: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config(family, **settings).save_pretrained(tmp_path / family)
+    assert main(["import-hf", str(tmp_path / family)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert said.count("\n") == 1
+
+
+def test_text_without_a_tokenizer_gets_that_of_the_weights(whole: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    job = with_tokenizer(_job(whole, whole), said.append)
+    assert job.data.tokenizer == whole / "tokenizer.json"
+    assert said == [f"data.tokenizer: {whole}/tokenizer.json, that of training.init_from"]
+    assert with_tokenizer(job, said.append) == job
     (tmp_path / "tokens.idx").touch()
-    check_weights(_job(whole, whole, source=str(tmp_path / "tokens")), notice=lambda line: None)
+    tokenized = _job(whole, whole, source=str(tmp_path / "tokens"))
+    assert with_tokenizer(tokenized, said.append) == tokenized
+    assert len(said) == 1
+    resumed = settled(_job(whole, whole), before=job)
+    assert resumed.data.tokenizer == job.data.tokenizer, "the folder may be gone by then"
 
 
 def test_a_whole_folder_gets_a_digest_and_another_one_is_refused(whole: Path, folder: Path) -> None:

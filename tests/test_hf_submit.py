@@ -32,11 +32,7 @@ def _write_job(folder: Path, backend: str) -> Path:
     job = {
         "name": "tuned",
         "model": {"from": str(folder / "model"), "seq_len": 16},
-        "data": {
-            "source": str(folder / "text.txt"),
-            "tokenizer": str(folder / "model" / "tokenizer.json"),
-            "cache": str(folder / "cache"),
-        },
+        "data": {"source": str(folder / "text.txt"), "cache": str(folder / "cache")},  # with the folder's tokenizer
         "cluster": {"accelerators_per_node": 1},
         "training": {
             **{"backend": backend, "init_from": "model", "global_batch": 4, "tokens": 16 * 4 * 3, "lr": 1e-2},
@@ -72,6 +68,7 @@ def test_a_folder_is_tuned_and_exported(backend: str, tmp_path: Path) -> None:
     losses = [event.loss for event in read_events(run) if isinstance(event, Evaluate)]
     job = load_job(run / "job.yaml")
     assert job.training.init_from == tmp_path / "model"
+    assert job.data.tokenizer == tmp_path / "model" / "tokenizer.json"
     _, held_out = open_data(job, prepared_path(job))
     batch = held_out(0, 4)
     assert losses[0] == pytest.approx(_loss(open_folder(tmp_path / "model"), *batch), rel=1e-5)

@@ -11,7 +11,7 @@ from copus.backends.megatron import cpu
 from copus.backends.megatron.model import transformer_config
 from copus.job import JobConfig, JobError
 from copus.weights.__main__ import export
-from copus.weights.saved import read_weights
+from copus.weights.saved import read_source
 from copus.weights.source import Source, find_source
 from profiles.layout import Layout
 from tests.pretrained import SEQ_LEN, VOCAB, open_folder, save_tiny, tokens
@@ -21,7 +21,7 @@ from tests.test_hf_weights import begun, job_from, logits_of, make_run
 FAMILIES = ("llama", "qwen3", "gpt2")
 
 
-def _megatron_model(job: JobConfig, rows: int) -> Any:
+def megatron_model(job: JobConfig, rows: int) -> Any:
     """Megatron's GPT with its own layers on one rank, its vocabulary padded to `rows`."""
     cpu.before_import()
     from megatron.core.models.gpt import GPTModel
@@ -61,13 +61,13 @@ def _through_megatron(folder: Path, family: str) -> tuple[np.ndarray, np.ndarray
 
     from megatron.core import dist_checkpointing
 
-    network = _megatron_model(job, job.model.padded_vocab)
+    network = megatron_model(job, job.model.padded_vocab)
     source = find_source(folder / f"megatron-{family}")
     loaded = dist_checkpointing.load(network.sharded_state_dict(), str(source.folder))
     network.load_state_dict({name: loaded[name] for name, _ in network.named_parameters()}, strict=False)
     logits = _logits(network)
 
-    other = _megatron_model(job, 384)
+    other = megatron_model(job, 384)
     with torch.no_grad():
         for name, weight in other.named_parameters():
             own = network.get_parameter(name)
@@ -110,4 +110,4 @@ def test_a_checkpoint_of_another_iteration_format_or_vocabulary_is_refused(tmp_p
         find_source(tmp_path)
     model = job_from(save_tiny("llama", tmp_path / "hf")).model
     with pytest.raises(JobError, match="experts of Megatron-LM's checkpoints are not read"):
-        read_weights(Source("megatron", tmp_path), model.model_copy(update={"experts": 4}))
+        read_source(Source("megatron", tmp_path), model.model_copy(update={"experts": 4}))

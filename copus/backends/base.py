@@ -296,7 +296,10 @@ class Backend(ABC):
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read weights and optimizer state into the layout that is built; no code in the files is executed. Raises
         JobError if the checkpoint is not of this job's model and optimizer."""
-        saved = self.translate_saved(sharded_checkpoint.read_index(folder))
+        self.load_state(folder, self.translate_saved(sharded_checkpoint.read_index(folder)), optimizer_steps)
+
+    def load_state(self, folder: Path, saved: SavedState, optimizer_steps: int) -> None:
+        """The same where `saved` says what is where in the files of the folder."""
         self._read(folder, saved, lambda field: True, begins_anew=False)
         self.count_optimizer_steps(optimizer_steps)
         self._optimizer_steps = optimizer_steps

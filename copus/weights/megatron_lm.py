@@ -1,16 +1,20 @@
-"""Checkpoints of Megatron-LM in the format `torch_dist`: their weights under the names of the state.
+"""Checkpoints of Megatron-LM in the format `torch_dist`: weights and optimizer state under the names of the state.
 
 Most tensors have all layers of the model along a first axis, and the norms before attention and MLP have the names that
-Transformer Engine gives them, whatever was used.
+Transformer Engine gives them, whatever was used. The optimizer's state can be read if it has the names and shapes of
+the weights, as the plain optimizers write it, and the distributed one in its format `fully_reshardable`. In its usual
+format, `dp_reshardable`, it is the gradient buckets of the layout that wrote it.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from copus.job import JobError
 from copus.reshard.boxes import Box
-from copus.reshard.table import Field
+from copus.reshard.table import MASTER, Field
+from copus.safe_loading import load_plain_values
 from copus.sharded_checkpoint import Chunk, SavedState, read_index, zeros_below
 from copus.weights.families import weights_of
 from copus.weights.megatron_names import hugging_face_parts
@@ -18,6 +22,11 @@ from profiles.model_shape import ModelShape
 
 _WEIGHTS = re.compile(r"(?:module\.|model\.)?((?:(?:embedding|decoder)\..+[._]|output_layer\.)(?:weight|bias))")
 """Names of weights; optimizer state, random states and what an index says of objects are left out."""
+_OPTIMIZER = re.compile(r"optimizer\.state\.(\w+)\.(.+)")
+"""Names of optimizer state: what it is, and of which weight."""
+_MASTERS = ("param", "fp32_param")
+"""With and without the distributed optimizer."""
+_IN_BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 _STACKED = re.compile(r"decoder\.layers\.(?=\D)")
 """The layers of this tensor are its first axis."""
 _FUSED_NORMS = {
@@ -25,6 +34,8 @@ _FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 _ROWS_OF_TOKENS = ("embedding.word_embeddings.weight", "output_layer.weight")
+_COMMON = "common.pt"
+"""Everything in a checkpoint that is no tensor, a pickle."""
 _MOST_PADDING = 8192
 """More rows than that are not for the sake of tensor parallelism: the vocabulary is another one."""
 
@@ -37,24 +48,78 @@ def stored_name(name: str) -> str:
     return name
 
 
-def read_megatron(folder: Path, model: ModelShape) -> SavedState:
-    """Where each weight of a model is in a checkpoint of Megatron-LM; what else is in it is passed over.
+def read_megatron(folder: Path, model: ModelShape, *, with_optimizer: bool = False) -> SavedState:
+    """Where each weight of a model is in a checkpoint of Megatron-LM, and `with_optimizer` what the optimizer keeps of
+    it; what else is in it is passed over.
 
-    The rows that pad Megatron's vocabulary are replaced by zeros. Raises JobError for another vocabulary.
+    The rows that pad Megatron's vocabulary are replaced by zeros. Raises JobError for another vocabulary, and for
+    optimizer state in a format that is not read.
     """
     if model.experts:
         raise JobError(f"training.init_from({folder}): experts of Megatron-LM's checkpoints are not read")
+    index = read_index(folder)
+    if with_optimizer:
+        _check_optimizer(folder, index)
     saved: SavedState = {}
-    for field, chunks in read_index(folder).items():
-        match = _WEIGHTS.fullmatch(field.name)
-        if match is not None:
+    for field, chunks in index.items():
+        name, kept = _weight_and_statistic(field.name)
+        match = _WEIGHTS.fullmatch(name)
+        if match is not None and (with_optimizer or not kept):
             for chunk in chunks:
                 for part, cut in _parts(folder, field._replace(name=match[1]), chunk, model):
-                    saved.setdefault(part, []).append(cut)
+                    saved.setdefault(part._replace(name=part.name + kept), []).append(cut)
+    shapes = weights_of(model)
     for field, chunks in saved.items():
-        weight = weights_of(model).get(field.name, field.shape)
-        chunks += zeros_below(weight, field.shape)
+        chunks += zeros_below(shapes.get(field.name.partition("/")[0], field.shape), field.shape)
     return saved
+
+
+def _weight_and_statistic(name: str) -> tuple[str, str]:
+    """The weight that a tensor is or belongs to, and what the state appends to the weight's name for it."""
+    match = _OPTIMIZER.fullmatch(name)
+    if match is None:
+        return name, ""
+    return match[2], f"/{MASTER if match[1] in _MASTERS else match[1]}"
+
+
+def _check_optimizer(folder: Path, index: SavedState) -> None:
+    """Raise JobError if the optimizer's state is not there, or not under the names and in the shapes of the weights."""
+    where = f"training.init_optimizer: {folder}"
+    shapes = {match[1]: field.shape for field in index if (match := _WEIGHTS.fullmatch(field.name))}
+    kept = [(field, match) for field in index if (match := _OPTIMIZER.fullmatch(field.name))]
+    weights = [(field, match[1]) for field, name in kept if (match := _WEIGHTS.fullmatch(name[2]))]
+    other = next((field for field, name in weights if field.shape != shapes.get(name)), None)
+    if other is not None or any(_IN_BUCKETS.match(field.name) for field in index):
+        written = "fully_sharded_model_space" if other else "dp_reshardable"
+        raise JobError(
+            f"{where} has the state of the distributed optimizer in the format {written}, which is not read: load it "
+            "in Megatron-LM and save it with --dist-ckpt-optim-fully-reshardable"
+        )
+    if not weights:
+        raise JobError(f"{where} has no optimizer state")
+
+
+def read_step_count(folder: Path) -> tuple[int, float | None]:
+    """Optimizer steps that a checkpoint of Megatron-LM has behind it, and its β2; None if the optimizer is not Adam.
+
+    Raises JobError if it does not say.
+    """
+    state = load_plain_values(folder / _COMMON)
+    for group in _groups(state.get("optimizer")):
+        steps = group.get("step", state.get("iteration"))
+        if isinstance(steps, int | float):
+            betas = group.get("betas")
+            return int(steps), float(betas[1]) if isinstance(betas, list | tuple) else None
+    raise JobError(f"training.init_optimizer: {folder / _COMMON} says no step count")
+
+
+def _groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups in the state of an optimizer, which may be a chain of others."""
+    for name, value in state.items() if isinstance(state, dict) else ():
+        if name == "param_groups" and isinstance(value, list):
+            yield from (group for group in value if isinstance(group, dict))
+        else:
+            yield from _groups(value)
 
 
 def _parts(folder: Path, field: Field, chunk: Chunk, model: ModelShape) -> Iterator[tuple[Field, Chunk]]:

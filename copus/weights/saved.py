@@ -1,4 +1,4 @@
-"""The weights that a job begins with, as parts of files: the ranks read them as they read a checkpoint."""
+"""What a job begins with, as parts of files: the ranks read them as they read a checkpoint."""
 
 import contextlib
 import pickle
@@ -9,29 +9,31 @@ from pathlib import Path
 import torch.distributed as dist
 
 from copus.backends.base import Backend
-from copus.checkpoints import find_damage
+from copus.checkpoints import find_damage, read_state
 from copus.collectives import broadcast_from_rank0
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import Field
 from copus.sharded_checkpoint import Chunk, SavedState, read_index, zeros_below
+from copus.trainer_state import TrainerState
 from copus.user_errors import one_line
 from copus.weights.families import state_shape, weights_of
-from copus.weights.megatron_lm import read_megatron
+from copus.weights.megatron_lm import read_megatron, read_step_count
 from copus.weights.safetensors import DTYPES
 from copus.weights.source import Source, digest_of, find_source, locate
 from profiles.model_shape import ModelShape
 
 
-def begin(job: JobConfig, backend: Backend) -> None:
-    """Build the configuration that a job starts in, with the weights that it begins with. Collective.
+def begin(job: JobConfig, backend: Backend) -> TrainerState:
+    """Build the configuration that a job starts in, with the weights that it begins with, and the optimizer's state if
+    it is asked for. Returns the trainer's. Collective.
 
     Raises JobError on every rank if these are not the ones that were submitted, or not those of the job's model.
     """
     configuration, path = job.training.configuration, job.training.init_from
     if path is None:
         backend.build(configuration)
-        return
+        return TrainerState()
     source = find_source(path)
     digest = broadcast_from_rank0(digest_of(source) if dist.get_rank() == 0 else None)
     if job.training.init_digest not in (None, digest):
@@ -41,11 +43,19 @@ def begin(job: JobConfig, backend: Backend) -> None:
         )
     if source.kind == "run" and (reason := find_damage(source.folder)):
         raise JobError(f"training.init_from({source.folder}): the checkpoint does not verify: {reason}")
+    with_optimizer = job.training.init_optimizer
     with _damage_told(source.folder):
-        weights = read_weights(source, job.model)
+        state = _optimizer_steps(source) if with_optimizer else TrainerState()
+        saved = read_source(source, job.model, with_optimizer=with_optimizer)
     backend.build(configuration, initial_weights=False)
     with _damage_told(source.folder):
-        backend.load_weights(source.folder, backend.translate_saved(weights) if source.kind == "run" else weights)
+        if source.kind == "run":
+            saved = backend.translate_saved(saved)
+        if with_optimizer:
+            backend.load_state(source.folder, saved, state.optimizer_steps)
+        else:
+            backend.load_weights(source.folder, saved)
+    return state
 
 
 _DAMAGE = (
@@ -67,12 +77,25 @@ def _damage_told(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def read_weights(source: Source, model: ModelShape) -> SavedState:
-    """Where each weight of a model is in the files of a source. Raises JobError if they are those of another model."""
+def _optimizer_steps(source: Source) -> TrainerState:
+    """The state of a trainer that has done nothing yet, whose optimizer has its steps behind it."""
+    if source.kind == "run":
+        before, _ = read_state(source.folder)
+        return TrainerState(optimizer_steps=before.optimizer_steps, beta2_product=before.beta2_product)
+    try:
+        steps, beta2 = read_step_count(source.folder)
+    except ValueError as error:
+        raise JobError(f"training.init_optimizer: {error}") from None
+    return TrainerState(optimizer_steps=steps, beta2_product=None if beta2 is None else beta2**steps)
+
+
+def read_source(source: Source, model: ModelShape, *, with_optimizer: bool = False) -> SavedState:
+    """Where each weight of a model is in the files of a source, and `with_optimizer` the optimizer's state. Raises
+    JobError if they are those of another model."""
     if source.kind == "hugging_face":
         return _read_hugging_face(source.folder, model)
     if source.kind == "megatron":
-        return read_megatron(source.folder, model)
+        return read_megatron(source.folder, model, with_optimizer=with_optimizer)
     return read_index(source.folder)
 
 

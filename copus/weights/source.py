@@ -88,6 +88,10 @@ def check_source(job: JobConfig, source: Source, notice: Callable[[str], None]) 
     go with another tokenizer. `notice` gets a line for each setting in which the model is another on purpose."""
     where = f"training.init_from({source.folder})"
     if source.kind == "hugging_face":
+        if job.training.init_optimizer:
+            raise JobError(
+                f"training.init_optimizer(true): {source.folder} is a Hugging Face folder, which has weights"
+            )
         try:
             fields = read_config(source.folder)
         except ValueError as error:
@@ -98,9 +102,20 @@ def check_source(job: JobConfig, source: Source, notice: Callable[[str], None]) 
         _compare_models(dict(_run_of(source).model), job.model, where, notice)
     theirs = tokenizer_of(source)
     if theirs is not None:
-        if source.kind == "hugging_face" and job.data.tokenizer is None and not _is_tokenized(job):
-            raise JobError(f"data.tokenizer: none is named, and the weights of training.init_from go with {theirs}")
         check_tokenizer_fits(theirs, job)
+
+
+def with_tokenizer(job: JobConfig, notice: Callable[[str], None]) -> JobConfig:
+    """The job with the tokenizer of the Hugging Face folder that it begins with, if its text has none of its own;
+    `notice` gets a line then. Raises JobError if the weights are not there."""
+    if job.training.init_from is None or job.data.tokenizer is not None or _is_tokenized(job):
+        return job
+    source = find_source(job.training.init_from)
+    theirs = tokenizer_of(source) if source.kind == "hugging_face" else None
+    if theirs is None:
+        return job
+    notice(f"data.tokenizer: {theirs}, that of training.init_from")
+    return job.model_copy(update={"data": job.data.model_copy(update={"tokenizer": theirs})})
 
 
 def _is_tokenized(job: JobConfig) -> bool:
