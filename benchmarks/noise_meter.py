@@ -1,6 +1,7 @@
 """What `copus.NoiseMeter` adds to a step of the training loops that are not ours: what every rank runs, and how the
 times are compared. See benchmarks/noise.py."""
 
+import gc
 import math
 import time
 from typing import Any
@@ -45,10 +46,12 @@ def step_times(kind: str, rounds: int) -> Seconds:
     state = {**meter.state_dict(), "steps": math.ceil(settings.min_noise_samples / cycle) * cycle}
     meter.close()
     seconds: Seconds = {clock: {mode: [] for mode in MODES} for clock in ("wall", "processor")}
+    gc.disable()
     for number in range(rounds):
         for place in range(len(MODES)):
             mode = MODES[(place + number) % len(MODES)]
             meter = _attached(loop, state) if mode == "with" else meter
+            gc.collect()  # making a meter leaves garbage, which is no part of a step
             for _ in range(cycle):
                 dist.barrier()
                 wall, processor = time.perf_counter(), time.process_time()
@@ -59,6 +62,7 @@ def step_times(kind: str, rounds: int) -> Seconds:
                 assert not meter.problems, meter.problems
                 state = meter.state_dict()
                 meter.close()
+    gc.enable()
     assert meter.noise.samples == WARM_UP + rounds, "one step in a turn is measured"
     return seconds
 
