@@ -16,11 +16,12 @@ from launch_jobs import JOB, copus_here, write_job
 
 import copus.profiling.fill as fill_module
 import launch.submit
+from copus.backends.registry import find_backend
 from copus.estimate import predictor_of
 from copus.events import Checkpoint, EventLog, Profile, read_events
 from copus.job import JobConfig, JobError, parse_job
 from copus.profilers import BUILT_IN, TRIED, find_profiler, installed
-from copus.profiling.fill import DIED, fill_table, load_profiler
+from copus.profiling.fill import DIED, _space, fill_table, load_profiler
 from launch.attend import Outcome
 from launch.status import RunStatus
 from planner.last_measurement import last_measurement
@@ -500,3 +501,16 @@ def test_the_walk_through_shows_the_example_as_it_is() -> None:
     text = (ROOT / "docs" / "extending-the-profiler.md").read_text()
     assert (EXAMPLE / "copus_command_profiler.py").read_text() in text
     assert (EXAMPLE / "pyproject.toml").read_text() in text
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    [("megatron", {"dp": 2}), ("fsdp", {"dp": 2, "zero": 3}), ("deepspeed", {"dp": 2, "zero": 2})],
+)
+def test_what_is_measured_is_what_the_backend_runs(backend: str, layout: dict[str, int]) -> None:
+    """A pipeline that FSDP does not have ended the first start of a job in its workers."""
+    values = yaml.safe_load(JOB)
+    values["training"] |= {"backend": backend, "layout": layout}
+    space = _space(parse_job(values))
+    assert len(space) > 10
+    assert all(find_backend(backend).runs(candidate, "fp32") for candidate in space)

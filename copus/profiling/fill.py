@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from copus.backends.registry import find_backend
 from copus.estimate import predictor_of
 from copus.events import NOTHING_TO_SAY, Profile, has_checkpoint
 from copus.job import JobConfig, JobError
@@ -223,7 +224,9 @@ def _space(job: JobConfig) -> list[Configuration]:
     if job.planner.policy == "static":
         return [start]
     training = job.training
-    space = worthwhile(job.planner, job.model, job.cluster, training.precision, start, training.implementation)
+    backend = find_backend(training.backend).with_optimizer_of(training)
+    implementation = training.implementation
+    space = worthwhile(job.planner, job.model, job.cluster, training.precision, start, implementation, backend)
     if job.planner.keeps_layout:
         return [candidate for candidate in space if candidate.layout == start.layout]
     return space
