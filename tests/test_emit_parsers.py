@@ -12,8 +12,10 @@ import os
 import shlex
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -134,6 +136,10 @@ def read_by_megatron(text: str) -> None:
     import torch
 
     torch.cuda.get_device_capability = lambda *arguments: (9, 0)  # type: ignore[assignment]
+    torch.cuda.get_device_properties = lambda *arguments: SimpleNamespace(major=9, minor=0)  # type: ignore[assignment]
+    if sys.version_info < (3, 12):  # 0.18 is for Python 3.12
+        typing.override = lambda function: function
+    torch.compile = lambda function, **options: function  # type: ignore[assignment]  # needs a real triton
     from megatron.training.arguments import parse_args, validate_args
 
     words = shlex.split(text.replace("\\\n", " "))
@@ -154,7 +160,7 @@ def _refusals(tool: str, texts: dict[str, str]) -> dict[str, str]:
     with contextlib.suppress(ImportError):
         importlib.import_module("triton")
     for name in ("triton", "triton.language"):  # imported by their models, and not there on a CPU
-        sys.modules.setdefault(name, MagicMock())
+        sys.modules.setdefault(name, MagicMock(__version__="3.0.0"))
     refusals = {}
     for name, text in texts.items():
         said = io.StringIO()
