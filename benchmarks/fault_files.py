@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from copus.checkpoints.sharded import read_index
 from copus.manifest import MANIFEST
-from copus.sharded_checkpoint import read_index
 
 
 def spoil(checkpoint: Path, kind: str, chance: random.Random) -> str:

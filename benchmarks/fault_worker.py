@@ -16,7 +16,7 @@ import copus.moves
 import copus.worker
 import planner.planner
 from copus.backends.registry import find_backend
-from copus.checkpoints import Writing
+from copus.checkpoints.store import Writing
 from copus.job import load_job
 from copus.moves import Moves
 from copus.planning import Planner

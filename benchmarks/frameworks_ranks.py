@@ -19,8 +19,8 @@ from benchmarks.frameworks import BATCH, MODEL, STEPS_BEFORE, make_job
 from copus.backends.base import Backend
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest, StepRules
+from copus.checkpoints.sharded import read_index
 from copus.devices import join_world, rank_device
-from copus.sharded_checkpoint import read_index
 from planner.noise_sources import MICROBATCH
 from profiles.layout import Layout
 

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from copus.backends.base import Backend
 from copus.backends.step_contract import Batches
 from copus.branches import Branches, branch_job
-from copus.checkpoints import read_state
+from copus.checkpoints.store import read_state
+from copus.checkpoints.trainer_state import TrainerState
 from copus.events import Branch, End, Evaluate, Event, read_events
 from copus.job import JobConfig, JobError
 from copus.learning_rate import base_lr
 from copus.loop import Trainer
 from copus.noise.run_noise import RunNoise
 from copus.schedule import rules_at
-from copus.trainer_state import TrainerState
 from planner.sampling import half_life
 from profiles.configuration import Configuration
 

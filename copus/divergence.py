@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from copus.backends.step_contract import StepRequest
+from copus.checkpoints.trainer_state import TrainerState
 from copus.events import Event, Warned
-from copus.trainer_state import TrainerState
 
 FEW = 3
 """Skipped steps in a row before the first warning. A single one happens, in bf16 most of all."""

@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from copus.backends.base import Backend
 from copus.backends.step_contract import Batches, StepRequest, StepResult
+from copus.checkpoints.saver import Saver
+from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import broadcast_from_rank0
 from copus.divergence import Divergence
 from copus.events import Evaluate, Event, Failure, Noise, Step, Warned
@@ -19,9 +21,7 @@ from copus.moves import Moves
 from copus.noise.norm_window import NormWindow
 from copus.noise.run_noise import RunNoise
 from copus.noise.step_estimate import estimate_step
-from copus.saver import Saver
 from copus.schedule import rules_at
-from copus.trainer_state import TrainerState
 from planner.planner import Planner, decision_is_due
 from planner.sampling import configuration_of_step, first_known_step, half_life, source_of_step
 from profiles.configuration import Configuration

@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from copus.backends.base import Backend, Moved
 from copus.backends.step_contract import Batches, StepRequest, StepResult
+from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import MidCollectiveError, RankError, broadcast_from_rank0, is_out_of_memory
 from copus.events import DecisionMade, Event, Reconfigure, Trial
 from copus.job import JobConfig
-from copus.trainer_state import TrainerState
 from planner.menu import rung_of
 from planner.planner import Planner
 from planner.sampling import executed_configuration

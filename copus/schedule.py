@@ -1,9 +1,9 @@
 """What one optimizer step uses: functions of tokens, batch and critical batch, equal on every rank."""
 
 from copus.backends.step_contract import StepRules
+from copus.checkpoints.trainer_state import TrainerState
 from copus.job import JobConfig
 from copus.learning_rate import base_lr
-from copus.trainer_state import TrainerState
 
 
 def rules_at(job: JobConfig, state: TrainerState, global_batch: int) -> StepRules:

@@ -25,8 +25,9 @@ from copus.backends.base import Backend
 from copus.backends.registry import find_backend
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
-from copus.checkpoint_files import check_same_data, set_damaged_aside
-from copus.checkpoints import newest_checkpoint, read_state
+from copus.checkpoints.files import check_same_data, set_damaged_aside
+from copus.checkpoints.store import newest_checkpoint, read_state
+from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import broadcast_from_rank0
 from copus.data.prepared import prepared_path
 from copus.data.samples import open_data
@@ -54,7 +55,6 @@ from copus.resume_request import ResumeRequest, nothing_to_resume, read_resume_r
 from copus.step_lines import StepLines
 from copus.stop_request import StopRequest
 from copus.tracking.fan_out import FanOut
-from copus.trainer_state import TrainerState
 from copus.user_errors import EXIT_CODE, one_line, report_failure
 from copus.weights.saved import begin
 from profiles.configuration import Configuration

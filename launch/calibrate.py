@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from copus.branches import Branches, plan_path, plan_text, read_plan
-from copus.checkpoint_files import check_same_data
+from copus.checkpoints.files import check_same_data
 from copus.durable import write_atomically
 from copus.events import Branch, read_events
 from copus.job import JobConfig, JobError, dump_job, load_job

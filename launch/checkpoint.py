@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from copus.checkpoint_files import FOLDER, REPLACED, checkpoint_names, samples_of, whats_wrong
+from copus.checkpoints.files import FOLDER, REPLACED, checkpoint_names, samples_of, whats_wrong
 from copus.job import JobError
 from launch.run_directory import shown
 

@@ -7,7 +7,7 @@ the table.
 from pathlib import Path
 from typing import Any
 
-from copus.checkpoint_files import FOLDER, checkpoint_names, quick_damage, samples_of
+from copus.checkpoints.files import FOLDER, checkpoint_names, quick_damage, samples_of
 from copus.events import has_checkpoint
 from copus.job import JobConfig, JobError
 from copus.job_text import parse_job_text

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from copus.audit import audit_run
-from copus.checkpoint_files import FOLDER, check_same_data, checkpoint_names
+from copus.checkpoints.files import FOLDER, check_same_data, checkpoint_names
 from copus.events import has_checkpoint
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from copus.backends.huggingface import build_causal_lm, mean_loss
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest
-from copus.sharded_checkpoint import read_index
+from copus.checkpoints.sharded import read_index
 from tests.megatron_jobs import RULES, backend_of, random_batches, save_checkpoint, tiny_job
 from tests.ranks import own_device, run_ranks
 

@@ -9,13 +9,13 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks.fault_files import largest_difference, state_of
-from copus import sharded_checkpoint
 from copus.backends.megatron.backend import MegatronBackend
-from copus.checkpoints import CheckpointError, Writing, newest_checkpoint, read_state
+from copus.checkpoints import sharded
+from copus.checkpoints.store import CheckpointError, Writing, newest_checkpoint, read_state
+from copus.checkpoints.trainer_state import TrainerState
 from copus.events import Checkpoint, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.manifest import files_of
-from copus.trainer_state import TrainerState
 from tests.eager_planner import EagerPlanner, decide_often
 from tests.megatron_jobs import configuration, random_batches, tiny_job
 from tests.ranks import own_device, run_ranks
@@ -75,9 +75,9 @@ class KilledError(Exception):
 def _ruin(what: str, state: TrainerState) -> None:
     """From now on writing in the background takes two steps at least, or hangs in the second checkpoint, or finds a
     full disk there on rank 1."""
-    write, calls = sharded_checkpoint.Save.write, []
+    write, calls = sharded.Save.write, []
 
-    def ruined(self: sharded_checkpoint.Save) -> None:
+    def ruined(self: sharded.Save) -> None:
         calls.append(1)
         until = min(state.samples_consumed + 8, SAMPLES)
         while what == "slow" and state.samples_consumed < until and threading.current_thread().daemon:
@@ -88,7 +88,7 @@ def _ruin(what: str, state: TrainerState) -> None:
             self.files = ["none/there"]
         write(self)
 
-    sharded_checkpoint.Save.write = ruined  # type: ignore[method-assign]
+    sharded.Save.write = ruined  # type: ignore[method-assign]
 
 
 def _train(run: Path, every: int, ruin: str, in_background: bool = True, moves: bool = False) -> list[Event]:

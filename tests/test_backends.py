@@ -12,13 +12,13 @@ from copus.backends.deepspeed.description import DeepSpeedDescription
 from copus.backends.description import BackendDescription
 from copus.backends.fsdp.description import FsdpDescription
 from copus.backends.registry import find_backend
-from copus.checkpoints import newest_checkpoint, read_state
+from copus.checkpoints.store import newest_checkpoint, read_state
+from copus.checkpoints.trainer_state import TrainerState
 from copus.estimate import predictor_of
 from copus.events import Checkpoint, Event, Reconfigure, Step
 from copus.job import JobConfig, JobError, parse_job
 from copus.loop import Trainer
 from copus.resize import resized
-from copus.trainer_state import TrainerState
 from launch.check import check_start
 from planner.config import PlannerConfig
 from profiles.cluster import Cluster

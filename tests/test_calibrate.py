@@ -15,10 +15,10 @@ from test_end_to_end import _write_job as write_tiny_job
 
 import launch.calibrate
 from copus.branches import Branches, read_plan
+from copus.checkpoints.trainer_state import TrainerState
 from copus.events import Branch, Evaluate, Event, Noise, Step, read_events
 from copus.job import JobConfig, JobError, load_job
 from copus.manifest import describe, files_of, write_manifest
-from copus.trainer_state import TrainerState
 from planner.config import PlannerConfig
 from profiles.calibration import Calibration
 from tests.megatron_jobs import configuration, random_batches, tiny_job
@@ -180,7 +180,7 @@ def _train_then_branch(folder: Path, job: JobConfig, more: JobConfig) -> tuple[l
     """Train `job`, run branches from its checkpoint, then go on with `more`; what each reported."""
     from copus.backends.megatron.backend import MegatronBackend
     from copus.branch_runs import run_branches
-    from copus.checkpoints import newest_checkpoint, read_state
+    from copus.checkpoints.store import newest_checkpoint, read_state
     from copus.loop import Trainer
 
     def never() -> bool:

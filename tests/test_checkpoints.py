@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from copus import checkpoints
-from copus.checkpoints import CheckpointError, Writing, newest_checkpoint, read_state
+from copus.checkpoints import store
+from copus.checkpoints.store import CheckpointError, Writing, newest_checkpoint, read_state
+from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import RankError
 from copus.manifest import MANIFEST, damage, describe, files_of, read_manifest, write_manifest
-from copus.trainer_state import TrainerState
 from tests.launch_events import TENSOR
 
 
@@ -142,7 +142,7 @@ def test_a_disk_that_fills_up_at_the_manifest_is_no_different(tmp_path: Path, mo
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "write_manifest", full)
+    monkeypatch.setattr(store, "write_manifest", full)
     with pytest.raises(CheckpointError, match="No space left"):
         write(tmp_path, 200, keep=1)
     assert names(tmp_path) == ["samples-000000000100"]
@@ -165,14 +165,14 @@ def test_one_of_the_same_name_is_replaced_and_never_missing(tmp_path: Path, monk
     write(tmp_path, 100, keep=1)
 
     with monkeypatch.context() as patch:
-        original = checkpoints.os.rename
+        original = store.os.rename
 
         def rename(source: Path, target: Path) -> None:  # dies between the two renames
             if target.name == "samples-000000000100":
                 raise KeyboardInterrupt
             original(source, target)
 
-        patch.setattr(checkpoints.os, "rename", rename)
+        patch.setattr(store.os, "rename", rename)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path, 100, keep=1)
     assert newest(tmp_path)[0] == "samples-000000000100.replaced"

@@ -18,7 +18,7 @@ from test_end_to_end import _write_job as write_end_to_end_job
 from tokenizers import Tokenizer
 from told_run import evaluate
 
-from copus.checkpoint_files import FOLDER, check_same_data
+from copus.checkpoints.files import FOLDER, check_same_data
 from copus.data.tokenizer import train_tokenizer
 from copus.events import Branch, Checkpoint, Start, read_events
 from copus.job import load_job

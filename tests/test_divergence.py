@@ -8,11 +8,11 @@ from launch_events import start, step, write_run
 
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.step_contract import StepRequest
-from copus.checkpoints import newest_checkpoint, read_state
+from copus.checkpoints.store import newest_checkpoint, read_state
+from copus.checkpoints.trainer_state import TrainerState
 from copus.divergence import Divergence
 from copus.events import Checkpoint, End, Evaluate, Event, Step, Warned
 from copus.loop import Trainer
-from copus.trainer_state import TrainerState
 from launch.run_state import state_of
 from launch.status import RunStatus
 from tests.megatron_jobs import RULES, random_batches, tiny_job

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from copus.checkpoint_files import FOLDER
+from copus.checkpoints.files import FOLDER
+from copus.checkpoints.sharded import Chunk, SavedFiles, SavedState, write_index
 from copus.job import JobConfig, JobError, dump_job, load_job, parse_job
 from copus.manifest import describe, files_of, write_manifest
 from copus.reshard.boxes import Box
 from copus.reshard.table import Field
-from copus.sharded_checkpoint import Chunk, SavedFiles, SavedState, write_index
 from copus.weights import __main__ as exporting
 from copus.weights import trained
 from copus.weights.families import state_shape, weights_of

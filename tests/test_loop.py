@@ -9,11 +9,11 @@ import pytest
 import torch.distributed as dist
 
 from copus.backends.megatron.backend import MegatronBackend
-from copus.checkpoints import newest_checkpoint, read_state
+from copus.checkpoints.store import newest_checkpoint, read_state
+from copus.checkpoints.trainer_state import TrainerState
 from copus.events import Checkpoint, DecisionMade, Evaluate, Event, Noise, Reconfigure, Step
 from copus.job import JobConfig
 from copus.loop import Trainer
-from copus.trainer_state import TrainerState
 from planner.planner import Planner
 from planner.predictor import Predictor
 from profiles.configuration import Configuration

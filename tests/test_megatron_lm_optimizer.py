@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.megatron import cpu
+from copus.checkpoints.safe_loading import load_plain_values
+from copus.checkpoints.sharded import Chunk, write_index
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import Field
-from copus.safe_loading import load_plain_values
-from copus.sharded_checkpoint import Chunk, write_index
 from copus.weights.families import state_shape
 from copus.weights.megatron_lm import read_megatron, read_step_count
 from copus.weights.saved import begin

@@ -5,8 +5,8 @@ import json
 import pytest
 from test_profiles_table import HERE
 
+from copus.checkpoints.trainer_state import TrainerState
 from copus.events import Start, parse_event
-from copus.trainer_state import TrainerState
 from copus.worker import start_of
 from profiles.accelerator import accelerator, accelerators
 from profiles.cluster import Cluster

@@ -10,11 +10,11 @@ from torch.distributed import distributed_c10d
 
 from copus.backends.megatron import groups
 from copus.backends.megatron.backend import MegatronBackend
+from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import MidCollectiveError, no_agreement
 from copus.events import DecisionMade, Event, Failure, Reconfigure, Step
 from copus.loop import Trainer
 from copus.oom_recovery import Trial, World
-from copus.trainer_state import TrainerState
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from tests.eager_planner import EagerPlanner, decide_often

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest
+from copus.checkpoints.sharded import read_index
+from copus.checkpoints.trainer_state import TrainerState
 from copus.job import JobConfig
 from copus.schedule import rules_at
-from copus.sharded_checkpoint import read_index
-from copus.trainer_state import TrainerState
 from tests.megatron_jobs import configuration, random_batches, save_checkpoint, tiny_job
 from tests.ranks import own_device, run_ranks
 

@@ -11,10 +11,10 @@ from test_profiles_table import HERE
 
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.step_contract import StepRequest, StepRules
+from copus.checkpoints.trainer_state import TrainerState
 from copus.job import JobError, load_job
 from copus.profiling.single import SingleProfiler, stage_ranks
 from copus.profiling.solo import world_of_one
-from copus.trainer_state import TrainerState
 from copus.worker import _planner
 from launch.engines import LocalEngine
 from launch.profile import check_profiler

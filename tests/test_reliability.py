@@ -15,18 +15,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus import sharded_checkpoint, worker
 from copus.backends.megatron import backend as megatron_backend
 from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.step_contract import StepRequest
-from copus.checkpoints import Writing, newest_checkpoint
+from copus.checkpoints import sharded, worker
+from copus.checkpoints.store import Writing, newest_checkpoint
+from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import RankError, broadcast_from_rank0, run_on_all_ranks
 from copus.events import Checkpoint, DecisionMade, Event, EventLog, Failure, Reconfigure, Step
 from copus.job import JobError
 from copus.loop import Trainer
 from copus.resize import resized
-from copus.trainer_state import TrainerState
 from copus.user_errors import report_failure
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
@@ -191,7 +191,7 @@ def _resumed(run: Path, table: Path) -> str:
 
 def _full_disk() -> None:
     """The second checkpoint finds a full disk, on rank 0, at a file that only rank 0 writes."""
-    original, calls = sharded_checkpoint.dump_metadata, []
+    original, calls = sharded.dump_metadata, []
 
     def dump_metadata(*arguments: Any) -> None:
         calls.append(1)
@@ -199,7 +199,7 @@ def _full_disk() -> None:
             raise OSError(28, "No space left on device")
         original(*arguments)
 
-    sharded_checkpoint.dump_metadata = dump_metadata
+    sharded.dump_metadata = dump_metadata
 
 
 @pytest.mark.dist

@@ -14,14 +14,14 @@ from test_launch_submit import Copus, copus  # noqa: F401
 
 from copus import worker
 from copus.backends.megatron.backend import MegatronBackend
-from copus.checkpoint_files import set_damaged_aside
-from copus.checkpoints import Writing, newest_checkpoint, read_state
+from copus.checkpoints.files import set_damaged_aside
+from copus.checkpoints.store import Writing, newest_checkpoint, read_state
+from copus.checkpoints.trainer_state import TrainerState
 from copus.events import Checkpoint, Event, EventLog, Start, Warned, has_checkpoint, read_events
 from copus.job import JobConfig, JobError, load_job, parse_job
 from copus.loop import Trainer
 from copus.resize import load_resized
 from copus.resume_request import ResumeRequest, read_resume_request, write_resume_request
-from copus.trainer_state import TrainerState
 from launch.resume import FIXED, KEPT, STARTING, request_of
 from profiles.throughput import Throughput
 from tests.launch_events import start, step

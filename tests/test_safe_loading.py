@@ -12,8 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from copus.backends.step_contract import StepRequest
-from copus.safe_loading import UnsafeCheckpointError, load_metadata
-from copus.sharded_checkpoint import INDEX, read_index
+from copus.checkpoints.safe_loading import UnsafeCheckpointError, load_metadata
+from copus.checkpoints.sharded import INDEX, read_index
 from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
 from tests.ranks import run_ranks
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from copus.backends.adamw import adamw_options
 from copus.backends.step_contract import StepRules
+from copus.checkpoints.trainer_state import TrainerState
 from copus.job import JobConfig, JobError
 from copus.learning_rate import base_lr, lr_decay
 from copus.optimizers import AdamW
 from copus.schedule import batch_ratio, rules_at
-from copus.trainer_state import TrainerState
 from tests.megatron_jobs import tiny_job
 
 JOB = tiny_job(1, global_batch=8, tokens=100_000, lr=1e-2, min_lr=1e-3, warmup_tokens=10_000)

@@ -14,11 +14,11 @@ import torch.distributed.checkpoint as dcp
 
 from copus.backends.megatron import model as megatron_model
 from copus.backends.step_contract import StepRequest
+from copus.checkpoints.sharded import Save, _windows, find_sources, load, read_index
 from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.reshard.boxes import Box
 from copus.reshard.plan import owned_parts
 from copus.reshard.table import Field, ShardTable
-from copus.sharded_checkpoint import Save, _windows, find_sources, load, read_index
 from tests.megatron_jobs import RULES, backend_of, random_batches, save_checkpoint, tiny_job
 from tests.ranks import own_device, run_ranks
 from tests.test_any_model import build_another_model

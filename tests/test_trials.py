@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from test_planner_decision import CLUSTER, DP2, MODEL, START, TP2, config, noise, of, row
 
 from copus.backends.megatron.backend import MegatronBackend
-from copus.checkpoints import newest_checkpoint, read_state
+from copus.checkpoints.store import newest_checkpoint, read_state
+from copus.checkpoints.trainer_state import TrainerState
 from copus.events import Event, Reconfigure, Step
 from copus.events import Trial as TrialEvent
 from copus.loop import Trainer
-from copus.trainer_state import TrainerState
 from planner.planner import Planner
 from planner.predictor import Predictor
 from planner.trials import FEWEST_STEPS, MOST_STEPS, SETTLING_STEPS, Trial, TrialLedger

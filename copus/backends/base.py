@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus import sharded_checkpoint
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import NOT_COUNTED, Batches, Parts, StepRequest, StepResult, StepRules, StepShares
+from copus.checkpoints import sharded
+from copus.checkpoints.sharded import SavedState
 from copus.collectives import RankError, run_on_all_ranks
 from copus.expert_load import expert_load
 from copus.fingerprint import fingerprint_of
@@ -25,7 +26,6 @@ from copus.oom_recovery import World
 from copus.reshard.execute import LiveState, misfit, reshard
 from copus.reshard.plan import Plan, make_plan, owned_parts
 from copus.reshard.table import MASTER, Field, Place, ShardTable
-from copus.sharded_checkpoint import SavedState
 from planner.sampling import executed_configuration
 from profiles.configuration import Configuration
 from profiles.layout import Layout
@@ -287,16 +287,16 @@ class Backend(ABC):
         self.drop_groups(broken=True)
         self._world.reform()
 
-    def begin_save(self, folder: Path, copy: bool) -> sharded_checkpoint.Save:
+    def begin_save(self, folder: Path, copy: bool) -> sharded.Save:
         """Prepare to write weights and optimizer state into an existing, empty folder, in a format that every layout
         can read. With `copy`, later steps do not change the data to be written. Raises RankError if any rank failed."""
         owned, staging_bytes = self._owned(self.configuration.layout), self._job.training.staging_bytes
-        return sharded_checkpoint.Save(folder, owned, self.live_state(), staging_bytes, copy)
+        return sharded.Save(folder, owned, self.live_state(), staging_bytes, copy)
 
     def load(self, folder: Path, optimizer_steps: int) -> None:
         """Read weights and optimizer state into the layout that is built; no code in the files is executed. Raises
         JobError if the checkpoint is not of this job's model and optimizer."""
-        self.load_state(folder, self.translate_saved(sharded_checkpoint.read_index(folder)), optimizer_steps)
+        self.load_state(folder, self.translate_saved(sharded.read_index(folder)), optimizer_steps)
 
     def load_state(self, folder: Path, saved: SavedState, optimizer_steps: int) -> None:
         """The same where `saved` says what is where in the files of the folder."""
@@ -316,11 +316,11 @@ class Backend(ABC):
         layout = self.configuration.layout
         table, owned = (table.with_fields(wanted) for table in (self._table(layout), self._owned(layout)))
         try:
-            sources = sharded_checkpoint.find_sources(saved, table, begins_anew=begins_anew)
+            sources = sharded.find_sources(saved, table, begins_anew=begins_anew)
         except ValueError as error:
             raise JobError(f"{folder.name}: {error}") from None
         staging_bytes = self._job.training.staging_bytes
-        sharded_checkpoint.load(folder, sources, owned, table, self.live_state(), staging_bytes, self.device)
+        sharded.load(folder, sources, owned, table, self.live_state(), staging_bytes, self.device)
 
     def translate_saved(self, saved: SavedState) -> SavedState:
         """The fields of a checkpoint from an earlier version, renamed to the names that `shard_table` uses."""

@@ -15,11 +15,11 @@ from typing import IO, Any
 
 import torch
 
+from copus.checkpoints.sharded import Chunk, PlaceInFile, SavedState, write_index
 from copus.durable import write_text
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import Field
-from copus.sharded_checkpoint import Chunk, PlaceInFile, SavedState, write_index
 from copus.weights.families import Shapes
 from copus.weights.megatron_lm import stored_name
 from copus.weights.megatron_names import hugging_face_parts

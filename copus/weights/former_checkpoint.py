@@ -7,9 +7,9 @@ In those of 0.1.0, which megatron-core wrote, the layers of one kind of weight a
 
 import re
 
+from copus.checkpoints.sharded import SavedState
 from copus.reshard.boxes import Box
 from copus.reshard.table import MASTER, Field
-from copus.sharded_checkpoint import SavedState
 from copus.weights.megatron_names import hugging_face_parts
 from profiles.model_shape import ModelShape
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from copus.checkpoints.safe_loading import load_plain_values
+from copus.checkpoints.sharded import Chunk, SavedState, read_index, zeros_below
 from copus.job import JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import MASTER, Field
-from copus.safe_loading import load_plain_values
-from copus.sharded_checkpoint import Chunk, SavedState, read_index, zeros_below
 from copus.weights.families import weights_of
 from copus.weights.megatron_names import hugging_face_parts
 from profiles.model_shape import ModelShape

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from copus.backends.base import Backend
-from copus.checkpoints import find_damage, read_state
+from copus.checkpoints.sharded import Chunk, SavedState, read_index, zeros_below
+from copus.checkpoints.store import find_damage, read_state
+from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import broadcast_from_rank0
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import Field
-from copus.sharded_checkpoint import Chunk, SavedState, read_index, zeros_below
-from copus.trainer_state import TrainerState
 from copus.user_errors import one_line
 from copus.weights.families import state_shape, weights_of
 from copus.weights.megatron_lm import read_megatron, read_step_count

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from copus.checkpoint_files import FOLDER, checkpoint_names, quick_damage
+from copus.checkpoints.files import FOLDER, checkpoint_names, quick_damage
 from copus.data.prepared import find_prepared
 from copus.job import JobConfig, JobError, load_job
 from copus.manifest import MANIFEST

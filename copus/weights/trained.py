@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from copus.checkpoints import read_state
+from copus.checkpoints.sharded import Chunk, SavedFiles, read_index
+from copus.checkpoints.store import read_state
 from copus.event_lines import event_lines, without_replays
 from copus.events import Evaluate, Step, parse_event
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import MASTER, Field
-from copus.sharded_checkpoint import Chunk, SavedFiles, read_index
 from copus.weights import former_checkpoint
 from copus.weights.families import state_shape, weights_of
 from profiles.model_shape import ModelShape

@@ -10,12 +10,12 @@ from copus.backends.base import Backend
 from copus.backends.megatron import cpu, groups, step, upstream
 from copus.backends.optimizers.build import count_steps, step_options
 from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
+from copus.checkpoints.sharded import SavedState
 from copus.collectives import run_on_all_ranks
 from copus.job import JobConfig
 from copus.optimizers import AdamW
 from copus.reshard.execute import LiveState
 from copus.reshard.table import ShardTable
-from copus.sharded_checkpoint import SavedState
 from copus.weights import former_checkpoint
 from profiles.configuration import Configuration
 from profiles.layout import Layout

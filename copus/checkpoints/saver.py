@@ -8,12 +8,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from copus.backends.base import Backend
-from copus.checkpoint_files import FOLDER, checkpoint_names, samples_of, set_aside
-from copus.checkpoints import CheckpointError, Writing, prune
+from copus.checkpoints.files import FOLDER, checkpoint_names, samples_of, set_aside
+from copus.checkpoints.store import CheckpointError, Writing, prune
+from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import broadcast_from_rank0
 from copus.events import Checkpoint, Event
 from copus.job import JobError, TrainingConfig
-from copus.trainer_state import TrainerState
 
 
 class Saver:

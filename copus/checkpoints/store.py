@@ -16,11 +16,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from copus.backends.base import Backend
-from copus.checkpoint_files import FOLDER, REPLACED, checkpoint_names, samples_of, whats_wrong
+from copus.checkpoints.files import FOLDER, REPLACED, checkpoint_names, samples_of, whats_wrong
+from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import RankError, all_gather, broadcast_from_rank0, run_on_all_ranks
 from copus.durable import full_disk, sync_folder, write_text
 from copus.manifest import Entry, describe, files_of, write_manifest
-from copus.trainer_state import TrainerState
 from profiles.configuration import Configuration
 
 _WRITING = ".writing"

@@ -29,13 +29,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from copus.checkpoints.safe_loading import dump_metadata, load_metadata
 from copus.collectives import all_gather, gather_on_rank0, run_on_all_ranks
 from copus.hardware import room_for_a_copy
 from copus.reshard.boxes import Box
 from copus.reshard.execute import LiveState, reshard, split_box
 from copus.reshard.plan import make_plan
 from copus.reshard.table import MASTER, Field, ShardTable
-from copus.safe_loading import dump_metadata, load_metadata
 
 INDEX = ".metadata"
 """The index of the data files, under torch's name for it."""
