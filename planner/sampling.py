@@ -116,7 +116,7 @@ def source_of_step(
         return _joined(parts, settings.noise_source)
     if settings.compares_workers and _comparable(parts, REPLICA):
         return REPLICA
-    first, sampled = step < settings.min_noise_samples, _is_sampled(settings, step)
+    first, sampled = step < settings.min_noise_samples, is_sampled(settings, step)
     lone = MICROBATCH in parts and not _comparable(parts, MICROBATCH)
     if settings.noise_source == "normlayer" or lone:
         if first or step % settings.noise_halve_every_steps == 0:
@@ -134,7 +134,7 @@ def configuration_of_step(
     no parts to be compared. Where the policy decides by the noise scale, sampled steps therefore take a second
     micro-batch from the same weights, and are as unbiased as any: parts of successive steps would not be
     (docs/small-batch.md)."""
-    if settings.needs_noise_scale and _is_sampled(settings, step) and _needs_a_second(settings, backend, configuration):
+    if settings.needs_noise_scale and is_sampled(settings, step) and _needs_a_second(settings, backend, configuration):
         return _with_a_second(configuration)
     return configuration
 
@@ -187,7 +187,7 @@ def _with_a_second(configuration: Configuration) -> Configuration:
     return configuration.model_copy(update={"global_batch": 2 * configuration.global_batch})
 
 
-def _is_sampled(settings: PlannerConfig, step: int) -> bool:
+def is_sampled(settings: PlannerConfig, step: int) -> bool:
     """Whether micro-batches, or norm layers, are measured in a step: all of the first ones of a run, then some."""
     return step < settings.min_noise_samples or step % settings.noise_every_steps == 0
 

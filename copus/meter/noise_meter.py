@@ -20,7 +20,7 @@ from copus.noise.run_noise import RunNoise
 from planner.config import PlannerConfig
 from planner.efficiency import Doubling, doubling
 from planner.noise_sources import NORMLAYER
-from planner.sampling import SHARE_OF_JOB, STEPS, HalfLife, source_of_step
+from planner.sampling import SHARE_OF_JOB, STEPS, HalfLife, is_sampled, source_of_step
 from profiles.configuration import Configuration
 from profiles.noise_scale import NoiseScale
 
@@ -38,7 +38,7 @@ class NoiseMeter:
     """Measures the gradient noise scale B_simple = tr Σ / |G|² (McCandlish et al. 2018, 1812.06162) of a model in a
     training loop, without changing what is trained.
 
-    Hooks compare the gradients of the parts of a step: every micro-batch of every data parallel replica, on some steps
+    Hooks compare the gradients of the parts of a step: every micro-batch of every data parallel replica, or
     the replicas as wholes, and single sequences in the coordinates of the norm layers (docs/noise.md). The loop may be
     plain torch, DistributedDataParallel, FSDP2 (`fully_shard`), DeepSpeed or megatron-core. A step is over
 
@@ -280,7 +280,8 @@ class NoiseMeter:
         self._result, self._read_probe = NOTHING, None
         self._called_with.clear()
         self._source = None
-        if self._configuration is not None:
+        # A trainer of copus has the sums of every replica at hand; here, to compare them takes a copy of the gradients.
+        if self._configuration is not None and is_sampled(self._settings, self._steps):
             self._source = source_of_step(self._settings, self._model.traits, self._configuration, self._steps)
         self._model.start(self._source, self._configuration or _placeholder(self._model))
 
