@@ -149,7 +149,12 @@ def loop_of(kind: str, count: int, shape: dict[str, int] | None = None, micro_ba
         return deepspeed_loop(int(kind[-1]), count, shape, micro_batch)
     if kind.startswith("megatron"):
         return megatron_loop({kind[-2:]: _world()[1]}, shape)
-    return torch_loop({"plain": lambda model: model, "ddp": DistributedDataParallel, "fsdp": sharded}[kind], shape)
+    wrap: dict[str, Callable[[Any], Any]] = {
+        "plain": lambda model: model,
+        "ddp": DistributedDataParallel,
+        "fsdp": sharded,
+    }
+    return torch_loop(wrap[kind], shape)
 
 
 def microbatches(loop: Loop, step: int) -> list[Microbatch]:
