@@ -16,7 +16,7 @@ from launch.explain import at_stake, print_candidates, shown_candidates, trade
 from launch.fixed_run import at_configuration
 from launch.json_output import as_json_line
 from launch.recommendation import flow
-from launch.tables import page
+from launch.tables import PASTED, page
 from launch.trainer_logs import read_trainer_log
 from planner.outlook import QUANTILE_50
 from profiles.configuration import Configuration
@@ -225,7 +225,7 @@ def _lines(advice: Advice, log: Path) -> list[str]:
         *([("at stake", line)] if (line := at_stake(decision)) else []),
         ("reason", _reason(decision)),
         *([("but", doubt)] if (doubt := _doubt(advice)) else []),
-        *([("job file", f"training: {flow(advice.advised)}")] if advice.moves else []),
+        *([(PASTED, f"training: {flow(advice.advised)}")] if advice.moves else []),
     ]
     return [f"{job.name}, by {log}", *(f"  {name:<10} {text}" for name, text in lines)]
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from copus.job import JobConfig
+from launch.tables import PASTED
 from profiles.configuration import Configuration
 from profiles.formatting import count, duration, percent, three_digits
 from profiles.noise_scale import NoiseScale
@@ -135,7 +136,7 @@ def recommendation_facts(
         ("run", run),
         ("memory", memory),
         ("tools", "copus plan JOB.yaml --emit TOOL prints the arguments of Megatron-LM and others"),
-        ("job file", f"training: {flow(estimate.configuration)}"),
+        (PASTED, f"training: {flow(estimate.configuration)}"),
     ]
 
 

@@ -17,7 +17,7 @@ from copus.learning_rate import lr_decay
 from launch.json_output import as_json_line
 from launch.plot import check_output, need_matplotlib
 from launch.run_directory import find_run, shown
-from launch.tables import new_table, page, print_facts
+from launch.tables import add_solid_column, new_table, page, print_facts
 from planner.forecast import CriticalBatchForecast
 from planner.job_estimate import JobEstimate
 from planner.menu import Floats, Menu, rung_of
@@ -313,7 +313,7 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
         console,
     )
     table = new_table()
-    table.add_column("policy")
+    add_solid_column(table, "policy", [*(row.policy for row in rows), "as written", "best fixed"])
     for name in ("time to target", "±", "vs best fixed", "layout moves", "other moves"):
         table.add_column(name, justify="right")
     fixed, start = plan.fixed_seconds, _start_seconds(setting)

@@ -23,12 +23,17 @@ def page(stderr: bool = False) -> "Console":
     return console
 
 
+PASTED = "job file"
+"""The name of a fact that people paste into a job file."""
+
+
 def print_facts(heading: str, facts: "Sequence[tuple[str, str]]", console: "Console") -> None:
     """Print a heading, and below it a line for each name and value. On a terminal both wrap between words, the values
-    beside their names; in a pipe or a file every one is a whole line."""
+    beside their names; in a pipe or a file every one is a whole line, as is on a terminal what is to be pasted."""
     lines = _wrapped(heading, "", console)
     for name, value in facts:
-        lines += _wrapped(value, f"  {name:<10} ", console)
+        start = f"  {name:<10} "
+        lines += [start + value] if name == PASTED else _wrapped(value, start, console)
     console.print("\n".join(lines), soft_wrap=True, markup=False)
 
 
