@@ -94,8 +94,12 @@ def run(model: dict[str, Any], steps: int, console: Console) -> dict[str, Any]:
     for case in (*FULL, *(LORA if has_peft else ())):
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.small_batch_memory", "--case", case]
         command += ["--model", json.dumps(model), "--steps", str(steps)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise SystemExit(f"{case} ended with {done.returncode}:\n{done.stderr[-3000:]}")
         row = {"case": case, **json.loads(done.stdout.splitlines()[-1])}

@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from copus import worker
 from copus.backends.megatron import backend as megatron_backend
 from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.step_contract import StepRequest
-from copus.checkpoints import sharded, worker
+from copus.checkpoints import sharded
 from copus.checkpoints.store import Writing, newest_checkpoint
 from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import RankError, broadcast_from_rank0, run_on_all_ranks

@@ -157,14 +157,14 @@ class Malice:
 
 
 def test_orders_of_samples_with_code_in_them_are_not_run(tmp_path: Path) -> None:
-    from copus.data.samples import DatasetReader
+    from copus.data.samples import DatasetReader, _Joined
     from copus.job import JobError
 
     forged = np.array([Malice(tmp_path / "trace")], dtype=object)
     for name in ("documents", "starts", "sequences"):
         np.save(tmp_path / f"{name}.npy", forged, allow_pickle=True)
     with pytest.raises(JobError, match="has no order of samples in it"):
-        DatasetReader._open(SimpleNamespace(samples_per_epoch=1), tmp_path)  # type: ignore[arg-type]
+        DatasetReader._open(SimpleNamespace(samples_per_epoch=1, _order_kind=_Joined), tmp_path)  # type: ignore[arg-type]
     assert not (tmp_path / "trace").exists()
 
 

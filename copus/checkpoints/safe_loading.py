@@ -38,7 +38,11 @@ _ALLOWED = {
 """All that torch writes into `.metadata`, beside numbers, text, containers and dtypes."""
 
 
-class UnsafeCheckpointError(pickle.UnpicklingError):
+UnpicklingError = pickle.UnpicklingError
+"""Raised for a damaged pickle, too; here for those that catch it, since only this file may import pickle."""
+
+
+class UnsafeCheckpointError(UnpicklingError):
     """A checkpoint that asks for something that no checkpoint of ours has in it."""
 
 

@@ -1,7 +1,6 @@
 """What a job begins with, as parts of files: the ranks read them as they read a checkpoint."""
 
 import contextlib
-import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from copus.backends.base import Backend
+from copus.checkpoints.safe_loading import UnpicklingError
 from copus.checkpoints.sharded import Chunk, SavedState, read_index, zeros_below
 from copus.checkpoints.store import find_damage, read_state
 from copus.checkpoints.trainer_state import TrainerState
@@ -60,7 +60,7 @@ def begin(job: JobConfig, backend: Backend) -> TrainerState:
 
 _DAMAGE = (
     *(FileNotFoundError, EOFError, ValueError, KeyError, IndexError, AttributeError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
+    *(UnpicklingError, zipfile.BadZipFile),
 )
 """What reading an index or a file that is missing, cut off or something else ends in."""
 
