@@ -97,7 +97,7 @@ class Trainer:
                 break
             reached = self._passed(before, job.evaluate_every_tokens) and self._evaluate()
             # What falls due is done before anything is saved or stopped: a resumed run cannot catch up on it.
-            if self._decision_is_due(before, configuration):
+            if self._decision_is_due(before):
                 self._moves.decide(self._noise.estimate(), self._norms.take())
             if stopped:
                 reason = broadcast_from_rank0("max_minutes" if overtime else "interrupted")
@@ -127,13 +127,14 @@ class Trainer:
         """Keep the checkpoints from before, and tell the user what to do."""
         self._divergence.explain(self._saver.set_diverged_aside())
 
-    def _decision_is_due(self, samples_before: int, configuration: Configuration) -> bool:
+    def _decision_is_due(self, samples_before: int) -> bool:
         """Whether the planner is to be asked after the last step: at its intervals, and once as soon as the noise scale
         may be known."""
         settings, state = self._job.planner, self.state
         samples = state.samples_consumed
         known_now = samples > samples_before and state.step == first_known_step(settings)
-        return known_now or decision_is_due(samples_before, samples, configuration.global_batch, settings.every_samples)
+        batch = self._backend.configuration.global_batch
+        return known_now or decision_is_due(samples_before, samples, batch, settings.every_samples)
 
     def _is_overtime(self, started: float) -> bool:
         """Whether the time of the job file is up. Rank 0's clock decides: the others never ask to stop for it."""
@@ -150,7 +151,7 @@ class Trainer:
         left = self._job.total_samples - self.state.samples_consumed
         planner, backend = self._job.planner, self._backend.description
         measured = configuration_of_step(planner, backend, current, self.state.step)
-        if left >= measured.global_batch:
+        if left >= measured.global_batch and not self._moves.is_trying:  # a trial times steps of the batch itself
             return measured
         if left >= current.global_batch:
             return current
@@ -173,7 +174,7 @@ class Trainer:
         full = self._backend.configuration
         self._backend.move(configuration)  # of the same layout
         started = time.perf_counter()
-        result = self._moves.try_step(self._train, request)
+        result = self._moves.try_step(self._train, request, full)
         if result is None:
             return False
         seconds = time.perf_counter() - started

@@ -92,18 +92,24 @@ class Moves:
         """Whether the job moved so recently that a lack of memory is the move's fault."""
         return self._before is not None and self._steps_since_change < REVOCABLE_STEPS
 
-    def try_step(self, batches: Batches, request: StepRequest) -> StepResult | None:
-        """One optimizer step. None where, instead, the job moved back from a configuration that is on trial and turns
-        out to need more memory than there is: then nothing was trained on."""
+    @property
+    def is_trying(self) -> bool:
+        """Whether a trial is under way, whose steps are timed."""
+        return self._trying
+
+    def try_step(self, batches: Batches, request: StepRequest, current: Configuration) -> StepResult | None:
+        """One optimizer step; `current` is the configuration of which it is one, with its whole batch. None where,
+        instead, the job moved back from a configuration that is on trial and turns out to need more memory than there
+        is: then nothing was trained on."""
         try:
             return self._backend.train_step(batches, request)
         except RankError as error:
             lack = error
         except Exception as error:
             if is_out_of_memory(error):  # no way back: the restart must not resume into it
-                self._record_infeasible(self._backend.configuration)
+                self._record_infeasible(current)
             raise
-        self._move_back(lack)  # outside of the except block: nothing refers to the step's memory any more
+        self._move_back(lack, current)  # outside of the except block: nothing refers to the step's memory any more
         return None
 
     def note_step(self, configuration: Configuration, source: str | None, loss: float, seconds: float) -> None:
@@ -247,10 +253,10 @@ class Moves:
         self._report_move(before, moved, seconds, trial)
         return seconds
 
-    def _move_back(self, lack: RankError) -> None:
+    def _move_back(self, lack: RankError, tried: Configuration) -> None:
         """The configuration that was moved to needs more memory than there is: on with the one before."""
         assert self._before is not None, "on trial"
-        tried, before, started = self._backend.configuration, self._before, time.perf_counter()
+        before, started = self._before, time.perf_counter()
         moved = self._backend.recover(before)
         self._survived(f"{tried.label} ran out of memory, the job moved back to {before.label}: {lack}")
         if self._planner is not None:

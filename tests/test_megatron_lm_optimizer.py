@@ -1,5 +1,6 @@
 """Optimizer state of Megatron-LM's checkpoints: what megatron-core's optimizers save, every backend goes on with."""
 
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,37 @@ def test_the_step_count_is_read_without_running_code_of_the_file(tmp_path: Path)
     (tmp_path / "common.pt").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="not what torch saves"):
         load_plain_values(tmp_path / "common.pt")
+
+
+class _Script(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.zeros(2)
+
+    @torch.jit.export
+    def __getstate__(self):  # type: ignore[no-untyped-def]
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+        self.weight, self.training = state[0], state[1]
+        print("code of the file was run")
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+def test_an_archive_of_torchscript_is_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.jit.save(torch.jit.script(_Script()), tmp_path / "common.pt")
+    torch.jit.load(tmp_path / "common.pt")
+    assert "code of the file was run" in capfd.readouterr().out, "torch runs it"
+    with pytest.raises(ValueError, match="no dictionary"):
+        load_plain_values(tmp_path / "common.pt")
+    assert "code of the file was run" not in capfd.readouterr().out
+
+
+def test_containers_of_the_standard_library_are_passed_over(tmp_path: Path) -> None:
+    torch.save(
+        {"iteration": 7, "rest": collections.OrderedDict(a=1), "last": collections.deque([1])}, tmp_path / "common.pt"
+    )
+    assert load_plain_values(tmp_path / "common.pt")["iteration"] == 7

@@ -5,8 +5,8 @@ can name any function and call it. Checksums are no help: whoever makes the file
 """
 
 import pickle
-import types
-from pathlib import Path
+import zipfile
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -62,13 +62,22 @@ def load_metadata(file: IO[bytes]) -> Any:
 
 
 class _Inert:
-    """Stands in for whatever a pickle asks for, and does nothing."""
+    """Stands in for whatever a pickle asks for, and does nothing; it may be filled as a container is."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """As of a list."""
+
+    def extend(self, values: Any) -> None:
+        """As of a list."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -81,20 +90,20 @@ class _PlainUnpickler(pickle.Unpickler):
         return _Inert()
 
 
-def _load_plain(file: IO[bytes], **options: Any) -> Any:
-    return _PlainUnpickler(file, **options).load()
-
-
-_PLAIN_PICKLE = types.SimpleNamespace(__name__="plain pickle", Unpickler=_PlainUnpickler, load=_load_plain)
-"""In place of the module, for torch."""
-
-
 def load_plain_values(path: Path) -> dict[str, Any]:
     """The numbers, texts and containers in a dictionary that torch has saved; in place of all other objects in it there
-    is one that does nothing. Runs no code of the file's. Raises ValueError if it is no such file."""
+    is one that does nothing. Runs no code of the file's. Raises ValueError if it is no such file.
+
+    `torch.load` is not asked: whatever it is given to unpickle with, it hands an archive of TorchScript to
+    `torch.jit.load`, which runs what is in it.
+    """
     try:
-        values = torch.load(path, map_location="meta", weights_only=False, pickle_module=_PLAIN_PICKLE)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+        with zipfile.ZipFile(path) as archive:
+            (record,) = (name for name in archive.namelist() if PurePosixPath(name).match("*/data.pkl"))
+            values = _PlainUnpickler(archive.open(record)).load()
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, AttributeError, TypeError, LookupError) as error:
+        raise ValueError(f"{path}: not what torch saves: {error}") from None
+    except UnpicklingError as error:
         raise ValueError(f"{path}: not what torch saves: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: no dictionary")

@@ -226,7 +226,7 @@ class DatasetReader:
         padding = self._seq_len + 1 - len(ids)
         tokens = torch.from_numpy(np.pad(ids.astype(np.int64), (0, padding), "edge"))
         labels = tokens[1:]
-        if self._options.eod_mask_loss or self._learned is not None or padding:
+        if self._options.eod_mask_loss or self._options.packs or self._learned is not None:
             counted = np.pad(np.concatenate([self._counted(piece) for piece in pieces]), (0, padding))[1:]
             labels = labels.masked_fill(torch.from_numpy(counted == 0), NOT_COUNTED)
         if not (self._options.reset_position_ids or self._options.reset_attention_mask):
@@ -245,7 +245,8 @@ class DatasetReader:
         if self._learned is not None:
             at = self._documents.place(piece.document)
             counted[:] = self._learned[at + piece.first : at + piece.last]
-        if self._options.eod_mask_loss and piece.first == 0:  # it follows the end of another document
+        # The first token of a piece follows another document: its end, or, of a conversation that was cut, any token.
+        if (self._options.eod_mask_loss and piece.first == 0) or (self._options.packs and piece.first > 0):
             counted[0] = 0
         return counted
 

@@ -15,7 +15,7 @@ from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import broadcast_from_rank0
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
-from copus.reshard.table import Field
+from copus.reshard.table import MASTER, Field
 from copus.user_errors import one_line
 from copus.weights.families import state_shape, weights_of
 from copus.weights.megatron_lm import read_megatron, read_step_count
@@ -52,10 +52,26 @@ def begin(job: JobConfig, backend: Backend) -> TrainerState:
         if source.kind == "run":
             saved = backend.translate_saved(saved)
         if with_optimizer:
+            _check_statistics(job, source.folder, saved)
             backend.load_state(source.folder, saved, state.optimizer_steps)
         else:
             backend.load_weights(source.folder, saved)
     return state
+
+
+def _check_statistics(job: JobConfig, folder: Path, saved: SavedState) -> None:
+    """Raise JobError if the files have something of an optimizer that the job's own does not keep."""
+    parts = [(field, *field.name.partition("/")[::2]) for field in saved]
+    shapes = {weight: field.shape for field, weight, suffix in parts if suffix in ("", MASTER)}
+    for field, weight, suffix in parts:
+        if suffix in ("", MASTER) or weight not in shapes:
+            continue
+        kept = {statistic.name for statistic in job.training.optimizer.statistics(weight, shapes[weight])}
+        if suffix not in kept:
+            raise JobError(
+                f"training.init_optimizer: {folder} has {field.name}, which training.optimizer.kind("
+                f"{job.training.optimizer.kind}) does not keep: another optimizer wrote it"
+            )
 
 
 _DAMAGE = (
