@@ -77,7 +77,9 @@ def test_padding_does_not_count_and_the_order_depends_on_the_seed_alone(chat: Pa
     assert epoch >= joined.samples_per_epoch
     counted = int((reader.batch(0, epoch)[1] != NOT_COUNTED).sum())
     learned = int(np.fromfile(chat / "train.mask", np.uint8).sum())
-    assert counted == learned, "all that the assistant says, and no padding"
+    lengths = np.concatenate([dataset._documents.lengths for dataset in reader._datasets])
+    cut = int((lengths > 97).sum())
+    assert learned - cut <= counted < learned, "all that the assistant says but the first token after a cut; no padding"
     for row in range(40):
         for document in documents[row].unique().tolist():
             inside = positions[row][documents[row] == document]
