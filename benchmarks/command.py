@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -38,6 +38,16 @@ def tell(
     show(result, console)
     if options.json:
         print(json.dumps(result, indent=2))
+
+
+def overrides_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings over a job file, as `--set` and `load_job` take them: `training.seed=1`."""
+    return [f"{name}={value}" for name, value in settings.items()]
+
+
+def set_arguments(overrides: Iterable[str]) -> list[str]:
+    """`--set` before each of them."""
+    return [part for override in overrides for part in ("--set", override)]
 
 
 def copus_output(*arguments: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import console_of, copus_output, parser_of, tell
+from benchmarks.command import console_of, copus_output, overrides_of, parser_of, set_arguments, tell
 from benchmarks.neighbour_worker import busy_neighbour
 from benchmarks.time_to_target import read_run
 
@@ -35,8 +35,7 @@ def run_all(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         settings = {"launch.runs": out, "name": f"demo-{number}", "profile.table": out / f"table-{number}.jsonl"}
         began = time.monotonic()
         with busy_neighbour(number) if options.neighbour == "busy" else nullcontext():
-            overrides = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-            said = copus_output("submit", str(JOB), "--json", *overrides)
+            said = copus_output("submit", str(JOB), "--json", *set_arguments(overrides_of(settings)))
         seconds = time.monotonic() - began
         audit = json.loads(copus_output("audit", json.loads(said)["run"], "--json"))
         runs.append(

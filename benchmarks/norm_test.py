@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import console_of, copus_output, parser_of, tell
+from benchmarks.command import console_of, copus_output, overrides_of, parser_of, set_arguments, tell
 from benchmarks.paired import paired
 from benchmarks.time_to_target import JOB, without_evaluations
 from copus.data.prepare import prepare
@@ -121,7 +121,7 @@ def extra_of_testing(settings: Settings, rounds: int) -> dict[str, float]:
     from tests.ranks import run_ranks
 
     # `step_times` goes through 4,096 sequences again and again: the job has to be longer than that.
-    job = load_job(JOB, _overrides({**settings, "training.tokens": 5_000 * 64}))
+    job = load_job(JOB, overrides_of({**settings, "training.tokens": 5_000 * 64}))
     prepare(job)
     configuration = Configuration(layout=job.training.layout, micro_batch=4, global_batch=16)
     arguments = (job, configuration, rounds, ("replica",), time.process_time)
@@ -222,12 +222,8 @@ def _show_runs(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _overrides(settings: Settings) -> list[str]:
-    return [f"{name}={value}" for name, value in settings.items()]
-
-
 def _set(settings: Settings) -> list[str]:
-    return [part for override in _overrides(settings) for part in ("--set", override)]
+    return set_arguments(overrides_of(settings))
 
 
 def _parts(text: str) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmarks.command import console_of, copus_output, parser_of, tell
+from benchmarks.command import console_of, copus_output, overrides_of, parser_of, set_arguments, tell
 from benchmarks.neighbour_worker import busy_neighbour
 from benchmarks.time_to_target_gains import CELL, Run, crossing, gains
 from copus.audit import audit_run
@@ -142,7 +142,7 @@ def fastest_of(job_file: Path, settings: Settings, batches: Sequence[int], out: 
     copus_output(
         "profile", "run", str(job_file), *_set({**settings, "profile.budget_seconds": 600, "profile.rounds": 3})
     )
-    job, rows = load_job(job_file, _overrides(settings)), ThroughputTable(table).rows()
+    job, rows = load_job(job_file, overrides_of(settings)), ThroughputTable(table).rows()
     training = job.training
     estimate = estimate_job(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
     measured = [candidate for candidate in estimate.candidates if candidate.source != "predicted"]
@@ -191,7 +191,7 @@ def train(contender: Contender, cell: Cell, seed: int, scale: float, options: ar
         **contender.settings,
     }
     with busy_neighbour(seed) if cell.neighbour == "busy" else nullcontext():
-        said = copus_output("submit", str(options.job), "--json", *_set(settings), *_plain(options.set))
+        said = copus_output("submit", str(options.job), "--json", *_set(settings), *set_arguments(options.set))
     run = Path(json.loads(said)["run"])
     job = load_job(run / "job.yaml")
     common = dict(zip(CELL, (cell.workload, cell.decay, cell.neighbour), strict=True))
@@ -247,16 +247,8 @@ def _path(events: Sequence[Event]) -> list[str]:
     return labels
 
 
-def _overrides(settings: Settings) -> list[str]:
-    return [f"{name}={value}" for name, value in settings.items()]
-
-
 def _set(settings: Settings) -> list[str]:
-    return _plain(_overrides(settings))
-
-
-def _plain(overrides: Sequence[str]) -> list[str]:
-    return [part for override in overrides for part in ("--set", override)]
+    return set_arguments(overrides_of(settings))
 
 
 def run_all(options: argparse.Namespace, console: Console) -> dict[str, Any]:

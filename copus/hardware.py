@@ -29,10 +29,11 @@ def _processor() -> str:
 
 
 def software_name() -> str:
-    """Versions that matter for speed."""
+    """Versions that matter for speed. Rows of a throughput table are found by this text: other words for the same would
+    have everything measured anew."""
     if torch.cuda.is_available():
         return f"torch {torch.__version__}, CUDA {torch.version.cuda}"
-    return f"torch {torch.__version__}, gloo, {torch.get_num_threads()} threads per rank"
+    return f"torch {torch.__version__}, gloo, {torch.get_num_threads()} threads a rank"
 
 
 class PhaseClock:

@@ -42,11 +42,8 @@ class Installed(Plugin):
             profiler = super().load()
         except ValueError as error:
             raise ValueError(f"profiler {error}") from error
-        fits = getattr(profiler, "processes", None) in ("one", "all") and getattr(profiler, "shards", None) in (
-            True,
-            False,
-        )
-        if not callable(profiler) or not fits:
+        processes, shards = getattr(profiler, "processes", None), getattr(profiler, "shards", None)
+        if not callable(profiler) or processes not in ("one", "all") or shards not in (True, False):
             raise ValueError(
                 f"profiler {self.name} ({self.source}): {self.place} is no profiler: it has to be callable, with "
                 '`processes` "one" or "all", and `shards` True or False'

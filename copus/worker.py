@@ -218,7 +218,7 @@ def _build_or_resume(
     report: Callable[[Event], None] = lambda event: None,
 ) -> TrainerState:
     """Start, or go on where the checkpoint was made, on whatever ranks there are now: in the configuration that the
-    user asked for, if any, else in the checkpoint's. `known` counts on rank 0."""
+    user asked for, if any, else in the checkpoint's. `throughput` counts on rank 0."""
     if newest is None:
         return begin(job, backend)
     state, saved = read_state(newest)

@@ -121,14 +121,8 @@ def advice_of(job: JobConfig, steps: list[MeterStep]) -> Advice:
     training = job.training.model_copy(update={**settings, "reference_batch": reference})
     job = job.model_copy(update={"training": training})
     planner = Planner(job)
-    steps_with_noise = [
-        index for index, step in enumerate(steps) if step.noise is not None and step.noise.value is not None
-    ]
-    looks = (
-        {steps_with_noise[round(place * (len(steps_with_noise) - 1) / LOOKS)] for place in range(LOOKS)}
-        if steps_with_noise
-        else set()
-    )
+    measured = [index for index, step in enumerate(steps) if step.noise is not None and step.noise.value is not None]
+    looks = {measured[round(place * (len(measured) - 1) / LOOKS)] for place in range(LOOKS)} if measured else set()
     noise = NoiseScale(grad_sq=0.0, noise_trace=0.0, value=None, low=None, high=None, samples=0)
     for index, (step, configuration) in enumerate(zip(steps, configurations, strict=True)):
         noise = step.noise or noise

@@ -24,19 +24,17 @@ class Command(click.Command):
         self.section = section
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The examples, which are not wrapped: they are there to be pasted."""
-        write_examples(self.examples, formatter)
+        """Write the examples, one on each line. They are not wrapped: they are there to be pasted."""
+        if self.examples:
+            with formatter.section("Examples" if len(self.examples) > 1 else "Example"):
+                for example in self.examples:
+                    formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
 
 
-class CommandGroup(click.Group):
+class CommandGroup(Command, click.Group):
     """Subcommands below their sections, in the order in which they were defined."""
 
     command_class = Command
-
-    def __init__(self, name: str, examples: Sequence[str] = (), section: str = "Commands", **settings: Any) -> None:
-        super().__init__(name, context_settings=SETTINGS, **settings)
-        self.examples = tuple(examples)
-        self.section = section
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they were defined."""
@@ -52,18 +50,6 @@ class CommandGroup(click.Group):
         for heading, rows in sections.items():
             with formatter.section(heading):
                 formatter.write_dl([(name.ljust(width), text) for name, text in rows])
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The examples."""
-        write_examples(self.examples, formatter)
-
-
-def write_examples(examples: Sequence[str], formatter: click.HelpFormatter) -> None:
-    """A heading, and an example on each line."""
-    if examples:
-        with formatter.section("Examples" if len(examples) > 1 else "Example"):
-            for example in examples:
-                formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
 
 
 def complete_run(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -74,10 +74,10 @@ class _Inert:
         pass
 
     def append(self, value: Any) -> None:
-        """As of a list."""
+        """Drop an element."""
 
     def extend(self, values: Any) -> None:
-        """As of a list."""
+        """Drop elements."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -88,6 +88,13 @@ class _PlainUnpickler(pickle.Unpickler):
     def persistent_load(self, identifier: Any) -> Any:
         """Tensors are not read."""
         return _Inert()
+
+
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, TypeError, AttributeError, LookupError),
+    *(UnpicklingError, zipfile.BadZipFile),
+)
+"""What reading an archive that is cut off or something else ends in."""
 
 
 def load_plain_values(path: Path) -> dict[str, Any]:
@@ -101,9 +108,7 @@ def load_plain_values(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             (record,) = (name for name in archive.namelist() if PurePosixPath(name).match("*/data.pkl"))
             values = _PlainUnpickler(archive.open(record)).load()
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, AttributeError, TypeError, LookupError) as error:
-        raise ValueError(f"{path}: not what torch saves: {error}") from None
-    except UnpicklingError as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path}: not what torch saves: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: no dictionary")

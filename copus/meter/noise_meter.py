@@ -38,8 +38,8 @@ class NoiseMeter:
     """Measures the gradient noise scale B_simple = tr Σ / |G|² (McCandlish et al. 2018, 1812.06162) of a model in a
     training loop, without changing what is trained.
 
-    Hooks compare the gradients of the parts of a step: every micro-batch of every data parallel replica, or
-    the replicas as wholes, and single sequences in the coordinates of the norm layers (docs/noise.md). The loop may be
+    Hooks compare the gradients of the parts of a step: every micro-batch of every data parallel replica, or the
+    replicas as wholes, and single sequences in the coordinates of the norm layers (docs/noise.md). The loop may be
     plain torch, DistributedDataParallel, FSDP2 (`fully_shard`), DeepSpeed or megatron-core. A step is over
 
     - when `optimizer` makes its step, if one was given (and for DeepSpeed and megatron-core always);
