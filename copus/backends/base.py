@@ -61,6 +61,7 @@ class Backend(ABC):
         self._job = job
         self._configuration: Configuration | None = None
         self._optimizer_steps = 0
+        self._was_built = False
         self._world = World(device, job.launch.timeout_seconds)
         self._table = functools.lru_cache(maxsize=8)(self.shard_table)
         self._owned = functools.lru_cache(maxsize=2)(lambda layout: owned_parts(self._table(layout)))
@@ -214,6 +215,9 @@ class Backend(ABC):
         """
         self._check(configuration.layout)
         self._tear_down()
+        if not self._was_built:
+            gc.freeze()  # modules stay for good: without them the collection of an old layout is 20 times faster
+            self._was_built = True
         run_on_all_ranks(lambda: self.make(configuration, initial_weights))
         self._configuration, self._optimizer_steps = configuration, 0
 

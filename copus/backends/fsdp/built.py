@@ -113,6 +113,7 @@ def sharded_parameters(
     """
     replicate_rank = rank // (layout.tp * layout.dp_shard)
     shard_groups = (mesh[SHARD].get_group(),) if layout.dp_shard > 1 else ()
+    tensor_groups = (mesh[TENSOR].get_group(),) if layout.tp > 1 else ()
     parameters = dict(model.named_parameters())
     sharded = []
     for name, shape in shapes:
@@ -121,7 +122,6 @@ def sharded_parameters(
         if box.elements and tuple(local.shape) != box.shape:
             raise RuntimeError(f"FSDP holds {tuple(local.shape)} of {name} on rank {rank}, not {box.shape}")
         axis = tensor_parallel_axis(name) if layout.tp > 1 else None
-        tensor_groups = () if axis is None else (mesh[TENSOR].get_group(),)
         held = HeldWeight(
             box.shape,
             (Region(Box.whole(box.shape), Field(name, str(local.dtype).removeprefix("torch."), shape), box.offset),),
