@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import console_of, copus_output, overrides_of, parser_of, set_arguments, tell
-from benchmarks.paired import paired
+from benchmarks.paired import median_ratio
 from benchmarks.time_to_target import JOB, without_evaluations
 from copus.data.prepare import prepare
 from copus.events import Evaluate, Reconfigure, Start, Step, read_events
@@ -114,9 +114,9 @@ def simulate(settings: Settings, run: Path) -> list[dict[str, Any]]:
     return results
 
 
-def extra_of_testing(settings: Settings, rounds: int) -> dict[str, float]:
+def extra_of_testing(settings: Settings, rounds: int) -> dict[str, Any]:
     """What the norms of two workers add to a step, in percent of its processor time: other work on the machine does not
-    count."""
+    count. Of both ranks together, and of either."""
     from benchmarks.noise_model import step_times
     from tests.ranks import run_ranks
 
@@ -126,8 +126,14 @@ def extra_of_testing(settings: Settings, rounds: int) -> dict[str, float]:
     configuration = Configuration(layout=job.training.layout, micro_batch=4, global_batch=16)
     arguments = (job, configuration, rounds, ("replica",), time.process_time)
     ranks = run_ranks(2, step_times, *arguments, timeout_seconds=3600)
-    replica, off = ([second for rank in ranks for second in rank[variant]] for variant in ("replica", "off"))
-    return {"rounds": rounds, "off_seconds": float(np.median(off)), **paired(replica, off, 1)}
+    testing, off = (np.array([rank[variant] for rank in ranks]) for variant in ("replica", "off"))
+    return {
+        "configuration": configuration.label,
+        "rounds": rounds,
+        "off_seconds": float(np.median(off.sum(axis=0))),
+        "adds_pct": median_ratio(testing.sum(axis=0), off.sum(axis=0)),
+        "adds_pct_of_rank": [median_ratio(*times) for times in zip(testing, off, strict=True)],
+    }
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -154,7 +160,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if "simulated" in options.only:
         result["simulated"] = simulate(settings, newest_run(options.out))
     if "testing" in options.only:
-        result["testing_adds_pct"] = extra_of_testing(settings, 8 if options.quick else ROUNDS)
+        result["testing"] = extra_of_testing(settings, 8 if options.quick else ROUNDS)
     return result
 
 
@@ -193,8 +199,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         for one in result["simulated"]:
             simulated.add_row(one["policy"], f"{one['seconds']:.1f}", f"{one['gain_over_best_fixed_pct']:+.1f} %")
         console.print(simulated)
-    if "testing_adds_pct" in result:
-        extra = result["testing_adds_pct"]
+    if "testing" in result:
+        extra = result["testing"]["adds_pct"]
         interval = f"{extra['low']:+.1f} to {extra['high']:+.1f}"
         console.print(f"a step that tests takes {extra['median']:+.1f} % more processor time ({interval} %)")
 
