@@ -12,7 +12,7 @@ import torch.distributed as dist
 os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"  # the job's, whatever a shell says
 
 import deepspeed
-from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime import bf16_optimizer, compiler
 from deepspeed.runtime.config import DeepSpeedConfig as DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
@@ -21,6 +21,13 @@ from deepspeed.utils import groups
 from deepspeed.utils.debug import debug_clear_module_and_param_names
 
 from copus.collectives import no_agreement
+
+# Whenever DeepSpeed builds ZeRO it imports its Muon, which has functions compiled: the compiler alone is seconds of
+# imports on every rank. No job here uses that Muon, so its functions stay as they are.
+_compile, compiler.compile = compiler.compile, lambda: lambda function: function
+from deepspeed.runtime.zero.muon import muon_optimizer as muon_optimizer  # noqa: E402
+
+compiler.compile = _compile
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # On a CPU the first process compiles collectives in shared memory, for minutes and with the others waiting, and leaves
