@@ -245,8 +245,8 @@ def _print_made(made: Made, run: str, rows: list[Row]) -> None:
     count = made.layout_moves + made.batch_moves
     moves, trials = f"{count} move{'s' * (count != 1)}", f"{made.trials} trial{'s' * (made.trials != 1)}"
     console.print(
-        f"{run} made {moves}, {made.layout_moves} of them to another layout, and {trials} in {made.samples} sequences; "
-        f"its machine drifted by {percent(made.drift)}",
+        f"{run} made {moves} after its start, {made.layout_moves} of them to another layout, and {trials} in "
+        f"{made.samples} sequences; its machine drifted by {percent(made.drift)}",
         soft_wrap=True,
     )
     for row in rows:
@@ -344,10 +344,11 @@ def _print(setting: Setting, plan: Plan, rows: list[Row], said: str, source: str
 def _conclusion(plan: Plan, fixed: str) -> str:
     """Whether adapting is worth it, in words. The best schedule is behind the best fixed configuration if the job does
     not start in that, and the way there costs more than it brings."""
-    if plan.gain >= 0:
-        worth = f"adapting is worth {percent(plan.gain)} over {fixed} at best"
-        return worth if plan.gain >= SMALL_GAIN else f"{worth}: hardly anything"
-    return (
-        f"adapting does not pay here: even the best schedule takes {percent(-plan.gain / (1 + plan.gain))} longer than "
-        f"{fixed} from start to end, because the job starts elsewhere and the move costs more than it brings"
-    )
+    longer = percent(-plan.gain / (1 + plan.gain))
+    if plan.gain < 0 and longer != percent(0.0):
+        return (
+            f"adapting does not pay here: even the best schedule takes {longer} longer than {fixed} from start to end, "
+            "because the job starts elsewhere and the move costs more than it brings"
+        )
+    worth = f"adapting is worth {percent(max(plan.gain, 0.0))} over {fixed} at best"
+    return worth if plan.gain >= SMALL_GAIN else f"{worth}: hardly anything"

@@ -103,7 +103,7 @@ def test_what_a_run_did_stands_beside_what_was_to_be_expected_of_it(
     assert row["moves_low"] <= row["layout_moves"] + row["batch_moves"] <= row["moves_high"]
     assert copus_here("simulate", str(job), "--like", "one", "--seeds", "1") == 0
     text = capsys.readouterr().out
-    assert "runs/one made 1 move, 1 of them to another layout, and 0 trials in 300 sequences" in text
+    assert "runs/one made 1 move after its start, 1 of them to another layout, and 0 trials in 300 sequences" in text
     assert "goodput is expected to make " in text
 
 
