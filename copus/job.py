@@ -289,7 +289,7 @@ class TrainingConfig(Record):
         """How it spends memory."""
         backend = find_backend(self.backend)
         how = backend.implementation(dropout=self.dropout > 0)
-        state = self.optimizer.state.model_copy(update={"masters": not self.without_masters})
+        state = self.optimizer.state(masters=not self.without_masters)
         fp32_gradients = how.fp32_gradients and (backend.has_fp32_gradients or not self.without_masters)
         return how.model_copy(update={"optimizer": state, "fp32_gradients": fp32_gradients})
 

@@ -41,6 +41,13 @@ class BatchRules(Record):
     a weight."""
     has_second_moment: ClassVar[bool] = False
     """Whether it keeps an average of squared gradients, with the decay rate β2."""
+    fused: ClassVar[bool] = False
+    """Whether fp32 weights are updated by one of torch's fused kernels, which makes no tensors."""
+    scratch_of_matrices: ClassVar[float] = 1.0
+    """fp32 tensors with the shape of a matrix inside the layers that its update makes and frees again
+    (`copus/backends/optimizers/updates.py`)."""
+    scratch_of_others: ClassVar[float] = 1.0
+    """Likewise of an embedding or of the output layer."""
 
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay, a factor of the learning rate; of matrices only."""
@@ -70,19 +77,23 @@ class BatchRules(Record):
     def statistics(self, name: str, shape: Sequence[int]) -> tuple[Statistic, ...]:
         """What is kept of the weight of that name and shape."""
 
-    @property
-    def state(self) -> OptimizerState:
-        """What is kept of a whole model, for the memory model and the cost model."""
+    def state(self, *, masters: bool = True) -> OptimizerState:
+        """What is kept of a whole model, for the memory model and the cost model. Without masters an update works in
+        fp32 on one weight after the other, and none is torch's fused one."""
 
         def whole_tensors(name: str, axes: int) -> int:
             return sum(len(statistic.axes) == axes for statistic in self.statistics(name, (2,) * axes))
 
         matrix = self.statistics("layer.weight", (2, 2))
+        makes_scratch = not (self.fused and masters)
         return OptimizerState(
             of_matrices=whole_tensors("layer.weight", 2),
             of_embeddings=whole_tensors("lm_head.weight", 2),
             of_vectors=whole_tensors("norm.weight", 1),
             of_rows_and_columns=any(len(statistic.axes) == 1 for statistic in matrix),
+            masters=masters,
+            scratch_of_matrices=makes_scratch * self.scratch_of_matrices,
+            scratch_of_others=makes_scratch * self.scratch_of_others,
         )
 
 
@@ -96,6 +107,7 @@ class AdamW(BatchRules):
     capped at the critical batch, they follow the batch by the rules given at each field."""
 
     has_second_moment: ClassVar[bool] = True
+    fused: ClassVar[bool] = True
 
     kind: Literal["adamw"] = "adamw"
     """The optimizer."""
@@ -136,6 +148,10 @@ class SGD(BatchRules):
     """Stochastic gradient descent: w ← w − lr · m, m ← μ·m + (1−μ)·g. m is an average, so that the learning rate means
     the same with any momentum; without momentum nothing is kept of a weight. 2507.07101: at batch 1 momentum is not
     needed."""
+
+    fused: ClassVar[bool] = True
+    scratch_of_matrices: ClassVar[float] = 0.0
+    scratch_of_others: ClassVar[float] = 0.0
 
     kind: Literal["sgd"]
     """The optimizer."""
@@ -193,6 +209,8 @@ class Muon(AdamW):
     0.2 · √(larger side) (2502.16982), so that one learning rate serves both."""
 
     elementwise: ClassVar[bool] = False
+    fused: ClassVar[bool] = False
+    scratch_of_matrices: ClassVar[float] = 2.5  # the momentum, and what is made orthogonal of it in bf16, then fp32
 
     kind: Literal["muon"]  # type: ignore[assignment]
     """The optimizer."""

@@ -10,8 +10,15 @@ from planner.space import check_limits
 
 def check_start(job: JobConfig) -> None:
     """Raise JobError for a step longer than the run, for a planner that has nothing to choose from, and for a noise
-    scale that cannot be measured. Warn of a run that ends before anything can be decided."""
+    scale that cannot be measured. Warn of a run that ends before anything can be decided, and of a `min_lr` that was
+    set for a learning rate without a decay."""
     training = job.training
+    if training.decay == "constant" and "min_lr" in training.model_fields_set:
+        warnings.warn(
+            f"training.min_lr({training.min_lr:g}) is not used: with training.decay(constant) the learning rate stays "
+            f"at training.lr({training.lr:g})",
+            stacklevel=2,
+        )
     if training.global_batch > job.total_samples:
         raise JobError(
             f"training.global_batch({training.global_batch}) is more than the whole run: training.tokens"

@@ -153,7 +153,7 @@ def flow(configuration: Configuration) -> str:
     """The settings of a configuration on one line of YAML, without those that are as usual."""
     layout = configuration.layout.model_dump(mode="json", exclude_defaults=True)
     values = {
-        "layout": layout,
+        "layout": layout or {"dp": 1},
         "micro_batch": configuration.micro_batch,
         "global_batch": configuration.global_batch,
     }

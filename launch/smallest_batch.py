@@ -2,6 +2,7 @@
 optimizer."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
@@ -47,6 +48,7 @@ def smallest_batch(job: JobConfig, estimate: "JobEstimate") -> SmallestBatch | N
 def _peaks(job: JobConfig, smallest: "CandidateEstimate") -> dict[str, float]:
     """By the formulas alone, but for the job's own optimizer, whose rows have taught the model."""
     from planner.memory_check import MemoryCheck
+    from planner.sampling import measured_configuration
 
     own, backend = job.training.optimizer, find_backend(job.training.backend)
     peaks: dict[str, float] = {own.kind: smallest.peak.expected_bytes}
@@ -55,7 +57,8 @@ def _peaks(job: JobConfig, smallest: "CandidateEstimate") -> dict[str, float]:
         training = job.training.model_copy(update={"optimizer": optimizer})
         if kind == own.kind or not _runs(training, smallest):
             continue
-        check = MemoryCheck(job.model, job.cluster, training.precision, (), training.implementation)
+        measured = partial(measured_configuration, job.planner, backend)
+        check = MemoryCheck(job.model, job.cluster, training.precision, (), training.implementation, measured)
         peaks[kind] = check.peaks([smallest.configuration])[0].expected_bytes
     return peaks
 

@@ -1,7 +1,9 @@
 """How much memory a configuration takes and whether it fits; what surely does not is not even measured."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from profiles.accelerator import memory_bytes
 from profiles.cluster import Cluster
@@ -46,10 +48,12 @@ class MemoryCheck:
         precision: str,
         rows: Iterable[Measurement] = (),
         implementation: Implementation = MEGATRON,
+        measured: Callable[[Configuration], Configuration] = lambda configuration: configuration,
     ) -> None:
+        """`measured` says what a step that measures the noise executes: its peak counts, if it is the larger one."""
         self.memory_bytes = memory_bytes(cluster)
         """Memory of one accelerator; None if nothing is checked."""
-        self._model, self._precision = model, precision
+        self._model, self._precision, self._measured = model, precision, measured
         self._memory = MemoryModel(implementation).fit(Peaks.of(rows, self.memory_bytes))
         self._peaks: dict[Configuration, PeakMemory] = {}
 
@@ -62,9 +66,15 @@ class MemoryCheck:
         """The peak of every configuration, in their order. Remembered, so that asking again costs nothing."""
         new = [configuration for configuration in configurations if configuration not in self._peaks]
         if new:
-            predicted = self._memory.predict(self._model, Configurations.of(new), self._precision)
+            others = {place: other for place, c in enumerate(new) if (other := self._measured(c)) != c}
+            executed = Configurations.of([*new, *others.values()])
+            predicted = self._memory.predict(self._model, executed, self._precision)
             chances = None if self.memory_bytes is None else predicted.chance_to_fit(self.memory_bytes)
-            for index, configuration in enumerate(new):
+            fullest = np.arange(len(new))
+            for number, place in enumerate(others, start=len(new)):
+                if predicted.peak_bytes[number] > predicted.peak_bytes[place]:
+                    fullest[place] = number
+            for configuration, index in zip(new, fullest, strict=True):
                 self._peaks[configuration] = PeakMemory(
                     expected_bytes=float(predicted.peak_bytes[index]),
                     low_bytes=float(predicted.low[index]),

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from planner.backend_traits import ANY_BACKEND, BackendTraits
 from planner.config import PlannerConfig
@@ -11,7 +12,7 @@ from planner.memory_check import LIKELY, MemoryCheck, PeakMemory
 from planner.move_costs import expected_layout_seconds
 from planner.policies.policy import make_policy
 from planner.pruning import worthwhile
-from planner.sampling import halved_share, noise_measurable, typical_configuration
+from planner.sampling import halved_share, measured_configuration, noise_measurable, typical_configuration
 from planner.space import candidates
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
@@ -154,7 +155,8 @@ class Predictor:
                 everything = list(dict.fromkeys([*asked, *halves]))
                 predicted = predict_unmeasured(cost, model, cluster, precision, everything, rows)
         throughput = Throughput((row for row in rows if not row.shard), predicted)
-        memory = MemoryCheck(model, cluster, precision, rows, implementation)
+        measured = partial(measured_configuration, config, backend)
+        memory = MemoryCheck(model, cluster, precision, rows, implementation, measured)
         return cls(config, model, cluster, precision, start, throughput, memory, cost, space, backend)
 
     @property

@@ -162,6 +162,14 @@ def executed_configuration(backend: BackendTraits, configuration: Configuration,
     return configuration.halved if lone and _can_halve(backend, configuration) else configuration
 
 
+def measured_configuration(
+    settings: PlannerConfig, backend: BackendTraits, configuration: Configuration
+) -> Configuration:
+    """What the first step of a run in the configuration executes, in which everything is measured that ever is."""
+    taken = configuration_of_step(settings, backend, configuration, 0)
+    return executed_configuration(backend, taken, source_of_step(settings, backend, taken, 0))
+
+
 def _comparable(parts: dict[str, PartCount], source: str) -> bool:
     return source in parts and parts[source].number > 1
 

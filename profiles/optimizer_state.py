@@ -1,5 +1,7 @@
 """What an optimizer keeps of the weights, as far as memory and time depend on it. All of it is fp32."""
 
+from pydantic import NonNegativeFloat
+
 from profiles.record import NonNegativeInt, Record
 
 
@@ -16,6 +18,12 @@ class OptimizerState(Record):
     """Whether a matrix has one number for each row and one for each column (Adafactor)."""
     masters: bool = True
     """Whether a weight that is not fp32 has an fp32 copy, which is what the optimizer updates."""
+
+    scratch_of_matrices: NonNegativeFloat = 0.0
+    """fp32 tensors with the shape of a matrix inside the layers that its update makes and frees again, beside fp32
+    copies of the weight and the gradient, which are made of those that are bf16."""
+    scratch_of_others: NonNegativeFloat = 0.0
+    """Likewise of an embedding or of the output layer."""
 
     @property
     def update_bytes(self) -> float:

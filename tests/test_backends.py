@@ -1,5 +1,6 @@
 """A second framework is a second folder: what a backend has to say, and everything that follows from it."""
 
+import warnings
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from planner.config import PlannerConfig
 from profiles.cluster import Cluster
 from profiles.model_shape import ModelShape
 from tests.eager_planner import EagerPlanner, decide_often
-from tests.megatron_jobs import SHAPE, configuration, random_batches
+from tests.megatron_jobs import SHAPE, configuration, random_batches, tiny_job
 from tests.ranks import own_device, run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,17 @@ def test_the_planner_and_a_resize_choose_among_what_the_backend_runs() -> None:
     assert (four.pp, four.zero) == (1, 1)
     with pytest.raises(JobError, match=r"noise_source\(replica\): with .* this backend measures nothing"):
         check_start(job.model_copy(update={"planner": PlannerConfig(policy="copus", noise_source="replica")}))
+
+
+def test_a_least_learning_rate_that_nothing_decays_to_is_warned_of() -> None:
+    with pytest.warns(
+        UserWarning, match=r"^training.min_lr\(0.0005\) is not used: with training.decay\(constant\) the"
+    ):
+        check_start(tiny_job(1, decay="constant", min_lr=5e-4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_start(tiny_job(1, decay="constant"))
+        check_start(tiny_job(1, min_lr=5e-4))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from copus.backends.step_contract import StepRequest
 from copus.job import JobError, parse_job
 from copus.reshard.plan import owned_parts
 from copus.reshard.table import Place
+from launch.engines.this_machine import check_this_machine
 from profiles.layout import Layout
 from tests.fsdp_jobs import fsdp_backend_of, fsdp_job
 from tests.megatron_jobs import RULES, configuration, random_batches, tiny_job
@@ -90,9 +91,11 @@ def test_compiled_layers_train_as_others_do() -> None:
 
 
 def test_a_compiled_job_without_a_compiler_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("copus.backends.fsdp.backend._COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr("copus.backends.fsdp.description._COMPILERS", ("no-such-compiler",))
     with pytest.raises(JobError, match=r"training.compile\(true\) needs a C\+\+ compiler"):
         FsdpBackend(fsdp_job(1, {}, compile=True), torch.device("cpu"))
+    with pytest.raises(JobError, match=r"^training.compile\(true\) needs a C\+\+ compiler"):  # before anything starts
+        check_this_machine(fsdp_job(1, {}, compile=True))
 
 
 @pytest.mark.parametrize("backend", ["megatron", "deepspeed"])

@@ -1,11 +1,14 @@
 """The planner refuses what surely does not fit, and nobody measures it."""
 
+from functools import partial
 from pathlib import Path
 
+from copus.backends.registry import find_backend
 from planner.config import PlannerConfig
 from planner.memory_check import MemoryCheck
 from planner.planner import Planner
 from planner.predictor import Predictor
+from planner.sampling import measured_configuration
 from planner.space import candidates
 from profiles.accelerator import memory_bytes
 from profiles.cluster import Cluster
@@ -58,6 +61,18 @@ def test_on_cpu_cores_nothing_is_checked() -> None:
     assert memory_bytes(Cluster(accelerators_per_node=1, accelerator="abacus")) is None
     assert MemoryCheck(LLAMA, CPUS, "bf16").refusals([DP8]) == {}
     assert verdict(planner([row(TP8)], CPUS), DP8) == "not measured"
+
+
+def test_steps_that_measure_the_noise_count_where_they_need_more() -> None:
+    """Two halves of a lone micro-batch: FSDP then has gathered weights and sums of gradients at once."""
+    fsdp = find_backend("fsdp")
+    measured = partial(measured_configuration, PlannerConfig(), fsdp)
+    lone, how = Configuration(layout=Layout(), micro_batch=2, global_batch=2), fsdp.implementation(dropout=False)
+    model = LLAMA.model_copy(update={"seq_len": 256})
+    plain, aware = (MemoryCheck(model, GPUS, "bf16", (), how, *also).peaks([lone])[0] for also in ((), (measured,)))
+    halves = MemoryCheck(model, GPUS, "bf16", (), how).peaks([measured(lone)])[0]
+    assert (measured(lone).micro_batch, measured(lone).num_microbatches) == (1, 2)
+    assert plain.expected_bytes < aware.expected_bytes == halves.expected_bytes
 
 
 def test_what_may_fit_is_kept_in_order() -> None:

@@ -17,6 +17,7 @@ from profiles.memory.model import CHUNK
 from profiles.memory.parameters import stage_weights
 from profiles.memory.peaks import OUTSIDE_BYTES
 from profiles.model_shape import ModelShape
+from profiles.optimizer_state import OptimizerState
 
 GIB = 2**30
 SMALL = ModelShape(
@@ -238,6 +239,41 @@ def test_larger_models_are_in_the_right_place() -> None:
     parts = predict(model, one({"tp": 4, "dp": 64, "zero": 1, "sequence_parallel": True}))[1]
     state = parts["weights"] + parts["gradients"] + parts["optimizer"]
     assert state == pytest.approx(8.03e9 / 4 * (6 + 12 / 64), rel=0.01)
+
+
+GATHERED = Implementation(weights="gathered")
+
+
+def test_fsdp_has_all_gathered_weights_beside_all_gradients_only_if_it_accumulates() -> None:
+    weights = stage_weights(SMALL, Configurations.of([one()]), GATHERED, "first").dense[0]
+    _, once, _ = predict(SMALL, one(), GATHERED)
+    _, twice, _ = predict(SMALL, one(count=2), GATHERED)
+    assert (once["weights"] + once["gradients"]) / weights < 4.5
+    assert (twice["weights"] + twice["gradients"]) / weights == pytest.approx(2 + 4)
+
+
+@everything
+@given(models(), configurations(), st.sampled_from(["fp32", "bf16"]), st.sampled_from([2, 4]))
+def test_more_of_anything_in_fsdp_takes_no_less_memory(model, configuration, precision, times) -> None:
+    """The fullest moment is another one, but never a smaller one."""
+    flat = changed(configuration, pp=1, vp=1, cp=1, sequence_parallel=False)
+    peak, parts, _ = predict(model, flat, GATHERED, precision)
+    assert min(parts.values()) >= 0
+    larger = flat.model_copy(update={"micro_batch": 2 * flat.micro_batch, "global_batch": 2 * flat.global_batch})
+    more = flat.model_copy(update={"global_batch": times * flat.global_batch})
+    for other in (larger, more):
+        assert predict(model, other, GATHERED, precision)[0] >= peak * (1 - 1e-12)
+
+
+def test_the_update_of_weights_without_masters_may_be_the_fullest_moment() -> None:
+    """It makes fp32 copies of the largest weight and of its gradient. With masters torch's fused update makes none."""
+    model = SMALL.model_copy(update={"layers": 1, "vocab": 512_000, "seq_len": 16})
+    state = {"masters": False, "scratch_of_matrices": 1.0, "scratch_of_others": 1.0, "of_embeddings": 0}
+    how = Implementation(optimizer=OptimizerState(**state))
+    _, parts, _ = predict(model, one(), how)
+    assert parts["working"] == pytest.approx(4 * 2 * model.padded_vocab * model.hidden), "the gradient is fp32 already"
+    assert (parts["activations"], parts["logits"]) == (0, 0)
+    assert predict(model, one(), Implementation())[1]["logits"] > 0
 
 
 def test_fits_leaves_room_and_a_margin() -> None:

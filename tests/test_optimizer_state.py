@@ -97,7 +97,11 @@ def test_state_of_fsdps_optimizers_survives_moves_and_restarts(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("kinds", "backend", "layouts"),
     [
-        (["sgd", "sgd with momentum", "adafactor", "signum"], "megatron", [{"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 4}]),
+        (
+            ["sgd", "sgd with momentum", "adafactor", "signum"],
+            "megatron",
+            [{"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 2, "dp": 2}],
+        ),
         (
             ["sgd with momentum", "signum"],
             "megatron",
@@ -106,7 +110,7 @@ def test_state_of_fsdps_optimizers_survives_moves_and_restarts(tmp_path: Path) -
         (
             ["sgd without masters", "adamw without masters", "adafactor without masters"],
             "megatron",
-            [{"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 4}],
+            [{"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 2, "dp": 2}],
         ),
         (["muon"], "megatron", [{"pp": 2, "dp": 2}, {"dp": 4}]),
         (["muon"], "fsdp", [{"dp": 4}, {"dp": 4, "recompute": "full"}]),

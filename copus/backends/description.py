@@ -91,6 +91,9 @@ class BackendDescription(BackendTraits, ABC):
             raise ValueError(f"master_weights(none) needs precision(bf16), not {training.precision}")
         self.with_optimizer_of(training).check_optimizer_in(training.layout)
 
+    def check_node(self, training: "TrainingConfig") -> None:
+        """Raise ValueError for what this machine lacks, if it is a node of the job. The default needs nothing."""
+
     def check_data(self, data: "DataConfig") -> None:
         """Raise ValueError for a setting of the data that it would not heed."""
         for name in ("eod_mask_loss", "reset_attention_mask", "reset_position_ids", "messages_column"):

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from copus.backends.registry import find_backend
 from copus.job import JobConfig, JobError
 from profiles.formatting import gibibytes
 
@@ -15,8 +16,8 @@ SHARING = "NCCL_MULTI_RANK_GPU_ENABLE"
 
 
 def check_this_machine(job: JobConfig) -> None:
-    """Raise JobError for more ranks than it can take, for more GPUs than it has, and, if the ranks share the machine's
-    memory, for a larger model than it can hold."""
+    """Raise JobError for more ranks than it can take, for what the backend needs of a node and it lacks, for more GPUs
+    than it has, and, if the ranks share the machine's memory, for a larger model than it can hold."""
     cores = os.cpu_count() or 1
     ranks = job.cluster.accelerators_per_node
     if ranks > RANKS_PER_CORE * cores:
@@ -24,6 +25,10 @@ def check_this_machine(job: JobConfig) -> None:
             f"cluster.accelerators_per_node({ranks}) is more than {RANKS_PER_CORE} ranks for each of this machine's "
             f"{cores} CPU cores"
         )
+    try:
+        find_backend(job.training.backend).check_node(job.training)
+    except ValueError as error:
+        raise JobError(f"training.{error}") from None
     if job.cluster.accelerator != "cpu":
         if not _has_gpu():
             raise JobError(
@@ -86,7 +91,7 @@ def least_bytes(job: JobConfig) -> int:
     """Less memory than all ranks together can do with: weights, gradients and optimizer state, once where the
     optimizer is sharded, and the inputs of all layers and the logits of one micro-batch in each replica."""
     model, training = job.model, job.training
-    replicas, kept = training.layout.dp, training.optimizer.state
+    replicas, kept = training.layout.dp, training.optimizer.state()
     of_optimizer = 4 * min(kept.of_matrices, kept.of_embeddings)
     of_weight = 8 if training.has_fp32_weights else 4
     state = model.parameters * (of_weight * replicas + of_optimizer * (1 if training.layout.zero else replicas))

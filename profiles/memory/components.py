@@ -1,10 +1,10 @@
 """The parts of a rank's peak memory, by formula alone."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from profiles.configurations import Configurations
 from profiles.memory.activations import head_bytes, layer_activations, layers_in_flight, loss_bytes, rank_tokens
+from profiles.memory.gathered import Passing, Units, fsdp_moments
 from profiles.memory.implementation import Implementation
 from profiles.memory.parameters import Floats, Stage, Weights, embedding_weights, largest_layer, stage_weights
 from profiles.model_shape import ModelShape
@@ -23,6 +23,10 @@ COMPONENTS = (
 """Parts of a peak, as they are shown."""
 WORKSPACE_BYTES = 64 * 2**20
 """Workspace of the matrix library, which PyTorch's allocator counts: 32 MiB for each of two handles on Hopper."""
+ROUNDED_AT_ONCE = 2**20
+"""Elements of a weight without a master that are rounded to bf16 at once, with random bits."""
+ROUNDING_BYTES = 20
+"""Of each of them: two numbers of 64 bits, and the rounded one in fp32."""
 
 
 def kept_by_optimizer(weights: Weights, state: OptimizerState) -> Floats:
@@ -49,67 +53,88 @@ def stage_components(
     element = 4 if precision == "fp32" else 2
     weights = stage_weights(model, c, how, stage)
     of_rank = np.maximum(weights.dense + weights.experts, 1)
-    replicas = c.dp * c.cp
+    sharers = c.dp * c.cp // c.dp_replicate
 
     def share(zero: int) -> Floats:
         """Weights in this rank's share of what a ZeRO stage splits."""
-        split, sharers = c.zero >= zero, replicas // c.dp_replicate
+        split = c.zero >= zero
         dense = weights.dense / np.where(split, sharers, 1)
         return dense + weights.experts / np.where(split, np.maximum(sharers // c.ep, 1), 1)
 
-    table = embedding_weights(model, c)
-    of_a_layer = largest_layer(model, c)
-    largest = np.maximum(of_a_layer, table)
-    widest = max(model.ffn_hidden, model.shared_expert_hidden)
-    matrix = np.maximum(model.hidden * widest * (2 if model.gated_mlp else 1) / c.tp, table)
     gradient = 4 if how.fp32_gradients else element
-    buckets = element * how.gradient_buckets * (replicas > 1) * (c.zero < 2)
-    layer = layer_activations(model, c, element, how)
-    head = (c.pp == 1) | (stage == "last")
-    boundary = rank_tokens(model, c) * model.hidden * element / np.where(c.sequence_parallel, c.tp, 1)
-    on_device = np.where(c.offload_optimizer, 0, 1)
     if element == 4:
         master = 0 if how.weights == "kept" else 4
     else:
         master = 4 if how.optimizer.masters else 0 if how.weights == "kept" else element
     kept = master * share(1) + 4 * kept_by_optimizer(weights, how.optimizer) * share(1) / of_rank
-    components = {
-        "weights": element * (np.where(c.zero < 3, share(3), 0) if how.weights == "gathered" else share(3)),
-        "gradients": on_device * gradient * share(2),
-        "optimizer": on_device * kept,
-        "activations": layer.kept * layers_in_flight(model, c, how, stage),
-        "logits": np.where(head, head_bytes(model, c, element) + loss_bytes(model, c, element, how), 0),
-        # A gradient exists in the model's precision before it is added to where it is accumulated.
-        "working": layer.recomputed + layer.passing + element * np.where(c.zero < 2, matrix, 0),
-        # A pipeline stage receives one tensor while it sends another.
-        "communication": buckets * (weights.dense + weights.experts) + np.where(c.pp > 1, 2 * boundary, 0),
-    }
+    on_device = np.where(c.offload_optimizer, 0, 1)
+    layer = layer_activations(model, c, element, how)
+    head = (c.pp == 1) | (stage == "last")
+    passing = Passing(
+        activations=layer.kept * layers_in_flight(model, c, how, stage),
+        logits=np.where(head, head_bytes(model, c, element) + loss_bytes(model, c, element, how), 0),
+        working=layer.recomputed + layer.passing,
+        update=on_device * _update_bytes(model, c, how),
+    )
     if how.weights == "gathered":
-        others = components["activations"] + components["logits"] + components["working"]
-        components["communication"] += _gathered_bytes(model, c, element, of_a_layer, others)
+        table = embedding_weights(model, c)
+        root = weights.embeddings + model.norm_vectors * model.hidden
+        units = Units(weights.dense + weights.experts - root, largest_layer(model, c), root, table)
+        moments = fsdp_moments(c, units, passing, element, gradient, model.layers)
     else:
-        # ZeRO-2 and -3 have the whole gradient of a layer before it is reduced, ZeRO-3 the gathered weights of the
-        # layer that runs and of the next.
-        components["communication"] += element * largest * ((c.zero >= 2) + 2.0 * (c.zero >= 3))
-    moving = components["activations"] + components["logits"] + components["working"] + components["communication"]
-    components["allocator"] = WORKSPACE_BYTES + how.fragmentation * moving
-    return components
+        state = {"weights": element * share(3), "gradients": on_device * gradient * share(2)}
+        moments = [state | part for part in _kept_moments(model, c, how, element, weights, passing)]
+    for moment in moments:
+        moment["optimizer"] = on_device * kept
+        moving = moment["activations"] + moment["logits"] + moment["working"] + moment["communication"]
+        moment["allocator"] = WORKSPACE_BYTES + how.fragmentation * moving
+    fullest, rows = np.argmax([sum(moment.values()) for moment in moments], axis=0), np.arange(len(c))
+    return {name: np.stack([moment[name] for moment in moments])[fullest, rows] for name in COMPONENTS}
 
 
-def _gathered_bytes(
-    model: ModelShape, c: Configurations, element: int, layer: Floats, others: Floats
-) -> NDArray[np.float64]:
-    """What FSDP gathers with ZeRO-3, and the whole gradients that it has from ZeRO-2 on before it reduces them in fp32.
+def _kept_moments(
+    model: ModelShape, c: Configurations, how: Implementation, element: int, weights: Weights, passing: Passing
+) -> list[dict[str, Floats]]:
+    """What is there beside the state where the weights that the model computes with always are: in the backward pass,
+    and in the update."""
+    table, replicas = embedding_weights(model, c), c.dp * c.cp
+    widest = max(model.ffn_hidden, model.shared_expert_hidden)
+    matrix = np.maximum(model.hidden * widest * (2 if model.gated_mlp else 1) / c.tp, table)
+    boundary = rank_tokens(model, c) * model.hidden * element / np.where(c.sequence_parallel, c.tp, 1)
+    buckets = element * how.gradient_buckets * (replicas > 1) * (c.zero < 2) * (weights.dense + weights.experts)
+    largest = np.maximum(largest_layer(model, c), table)
+    nothing = np.zeros(len(c))
+    backward = {
+        "activations": passing.activations,
+        "logits": passing.logits,
+        # A gradient exists in the model's precision before it is added to where it is accumulated.
+        "working": passing.working + element * np.where(c.zero < 2, matrix, 0),
+        # A pipeline stage receives one tensor while it sends another. ZeRO-2 and -3 have the whole gradient of a layer
+        # before it is reduced, ZeRO-3 the gathered weights of the layer that runs and of the next.
+        "communication": buckets
+        + np.where(c.pp > 1, 2 * boundary, 0)
+        + element * largest * ((c.zero >= 2) + 2.0 * (c.zero >= 3)),
+    }
+    update = {
+        "activations": nothing,
+        "logits": nothing,
+        "working": passing.update,
+        "communication": buckets,
+    }
+    return [backward, update]
 
-    Embedding, last norm and output layer are one unit, the root: gathered from the forward pass to the end of the
-    backward pass, and reduced at its end. So there are two moments that may be the fullest. While layers run, there are
-    the root, the gradient of the output layer, two gathered layers, and a layer's gradient with its fp32 copy. At the
-    end there are the root, its gradient and the fp32 copy of that; `others`, bytes of activations and the like, are
-    gone by then.
-    """
-    table = embedding_weights(model, c)
-    root = table * (1 if model.tied_embeddings else 2)
-    gathers, reduces = c.zero >= 3, c.zero >= 2
-    in_layers = gathers * element * (root + 2 * layer) + reduces * (element * table + (element + 4) * layer)
-    at_the_end = gathers * element * root + reduces * (element + 4) * root
-    return np.asarray(np.maximum(in_layers, at_the_end - others), dtype=np.float64)
+
+def _update_bytes(model: ModelShape, c: Configurations, how: Implementation) -> Floats:
+    """What the update makes of the largest weight that a rank holds, and frees again."""
+    state = how.optimizer
+    sharers = np.where(c.zero >= 1, c.dp * c.cp // c.dp_replicate, 1)
+    widest = max(model.ffn_hidden, model.shared_expert_hidden)
+    joint = 2 if model.gated_mlp and how.weights == "kept" else 1
+    matrix = joint * model.hidden * widest / c.tp / sharers
+    table = embedding_weights(model, c) / sharers
+    copies = 0 if state.masters else 1 if how.fp32_gradients else 2
+    update = 4 * np.maximum((copies + state.scratch_of_matrices) * matrix, (copies + state.scratch_of_others) * table)
+    if state.masters:
+        return update
+    largest = np.maximum(matrix, table)
+    return np.maximum(update, 4 * largest + ROUNDING_BYTES * np.minimum(largest, ROUNDED_AT_ONCE))

@@ -1,8 +1,6 @@
 """torch FSDP2 behind `copus.backends.base.Backend`."""
 
 import functools
-import os
-import shutil
 from typing import Any
 
 import numpy as np
@@ -25,23 +23,16 @@ from copus.reshard.table import MASTER, ShardTable
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 
-_COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")
-"""Any of these is enough for `torch.compile`."""
-_SWITCHES = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
-"""Variables with which `torch.compile` does nothing."""
-
 
 class FsdpBackend(Backend):
     """One rank of an FSDP job."""
 
     def __init__(self, job: JobConfig, device: torch.device) -> None:
         super().__init__(job, device)
-        if job.training.compile and not any(map(shutil.which, _COMPILERS)):
-            raise JobError(
-                "training.compile(true) needs a C++ compiler on every node: install g++ or clang, or set CXX"
-            )
-        if job.training.compile and (switch := next((name for name in _SWITCHES if os.environ.get(name) == "1"), None)):
-            raise JobError(f"training.compile(true): {switch}=1 in the environment turns it off; take one of them back")
+        try:
+            self.description.check_node(job.training)
+        except ValueError as error:
+            raise JobError(f"training.{error}") from None
         self._meshes = Meshes(device, job.launch.timeout_seconds)
         self._shapes = parameter_shapes(job.model)
         self._built: BuiltModel | None = None

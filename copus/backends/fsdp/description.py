@@ -1,5 +1,7 @@
 """What the FSDP backend can run. Imports no torch."""
 
+import os
+import shutil
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,12 @@ from profiles.model_shape import ModelShape
 if TYPE_CHECKING:
     from copus.job import TrainingConfig
     from profiles.memory.implementation import Implementation
+
+
+_COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")
+"""Any of these is enough for `torch.compile`."""
+_SWITCHES = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+"""Variables with which `torch.compile` does nothing."""
 
 
 class FsdpDescription(HuggingFaceDescription):
@@ -35,6 +43,15 @@ class FsdpDescription(HuggingFaceDescription):
         super().check_training(training)
         if training.overlap_grad_reduce:
             raise ValueError("overlap_grad_reduce(true): the fsdp backend always overlaps; leave the field out")
+
+    def check_node(self, training: "TrainingConfig") -> None:
+        """Raise ValueError if it is to compile, and cannot here."""
+        if not training.compile:
+            return
+        if not any(map(shutil.which, _COMPILERS)):
+            raise ValueError("compile(true) needs a C++ compiler on every node: install g++ or clang, or set CXX")
+        if switch := next((name for name in _SWITCHES if os.environ.get(name) == "1"), None):
+            raise ValueError(f"compile(true): {switch}=1 in the environment turns it off; take one of them back")
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError for a layout that it does not run."""

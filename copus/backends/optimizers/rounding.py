@@ -31,8 +31,7 @@ def round_stochastically(weight: torch.Tensor, rounded: torch.Tensor, held: Held
 
 def _rounded(weight: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     """Adding uniform bits below those that are kept carries over with the probability of what is cut off."""
-    bits = weight.contiguous().view(torch.int32)
-    moved = ((bits + random.to(torch.int32)) & _KEPT).view(torch.float32)
+    moved = random.add_(weight.contiguous().view(torch.int32)).bitwise_and_(_KEPT).view(torch.float32)
     return torch.where(weight.isfinite(), moved, weight).to(torch.bfloat16)
 
 
@@ -53,17 +52,17 @@ def _indices(region: Region, first: int, part: torch.Tensor) -> torch.Tensor:
 
 
 def random_16_bits(key: int, index: torch.Tensor) -> torch.Tensor:
-    """16 uniform bits for each index (int64): SplitMix64 (Steele et al. 2014), whose state after n steps is a multiple
-    of n and need not be walked to."""
-    z = index * _signed(0x9E3779B97F4A7C15) + key
-    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return _shifted(z, 48)
+    """16 uniform bits for each index (int64, which is used up), as int32: SplitMix64 (Steele et al. 2014), whose state
+    after n steps is a multiple of n and need not be walked to."""
+    z = index.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
+    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z.bitwise_xor_(_shifted(z, bits)).mul_(_signed(factor))
+    return _shifted(z, 48).to(torch.int32)
 
 
 def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
     """Shifted right as an unsigned number."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(constant: int) -> int:

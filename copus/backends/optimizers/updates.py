@@ -34,7 +34,7 @@ def _adamw(step: ParameterStep) -> None:
 
 
 def _sgd(step: ParameterStep) -> None:
-    gradient = step.gradient.add(step.weight, alpha=step.options["weight_decay"])
+    gradient = step.gradient.add_(step.weight, alpha=step.options["weight_decay"])
     step.weight.sub_(_momentum(gradient, step.state.get("momentum_buffer"), step.options), alpha=step.options["lr"])
 
 
@@ -52,24 +52,28 @@ def _adafactor(step: ParameterStep) -> None:
     """Means over rows, columns and whole tensors are those of the whole tensor, wherever its parts lie."""
     assert isinstance(step.optimizer, Adafactor)
     weight, gradient, held, options = step.weight, step.gradient, step.held, step.options
-    squares = gradient.square().add_(_SMALLEST_SQUARE)
     if weight.dim() == 2:
-        _scale_by_rows_and_columns(step, squares)
+        _scale_by_rows_and_columns(step)
     else:
-        average = _averaged(step.state["exp_avg_sq"], squares, options["betas"][1])
+        average = _averaged(step.state["exp_avg_sq"], _squares(gradient), options["betas"][1])
         gradient.mul_((average / options["correction"]).rsqrt_())
     update_sq = _sum_over_ranks(_sums_of_names(gradient.square(), held), held.row_groups + held.column_groups)
     step.decay_weight()
     for region in held.regions:
         root_mean_square = (update_sq[held.names.index(region.weight.name)] / math.prod(region.weight.shape)).sqrt()
         clipped = (root_mean_square / step.optimizer.clip_threshold).clamp(min=1.0)
-        weight[region.slices].sub_(gradient[region.slices] / clipped, alpha=options["lr"])
+        weight[region.slices].sub_(gradient[region.slices].div_(clipped), alpha=options["lr"])
 
 
-def _scale_by_rows_and_columns(step: ParameterStep, squares: torch.Tensor) -> None:
+def _squares(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.square().add_(_SMALLEST_SQUARE)
+
+
+def _scale_by_rows_and_columns(step: ParameterStep) -> None:
     """Divide the gradient of a matrix by √v̂, v̂ the product of the means over its row and over its column, over the mean
     of all (1804.04235, algorithm 4)."""
     gradient, state, held = step.gradient, step.state, step.held
+    squares = _squares(gradient)
     beta2, correction = step.options["betas"][1], step.options["correction"]
     width = held.regions[0].weight.shape[1]
     of_rows = _sum_over_ranks(squares.sum(dim=1), held.column_groups) / width
@@ -79,6 +83,7 @@ def _scale_by_rows_and_columns(step: ParameterStep, squares: torch.Tensor) -> No
     of_columns = torch.zeros_like(state["column_sq"])
     for region in held.regions:
         of_columns[held.names.index(region.weight.name)] += squares[region.slices].sum(dim=0)
+    del squares
     of_columns, of_all = _sums_over_ranks([of_columns, _sums_of_names(rows, held)], held.row_groups)
     columns = _averaged(state["column_sq"], of_columns / height[:, None], beta2)
     means = of_all / height

@@ -1,0 +1,112 @@
+"""The moments of a step of FSDP that may be its fullest.
+
+What the model computes with are copies of the weights, gathered for a step (ZeRO-3: for a layer). Every layer is a
+unit; embedding, last norm and output layer are another one, the root, which stays gathered until the backward pass
+ends. In the backward pass of the last micro-batch a unit's copies go when its gradients are reduced, so that gathered
+weights and gradients are never all there together. As torch 2.13 reduces, in fp32: it copies a unit's gradients into a
+buffer, which stays until the next unit is reduced, and has their sum in a second one.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from profiles.configurations import Configurations
+from profiles.memory.parameters import Floats
+
+REDUCED_BYTES = 4
+"""Of an element of a gradient while it is reduced, and of one that waits for that: fp32."""
+
+
+class Units(NamedTuple):
+    """Numbers of weights on a rank, one entry a configuration, before ZeRO shares anything out."""
+
+    layers: Floats
+    """In all layers."""
+    layer: Floats
+    """In the largest of them."""
+    root: Floats
+    """Outside of them."""
+    output: Floats
+    """In the output layer, which may be the embedding too."""
+
+
+class Passing(NamedTuple):
+    """Bytes that are there for a part of a step only, one entry a configuration."""
+
+    activations: Floats
+    """What all layers keep for the backward pass."""
+    logits: Floats
+    """At the loss."""
+    working: Floats
+    """Beside gradients of weights, while a layer's backward pass runs."""
+    update: Floats
+    """While the optimizer makes its step."""
+
+
+def fsdp_moments(
+    c: Configurations, units: Units, passing: Passing, element: int, gradient: int, layers: int
+) -> list[dict[str, Floats]]:
+    """Bytes by part, without what the optimizer keeps, at the moments of the last micro-batch that may be the fullest:
+    the loss; the backward pass and the reduction of the first, the second and the last of its layers; the root's
+    gradients, and their reduction; the update. Between the second and the last layer memory changes by the same amount
+    with every layer. `element` and `gradient` are bytes of an element of a gathered weight and of a gradient
+    that has been reduced."""
+    sharers = np.where(c.zero >= 1, c.dp * c.cp // c.dp_replicate, 1)
+    several, shares_gradients = c.num_microbatches > 1, c.zero >= 2
+    waits = several & ~shares_gradients  # sums of whole gradients, reduced with the last micro-batch
+    cast = gradient * (gradient < REDUCED_BYTES)
+    copies = c.dp * c.cp // sharers
+    held = REDUCED_BYTES * (gradient < REDUCED_BYTES) * (copies > 1)  # all-reduced sums, until the backward pass ends
+    nothing = np.zeros(len(c))
+
+    def moment(layers_reduced: Floats, gathered: Floats, buffers: Floats, **others: Floats) -> dict[str, Floats]:
+        """`layers_reduced` and `gathered` count weights; so much as is not reduced may wait for it."""
+        waiting = units.layers + units.root - layers_reduced
+        reduced = np.where(several & shares_gradients, units.layers + units.root, layers_reduced)
+        return {
+            "weights": np.where(c.zero < 3, element * gathered, 0),
+            "gradients": (gradient * reduced + held * layers_reduced) / sharers + REDUCED_BYTES * waits * waiting,
+            "activations": nothing,
+            "logits": nothing,
+            "working": nothing,
+            "communication": np.where(c.zero < 3, 0, element * gathered) + buffers,
+        } | others
+
+    def with_layers(left: Floats) -> Floats:
+        """Gathered: the root, and the layers that are left. ZeRO-3 has the one that runs, and the next."""
+        return units.root + np.where(c.zero < 3, left, np.minimum(2 * units.layer, left))
+
+    def reduction(unit: Floats) -> Floats:
+        """First the gradients and the buffer, then the buffer and the sum."""
+        first = np.where(waits, REDUCED_BYTES, element) * unit + REDUCED_BYTES * unit
+        then = REDUCED_BYTES * unit + (REDUCED_BYTES + cast) * unit / sharers
+        return np.maximum(first, then) - REDUCED_BYTES * waits * unit  # which `moment` counts
+
+    def backward(reduced: Floats, share: float, buffer: Floats) -> list[dict[str, Floats]]:
+        """A layer's backward pass and its reduction, after so many weights of other layers; `share` of the layers are
+        left, this one included."""
+        gathered, of_output = with_layers(units.layers - reduced), element * units.output
+        others = {"activations": share * passing.activations, "working": passing.working}
+        left = np.where(c.zero < 3, gathered - units.layer, gathered)
+        return [
+            moment(reduced, gathered, of_output + element * units.layer + buffer, **others),
+            moment(
+                reduced,
+                left,
+                of_output + reduction(units.layer),
+                activations=(share - 1 / layers) * passing.activations,
+            ),
+        ]
+
+    one_layer, all_but_one, buffer = units.layer, units.layers - units.layer, REDUCED_BYTES * units.layer
+    loss = {"activations": passing.activations, "logits": passing.logits}
+    return [
+        moment(nothing, with_layers(units.layers), nothing, **loss),
+        *backward(nothing, 1.0, np.where(several & shares_gradients, REDUCED_BYTES * units.root, 0)),
+        *(backward(one_layer, 1 - 1 / layers, buffer) if layers > 1 else ()),
+        *(backward(all_but_one, 1 / layers, buffer) if layers > 1 else ()),
+        moment(units.layers, units.root, element * units.root + buffer),
+        moment(units.layers, nothing, reduction(units.root)),
+        moment(units.layers + units.root, nothing, nothing, working=passing.update),
+    ]
