@@ -1,16 +1,16 @@
 """Do small batches train as well as large ones, and as easily? The three findings of 2507.07101, on a small Llama.
 
-    python -m benchmarks.small_batch [--batches 1,4,16,64,256] [--seeds 3] [--tokens N] [--out DIR] [--plot FILE]
-        [--judge] [--quick] [--json]
+    python -m benchmarks.small_batch [--batches 1,4,16,64,256] [--seeds 3] [--other-seeds N] [--tokens N] [--out DIR]
+        [--plot FILE] [--judge] [--quick] [--json]
 
 Every cell trains the model of benchmarks/small_batch.yaml on the same number of tokens, from the same weights for a
 seed, with one batch, optimizer, β2 rule and peak learning rate, and evaluates it on held-out sequences. `fixed` keeps
 β2 as it is at the batch of 8, `half-life` keeps its half-life in tokens. The schedule is a warm-up and a linear decay
 to 0, in tokens. Updates are those that jobs make (`copus.backends.optimizers`). Cells that DIR has are not run again.
 
-The verdicts can fail. Each has a figure, the 80 % interval of it over seeds, and holds (true), fails (false), or, if
-the interval has both or cells are missing, stays open (null). A best learning rate at the end of its grid makes a
-verdict open too.
+The verdicts can fail. Each has a figure, the 80 % interval of it over the seeds that all of its cells have, and holds
+(true), fails (false), or, if the interval has both or cells are missing, stays open (null). A best learning rate at the
+end of its grid makes a verdict open too. `--other-seeds` is for what only the table and the picture show.
 """
 
 import argparse
@@ -42,6 +42,8 @@ COARSE = 4.0
 POINTS = 5
 """Learning rates of the first grid."""
 MOST_POINTS = 12
+LEAST_URGENT = 3
+"""Of `_urgency`: what no verdict needs."""
 SEQUENCES_TOGETHER = 64
 """Sequences in a step of all runs that train together: fewer are bound by calls, more leave the caches."""
 
@@ -124,6 +126,10 @@ class Grid:
         """Whether the grid of an arm and a batch lacks nothing."""
         return not any(wanted_rates(arm, batch, self.losses(arm, batch, seed)) for seed in seeds)
 
+    def filled_seeds(self, cells: Sequence[tuple[Arm, int]], seeds: Sequence[int]) -> list[int]:
+        """Seeds for which the grids of all these arms and batches lack nothing."""
+        return [seed for seed in seeds if all(self.is_filled(arm, batch, [seed]) for arm, batch in cells)]
+
     def _add(self, cell: Cell) -> None:
         self.cells.append(cell)
         with open(self._path, "a") as file:  # one write of one line
@@ -199,7 +205,10 @@ def verdict(statement: str, figures: Sequence[float], most: float, *, decided: b
     holds = None
     if low is not None and high is not None and len(figures) > 1 and decided:
         holds = True if high <= most else False if low > most else None
-    return {"statement": statement, "figure": mean, "interval": [low, high], "at_most": most, "holds": holds}
+    return {
+        **{"statement": statement, "figure": mean, "interval": [low, high]},
+        **{"seeds": len(figures), "at_most": most, "holds": holds},
+    }
 
 
 def verdicts(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -209,10 +218,8 @@ def verdicts(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> list[d
 
     def compare(statement: str, most: float, cells: list[tuple[Arm, int]], figure: Callable[..., float]) -> None:
         """Add a verdict on a figure of the losses of these cells, for each seed."""
-        if not all(grid.is_filled(arm, batch, seeds) for arm, batch in cells):
-            found.append(verdict(statement, [], most, decided=False))
-            return
-        by_seed = [[grid.losses(arm, batch, seed) for arm, batch in cells] for seed in seeds]
+        filled = grid.filled_seeds(cells, seeds)
+        by_seed = [[grid.losses(arm, batch, seed) for arm, batch in cells] for seed in filled]
         decided = all(is_inside(losses) for of_seed in by_seed for losses in of_seed)
         found.append(verdict(statement, [figure(*of_seed) for of_seed in by_seed], most, decided=decided))
 
@@ -249,8 +256,8 @@ def verdicts(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> list[d
     return found
 
 
-def fill_all(grid: Grid, batches: Sequence[int], seeds: Sequence[int], console: Console) -> None:
-    """Train what is missing, what the verdicts need first."""
+def fill_all(grid: Grid, batches: Sequence[int], seeds: int, other_seeds: int, console: Console) -> None:
+    """Train what is missing, what the verdicts need first; what none of them needs for `other_seeds` seeds."""
     copus_output("data", str(JOB))
     todo = sorted(
         ((arm, batch) for arm in ARMS for batch in batches), key=lambda cell: _urgency(cell[0], cell[1], batches)
@@ -258,7 +265,8 @@ def fill_all(grid: Grid, batches: Sequence[int], seeds: Sequence[int], console: 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(todo))
         for arm, batch in todo:
-            grid.fill(arm, batch, seeds, lambda said: progress.update(task, description=said))
+            count = other_seeds if _urgency(arm, batch, batches) == LEAST_URGENT else seeds
+            grid.fill(arm, batch, range(count), lambda said: progress.update(task, description=said))
             progress.advance(task)
 
 
@@ -279,14 +287,16 @@ def _urgency(arm: Arm, batch: int, batches: Sequence[int]) -> int:
     trained first has the least."""
     if arm is ARMS[0]:
         return 0 if batch in (min(batches), max(batches)) else 2
-    return 1 if batch == min(batches) else 3
+    return 1 if batch == min(batches) else LEAST_URGENT
 
 
 def rows(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Means over seeds by arm and batch, where both are trained."""
+    """Means over the seeds that are trained, by arm and batch."""
     for arm in ARMS:
-        for batch in (batch for batch in batches if grid.is_filled(arm, batch, seeds)):
-            found = [grid.losses(arm, batch, seed) for seed in seeds]
+        for batch in batches:
+            found = [grid.losses(arm, batch, seed) for seed in grid.filled_seeds([(arm, batch)], seeds)]
+            if not found:
+                continue
             rates = [min(losses, key=lambda lr: losses[lr]) for losses in found]
             yield {
                 "optimizer": arm.optimizer["kind"],
@@ -296,24 +306,26 @@ def rows(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> Iterator[d
                 "loss": float(np.mean([best_loss(losses) for losses in found])),
                 "octaves": float(np.mean([width(losses) for losses in found])),
                 "inside": all(is_inside(losses) for losses in found),
+                "seeds": len(found),
             }
 
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Tables for people."""
     table = Table(
-        "optimizer", "β2", "batch", "best learning rate", "loss", f"octaves within {CLOSE}", title="Small batches"
+        *("optimizer", "β2", "batch", "seeds", "best learning rate", "loss", f"octaves within {CLOSE}"),
+        title="Small batches",
     )
     for row in result["rows"]:
         mark = "" if row["inside"] else " (end of the grid)"
         cells = (f"{row['lr']:.2g}{mark}", f"{row['loss']:.3f}", f"{row['octaves']:.1f}")
-        table.add_row(row["optimizer"], row["rule"], str(row["batch"]), *cells)
+        table.add_row(row["optimizer"], row["rule"], str(row["batch"]), str(row["seeds"]), *cells)
     console.print(table)
     for found in result["verdicts"]:
         said = {True: "holds", False: "FAILS", None: "open"}[found["holds"]]
         low, high = found["interval"]
         seen = "not trained" if low is None else f"{found['figure']:.3f} ({low:.3f} to {high:.3f})"
-        figure = f"{seen}, at most {found['at_most']:g}"
+        figure = f"{seen}, {found['seeds']} seeds, at most {found['at_most']:g}"
         console.print(f"{said}: {found['statement']}: {figure}")
 
 
@@ -345,7 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = parser_of("small_batch", __doc__)
     parser.add_argument("--batches", default=BATCHES, help="sequences, separated by commas, up to 256")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of what the verdicts compare")
+    parser.add_argument("--other-seeds", type=int, help="of the rest; as many, unless given")
     parser.add_argument("--tokens", type=int, help="length of every run")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of finished cells")
     parser.add_argument("--judge", action="store_true", help="train nothing: judge what --out has")
@@ -356,10 +369,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batches = [4, 16] if options.quick else sorted({int(batch) for batch in options.batches.split(",")})
     tokens = options.tokens or load_job(JOB).training.tokens // (8 if options.quick else 1)
     job = load_job(JOB, [f"training.tokens={tokens}", f"training.warmup_tokens={tokens // 20}"])
-    grid, seeds = Grid(job, options.out), range(1 if options.quick else options.seeds)
+    grid, seeds = Grid(job, options.out), 1 if options.quick else options.seeds
     if not options.judge:
-        fill_all(grid, batches, seeds, console)
-    result = result_of(grid, batches, seeds)
+        fill_all(
+            grid, batches, seeds, seeds if options.other_seeds is None else min(seeds, options.other_seeds), console
+        )
+    result = result_of(grid, batches, range(seeds))
     if options.plot:
         plot(result, options.plot)
     tell(result, show, options, console)

@@ -18,6 +18,7 @@ from tests.ranks import own_device, run_ranks
 
 MODEL = {"kv_heads": 2, "layers": 2}
 KEPT = {
+    "adamw": {"exp_avg", "exp_avg_sq"},
     "sgd": set(),
     "sgd with momentum": {"momentum_buffer"},
     "adafactor": {"row_sq", "column_sq", "exp_avg_sq"},
@@ -103,7 +104,7 @@ def test_state_of_fsdps_optimizers_survives_moves_and_restarts(tmp_path: Path) -
             [{"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 2, "dp": 2}],
         ),
         (
-            ["sgd with momentum", "signum"],
+            ["adamw", "sgd with momentum", "signum"],
             "megatron",
             [{"dp": 4, "zero": 1}, {"tp": 2, "dp": 2, "zero": 1}, {"pp": 2, "dp": 2}],
         ),
@@ -112,10 +113,11 @@ def test_state_of_fsdps_optimizers_survives_moves_and_restarts(tmp_path: Path) -
             "megatron",
             [{"tp": 2, "pp": 2}, {"dp": 4}, {"tp": 2, "dp": 2}],
         ),
+        (["adamw"], "deepspeed", [{"dp": 4, "zero": 1}, {"dp": 4, "zero": 2}, {"dp": 4, "zero": 3}]),
         (["muon"], "megatron", [{"pp": 2, "dp": 2}, {"dp": 4}]),
         (["muon"], "fsdp", [{"dp": 4}, {"dp": 4, "recompute": "full"}]),
         (
-            ["sgd", "adafactor", "signum", "adamw without masters", "adafactor without masters"],
+            ["adamw", "sgd", "adafactor", "signum", "adamw without masters", "adafactor without masters"],
             "fsdp",
             [{"dp": 4, "zero": 2}, {"tp": 2, "dp": 2, "zero": 3}, {"dp": 4, "zero": 1, "dp_replicate": 2}],
         ),

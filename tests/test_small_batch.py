@@ -147,8 +147,10 @@ def test_verdicts_on_what_is_not_trained_are_open_and_the_others_are_given(
     grid = Grid(load_job(EXAMPLE), tmp_path)
     for arm, batch in ((ARMS[0], 1), (ARMS[0], 4), (ARMS[3], 1)):  # none at 16
         grid.fill(arm, batch, (0, 1), lambda said: None)
+    grid.fill(ARMS[3], 16, [0], lambda said: None)
     result = result_of(grid, [1, 4, 16], (0, 1))
-    assert [(row["optimizer"], row["batch"]) for row in result["rows"]] == [("adamw", 1), ("adamw", 4), ("sgd", 1)]
+    rows = [(row["optimizer"], row["batch"], row["seeds"]) for row in result["rows"]]
+    assert rows == [("adamw", 1, 2), ("adamw", 4, 2), ("sgd", 1, 2), ("sgd", 16, 1)]
     said = {entry["statement"].partition(" ")[0]: (entry["figure"], entry["holds"]) for entry in result["verdicts"]}
     assert said == {
         "AdamW": (None, None),

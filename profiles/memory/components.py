@@ -88,7 +88,8 @@ def stage_components(
         moment["optimizer"] = on_device * kept
         moving = moment["activations"] + moment["logits"] + moment["working"] + moment["communication"]
         moment["allocator"] = WORKSPACE_BYTES + how.fragmentation * moving
-    fullest, rows = np.argmax([sum(moment.values()) for moment in moments], axis=0), np.arange(len(c))
+    fullest = np.stack([np.add.reduce(list(moment.values())) for moment in moments]).argmax(axis=0)
+    rows = np.arange(len(c))
     return {name: np.stack([moment[name] for moment in moments])[fullest, rows] for name in COMPONENTS}
 
 
@@ -121,7 +122,7 @@ def _kept_moments(
         "working": passing.update,
         "communication": buckets,
     }
-    return [backward, update]
+    return [backward, update] if np.any(passing.update) else [backward]
 
 
 def _update_bytes(model: ModelShape, c: Configurations, how: Implementation) -> Floats:
