@@ -187,7 +187,9 @@ class Planner:
             if self.policy.weighs_error and not starting:
                 outlook = look_ahead(situation)
             eligible = self._judge(situation, choice, outlook, eligible, mine)
-            reason = f"{noise_words}: {self.policy.reason(situation, choice)}"
+            reason = self.policy.reason(situation, choice)
+            if starting or self.policy.needs_noise or noise.value is not None:
+                reason = f"{noise_words}: {reason}"
             if picked is not mine or starting:
                 purpose = accumulation_purpose(picked.configuration, estimates, self.config.max_micro_batch)
                 reason = f"{reason}; {purpose}" if purpose else reason

@@ -51,6 +51,18 @@ def test_what_runs_stays_while_it_is_fast_enough_and_while_nothing_is_known() ->
     assert SmallestSaturating().choose(unknown).index[0] == unknown.current[0]
 
 
+def test_candidates_without_a_throughput_are_not_called_slow() -> None:
+    situation = situation_of(SPEEDS | {of(8, 2): 0.0, of(16, 4): 0.0}, of(4, 4), 100.0)
+    policy = SmallestSaturating()
+    choice = policy.choose(situation)
+    assert policy.reason(situation, choice).endswith(
+        "19.2 of 20 samples/s, of 6 of 8 candidates: of the others none is known"
+    )
+    verdicts = [policy.verdict(situation, choice, index) for index in (0, 3, 6)]
+    below = "below 95 % of the best throughput"
+    assert verdicts == [below, "a smaller batch is as fast", "its throughput is not known"]
+
+
 def test_the_plan_names_the_same_batch() -> None:
     found = smallest_saturating([estimate(c, c.global_batch / speed) for c, speed in SPEEDS.items()])
     assert found is not None

@@ -26,17 +26,20 @@ class SmallestSaturating:
         return Choice(np.where(stays, situation.current, situation.fastest(eligible)))
 
     def reason(self, situation: Situation, choice: Choice) -> str:
-        """The batch, and its throughput beside the best one."""
+        """The batch, and its throughput beside the best one of those that are known."""
         index, speed = int(choice.index[0]), situation.samples_per_second[0]
         if not speed.max() > 0:
             return "no throughput is known, so no batch is known to be enough"
-        chosen, best = situation.menu.configurations[index], float(speed.max())
+        chosen, best, known = situation.menu.configurations[index], float(speed.max()), int((speed > 0).sum())
+        among = f", of {known} of {len(speed)} candidates: of the others none is known" if known < len(speed) else ""
         return (
             f"{chosen.global_batch} is the smallest batch that reaches {percent(SATURATED)} of the best throughput: "
-            f"{three_digits(float(speed[index]))} of {three_digits(best)} samples/s"
+            f"{three_digits(float(speed[index]))} of {three_digits(best)} samples/s{among}"
         )
 
     def verdict(self, situation: Situation, choice: Choice, index: int) -> str:
-        """Too large, or too slow."""
+        """Unknown, too large, or too slow."""
+        if not situation.samples_per_second[0, index] > 0:
+            return "its throughput is not known"
         larger = situation.menu.global_batch[index] > situation.menu.global_batch[choice.index[0]]
         return "a smaller batch is as fast" if larger else f"below {percent(SATURATED)} of the best throughput"
