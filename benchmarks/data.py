@@ -12,6 +12,7 @@ in so many processes and without Megatron's way beside it; memory is then sample
 
 import itertools
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from copus.data.worker_processes import default_processes
 from copus.job import JobConfig, dump_job, parse_job
 
 VOCAB = 4096
-WORDS_A_LINE = 330
+WORDS_A_LINE, LINES_AT_ONCE = 330, 100
 SECONDS_BETWEEN_SAMPLES, SECONDS_BETWEEN_SAMPLES_ALONE = 0.02, 0.5
 AS_MEGATRON = """
 import json, sys
@@ -54,13 +55,14 @@ def make_text(path: Path, megabytes: float, seed: int) -> None:
     """JSON lines of so much text, of 20,000 made-up words in the proportions of Zipf's law."""
     random = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlu"))
-    words = np.array(["".join(random.choice(letters, 2 + number % 9)) for number in range(20_000)])
+    words = ["".join(random.choice(letters, 2 + number % 9)) for number in range(20_000)]
     shares = np.cumsum(1 / np.arange(1, len(words) + 1))
     written = 0
     with open(path, "w", encoding="utf-8") as file:
         while written < megabytes * 1e6:
-            text = " ".join(words[np.searchsorted(shares, random.random(WORDS_A_LINE) * shares[-1])])
-            written += file.write(json.dumps({"text": text}) + "\n")
+            chosen = np.searchsorted(shares, random.random((LINES_AT_ONCE, WORDS_A_LINE)) * shares[-1])
+            for line in chosen.tolist():
+                written += file.write(json.dumps({"text": " ".join(map(words.__getitem__, line))}) + "\n")
 
 
 def job_of(folder: Path, processes: int) -> JobConfig:
@@ -78,18 +80,28 @@ def job_of(folder: Path, processes: int) -> JobConfig:
     return parse_job({"name": "data", "model": model, "data": data, "cluster": cluster, "training": training})
 
 
-def measured(command: list[str], seconds_between_samples: float = SECONDS_BETWEEN_SAMPLES) -> dict[str, float]:
-    """Seconds and peak memory of a command and all of its processes. Raises CalledProcessError if it fails."""
-    started, peak = time.perf_counter(), 0
+def measured(command: list[str], seconds_between_samples: float = SECONDS_BETWEEN_SAMPLES) -> dict[str, Any]:
+    """Seconds and peak memory of a command and all of its processes, the peak also of every tenth of the time; and the
+    processors' time. Raises CalledProcessError if it fails."""
+    started, memory, before = time.perf_counter(), [], resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         root = psutil.Process(process.pid)
         while process.poll() is None:
-            peak = max(peak, _resident_bytes(root))
+            memory.append(_resident_bytes(root))
             time.sleep(seconds_between_samples)
         assert process.stderr is not None
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command, stderr=process.stderr.read())
-    return {"seconds": time.perf_counter() - started, "peak_bytes": peak}
+    seconds = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    tenths = [max(memory[len(memory) * tenth // 10 :][: -(-len(memory) // 10)]) for tenth in range(10)]
+    return {
+        "seconds": seconds,
+        "processor_seconds": processor_seconds,
+        "peak_bytes": max(memory),
+        "peak_bytes_by_tenth": tenths,
+    }
 
 
 def _resident_bytes(root: psutil.Process) -> int:
@@ -111,7 +123,7 @@ def run(folder: Path, megabytes: float, processes: int, *, alone: bool = False) 
     train_tokenizer(texts, VOCAB).save(str(folder / "tokenizer.json"))
     text_bytes = (folder / "train.jsonl").stat().st_size
 
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     theirs = [str(folder / "train.jsonl"), str(folder / "tokenizer.json"), str(folder / "theirs"), str(VOCAB)]
     if not alone:
         rows["megatron, 1 process"] = measured([sys.executable, "-W", "ignore", "-c", AS_MEGATRON, *theirs])
@@ -135,9 +147,9 @@ def run(folder: Path, megabytes: float, processes: int, *, alone: bool = False) 
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Show the figures to a person."""
-    table = Table("", "MB/s", "seconds", "peak MB")
+    table = Table("", "MB/s", "seconds", "processor seconds", "peak MB")
     for name, row in result["rows"].items():
-        figures = (row["bytes_per_second"] / 1e6, row["seconds"], row["peak_bytes"] / 1e6)
+        figures = (row["bytes_per_second"] / 1e6, row["seconds"], row["processor_seconds"], row["peak_bytes"] / 1e6)
         table.add_row(name, *(f"{figure:.3g}" for figure in figures))
     console.print(table)
     if result["same_files_as_megatron"] is not None:

@@ -27,6 +27,11 @@ class HeldOut(Record):
     everything: bool = False
     """Whether all works are held out: those of `data.held_out_source`."""
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether any work may be held out."""
+        return self.everything or bool(self.works or self.patterns)
+
     def __contains__(self, work: str) -> bool:
         return self.everything or work in self.works or any(fnmatch.fnmatch(work, pattern) for pattern in self.patterns)
 

@@ -85,9 +85,11 @@ class HeldOutText:
         codes = word_codes(document.text)
         if codes.size and (name := self._exact.get(_digest(codes))):
             return f"same text as held-out {name}"
+        if not self._hashes.size:
+            return None
         own = self._sketch(shingles(codes))
         first = np.searchsorted(self._hashes, own, side="left")
-        is_held_out = np.take(self._hashes, first, mode="clip") == own if self._hashes.size else np.zeros(0, bool)
+        is_held_out = np.take(self._hashes, first, mode="clip") == own
         if not is_held_out.any():
             return None
         matched, first = own[is_held_out], first[is_held_out]

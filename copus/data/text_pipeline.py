@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -68,7 +68,7 @@ class TextPipeline:
         """`parts` are those with text, those of `data.held_out_source` last, whose works are all held out."""
         data = job.data
         self._job, self._parts, self._folder, self._progress = job, parts, folder, progress
-        self._bytes = sum(file.stat().st_size for part in parts for file in part.files)
+        self._bytes = sum(map(_bytes, parts))
         several = self._bytes >= IN_PROCESS_BYTES
         self._processes = (data.processes or default_processes()) if several else 1
         self._columns = Columns(data.text_column, data.messages_column)
@@ -95,15 +95,14 @@ class TextPipeline:
     def _by_sizes(
         self, encoding: Encoding, by_source: list[bool], data: DataConfig
     ) -> tuple[tuple[HeldOut, ...], bool]:
-        names = held_out_names(data)
-        sizes = self._sizes(encoding, names)
-        for part, size in zip(self._parts, sizes, strict=True):
-            if not size.documents and not size.bytes:
+        for number, part in enumerate(self._parts):
+            if not any(encoding.documents(item) for item in self._batches(False, {number})):
                 files = ", ".join(map(str, part.files[:3])) + (" …" if len(part.files) > 3 else "")
                 raise JobError(f"data.source: no text in {files}")
-        everything = HeldOut(everything=True)
         if any(by_source):
-            return tuple(everything if held_out else HeldOut() for held_out in by_source), False
+            return tuple(HeldOut(everything=held_out) for held_out in by_source), False
+        names = held_out_names(data)
+        sizes = self._sizes(encoding, names)
         cuts = False
         if len(sizes) == 1 and sizes[0].documents == 1:
             cuts = True
@@ -120,8 +119,10 @@ class TextPipeline:
         return sizes
 
     def _held_out_text(self, encoding: Encoding) -> HeldOutText:
+        of = {number for number, held_out in enumerate(encoding.held_out) if held_out.holds_any}
+
         def documents() -> Iterator[Document]:
-            for _, result in self._map(held_out_documents, encoding, "reading held-out text"):
+            for _, result in self._map(held_out_documents, encoding, "reading held-out text", of=of):
                 yield from result
 
         return HeldOutText(documents())
@@ -198,13 +199,16 @@ class TextPipeline:
         stage: str,
         every: int = 1,
         skip: int = 0,
+        of: Set[int] | None = None,
     ) -> Iterator[tuple[PartBatch, Any]]:
-        """Every nth batch, after the first `skip`, and what a function makes of it."""
-        total = -(-self._bytes // (1 << 20))
+        """Every nth batch, after the first `skip`, and what a function makes of it; `of` some parts or all."""
+        total = -(
+            -sum(_bytes(part) for number, part in enumerate(self._parts) if of is None or number in of) // (1 << 20)
+        )
         before = 0  # bytes of the files that are complete
 
         def batches() -> Iterator[PartBatch]:
-            for number, item in enumerate(self._batches(encoding.cuts)):
+            for number, item in enumerate(self._batches(encoding.cuts, of)):
                 if number >= skip and number % every == 0:
                     yield item
 
@@ -219,10 +223,11 @@ class TextPipeline:
             yield item, result
         self._progress(f"{stage}, MiB", total, total)
 
-    def _batches(self, cut: bool) -> Iterator[PartBatch]:
+    def _batches(self, cut: bool, of: Set[int] | None = None) -> Iterator[PartBatch]:
         for number, part in enumerate(self._parts):
-            for batch in part_batches(part, self._job.data, self._columns, cut=cut):
-                yield PartBatch(number, batch)
+            if of is None or number in of:
+                for batch in part_batches(part, self._job.data, self._columns, cut=cut):
+                    yield PartBatch(number, batch)
 
 
 class Prepared:
@@ -353,6 +358,10 @@ def _sides(held_out: tuple[HeldOut, ...]) -> list[tuple[int, Side]]:
     if not any(part.everything for part in held_out):
         return [(number, side) for number in range(len(held_out)) for side in get_args(Side)]
     return [(number, "valid" if part.everything else "train") for number, part in enumerate(held_out)]
+
+
+def _bytes(part: PartSource) -> int:
+    return sum(file.stat().st_size for file in part.files)
 
 
 def part_batches(part: PartSource, data: DataConfig, columns: Columns, *, cut: bool = False) -> Iterator[Batch]:
