@@ -48,6 +48,7 @@ def copus() -> None:
     examples=[
         "copus submit examples/shakespeare.yaml --set training.seed=7",
         "copus submit --resume shakespeare",
+        "copus submit job.yaml --seeds 3 --matrix training.lr=1e-3,2e-3",
     ],
 )
 @click.argument(
@@ -74,6 +75,24 @@ def copus() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print the command, script or manifest that would run the job, and stop.")
 @click.option("--detach", is_flag=True, help="Return as soon as the job is queued. For engines with a queue.")
+@click.option(
+    "--seeds",
+    metavar="N",
+    type=int,
+    help="Train N runs with consecutive seeds, from training.seed on, and compare them.",
+)
+@click.option(
+    "--matrix",
+    metavar="SECTION.FIELD=V,V,…",
+    multiple=True,
+    help="Train a run with each of these values of a field. Repeatable: every combination, with all --seeds. The same "
+    "command again goes on with what has not ended.",
+)
+@click.option(
+    "--fail-fast",
+    is_flag=True,
+    help="With --seeds or --matrix: start no further run, and queue none, once one has failed.",
+)
 @json_option(PROGRESS_JSON)
 def submit(
     job: Path | None,
@@ -84,6 +103,9 @@ def submit(
     engine: str | None,
     dry_run: bool,
     detach: bool,
+    seeds: int | None,
+    matrix: Sequence[str],
+    fail_fast: bool,
     as_json: bool,
 ) -> int:
     """Train a job, which moves to a better batch and layout as it runs.
@@ -94,8 +116,16 @@ def submit(
     from launch.submit import Manner, submit
 
     manner = Manner(engine, dry_run, allow_from_scratch, detach, as_json)
-    named = [] if name is None else [f"name={name}"]
-    return submit(job, [*overrides, *named], resume, manner)
+    settings = [*overrides, *([] if name is None else [f"name={name}"])]
+    if seeds is not None or matrix:
+        from launch.submit_group import submit_group
+
+        if resume is not None or allow_from_scratch:
+            raise click.UsageError("--seeds and --matrix go on by the same command again, without --resume")
+        return submit_group(job, settings, matrix, seeds, manner, fail_fast=fail_fast)
+    if fail_fast:
+        raise click.UsageError("--fail-fast: only with --seeds or --matrix")
+    return submit(job, settings, resume, manner)
 
 
 @copus.command(section=TRAIN, examples=["copus cancel shakespeare"])
@@ -387,7 +417,7 @@ def watch(run: str | None, once: bool, web: bool, as_json: bool) -> int:
     return watch(run, once=once, as_json=as_json, web=web)
 
 
-@copus.command(section=LOOK, examples=["copus runs /shared/runs --json"])
+@copus.command(section=LOOK, examples=["copus runs /shared/runs --json", "copus runs --group shakespeare"])
 @click.argument(
     "folder",
     metavar="[FOLDER]",
@@ -395,15 +425,18 @@ def watch(run: str | None, once: bool, web: bool, as_json: bool) -> int:
     type=click.Path(path_type=Path, file_okay=True),
     help="Folder with run directories. Without it $COPUS_RUNS or ./runs.",
 )
+@click.option(
+    "--group", metavar="NAME", help="Only the runs of `copus submit --seeds` or `--matrix`, and their results."
+)
 @json_option()
-def runs(folder: Path | None, as_json: bool) -> int:
+def runs(folder: Path | None, group: str | None, as_json: bool) -> int:
     """List the runs in a folder with their state and progress.
 
     A run is queued, starting, measuring, running, stalled, finished, stopped, failed or crashed.
     """
     from launch.runs import runs
 
-    return runs(folder, as_json=as_json)
+    return runs(folder, group, as_json=as_json)
 
 
 @copus.command(section=LOOK, examples=["copus logs shakespeare --follow --rank 0"])
@@ -467,15 +500,16 @@ def audit(run: str | None, as_json: bool) -> int:
     type=FILE,
     help="File to write. Without it RUN/report.html, or ./comparison.html for several runs.",
 )
+@click.option("--group", metavar="NAME", help="The runs of `copus submit --seeds` or `--matrix`, in one page.")
 @json_option("Print the path of the file as a JSON object.")
-def report(names: Sequence[str], output: Path | None, as_json: bool) -> int:
+def report(names: Sequence[str], output: Path | None, group: str | None, as_json: bool) -> int:
     """Write an HTML page about a run, or compare several runs.
 
     The page needs no network and no other file.
     """
     from launch.report import report
 
-    return report(list(names), output, as_json=as_json)
+    return report(list(names), output, group, as_json=as_json)
 
 
 @copus.command(section=LOOK, examples=["copus plot shakespeare --output shakespeare.svg"])

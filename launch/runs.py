@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from copus.event_lines import event_lines
 from copus.events import parse_event
 from copus.job import JobError
+from launch.group import runs_of_group
+from launch.group_results import as_values as cells_as_values
+from launch.group_results import print_results, read_results
 from launch.json_output import as_json_line
 from launch.run_names import runs_folder
 from launch.run_state import RunState, state_of
@@ -41,26 +44,31 @@ class RunSummary:
     """When it last wrote an event, or was made; seconds since the epoch."""
 
 
-def runs(folder: Path | None, *, as_json: bool = False) -> int:
-    """Print the runs in a folder (`runs_folder`), the newest first. Raises JobError where there is no such folder."""
+def runs(folder: Path | None, group: str | None = None, *, as_json: bool = False) -> int:
+    """Print the runs in a folder (`runs_folder`), the newest first; of a `group` its runs and their results. Raises
+    JobError where there is no such folder, or no such group in it."""
     folder = folder or runs_folder()
     try:
-        summaries = [summary_of(job.parent) for job in folder.expanduser().absolute().glob("*/job.yaml")]
+        if group is None:
+            chosen = [job.parent for job in folder.expanduser().absolute().glob("*/job.yaml")]
+        else:
+            chosen = runs_of_group(folder.expanduser(), group)
+        summaries = [summary_of(run) for run in chosen]
         if not summaries and not folder.expanduser().is_dir():
             raise FileNotFoundError(2, "No such file or directory")
     except OSError as error:
         raise JobError(f"no runs in {folder}: {error.strerror}") from None
     summaries.sort(key=lambda summary: summary.changed, reverse=True)
+    results = read_results(chosen) if group is not None else []
     if as_json:
-        print(
-            as_json_line(
-                {"folder": str(folder.expanduser().absolute()), "runs": [as_values(summary) for summary in summaries]}
-            )
-        )
+        values = {"folder": str(folder.expanduser().absolute()), "runs": [as_values(summary) for summary in summaries]}
+        print(as_json_line(values | ({"group": group, "cells": cells_as_values(results)} if results else {})))
     elif not summaries:
         print(f"no runs in {folder}: a run is a folder with a job.yaml in it")
     else:
         _print(summaries)
+        if group is not None and any(result.ended for result in results):
+            print_results(group, results, page())
     return 0
 
 

@@ -1,6 +1,5 @@
 """`copus submit`: from a job file, or from an interrupted run, to a trained model."""
 
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,18 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from copus.audit import audit_run
 from copus.checkpoints.files import FOLDER, check_same_data, checkpoint_names
-from copus.events import has_checkpoint
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized
 from copus.resume_request import ResumeRequest, write_resume_request
-from copus.weights.source import with_tokenizer
+from copus.weights.source import Source, with_tokenizer
 from launch.attend import Outcome, attend
-from launch.audit import audit_lines
 from launch.check import check_start
+from launch.conclusion import conclude
 from launch.data import check, check_named_data, keep_data, prepare
-from launch.engines import AttendedEngine, Engine, QueuedEngine, check_not_queued, engine_of, engine_state
+from launch.engines import AttendedEngine, Engine, QueuedEngine, check_not_queued, engine_of
 from launch.engines.ticket import clear_ticket
 from launch.follow import Follower
 from launch.interrupts import Interrupts
@@ -37,15 +34,11 @@ from launch.run_directory import (
     lock_run,
     next_run,
     portable,
-    shown,
-    typed,
     write_job,
 )
 from launch.status import RunStatus
 from launch.tracking import check_trackers
 from launch.weights import check_weights, keep_weights
-from launch.wording import LIMITS, describe_limit
-from profiles.formatting import count, duration, percent
 
 
 @dataclass(frozen=True)
@@ -64,20 +57,74 @@ class Manner:
     """The result as JSON on stdout."""
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A job in which nothing is wrong as far as can be told before anything is made."""
+
+    job: JobConfig
+    engine: Engine
+    weights: Source | None
+    """Those that a new run begins with, unless they are random."""
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A run that can go on, and how."""
+
+    run: Path
+    before: JobConfig
+    """The job as it is in the run."""
+    checked: Checked
+    request: ResumeRequest
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run whose workers have ended, or whose job is queued; or that was given up before, with a reason printed."""
+
+    run: Path
+    job: JobConfig
+    outcome: Outcome | Queued | int
+    """An exit code where it was given up."""
+
+
 def submit(job_file: Path | None, overrides: list[str], resume: str | None, manner: Manner) -> int:
     """Train, or go on training. Returns the exit code; raises JobError, and leaves nothing, where the user errs."""
     console = SteadyConsole(stderr=manner.as_json, highlight=False)
+    resumption = None
     if resume is not None:
-        return _resume(find_run(resume), job_file, overrides, console, manner)
-    if manner.may_begin_again:
+        run = find_run(resume)
+        found = check_resume(run, job_file, overrides, console, manner)
+        if isinstance(found, RunStatus):
+            outcome = Outcome(0, "finished", found, 0.0)
+            return conclude(outcome, run, load_job(run / "job.yaml"), console, as_json=manner.as_json, already=True)
+        resumption, checked = found, found.checked
+    elif manner.may_begin_again:
         raise JobError("--allow-from-scratch: only with --resume")
-    if job_file is None:
+    elif job_file is None:
         raise JobError("nothing to train: give a job file, or --resume RUN")
+    else:
+        checked = check_submission(job_file, overrides, manner, lambda line: print(line, file=sys.stderr))
+    if manner.dry_run:
+        return _describe(checked.engine, resumption.run if resumption else next_run(checked.job), checked.job, manner)
+    with Interrupts() as interrupts:
+        begun = go_on(resumption, interrupts, console) if resumption else begin(checked, interrupts, console)
+        ended = begun.outcome
+        if isinstance(ended, Queued):
+            ended = _follow(checked.engine, begun.run, ended, interrupts, console, manner)
+    if isinstance(ended, int):
+        return ended
+    return conclude(ended, begun.run, begun.job, console, as_json=manner.as_json)
+
+
+def check_submission(job_file: Path, overrides: list[str], manner: Manner, say: Callable[[str], None]) -> Checked:
+    """The job of a new run, checked. `say` gets a line of what was read otherwise than it was written. Raises JobError;
+    makes nothing."""
 
     def notice(line: str) -> None:
-        print(f"copus: {line}", file=sys.stderr)
+        say(f"copus: {line}")
 
-    job = portable(load_job(job_file, overrides, manner.engine, notice=lambda line: print(line, file=sys.stderr)))
+    job = portable(load_job(job_file, overrides, manner.engine, notice=say))
     job = with_tokenizer(job, notice)
     training = job.training.model_copy(update={"reference_batch": job.reference_batch})  # whatever a resume changes
     job = job.model_copy(update={"training": training})
@@ -90,23 +137,31 @@ def submit(job_file: Path | None, overrides: list[str], resume: str | None, mann
         check_trackers(job)
     check_start(job)
     job, weights = check_weights(job, notice)
-    if manner.dry_run:
-        return _describe(engine, next_run(job), job, manner)
+    return Checked(job, engine, weights)
+
+
+def begin(
+    checked: Checked, interrupts: Interrupts, console: Console, mark: Callable[[Path], None] = lambda run: None
+) -> Begun:
+    """Make the run, prepare its data, and launch it. `mark` may write into the run that was made. Raises JobError, and
+    leaves nothing, where the user errs."""
+    engine, job = checked.engine, checked.job
     if isinstance(engine, QueuedEngine):
         engine.ready()
-    with Interrupts() as interrupts:
-        run = create_run(job)
-        with lock_run(run) as lock:
-            code, job = prepare(job, run / "job.yaml", interrupts)
-            code = code or keep_weights(run, job, weights)
-            if code:
-                discard_run(run)
-                return code
-            write_job(run, job)  # from here on the run names its data
-            outcome = _measure_and_launch(engine, run, job, lock, interrupts, console, partial(discard_run, run))
-        if isinstance(outcome, Queued):
-            outcome = _follow(engine, run, outcome, interrupts, console, manner)
-    return _conclude(outcome, run, job, console, manner)
+    run = create_run(job)
+    with lock_run(run) as lock:
+        mark(run)
+        code, job = prepare(job, run / "job.yaml", interrupts)
+        code = code or keep_weights(run, job, checked.weights)
+        if code:
+            discard_run(run)
+            return Begun(run, job, code)
+        write_job(run, job)  # from here on the run names its data
+        return Begun(
+            run,
+            job,
+            _measure_and_launch(engine, run, job, lock, interrupts, console, partial(discard_run, run)),
+        )
 
 
 def _check_manner(engine: Engine, job: JobConfig, manner: Manner) -> None:
@@ -118,7 +173,10 @@ def _check_manner(engine: Engine, job: JobConfig, manner: Manner) -> None:
         )
 
 
-def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Console, manner: Manner) -> int:
+def check_resume(
+    run: Path, job_file: Path | None, overrides: list[str], console: Console, manner: Manner
+) -> Resumption | RunStatus:
+    """How a run would go on; its status if it has finished. Raises JobError where it cannot; changes nothing."""
     before = load_job(run / "job.yaml")
     job = portable(load_resized(job_file or run / "job.yaml", overrides, manner.engine))
     job = settled(job, before)
@@ -130,7 +188,7 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
         check_same_data(run / FOLDER / checkpoint, job.data.prepared)
     finished = status.end is not None and status.end.reason == "finished"
     if finished and status.start is not None and job.total_samples <= status.start.total_samples:
-        return _conclude(Outcome(0, "finished", status, 0.0), run, job, console, manner, already=True)
+        return status
     if job.training.backend != before.training.backend:
         console.print(f"goes on with the {job.training.backend} backend, not {before.training.backend}", markup=False)
     request = request_of(
@@ -147,32 +205,33 @@ def _resume(run: Path, job_file: Path | None, overrides: list[str], console: Con
     check_profiler(job, engine)
     if not engine.own_software:
         check_trackers(job)
-    if manner.dry_run:
-        return _describe(engine, run, job, manner)
+    return Resumption(run, before, Checked(job, engine, None), request)
+
+
+def go_on(resumption: Resumption, interrupts: Interrupts, console: Console) -> Begun:
+    """Launch a run again. Raises JobError, and leaves it as it was, where the user errs."""
+    run, before = resumption.run, resumption.before
+    engine, job = resumption.checked.engine, resumption.checked.job
     if isinstance(engine, QueuedEngine):
         engine.ready()
-    with Interrupts() as interrupts:
-        with lock_run(run) as lock:
-            check_not_queued(run)
-            clear_stop(run)
-            if job != before:
-                write_job(run, job)
-            write_resume_request(run, request)
+    with lock_run(run) as lock:
+        check_not_queued(run)
+        clear_stop(run)
+        if job != before:
+            write_job(run, job)
+        write_resume_request(run, resumption.request)
 
-            def undo() -> None:
-                write_job(run, before)
-                write_resume_request(run, ResumeRequest())
+        def undo() -> None:
+            write_job(run, before)
+            write_resume_request(run, ResumeRequest())
 
-            code, job = prepare(job, run / "job.yaml", interrupts)
-            if code:
-                undo()
-                return code
-            if job != before:
-                write_job(run, job)
-            outcome = _measure_and_launch(engine, run, job, lock, interrupts, console, undo)
-        if isinstance(outcome, Queued):
-            outcome = _follow(engine, run, outcome, interrupts, console, manner)
-    return _conclude(outcome, run, job, console, manner)
+        code, job = prepare(job, run / "job.yaml", interrupts)
+        if code:
+            undo()
+            return Begun(run, job, code)
+        if job != before:
+            write_job(run, job)
+        return Begun(run, job, _measure_and_launch(engine, run, job, lock, interrupts, console, undo))
 
 
 def _measure_and_launch(
@@ -227,85 +286,3 @@ def _describe(engine: Engine, run: Path, job: JobConfig, manner: Manner) -> int:
     text = engine.describe(run, job)
     print(as_json_line({"engine": job.launch.engine, "run": str(run), "description": text}) if manner.as_json else text)
     return 0
-
-
-def _conclude(
-    outcome: Outcome, run: Path, job: JobConfig, console: Console, manner: Manner, *, already: bool = False
-) -> int:
-    """Say how it ended, where the run lies, and what looks at it."""
-    status, place = outcome.status, typed(run)
-    resume = f"copus submit --resume {place}"
-    tokens = status.samples_consumed * status.start.seq_len if status.start else 0
-    audited = audit_run(run) if outcome.reason != "queued" and status.step else None
-    if manner.as_json:
-        result = {
-            "run": str(run),
-            "reason": outcome.reason,
-            "exit_code": outcome.exit_code,
-            "samples_consumed": status.samples_consumed,
-            "tokens": tokens,
-            "loss": status.step.loss if status.step else None,
-            "validation_loss": status.evaluation.loss if status.evaluation else None,
-            "seconds": outcome.seconds,
-            "audit": audited.model_dump(mode="json") if audited else None,
-        }
-        print(as_json_line(result))
-        return outcome.exit_code
-    if outcome.reason == "queued":
-        console.print(_left_alone(run), markup=False, soft_wrap=True)
-        return outcome.exit_code
-    headline = {
-        "finished": f"{shown(run)} finished already" if already else f"finished in {duration(outcome.seconds)}",
-        **{limit: f"stopped: {describe_limit(limit, status.start)}" for limit in LIMITS},
-        "diverged": "ended, it diverged",
-        "interrupted": "stopped",
-        "killed": "ended at once",
-        "failed": "the run failed",
-    }[outcome.reason]
-    lines = [f"{headline}: {count(tokens)} tokens{_losses(status)}"]
-    if status.skipped_steps:
-        lines.append(f"  skipped     {status.skipped_steps} of {status.steps} steps: their gradients were not finite")
-    if outcome.reason != "finished":
-        newest = next(iter(checkpoint_names(run)), None)
-        where = f"from {FOLDER}/{newest}" if newest else "from the start: there is no checkpoint"
-        again = " --set training.lr=…" if outcome.reason == "diverged" else ""
-        again += " --allow-from-scratch" if newest is None and has_checkpoint(run) else ""
-        lines.append(f"  resume      {resume}{again}   ({where})")
-    lines += [
-        f"  run         {shown(run)}",
-        f"  report      copus report {place}",
-        f"  decisions   copus explain {place}",
-    ]
-    if "tensorboard" in job.tracking:
-        lines.append(f"  curves      tensorboard --logdir {place}/tensorboard")
-    if shutil.which("copus") is None:  # in an environment that is not activated
-        lines.append(f"  copus       is {shown(Path(sys.argv[0]).absolute())}")
-    if audited is not None:
-        lines += audit_lines(audited)
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
-    return outcome.exit_code
-
-
-def _left_alone(run: Path) -> str:
-    """Where to look at a job that goes on without this command."""
-    place = typed(run)
-    lines = [
-        f"{engine_state(run).words}; it keeps running without this command",
-        f"  run         {shown(run)}",
-        f"  watch       copus watch {place}",
-        f"  logs        copus logs {place} --follow",
-        f"  stop        copus cancel {place}",
-    ]
-    return "\n".join(lines)
-
-
-def _losses(status: RunStatus) -> str:
-    text = f", loss {status.step.loss:.3f}" if status.step and status.step.loss is not None else ""
-    first, last = status.first_evaluation, status.evaluation
-    if last and last.loss is not None:
-        text += f", validation loss {last.loss:.3f}"
-        if status.start and last.samples_consumed < status.samples_consumed:
-            text += f" at {count(last.samples_consumed * status.start.seq_len)}"
-        if first and first is not last and first.loss:
-            text += f" ({percent(last.loss / first.loss)} of the first one, {first.loss:.3f})"
-    return text

@@ -372,7 +372,7 @@ def test_the_command_that_goes_on_is_one_that_is_not_refused(
     write_job(tmp_path)
     monkeypatch.chdir(tmp_path)
     for had_checkpoint, asks in ((False, ""), (True, " --allow-from-scratch")):
-        monkeypatch.setattr("launch.submit.has_checkpoint", lambda run, had=had_checkpoint: had)
+        monkeypatch.setattr("launch.conclusion.has_checkpoint", lambda run, had=had_checkpoint: had)
         assert copus_here("submit", "job.yaml", worker=["--fail-at", "3"]) == 1
         go_on = rf"copus submit --resume runs/small(-2)?{asks}   \(from the start: there is no checkpoint\)"
         assert re.search(go_on, capfd.readouterr().out)

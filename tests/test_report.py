@@ -28,8 +28,9 @@ from told_run import HOSTILE, evaluate, told_events, write_told_run
 
 from copus.events import Event
 from launch.history import History, LossAt, StepAt, read_history
+from launch.intervals import interval_of_ratio
 from launch.report import page
-from launch.report.comparison import comparison, differences, flat, interval, names
+from launch.report.comparison import comparison, differences, flat, names
 from launch.report.decisions import MOST_DECISIONS, kept_numbers
 from launch.report.series import (
     decomposition,
@@ -305,7 +306,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_with_an_interval(tmp_p
     grouped, alone = [row.cells for row in content.values["equal"].rows]
     assert (grouped[:2], alone[:2]) == (["a", "2"], ["c", "1"])
     assert alone[4] == "–"
-    ends = interval([10.0, 12.0])
+    ends = interval_of_ratio([10.0, 12.0])
     assert ends is not None
     half = 6.314 * math.log(1.2) / 2  # Student's t for one degree of freedom, times the standard error
     assert ends == pytest.approx([math.sqrt(120) * math.exp(sign * half) for sign in (-1, 1)], rel=1e-3)

@@ -84,6 +84,8 @@ class Engine(ABC):
     options: EngineOptions
     own_software: ClassVar[bool] = False
     """Whether workers run another installation than this command's, an image say: nothing here tells what it has."""
+    between: ClassVar[str] = ""
+    """What separates the descriptions of several jobs."""
     ask_seconds: ClassVar[float] = 0.0
     """Least time between two questions of `logs` whether a run is alive."""
 

@@ -31,6 +31,7 @@ class KubernetesEngine(QueuedEngine):
     options: KubernetesOptions
     own_software = True
     job_noun = "TrainJob"
+    between = "---\n"
 
     def check(self, job: JobConfig) -> None:
         """Raise JobError where something that the pods read or write is not on the volume."""

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from launch.history import History, LossAt
+from launch.intervals import interval_of_ratio
 from launch.report import compared, style
 from launch.report.render import Column, Content, Row, Table
 from launch.report.series import reached, time_shares
@@ -66,17 +67,6 @@ def groups_of(jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         settings = {field: str(value) for field, value in job.items() if field not in (*NEVER, SEED)}
         groups[name] = first.setdefault(str(sorted(settings.items())), name)
     return groups
-
-
-def interval(seconds: Sequence[float]) -> tuple[float, float] | None:
-    """90 % interval of the mean of the logarithm of times, by Student's t; None for fewer than two."""
-    if len(seconds) < 2:
-        return None
-    from scipy.special import stdtrit
-
-    logs = [math.log(value) for value in seconds]
-    width = float(stdtrit(len(logs) - 1, 0.95)) * stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean(logs) - width), math.exp(mean(logs) + width)
 
 
 def names(runs: Sequence[Path]) -> list[str]:
@@ -170,7 +160,7 @@ def _equal_loss(named: dict[str, History], jobs: dict[str, dict[str, Any]]) -> t
     for place, (group, times) in enumerate(points.items()):
         seconds = [max(at.seconds, 1e-9) for at in times]
         middle = math.exp(mean(map(math.log, seconds)))
-        ends = interval(seconds)
+        ends = interval_of_ratio(seconds)
         first = first or middle
         texts = [
             group,

@@ -1,0 +1,269 @@
+"""`copus submit --seeds N --matrix FIELD=V,V`: a group of runs, one after another, or all in a scheduler's queue."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from copus.job import JobConfig, JobError, load_job
+from launch.attend import Outcome
+from launch.conclusion import headline, trained
+from launch.engines import QueuedEngine
+from launch.group import Planned, parse_matrix, plan_group, read_member, write_member
+from launch.group_results import as_values, print_results, read_results
+from launch.interrupts import Interrupts
+from launch.json_output import as_json_line
+from launch.progress import SteadyConsole
+from launch.queued import LOOKS, STATE_SECONDS
+from launch.run_directory import portable, shown, typed
+from launch.run_state import RunState, state_of
+from launch.runs import status_of
+from launch.status import RunStatus
+from launch.submit import Begun, Checked, Manner, Resumption, begin, check_resume, check_submission, go_on
+from launch.tables import page
+from launch.wording import LIMITS
+
+PLACES = {"name", "launch", "tracking", "profile"}
+"""Sections of a job file that may differ between two calls of the command: they change no result."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A run of the group, checked."""
+
+    planned: Planned
+    run: Path
+    checked: Checked
+    todo: Literal["begin", "resume", "follow", "nothing"]
+    resumption: Resumption | None
+    state: RunState | None
+    """Of the run that is there already."""
+
+
+def submit_group(
+    job_file: Path | None,
+    overrides: list[str],
+    matrix: Sequence[str],
+    seeds: int | None,
+    manner: Manner,
+    *,
+    fail_fast: bool,
+) -> int:
+    """Train every run of the group that has not ended. Returns the exit code. Raises JobError, before anything is made,
+    where one of the jobs is wrong."""
+    if job_file is None:
+        raise JobError("--seeds, --matrix: nothing to train: give a job file")
+    if fail_fast and manner.detach:
+        raise JobError("--fail-fast: with --detach nobody sees a run fail")
+    console = SteadyConsole(stderr=manner.as_json, highlight=False)
+    base = portable(load_job(job_file, overrides, manner.engine))
+    plan = plan_group(base, parse_matrix(matrix, overrides), seeds)
+    said: set[str] = set()
+
+    def say(line: str) -> None:
+        if line not in said:
+            print(line, file=sys.stderr)
+        said.add(line)
+
+    submissions = [_checked(planned, job_file, overrides, manner, console, say) for planned in plan]
+    if manner.dry_run:
+        return _describe(base.name, submissions, manner)
+    queued = isinstance(submissions[0].checked.engine, QueuedEngine)
+    failed: list[str] = []
+    with Interrupts() as interrupts:
+        for number, submission in enumerate(submissions, start=1):
+            console.print(f"run {number} of {len(submissions)}: {_what(submission)}", markup=False, soft_wrap=True)
+            code = _start(submission, interrupts, console)
+            if interrupts.count:
+                break
+            if code:
+                failed.append(submission.planned.name)
+                if fail_fast:
+                    break
+        if queued and not manner.detach and not (failed and fail_fast):
+            failed += _follow(submissions, interrupts, console, fail_fast=fail_fast)
+    exit_code = 1 if failed else 0
+    if interrupts.signal:
+        exit_code = 128 + interrupts.signal
+    return _conclude(base, submissions, exit_code, console, manner, alive=queued)
+
+
+def _checked(
+    planned: Planned,
+    job_file: Path,
+    overrides: list[str],
+    manner: Manner,
+    console: Console,
+    say: Callable[[str], None],
+) -> Submission:
+    """A run of the group, with every check that can be made now. Raises JobError."""
+    checked = check_submission(job_file, [*overrides, *planned.overrides], manner, say)
+    run = checked.job.launch.runs / planned.name
+    make = partial(Submission, planned, run, checked)
+    if not run.exists():
+        return make("begin", None, None)
+    if not (run / "job.yaml").is_file() or read_member(run) != planned.member:
+        raise JobError(f"{shown(run)} is there and is not a run of this group: name the group otherwise (--name)")
+    _check_same_job(run, checked.job)
+    status = status_of(run)
+    state = state_of(run, status)
+    if state.alive and isinstance(checked.engine, QueuedEngine):
+        return make("follow", None, state)
+    if state.alive:
+        raise JobError(f"{shown(run)}: {state.name}; `copus cancel {typed(run)}` stops it")
+    if state.name == "finished" or (status.end is not None and status.end.reason in (*LIMITS, "diverged")):
+        return make("nothing", None, state)
+    named = [override for override in overrides if not override.startswith(("name=", "launch.runs="))]
+    settings = [setting for setting in planned.overrides if not setting.startswith("name=")]
+    resumption = check_resume(run, job_file, [*named, *settings], console, manner)
+    if isinstance(resumption, RunStatus):
+        return make("nothing", None, state)
+    return make("resume", resumption, state)
+
+
+def _check_same_job(run: Path, job: JobConfig) -> None:
+    """Raise JobError where a run was begun with other settings than the command has now."""
+    from launch.report.comparison import differences, flat
+
+    jobs = {
+        when: flat(value.model_dump(mode="json", exclude=PLACES | {"data"}))
+        | flat({"data": value.data.model_dump(mode="json", exclude={"prepared", "cache"})})
+        for when, value in (("then", portable(load_job(run / "job.yaml"))), ("now", job))
+    }
+    for field, (then, now) in differences(jobs).items():
+        raise JobError(
+            f"{shown(run)}: {field} is {then} in this run of the group, and {now} now: name another group (--name), or "
+            "remove the run"
+        )
+
+
+def _what(submission: Submission) -> str:
+    """A run and what is done with it, in words."""
+    state = submission.state
+    words = {
+        "begin": "",
+        "resume": " is resumed",
+        "follow": f": {state.name}" if state else "",
+        "nothing": f" has ended: {state.why or state.name}" if state else "",
+    }
+    return f"{shown(submission.run)}{words[submission.todo]}"
+
+
+def _describe(group: str, submissions: Sequence[Submission], manner: Manner) -> int:
+    """Print what would be done, as the engine's own tools take it, below comments."""
+    described: list[dict[str, Any]] = []
+    for submission in submissions:
+        engine, job = submission.checked.engine, submission.checked.job
+        runs = submission.todo in ("begin", "resume")
+        text = engine.describe(submission.run, job) if runs else None
+        described.append({"run": str(submission.run), "todo": submission.todo, "description": text})
+        if not manner.as_json:
+            print(f"{engine.between}# {_what(submission)}" + (f"\n{text}" if text else ""))
+    if manner.as_json:
+        engine_name = submissions[0].checked.job.launch.engine
+        print(as_json_line({"group": group, "engine": engine_name, "runs": described}))
+    return 0
+
+
+def _start(submission: Submission, interrupts: Interrupts, console: Console) -> int:
+    """Run, or queue, a run of the group. Returns 0 unless it failed; then the reason has been printed."""
+    try:
+        if submission.resumption:
+            begun = go_on(submission.resumption, interrupts, console)
+        elif submission.todo == "begin":
+            mark = partial(write_member, member=submission.planned.member)
+            begun = begin(submission.checked, interrupts, console, mark)
+        else:
+            diverged = submission.state is not None and submission.state.name == "failed"
+            return int(diverged)
+    except JobError as error:
+        print(f"copus: {submission.planned.name}: {error}", file=sys.stderr)
+        return 1
+    return _told(begun, console)
+
+
+def _told(begun: Begun, console: Console) -> int:
+    """Say how a run ended. Returns 0 unless it failed."""
+    if isinstance(begun.outcome, int):
+        return begun.outcome
+    if isinstance(begun.outcome, Outcome):
+        console.print(f"  {headline(begun.outcome)}", markup=False, soft_wrap=True)
+        return begun.outcome.exit_code
+    return 0
+
+
+def _follow(
+    submissions: Sequence[Submission], interrupts: Interrupts, console: Console, *, fail_fast: bool
+) -> list[str]:
+    """Tell what becomes of the queued runs until all have ended, or an interrupt. Returns the names of those that
+    failed. With `fail_fast` the first failure takes the others out of the queue."""
+    waiting = {
+        submission.run: 0 for submission in submissions if submission.todo != "nothing" and submission.run.exists()
+    }
+    total, before, failed = len(waiting), dict[Path, str](), list[str]()
+    while waiting and not interrupts.count:
+        for run in list(waiting):
+            status = status_of(run)
+            state = state_of(run, status)
+            waiting[run] = 0 if state.alive else waiting[run] + 1
+            if state.alive and before.get(run) != state.name:
+                before[run] = state.name
+                console.print(f"{run.name}: {state.name}", markup=False, soft_wrap=True)
+            if waiting[run] < LOOKS:
+                continue
+            del waiting[run]
+            done = f"{total - len(waiting)} of {total} ended"
+            why = f": {state.why}" if state.why else ""
+            console.print(f"{run.name}: {state.name}{why}, {trained(status)} ({done})", markup=False, soft_wrap=True)
+            if state.name in ("failed", "crashed"):
+                failed.append(run.name)
+        if failed and fail_fast:
+            _withdraw([submission for submission in submissions if submission.run in waiting], console)
+            break
+        time.sleep(STATE_SECONDS if waiting else 0)
+    return failed
+
+
+def _withdraw(submissions: Sequence[Submission], console: Console) -> None:
+    for submission in submissions:
+        try:
+            done = submission.checked.engine.cancel(submission.run, now=False)
+        except JobError as error:  # it has just ended
+            done = str(error)
+        console.print(f"{submission.planned.name}: {done}", markup=False, soft_wrap=True)
+
+
+def _conclude(
+    base: JobConfig,
+    submissions: Sequence[Submission],
+    exit_code: int,
+    console: Console,
+    manner: Manner,
+    *,
+    alive: bool,
+) -> int:
+    """Print the table of results, and what shows it again."""
+    results = read_results([submission.run for submission in submissions if submission.run.exists()])
+    if manner.as_json:
+        print(as_json_line({"group": base.name, "exit_code": exit_code, "cells": as_values(results)}))
+        return exit_code
+    if any(result.ended for result in results):
+        print_results(base.name, results, page())
+    lines = []
+    open_runs = len(submissions) - sum(result.ended for result in results)
+    if open_runs:
+        running = "; queued jobs keep running without this command" if alive else ""
+        lines.append(
+            f"{open_runs} of {len(submissions)} runs have not ended: the same command goes on with them{running}"
+        )
+    if results:
+        folder = base.launch.runs
+        place = "" if folder == Path.cwd() / "runs" else f" {typed(folder)}"
+        lines.append(f"  results     copus runs{place} --group {base.name}")
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    return exit_code
