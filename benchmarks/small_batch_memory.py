@@ -1,9 +1,9 @@
 """What a step at batch 1 takes of memory: with each optimizer, and with LoRA, on one model and one machine.
 
-    python -m benchmarks.small_batch_memory [--steps 3] [--quick] [--json]
+    python -m benchmarks.small_batch_memory [--backend fsdp] [--steps 3] [--quick] [--json]
 
-Every case is a process of its own: full training by the fsdp backend on one rank with each optimizer, with fp32 masters
-of bf16 weights and without, beside what the memory model says; and LoRA of rank 16 by peft, if peft is installed, whose
+Every case is a process of its own: full training by the backend on one rank with each optimizer, with fp32 masters of
+bf16 weights and without, beside what the memory model says; and LoRA of rank 16 by peft, if peft is installed, whose
 adapters AdamW updates. `allocated` is the most that torch's CPU allocator had handed out during the steps, from the
 events of its profiler, temporaries inside operations included; `resident` is the largest resident set of the process
 less that before the model was built. The memory model's figure is without what it adds for a CUDA allocator (workspace
@@ -54,14 +54,14 @@ LORA: dict[str, Any] = {
 RANK = 16
 
 
-def job_of(settings: dict[str, Any], model: dict[str, Any]) -> JobConfig:
-    """Batch 1 on one rank."""
-    training = {"backend": "fsdp", "global_batch": 1, "layout": {"dp": 1}, "tokens": 1_000_000}
+def job_of(settings: dict[str, Any], model: dict[str, Any], backend: str = "fsdp", ranks: int = 1) -> JobConfig:
+    """Batch 1 on one rank, unless the settings say otherwise."""
+    training = {"backend": backend, "global_batch": 1, "layout": {"dp": 1}, "tokens": 1_000_000}
     return parse_job(
         {
             "name": "memory",
             "model": model,
-            "cluster": {"accelerators_per_node": 1},
+            "cluster": {"accelerators_per_node": ranks},
             "planner": {"policy": "static"},
             "training": training | settings,
         }
@@ -77,15 +77,19 @@ def predicted_bytes(job: JobConfig) -> dict[str, float]:
     return {name: float(part[0]) for name, part in found.breakdown.items() if name != "allocator"}
 
 
-def measure(case: str, model: dict[str, Any], steps: int) -> dict[str, Any]:
+def measure(case: str, model: dict[str, Any], backend: str, steps: int) -> dict[str, Any]:
     """Run a case in this process."""
-    from benchmarks.small_batch_memory_cases import full, lora, peak_of  # loads torch
+    import torch.distributed as dist  # seconds
 
-    run = lora(LORA[case], RANK, job_of({}, model)) if case in LORA else full(job_of(FULL[case], model))
-    return peak_of(run, steps)
+    from benchmarks.small_batch_memory_cases import full, lora, peak_of
+
+    if case in LORA:
+        return peak_of(lora(LORA[case], RANK, job_of({}, model)), steps)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return peak_of(full(job_of(FULL[case], model, backend)), steps)
 
 
-def run(model: dict[str, Any], steps: int, console: Console) -> dict[str, Any]:
+def run(model: dict[str, Any], backend: str, steps: int, console: Console) -> dict[str, Any]:
     """All cases, one process after the other."""
     has_peft = importlib.util.find_spec("peft") is not None
     if not has_peft:
@@ -93,7 +97,7 @@ def run(model: dict[str, Any], steps: int, console: Console) -> dict[str, Any]:
     rows = []
     for case in (*FULL, *(LORA if has_peft else ())):
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.small_batch_memory", "--case", case]
-        command += ["--model", json.dumps(model), "--steps", str(steps)]
+        command += ["--model", json.dumps(model), "--backend", backend, "--steps", str(steps)]
         done = subprocess.run(
             command,
             env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
@@ -104,13 +108,14 @@ def run(model: dict[str, Any], steps: int, console: Console) -> dict[str, Any]:
             raise SystemExit(f"{case} ended with {done.returncode}:\n{done.stderr[-3000:]}")
         row = {"case": case, **json.loads(done.stdout.splitlines()[-1])}
         if case in FULL:
-            row["predicted_bytes"] = predicted_bytes(job_of(FULL[case], model))
+            row["predicted_bytes"] = predicted_bytes(job_of(FULL[case], model, backend))
             predicted = sum(row["predicted_bytes"].values())
             row["error_pct"] = 100 * (predicted / row["allocated_bytes"] - 1)
         rows.append(row)
         console.print(f"{case}: {row['allocated_bytes'] / MIB:.0f} MiB")
     return {
         "model": model,
+        "backend": backend,
         "steps": steps,
         "largest_error_pct": max(abs(row["error_pct"]) for row in rows if "error_pct" in row),
         "rows": rows,
@@ -139,6 +144,7 @@ def peak(changes: Iterable[int]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = parser_of("small_batch_memory", __doc__)
+    parser.add_argument("--backend", choices=["fsdp", "megatron"], default="fsdp", help="of full training")
     parser.add_argument("--steps", type=int, default=3, help="of each case")
     parser.add_argument("--quick", action="store_true", help="a model of 0.4 M parameters")
     parser.add_argument("--case", choices=[*FULL, *LORA], help="run this case alone, in this process")
@@ -146,10 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     model = SMALL_MODEL if options.quick else options.model
     if options.case:
-        print(json.dumps(measure(options.case, model, options.steps)))
+        print(json.dumps(measure(options.case, model, options.backend, options.steps)))
         return 0
     console = console_of(options)
-    tell(run(model, options.steps, console), show, options, console)
+    tell(run(model, options.backend, options.steps, console), show, options, console)
     return 0
 
 

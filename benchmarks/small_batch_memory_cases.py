@@ -1,12 +1,12 @@
 """What a process of `benchmarks.small_batch_memory` runs, and how it sees the memory of that."""
 
+import gc
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.small_batch_memory import peak
@@ -22,6 +22,7 @@ Run = Callable[[int], Iterator[int]]
 def peak_of(run: Run, steps: int) -> dict[str, Any]:
     """Peak memory of the steps of a run."""
     torch.set_num_threads(1)
+    gc.collect()  # what is freed later counts, even if it was there before
     before = _resident_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         training = run(steps)
@@ -47,16 +48,15 @@ def _resident_bytes() -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS")))
 
 
-def _batch(job: JobConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(job.model.vocab, (1, job.model.seq_len + 1), generator=torch.Generator().manual_seed(0))
+def _batch(job: JobConfig, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape, generator = (sequences, job.model.seq_len + 1), torch.Generator().manual_seed(0)
+    tokens = torch.randint(job.model.vocab, shape, generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def full(job: JobConfig) -> Run:
-    """Full training by the backend of the job."""
+    """Full training by the backend of the job, on the ranks of the default process group."""
     backend_class = find_backend(job.training.backend).load()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    sequences = _batch(job)
 
     def run(steps: int) -> Iterator[int]:
         backend = backend_class(job, torch.device("cpu"))
@@ -64,7 +64,7 @@ def full(job: JobConfig) -> Run:
         yield job.model.parameters
         rules = StepRules(1e-4, job.training.optimizer.betas_at(1.0))
         for step in range(steps):
-            backend.train_step(lambda first, count: sequences, StepRequest(step, rules))
+            backend.train_step(lambda first, count: _batch(job, count), StepRequest(step, rules))
         backend.release()
 
     return run
@@ -74,7 +74,7 @@ def lora(target_modules: Any, rank: int, job: JobConfig) -> Run:
     """peft's adapters, fp32 as it makes them, on frozen bf16 weights."""
     from peft import LoraConfig, get_peft_model
 
-    sequences = _batch(job)
+    sequences = _batch(job, 1)
 
     def run(steps: int) -> Iterator[int]:
         base = build_causal_lm(job.model, torch.bfloat16, torch.device("cpu"), 0)

@@ -1,10 +1,13 @@
-"""What the memory model says of activations, against what autograd keeps in the real Megatron model."""
+"""What the memory model says, against what autograd keeps in the real Megatron model, and what FSDP allocates."""
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.small_batch_memory import FULL, SMALL_MODEL, predicted_bytes
+from benchmarks.small_batch_memory import job_of as memory_job_of
 from copus.job import JobConfig
 from profiles.configurations import Configurations
 from profiles.memory import MEGATRON
@@ -77,3 +80,40 @@ def test_a_layer_keeps_what_the_model_says(ranks: int) -> None:
                 split = job.training.layout.tp if job.training.layout.sequence_parallel else 1
                 predicted += 2 * (4 + 4 - element) * 2 * job.model.seq_len * job.model.hidden / split
         assert seen == pytest.approx(predicted, rel=0.01), case
+
+
+LAYOUTS: list[dict[str, Any]] = [{"dp": 2}, {"dp": 2, "zero": 1}, {"dp": 2, "zero": 2}, {"dp": 2, "zero": 3}, {"tp": 2}]
+
+
+def fsdp_cases() -> list[JobConfig]:
+    """With fp32 masters and without; with one micro-batch and with two, whose gradients are added up."""
+    return [
+        memory_job_of(
+            FULL[case] | {"layout": layout, "global_batch": count * layout.get("dp", 1)},
+            SMALL_MODEL,
+            "fsdp",
+            ranks=2,
+        )
+        for case in ("SGD", "SGD, bf16 weights alone")
+        for layout in LAYOUTS
+        for count in (1, 2)
+    ]
+
+
+def fsdp_peaks() -> list[int]:
+    """The smaller one of two, since gloo's threads sometimes let go of a buffer late."""
+    from benchmarks.small_batch_memory_cases import full, peak_of
+
+    return [min(peak_of(full(job), 2)["allocated_bytes"] for _ in range(2)) for job in fsdp_cases()]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_fsdp_allocates_what_the_model_says_with_every_zero_stage() -> None:
+    peaks = np.min(run_ranks(2, fsdp_peaks, timeout_seconds=500), axis=0)
+    for job, seen in zip(fsdp_cases(), peaks, strict=True):
+        training = job.training
+        assert sum(predicted_bytes(job).values()) == pytest.approx(seen, rel=0.1), (
+            training.layout,
+            training.global_batch,
+        )

@@ -193,7 +193,8 @@ def test_the_memory_model_counts_bytes_a_weight_of_every_case_of_full_training()
 
 
 @pytest.mark.slow
-def test_training_allocates_what_the_memory_model_says_to_within_10_percent_with_every_optimizer() -> None:
-    result = run(SMALL_MODEL, 2, Console(quiet=True))
+@pytest.mark.parametrize("backend", ["fsdp", "megatron"])
+def test_training_allocates_what_the_memory_model_says_to_within_10_percent_with_every_optimizer(backend: str) -> None:
+    result = run(SMALL_MODEL, backend, 2, Console(quiet=True))
     assert {row["case"] for row in result["rows"]} >= set(FULL)
     assert result["largest_error_pct"] < 10

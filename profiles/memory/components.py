@@ -137,5 +137,5 @@ def _update_bytes(model: ModelShape, c: Configurations, how: Implementation) -> 
     update = 4 * np.maximum((copies + state.scratch_of_matrices) * matrix, (copies + state.scratch_of_others) * table)
     if state.masters:
         return update
-    largest = np.maximum(matrix, table)
-    return np.maximum(update, 4 * largest + ROUNDING_BYTES * np.minimum(largest, ROUNDED_AT_ONCE))
+    rounded = np.minimum(np.maximum(matrix / joint, table), ROUNDED_AT_ONCE)
+    return np.maximum(update, 4 * np.maximum(matrix, table) + ROUNDING_BYTES * rounded)

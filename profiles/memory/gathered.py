@@ -4,7 +4,8 @@ What the model computes with are copies of the weights, gathered for a step (ZeR
 unit; embedding, last norm and output layer are another one, the root, which stays gathered until the backward pass
 ends. In the backward pass of the last micro-batch a unit's copies go when its gradients are reduced, so that gathered
 weights and gradients are never all there together. As torch 2.13 reduces, in fp32: it copies a unit's gradients into a
-buffer, which stays until the next unit is reduced, and has their sum in a second one.
+buffer, which stays until the next unit is reduced, and has their sum in a second one. And it keeps the buffer in which
+the last layer was gathered in the forward pass.
 """
 
 from typing import NamedTuple
@@ -61,9 +62,10 @@ def fsdp_moments(
     nothing = np.zeros(len(c))
 
     def moment(layers_reduced: Floats, gathered: Floats, buffers: Floats, **others: Floats) -> dict[str, Floats]:
-        """`layers_reduced` and `gathered` count weights; so much as is not reduced may wait for it."""
+        """In the backward pass. `layers_reduced` and `gathered` count weights; what is not reduced may wait for it."""
         waiting = units.layers + units.root - layers_reduced
         reduced = np.where(several & shares_gradients, units.layers + units.root, layers_reduced)
+        buffers = buffers + np.where(sharers > 1, element * units.layer, 0)
         return {
             "weights": np.where(c.zero < 3, element * gathered, 0),
             "gradients": (gradient * reduced + held * layers_reduced) / sharers + REDUCED_BYTES * waits * waiting,
@@ -101,6 +103,8 @@ def fsdp_moments(
 
     one_layer, all_but_one, buffer = units.layer, units.layers - units.layer, REDUCED_BYTES * units.layer
     loss = {"activations": passing.activations, "logits": passing.logits}
+    update = moment(units.layers + units.root, nothing, nothing, working=passing.update)
+    update["gradients"] = gradient * (units.layers + units.root) / sharers  # nothing is held any longer
     return [
         moment(nothing, with_layers(units.layers), nothing, **loss),
         *backward(nothing, 1.0, np.where(several & shares_gradients, REDUCED_BYTES * units.root, 0)),
@@ -108,5 +112,5 @@ def fsdp_moments(
         *(backward(all_but_one, 1 / layers, buffer) if layers > 1 else ()),
         moment(units.layers, units.root, element * units.root + buffer),
         moment(units.layers, nothing, reduction(units.root)),
-        moment(units.layers + units.root, nothing, nothing, working=passing.update),
+        update,
     ]
