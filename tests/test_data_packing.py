@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import copus.data.samples as samples
 from copus.backends.step_contract import NOT_COUNTED
 from copus.data.packing import best_fit
 from copus.data.prepare import prepare
@@ -84,6 +85,15 @@ def test_padding_does_not_count_and_the_order_depends_on_the_seed_alone(chat: Pa
         for document in documents[row].unique().tolist():
             inside = positions[row][documents[row] == document]
             assert inside.tolist() == list(range(len(inside)))
+
+
+def test_what_was_packed_is_not_packed_again(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(packs=True)
+    first = SampleReader(chat, "train", 64, 40, 5, options=options)
+    monkeypatch.setattr(samples, "best_fit", lambda *arguments: pytest.fail("packed again"))
+    again = SampleReader(chat, "train", 64, 40, 5, options=options)
+    assert again.samples_per_epoch == first.samples_per_epoch
+    assert torch.equal(again.batch(0, 40)[0], first.batch(0, 40)[0])
 
 
 def test_packing_is_for_conversations(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,17 +194,8 @@ class DatasetReader:
         cache: Path,
         options: Options = PLAIN,
     ) -> None:
-        tokens = dataset.tokens
         self._documents = IndexedDocuments(prepared / dataset.prefix, dataset.first, dataset.documents)
         self._order_kind = _Packed if options.packs else _Joined
-        if options.packs:
-            in_order = np.arange(len(self._documents))
-            self.samples_per_epoch = len(best_fit(self._documents.lengths, in_order, seq_len + 1).bounds) - 1
-            """E: sequences in one pass over the data."""
-        else:
-            self.samples_per_epoch = (tokens - 1) // seq_len
-        if self.samples_per_epoch < 1:
-            raise JobError(f"data: the {split} side has {tokens} tokens < model.seq_len({seq_len}) + 1 = {seq_len + 1}")
         self._num_samples = num_samples
         self._seq_len = seq_len
         self._seed = seed
@@ -212,7 +203,17 @@ class DatasetReader:
         self._learned = np.memmap(prepared / f"{dataset.prefix}.mask", np.uint8, "r") if dataset.mask else None
         self._cache = cache
         self._opened: tuple[int, _Joined | _Packed] | None = None
-        self._write_indices()
+        if options.packs:  # how many sequences that takes is known when the first pass is packed
+            self._write_indices([0])
+            self.samples_per_epoch = len(self._open(cache / "0").sequences)
+            """E: sequences in one pass over the data."""
+        else:
+            self.samples_per_epoch = (dataset.tokens - 1) // seq_len
+        if self.samples_per_epoch < 1:
+            raise JobError(
+                f"data: the {split} side has {dataset.tokens} tokens < model.seq_len({seq_len}) + 1 = {seq_len + 1}"
+            )
+        self._write_indices(range(-(-num_samples // self.samples_per_epoch)))
 
     def sequence(self, index: int) -> tuple[torch.Tensor, ...]:
         """Tokens and labels of a sequence, and if one of them is reset positions and documents: int64, (seq_len,)
@@ -250,9 +251,10 @@ class DatasetReader:
             counted[0] = 0
         return counted
 
-    def _write_indices(self) -> None:
+    def _write_indices(self, epochs: Iterable[int]) -> None:
+        """Write the orders of some passes that are not there. Collective."""
         if not dist.is_initialized() or dist.get_rank() == 0:
-            for epoch in range(-(-self._num_samples // self.samples_per_epoch)):
+            for epoch in epochs:
                 self._write_index(epoch)
         if dist.is_initialized():
             dist.barrier()
@@ -282,17 +284,17 @@ class DatasetReader:
         random = np.random.RandomState(int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0]))
         documents = np.arange(len(self._documents), dtype=np.int32)
         random.shuffle(documents)
-        sequences = np.arange(
-            self.samples_per_epoch, dtype=np.int64 if self.samples_per_epoch > 2**32 - 3 else np.uint32
-        )
-        random.shuffle(sequences)
         lengths = self._documents.lengths
         arrays: tuple[np.ndarray, ...]
         if self._options.packs:
-            arrays = (*best_fit(lengths, documents, self._seq_len + 1), sequences)
+            arrays = best_fit(lengths, documents, self._seq_len + 1)
+            count = len(arrays[-1]) - 1
         else:
-            arrays = (documents, np.concatenate([[0], np.cumsum(lengths[documents], dtype=np.int64)]), sequences)
-        for name, array in zip(self._order_kind._fields, arrays, strict=True):
+            arrays = (documents, np.concatenate([[0], np.cumsum(lengths[documents], dtype=np.int64)]))
+            count = self.samples_per_epoch
+        sequences = np.arange(count, dtype=np.int64 if count > 2**32 - 3 else np.uint32)
+        random.shuffle(sequences)
+        for name, array in zip(self._order_kind._fields, (*arrays, sequences), strict=True):
             np.save(folder / f"{name}.npy", array)
 
     def _open(self, folder: Path) -> _Joined | _Packed:
@@ -301,7 +303,6 @@ class DatasetReader:
             order = self._order_kind(*(np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in names))
         except (OSError, ValueError) as error:
             raise JobError(f"data.cache: {folder} has no order of samples in it: {error}; remove it") from None
-        assert len(order.sequences) == self.samples_per_epoch, (len(order.sequences), self.samples_per_epoch)
         return order
 
 
