@@ -374,6 +374,18 @@ def test_files_of_megatron_that_cannot_be_read_are_the_users_to_mend(
         begin(job, reader)
 
 
+@pytest.mark.parametrize("error", [KeyError("a mistake of ours"), ValueError("a mistake of ours"), IndexError("ours")])
+def test_a_mistake_of_our_own_is_not_told_as_damage(
+    error: Exception, reader: Any, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(reader, "load_weights", fail)
+    with pytest.raises(type(error), match="ours"):
+        begin(_job(whole, whole), reader)
+
+
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_made(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

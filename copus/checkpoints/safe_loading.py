@@ -4,12 +4,16 @@ It is a pickle, which torch reads by pickle.load (torch/distributed/checkpoint/f
 can name any function and call it. Checksums are no help: whoever makes the file makes the checksum.
 """
 
+import contextlib
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
+
+from copus.user_errors import one_line
 
 _ALLOWED = {
     ("collections", "OrderedDict"),
@@ -38,12 +42,31 @@ _ALLOWED = {
 """All that torch writes into `.metadata`, beside numbers, text, containers and dtypes."""
 
 
-UnpicklingError = pickle.UnpicklingError
-"""Raised for a damaged pickle, too; here for those that catch it, since only this file may import pickle."""
-
-
-class UnsafeCheckpointError(UnpicklingError):
+class UnsafeCheckpointError(pickle.UnpicklingError):
     """A checkpoint that asks for something that no checkpoint of ours has in it."""
+
+
+class DamagedFileError(ValueError):
+    """A file of a checkpoint that is missing, cut off, or something else than it should be."""
+
+
+_DAMAGE = (
+    *(FileNotFoundError, EOFError, ValueError, TypeError, AttributeError, LookupError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
+"""What reading a file that is missing, cut off or something else ends in."""
+
+
+@contextlib.contextmanager
+def damage_told() -> Iterator[None]:
+    """Raise DamagedFileError in place of what reading a damaged file ends in. For the reading alone: the same types are
+    raised by mistakes of the program's own."""
+    try:
+        yield
+    except UnsafeCheckpointError:
+        raise
+    except _DAMAGE as error:
+        raise DamagedFileError(one_line(error)) from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -90,13 +113,6 @@ class _PlainUnpickler(pickle.Unpickler):
         return _Inert()
 
 
-_DAMAGE = (
-    *(OSError, EOFError, ValueError, TypeError, AttributeError, LookupError),
-    *(UnpicklingError, zipfile.BadZipFile),
-)
-"""What reading an archive that is cut off or something else ends in."""
-
-
 def load_plain_values(path: Path) -> dict[str, Any]:
     """The numbers, texts and containers in a dictionary that torch has saved; in place of all other objects in it there
     is one that does nothing. Runs no code of the file's. Raises ValueError if it is no such file.
@@ -108,7 +124,7 @@ def load_plain_values(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             (record,) = (name for name in archive.namelist() if PurePosixPath(name).match("*/data.pkl"))
             values = _PlainUnpickler(archive.open(record)).load()
-    except _DAMAGE as error:
+    except (OSError, *_DAMAGE) as error:
         raise ValueError(f"{path}: not what torch saves: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: no dictionary")

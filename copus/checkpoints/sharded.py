@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from copus.checkpoints.safe_loading import dump_metadata, load_metadata
+from copus.checkpoints.safe_loading import DamagedFileError, damage_told, dump_metadata, load_metadata
 from copus.collectives import all_gather, gather_on_rank0, run_on_all_ranks
 from copus.hardware import room_for_a_copy
 from copus.reshard.boxes import Box
@@ -166,19 +166,19 @@ def write_index(
 
 def read_index(folder: Path) -> SavedState:
     """The fields of a checkpoint and where their chunks are; entries that are not tensors are left out. Raises
-    UnsafeCheckpointError if the index asks for anything that could run code."""
-    with open(folder / INDEX, "rb") as file:
-        index = load_metadata(file)
+    DamagedFileError if the index cannot be read, UnsafeCheckpointError if it asks for anything that could run code."""
     saved: SavedState = {}
-    for name, entry in index.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            continue
-        field = Field(name, str(entry.properties.dtype).removeprefix("torch."), tuple(entry.size))
-        saved[field] = []
-        for chunk in entry.chunks:
-            place = index.storage_data[MetadataIndex(name, chunk.offsets)]
-            box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-            saved[field].append(Chunk(box, box, place.relative_path, place.offset, place.length))
+    with damage_told(), open(folder / INDEX, "rb") as file:
+        index = load_metadata(file)
+        for name, entry in index.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            field = Field(name, str(entry.properties.dtype).removeprefix("torch."), tuple(entry.size))
+            saved[field] = []
+            for chunk in entry.chunks:
+                place = index.storage_data[MetadataIndex(name, chunk.offsets)]
+                box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+                saved[field].append(Chunk(box, box, place.relative_path, place.offset, place.length))
     return saved
 
 
@@ -283,18 +283,21 @@ class SavedFiles:
 
     def read(self, field: Field, chunks: list[Chunk], box: Box) -> torch.Tensor:
         """A part of a field, in the host's memory: in the field's type, or in fp32 if something was subtracted from it.
-        Raises ValueError if the files do not have all of it."""
+        Raises DamagedFileError if the files do not have all of it."""
         numbers = np.empty(box.shape, f"u{field.element_bytes}")
         missing = box.elements
         for chunk in chunks:
             common = chunk.box.intersect(box)
             if common is not None:
-                is_zero = chunk.file == ZEROS
-                part = 0 if is_zero else self._map(chunk, field)[common.slices_in(chunk.stored)]
+                if chunk.file == ZEROS:
+                    part: Any = 0
+                else:
+                    with damage_told():
+                        part = self._map(chunk, field)[common.slices_in(chunk.stored)]
                 numbers[common.slices_in(box)] = part
                 missing -= common.elements
         if missing:
-            raise ValueError(f"the checkpoint lacks {missing} elements of {field.name}")
+            raise DamagedFileError(f"the checkpoint lacks {missing} elements of {field.name}")
         values = torch.from_numpy(numbers).view(getattr(torch, field.dtype))
         subtracted = chunks[0].subtracted if chunks else 0.0
         return values.float() + subtracted if subtracted else values

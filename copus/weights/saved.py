@@ -1,14 +1,13 @@
 """What a job begins with, as parts of files: the ranks read them as they read a checkpoint."""
 
 import contextlib
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 
 from copus.backends.base import Backend
-from copus.checkpoints.safe_loading import UnpicklingError
+from copus.checkpoints.safe_loading import DamagedFileError, UnsafeCheckpointError
 from copus.checkpoints.sharded import Chunk, SavedState, read_index, zeros_below
 from copus.checkpoints.store import find_damage, read_state
 from copus.checkpoints.trainer_state import TrainerState
@@ -16,7 +15,6 @@ from copus.collectives import broadcast_from_rank0
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import MASTER, Field
-from copus.user_errors import one_line
 from copus.weights.families import state_shape, weights_of
 from copus.weights.megatron_lm import read_megatron, read_step_count
 from copus.weights.safetensors import DTYPES
@@ -44,8 +42,8 @@ def begin(job: JobConfig, backend: Backend) -> TrainerState:
     if source.kind == "run" and (reason := find_damage(source.folder)):
         raise JobError(f"training.init_from({source.folder}): the checkpoint does not verify: {reason}")
     with_optimizer = job.training.init_optimizer
+    state = _optimizer_steps(source) if with_optimizer else TrainerState()
     with _damage_told(source.folder):
-        state = _optimizer_steps(source) if with_optimizer else TrainerState()
         saved = read_source(source, job.model, with_optimizer=with_optimizer)
     backend.build(configuration, initial_weights=False)
     with _damage_told(source.folder):
@@ -74,23 +72,14 @@ def _check_statistics(job: JobConfig, folder: Path, saved: SavedState) -> None:
             )
 
 
-_DAMAGE = (
-    *(FileNotFoundError, EOFError, ValueError, KeyError, IndexError, AttributeError),
-    *(UnpicklingError, zipfile.BadZipFile),
-)
-"""What reading an index or a file that is missing, cut off or something else ends in."""
-
-
 @contextlib.contextmanager
 def _damage_told(folder: Path) -> Iterator[None]:
     """Raise JobError for files of somebody else's that cannot be read: they have no checksums, and another start would
     find them the same."""
     try:
         yield
-    except _DAMAGE as error:
-        raise JobError(
-            f"training.init_from({folder}): its files are not complete, or damaged: {one_line(error)}"
-        ) from error
+    except (DamagedFileError, UnsafeCheckpointError) as error:
+        raise JobError(f"training.init_from({folder}): its files are not complete, or damaged: {error}") from error
 
 
 def _optimizer_steps(source: Source) -> TrainerState:
