@@ -1,6 +1,7 @@
 """Weights from Hugging Face folders into any backend and layout, and back: what transformers computes, copus does."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,21 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from copus.backends.registry import find_backend
+from copus.backends.step_contract import StepRequest, StepRules
+from copus.checkpoints.sharded import find_sources, load
+from copus.hardware import peak_memory_bytes, reset_peak_memory
 from copus.job import JobConfig, dump_job, parse_job
 from copus.manifest import describe, files_of, write_manifest
+from copus.reshard.boxes import Box
+from copus.reshard.table import Field, ShardTable
 from copus.weights.__main__ import export
 from copus.weights.pretrained import keep_small_files
-from copus.weights.saved import begin
+from copus.weights.saved import begin, read_source
 from copus.weights.source import find_source
 from tests.megatron_jobs import save_checkpoint
 from tests.pretrained import ON_MEGATRON, SEQ_LEN, VOCAB, WITH_TRANSFORMERS, open_folder, save_tiny, tokens
 from tests.ranks import own_device, run_ranks
+from tests.test_sharded_checkpoint import resident_bytes
 
 
 def job_from(
@@ -70,15 +77,15 @@ def logits_of(backend: Any) -> torch.Tensor:
     return logits[..., :VOCAB]
 
 
-def make_run(run: Path, job: JobConfig, backend: Any) -> Path:
-    """A run with one checkpoint, of the state of a backend. Collective."""
+def make_run(run: Path, job: JobConfig, backend: Any, **state: Any) -> Path:
+    """A run with one checkpoint, of the state of a backend and that of a trainer. Collective."""
     checkpoint = run / "checkpoints" / "samples-000000000004"
     save_checkpoint(backend, checkpoint)
     if dist.get_rank() == 0:
         (run / "job.yaml").write_text(dump_job(job))
         assert job.training.init_from is not None
         keep_small_files(run, find_source(job.training.init_from))
-        state = {"samples_consumed": 4, "step": 1, "data": "0123456789abcdef"}
+        state = {"samples_consumed": 4, "step": 1, "data": "0123456789abcdef"} | state
         configuration = backend.configuration.model_dump(mode="json")
         (checkpoint / "trainer.json").write_text(json.dumps({"state": state, "configuration": configuration}))
         write_manifest(checkpoint, describe(checkpoint, files_of(checkpoint)))
@@ -187,3 +194,86 @@ def test_a_folder_in_half_precision_comes_out_as_it_went_in(dtype: torch.dtype, 
     assert {tensor.dtype for tensor in after.values()} == {dtype}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _steps(backend: Any, first: int) -> list[float]:
+    requests = [StepRequest(4 * step, StepRules(lr=1e-2, betas=(0.8, 0.96))) for step in range(first, first + 3)]
+    return [backend.train_step(batches, request).loss for request in requests]
+
+
+GO_ON = [("megatron", {"dp": 2, "zero": 1}), ("fsdp", {"dp": 2, "zero": 3})]
+
+
+def _go_on(folder: Path) -> list[list[float]]:
+    """Losses of three steps of a run, and then of jobs that begin with its checkpoint and its optimizer's state."""
+    job = job_from(folder / "model", "megatron", {"tp": 2})
+    running = begun(job)
+    _steps(running, 0)
+    make_run(folder / "run", job, running, optimizer_steps=3, beta2_product=0.96**3)
+    losses = [_steps(running, 3)]
+    running.close()
+    for backend, layout in GO_ON:
+        settings = {"init_from": str(folder / "run"), "init_optimizer": True}
+        running = begun(job_from(folder / "model", backend, layout, **settings))
+        assert running.optimizer_steps == 3
+        losses.append(_steps(running, 3))
+        running.close()
+    return losses
+
+
+@pytest.mark.dist
+def test_a_job_that_begins_with_a_runs_optimizer_trains_on_as_the_run_does(tmp_path: Path) -> None:
+    save_tiny("qwen3", tmp_path / "model")
+    expected, *others = run_ranks(2, _go_on, tmp_path)[0]
+    assert len(set(expected)) == 3
+    for (backend, layout), losses in zip(GO_ON, others, strict=True):
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=f"{backend} {layout}")
+
+
+ROWS = 2**15
+"""Of the large tensors, of 32 MiB each: the embedding, and in GPT-2 the transposed matrices of the MLP."""
+
+
+def _memory_of_import(folder: Path, family: str, staging_bytes: int) -> int:
+    """Most memory beyond this rank's share of the weights that reading them takes."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    saved = read_source(find_source(folder), job_from(folder).model)
+    rows = [(number, field, _share(field, number, ranks)) for field in saved for number in range(ranks)]
+    table = ShardTable.of((number, (field,), box) for number, field, box in rows)
+    live = {(field.name, box.offset): torch.zeros(box.shape) for number, field, box in rows if number == rank}
+    state = {place: lambda place=place: live[place] for place in live}
+    sources = find_sources(saved, table, begins_anew=True)
+    extra = 0
+    for _ in range(2):  # the first time loads modules and fills the allocator's pools, which stay
+        dist.barrier()
+        reset_peak_memory()
+        before = resident_bytes()
+        load(folder, sources, table, table, state, staging_bytes, own_device())
+        extra = (peak_memory_bytes() or 0) - before
+    assert all(part.any() for part in live.values())
+    return extra
+
+
+def _share(field: Field, rank: int, ranks: int) -> Box:
+    rows = field.shape[0] // ranks
+    return Box((rank * rows, *[0] * (len(field.shape) - 1)), (rows, *field.shape[1:]))
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells of a peak")
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"vocab_size": ROWS, "hidden_size": 256}),
+        ("gpt2", {"n_embd": 256, "n_inner": ROWS, "n_layer": 1}),
+    ],
+)
+def test_no_rank_holds_more_than_its_share_and_one_tensor(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of a transposed matrix a share's numbers lie all over the file, whose pages are mapped while it is read."""
+    save_tiny(family, tmp_path / family, **settings)
+    staging_bytes, tensor_bytes = 4 * 2**20, 4 * 256 * ROWS
+    extras = run_ranks(2, _memory_of_import, tmp_path / family, family, staging_bytes)
+    for extra in extras:
+        assert extra <= 1.25 * staging_bytes + (tensor_bytes if family == "gpt2" else 0)

@@ -124,7 +124,7 @@ def _little_memory(folder: Path, staging_bytes: int) -> tuple[int, int]:
         dist.barrier()
         for action in ("save", "load"):
             reset_peak_memory()
-            before = _resident_bytes()
+            before = resident_bytes()
             if action == "save":
                 save = Save(checkpoint, owned, state, staging_bytes, copy=False)
                 save.write()
@@ -144,7 +144,7 @@ def _own(rank: int) -> Box:
     return Box((2048, 128 * rank), (2048, 128))
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
