@@ -9,7 +9,7 @@ import yaml
 
 from copus.backends.registry import BUILT_IN
 from copus.job import JobConfig, JobError, apply_override, parse_job
-from copus.weights.source import TOKENIZER, check_source, find_source
+from copus.weights.source import TOKENIZER, check_source, find_source, tokens_of
 from launch.job_file_output import put_job_file
 from profiles.formatting import count
 from profiles.huggingface_config import read_config, read_values
@@ -55,6 +55,7 @@ def _values(folder: Path) -> dict[str, Any]:
     longest = config.get("max_position_embeddings") or config.get("n_positions") or LONGEST
     data: dict[str, Any] = {"source": "shakespeare"}
     if (folder / TOKENIZER).is_file():
+        tokens_of(folder / TOKENIZER)
         data["tokenizer"] = str(folder / TOKENIZER)
     return {
         "name": re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._")[:64] or "tuned",

@@ -129,6 +129,10 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an index that is none": (_edit(INDEX, lambda it: it.pop("weight_map")), "it has no weight_map"),
     "a symbolic link to itself": (_loop, "Too many levels of symbolic links"),
+    "a file that is a symbolic link to itself": (
+        lambda it: (name := _first(it).name, _first(it).unlink(), (it / name).symlink_to(name)),
+        "model-00001-of-.*: Too many levels of symbolic links",
+    ),
     "pickles": (_only_pickles, "pytorch_model.bin is a pickle, which could run code"),
     "an unknown architecture": (
         _edit("config.json", lambda it: it.update(model_type="mamba")),
@@ -228,6 +232,14 @@ def test_a_family_that_no_backend_trains_is_refused_in_one_line(
     said = capsys.readouterr().err
     assert re.search(message, said)
     assert said.count("\n") == 1
+
+
+def test_an_import_looks_at_the_tokenizer_that_it_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    assert main(["import-hf", str(folder)]) == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(r"copus: data.tokenizer: .*tokenizer.json is not a tokenizer.json\n", said.err)
+    assert said.out == ""
 
 
 def test_text_without_a_tokenizer_gets_that_of_the_weights(whole: Path, tmp_path: Path) -> None:

@@ -70,8 +70,10 @@ def _files_of(folder: Path) -> set[str]:
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise JobError(f"{index} points to {file}, which is not a file of its folder")
-        if not (folder / file).exists():
-            raise JobError(f"{folder} is not complete: {INDEX} names {file}, which is not there")
+        try:
+            (folder / file).stat()
+        except FileNotFoundError:
+            raise JobError(f"{folder} is not complete: {INDEX} names {file}, which is not there") from None
     return files
 
 

@@ -226,8 +226,8 @@ def check_tokenizer_fits(theirs: Path, job: JobConfig) -> None:
     own = prepared / TOKENIZER if prepared else job.data.tokenizer and job.data.tokenizer.expanduser()
     if own is None or not own.is_file() or own == theirs:
         return
-    ids = _tokens(own)
-    for token, number in _tokens(theirs).items():
+    ids = tokens_of(own)
+    for token, number in tokens_of(theirs).items():
         if ids.get(token) != number:
             has = f"gives it {ids[token]}" if token in ids else "does not have it"
             raise JobError(
@@ -236,8 +236,8 @@ def check_tokenizer_fits(theirs: Path, job: JobConfig) -> None:
             )
 
 
-def _tokens(path: Path) -> dict[str, int]:
-    """Token → id, of a `tokenizer.json`."""
+def tokens_of(path: Path) -> dict[str, int]:
+    """Token → id, of a `tokenizer.json`. Raises JobError if it is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         vocab = values["model"]["vocab"]
