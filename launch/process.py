@@ -35,15 +35,16 @@ def module_environment() -> dict[str, str]:
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])}
 
 
-def die_with_parent() -> Callable[[], None] | None:
-    """For `Popen(preexec_fn=…)`: the child gets SIGTERM when its parent dies, however it dies. None without prctl."""
+def die_with_parent(number: int = signal.SIGTERM) -> Callable[[], None] | None:
+    """For `Popen(preexec_fn=…)`: the child gets this signal when its parent dies, however it dies. None without
+    prctl."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl  # loaded before the fork: nothing but the call itself happens between fork and exec
     parent = os.getpid()
 
     def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it died in between
             os._exit(1)
 

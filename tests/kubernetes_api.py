@@ -19,6 +19,7 @@ class FakeCluster(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.runtimes: dict[str, dict[str, Any]] = {}
         self.pods: dict[str, str] = {}
         """Name of each pod → what it has printed."""
         self.refusal: tuple[int, str] | None = None
@@ -33,13 +34,24 @@ class Handler(BaseHTTPRequestHandler):
     server: FakeCluster
 
     def do_POST(self) -> None:
-        """Make a TrainJob."""
+        """Make a TrainJob or a TrainingRuntime."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body["metadata"]["uid"] = f"uid-of-{body['metadata']['name']}"
+        if body["kind"] == "TrainingRuntime":
+            self.server.runtimes[body["metadata"]["name"]] = body
+            return self._answer(201, body)
         if self.server.refusal:
             code, message = self.server.refusal
             return self._answer(code, {"kind": "Status", "message": message})
         self.server.jobs[body["metadata"]["name"]] = body
         return self._answer(201, body)
+
+    def do_PATCH(self) -> None:
+        """Change the metadata of a TrainingRuntime."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        runtime = self.server.runtimes[self.path.partition("?")[0].rpartition("/")[2]]
+        runtime["metadata"] |= body["metadata"]
+        self._answer(200, runtime)
 
     def do_GET(self) -> None:
         """A TrainJob, the pods of one, or a pod's log."""
@@ -52,9 +64,16 @@ class Handler(BaseHTTPRequestHandler):
         return self._answer_with_job(name, self.server.jobs.get(name))
 
     def do_DELETE(self) -> None:
-        """Delete a TrainJob."""
-        name = self.path.partition("?")[0].rpartition("/")[2]
-        self._answer_with_job(name, self.server.jobs.pop(name, None))  # gone before the client knows
+        """Delete a TrainJob and the runtimes that it owns, or a runtime."""
+        plural, name = self.path.partition("?")[0].rsplit("/", 2)[1:]
+        if plural == "trainingruntimes":
+            return self._answer_with_job(name, self.server.runtimes.pop(name, None))
+        self.server.runtimes = {
+            key: value
+            for key, value in self.server.runtimes.items()
+            if name not in [owner["name"] for owner in value["metadata"].get("ownerReferences", [])]
+        }
+        return self._answer_with_job(name, self.server.jobs.pop(name, None))  # gone before the client knows
 
     def _answer_with_job(self, name: str, job: dict[str, Any] | None) -> None:
         if job is not None:

@@ -49,7 +49,10 @@ KillWait=5
 SlurmdTimeout=60
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 State=UNKNOWN
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10
 """
 # A requeued job has to wait for cred_expire (120 s by default) before it starts again: here less.
 REQUEUE_SECONDS = 10
@@ -137,7 +140,7 @@ def _ask(environment: dict[str, str], *command: str) -> str:
 
 def _idle(environment: dict[str, str]) -> int:
     said = _ask(environment, "sinfo", "--noheader", "--Node", "--format=%N %t")
-    return sum(line.split()[1:] == ["idle"] for line in said.splitlines())
+    return len({line.split()[0] for line in said.splitlines() if line.split()[1:] == ["idle"]})  # a line a partition
 
 
 def _free_ports(count: int) -> list[int]:

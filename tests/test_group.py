@@ -176,7 +176,7 @@ def test_a_dry_run_prints_every_job_and_makes_none(tmp_path: Path, capfd: pytest
     path = write_job(tmp_path)
     arguments = ["submit", str(path), *on_volume(tmp_path), "--matrix", "training.lr=1e-3,2e-3", "--dry-run"]
     assert copus_here(*arguments) == 0
-    manifests = [value for value in yaml.safe_load_all(capfd.readouterr().out) if value]
+    manifests = [value for value in yaml.safe_load_all(capfd.readouterr().out) if value and value["kind"] == "TrainJob"]
     assert [manifest["spec"]["trainer"]["args"][0].rpartition("/")[2] for manifest in manifests] == [
         "small-lr-1e-3",
         "small-lr-2e-3",

@@ -25,6 +25,7 @@ from launch.engines import engine_state
 from launch.engines import kubernetes_node as node
 from launch.engines.agent import agent_environment
 from launch.engines.kubernetes_manifest import job_name
+from launch.engines.requeues import AGAIN, HOPELESS
 from launch.engines.ticket import Ticket, read_ticket, write_ticket
 from launch.run_directory import create_run, lock_run
 
@@ -47,12 +48,16 @@ def on_volume(folder: Path, **options: object) -> list[str]:
     ]
 
 
-def manifest(folder: Path, capfd: pytest.CaptureFixture[str], *arguments: str, **options: object) -> dict:
-    """What a dry run prints."""
+def manifests(folder: Path, capfd: pytest.CaptureFixture[str], *arguments: str, **options: object) -> list[dict]:
+    """What a dry run prints: the TrainJob, after its runtime where it has one of its own."""
     code = copus_here("submit", *(arguments or [str(EXAMPLE)]), *on_volume(folder, **options), "--dry-run")
     output, errors = capfd.readouterr()
     assert code == 0, errors
-    return yaml.safe_load(output)
+    return list(yaml.safe_load_all(output))
+
+
+def manifest(folder: Path, capfd: pytest.CaptureFixture[str], *arguments: str, **options: object) -> dict:
+    return manifests(folder, capfd, *arguments, **options)[-1]
 
 
 def test_the_manifest_is_one_that_kubeflow_takes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +113,48 @@ def test_the_manifest_is_one_that_kubeflow_takes(tmp_path: Path, capfd: pytest.C
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_job_without_a_runtime_has_one_in_which_evictions_are_no_failures(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
+
+    options = {"priority_class": "high", "host_network": True, "topology_key": "topology.kubernetes.io/rack"}
+    runtime, job = manifests(tmp_path, capfd, **options)
+    model = TrainerV1alpha1TrainingRuntime.from_dict(runtime)
+    assert model is not None
+    assert model.to_dict() == runtime
+    name = job["metadata"]["name"]
+    assert (runtime["kind"], runtime["metadata"]["name"]) == ("TrainingRuntime", name)
+    reference = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": name}
+    assert job["spec"]["runtimeRef"] == reference
+    (step,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert step["name"] == "node"
+    assert step["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    spec = step["template"]["spec"]
+    actions = [
+        (rule["action"], rule.get("onExitCodes", {}).get("values") or rule["onPodConditions"][0]["type"])
+        for rule in spec["podFailurePolicy"]["rules"]
+    ]
+    assert actions == [("FailJob", [HOPELESS]), ("Ignore", [AGAIN]), ("Ignore", "DisruptionTarget")]
+    pod = spec["template"]["spec"]
+    assert (pod["restartPolicy"], pod["priorityClassName"]) == ("Never", "high")
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    (patched,) = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    affinity = patched["template"]["spec"]["template"]["spec"]["affinity"]["podAffinity"]
+    assert affinity["requiredDuringSchedulingIgnoredDuringExecution"] == [
+        {
+            "labelSelector": {"matchLabels": {"jobset.sigs.k8s.io/jobset-name": name}},
+            "topologyKey": "topology.kubernetes.io/rack",
+        }
+    ]
+
+
+def test_a_runtime_of_the_cluster_is_taken_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (job,) = manifests(tmp_path, capfd, runtime="torch-distributed")
+    assert job["spec"]["runtimeRef"]["kind"] == "ClusterTrainingRuntime"
+    assert job["spec"]["runtimeRef"]["name"] == "torch-distributed"
+
+
 def test_gpus_are_asked_for_by_the_nodes_of_the_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cluster = ["--set", "cluster={nodes: 2, accelerators_per_node: 4, accelerator: h100-sxm}"]
     layout = ["--set", "training.layout={tp: 2, dp: 4}", "--set", "training.global_batch=8"]
@@ -142,6 +189,8 @@ def test_nothing_of_the_environment_is_in_a_manifest(
         ({"capabilities": ["ipc-lock"]}, "launch.options: capabilities.0: "),
         ({"grace_seconds": "long"}, "launch.options: grace_seconds: "),
         ({"gpu": 8}, "launch.options: gpu: unknown key"),
+        ({"runtime": "r", "priority_class": "high"}, "priority_class(high): a job cannot change this in runtime(r)"),
+        ({"runtime": "r", "host_network": True}, "host_network(True): a job cannot change this in runtime(r)"),
     ],
 )
 def test_options_that_are_wrong_are_one_line(
@@ -224,6 +273,9 @@ class TestCluster:
         assert engine_state(run).phase == "ended"
         kind = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
         assert {f"POST {kind}", f"GET {kind}/{name}", f"DELETE {kind}/{again.job_id}"} <= set(cluster.asked)
+        assert list(cluster.runtimes) == [name], "a runtime goes with its job"
+        (owner,) = cluster.runtimes[name]["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["name"], owner["uid"]) == ("TrainJob", name, f"uid-of-{name}")
 
     def test_a_run_of_the_same_name_as_one_that_was_removed_is_another_job(
         self, tmp_path: Path, cluster: FakeCluster
@@ -242,6 +294,7 @@ class TestCluster:
         assert 'forbidden: User "jane" cannot create resource' in said
         assert said.count("\n") == 1
         assert not (tmp_path / "runs").exists()
+        assert cluster.runtimes == {}
 
     def test_a_cluster_that_is_down_is_not_taken_for_an_end(
         self, tmp_path: Path, cluster: FakeCluster, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -255,6 +308,9 @@ class TestCluster:
         assert "does not answer" in state.words
 
 
+OPTIONS = 'launch.options={"image": "i", "claim": "c", "mount": "/m", "max_requeues": 1}'
+
+
 class TestNode:
     """A pod of one node, with a worker that only counts."""
 
@@ -262,7 +318,7 @@ class TestNode:
     def run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         path = write_job(tmp_path)
         monkeypatch.chdir(tmp_path)
-        run = create_run(load_job(path, ["launch.runs=runs"]))
+        run = create_run(load_job(path, ["launch.runs=runs", "launch.engine=kubernetes", OPTIONS]))
         (run / "logs").mkdir()
         write_ticket(run, Ticket(engine="kubernetes", job_id="copus-small-1", submitted=0.0))
         monkeypatch.setenv("COPUS_JOB", "copus-small-1")
@@ -292,7 +348,7 @@ class TestNode:
 
     def test_an_evicted_pod_leaves_a_checkpoint_and_goes_on(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.when_training(run, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert self.attempt(run, monkeypatch, "--steps", "100000") == node.AGAIN
+        assert self.attempt(run, monkeypatch, "--steps", "100000") == AGAIN
         done = int((run / "checkpoints" / "done").read_text())
         assert REQUEUED in node.Node(run, load_job(run / "job.yaml"), "copus-small-1", 0).environment()
         assert self.attempt(run, monkeypatch, "--steps", str(done + 2)) == 0
@@ -310,7 +366,18 @@ class TestNode:
         assert sum(isinstance(event, Start) for event in read_events(run)) == 1
 
     def test_workers_that_fail_are_started_again(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.attempt(run, monkeypatch, "--fail-at", "2") == node.AGAIN
+        assert self.attempt(run, monkeypatch, "--fail-at", "2") == AGAIN
+
+    def test_starts_that_lead_nowhere_end_the_job(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        failing = ["--crash-at", "1"]
+        assert [self.attempt(run, monkeypatch, *failing) for _ in range(3)] == [AGAIN, AGAIN, HOPELESS]
+        failure = [event for event in read_events(run) if isinstance(event, Failure)][-1]
+        assert failure.message.startswith("TrainJob copus-small-1 fails: 1 starts again without a new checkpoint")
+
+    def test_no_number_of_evictions_ends_the_job(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for _ in range(4):
+            (run / "stop").write_text(node.EVICTED)  # by a node whose pod was taken away before anything was trained
+            assert self.attempt(run, monkeypatch, "--crash-at", "1") == AGAIN
 
     def test_an_interface_that_a_pod_does_not_have_is_not_tried_again(
         self, run: Path, monkeypatch: pytest.MonkeyPatch
@@ -326,7 +393,7 @@ class TestNode:
         self, run: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert self.attempt(run, monkeypatch, "--user-error-at", "0") == 0
-        assert self.attempt(run, monkeypatch, "--fail-at", "2") == node.AGAIN  # the error before is not this one's
+        assert self.attempt(run, monkeypatch, "--fail-at", "2") == AGAIN  # the error before is not this one's
 
     def test_the_run_of_another_job_is_left_alone(
         self, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -349,7 +416,9 @@ class TestNode:
             assert "--rdzv-endpoint j-node-0-0.j:29500 --rdzv-id j --local-addr 10.1.2.3 --nnodes 2" in said
             assert hosts in said
         alone = " ".join(node.Node(run, load_job(run / "job.yaml"), "j", 0).command())
-        assert "copus.agent --rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in alone
+        assert "--rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in alone
+
+        assert "copus.agent --signals-to-handle SIGINT,SIGHUP,SIGQUIT " in alone  # SIGTERM is not the agent's
 
 
 @pytest.mark.dist
@@ -357,7 +426,13 @@ class TestNode:
 def test_two_pods_train_and_go_on_after_one_is_evicted(tmp_path: Path) -> None:
     """What runs in the pods, for real: two nodes of a rank each, on this machine and in what the runtime gives them."""
     job = load_job(
-        write_tiny_job(tmp_path), ["cluster={nodes: 2, accelerators_per_node: 1}", f"launch.runs={tmp_path}"]
+        write_tiny_job(tmp_path),
+        [
+            "cluster={nodes: 2, accelerators_per_node: 1}",
+            f"launch.runs={tmp_path}",
+            "launch.engine=kubernetes",
+            OPTIONS,
+        ],
     )
     run = create_run(job)
     (run / "logs").mkdir()
@@ -369,7 +444,7 @@ def test_two_pods_train_and_go_on_after_one_is_evicted(tmp_path: Path) -> None:
     def attempt() -> list[subprocess.Popen[bytes]]:
         given = {"COPUS_JOB": "copus-tiny-1", "POD_IP": "127.0.0.1", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}
         given |= {"PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-        given |= agent_environment(job)
+        given |= agent_environment(job, {})
         command = [sys.executable, "-m", "launch.engines.kubernetes_node", str(run)]
         environments = [os.environ | given | {"PET_NODE_RANK": str(rank)} for rank in (0, 1)]
         return [subprocess.Popen(command, env=each, cwd=tmp_path) for each in environments]
@@ -379,7 +454,7 @@ def test_two_pods_train_and_go_on_after_one_is_evicted(tmp_path: Path) -> None:
         assert all(pod.poll() is None for pod in pods)
         time.sleep(0.05)
     pods[1].terminate()
-    assert [pod.wait(timeout=120) for pod in pods] == [node.AGAIN, node.AGAIN]
+    assert [pod.wait(timeout=120) for pod in pods] == [AGAIN, AGAIN]
     assert [pod.wait(timeout=300) for pod in attempt()] == [0, 0]
     assert [event.reason for event in read_events(run) if isinstance(event, End)] == ["interrupted", "finished"]
     steps = [event.step for event in read_events(run) if isinstance(event, Step)]

@@ -218,5 +218,33 @@ def test_the_time_limit_is_a_requeue_and_cancel_the_end(cluster: Cluster) -> Non
     assert len(seen(run, Start)) == 2
 
 
+def test_a_preempted_job_checkpoints_in_its_grace_time_and_goes_on(cluster: Cluster) -> None:
+    run = cluster.folder / "runs" / "preempted"
+    cluster.copus(*cluster.job("preempted", 10**7, partition="main"), "--detach")
+    wait_for("20 steps", lambda: len(seen(run, Step)) >= 20, 240)
+    cluster.run(["sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 5"])
+    wait_for_event(run, Start, 2)
+    tell(run)
+    ended, again = seen(run, End)[0], seen(run, Start)[1]
+    assert ended.reason == "interrupted"
+    assert again.samples_consumed == ended.samples_consumed >= 20 * 4, "the checkpoint was made in the grace time"
+    assert "Slurm takes its nodes" in seen(run, Warned)[0].message
+    cluster.copus("cancel", "preempted", "--now")
+    wait_for("the end of the job", lambda: cluster.run(["squeue", "--noheader"]) == "", 30)
+
+
+def test_a_job_that_is_requeued_by_hand_goes_on(cluster: Cluster) -> None:
+    """Slurm kills after KillWait, 5 s here: the last checkpoint may be the one before."""
+    run = cluster.folder / "runs" / "requeued"
+    cluster.copus(*cluster.job("requeued", 10**7, partition="main"), "--detach")
+    wait_for_event(run, Checkpoint, 1)
+    cluster.run(["scontrol", "requeue", _job_id(run)])
+    wait_for_event(run, Start, 2)
+    tell(run)
+    assert seen(run, Start)[1].samples_consumed > 0
+    cluster.copus("cancel", "requeued", "--now")
+    wait_for("the end of the job", lambda: cluster.run(["squeue", "--noheader"]) == "", 30)
+
+
 def _job_id(run: Path) -> str:
     return re.findall(r'"job_id": "(\d+)"', (run / "engine.json").read_text())[0]

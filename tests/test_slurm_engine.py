@@ -23,10 +23,10 @@ import launch.submit
 from copus.events import REQUEUED, Checkpoint, End, EventLog, Failure, Warned, read_events
 from copus.job import JobConfig, JobError, load_job
 from launch.engines import Ticket, engine_of, engine_state, slurm_job, slurm_node
-from launch.engines.requeues import count_attempt
+from launch.engines.requeues import REQUEUE, count_attempt
 from launch.engines.slurm import SlurmEngine
 from launch.engines.slurm_commands import QueueEntry
-from launch.engines.slurm_job import REQUEUE, Attempt
+from launch.engines.slurm_job import Attempt
 from launch.run_directory import request_pause, request_stop
 from launch.run_directory import write_job as rewrite_job
 
@@ -562,15 +562,54 @@ def test_a_node_that_is_alone_meets_on_the_loopback_interface(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, session: str, requeued: bool
 ) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("os.execve", lambda *arguments: started.extend(arguments))
+
+    def start(command: list[str], environment: dict[str, str]) -> SimpleNamespace:
+        started.extend([command, environment])
+        return SimpleNamespace(wait=lambda: -9)
+
+    monkeypatch.setattr(slurm_node, "start_agent", start)
+    monkeypatch.setattr(slurm_node, "pause_on_sigterm", lambda run, mark: None)
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     monkeypatch.setenv("SLURM_NODEID", "0")
     job_file(tmp_path)
-    slurm_node.main([str(tmp_path), session, "127.0.0.1:0", "n1=127.0.0.1"])
-    _, command, environment = started
-    assert "copus.agent --rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in " ".join(command)
+    assert slurm_node.main([str(tmp_path), session, "127.0.0.1:0", "n1=127.0.0.1"]) == 128 + signal.SIGKILL
+    command, environment = started
+    assert "--rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in " ".join(command)
     assert "--local-addr 127.0.0.1" in " ".join(command)
     assert (REQUEUED in environment) == requeued
+
+
+def test_nodes_that_slurm_preempts_are_asked_for_a_checkpoint_without_the_batch_script(
+    tmp_path: Path, node: Path
+) -> None:
+    """Slurm sends SIGTERM to the processes of the steps; a node has asked, and the script was not told."""
+    (node / "stop").write_text(REQUEUE)
+    assert "Slurm takes its nodes (requeue 1" in conclude(node, 0)
+    assert requeues(tmp_path) == 1
+
+
+AGENT = """
+import os, signal, subprocess, sys, time
+print(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getppid(), signal.SIGTERM)
+while not os.path.exists(sys.argv[1] + "/stop"):
+    time.sleep(0.01)
+print("asked", flush=True)
+"""
+
+
+def test_a_signal_to_all_processes_of_a_node_reaches_the_workers_and_ends_no_agent(tmp_path: Path) -> None:
+    node = f"""
+import subprocess, sys
+from pathlib import Path
+from launch.engines.node_agent import pause_on_sigterm, start_agent
+pause_on_sigterm(Path({str(tmp_path)!r}), "requeue\\n")
+sys.exit(start_agent([sys.executable, "-c", {AGENT!r}, {str(tmp_path)!r}], {{}}).wait())
+"""
+    done = subprocess.run([sys.executable, "-c", node], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True\nasked\n"), done.stderr
+    assert (tmp_path / "stop").read_text() == REQUEUE
 
 
 def test_an_error_that_the_user_has_to_fix_is_no_requeue(tmp_path: Path, node: Path) -> None:
@@ -587,9 +626,8 @@ def test_an_interface_that_a_node_does_not_have_ends_the_job(
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
     job_file(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        slurm_node.main([str(tmp_path), "12-0", "127.0.0.1:0", "n1=127.0.0.1"])
-    assert ended.value.code == 2
+    monkeypatch.setattr(slurm_node, "pause_on_sigterm", lambda run, mark: None)
+    assert slurm_node.main([str(tmp_path), "12-0", "127.0.0.1:0", "n1=127.0.0.1"]) == 2
     (event,) = read_events(tmp_path)
     assert isinstance(event, Failure)
     assert event.user_error

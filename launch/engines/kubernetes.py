@@ -16,7 +16,7 @@ import yaml
 from copus.job import JobConfig, JobError
 from launch.engines.base import EngineState, QueuedEngine
 from launch.engines.kubernetes_api import Cluster
-from launch.engines.kubernetes_manifest import job_name, train_job
+from launch.engines.kubernetes_manifest import job_name, train_job, training_runtime
 from launch.engines.kubernetes_options import KubernetesOptions
 from launch.engines.ticket import Ticket, read_ticket
 
@@ -59,15 +59,17 @@ class KubernetesEngine(QueuedEngine):
         self._cluster(None)
 
     def describe(self, run: Path, job: JobConfig) -> str:
-        """The manifest, as `kubectl create -f -` takes it."""
-        return yaml.safe_dump(self._manifest(run, job, DRY), sort_keys=False).rstrip()
+        """The manifests, as `kubectl create -f -` takes them."""
+        made, runtime = self._manifests(run, job, DRY)
+        documents = [made] if runtime is None else [runtime, made]
+        return yaml.safe_dump_all(documents, sort_keys=False).rstrip()
 
     def submit(self, run: Path, job: JobConfig) -> Ticket:
         """Make the TrainJob, by a name that no other has: that of a removed run may still be in the cluster."""
         (run / "logs").mkdir(exist_ok=True)
-        manifest = self._manifest(run, job, secrets.token_hex(len(DRY) // 2))
-        self._cluster(None).create(manifest)
-        name = manifest["metadata"]["name"]
+        made, runtime = self._manifests(run, job, secrets.token_hex(len(DRY) // 2))
+        self._cluster(None).create(made, runtime)
+        name = made["metadata"]["name"]
         return Ticket(engine="kubernetes", job_id=name, submitted=time.time(), place=self.options.namespace)
 
     def job_state(self, ticket: Ticket) -> EngineState:
@@ -105,9 +107,12 @@ class KubernetesEngine(QueuedEngine):
             return self._cluster(ticket).logs(ticket.job_id)
         return super().logs(run, rank, follow=follow)
 
-    def _manifest(self, run: Path, job: JobConfig, suffix: str) -> dict[str, Any]:
+    def _manifests(self, run: Path, job: JobConfig, suffix: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The TrainJob, and the runtime of its own if the cluster's are not to be used."""
+        name = job_name(run, suffix)
         try:
-            return train_job(job_name(run, suffix), run, job, self.options)
+            own = training_runtime(name, job, self.options) if self.options.runtime is None else None
+            return train_job(name, run, job, self.options), own
         except ImportError:
             raise JobError("launch.engine(kubernetes) needs its models: pip install 'copus[kubernetes]'") from None
         except ValueError as error:  # the models': a toleration, say

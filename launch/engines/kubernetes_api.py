@@ -1,5 +1,6 @@
 """What is asked of a Kubernetes cluster, through its official client: make, look at and delete a job, read its logs."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -9,12 +10,12 @@ from typing import Any
 import yaml
 
 from copus.job import JobError
+from launch.engines.kubernetes_manifest import JOBSET_LABEL
 
-KIND = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
+GROUP = {"group": "trainer.kubeflow.org", "version": "v1alpha1"}
+JOBS, RUNTIMES = "trainjobs", "trainingruntimes"
 SECONDS = 10.0
 """Patience with one answer."""
-LABEL = "jobset.sigs.k8s.io/jobset-name"
-"""On the pods of a job; the JobSet below a TrainJob has its name."""
 
 
 class Cluster:
@@ -32,25 +33,50 @@ class Cluster:
             raise JobError(f"launch.engine(kubernetes): no cluster: {_one_line(error)}") from None
         self._jobs, self._pods, self._namespace = client.CustomObjectsApi(), client.CoreV1Api(), namespace
 
-    def create(self, manifest: dict[str, Any]) -> None:
-        """Make a job. Raises JobError where the cluster does not want it, or knows no TrainJob."""
-        name = manifest["metadata"]["name"]
-        self._ask(f"TrainJob {name}", lambda: self._jobs.create_namespaced_custom_object(**self._kind, body=manifest))
+    def create(self, job: dict[str, Any], runtime: dict[str, Any] | None) -> None:
+        """Make a job, and before it the runtime that is its own, which goes when it goes. Raises JobError where the
+        cluster does not want them, or does not know such things; then neither is left."""
+        name = job["metadata"]["name"]
+        if runtime is None:
+            self._create(JOBS, job)
+            return
+        self._create(RUNTIMES, runtime)
+        try:
+            made = self._create(JOBS, job)
+        except JobError:
+            with contextlib.suppress(JobError):
+                self._delete(RUNTIMES, name)
+            raise
+        owner = {"apiVersion": job["apiVersion"], "kind": job["kind"], "name": name, "uid": made["metadata"]["uid"]}
+        change = {"metadata": {"ownerReferences": [owner]}}
+        self._ask(
+            f"TrainingRuntime {name}",
+            lambda: self._jobs.patch_namespaced_custom_object(**self._kind(RUNTIMES), name=name, body=change),
+        )
+
+    def _create(self, plural: str, manifest: dict[str, Any]) -> Any:
+        return self._ask(
+            f"{manifest['kind']} {manifest['metadata']['name']}",
+            lambda: self._jobs.create_namespaced_custom_object(**self._kind(plural), body=manifest),
+        )
 
     def status(self, name: str) -> dict[str, Any] | None:
         """The status of a job, empty where there is none yet; None for a job that is gone."""
         answer = self._ask(
             f"TrainJob {name}",
-            lambda: self._jobs.get_namespaced_custom_object(**self._kind, name=name),
+            lambda: self._jobs.get_namespaced_custom_object(**self._kind(JOBS), name=name),
             missing_ok=True,
         )
         return None if answer is None else answer.get("status") or {}
 
     def delete(self, name: str) -> None:
-        """Delete a job, and with it its pods; nothing where it is gone already."""
+        """Delete a job, and with it its pods and its runtime; nothing where it is gone already."""
+        self._delete(JOBS, name)
+
+    def _delete(self, plural: str, name: str) -> None:
         self._ask(
-            f"TrainJob {name}",
-            lambda: self._jobs.delete_namespaced_custom_object(**self._kind, name=name),
+            f"{plural} {name}",
+            lambda: self._jobs.delete_namespaced_custom_object(**self._kind(plural), name=name),
             missing_ok=True,
         )
 
@@ -59,7 +85,7 @@ class Cluster:
         pods = self._ask(
             f"the pods of {name}",
             lambda: self._pods.list_namespaced_pod(
-                self._namespace, label_selector=f"{LABEL}={name}", _request_timeout=SECONDS
+                self._namespace, label_selector=f"{JOBSET_LABEL}={name}", _request_timeout=SECONDS
             ),
         )
         for pod in pods.items:
@@ -72,9 +98,8 @@ class Cluster:
                 text = str(error)
             yield from text.splitlines()
 
-    @property
-    def _kind(self) -> dict[str, Any]:
-        return {**KIND, "namespace": self._namespace, "_request_timeout": SECONDS}
+    def _kind(self, plural: str) -> dict[str, Any]:
+        return {**GROUP, "plural": plural, "namespace": self._namespace, "_request_timeout": SECONDS}
 
     def _ask(self, what: str, question: Callable[[], Any], *, missing_ok: bool = False) -> Any:
         """The answer; None where it is not there and that is `missing_ok`. Raises JobError, one line, for the rest."""

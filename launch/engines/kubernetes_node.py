@@ -2,13 +2,12 @@
 
 Runs torch's elastic agent with what the torch runtime of Kubeflow Trainer puts into the environment (PET_…), and ends
 with 0 only if another start is of no use: the run was trained to the end, the user stopped it (`RUN/stop`), or the user
-has to fix something (the run's events say which). Anything else, also a pod that is evicted, ends with another code on
-all nodes: Kubernetes starts them again, up to the limit of the runtime, and the workers go on from the newest
-checkpoint.
+has to fix something (the run's events say which). Anything else, also a pod that is evicted, ends with `AGAIN` on all
+nodes: Kubernetes starts them again, without counting, and the workers go on from the newest checkpoint. The first node
+counts: where start after start leads to no new checkpoint (`max_requeues`), it ends with `HOPELESS`.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,15 +18,16 @@ from copus.events import REQUEUED, EventLog
 from copus.job import JobConfig, JobError, load_job
 from copus.user_errors import report_failure
 from launch.engines.agent import agent_arguments
+from launch.engines.kubernetes_options import KubernetesOptions
+from launch.engines.node_agent import agent_command, pause_on_sigterm, start_agent
+from launch.engines.requeues import AGAIN, HOPELESS, count_attempt, next_attempt
 from launch.engines.this_machine import check_interfaces
 from launch.engines.ticket import read_ticket
 from launch.follow import Follower
-from launch.process import die_with_parent, module_environment, python_module
-from launch.run_directory import lock_run, request_pause
+from launch.process import module_environment
+from launch.run_directory import lock_run
 from launch.status import RunStatus
 
-AGAIN = 75
-"""Exit code where the run has to go on: EX_TEMPFAIL of sysexits.h."""
 EVICTED = "evicted\n"
 """What is in RUN/stop where the run goes on later; the user's stop has nothing in it."""
 SECONDS = 120.0
@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> int:
         if rank:
             return Node(run, job, name, rank).run()
         with lock_run(run, f"TrainJob {name}", SECONDS):
+            if _is_hopeless(run, job, name):
+                return HOPELESS
             if not _stopped_by_user(run):
                 (run / "stop").unlink(missing_ok=True)
             return Node(run, job, name, rank).run()
@@ -56,10 +58,10 @@ class Node:
     """The agent of one node, from its start to what follows from its end."""
 
     def __init__(self, run: Path, job: JobConfig, name: str, rank: int) -> None:
-        """Takes SIGTERM over: the agent would give its workers 30 seconds, and a checkpoint may take longer."""
+        """Takes SIGTERM over: an evicted pod asks for a checkpoint."""
         self._run, self._job, self._name, self._rank = run, job, name, rank
         self._log = run / "logs" / f"{name}.node-{rank}.log"
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        pause_on_sigterm(run, EVICTED)
 
     def run(self) -> int:
         """Run the agent; its output goes to the pod's log and to the run's."""
@@ -73,13 +75,7 @@ class Node:
         follower, status = Follower(self._run), RunStatus()
         status.update(follower.read())
         status.forget_ending()  # that of an attempt before
-        agent = subprocess.Popen(
-            self.command(),
-            env=self.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            preexec_fn=die_with_parent(),
-        )
+        agent = start_agent(self.command(), self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert agent.stdout is not None
         with open(self._log, "ab", buffering=0) as log:
             for line in agent.stdout:
@@ -99,13 +95,13 @@ class Node:
         if self._job.cluster.nodes == 1:  # then nothing has to be reached from elsewhere
             here = "127.0.0.1"
             place: dict[str, Any] = {"backend": "loopback", "endpoint": f"{here}:0", "address": here}
-            return [*python_module("copus.agent"), *agent_arguments(self._run, self._job, **common, **place)]
+            return agent_command(*agent_arguments(self._run, self._job, **common, **place))
         endpoint = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
         place = {"endpoint": endpoint, "address": os.environ["POD_IP"]}
         # An agent that is alone again gives up after this long, and its pod is started anew with the others.
         settings = f"is_host={int(self._rank == 0)},join_timeout={self._job.launch.timeout_seconds:.0f}"
         arguments = agent_arguments(self._run, self._job, **common, **place)
-        return [*python_module("copus.agent", "--rdzv-conf", settings), *arguments]
+        return agent_command("--rdzv-conf", settings, *arguments)
 
     def environment(self) -> dict[str, str]:
         """The agent's. A log of this job means that Kubernetes has started the pod before."""
@@ -114,12 +110,23 @@ class Node:
         alone = interfaces if self._job.cluster.nodes == 1 else {}
         return alone | os.environ | module_environment() | requeued
 
-    def _on_sigterm(self, number: int, frame: Any) -> None:
-        """The pod is evicted: ask all workers for a checkpoint. A request of the user's to stop for good stays."""
-        try:
-            request_pause(self._run, EVICTED)
-        except OSError as error:
-            print(f"copus: the workers cannot be asked for a checkpoint: {error.strerror}", file=sys.stderr)
+
+def _is_hopeless(run: Path, job: JobConfig, name: str) -> bool:
+    """Count this start. Whether too many in a row led to no new checkpoint; the run's events say so then."""
+    options = KubernetesOptions.model_validate(job.launch.options)
+    status = RunStatus()
+    status.update(Follower(run).read())
+    samples = status.checkpoint.samples_consumed if status.checkpoint else 0
+    evicted = (run / "stop").exists() and not _stopped_by_user(run)
+    counted = count_attempt(run, name, next_attempt(run, name, evicted=evicted), samples)
+    if counted.fruitless <= options.max_requeues or _stopped_by_user(run):
+        return False
+    failure = JobError(
+        f"TrainJob {name} fails: {options.max_requeues} starts again without a new checkpoint "
+        f"(launch.options.max_requeues; starts in all: {counted.attempt + 1})"
+    )
+    report_failure(failure, EventLog(run), rank=0)
+    return True
 
 
 def _wait_for_ticket(run: Path, name: str) -> None:

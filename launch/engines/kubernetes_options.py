@@ -3,7 +3,7 @@
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
 
 from launch.engines.base import EngineOptions
 from launch.engines.environment import EnvironmentName, check_no_secrets
@@ -35,8 +35,9 @@ class KubernetesOptions(EngineOptions):
     """Namespace of the job, and of the claim."""
     context: str | None = None
     """Context of the kubeconfig; else the current one, or that of the pod that submits."""
-    runtime: Name = "torch-distributed"
-    """ClusterTrainingRuntime that the job is built on: one with torch's policy."""
+    runtime: Name | None = None
+    """ClusterTrainingRuntime that the job is built on, one with torch's policy; else a TrainingRuntime of the job's
+    own, in its namespace, in which evictions do not count as failures."""
     python: str = "python3"
     """Python in the image."""
     accelerator_resource: str = Field(default="nvidia.com/gpu", pattern=r"^[a-z0-9./-]+$")
@@ -69,6 +70,16 @@ class KubernetesOptions(EngineOptions):
         default_factory=list
     )
     """Taints of nodes that the pods put up with: [{key: gpu, operator: Exists}]."""
+    priority_class: Name | None = None
+    """Priority class of the pods. Needs a runtime of the job's own."""
+    host_network: bool = False
+    """Whether the pods use the network of their nodes, as some RDMA networks want it. Needs a runtime of the job's own.
+    """
+    topology_key: Label | None = None
+    """Label of nodes that has the same value on all nodes of the job: topology.kubernetes.io/zone, or that of a rack.
+    """
+    max_requeues: NonNegativeInt = 3
+    """Starts in a row without a new checkpoint, evictions not counted, after which the job fails for good."""
     grace_seconds: int = Field(default=120, gt=0, le=86_400)
     """Time for a checkpoint when a pod is evicted: its terminationGracePeriodSeconds."""
 
@@ -87,6 +98,13 @@ class KubernetesOptions(EngineOptions):
             if name.startswith("PET_"):
                 raise ValueError(f"{name} is set by the training runtime")
         return value
+
+    @model_validator(mode="after")
+    def _of_own_runtime(self) -> "KubernetesOptions":
+        for name, value in (("priority_class", self.priority_class), ("host_network", self.host_network)):
+            if value and self.runtime is not None:
+                raise ValueError(f"{name}({value}): a job cannot change this in runtime({self.runtime}): set it there")
+        return self
 
     @field_validator("volumes")
     @classmethod

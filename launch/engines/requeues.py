@@ -1,4 +1,5 @@
-"""RUN/requeues.json: how often a job went back into the queue, and whether that led anywhere."""
+"""A job that goes back into the queue: what says so, and how often it did, and whether that led anywhere
+(RUN/requeues.json)."""
 
 from pathlib import Path
 
@@ -8,6 +9,11 @@ from copus.durable import write_atomically
 from profiles.record import Record
 
 FILE = "requeues.json"
+AGAIN, HOPELESS = 75, 69
+"""Exit codes of a node, where a scheduler decides by them: the run has to go on (EX_TEMPFAIL of sysexits.h), or another
+start is of no use (EX_UNAVAILABLE)."""
+REQUEUE = "requeue\n"
+"""What is in RUN/stop where a job goes back into the queue; the user's stop has nothing in it."""
 
 
 class Requeues(Record):
@@ -35,6 +41,15 @@ def count_attempt(run: Path, job_id: str, attempt: int, checkpoint_samples: int)
     now = Requeues(job_id=job_id, attempt=attempt, checkpoint_samples=checkpoint_samples, fruitless=fruitless)
     write_atomically(run / FILE, now.model_dump_json(indent=2) + "\n")
     return now
+
+
+def next_attempt(run: Path, job_id: str, *, evicted: bool) -> int:
+    """Number of an attempt that begins, where the scheduler counts none. One that was `evicted` begins again under its
+    number, and so is never counted."""
+    before = _read(run)
+    if before is None or before.job_id != job_id:
+        return 0
+    return before.attempt if evicted else before.attempt + 1
 
 
 def _read(run: Path) -> Requeues | None:

@@ -19,7 +19,7 @@ from typing import TypeVar
 from copus.events import EventLog, Warned
 from copus.job import JobConfig, JobError, load_job
 from copus.user_errors import EXIT_CODE
-from launch.engines.requeues import Requeues, count_attempt
+from launch.engines.requeues import REQUEUE, Requeues, count_attempt
 from launch.engines.slurm import cpus_per_node
 from launch.engines.slurm_commands import node_addresses, queue_entry, slurm
 from launch.engines.slurm_options import SlurmOptions
@@ -32,8 +32,6 @@ from launch.status import RunStatus
 LOCK_SECONDS = 120.0
 """How long to wait for the run: the launcher has it until it has written the job's id down, and an attempt that died
 until its processes are gone."""
-REQUEUE = "requeue\n"
-"""What is in RUN/stop where this job goes on later; the user's stop has nothing in it."""
 ENDING_SECONDS = 120.0
 """How long to wait for the end that was asked for."""
 PATIENCE_SECONDS, RETRY_SECONDS = 60.0, 5.0
@@ -129,7 +127,7 @@ class Attempt:
         done = code == 0 and status.end is not None and status.end.reason != "interrupted"
         if done or self._stopped_by_user():
             return 1 if status.end is not None and status.end.reason == "diverged" else code
-        why = self._why or (f"its workers failed (srun: {code})" if code else "its workers were stopped")
+        why = self._why or (f"its workers failed (srun: {code})" if code else self._why_stopped())
         fruitless = 0 if self._checkpoint_samples() > counted.checkpoint_samples else counted.fruitless + 1
         if fruitless > self._options.max_requeues:
             return self._give_up(counted)
@@ -150,6 +148,10 @@ class Attempt:
             f"(launch.options.max_requeues; attempts in all: {counted.attempt + 1})"
         )
         return 1
+
+    def _why_stopped(self) -> str:
+        """Why the workers stopped in order. Slurm preempts the nodes of a job without a word to its batch script."""
+        return "Slurm takes its nodes" if self._stop.exists() else "its workers were stopped"
 
     def _stopped_by_user(self) -> bool:
         try:

@@ -1,7 +1,7 @@
 """One node of a Slurm job: `srun python -m launch.engines.slurm_node RUN SESSION ENDPOINT NODE=ADDRESS …`.
 
-Becomes torch's elastic agent. The first of the nodes hosts the agents' meeting point; a node that is alone meets nobody
-and listens on the loopback interface only.
+Runs torch's elastic agent; a SIGTERM, by which Slurm takes the node away, asks for a checkpoint. The first of the nodes
+hosts the agents' meeting point; a node that is alone meets nobody and listens on the loopback interface only.
 """
 
 import os
@@ -12,21 +12,23 @@ from copus.events import REQUEUED, EventLog
 from copus.job import JobError, load_job
 from copus.user_errors import EXIT_CODE, report_failure
 from launch.engines.agent import agent_arguments
+from launch.engines.node_agent import agent_command, pause_on_sigterm, start_agent
+from launch.engines.requeues import REQUEUE
 from launch.engines.this_machine import check_interfaces
-from launch.process import python_module
 
 
-def main(arguments: list[str]) -> None:
-    """Replace this process by the agent of this node."""
+def main(arguments: list[str]) -> int:
+    """Run the agent of this node to its end. Returns its exit code."""
     run, session, endpoint, *nodes = arguments
     addresses = dict(node.split("=", 1) for node in nodes)
+    pause_on_sigterm(Path(run), REQUEUE)
     here = os.environ["SLURMD_NODENAME"]
     job = load_job(Path(run) / "job.yaml")
     try:
         check_interfaces(os.environ, job.cluster.accelerator)
     except JobError as error:
         report_failure(JobError(f"node {here}: {error}"), EventLog(Path(run)), rank=0)
-        sys.exit(EXIT_CODE)
+        return EXIT_CODE
     alone = job.cluster.nodes == 1
     agent = agent_arguments(
         Path(run),
@@ -41,10 +43,11 @@ def main(arguments: list[str]) -> None:
     # An agent that is alone again gives up after this long, and the job goes back into the queue: where Slurm's own
     # daemon of the step dies, nobody else notices.
     settings = f"is_host={int(hosts)},join_timeout={job.launch.timeout_seconds:.0f}"
-    command = python_module("copus.agent", *(() if alone else ("--rdzv-conf", settings)), *agent)
+    command = agent_command(*(() if alone else ("--rdzv-conf", settings)), *agent)
     requeued = session.rpartition("-")[2] != "0"
-    os.execve(command[0], command, os.environ | ({REQUEUED: "1"} if requeued else {}))
+    code = start_agent(command, os.environ | ({REQUEUED: "1"} if requeued else {})).wait()
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
