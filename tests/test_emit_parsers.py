@@ -1,7 +1,8 @@
 """What `--emit` prints, read by the tools themselves.
 
 accelerate and DeepSpeed are installed for development. torchtitan (0.2.2) reads its arguments if it is installed, and
-Megatron-LM, which is no package, if MEGATRON_LM names a checkout (0.18 or newer).
+Megatron-LM, which is no package, if MEGATRON_LM names a checkout (0.18 or newer). Of Megatron-Bridge the fields are
+read from its source.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +26,7 @@ import pytest
 from copus.job import JobConfig, parse_job
 from launch.emit import written
 from launch.fixed_run import as_written
+from tests import bridge_fields
 
 RANKS = 8
 MODEL = {"layers": 8, "hidden": 512, "ffn_hidden": 1024, "heads": 8, "kv_heads": 4, "seq_len": 512, "vocab": 32000}
@@ -195,6 +198,43 @@ def test_the_tool_itself_takes_what_is_printed_for_it(tool: str, tmp_path: Path)
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert json.loads(finished.stdout.splitlines()[-1]) == {}
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if "backend" not in JOBS[name]["training"]])
+def test_what_is_printed_for_megatron_bridge_are_fields_of_its_configuration(name: str, tmp_path: Path) -> None:
+    """By its source, since it is not installed: every override names a field, and has a value of its type."""
+    sections = json.loads(bridge_fields.FILE.read_text())["sections"]
+    job = _job(name, tmp_path)
+    words = shlex.split(written(job, as_written(job), "bridge")[0].replace("\\\n", " "))
+    overrides = [word.partition("=")[::2] for word in words[words.index("RECIPE.py") + 1 :]]
+    assert len(overrides) > 20
+    for path, text in overrides:
+        if path == "mixed_precision":  # a name of a recipe, and no section
+            continue
+        section, _, field = path.partition(".")
+        assert field in sections[section], path
+        assert _is_of_type(_value(text), sections[section][field]), (path, text, sections[section][field])
+
+
+def _value(text: str) -> Any:
+    """An override's value, by Hydra's grammar as far as it is used."""
+    if text in (words := {"true": True, "false": False, "null": None}):
+        return words[text]
+    if text.startswith("["):
+        return text[1:-1].split(",")
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
+def _is_of_type(value: Any, annotation: str) -> bool:
+    """Whether a value goes with one of the plain types in an annotation."""
+    if isinstance(value, str) and "Literal[" in annotation:
+        return f"'{value}'" in annotation
+    names = {"bool": r"bool", "int": r"int|float", "float": "float", "str": "str", "list": "[Ll]ist|[Tt]uple"}
+    names["NoneType"] = "None|Optional"
+    return re.search(rf"\b({names[type(value).__name__]})\b", annotation) is not None
 
 
 def _is_for(job: JobConfig, tool: str) -> bool:

@@ -62,7 +62,8 @@ def bridge_command(job: JobConfig, run: FixedRun) -> tuple[str, list[str]]:
     lost.append(f"model.activation({job.model.mlp_activation}): it is code there, model.activation_func of the recipe")
     cluster = job.cluster
     start = f"torchrun --nproc-per-node {cluster.accelerators_per_node} --nnodes {cluster.nodes} RECIPE.py"
-    return " \\\n  ".join([start, *lines, f"dataset.seq_length={job.model.seq_len}"]) + "\n", lost
+    own = f"dataset.seq_length={job.model.seq_len} model.vocab_size=null"  # else the recipe's, and not the tokenizer's
+    return " \\\n  ".join([start, *lines, own]) + "\n", lost
 
 
 def _words(name: str, values: list[str]) -> Iterator[str]:
