@@ -14,6 +14,8 @@ MEASURE ?=
 DATA ?=
 # test-slurm: CI leaves out the tutorial.
 SLURM_TESTS ?= tests/test_slurm.py tests/test_tutorials.py
+# test-hosts: CI leaves out the benchmark of faults.
+HOSTS_TESTS ?= tests/test_hosts.py
 # test-next: the newest megatron-core needs Python 3.12.
 NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv312
@@ -39,7 +41,7 @@ GPU_PACKAGES := megatron-core pydantic pydantic-core annotated-types typing-insp
 	click
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-next demo test test-next test-slow test-slurm lint format reference figures screenshots docs gpu-check gpu-ranks gpu-wheels clean
+.PHONY: help install install-next demo test test-next test-slow test-slurm test-hosts lint format reference figures screenshots docs gpu-check gpu-ranks gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +75,9 @@ test-slow: install  ## what the default suite leaves out for its length
 # Output is not captured: the events of the jobs are what one wants to see.
 test-slurm: install  ## jobs on a Slurm cluster of two nodes, installed (Debian, root) and started here: 3 to 8 minutes
 	$(BIN)/python -m pytest -m slurm -s -rs $(SLURM_TESTS)
+
+test-hosts: install  ## jobs on hosts of network namespaces, made here (Debian, root), which are lost and come back
+	$(BIN)/python -m pytest -m hosts -rs $(HOSTS_TESTS)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check
