@@ -398,6 +398,22 @@ def test_a_mistake_of_our_own_is_not_told_as_damage(
         begin(_job(whole, whole), reader)
 
 
+def test_an_export_for_megatron_has_no_optimizer_and_is_refused_where_one_is_asked_for(
+    whole: Path, tmp_path: Path
+) -> None:
+    job = _job(whole, whole)
+    checkpoint = _make_run(tmp_path / "run", job)
+    exporting.export(tmp_path / "run", job, checkpoint, tmp_path / "out", "megatron", "fp32")
+    check_weights(_job(whole, tmp_path / "out"), notice=lambda line: None)
+    asks = _job(whole, tmp_path / "out")
+    asks = asks.model_copy(update={"training": asks.training.model_copy(update={"init_optimizer": True})})
+    message = (
+        r"training\.init_optimizer\(true\): .*release is a release in Megatron-LM's format, which has weights alone"
+    )
+    with pytest.raises(JobError, match=message):
+        check_weights(asks, notice=lambda line: None)
+
+
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_made(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

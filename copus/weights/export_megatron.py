@@ -23,12 +23,10 @@ from copus.reshard.table import Field
 from copus.weights.families import Shapes
 from copus.weights.megatron_lm import stored_name
 from copus.weights.megatron_names import hugging_face_parts
-from copus.weights.source import LATEST
+from copus.weights.source import LATEST, RELEASE
 from copus.weights.trained import TORCH_NAMES, Precision, TrainedWeights, pieces
 from profiles.model_shape import ModelShape
 
-_RELEASE = "release"
-"""Megatron-LM's name for a checkpoint that no iteration of its own has written."""
 _DATA = "__0_0.distcp"
 _MODULES_WITH_EXTRA_STATE = (
     *("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
@@ -96,7 +94,7 @@ class MegatronExport:
 
     def write(self, folder: Path, advance: Callable[[int], None]) -> None:
         """Write everything into an empty folder; `advance` is told of bytes of weights as they are written."""
-        release = folder / _RELEASE
+        release = folder / RELEASE
         release.mkdir()
         saved: SavedState = defaultdict(list)
         with TrainedWeights(self._checkpoint, self._model) as weights, open(release / _DATA, "wb") as file:
@@ -111,7 +109,7 @@ class MegatronExport:
         formats = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         formats |= {"common_backend": "torch", "common_backend_version": 1}
         write_text(release / "metadata.json", json.dumps(formats))
-        write_text(folder / LATEST, _RELEASE)
+        write_text(folder / LATEST, RELEASE)
 
     def _parts(
         self, weights: TrainedWeights, name: str, shape: tuple[int, ...]

@@ -23,6 +23,8 @@ TOKENIZER = "tokenizer.json"
 CONFIG = "config.json"
 LATEST = "latest_checkpointed_iteration.txt"
 """In the folder of Megatron-LM's checkpoints: the newest iteration, or `release`."""
+RELEASE = "release"
+"""Megatron-LM's name for a checkpoint that no iteration of its own has written: it never takes an optimizer from it."""
 TORCH_INDEX = ".metadata"
 """torch's index of a checkpoint, which Megatron's format `torch_dist` has too."""
 
@@ -77,7 +79,7 @@ def find_source(path: Path) -> Source:
 def _latest(folder: Path, where: str) -> Path:
     """The newest checkpoint in a folder of Megatron-LM's."""
     text = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-    newest = folder / (f"iter_{int(text):07d}" if text.isdecimal() else "release")
+    newest = folder / (f"iter_{int(text):07d}" if text.isdecimal() else RELEASE)
     if not (newest / TORCH_INDEX).is_file():
         raise JobError(f"{where}: {LATEST} says {text[:40]}, and {newest.name} is no checkpoint of format torch_dist")
     return newest
@@ -87,11 +89,11 @@ def check_source(job: JobConfig, source: Source, notice: Callable[[str], None]) 
     """Raise JobError if the weights are not those of the job's model, as far as can be told without torch, or if they
     go with another tokenizer. `notice` gets a line for each setting in which the model is another on purpose."""
     where = f"training.init_from({source.folder})"
+    is_release = source.kind == "megatron" and source.folder.name == RELEASE
+    if job.training.init_optimizer and (is_release or source.kind == "hugging_face"):
+        of = "a release in Megatron-LM's format" if is_release else "a Hugging Face folder"
+        raise JobError(f"training.init_optimizer(true): {source.folder} is {of}, which has weights alone")
     if source.kind == "hugging_face":
-        if job.training.init_optimizer:
-            raise JobError(
-                f"training.init_optimizer(true): {source.folder} is a Hugging Face folder, which has weights"
-            )
         try:
             fields = read_config(source.folder)
         except ValueError as error:
