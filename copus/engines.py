@@ -11,6 +11,7 @@ GROUP = "copus.engines"
 BUILT_IN = {
     "local": "launch.engines.local:LocalEngine",
     "slurm": "launch.engines.slurm:SlurmEngine",
+    "srun": "launch.engines.slurm_allocation:SrunEngine",
     "kubernetes": "launch.engines.kubernetes:KubernetesEngine",
 }
 """Name → where it is, as text: this package imports nothing of `launch`."""

@@ -38,6 +38,7 @@ def calibrate(
     tokens: int | None,
     orders: int,
     tolerance: float,
+    engine_name: str | None = None,
     *,
     as_json: bool = False,
 ) -> int:
@@ -48,7 +49,7 @@ def calibrate(
     if not 0 <= tolerance < math.inf:
         raise JobError(f"--tolerance {tolerance:g}: finite, at least 0")
     run = find_run(run_text)
-    job = load_job(run / "job.yaml")
+    job = load_job(run / "job.yaml", engine=engine_name)
     console = SteadyConsole(stderr=True, highlight=False)
     checkpoint = find_checkpoint(run, checkpoint_text, console)
     branches = _plan(job, checkpoint, _multiples(multiples_text), tokens, orders)

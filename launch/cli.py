@@ -17,6 +17,7 @@ from launch.command import (
     PROGRESS_JSON,
     RUN_HELP,
     CommandGroup,
+    attended_engine_option,
     complete_job_or_run,
     complete_run,
     job_argument,
@@ -70,8 +71,8 @@ def copus() -> None:
 @click.option(
     "--engine",
     metavar="ENGINE",
-    help="Run the job with this engine instead of launch.engine: local, slurm, kubernetes, or one that a plugin adds. "
-    "launch.options is left out.",
+    help="Run the job with this engine instead of launch.engine: local, slurm, srun, kubernetes, or one that a plugin "
+    "adds. launch.options is left out.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the command, script or manifest that would run the job, and stop.")
 @click.option("--detach", is_flag=True, help="Return as soon as the job is queued. For engines with a queue.")
@@ -220,15 +221,16 @@ def profile() -> None:
 @profile.command("run", examples=["copus profile run examples/shakespeare.yaml --set profile.budget_seconds=600"])
 @job_argument
 @set_option()
+@attended_engine_option
 @json_option(PROGRESS_JSON)
-def profile_run(job: Path, overrides: Sequence[str], as_json: bool) -> int:
+def profile_run(job: Path, overrides: Sequence[str], engine: str | None, as_json: bool) -> int:
     """Measure the step times of a job's configurations.
 
     The job's profiler measures them, and the throughput table keeps them.
     """
     from launch.profile import profile
 
-    return profile(job, list(overrides), as_json=as_json)
+    return profile(job, list(overrides), engine, as_json=as_json)
 
 
 @profile.command(
@@ -560,9 +562,17 @@ def plot(run: str | None, output: Path | None, as_json: bool) -> int:
     help="Loss in nats per token that a batch may be worse than the smallest, for the estimate without a model "
     "(arXiv 2505.23971).",
 )
+@attended_engine_option
 @json_option(PROGRESS_JSON)
 def calibrate(
-    run: str, checkpoint: str | None, multiples: str, tokens: int | None, orders: int, tolerance: float, as_json: bool
+    run: str,
+    checkpoint: str | None,
+    multiples: str,
+    tokens: int | None,
+    orders: int,
+    tolerance: float,
+    engine: str | None,
+    as_json: bool,
 ) -> int:
     """Measure the critical batch by training short branches.
 
@@ -571,7 +581,7 @@ def calibrate(
     """
     from launch.calibrate import calibrate
 
-    return calibrate(run, checkpoint, multiples, tokens, orders, tolerance, as_json=as_json)
+    return calibrate(run, checkpoint, multiples, tokens, orders, tolerance, engine, as_json=as_json)
 
 
 @copus.command(

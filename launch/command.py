@@ -86,6 +86,14 @@ newest_run_argument = click.argument(
 job_argument = click.argument("job", metavar="JOB.yaml", type=FILE, help="Job file.")
 
 
+attended_engine_option = click.option(
+    "--engine",
+    metavar="ENGINE",
+    help="Measure with this engine instead of launch.engine: local; srun, in a Slurm allocation (salloc, a batch "
+    "script); or one that a plugin adds, if it has no queue. launch.options is left out.",
+)
+
+
 def set_option(text: str = "Override a field of the job file.") -> Decorator:
     """`--set`, which may be repeated."""
     return click.option("--set", "overrides", metavar="SECTION.FIELD=VALUE", multiple=True, help=f"{text} Repeatable.")

@@ -31,9 +31,10 @@ class AloneEngine(LocalEngine):
         return python_module("copus.profiling.alone", run)
 
 
-def profile(job_file: Path, overrides: list[str], *, as_json: bool = False) -> int:
-    """Start the workers only to fill the throughput table. Prints where the table lies; returns the exit code."""
-    job = portable(load_job(job_file, overrides))
+def profile(job_file: Path, overrides: list[str], engine_name: str | None = None, *, as_json: bool = False) -> int:
+    """Start the workers only to fill the throughput table, with this engine if one is named. Prints where the table
+    lies; returns the exit code."""
+    job = portable(load_job(job_file, overrides, engine_name))
     job = with_tokenizer(job, notice=lambda line: print(f"copus: {line}", file=sys.stderr))
     if job.profile.when == "never":  # about training, and this command is no training
         job = job.model_copy(update={"profile": job.profile.model_copy(update={"when": "missing"})})

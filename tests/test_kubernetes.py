@@ -3,6 +3,7 @@ cluster, and what a pod does when it is evicted. No real cluster was ever asked.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,6 +210,21 @@ def test_a_text_outside_the_volume_is_refused(tmp_path: Path, capfd: pytest.Capt
     text = ["--set", "data.source=/elsewhere/my.txt"]
     assert copus_here("submit", str(EXAMPLE), *on_volume(tmp_path), *text, "--dry-run") == 2
     assert "data.source.0(/elsewhere/my.txt) is not below launch.options.mount" in capfd.readouterr().err
+
+
+def test_the_image_is_made_of_files_that_are_here_and_extras_that_there_are() -> None:
+    root = EXAMPLE.parent.parent
+    text = (root / "Dockerfile").read_text()
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    copied = [word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE) for word in line.split()]
+    assert {package for package in copied if (root / package).is_dir()} == {
+        pattern.removesuffix("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]
+    }
+    sent = set(re.findall(r"^!(.*)$", (root / ".dockerignore").read_text(), re.MULTILINE))
+    assert all((root / name).exists() for name in copied)
+    assert sent == set(copied)
+    (extras,) = re.findall(r"^ARG EXTRAS=(.*)$", text, re.MULTILINE)
+    assert set(extras.split(",")) <= set(project["project"]["optional-dependencies"])
 
 
 def test_names_are_names_of_hosts() -> None:

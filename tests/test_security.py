@@ -90,7 +90,8 @@ ALLOWED = {
         *("benchmarks/live_profiler.py", "benchmarks/reshard.py"),  # for env=, one line on
         *("launch/engines/kubernetes_node.py", "launch/engines/slurm_node.py"),  # the workers', passed on
         "launch/engines/environment.py",  # for env=, less what belongs to other jobs
-        *("launch/engines/local.py", "launch/engines/slurm.py"),  # looked through for names; values stay behind
+        # Looked through for names; values stay behind.
+        *("launch/engines/local.py", "launch/engines/slurm.py", "launch/engines/slurm_step.py"),
         "copus/secret_names.py",  # to take secrets out of a text
     },
 }

@@ -5,6 +5,7 @@ Each test is one story of a job, told by its events; they are printed.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -244,6 +245,46 @@ def test_a_job_that_is_requeued_by_hand_goes_on(cluster: Cluster) -> None:
     assert seen(run, Start)[1].samples_consumed > 0
     cluster.copus("cancel", "requeued", "--now")
     wait_for("the end of the job", lambda: cluster.run(["squeue", "--noheader"]) == "", 30)
+
+
+def test_an_allocation_that_is_there_is_used(cluster: Cluster) -> None:
+    """Training, measuring and calibrating on both nodes of one `salloc`, after another."""
+    run = cluster.folder / "runs" / "allocated"
+    _, job_file, *settings = cluster.job("allocated", 12_800)
+    settings[settings.index("slurm")] = "srun"
+    job = [job_file, *settings]
+    said = cluster.copus("submit", *job, exit_code=2)
+    assert "this command is in no Slurm allocation (SLURM_JOB_ID is not set)" in said
+
+    def allocated(*arguments: str, exit_code: int = 0) -> str:
+        return cluster.run(["salloc", "--nodes=2", sys.executable, "-m", "launch.cli", *arguments], exit_code)
+
+    output = allocated("submit", *job)
+    tell(run)
+    assert "finished in" in output
+    steps = [event.samples_consumed for event in seen(run, Step)]
+    assert steps == list(range(4, 400 + 1, 4))
+    assert "[rank1]:" in cluster.copus("logs", "allocated") or (run / "logs").glob("slurm-*.node-1.log")
+    measured = allocated(
+        "profile", "run", *job, "--set", "profile.budget_seconds=20", "--set", "planner.max_global_batch=4"
+    )
+    assert "measured" in measured
+    calibrated = ["--engine", "srun", "--multiples", "1,2", "--orders", "2", "--tokens", "256"]
+    assert "critical batch" in allocated("calibrate", "allocated", *calibrated)
+
+
+def test_ctrl_c_in_an_allocation_is_a_checkpoint(cluster: Cluster) -> None:
+    run = cluster.folder / "runs" / "stopped"
+    arguments = cluster.job("stopped", 10**7)
+    arguments[arguments.index("slurm")] = "srun"
+    command = ["salloc", "--nodes=2", sys.executable, "-m", "launch.cli", *arguments]
+    with subprocess.Popen(command, cwd=cluster.folder, env=cluster.environment, text=True) as process:
+        wait_for("20 steps", lambda: len(seen(run, Step)) >= 20, 240)
+        psutil.Process(process.pid).children()[0].send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 128 + signal.SIGINT
+    tell(run)
+    (end,) = seen(run, End)
+    assert (end.reason, end.samples_consumed) == ("interrupted", seen(run, Checkpoint)[-1].samples_consumed)
 
 
 def _job_id(run: Path) -> str:

@@ -25,6 +25,7 @@ from copus.job import JobConfig, JobError, load_job
 from launch.engines import Ticket, engine_of, engine_state, slurm_job, slurm_node
 from launch.engines.requeues import REQUEUE, count_attempt
 from launch.engines.slurm import SlurmEngine
+from launch.engines.slurm_allocation import kill_step, step_name
 from launch.engines.slurm_commands import QueueEntry
 from launch.engines.slurm_job import Attempt
 from launch.run_directory import request_pause, request_stop
@@ -469,6 +470,77 @@ def test_followed_logs_ask_seldom_and_survive_a_controller_that_is_slow(
     clock[0] += 10.0
     assert not alive()
     assert len(asked(tmp_path)) == before + 2
+
+
+@pytest.fixture
+def allocation(tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job file for two nodes, in a shell of `salloc --nodes=3`."""
+    given = {
+        "SLURM_JOB_ID": "12",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_JOB_NODELIST": "n[1-3]",
+        "SLURM_GPUS_ON_NODE": "2",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    slurm("scontrol", "".join(f"NodeName=n{number} Arch=x NodeAddr=10.0.0.{number} \n" for number in (1, 2, 3)))
+    cluster = {"nodes": 2, "accelerators_per_node": 1}
+    return write_job(tmp_path, cluster=cluster, training={"layout": {"dp": 2}}, launch={"engine": "srun"})
+
+
+def test_a_job_in_an_allocation_takes_its_first_nodes(
+    allocation: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert copus_here("submit", str(allocation), "--dry-run") == 0
+    words = capfd.readouterr().out.split()
+    assert {"srun", "--nodes=2", "--ntasks=2", "--nodelist=n1,n2"} <= set(words)
+    assert words[-3:] == ["10.0.0.1:18012", "n1=10.0.0.1", "n2=10.0.0.2"]
+    assert "GLOO_SOCKET_IFNAME=lo" not in words  # two nodes do not meet there
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("cluster.nodes=4", "cluster.nodes(4) is more than the 3 of Slurm job 12"),
+        (
+            "cluster={nodes: 2, accelerators_per_node: 4, accelerator: h100}",
+            "cluster.accelerators_per_node(4) is more than the 2 GPUs on a node of job 12",
+        ),
+        ("launch.options.partition=main", "launch.options: partition: unknown key"),
+    ],
+)
+def test_an_allocation_that_is_too_small_is_refused(
+    allocation: Path, capfd: pytest.CaptureFixture[str], setting: str, message: str
+) -> None:
+    more = ["training.layout={dp: 8}", "training.global_batch=8"] if "nodes: 2" in setting else []
+    more += ["training.layout={dp: 4}"] if setting == "cluster.nodes=4" else []
+    assert copus_here("submit", str(allocation), *(part for each in [setting, *more] for part in ("--set", each))) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_outside_of_an_allocation_there_is_nothing_to_run_in(
+    allocation: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert copus_here("profile", "run", str(allocation)) == 2
+    assert "this command is in no Slurm allocation (SLURM_JOB_ID is not set): call it from salloc" in (
+        capfd.readouterr().err
+    )
+
+
+def test_the_step_of_a_run_is_ended_by_its_name(tmp_path: Path, slurm: Says) -> None:
+    slurm("squeue", f"12.0 copus-other\n12.3 {step_name(tmp_path)}\n")
+    assert kill_step(tmp_path)
+    assert asked(tmp_path)[-1] == "scancel --signal=KILL 12.3"
+    assert not kill_step(tmp_path / "another")
+
+
+def test_measuring_in_the_queue_is_refused_with_what_does_it(
+    tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert copus_here("profile", "run", str(job_file(tmp_path))) == 2
+    assert "cannot queue them: --engine local, or, in a Slurm allocation, --engine srun" in capfd.readouterr().err
 
 
 def attempt(run: Path, job: Path, number: int = 0) -> Attempt:

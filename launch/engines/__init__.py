@@ -24,7 +24,8 @@ def attended_engine_of(job: JobConfig, command: str) -> AttendedEngine:
     engine = engine_of(job)
     if not isinstance(engine, AttendedEngine):
         raise JobError(
-            f"launch.engine({job.launch.engine}): {command} stands by its workers and cannot queue them; it needs local"
+            f"launch.engine({job.launch.engine}): {command} stands by its workers and cannot queue them: "
+            "--engine local, or, in a Slurm allocation, --engine srun"
         )
     return engine
 

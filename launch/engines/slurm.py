@@ -18,10 +18,10 @@ from pathlib import Path
 
 from copus.durable import write_atomically
 from copus.job import JobConfig, JobError
-from launch.engines.agent import agent_environment
-from launch.engines.base import EngineState, QueuedEngine, usual_cpus_per_node
+from launch.engines.base import EngineState, QueuedEngine
 from launch.engines.slurm_commands import ALIVE, QUEUED, queue_entry, slurm
 from launch.engines.slurm_options import SlurmOptions, check_directive
+from launch.engines.slurm_step import cpus_per_node, step_environment
 from launch.engines.ticket import Ticket, read_ticket
 from launch.process import module_root
 
@@ -132,11 +132,7 @@ class SlurmEngine(QueuedEngine):
 
     def _commands(self, run: Path, job: JobConfig) -> list[str]:
         options = self.options
-        environment = options.env | agent_environment(job, os.environ | options.env)
-        if options.interface:
-            environment["GLOO_SOCKET_IFNAME"] = options.interface
-        if options.nccl_interface or options.interface:
-            environment["NCCL_SOCKET_IFNAME"] = options.nccl_interface or options.interface or ""
+        environment = step_environment(options, job)
         exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
         if job.cluster.nodes == 1 and not self.options.interface:  # several nodes cannot meet on the loopback interface
             exports += [f'export {name}="${{{name}:-lo}}"' for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
@@ -152,11 +148,6 @@ class SlurmEngine(QueuedEngine):
             f"export PYTHONSAFEPATH=1 PYTHONPATH={path}",
             "exec " + shlex.join([python, "-m", "launch.engines.slurm_job", str(run)]),
         ]
-
-
-def cpus_per_node(options: SlurmOptions, job: JobConfig) -> int:
-    """CPUs that the job takes on each node."""
-    return options.cpus_per_node or usual_cpus_per_node(job)
 
 
 def _directive(name: str, value: str | int | bool | None) -> str:

@@ -20,12 +20,11 @@ from copus.events import EventLog, Warned
 from copus.job import JobConfig, JobError, load_job
 from copus.user_errors import EXIT_CODE
 from launch.engines.requeues import REQUEUE, Requeues, count_attempt
-from launch.engines.slurm import cpus_per_node
 from launch.engines.slurm_commands import node_addresses, queue_entry, slurm
 from launch.engines.slurm_options import SlurmOptions
+from launch.engines.slurm_step import endpoint_of, step_command
 from launch.engines.ticket import read_ticket
 from launch.follow import Follower
-from launch.process import python_module
 from launch.run_directory import lock_run, request_pause
 from launch.status import RunStatus
 
@@ -36,11 +35,6 @@ ENDING_SECONDS = 120.0
 """How long to wait for the end that was asked for."""
 PATIENCE_SECONDS, RETRY_SECONDS = 60.0, 5.0
 """How long to ask Slurm again where it does not answer, and how often: a controller that is slow must not end a job."""
-LAST_AGENT_SECONDS = 35
-"""An agent waits 30 s for its workers to checkpoint before it kills them. After this `srun` gives up the nodes that it
-hears nothing of: to kill the rest on a failure is not enough where Slurm's daemon of the step is dead."""
-FIRST_PORT, PORTS = 18_000, 12_000
-"""Below the ports that Linux gives away by itself."""
 Answer = TypeVar("Answer")
 
 
@@ -98,17 +92,8 @@ class Attempt:
         if nodes > 1:  # only then has anything to be reached from elsewhere
             resolved = _patiently(lambda: node_addresses(os.environ["SLURM_JOB_NODELIST"]))
             addresses = {self._here: resolved[self._here]} | resolved
-            endpoint = f"{addresses[self._here]}:{self._options.port or port_of(self._job_id)}"
-        log = f"{self._run}/logs/slurm-{session}.node-%t.log"
-        return [
-            *("srun", "--export=ALL", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
-            *(f"--cpus-per-task={cpus_per_node(self._options, self._job)}", "--mpi=none"),
-            *("--kill-on-bad-exit=1", f"--wait={LAST_AGENT_SECONDS}", "--open-mode=append", f"--output={log}"),
-            *(option(name, value) for name, value in self._options.srun.items() if value is not False),
-            *self._options.wrapper,
-            *python_module("launch.engines.slurm_node", self._run, session, endpoint),
-            *(f"{name}={address}" for name, address in addresses.items()),
-        ]
+            endpoint = endpoint_of(self._options, self._job_id, addresses[self._here])
+        return step_command(self._run, self._job, self._options, session, addresses, endpoint)
 
     def _ask(self, why: str) -> None:
         """Ask the workers for a checkpoint, on a signal. The user's request to stop for good stays."""
@@ -179,16 +164,6 @@ class Attempt:
             )
         )
         log.close()
-
-
-def option(name: str, value: str | int | bool) -> str:
-    """A long option of a program of Slurm's."""
-    return f"--{name}" if value is True else f"--{name}={value}"
-
-
-def port_of(job_id: str) -> int:
-    """A port that jobs which run at the same time hardly share."""
-    return FIRST_PORT + int(job_id) % PORTS
 
 
 def _patiently(ask: Callable[[], Answer]) -> Answer:

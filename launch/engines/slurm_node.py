@@ -14,12 +14,13 @@ from copus.user_errors import EXIT_CODE, report_failure
 from launch.engines.agent import agent_arguments
 from launch.engines.node_agent import agent_command, pause_on_sigterm, start_agent
 from launch.engines.requeues import REQUEUE
+from launch.engines.slurm_step import PROFILE_ONLY
 from launch.engines.this_machine import check_interfaces
 
 
 def main(arguments: list[str]) -> int:
     """Run the agent of this node to its end. Returns its exit code."""
-    run, session, endpoint, *nodes = arguments
+    run, session, endpoint, *nodes = (argument for argument in arguments if argument != PROFILE_ONLY)
     addresses = dict(node.split("=", 1) for node in nodes)
     pause_on_sigterm(Path(run), REQUEUE)
     here = os.environ["SLURMD_NODENAME"]
@@ -43,7 +44,8 @@ def main(arguments: list[str]) -> int:
     # An agent that is alone again gives up after this long, and the job goes back into the queue: where Slurm's own
     # daemon of the step dies, nobody else notices.
     settings = f"is_host={int(hosts)},join_timeout={job.launch.timeout_seconds:.0f}"
-    command = agent_command(*(() if alone else ("--rdzv-conf", settings)), *agent)
+    profile_only = [argument for argument in arguments if argument == PROFILE_ONLY]
+    command = agent_command(*(() if alone else ("--rdzv-conf", settings)), *agent, *profile_only)
     requeued = session.rpartition("-")[2] != "0"
     code = start_agent(command, os.environ | ({REQUEUED: "1"} if requeued else {})).wait()
     return code if code >= 0 else 128 - code

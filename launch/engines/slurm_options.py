@@ -25,7 +25,47 @@ ELSEWHERE = ("clusters", "cluster")
 """Options that would queue the job where `squeue` and `scancel` do not look for it."""
 
 
-class SlurmOptions(EngineOptions):
+class StepOptions(EngineOptions):
+    """What the agents need on the nodes, whoever asked for these."""
+
+    cpus_per_node: PositiveInt | None = None
+    """CPUs of a node; else ranks on the node × launch.threads_per_rank, on GPUs at least 8 for each."""
+    srun: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Options of the `srun` that starts the agents, by their long names: {container-image: copus.sqsh, cpu-bind: none}.
+    """
+    wrapper: list[str] = Field(default_factory=list)
+    """Words before the command of each node, as [nsys, profile, -o, trace-%q{SLURM_NODEID}]."""
+    env: dict[EnvironmentName, str] = Field(default_factory=dict)
+    """Environment variables of the job. No secrets: they would stand in the run directory."""
+    interface: Word | None = None
+    """Network interface that gloo and NCCL connect the nodes by, as `ib0`; else they choose."""
+    nccl_interface: str | None = Field(default=None, pattern=r"^[\^=]?[A-Za-z0-9][A-Za-z0-9._,-]*$", max_length=200)
+    """NCCL's own, in its syntax, if it differs: `=ib0,ib1`, or `^docker0,lo` for all but those."""
+    port: int | None = Field(default=None, ge=1024, le=65535)
+    """Port of the first node that the agents meet at; else one that follows from the job's id."""
+
+    @field_validator("srun")
+    @classmethod
+    def _of_srun(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for name, setting in value.items():
+            _check_long_option("srun", name, OURS_OF_SRUN)
+            if not str(setting).isprintable():
+                raise ValueError(f"srun.{name}: a value with control characters: {setting!r}")
+        return value
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        check_no_secrets(value, "set it in the shell that submits, which Slurm hands on")
+        return value
+
+    @field_validator("wrapper")
+    @classmethod
+    def _printable(cls, value: list[str]) -> list[str]:
+        return _one_line(value)
+
+
+class SlurmOptions(StepOptions):
     """How the job is queued, and what it needs on its nodes."""
 
     partition: Word | None = None
@@ -48,29 +88,14 @@ class SlurmOptions(EngineOptions):
     memory: Word | int | None = None
     """Memory of a node as sbatch's `--mem` reads it: 64G, or 0 for all of it; else the cluster's default, which often
     follows the CPUs."""
-    cpus_per_node: PositiveInt | None = None
-    """CPUs of a node; else ranks on the node × launch.threads_per_rank, on GPUs at least 8 for each."""
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
     """Other options of sbatch by their long names: {constraint: a100, exclusive: true}."""
-    srun: dict[str, str | int | bool] = Field(default_factory=dict)
-    """Options of the `srun` that starts the agents, by their long names: {container-image: copus.sqsh, cpu-bind: none}.
-    """
-    wrapper: list[str] = Field(default_factory=list)
-    """Words before the command of each node, as [nsys, profile, -o, trace-%q{SLURM_NODEID}]."""
-    env: dict[EnvironmentName, str] = Field(default_factory=dict)
-    """Environment variables of the job. No secrets: they would stand in the run directory."""
     setup: list[str] = Field(default_factory=list)
     """Shell commands that the batch script runs first: module load …, source …/activate. The only field that is run
     as it stands."""
     python: str | None = None
     """Python on the nodes, with what copus needs: an absolute path, or a name on their PATH; else the one that
     submits."""
-    interface: Word | None = None
-    """Network interface that gloo and NCCL connect the nodes by, as `ib0`; else they choose."""
-    nccl_interface: str | None = Field(default=None, pattern=r"^[\^=]?[A-Za-z0-9][A-Za-z0-9._,-]*$", max_length=200)
-    """NCCL's own, in its syntax, if it differs: `=ib0,ib1`, or `^docker0,lo` for all but those."""
-    port: int | None = Field(default=None, ge=1024, le=65535)
-    """Port of the first node that the agents meet at; else one that follows from the job's id."""
 
     @field_validator("time_limit", mode="before")
     @classmethod
@@ -89,21 +114,6 @@ class SlurmOptions(EngineOptions):
             check_directive(f"sbatch.{name}", str(setting))
         return value
 
-    @field_validator("srun")
-    @classmethod
-    def _of_srun(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
-        for name, setting in value.items():
-            _check_long_option("srun", name, OURS_OF_SRUN)
-            if not str(setting).isprintable():
-                raise ValueError(f"srun.{name}: a value with control characters: {setting!r}")
-        return value
-
-    @field_validator("env")
-    @classmethod
-    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        check_no_secrets(value, "set it in the shell that submits, which Slurm hands on")
-        return value
-
     @model_validator(mode="after")
     def _said_once(self) -> "SlurmOptions":
         if self.memory is not None and "mem" in self.sbatch:
@@ -117,15 +127,19 @@ class SlurmOptions(EngineOptions):
     def _from_anywhere(cls, value: str | None) -> str | None:
         if value is not None and "/" in value and not value.startswith("/"):
             raise ValueError(f"{value!r} is neither an absolute path nor a name on PATH")
-        return value
+        return value if value is None else _one_line([value])[0]
 
-    @field_validator("setup", "python", "wrapper")
+    @field_validator("setup")
     @classmethod
-    def _one_line(cls, value: list[str] | str | None) -> list[str] | str | None:
-        for line in value if isinstance(value, list) else [value or ""]:
-            if not line.isprintable():
-                raise ValueError(f"a line with control characters: {line!r}")
-        return value
+    def _printable_lines(cls, value: list[str]) -> list[str]:
+        return _one_line(value)
+
+
+def _one_line(value: list[str]) -> list[str]:
+    for line in value:
+        if not line.isprintable():
+            raise ValueError(f"a line with control characters: {line!r}")
+    return value
 
 
 def _check_long_option(program: str, name: str, ours: tuple[str, ...]) -> None:
