@@ -13,7 +13,7 @@ from rich.console import Console
 from copus.job import JobConfig, JobError, load_job
 from launch.attend import Outcome
 from launch.conclusion import headline, trained
-from launch.engines import QueuedEngine
+from launch.engines import QueuedEngine, engine_state
 from launch.group import Planned, parse_matrix, plan_group, read_member, write_member
 from launch.group_results import as_values, print_results, read_results
 from launch.interrupts import Interrupts
@@ -85,7 +85,9 @@ def submit_group(
                 failed.append(submission.planned.name)
                 if fail_fast:
                     break
-        if queued and not manner.detach and not (failed and fail_fast):
+        if queued and failed and fail_fast:
+            _withdraw([submission for submission in submissions if submission.run.exists()], console)
+        elif queued and not manner.detach:
             failed += _follow(submissions, interrupts, console, fail_fast=fail_fast)
     exit_code = 1 if failed else 0
     if interrupts.signal:
@@ -194,6 +196,7 @@ def _told(begun: Begun, console: Console) -> int:
     if isinstance(begun.outcome, Outcome):
         console.print(f"  {headline(begun.outcome)}", markup=False, soft_wrap=True)
         return begun.outcome.exit_code
+    console.print(f"  {engine_state(begun.run).words}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -14,6 +14,7 @@ from test_kubernetes import on_volume
 from test_launch_submit import Copus, copus, submitted, wait_for  # noqa: F401
 from test_slurm_engine import Says, asked, job_file, slurm  # noqa: F401
 
+import launch.submit
 import launch.submit_group
 from copus.events import End, EventLog, Step, read_events
 from copus.job import JobError, load_job
@@ -226,6 +227,26 @@ def test_under_slurm_all_runs_are_queued_and_followed_to_their_ends(
     assert "small-seed-1234: finished" in output
     assert "small-seed-1235: crashed" in output
     assert "(2 of 2 ended)" in output
+
+
+def test_under_slurm_fail_fast_takes_what_is_queued_out_of_the_queue(
+    tmp_path: Path,
+    slurm: Says,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job_file(tmp_path)
+    queue = launch.submit.hand_over
+
+    def refuse_the_second(*arguments: Any) -> Any:
+        if arguments[1].name.endswith("1235"):
+            raise JobError("sbatch: error: no more jobs for you")
+        return queue(*arguments)
+
+    monkeypatch.setattr(launch.submit, "hand_over", refuse_the_second)
+    assert copus_here("submit", "job.yaml", "--seeds", "3", "--fail-fast") == 1
+    assert sum(line.startswith("sbatch") for line in asked(tmp_path)) == 1
+    assert "scancel 12" in asked(tmp_path)
+    assert [run.name for run in sorted((tmp_path / "runs").iterdir())] == ["small-seed-1234"]
 
 
 def test_the_interval_of_a_mean_is_students() -> None:

@@ -247,6 +247,15 @@ def test_a_job_that_is_requeued_by_hand_goes_on(cluster: Cluster) -> None:
     wait_for("the end of the job", lambda: cluster.run(["squeue", "--noheader"]) == "", 30)
 
 
+def test_a_group_of_runs_is_queued_and_followed_to_its_end(cluster: Cluster) -> None:
+    output = cluster.copus(*cluster.job("group", 3200), "--seeds", "2", "--matrix", "training.lr=1e-3")
+    print(output)
+    assert "(2 of 2 ended)" in output
+    again = cluster.copus(*cluster.job("group", 3200), "--seeds", "2", "--matrix", "training.lr=1e-3")
+    assert again.count("has ended: finished") == 2
+    assert "2 of 2" in cluster.copus("runs", "--group", "group")
+
+
 def test_an_allocation_that_is_there_is_used(cluster: Cluster) -> None:
     """Training, measuring and calibrating on both nodes of one `salloc`, after another."""
     run = cluster.folder / "runs" / "allocated"
