@@ -196,7 +196,8 @@ class TrainingConfig(Record):
     lr: PositiveFloat = 1e-3
     """Peak learning rate at `reference_batch`."""
     min_lr: NonNegativeFloat = 1e-4
-    """Learning rate at the end of the decay, at `reference_batch`; `inverse-sqrt` falls no further."""
+    """Learning rate at the end of the decay, at `reference_batch`; `inverse-sqrt` falls no further. `constant` does not
+    use it."""
     warmup_tokens: NonNegativeInt = 0
     """Linear warm-up."""
     decay: Literal["constant", "cosine", "linear", "wsd", "inverse-sqrt"] = "cosine"
