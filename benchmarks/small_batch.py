@@ -349,7 +349,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         panel.set(xscale="log", xlabel="peak learning rate", title=f"{optimizer}, β2 {rule}")
     best = min(cell["loss"] for cell in result["cells"] if cell["loss"])
     panels[0][0].set(ylabel="held-out loss, nats per token", ylim=(best - 0.1, best + 1.5))
-    panels[0][-1].legend()
+    panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, bbox_inches="tight")
 
 

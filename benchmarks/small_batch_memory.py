@@ -25,6 +25,7 @@ from rich.table import Table
 from benchmarks.command import console_of, parser_of, tell
 from copus.job import JobConfig, parse_job
 from profiles.configurations import Configurations
+from profiles.formatting import three_digits
 from profiles.memory import MemoryModel
 
 MIB = 2.0**20
@@ -112,7 +113,7 @@ def run(model: dict[str, Any], backend: str, steps: int, console: Console) -> di
             predicted = sum(row["predicted_bytes"].values())
             row["error_pct"] = 100 * (predicted / row["allocated_bytes"] - 1)
         rows.append(row)
-        console.print(f"{case}: {row['allocated_bytes'] / MIB:.0f} MiB")
+        console.print(f"{case}: {three_digits(row['allocated_bytes'] / MIB)} MiB")
     return {
         "model": model,
         "backend": backend,
@@ -129,9 +130,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     for row in result["rows"]:
         predicted = ("–", "–")
         if "error_pct" in row:
-            predicted = (f"{sum(row['predicted_bytes'].values()) / MIB:.0f}", f"{row['error_pct']:+.1f}")
-        amounts = (f"{row['trained'] / 1e6:.2f}", f"{row['allocated_bytes'] / MIB:.0f}")
-        table.add_row(row["case"], *amounts, *predicted, f"{row['resident_bytes'] / MIB:.0f}")
+            predicted = (three_digits(sum(row["predicted_bytes"].values()) / MIB), f"{row['error_pct']:+.1f}")
+        amounts = (f"{row['trained'] / 1e6:.2f}", three_digits(row["allocated_bytes"] / MIB))
+        table.add_row(row["case"], *amounts, *predicted, three_digits(row["resident_bytes"] / MIB))
     console.print(table)
     console.print(f"largest error of the memory model: {result['largest_error_pct']:.1f} %")
 
