@@ -14,14 +14,17 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from kubernetes_api import FakeCluster, fake_cluster
+from launch_events import start, step
 from launch_jobs import WORKER, copus_here, write_job
 from test_end_to_end import _write_job as write_tiny_job
 
-from copus.events import REQUEUED, End, Failure, Start, Step, read_events
+import launch.queued
+from copus.events import REQUEUED, End, EventLog, Failure, Start, Step, read_events
 from copus.job import load_job
 from launch.engines import engine_state
 from launch.engines import kubernetes_node as node
@@ -293,6 +296,45 @@ class TestCluster:
         assert list(cluster.runtimes) == [name], "a runtime goes with its job"
         (owner,) = cluster.runtimes[name]["metadata"]["ownerReferences"]
         assert (owner["kind"], owner["name"], owner["uid"]) == ("TrainJob", name, f"uid-of-{name}")
+
+    def test_a_job_is_followed_to_its_end_and_watched(
+        self,
+        tmp_path: Path,
+        cluster: FakeCluster,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        run = tmp_path / "runs" / "small"
+        slept: list[float] = []
+
+        def train(seconds: float) -> None:
+            """What the pods do between two looks: at first they come up, then they have trained."""
+            slept.append(seconds)
+            (job,) = cluster.jobs.values()
+            if len(slept) == 1:
+                job["status"] = {"jobsStatus": [{"name": "node", "ready": 1, "active": 1}]}
+            elif len(slept) == 2:
+                log = EventLog(run)
+                log.write(start())
+                log.write(step(4))
+                log.write(End(step=1, samples_consumed=4, reason="finished", seconds=1.0))
+                log.close()
+                job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+
+        monkeypatch.setattr(launch.queued, "STATE_SECONDS", 0)
+        monkeypatch.setattr(launch.queued, "time", SimpleNamespace(monotonic=time.monotonic, sleep=train))
+        assert copus_here("submit", "job.yaml", *on_volume(tmp_path)) == 0
+        (name,) = cluster.jobs
+        lines = capfd.readouterr().out.splitlines()
+        told = [line for line in lines if line.startswith("TrainJob")]
+        assert told == [
+            f"TrainJob {name} waits for its pods",
+            f"TrainJob {name} runs",
+            f"TrainJob {name} has ended: complete",
+        ]
+        assert any(line.startswith("finished in ") for line in lines)
+        assert copus_here("watch", "small") == 0
+        assert "finished" in capfd.readouterr().out
 
     def test_a_run_of_the_same_name_as_one_that_was_removed_is_another_job(
         self, tmp_path: Path, cluster: FakeCluster
