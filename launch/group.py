@@ -59,17 +59,25 @@ def parse_matrix(options: Sequence[str], overrides: Sequence[str]) -> dict[str, 
         field, _, text = option.partition("=")
         if not field or not text:
             raise JobError(f"--matrix {option}: expected section.field=value,value")
-        if field in matrix:
-            raise JobError(f"--matrix {option}: {field} is in the matrix already")
         if field.split(".")[0] in SHARED:
             raise JobError(f"--matrix {option}: all runs of a group have the same {field}")
-        if any(override.partition("=")[0] == field for override in overrides):
-            raise JobError(f"--matrix {option}: --set names {field} too")
+        if "." not in field:
+            raise JobError(f"--matrix {option}: expected section.field=value,value")
+        if other := next((other for other in matrix if _overlap(field, other)), None):
+            raise JobError(f"--matrix {option}: {other} is in the matrix already")
+        names = [override.partition("=")[0] for override in overrides]
+        if other := next((name for name in names if name.startswith(f"{field}.") or name == field), None):
+            raise JobError(f"--matrix {option}: --set names {other} too")
         matrix[field] = values = _split(option, text)
         repeated = next((value for value in values if values.count(value) > 1), None)
         if repeated is not None:
             raise JobError(f"--matrix {option}: {repeated} stands twice")
     return matrix
+
+
+def _overlap(field: str, other: str) -> bool:
+    """Whether one is the other, or a part of it."""
+    return f"{field}.".startswith(f"{other}.") or f"{other}.".startswith(f"{field}.")
 
 
 def _split(option: str, text: str) -> list[str]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # rich is loaded when something is printed
 
 ENDS = ("finished", *LIMITS)
 """Ends of a run that trained as long as its job file says."""
+OVER = (*ENDS, "diverged")
+"""Ends that no further start would change."""
 RATIOS = ("tokens_per_second", "seconds")
 """Figures of which the geometric mean is meant."""
 DISPENSABLE = ("batch", "tokens/s", "time")
@@ -34,6 +36,8 @@ class Result:
     state: RunState
     ended: bool
     """Whether it trained as long as its job file says. Only these are in the means."""
+    over: bool
+    """Whether it needs no further start: it ended, or diverged."""
     loss: float | None
     """Of the last training step, nats per token."""
     validation_loss: float | None
@@ -67,6 +71,7 @@ def _result(history: History, member: Member) -> Result:
         member=member,
         state=state_of(history.run, status),
         ended=status.end is not None and status.end.reason in ENDS,
+        over=status.end is not None and status.end.reason in OVER,
         loss=status.step.loss if status.step else None,
         validation_loss=history.evaluations[-1].loss if history.evaluations else None,
         tokens_per_second=tokens / training if training else None,

@@ -56,8 +56,9 @@ def _place_of_weights(path: Path) -> Path:
     return run if not path.expanduser().exists() and (run / "job.yaml").is_file() else path
 
 
-def create_run(job: JobConfig, suffix: str = "") -> Path:
-    """Make `launch.runs/NAME`, or NAME-2, NAME-3 … where that is taken, with the resolved job in it. Absolute path."""
+def create_run(job: JobConfig, suffix: str = "", *, numbered: bool = True) -> Path:
+    """Make `launch.runs/NAME`, or NAME-2, NAME-3 … where that is taken, with the resolved job in it. Absolute path.
+    Raises JobError where that cannot be made, or where it is taken and may not be `numbered`."""
     try:
         for run in _names(job, suffix):
             run.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,8 @@ def create_run(job: JobConfig, suffix: str = "") -> Path:
                 run.mkdir()
                 break
             except FileExistsError:
-                continue
+                if not numbered:
+                    raise JobError(f"{shown(run)} is there already: another command has made it") from None
         write_job(run, job)
     except OSError as error:
         raise JobError(f"launch.runs({job.launch.runs}): {error.strerror}: {error.filename}") from None

@@ -141,16 +141,17 @@ def check_submission(job_file: Path, overrides: list[str], manner: Manner, say: 
 
 
 def begin(
-    checked: Checked, interrupts: Interrupts, console: Console, mark: Callable[[Path], None] = lambda run: None
+    checked: Checked, interrupts: Interrupts, console: Console, mark: Callable[[Path], None] | None = None
 ) -> Begun:
-    """Make the run, prepare its data, and launch it. `mark` may write into the run that was made. Raises JobError, and
-    leaves nothing, where the user errs."""
+    """Make the run, prepare its data, and launch it. `mark` writes into the run that was made, which then has to have
+    the job's name. Raises JobError, and leaves nothing, where the user errs."""
     engine, job = checked.engine, checked.job
     if isinstance(engine, QueuedEngine):
         engine.ready()
-    run = create_run(job)
+    run = create_run(job, numbered=mark is None)
     with lock_run(run) as lock:
-        mark(run)
+        if mark is not None:
+            mark(run)
         code, job = prepare(job, run / "job.yaml", interrupts)
         code = code or keep_weights(run, job, checked.weights)
         if code:

@@ -15,7 +15,7 @@ from launch.attend import Outcome
 from launch.conclusion import headline, trained
 from launch.engines import QueuedEngine, engine_state
 from launch.group import Planned, parse_matrix, plan_group, read_member, write_member
-from launch.group_results import as_values, print_results, read_results
+from launch.group_results import ENDS, OVER, as_values, print_results, read_results
 from launch.interrupts import Interrupts
 from launch.json_output import as_json_line
 from launch.progress import SteadyConsole
@@ -26,8 +26,9 @@ from launch.runs import status_of
 from launch.status import RunStatus
 from launch.submit import Begun, Checked, Manner, Resumption, begin, check_resume, check_submission, go_on
 from launch.tables import page
-from launch.wording import LIMITS
 
+QUESTION_SECONDS = 0.5
+"""Least time between two questions to the scheduler, however many jobs there are."""
 PLACES = {"name", "launch", "tracking", "profile"}
 """Sections of a job file that may differ between two calls of the command: they change no result."""
 
@@ -61,8 +62,10 @@ def submit_group(
     if fail_fast and manner.detach:
         raise JobError("--fail-fast: with --detach nobody sees a run fail")
     console = SteadyConsole(stderr=manner.as_json, highlight=False)
-    base = portable(load_job(job_file, overrides, manner.engine))
-    plan = plan_group(base, parse_matrix(matrix, overrides), seeds)
+    fields = parse_matrix(matrix, overrides)
+    first = [f"{field}={values[0]}" for field, values in fields.items()]  # the job file may leave them out
+    base = portable(load_job(job_file, [*overrides, *first], manner.engine))
+    plan = plan_group(base, fields, seeds)
     said: set[str] = set()
 
     def say(line: str) -> None:
@@ -71,6 +74,7 @@ def submit_group(
         said.add(line)
 
     submissions = [_checked(planned, job_file, overrides, manner, console, say) for planned in plan]
+    _check_different(submissions)
     if manner.dry_run:
         return _describe(base.name, submissions, manner)
     queued = isinstance(submissions[0].checked.engine, QueuedEngine)
@@ -86,13 +90,13 @@ def submit_group(
                 if fail_fast:
                     break
         if queued and failed and fail_fast:
-            _withdraw([submission for submission in submissions if submission.run.exists()], console)
+            _withdraw([made for made in submissions if made.todo != "nothing" and made.run.exists()], console)
         elif queued and not manner.detach:
             failed += _follow(submissions, interrupts, console, fail_fast=fail_fast)
     exit_code = 1 if failed else 0
     if interrupts.signal:
         exit_code = 128 + interrupts.signal
-    return _conclude(base, submissions, exit_code, console, manner, alive=queued)
+    return _conclude(base, submissions, exit_code, console, manner, queued=queued)
 
 
 def _checked(
@@ -118,7 +122,7 @@ def _checked(
         return make("follow", None, state)
     if state.alive:
         raise JobError(f"{shown(run)}: {state.name}; `copus cancel {typed(run)}` stops it")
-    if state.name == "finished" or (status.end is not None and status.end.reason in (*LIMITS, "diverged")):
+    if status.end is not None and status.end.reason in OVER:
         return make("nothing", None, state)
     named = [override for override in overrides if not override.startswith(("name=", "launch.runs="))]
     settings = [setting for setting in planned.overrides if not setting.startswith("name=")]
@@ -126,6 +130,16 @@ def _checked(
     if isinstance(resumption, RunStatus):
         return make("nothing", None, state)
     return make("resume", resumption, state)
+
+
+def _check_different(submissions: Sequence[Submission]) -> None:
+    """Raise JobError where two runs would be the same: 1e-3 and 0.001 are one learning rate."""
+    names: dict[str, str] = {}
+    for submission in submissions:
+        name, job = submission.planned.name, submission.checked.job.model_dump_json(exclude={"name"})
+        if job in names:
+            raise JobError(f"--matrix: {names[job]} and {name} would be the same job")
+        names[job] = name
 
 
 def _check_same_job(run: Path, job: JobConfig) -> None:
@@ -210,6 +224,7 @@ def _follow(
     }
     total, before, failed = len(waiting), dict[Path, str](), list[str]()
     while waiting and not interrupts.count:
+        pause = max(STATE_SECONDS / len(waiting), QUESTION_SECONDS)
         for run in list(waiting):
             status = status_of(run)
             state = state_of(run, status)
@@ -217,18 +232,20 @@ def _follow(
             if state.alive and before.get(run) != state.name:
                 before[run] = state.name
                 console.print(f"{run.name}: {state.name}", markup=False, soft_wrap=True)
-            if waiting[run] < LOOKS:
-                continue
-            del waiting[run]
-            done = f"{total - len(waiting)} of {total} ended"
-            why = f": {state.why}" if state.why else ""
-            console.print(f"{run.name}: {state.name}{why}, {trained(status)} ({done})", markup=False, soft_wrap=True)
-            if state.name in ("failed", "crashed"):
-                failed.append(run.name)
-        if failed and fail_fast:
-            _withdraw([submission for submission in submissions if submission.run in waiting], console)
-            break
-        time.sleep(STATE_SECONDS if waiting else 0)
+            if waiting[run] >= LOOKS:
+                del waiting[run]
+                done = f"{total - len(waiting)} of {total} ended"
+                why = f": {state.why}" if state.why else ""
+                line = f"{run.name}: {state.name}{why}, {trained(status)} ({done})"
+                console.print(line, markup=False, soft_wrap=True)
+                if status.end is None or status.end.reason not in ENDS:
+                    failed.append(run.name)
+            if failed and fail_fast:
+                _withdraw([submission for submission in submissions if submission.run in waiting], console)
+                return failed
+            if not waiting or interrupts.count:
+                break
+            time.sleep(pause)
     return failed
 
 
@@ -236,7 +253,7 @@ def _withdraw(submissions: Sequence[Submission], console: Console) -> None:
     for submission in submissions:
         try:
             done = submission.checked.engine.cancel(submission.run, now=False)
-        except JobError as error:  # it has just ended
+        except (JobError, OSError) as error:  # it has just ended; nobody can write there
             done = str(error)
         console.print(f"{submission.planned.name}: {done}", markup=False, soft_wrap=True)
 
@@ -248,7 +265,7 @@ def _conclude(
     console: Console,
     manner: Manner,
     *,
-    alive: bool,
+    queued: bool,
 ) -> int:
     """Print the table of results, and what shows it again."""
     results = read_results([submission.run for submission in submissions if submission.run.exists()])
@@ -258,9 +275,10 @@ def _conclude(
     if any(result.ended for result in results):
         print_results(base.name, results, page())
     lines = []
-    open_runs = len(submissions) - sum(result.ended for result in results)
+    open_runs = len(submissions) - sum(result.over for result in results)
     if open_runs:
-        running = "; queued jobs keep running without this command" if alive else ""
+        is_left = queued and any(result.state.alive for result in results)
+        running = "; queued jobs keep running without this command" if is_left else ""
         lines.append(
             f"{open_runs} of {len(submissions)} runs have not ended: the same command goes on with them{running}"
         )

@@ -3,6 +3,7 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from kubernetes_api import fake_cluster
 from launch_events import start, step
 from launch_jobs import copus_here, write_job
+from rich.console import Console
 from test_kubernetes import on_volume
 from test_launch_submit import Copus, copus, submitted, wait_for  # noqa: F401
 from test_slurm_engine import Says, asked, job_file, slurm  # noqa: F401
@@ -19,7 +21,10 @@ import launch.submit_group
 from copus.events import End, EventLog, Step, read_events
 from copus.job import JobError, load_job
 from launch.group import parse_matrix, plan_group
+from launch.interrupts import Interrupts
 from launch.intervals import interval, interval_of_ratio
+from launch.run_state import RunState
+from launch.status import RunStatus
 
 QUICK = ["--steps", "3"]
 GROUP = ("submit", "job.yaml", "--matrix", "training.lr=1e-3,2e-3", "--seeds", "2")
@@ -66,8 +71,11 @@ def test_a_name_that_is_too_long_is_cut_and_stays_different(tmp_path: Path) -> N
         (["training.lr="], {}, "--matrix training.lr=: expected section.field=value,value"),
         (["training.lr=1,["], {}, "--matrix training.lr=1,[: not YAML"),
         (["training.lr=1,1"], {}, "--matrix training.lr=1,1: 1 stands twice"),
+        (["training=1"], {}, "--matrix training=1: expected section.field=value,value"),
         (["training.lr=1", "training.lr=2"], {}, "training.lr is in the matrix already"),
+        (["training.layout={dp: 2}", "training.layout.tp=1,2"], {}, "training.layout is in the matrix already"),
         (["training.lr=1"], {"overrides": ("training.lr=2",)}, "--set names training.lr too"),
+        (["training.layout={dp: 2}"], {"overrides": ("training.layout.tp=2",)}, "--set names training.layout.tp too"),
         (["launch.engine=local,slurm"], {}, "all runs of a group have the same launch.engine"),
         (["training.seed=1,2"], {"seeds": 2}, "--seeds 2: training.seed is in the matrix already"),
         ([], {"seeds": 0}, "--seeds 0: at least 1"),
@@ -118,6 +126,38 @@ def test_every_job_is_checked_before_any_starts(tmp_path: Path, copus: Copus) ->
     assert result.returncode == 2
     assert "training.lr" in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_field_that_is_in_the_matrix_may_be_left_out_of_the_job_file(tmp_path: Path, copus: Copus) -> None:  # noqa: F811
+    path = write_job(tmp_path)
+    values = yaml.safe_load(path.read_text())
+    del values["training"]["tokens"]
+    path.write_text(yaml.safe_dump(values))
+    result = copus("submit", "job.yaml", "--matrix", "training.tokens=6400,12800", "--dry-run", worker=QUICK)
+    assert result.returncode == 0, result.stderr
+    assert "small-tokens-12800" in result.stdout
+
+
+def test_one_value_written_in_two_ways_is_no_two_runs(tmp_path: Path, copus: Copus) -> None:  # noqa: F811
+    write_job(tmp_path)
+    result = copus("submit", "job.yaml", "--matrix", "training.lr=1e-3,0.001", worker=QUICK)
+    assert result.returncode == 2
+    assert "small-lr-1e-3 and small-lr-0.001 would be the same job" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_diverged_is_left_alone_and_not_promised_again(tmp_path: Path, copus: Copus) -> None:  # noqa: F811
+    write_job(tmp_path)
+    assert copus("submit", "job.yaml", "--seeds", "1", worker=QUICK).returncode == 0
+    events = tmp_path / "runs" / "small-seed-1234" / "events.jsonl"
+    text = events.read_text()
+    events.write_text(text.replace('"reason":"finished"', '"reason":"diverged"'))
+    assert events.read_text() != text
+    again = copus("submit", "job.yaml", "--seeds", "1", worker=QUICK)
+    assert again.returncode == 1
+    assert "has ended: diverged" in again.stdout
+    assert "the same command goes on" not in again.stdout
+    assert starts(tmp_path) == 1
 
 
 def test_a_failed_run_stops_the_others_only_where_that_was_asked_for(tmp_path: Path, copus: Copus) -> None:  # noqa: F811
@@ -227,6 +267,74 @@ def test_under_slurm_all_runs_are_queued_and_followed_to_their_ends(
     assert "small-seed-1234: finished" in output
     assert "small-seed-1235: crashed" in output
     assert "(2 of 2 ended)" in output
+    assert "1 of 2 runs have not ended: the same command goes on with them\n" in output
+
+
+def test_a_run_that_another_command_has_made_meanwhile_is_not_made_twice(
+    tmp_path: Path,
+    slurm: Says,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    job_file(tmp_path)
+    command = ["submit", "job.yaml", "--seeds", "1", "--detach"]
+    begin = launch.submit_group.begin
+
+    def begin_second(*arguments: Any) -> Any:
+        monkeypatch.setattr(launch.submit_group, "begin", begin)
+        assert copus_here(*command) == 0
+        return begin(*arguments)
+
+    monkeypatch.setattr(launch.submit_group, "begin", begin_second)
+    assert copus_here(*command) == 1
+    assert "runs/small-seed-1234 is there already: another command has made it" in capfd.readouterr().err
+    assert [run.name for run in (tmp_path / "runs").iterdir()] == ["small-seed-1234"]
+
+
+def test_a_queued_run_that_was_cancelled_is_told_by_the_exit_code(
+    tmp_path: Path,
+    slurm: Says,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    job_file(tmp_path)
+    assert copus_here("submit", "job.yaml", "--seeds", "1", "--detach") == 0
+    log = EventLog(tmp_path / "runs" / "small-seed-1234")
+    log.write(start())
+    log.write(step(4))
+
+    slept: list[float] = []
+
+    def cancelled(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            log.write(End(step=1, samples_consumed=4, reason="interrupted", seconds=1.0))
+            slurm("squeue", "CANCELLED|None|n1\n")
+
+    monkeypatch.setattr(launch.submit_group.time, "sleep", cancelled)
+    assert copus_here("submit", "job.yaml", "--seeds", "1") == 1
+    assert "small-seed-1234: stopped" in capfd.readouterr().out
+
+
+def test_a_scheduler_is_asked_about_many_runs_twice_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(launch.submit_group.time, "sleep", slept.append)
+    monkeypatch.setattr(launch.submit_group, "status_of", lambda run: RunStatus())
+    monkeypatch.setattr(launch.submit_group, "state_of", lambda run, status: RunState("crashed"))
+    submissions: Any = [
+        SimpleNamespace(run=tmp_path, todo="follow"),
+        SimpleNamespace(run=tmp_path.parent, todo="begin"),
+    ]
+    follow, console = launch.submit_group._follow, Console(quiet=True)
+    assert len(follow(submissions, Interrupts(), console, fail_fast=False)) == 2
+    assert slept == [1.5, 1.5, 1.5]
+    slept.clear()
+    runs = [tmp_path / str(number) for number in range(20)]
+    for run in runs:
+        run.mkdir()
+    many: Any = [SimpleNamespace(run=run, todo="follow") for run in runs]
+    assert len(follow(many, Interrupts(), console, fail_fast=False)) == 20
+    assert slept == [0.5] * 39
 
 
 def test_under_slurm_fail_fast_takes_what_is_queued_out_of_the_queue(
