@@ -24,6 +24,7 @@ class FakeCluster(ThreadingHTTPServer):
         """Name of each pod → what it has printed."""
         self.refusal: tuple[int, str] | None = None
         """Status and message for whoever wants to make a job."""
+        self.patches_refused = False
         self.asked: list[str] = []
         """Every request: method and path."""
 
@@ -49,9 +50,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_PATCH(self) -> None:
         """Change the metadata of a TrainingRuntime."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.patches_refused:
+            return self._answer(403, {"kind": "Status", "message": "cannot patch resource"})
         runtime = self.server.runtimes[self.path.partition("?")[0].rpartition("/")[2]]
         runtime["metadata"] |= body["metadata"]
-        self._answer(200, runtime)
+        return self._answer(200, runtime)
 
     def do_GET(self) -> None:
         """A TrainJob, the pods of one, or a pod's log."""

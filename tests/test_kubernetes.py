@@ -355,6 +355,15 @@ class TestCluster:
         assert not (tmp_path / "runs").exists()
         assert cluster.runtimes == {}
 
+    def test_a_runtime_that_cannot_be_given_to_its_job_leaves_neither(
+        self, tmp_path: Path, cluster: FakeCluster, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        cluster.patches_refused = True
+        assert self.submit(tmp_path, "job.yaml") == 2
+        assert "cannot patch resource" in capfd.readouterr().err
+        assert (cluster.jobs, cluster.runtimes) == ({}, {})
+        assert not (tmp_path / "runs").exists()
+
     def test_a_cluster_that_is_down_is_not_taken_for_an_end(
         self, tmp_path: Path, cluster: FakeCluster, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -437,6 +446,14 @@ class TestNode:
         for _ in range(4):
             (run / "stop").write_text(node.EVICTED)  # by a node whose pod was taken away before anything was trained
             assert self.attempt(run, monkeypatch, "--crash-at", "1") == AGAIN
+
+    def test_an_eviction_between_them_forgives_no_failed_start(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        failing = ["--crash-at", "1"]
+        assert [self.attempt(run, monkeypatch, *failing) for _ in range(2)] == [AGAIN, AGAIN]
+        (run / "stop").write_text(node.EVICTED)
+        assert [self.attempt(run, monkeypatch, *failing) for _ in range(2)] == [AGAIN, HOPELESS]
 
     def test_an_interface_that_a_pod_does_not_have_is_not_tried_again(
         self, run: Path, monkeypatch: pytest.MonkeyPatch

@@ -43,16 +43,18 @@ class Cluster:
         self._create(RUNTIMES, runtime)
         try:
             made = self._create(JOBS, job)
+            kind = {key: job[key] for key in ("apiVersion", "kind")}
+            owner = {**kind, "name": name, "uid": made["metadata"]["uid"]}
+            change = {"metadata": {"ownerReferences": [owner]}}
+            self._ask(
+                f"TrainingRuntime {name}",
+                lambda: self._jobs.patch_namespaced_custom_object(**self._kind(RUNTIMES), name=name, body=change),
+            )
         except JobError:
-            with contextlib.suppress(JobError):
-                self._delete(RUNTIMES, name)
+            for plural in (JOBS, RUNTIMES):
+                with contextlib.suppress(JobError):
+                    self._delete(plural, name)
             raise
-        owner = {"apiVersion": job["apiVersion"], "kind": job["kind"], "name": name, "uid": made["metadata"]["uid"]}
-        change = {"metadata": {"ownerReferences": [owner]}}
-        self._ask(
-            f"TrainingRuntime {name}",
-            lambda: self._jobs.patch_namespaced_custom_object(**self._kind(RUNTIMES), name=name, body=change),
-        )
 
     def _create(self, plural: str, manifest: dict[str, Any]) -> Any:
         return self._ask(

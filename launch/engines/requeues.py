@@ -36,7 +36,7 @@ def count_attempt(run: Path, job_id: str, attempt: int, checkpoint_samples: int)
     """
     before = _read(run)
     fruitless = 0
-    if before is not None and before.job_id == job_id and attempt > before.attempt:
+    if before is not None and before.job_id == job_id and attempt >= before.attempt:
         fruitless = 0 if checkpoint_samples > before.checkpoint_samples else before.fruitless + attempt - before.attempt
     now = Requeues(job_id=job_id, attempt=attempt, checkpoint_samples=checkpoint_samples, fruitless=fruitless)
     write_atomically(run / FILE, now.model_dump_json(indent=2) + "\n")
