@@ -480,6 +480,7 @@ def allocation(tmp_path: Path, slurm: Says, monkeypatch: pytest.MonkeyPatch) -> 
         "SLURM_JOB_NUM_NODES": "3",
         "SLURM_JOB_NODELIST": "n[1-3]",
         "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_CPUS_PER_NODE": "64(x2),16",
     }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -493,7 +494,7 @@ def test_a_job_in_an_allocation_takes_its_first_nodes(
 ) -> None:
     assert copus_here("submit", str(allocation), "--dry-run") == 0
     words = capfd.readouterr().out.split()
-    assert {"srun", "--nodes=2", "--ntasks=2", "--nodelist=n1,n2"} <= set(words)
+    assert {"srun", "--jobid=12", "--nodes=2", "--ntasks=2", "--nodelist=n1,n2", "--cpus-per-task=16"} <= set(words)
     assert words[-3:] == ["10.0.0.1:18012", "n1=10.0.0.1", "n2=10.0.0.2"]
     assert "GLOO_SOCKET_IFNAME=lo" not in words  # two nodes do not meet there
     assert not (tmp_path / "runs").exists()

@@ -5,6 +5,7 @@ The command stays with its workers, as on one machine; so `copus profile run` an
 
 import hashlib
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from copus.job import JobConfig, JobError
 from launch.engines.agent import command_line
 from launch.engines.base import AttendedEngine, EngineState
-from launch.engines.environment import job_environment
+from launch.engines.environment import slurm_environment
 from launch.engines.slurm_commands import node_addresses, slurm
 from launch.engines.slurm_options import StepOptions
 from launch.engines.slurm_step import PROFILE_ONLY, endpoint_of, step_command, step_environment
@@ -59,7 +60,7 @@ class SrunEngine(AttendedEngine):
         with open(logs / f"slurm-{session}.srun.log", "ab") as output:
             srun = subprocess.Popen(
                 self.command(run, job, session, profile_only=profile_only),
-                env=job_environment() | self.settings(job) | module_environment(),
+                env=slurm_environment() | self.settings(job) | module_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -70,13 +71,15 @@ class SrunEngine(AttendedEngine):
         return StepWorkers(srun, logs, session, run, job.cluster.accelerators_per_node)
 
     def command(self, run: Path, job: JobConfig, session: str, *, profile_only: bool) -> list[str]:
-        """The srun of the first nodes of the allocation."""
+        """The srun of the first nodes of the allocation, with all of their CPUs. It is told which allocation: the
+        rest of what `salloc` has put into the environment are options, which would outrank these."""
         nodes = dict(list(node_addresses(os.environ["SLURM_JOB_NODELIST"]).items())[: job.cluster.nodes])
         first = next(iter(nodes))
         endpoint = endpoint_of(self.options, _job_id(), nodes[first]) if len(nodes) > 1 else "127.0.0.1:0"
         addresses = nodes if len(nodes) > 1 else {first: "127.0.0.1"}
-        more = [f"--job-name={step_name(run)}", f"--nodelist={','.join(nodes)}"]
-        step = step_command(run, job, self.options, session, addresses, endpoint, more)
+        more = [f"--jobid={_job_id()}", f"--job-name={step_name(run)}", f"--nodelist={','.join(nodes)}"]
+        options = self.options.model_copy(update={"cpus_per_node": self.options.cpus_per_node or _allocated_cpus()})
+        step = step_command(run, job, options, session, addresses, endpoint, more)
         return [*step, *([PROFILE_ONLY] if profile_only else [])]
 
     def settings(self, job: JobConfig) -> dict[str, str]:
@@ -159,6 +162,12 @@ def kill_step(run: Path) -> bool:
     for step in steps:
         slurm("scancel", "--signal=KILL", step)
     return bool(steps)
+
+
+def _allocated_cpus() -> int | None:
+    """CPUs of the node that has the fewest of the allocation: 32 of `64(x2),32`. None where Slurm does not say."""
+    counts = re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    return min(map(int, counts), default=None)
 
 
 def _job_id() -> str:
