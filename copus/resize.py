@@ -105,7 +105,7 @@ def _layouts_like(layout: Layout, job: JobConfig, cluster: Cluster) -> Iterator[
                 dp_replicate=copies,
                 offload_optimizer=offload,
             )
-            splits = layouts(job.model, cluster, template)
+            splits = layouts(job.model, cluster, template, layout.cp)
             yield from (split for split in splits if job.model.layers % split.pp == 0)
 
 
@@ -126,6 +126,7 @@ def _distance(current: Configuration, other: Configuration) -> tuple[int, ...]:
         abs(now.zero - was.zero),
         int(now.offload_optimizer != was.offload_optimizer),
         abs(split_now - split_was),
+        abs(now.cp - was.cp),
         abs(now.tp - was.tp),
         # At ZeRO 1 and 2 the copies are of optimizer state and gradients: their shares do not grow, either.
         int(now.dp_shard < was.dp_shard),

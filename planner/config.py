@@ -105,6 +105,10 @@ class PlannerConfig(Record):
     """Only layouts with at most so many pipeline stages may be chosen; 1 forbids pipelines."""
     max_vp: PositiveInt | None = None
     """Only layouts with at most so many model chunks per pipeline stage may be chosen; 1 forbids interleaving."""
+    max_cp: PositiveInt | None = Field(
+        default=None, json_schema_extra={"default_in_words": "as many as leave each rank 4,096 tokens of a sequence"}
+    )
+    """Only layouts with at most this context parallel degree may be chosen; 1 leaves sequences whole."""
     max_ep: PositiveInt | None = Field(
         default=None, json_schema_extra={"default_in_words": "no more than a node has, unless memory asks for it"}
     )
@@ -123,9 +127,9 @@ class PlannerConfig(Record):
     advisory: bool = False
     """Decide, and write every decision, but never move."""
     layouts: list[Layout] | None = None
-    """Layouts that may be chosen, as they are listed; None means every split of the cluster into tp, pp and dp that the
-    model and the backend allow, with tensor parallel ranks within a node, every recomputation, every number of chunks a
-    stage, and on fsdp every ZeRO stage and one copy of the state on each node."""
+    """Layouts that may be chosen, as they are listed; None means every split of the cluster into tp, pp, cp and dp that
+    the model and the backend allow, with tensor parallel ranks within a node, every recomputation, every number of
+    chunks a stage, and on fsdp every ZeRO stage and one copy of the state on each node."""
 
     @property
     def needs_noise_scale(self) -> bool:

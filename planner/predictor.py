@@ -151,7 +151,8 @@ class Predictor:
         if use_cost_model:
             with contextlib.suppress(ValueError):  # an accelerator or a precision that nothing is known about
                 smoothness = Smoothness(noise_sd=measurement_error(rows))
-                cost = CostModel(smoothness, optimizer=implementation.optimizer).fit(Timings.of(rows, cluster))
+                cost = CostModel(smoothness, optimizer=implementation.optimizer, context=implementation.context)
+                cost = cost.fit(Timings.of(rows, cluster))
                 everything = list(dict.fromkeys([*asked, *halves]))
                 predicted = predict_unmeasured(cost, model, cluster, precision, everything, rows)
         throughput = Throughput((row for row in rows if not row.shard), predicted)

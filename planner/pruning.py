@@ -69,7 +69,8 @@ def dominated(
     that surely fits. Errors that predictions share cancel. Raises ValueError for an accelerator that the cost model
     does not know.
     """
-    arrays, cost = Configurations.of(configurations), CostModel(optimizer=implementation.optimizer)
+    arrays = Configurations.of(configurations)
+    cost = CostModel(optimizer=implementation.optimizer, context=implementation.context)
     logs = np.log(cost.predict(model, cluster, arrays, precision, coverage=None).seconds)
     errors = cost.errors(model, cluster, arrays, precision)
     room, memory = memory_bytes(cluster), MemoryModel(implementation).predict(model, arrays, precision)

@@ -14,6 +14,9 @@ from profiles.model_shape import ModelShape
 from profiles.pipeline_split import split_layers
 
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+_CONTEXT_TOKENS = 4096
+"""Tokens that a context parallel rank has of each sequence, at least. With fewer, the exchange of keys and values costs
+more than the activations of a sequence are worth: other degrees divide these too."""
 _EXPERT_SHARE = 0.5
 """Share of an accelerator's memory that the experts on it may take before they are spread over more nodes."""
 
@@ -29,14 +32,14 @@ def candidates(
     """Every layout × global batch × micro-batch that the job file allows and the backend runs in a precision, in a
     fixed order; `start` is always among them.
 
-    Layouts are `config.layouts`, or every tp × pp × dp that holds the model on the cluster, with the sequence
+    Layouts are `config.layouts`, or every tp × pp × cp × dp that holds the model on the cluster, with the sequence
     parallelism (if tp > 1) and the sharding of the starting layout or whatever sharding the backend lets the planner
     choose, with every number of model chunks a pipeline stage (vp) that its layers can be cut into, and with every
     recomputation. Tensor parallel ranks stay within a node: their
     collectives wait for the link at every layer. So do the expert parallel ranks, unless the experts of a node would
-    not fit on it. `config.tp`, `max_pp`, `max_vp`, `max_ep` and `recompute` pin layouts. Global
-    batches are `batch_multiple` times powers of two, micro-batches powers of two, both in sequences and within the
-    limits of `config`.
+    not fit on it. Context parallel ranks have `_CONTEXT_TOKENS` tokens each. `config.tp`, `max_pp`, `max_vp`, `max_cp`,
+    `max_ep` and `recompute` pin layouts. Global batches are `batch_multiple` times powers of two, micro-batches powers
+    of two, both in sequences and within the limits of `config`.
     """
     allowed = list(_within_limits(config, model, cluster, start.layout, backend, precision))
     return allowed if start in allowed else [start, *allowed]
@@ -51,6 +54,7 @@ def check_limits(
             ("tp", config.tp),
             ("max_pp", config.max_pp),
             ("max_vp", config.max_vp),
+            ("max_cp", config.max_cp),
             ("max_ep", config.max_ep),
             ("recompute", config.recompute),
             ("layouts", config.layouts and len(config.layouts)),
@@ -84,6 +88,7 @@ def _allowed(layout: Layout, config: PlannerConfig) -> bool:
         and config.recompute in (None, layout.recompute)
         and (config.max_pp is None or layout.pp <= config.max_pp)
         and (config.max_vp is None or layout.vp <= config.max_vp)
+        and (config.max_cp is None or layout.cp <= config.max_cp)
         and (config.max_ep is None or layout.ep <= config.max_ep)
     )
 
@@ -96,9 +101,10 @@ def _variants(
     largest_tp = config.tp or max(node_size(cluster), start.tp)
     # If memory is not checked nobody knows which recomputation is needed: the job's is one that works.
     recompute = RECOMPUTE if memory_bytes(cluster) else (start.recompute,)
+    largest_cp = config.max_cp or max(model.seq_len // _CONTEXT_TOKENS, start.cp)
     splits = (
         layout
-        for layout in layouts(model, cluster, start)
+        for layout in layouts(model, cluster, start, largest_cp)
         if layout.tp <= largest_tp and (layout == start or config.max_ep or _experts_are_near(layout, model, cluster))
     )
     for split in splits:
@@ -114,7 +120,7 @@ def _experts_are_near(layout: Layout, model: ModelShape, cluster: Cluster) -> bo
     if layout.ep == 1 or layout.tp * layout.ep <= node_size(cluster):
         return True
     memory = memory_bytes(cluster)
-    degrees = [ep for ep in _divisors(model.experts) if ep < layout.ep and layout.dp % ep == 0]
+    degrees = [ep for ep in _divisors(model.experts) if ep < layout.ep and layout.dp * layout.cp % ep == 0]
     weights = model.expert_layers * model.experts * model.expert_matrices / (layout.tp * layout.pp * degrees[-1])
     return memory is not None and weights * (6 if layout.zero else 18) > _EXPERT_SHARE * memory
 
@@ -133,36 +139,42 @@ def _shardings(layout: Layout, cluster: Cluster, backend: BackendTraits) -> Iter
             yield layout.model_copy(update={"zero": zero, "dp_replicate": copies})
 
 
-def layouts(model: ModelShape, cluster: Cluster, start: Layout) -> list[Layout]:
-    """Every split of the cluster into tp × pp × dp, and of dp into groups of ep, that passes `Layout.check`, else like
-    `start`, and `start`."""
-    possible = [layout for layout in _splits(cluster.accelerators, model, start) if _holds(layout, model, cluster)]
+def layouts(model: ModelShape, cluster: Cluster, start: Layout, largest_cp: int = 1) -> list[Layout]:
+    """Every split of the cluster into tp × pp × cp × dp, and of cp · dp into groups of ep, that passes `Layout.check`,
+    else like `start`, and `start`."""
+    splits = _splits(cluster.accelerators, model, start, largest_cp)
+    possible = [layout for layout in splits if _holds(layout, model, cluster)]
     return possible if start in possible else [start, *possible]
 
 
-def _splits(accelerators: int, model: ModelShape, start: Layout) -> Iterator[Layout]:
+def _splits(accelerators: int, model: ModelShape, start: Layout, largest_cp: int) -> Iterator[Layout]:
     for tp in _divisors(accelerators):
         for pp in _divisors(accelerators // tp):
-            dp = accelerators // (tp * pp)
-            # A copy on a single rank is shared out among nobody: all of the traffic, and no memory saved.
-            shared = start.zero and dp % start.dp_replicate == 0 and dp > start.dp_replicate
-            for ep in _divisors(math.gcd(model.experts, dp)) if model.experts else [1]:
-                yield Layout(
-                    tp=tp,
-                    pp=pp,
-                    ep=ep,
-                    dp=dp,
-                    # Without it every rank would send all tokens to the experts.
-                    sequence_parallel=(start.sequence_parallel or model.experts > 0) and tp > 1,
-                    recompute=start.recompute,
-                    zero=start.zero,
-                    dp_replicate=start.dp_replicate if shared else 1,
-                    offload_optimizer=start.offload_optimizer,
-                )
+            for cp in _divisors(accelerators // (tp * pp)):
+                if cp > largest_cp:
+                    break
+                dp = accelerators // (tp * pp * cp)
+                # A copy on a single rank is shared out among nobody: all of the traffic, and no memory saved.
+                shared = start.zero and dp % start.dp_replicate == 0 and dp > start.dp_replicate
+                for ep in _divisors(math.gcd(model.experts, dp * cp)) if model.experts else [1]:
+                    yield Layout(
+                        tp=tp,
+                        pp=pp,
+                        cp=cp,
+                        ep=ep,
+                        dp=dp,
+                        # Without it every rank would send all tokens to the experts.
+                        sequence_parallel=(start.sequence_parallel or model.experts > 0) and tp > 1,
+                        recompute=start.recompute,
+                        zero=start.zero,
+                        dp_replicate=start.dp_replicate if shared else 1,
+                        offload_optimizer=start.offload_optimizer,
+                    )
 
 
 def _runs(layout: Layout, model: ModelShape, backend: BackendTraits) -> bool:
     try:
+        backend.check_layout(layout)
         backend.check_model_in(layout, model)
     except ValueError:
         return False

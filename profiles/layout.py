@@ -10,6 +10,8 @@ from profiles.record import PositiveInt, Record
 
 Recompute = Literal["none", "selective", "full"]
 """What of the forward pass is run again in the backward pass: nothing, attention, every layer."""
+ContextExchange = Literal["gathered", "ring"]
+"""How context parallel ranks get the keys and values of all tokens: gathered, or piece by piece from a neighbour."""
 
 
 class Layout(Record):
@@ -22,10 +24,11 @@ class Layout(Record):
     vp: PositiveInt = 1
     """Virtual pipeline: model chunks per pipeline stage (1 = plain 1F1B)."""
     cp: PositiveInt = 1
-    """Context parallel degree."""
+    """Context parallel degree: so many ranks split each sequence, in 2·cp pieces of which every rank has an early and a
+    late one."""
     ep: PositiveInt = 1
-    """Expert parallel degree: groups of ep data parallel ranks split the experts. Each expert is split by tp like the
-    other matrices."""
+    """Expert parallel degree: groups of ep data and context parallel ranks split the experts. Each expert is split by
+    tp like the other matrices."""
     dp: PositiveInt = 1
     """Data parallel degree."""
     sequence_parallel: bool = False
@@ -100,8 +103,11 @@ class Layout(Record):
                 ("model.experts", model.experts, "ep", self.ep),
                 ("dp·cp", self.dp * self.cp, "ep", self.ep),
             ]
+        if self.cp > 1:
+            divisions.append(("model.seq_len", model.seq_len, "2·cp", 2 * self.cp))
         if self.sequence_parallel:
-            divisions.append(("model.seq_len", model.seq_len, "tp", self.tp))
+            own = ("tp", self.tp) if self.cp == 1 else ("tp·cp", self.tp * self.cp)
+            divisions.append(("model.seq_len", model.seq_len, *own))
         for what, amount, by, degree in divisions:
             if amount % degree:
                 raise ValueError(f"{what}({amount}) ÷ {by}({degree}) is not whole: {amount / degree:g}")

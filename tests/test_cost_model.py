@@ -18,7 +18,7 @@ from profiles.cost.select import select
 from profiles.cost.step_time import OWN, PARTS, parts, step_seconds
 from profiles.cost.work import Work, work
 from profiles.enumerate import enumerate_configurations
-from profiles.layout import Layout
+from profiles.layout import ContextExchange, Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.model_shape import ModelShape
 
@@ -143,11 +143,11 @@ H100 = accelerator("h100-sxm")
 NVLINK, NIC = H100.inside_node.bytes_per_second, H100.between_nodes.bytes_per_second
 
 
-def work_of(layout: Layout, model: ModelShape = MODEL) -> Work:
+def work_of(layout: Layout, model: ModelShape = MODEL, context: ContextExchange = "ring") -> Work:
     """On nodes of eight H100s."""
     cluster = Cluster(nodes=layout.accelerators // 8, accelerators_per_node=8, accelerator="h100-sxm")
     c = Configurations.of([Configuration(layout=layout, micro_batch=1, global_batch=layout.dp)])
-    return work(model, cluster, H100, c, "bf16")
+    return work(model, cluster, H100, c, "bf16", context=context)
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 64), (1, 16), (2, 16), (8, 8)])
@@ -166,6 +166,14 @@ def test_a_context_parallel_ring_leaves_a_node_by_one_link() -> None:
     tokens = MODEL.seq_len * 2 * MODEL.hidden * 2 / 2 * 3  # keys and values of half the heads, three passes
     assert inside == pytest.approx(tokens * 3 / 4 / NVLINK)
     assert across == pytest.approx(tokens * 7 / 8 / NIC)
+
+
+def test_gathered_keys_and_values_leave_a_node_by_all_links_and_attention_waits_for_them() -> None:
+    tokens = MODEL.seq_len * 2 * MODEL.hidden * 2 / 2 * 7 / 8
+    for recompute, exchanges in (("none", 2), ("selective", 3)):
+        found = work_of(Layout(tp=2, cp=8, dp=4, recompute=recompute), context="gathered")  # type: ignore[arg-type]
+        assert found.layer_cp[0] == pytest.approx(exchanges * tokens / min(4 * NIC, NVLINK))
+        assert found.layer_cp_cover[0] == 0
 
 
 def test_gradients_of_experts_go_as_far_as_their_replicas_are_apart() -> None:

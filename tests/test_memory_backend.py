@@ -29,6 +29,8 @@ CASES: dict[int, list[dict[str, Any]]] = {  # by number of ranks
     2: [
         {"precision": "bf16", "layout": {"tp": 2}},
         {"precision": "bf16", "layout": {"tp": 2, "sequence_parallel": True}},
+        {"precision": "bf16", "layout": {"cp": 2}},
+        {"precision": "bf16", "layout": {"cp": 2, "recompute": "selective"}},
     ],
 }
 
@@ -51,9 +53,9 @@ def kept_bytes(job: JobConfig) -> int:
             kept[storage.data_ptr()] = storage  # held, so that nothing else gets its address
         return tensor
 
-    tokens = torch.zeros((2, MODEL["seq_len"]), dtype=torch.long)
+    tokens = torch.zeros((2, MODEL["seq_len"] // job.training.layout.cp), dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        positions = torch.arange(MODEL["seq_len"]).expand_as(tokens)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         output = chunk(tokens, positions, None, labels=tokens)
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
@@ -72,13 +74,14 @@ def test_a_layer_keeps_what_the_model_says(ranks: int) -> None:
         element = 4 if case["precision"] == "fp32" else 2
         c = Configurations.of([job.training.configuration])
         predicted = layer_activations(job.model, c, element, MEGATRON).kept[0]
-        if job.training.layout.recompute == "none":
+        layout, tokens = job.training.layout, job.model.seq_len // job.training.layout.cp
+        if layout.recompute != "full":
             # Sines and cosines of the rotary positions, for queries and keys: small, and not in the model.
-            predicted += 4 * job.model.seq_len * job.model.head_width * element * (job.model.positions == "rope")
+            predicted += 4 * tokens * job.model.head_width * element * (job.model.positions == "rope")
             if job.model.norm == "rmsnorm":
                 # It is not one kernel on a CPU: it keeps its input, and that over its root mean square, in fp32.
-                split = job.training.layout.tp if job.training.layout.sequence_parallel else 1
-                predicted += 2 * (4 + 4 - element) * 2 * job.model.seq_len * job.model.hidden / split
+                split = layout.tp if layout.sequence_parallel else 1
+                predicted += 2 * (4 + 4 - element) * 2 * tokens * job.model.hidden / split
         assert seen == pytest.approx(predicted, rel=0.01), case
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from copus.backends import initial_weights
 from copus.backends.huggingface import build_causal_lm, mean_loss
-from copus.backends.megatron.modules import CausalAttention
+from copus.backends.megatron.attention import CausalAttention
 from copus.backends.megatron.shard_table import shard_table
 from copus.backends.step_contract import StepRequest
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, tiny_job
@@ -48,6 +48,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tp": 2, "dp": 2, "zero": 1},
     {"pp": 2, "dp": 2},
     {"tp": 2, "pp": 2, "sequence_parallel": True},
+    {"cp": 2, "tp": 2},
     {"tp": 2, "dp": 2, "sequence_parallel": True, "zero": 1},
     {"pp": 2, "vp": 2, "dp": 2, "zero": 1},
 ]
@@ -76,7 +77,7 @@ def test_losses_and_part_norms_do_not_depend_on_the_layout(family: str) -> None:
     model = FAMILIES[family]
     losses, parts = run_ranks(1, _train, {}, model)[0]
     assert losses[-1] < losses[0]
-    for layout in ({"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 2}):
+    for layout in ({"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 2}, {"cp": 2}):
         other_losses, other_parts = run_ranks(2, _train, layout, model)[0]
         np.testing.assert_allclose(other_losses, losses, rtol=1e-4)
         for kind, other_kind in zip(parts, other_parts, strict=True):
@@ -169,7 +170,7 @@ def _tour(model: dict[str, Any]) -> tuple[list[str], list[float]]:
 
 @pytest.mark.dist
 @of_every_family
-def test_a_move_through_six_layouts_changes_no_bit(family: str) -> None:
+def test_a_move_through_seven_layouts_changes_no_bit(family: str) -> None:
     for changed, losses in run_ranks(4, _tour, FAMILIES[family]):
         assert changed == []
         assert losses[-1] < losses[0]

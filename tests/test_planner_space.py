@@ -154,6 +154,20 @@ def test_experts_are_shared_out_within_a_node_unless_memory_or_the_user_asks_for
     assert degrees(large) == {(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4)}
 
 
+def test_long_sequences_are_shared_out_as_far_as_ranks_keep_enough_tokens_of_them():
+    def degrees(seq_len, **limits):
+        model = WIDE.model_copy(update={"seq_len": seq_len})
+        config = PlannerConfig(max_global_batch=8, max_vp=1, recompute="none", **limits)
+        return {candidate.layout.cp for candidate in candidates(config, model, H100, EIGHT)}
+
+    assert degrees(4096) == {1}
+    assert degrees(8192) == {1, 2}
+    assert degrees(16384) == {1, 2, 4}
+    assert degrees(16384, max_cp=1) == {1}
+    assert degrees(64, max_cp=8) == {1, 2, 4, 8}
+    assert degrees(8, max_cp=8) == {1, 2, 4}, "a rank has two pieces"
+
+
 def test_layouts_that_the_model_does_not_allow_are_left_out():
     found = candidates(
         PlannerConfig(max_global_batch=8),

@@ -29,11 +29,12 @@ class Microbatch(NamedTuple):
         return Microbatch(*(None if tensor is None else to_device(device, tensor) for tensor in self))  # type: ignore[arg-type]
 
 
-def hidden_scores(documents: torch.Tensor) -> torch.Tensor:
+def hidden_scores(documents: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
     """True for the scores that attention within documents leaves out, those of later tokens and of other documents:
-    bool of shape (micro_batch, 1, seq_len, seq_len). `documents` are those of a `Microbatch`."""
-    others = documents[:, None, :, None] != documents[:, None, None, :]
-    return others | _later(documents.shape[1], documents.device)
+    bool of shape (micro_batch, 1, seq_len, seq_len), or some `rows` of it, given by number. `documents` are those of a
+    `Microbatch`."""
+    others = documents[:, None, rows, None] != documents[:, None, None, :]
+    return others | _later(documents.shape[1], documents.device)[rows]
 
 
 @functools.lru_cache(maxsize=2)

@@ -17,6 +17,7 @@ from profiles.cost.residual import Smoothness, coordinates, covariance
 from profiles.cost.step_time import parts, step_seconds
 from profiles.cost.timings import Timings
 from profiles.cost.work import Floats, Work, work
+from profiles.layout import ContextExchange
 from profiles.model_shape import ModelShape
 from profiles.optimizer_state import OptimizerState
 
@@ -69,16 +70,19 @@ class CostModel:
         smoothness: Smoothness | None = None,
         *,
         optimizer: OptimizerState | None = None,
+        context: ContextExchange = "ring",
         inside_node: str | None = None,
         between_nodes: str | None = None,
     ) -> None:
-        """`optimizer` is what the update reads and writes (None: AdamW's). `inside_node` and `between_nodes` (names in
-        `links.yaml`) replace the links in the accelerators' files.
+        """`optimizer` is what the update reads and writes (None: AdamW's), `context` how context parallel ranks
+        exchange keys and values. `inside_node` and `between_nodes` (names in `links.yaml`) replace the links in the
+        accelerators' files.
 
         Raises ValueError for a link that is not there.
         """
         self._how = smoothness or Smoothness()
         self._optimizer = optimizer or OptimizerState()
+        self._context = context
         self._links = {
             place: link(name)
             for place, name in (("inside_node", inside_node), ("between_nodes", between_nodes))
@@ -96,7 +100,7 @@ class CostModel:
         launch and optimizer, and nothing of the network but what scales all times (`time_scale`). Raises ValueError for
         a time that is not positive and finite.
         """
-        fitted = CostModel(self._how, optimizer=self._optimizer)
+        fitted = CostModel(self._how, optimizer=self._optimizer, context=self._context)
         fitted._links = self._links
         informative = [timing for timing in timings if len(timing.step_seconds)]
         if not informative:
@@ -232,7 +236,7 @@ class CostModel:
         return prior(self._device(cluster))
 
     def _work(self, model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Work:
-        return work(model, cluster, self._device(cluster), c, precision, self._optimizer)
+        return work(model, cluster, self._device(cluster), c, precision, self._optimizer, self._context)
 
     def assumptions(self, model: ModelShape, cluster: Cluster) -> tuple[str, ...]:
         """What every prediction takes for granted, in words."""

@@ -35,7 +35,7 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     tp = k["tp_traffic"] * w.layer_tp + k["tp_latency_seconds"] * w.layer_tp_messages
     crowd = np.exp2(k["congestion"] * w.congestion)
     dp_rate = k["dp_traffic"] * crowd
-    cp = _exposed(k["tp_traffic"] * w.layer_cp, k["attention"] * w.layer_attention)
+    cp = _exposed(k["tp_traffic"] * w.layer_cp, k["attention"] * w.layer_cp_cover)
     ep = k["tp_traffic"] * w.layer_ep
     gather = _exposed(dp_rate * w.layer_gather, k["gather_overlap"] * (compute + tp))
     layer = compute + tp + cp + ep + gather

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from profiles.accelerator import Accelerator, node_size
 from profiles.cluster import Cluster
 from profiles.configurations import RECOMPUTE, Configurations
+from profiles.layout import ContextExchange
 from profiles.model_shape import ModelShape
 from profiles.optimizer_state import OptimizerState
 from profiles.pipeline_split import split_layers
@@ -81,7 +82,9 @@ class Work:
     layer_tp_messages: Floats
     """Their number."""
     layer_cp: Floats
-    """Keys and values that go round the context parallel ring: bytes ÷ link."""
+    """Keys and values, and their gradients, that context parallel ranks exchange: bytes ÷ link."""
+    layer_cp_cover: Floats
+    """The part of `layer_attention` that this goes on beside."""
     layer_ep: Floats
     """Tokens that go to their experts and back: bytes ÷ link."""
     layer_gather: Floats
@@ -137,6 +140,7 @@ def work(
     c: Configurations,
     precision: str,
     optimizer: OptimizerState = OptimizerState(),  # noqa: B008 (immutable)
+    context: ContextExchange = "ring",
 ) -> Work:
     """The work of each configuration. Raises ValueError for a precision that the accelerator does not have."""
     peak, memory = device.peak(precision), device.memory_bytes_per_second
@@ -215,6 +219,7 @@ def work(
     head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding)
     p2p_bytes = hidden_bytes / tp  # scattered before, gathered after (2104.04473, §4.1)
     slowest_p2p, mean_p2p = sheet.boundaries(tp * cp * dp, pp)
+    attention = causal * (1 + attention_again + BACKWARD) / device.peak(wide)
     ones = np.ones_like(tp)
     return Work(
         num_microbatches=n,
@@ -227,14 +232,16 @@ def work(
         staged_tp=np.where(pp > 1, np.log2(tp), 0.0),
         layer_products=products * forward / peak,
         layer_operands=operands * forward / device.peak(wide),
-        layer_attention=causal * (1 + attention_again + BACKWARD) / device.peak(wide),
+        layer_attention=attention,
         layer_elementwise=elementwise * forward / memory,
         layer_tp=collectives * hidden_bytes * 2 * (tp - 1) / tp / tp_link,
         layer_tp_messages=collectives,
-        layer_cp=(3 + attention_again)
-        * kv_bytes
-        * (cp - 1)
-        / sheet.ring_pass(cp, tp),  # backward sends gradients along
+        # A ring sends keys and values round, and in the backward pass again, with their gradients. Gathered ones stay:
+        # the backward pass scatters the gradients.
+        layer_cp=((3 if context == "ring" else 2) + attention_again)
+        * (kv_bytes * (cp - 1))
+        / (sheet.ring_pass(cp, tp) if context == "ring" else sheet.bus(cp, tp)),
+        layer_cp_cover=attention if context == "ring" else 0 * ones,
         layer_ep=2 * passes * ep_bytes / sheet.all_to_all(ep, tp) if model.experts else 0 * ones,  # there and back
         layer_gather=gather,
         head_products=(1 + BACKWARD) * head / peak,

@@ -40,6 +40,8 @@ def layer_activations(
     # Heads: queries, keys, values, and the output, which is the input of the projection; and copies.
     kv_share = model.kv_heads / model.heads
     heads = query * e * (2 + 2 * kv_share + _copies_of_heads(model, how)) / c.tp
+    # Keys and values of the other context parallel ranks' tokens.
+    others = 2 * kv_share * query * e * (c.cp - 1) / c.tp * (how.context == "gathered")
     scores: Floats = np.zeros(len(c))
     if how.attention == "flash":
         heads = heads + 4 * model.heads / c.tp  # fp32 log-sum-exp of each row of scores
@@ -52,13 +54,15 @@ def layer_activations(
     mlp = (how.gated_mlp_tensors if model.gated_mlp else 2) * width * e / c.tp
     if model.experts:  # tokens permuted to their experts and back, and the router's probabilities in fp32
         mlp = mlp + 2 * model.experts_per_token * hidden * e + 4 * model.experts
-    everything = outside + heads + scores + mlp
+    inside = scores + others  # of attention, which selective recomputation runs again
+    everything = outside + heads + inside + mlp
     kinds = [c.recompute == RECOMPUTE.index(name) for name in ("none", "selective", "full")]
-    kept = np.select(kinds, [everything, everything - scores, hidden * e / split])
-    recomputed = np.select(kinds, [np.zeros(len(c)), scores, everything])
+    kept = np.select(kinds, [everything, everything - inside, hidden * e / split])
+    recomputed = np.select(kinds, [np.zeros(len(c)), inside, everything])
     # The widest moment of the backward pass: gradients of the MLP's wide tensors, and the input that is gathered again,
-    # with its gradient.
+    # with its gradient; or, with gathered keys and values, theirs, whose parts are added up.
     passing = (3 if model.gated_mlp else 2) * width * e / c.tp + 2 * hidden * e
+    passing = np.maximum(passing, 2 * query * e / c.tp + 3 * others)
     return LayerActivations(kept=tokens * kept, recomputed=tokens * recomputed, passing=tokens * passing)
 
 

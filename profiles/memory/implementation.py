@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
+from profiles.layout import ContextExchange
 from profiles.optimizer_state import OptimizerState
 from profiles.record import Record
 
@@ -33,6 +34,8 @@ class Implementation(Record):
     weights: Literal["kept", "gathered"] = "kept"
     """kept: the weights that the model computes with are always there. gathered: they are copies, made for a step (with
     ZeRO-3 for a layer) from the fp32 weights that the optimizer updates, also in fp32 (FSDP)."""
+    context: ContextExchange = "gathered"
+    """How context parallel ranks get keys and values. gathered: a layer keeps those of all tokens. ring: its own."""
     gathered_inputs: Literal["regathered", "kept"] = "regathered"
     """What becomes of the inputs that sequence parallelism gathers in front of matrices: gathered again in the backward
     pass (2205.05198, section 4.2.2), or kept whole on every rank."""
@@ -64,5 +67,5 @@ PYTORCH = Implementation(
     fused_qkv="released", gated_mlp_tensors=4, loss="copying", gradient_buckets=True, stages="balanced"
 )
 """Plain PyTorch: `DistributedDataParallel`, an unfused loss, stages balanced by their work."""
-KORTHIKANTI = Implementation(attention="materialised", dropout=True, fused_qkv="released")
+KORTHIKANTI = Implementation(attention="materialised", dropout=True, fused_qkv="released", context="ring")
 """Megatron-LM as the paper describes it (2205.05198); without rotary positions nothing is copied."""

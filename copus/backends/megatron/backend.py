@@ -139,7 +139,7 @@ class MegatronBackend(Backend):
         if self._job.training.dropout:
             place = (
                 100 * parallel_state.get_pipeline_model_parallel_rank()
-                + 10_000 * parallel_state.get_data_parallel_rank()
+                + 10_000 * parallel_state.get_data_parallel_rank(with_context_parallel=True)
             )
             seed = self._job.training.seed + 7919 * first_sample + place
             tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31)

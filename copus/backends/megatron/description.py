@@ -21,7 +21,7 @@ _TORCH_WITHOUT_MASTERS = (2, 10)
 
 
 class MegatronDescription(BackendDescription):
-    """Megatron-core: tensor, pipeline, data and expert parallelism; the distributed optimizer."""
+    """Megatron-core: tensor, pipeline, context, data and expert parallelism; the distributed optimizer."""
 
     framework = "megatron-core"
     largest_zero = 1
@@ -49,13 +49,15 @@ class MegatronDescription(BackendDescription):
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError for a layout that the Megatron backend does not run."""
-        limits = (
-            ("cp", layout.cp, 1),
-            *(("zero", layout.zero, self.largest_zero), ("dp_replicate", layout.dp_replicate, 1)),
-        )
+        limits = (("zero", layout.zero, self.largest_zero), ("dp_replicate", layout.dp_replicate, 1))
         for name, value, limit in limits:
             if value > limit:
                 raise ValueError(f"{name}({value}) is not supported by the megatron backend: at most {limit}")
+        if layout.ep > 1 and layout.ep % layout.cp:
+            raise ValueError(
+                f"ep({layout.ep}) ÷ cp({layout.cp}) is not whole: {layout.ep / layout.cp:g}; the megatron backend "
+                "shares experts out over whole replicas"
+            )
         super().check_layout(layout)
 
     def check_training(self, training: "TrainingConfig") -> None:
@@ -89,11 +91,11 @@ class MegatronDescription(BackendDescription):
     def parts(self, configuration: Configuration) -> dict[str, PartCount]:
         """The parts that a step has, by noise source. Replicas that share experts out have no gradient of their own:
         their micro-batches are a part together."""
-        parts, ep = super().parts(configuration), configuration.layout.ep
-        if ep > 1:
+        parts, together = super().parts(configuration), replicas_of_part(configuration.layout)
+        if configuration.layout.ep > 1:
             del parts[REPLICA]
             number, size = parts[MICROBATCH]
-            parts[MICROBATCH] = PartCount(number // ep, size * ep)
+            parts[MICROBATCH] = PartCount(number // together, size * together)
         return parts
 
     def load(self) -> type[Any]:
@@ -101,3 +103,9 @@ class MegatronDescription(BackendDescription):
         from copus.backends.megatron.backend import MegatronBackend
 
         return MegatronBackend
+
+
+def replicas_of_part(layout: Layout) -> int:
+    """Replicas whose micro-batches are one part of a step: those that share experts out. The expert parallel ranks are
+    neighbours among all context and data parallel ones."""
+    return max(layout.ep // layout.cp, 1)

@@ -79,7 +79,19 @@ def replica_number(of_experts: bool) -> int:
     """This rank's number among those with the same part of the model: of its experts, or of all else."""
     if of_experts:
         return int(parallel_state.get_expert_data_parallel_rank())
-    return int(parallel_state.get_data_parallel_rank())
+    return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+
+def part_group(layout: Layout, with_tensor_parallel: bool = False) -> Any:
+    """The ranks whose gradients add up to that of one part of a step (`part_norms`): those that share its sequences
+    out, or its experts. `with_tensor_parallel`, their neighbours too: experts are cut by tp like all else."""
+    if layout.ep > 1:  # a multiple of cp
+        if with_tensor_parallel:
+            return parallel_state.get_expert_tensor_and_model_parallel_group()
+        return parallel_state.get_expert_model_parallel_group()
+    if with_tensor_parallel:
+        return parallel_state.get_tensor_and_context_parallel_group()
+    return parallel_state.get_context_parallel_group()
 
 
 def leave_groups() -> None:

@@ -71,6 +71,7 @@ def transformer_config(shape: ModelShape, layout: Layout, training: TrainingConf
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
         **_uneven_stages(shape.layers, layout),
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         recompute_granularity=recompute,
         recompute_method="uniform" if recompute == "full" else None,

@@ -6,18 +6,14 @@ norms at the outputs of attention and MLP. None needs Transformer Engine or Apex
 any GPU.
 """
 
-import functools
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 
 from copus.backends.megatron import cpu
 from profiles.model_shape import ModelShape
 
 cpu.before_import()
-from megatron.core import tensor_parallel  # noqa: E402
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.core.transformer import ModuleSpec, TransformerConfig  # noqa: E402
@@ -35,6 +31,7 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
     get_transformer_layer_offset,
 )
 
+from copus.backends.megatron.attention import CausalAttention, ContextParallelAttention  # noqa: E402
 from copus.backends.megatron.experts import expert_spec  # noqa: E402
 
 
@@ -89,68 +86,6 @@ def _norm(config: TransformerConfig) -> type[RMSNorm] | type[LayerNorm]:
     return LayerNorm if config.normalization == "LayerNorm" else RMSNorm
 
 
-class CausalAttention(torch.nn.Module):
-    """torch's fused causal attention over the heads of this tensor parallel rank, to all tokens before or to the window
-    of the layer, or to what `attention_mask` leaves.
-
-    `query` is [s, b, heads/tp, head width]; `key` and `value` are [s, b, kv_heads/tp, head width]; the result is
-    [s, b, heads · head width / tp].
-    """
-
-    def __init__(
-        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
-    ) -> None:
-        super().__init__()
-        self.dropout = config.attention_dropout
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        every = config.window_attn_skip_freq
-        all_tokens = config.window_size is None or (every and layer_number % every == 0)
-        self.window = None if all_tokens else config.window_size[0] + 1
-        """Tokens that a token attends to, itself included."""
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        sequence, batch, heads, width = query.shape
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        dropout = self.dropout if self.training else 0.0
-        options: dict[str, Any] = {"dropout_p": dropout, "scale": self.scale, "enable_gqa": key.shape[1] != heads}
-        within_window = self.window is not None and self.window < sequence
-        if attention_mask is not None:  # True for what is hidden, later tokens included
-            mask = ~attention_mask
-            if within_window:
-                mask = mask & (_window_mask(sequence, self.window, query.dtype, query.device) == 0)
-            options["attn_mask"] = mask
-        elif not within_window:
-            options["is_causal"] = True
-        else:
-            options["attn_mask"] = _window_mask(sequence, self.window, query.dtype, query.device)
-        if dropout:  # two tensor-parallel ranks must not drop the same scores
-            with tensor_parallel.get_cuda_rng_tracker().fork():
-                context = functional.scaled_dot_product_attention(query, key, value, **options)
-        else:
-            context = functional.scaled_dot_product_attention(query, key, value, **options)
-        return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * width)
-
-
-@functools.lru_cache(maxsize=2)
-def _window_mask(sequence: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What is added to the scores of each token (row): 0 for itself and the `window` − 1 before it, else −∞.
-
-    One for all layers; of a mask of truth values each layer would keep a copy in `dtype`.
-    """
-    position = torch.arange(sequence, device=device)
-    distance = position[:, None] - position[None, :]
-    hidden = (distance < 0) | (distance >= window)
-    return torch.zeros(sequence, sequence, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
-
-
 def block_spec(
     model: ModelShape, config: TransformerConfig, vp_stage: int | None, pp_rank: int
 ) -> TransformerBlockSubmodules:
@@ -158,6 +93,7 @@ def block_spec(
     norm = _norm(config)
     before = IdentityOp if model.norm_position == "post" else norm
     of_heads = norm if model.qk_norm == "head" else IdentityOp
+    attention = ContextParallelAttention if config.context_parallel_size > 1 else CausalAttention
     into_residual = RowParallelLinear if model.norm_position == "pre" else NormedRowParallelLinear
 
     def layer(mlp: ModuleSpec) -> ModuleSpec:
@@ -168,7 +104,7 @@ def block_spec(
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=CausalAttention,
+                    core_attention=attention,
                     linear_proj=into_residual,
                     q_layernorm=of_heads,
                     k_layernorm=of_heads,

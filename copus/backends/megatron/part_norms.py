@@ -8,9 +8,11 @@ coordinates of the norm layers (`normlayer`). Every parameter of the whole model
 - if every rank holds a partial sum of a gradient (norm weights with sequence parallelism, those of queries and keys
   with tensor parallelism; the two ends of a tied embedding with pipelining), the partial gradients of a part are kept
   and summed over their group before they are squared;
+- with context parallelism every rank has the gradient of its own tokens of a part, and the gradients are summed over
+  the group as soon as a backward pass has made them;
 - with expert parallelism an expert's gradient is the sum over the tokens of all ranks of its expert parallel group, and
   none of them has that of its own tokens. A part is then what the replicas of such a group do together: the k-th
-  micro-batch of each. All other gradients are summed over the group too, as soon as a backward pass has made them.
+  micro-batch of each. All other gradients are summed over that group.
 """
 
 from collections import defaultdict
@@ -22,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.megatron import cpu
+from copus.backends.megatron.description import replicas_of_part
 from copus.backends.megatron.experts import is_shared_out
-from copus.backends.megatron.groups import replica_number
+from copus.backends.megatron.groups import part_group, replica_number
 from copus.backends.megatron.main_params import main_params
 from copus.backends.megatron.modules import is_norm_of_heads
 from copus.backends.megatron.norm_layers import MegatronNormLayers
@@ -63,9 +66,9 @@ class PartNorms:
         self._counted: set[torch.nn.Parameter] = set()
         self._partial: dict[torch.nn.Parameter, dist.ProcessGroup] = {}
         self._summed_at_once: set[torch.nn.Parameter] = set()
-        """Parameters whose gradients are summed over the expert parallel group in the backward pass."""
-        self._groups_of_replicas = layout.dp // layout.ep
-        """Whose micro-batches are parts: replicas, or groups of those that share experts out."""
+        """Parameters whose gradients are summed over the ranks of a part in the backward pass."""
+        self._part_group = part_group(layout)
+        self._replicas_of_part = replicas_of_part(layout)
         self._norm_layers = MegatronNormLayers(chunks, layout)
         named = [pair for chunk in chunks for pair in chunk.named_parameters()]
         params = [param for _, param in named]
@@ -92,7 +95,7 @@ class PartNorms:
 
     def _classify(self, name: str, param: torch.nn.Parameter, layout: Layout, tied_embeddings: bool) -> None:
         shared_embedding = getattr(param, "shared_embedding", False) or not param_is_not_shared(param)
-        if layout.ep > 1 and not is_shared_out(param):
+        if self._part_group.size() > 1 and not is_shared_out(param):
             self._summed_at_once.add(param)
         if tied_embeddings and layout.pp > 1 and shared_embedding:
             self._partial[param] = parallel_state.get_embedding_group()
@@ -103,8 +106,7 @@ class PartNorms:
             self._counted.add(param)
         over_tokens = layout.sequence_parallel and getattr(param, "sequence_parallel", False)
         if over_tokens or (layout.tp > 1 and is_norm_of_heads(name)):
-            # Experts are cut by tp too, so that this group has the tensor and the expert parallel ranks.
-            self._partial[param] = parallel_state.get_expert_tensor_and_model_parallel_group()
+            self._partial[param] = part_group(layout, with_tensor_parallel=True)
             self._summed_at_once.discard(param)
 
     def _watch_reduction(self, bucket_group: Any) -> None:
@@ -153,7 +155,7 @@ class PartNorms:
         return {"replica": 1, "microbatch": self._configuration.num_microbatches}.get(self._full or "", 0)
 
     def _full_parts(self) -> int:
-        return self._parts_of_replica() * self._groups_of_replicas
+        return self._parts_of_replica() * (self._layout.dp // self._replicas_of_part)
 
     @torch.no_grad()
     def _after_backward(self, param: torch.nn.Parameter) -> None:
@@ -177,7 +179,7 @@ class PartNorms:
         for param, gradient in zip(params, gradients, strict=True):
             if param in self._summed_at_once and (param in self._partial or param in self._counted):
                 gradient = gradient.to(torch.float32, copy=True)
-                dist.all_reduce(gradient, group=parallel_state.get_expert_model_parallel_group())
+                dist.all_reduce(gradient, group=self._part_group)
             if param in self._partial:
                 self._kept[param, part] = gradient.detach().clone()  # half of fp32's memory in bf16
             elif self._counts(param):
@@ -185,8 +187,8 @@ class PartNorms:
         self._norms[part] += norms(whole)
 
     def _counts(self, param: torch.nn.Parameter) -> bool:
-        """Whether this rank counts the gradient of a part. Of what all expert parallel ranks have, the first does."""
-        return param in self._counted and (is_shared_out(param) or parallel_state.get_expert_model_parallel_rank() == 0)
+        """Whether this rank counts the gradient of a part. Of what all ranks of a part have, the first does."""
+        return param in self._counted and (is_shared_out(param) or self._part_group.rank() == 0)
 
     def _weighted(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
         return gradient if self._weights is None else gradient * self._weights[param]
@@ -197,11 +199,11 @@ class PartNorms:
 
         |g|² of the mean gradient in the coordinates of the full source and in those of the norm layers, then |g_j|² of
         every part of the full source, then of every sequence. Collective over tensor-parallel ranks (with sequence
-        parallelism) and over the first and last stage (with tied embeddings).
+        parallelism), over context parallel ranks, and over the first and last stage (with tied embeddings).
         """
         configuration = self._configuration
         rank, replicas = parallel_state.get_data_parallel_rank(), configuration.layout.dp
-        full_parts, group = self._parts_of_replica(), rank // configuration.layout.ep
+        full_parts, group = self._parts_of_replica(), rank // self._replicas_of_part
         sequences = configuration.global_batch // replicas if self._norm_layers_on else 0
         all_parts = self._full_parts()
         vector = torch.zeros(2 + all_parts + replicas * sequences, dtype=torch.float64, device=device)
@@ -221,10 +223,10 @@ class PartNorms:
     def _collect(self, parts: int, device: torch.device) -> torch.Tensor:
         self._add_up_partial_gradients(parts)
         sums = torch.stack([sum_of_squares(self._norms[part], device) for part in range(parts)])
-        if self._full == "replica":
-            return sums
-        # megatron divides every micro-batch's loss by their number (schedules.py:243); a part is a mean over ep of them
-        return sums * (self._configuration.num_microbatches / self._layout.ep) ** 2
+        # The gradient of a part is the mean over the ranks that were added up. megatron divides every micro-batch's
+        # loss by their number (schedules.py:269).
+        of_microbatch = 1 if self._full == "replica" else self._configuration.num_microbatches
+        return sums * (of_microbatch / self._part_group.size()) ** 2
 
     def _add_up_partial_gradients(self, parts: int) -> None:
         """Sum the partial gradients over their group, in fp32, and count them: large tensors one by one, so that there

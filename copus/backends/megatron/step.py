@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.megatron import cpu
+from copus.backends.megatron.attention import own_pieces
 from copus.backends.megatron.built import BuiltModel
 from copus.backends.megatron.groups import replica_number
 from copus.backends.megatron.local_tensors import unwrap
@@ -110,31 +111,38 @@ def _forward_step(microbatches: Iterator[Microbatch | None], model: Any) -> tupl
     sequences = next(microbatches)
     if sequences is None:
         return model(None, None, None), _mean_loss
-    tokens, positions = sequences.tokens, sequences.positions
+    positions = sequences.positions
+    order = torch.arange(sequences.tokens.shape[1], device=sequences.tokens.device).expand_as(sequences.tokens)
     if positions is None:  # learned positions are looked up by number; rotary ones need no tensor
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    hidden = None if sequences.documents is None else hidden_scores(sequences.documents)
+        positions = order
+    documents, hidden = sequences.documents, None
+    if documents is not None:
+        hidden = hidden_scores(documents, rows=own_pieces(order)[0])
+    tokens, positions, labels = (own_pieces(whole) for whole in (sequences.tokens, positions, sequences.labels))
     if not unwrap(model).post_process:
         return model(tokens, positions, hidden), _mean_loss
-    counted = sequences.labels != NOT_COUNTED
-    losses = model(tokens, positions, hidden, labels=sequences.labels.clamp(min=0))
-    return losses, functools.partial(_mean_loss, counted=counted)
+    losses = model(tokens, positions, hidden, labels=labels.clamp(min=0))
+    return losses, functools.partial(_mean_loss, counted=labels != NOT_COUNTED)
 
 
 def _mean_loss(
     token_losses: torch.Tensor, counted: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean over all tokens; the loss of those that do not count is 0."""
+    """This rank's share of the mean over all tokens of the sequences; the loss of those that do not count is 0.
+
+    With context parallelism shares add up. megatron multiplies the loss by cp (schedules.py:268), and divides sums of
+    gradients by the ranks that they are added up over, dp · cp.
+    """
     losses = token_losses.float()
-    loss = (losses if counted is None else losses * counted).mean()
+    loss = (losses if counted is None else losses * counted).mean() / parallel_state.get_context_parallel_world_size()
     return loss, {"loss": loss.detach().clone()}  # megatron divides `loss` in place by the number of micro-batches
 
 
 def local_grad_sq(built: BuiltModel, configuration: Configuration) -> torch.Tensor:
     """This rank's share of |g|², in which every gradient counts once over all ranks.
 
-    With the distributed optimizer every rank has its own shard. Without it all data-parallel ranks have the same
-    gradients, and those of rank 0 count; of an expert's gradients those of the first rank that has it.
+    With the distributed optimizer every rank has its own shard. Without it all data and context parallel ranks
+    have the same gradients, and those of the first count; of an expert's gradients those of the first rank that has it.
     """
     gradients: list[torch.Tensor] = []
     for wrapper in built.optimizer.chained_optimizers:
