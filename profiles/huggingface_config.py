@@ -62,6 +62,10 @@ class _Config:
         """What the family has if the key is missing."""
         self._values.setdefault(name, value)
 
+    def replace(self, name: str, value: Any) -> None:
+        """Another value for a key that was read."""
+        self._values[name] = value
+
     def window(self, missing: int | None) -> int | None:
         """`sliding_window`: of the family, `missing`, unless it is there; null is none."""
         self._read.add("sliding_window")
@@ -276,6 +280,68 @@ def _qwen3_moe(config: _Config) -> Fields:
     return _qwen3(config) | experts
 
 
+def _deepseek_v3(config: _Config) -> Fields:
+    for name, usual in (
+        *(
+            ("rope_interleave", True),
+            ("topk_method", "noaux_tc"),
+            ("scoring_func", "sigmoid"),
+            ("norm_topk_prob", True),
+        ),
+        *(("moe_layer_freq", 1), ("attention_bias", False)),
+    ):
+        config.expect(name, usual)
+    # How experts are spread over ranks; the coefficient of a loss; modules beside the model that predict more tokens.
+    for name in ("ep_size", "seq_aux", "aux_loss_alpha", "num_nextn_predict_layers"):
+        config.take(name, None)
+    config.default("head_dim", None)
+    width, rope_dim = config.take("moe_intermediate_size"), config.take("qk_rope_head_dim")
+    head_dim = config.take("qk_nope_head_dim") + rope_dim
+    config.take("qk_head_dim", None)
+    groups, of_token = config.take("n_group", 1), config.take("topk_group", 1)
+    if groups > 1 and config.take("num_experts_per_tok") != 2 * of_token:
+        raise ValueError(f"topk_group({of_token}): the two best scores of a group count, and the section has no field")
+    scale = _split_scale_off(config)
+    return {
+        **_decoder(config),
+        "head_dim": head_dim,
+        "attention_scale": None if scale == 1 else scale * head_dim**-0.5,
+        "latent_attention": {
+            "query_rank": config.take("q_lora_rank", None),
+            "kv_rank": config.take("kv_lora_rank"),
+            "rope_dim": rope_dim,
+            "value_dim": config.take("v_head_dim"),
+        },
+        "dense_layers": config.take("first_k_dense_replace"),
+        "experts": config.take("n_routed_experts"),
+        "experts_per_token": config.take("num_experts_per_tok"),
+        "expert_hidden": width,
+        "shared_expert_hidden": width * config.take("n_shared_experts", 0),
+        "router": {
+            **{"scores": "sigmoid", "scale": config.take("routed_scaling_factor"), "bias_update_rate": 0.001},
+            **{"groups": groups, "groups_per_token": of_token, "aux_loss": 0.0001},  # not in it: those of the paper
+        },
+    }
+
+
+def _split_scale_off(config: _Config) -> float:
+    """DeepSeek's YaRN multiplies scores by the square of 0.1 · mscale_all_dim · ln(factor) + 1, and sines and cosines
+    by the same with mscale over that. Returns the former; the latter becomes the scaling's `attention_factor`."""
+    name = "rope_parameters" if config.take("rope_parameters", None) else "rope_scaling"
+    rope = dict(config.take(name, {}))
+    of_rotation, of_all = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+    if "factor" not in rope or not of_all:
+        return 1.0
+
+    def scale(coefficient: float) -> float:
+        return 0.1 * coefficient * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+
+    if of_rotation:
+        rope.setdefault("attention_factor", scale(of_rotation) / scale(of_all))
+    config.replace(name, rope)
+    return scale(of_all) ** 2
+
+
 def _olmo2(config: _Config) -> Fields:
     return _decoder(config) | _attention_bias(config) | {"norm_position": "post", "qk_norm": "projection"}
 
@@ -363,6 +429,7 @@ _FAMILIES: dict[str, Callable[[_Config], Fields]] = {
     **{"llama": _llama, "arcee": _arcee, "mistral": _mistral, "ministral": _mistral, "mixtral": _mixtral},
     **{"qwen2": _qwen2, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe, "olmo2": _olmo2, "olmo3": _olmo3},
     **{"gemma": _gemma, "gemma2": _gemma2, "gemma3_text": _gemma3, "phi3": _phi3},
+    "deepseek_v3": _deepseek_v3,
     **{"starcoder2": _starcoder2, "nemotron": _nemotron, "gpt2": _gpt2},
 }
 _MISSING = {
@@ -371,8 +438,7 @@ _MISSING = {
     "gpt_neox": "attention and MLP in parallel",
     "falcon": "attention and MLP in parallel",
     "gemma3": "its vision tower; the decoder is in text_config, which may stand in a file of its own",
-    "deepseek_v2": "the rotary scaling of its latent attention",
-    "deepseek_v3": "the rotary scaling of its latent attention; the name deepseek-v3 is the model before it is scaled",
+    "deepseek_v2": "the choice of groups by their one best expert",
     "gpt_oss": "attention sinks and the clamped SwiGLU of its experts",
     "qwen2_moe": "the gate of its shared expert",
     "granite": "scales of the residual branches and of the logits",

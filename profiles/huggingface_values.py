@@ -128,6 +128,27 @@ def _qwen3_moe(shape: ModelShape) -> Fields:
     )
 
 
+def _deepseek_v3(shape: ModelShape) -> Fields:
+    latent, scaling, router = shape.latent_attention, _rope_scaling(shape), shape.router
+    if latent is None:
+        return {}
+    if scaling and shape.attention_scale:
+        # (0.1 · mscale_all_dim · ln(factor) + 1)² / √head_dim
+        root = math.sqrt(shape.attention_scale * math.sqrt(shape.head_width))
+        scaling["mscale_all_dim"] = (root - 1) / (0.1 * math.log(scaling["factor"]))
+    return {
+        **_decoder(shape),
+        **{"rope_scaling": scaling, "rope_interleave": True, "head_dim": latent.rope_dim, "attention_bias": False},
+        **{"q_lora_rank": latent.query_rank, "kv_lora_rank": latent.kv_rank, "v_head_dim": latent.value_dim},
+        **{"qk_rope_head_dim": latent.rope_dim, "qk_nope_head_dim": shape.head_width - latent.rope_dim},
+        **{"n_routed_experts": shape.experts, "num_experts_per_tok": shape.experts_per_token},
+        **{"moe_intermediate_size": shape.expert_width, "first_k_dense_replace": shape.dense_layers},
+        "n_shared_experts": shape.shared_expert_hidden // shape.expert_width,
+        **{"n_group": router.groups, "topk_group": router.groups_per_token},
+        **{"routed_scaling_factor": router.scale, "norm_topk_prob": router.normalized},
+    }
+
+
 def _olmo2(shape: ModelShape) -> Fields:
     return _decoder(shape) | {"attention_bias": shape.bias == "attention"}
 
@@ -191,6 +212,7 @@ _FAMILIES: dict[str, tuple[str, Callable[[ModelShape], Fields]]] = {
     "arcee": ("ArceeForCausalLM", _llama),
     "mixtral": ("MixtralForCausalLM", _mixtral),
     "qwen3_moe": ("Qwen3MoeForCausalLM", _qwen3_moe),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _deepseek_v3),
     "olmo3": ("Olmo3ForCausalLM", _olmo3),
     "gemma": ("GemmaForCausalLM", _gemma),
     "gemma2": ("Gemma2ForCausalLM", _gemma2),

@@ -16,6 +16,10 @@ class LatentAttention(Record):
     value_dim: PositiveInt
     """Width of a head of the values; `head_dim` is that of queries and keys, the rotated dimensions included."""
 
+    def down_matrices(self, hidden: int) -> int:
+        """Weights of the projections into narrow vectors, of which every tensor parallel rank has all."""
+        return hidden * ((self.query_rank or 0) + self.kv_rank + self.rope_dim)
+
     def matrices(self, hidden: int, heads: int, head_width: int) -> int:
         """Weights of the matrices of a layer's attention."""
         queries = heads * head_width

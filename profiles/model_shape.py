@@ -69,7 +69,7 @@ class ModelShape(Record):
     head_dim: PositiveInt | None = Field(default=None, json_schema_extra={"default_in_words": "hidden ÷ heads"})
     """Width of an attention head."""
     latent_attention: LatentAttention | None = None
-    """Multi-head latent attention (DeepSeek-V2 and V3), if it is given; needs `head_dim`. Planned only."""
+    """Multi-head latent attention (DeepSeek-V2 and V3), if it is given; needs `head_dim`."""
     activation: Literal["silu", "gelu", "gelu_tanh", "squared_relu"] | None = Field(
         default=None, json_schema_extra={"default_in_words": "`silu` with a gate, `gelu` without"}
     )
@@ -226,6 +226,11 @@ class ModelShape(Record):
         return self.hidden * (2 * self.query_width + 2 * self.kv_width)
 
     @property
+    def whole_attention_matrices(self) -> int:
+        """Those of them that every tensor parallel rank has whole."""
+        return self.latent_attention.down_matrices(self.hidden) if self.latent_attention else 0
+
+    @property
     def mlp_matrices(self) -> int:
         """Weights of the matrices of one dense MLP."""
         return self._mlp_of_width(self.ffn_hidden)
@@ -307,7 +312,8 @@ class ModelShape(Record):
     def without_training(self) -> "ModelShape":
         """The same model without what only training has of it: losses and limits that spread tokens over experts."""
         router = {name: getattr(self.router, name) for name in ("scores", "normalized", "scale", "groups")}
-        router |= {"groups_per_token": self.router.groups_per_token, "bias_update_rate": self.router.bias_update_rate}
+        router |= {"groups_per_token": self.router.groups_per_token}
+        router |= {"bias_update_rate": 0.001 if self.router.bias_update_rate else 0.0}  # that there are biases, alone
         return self.model_copy(update={"router": Router(**router), "capacity_factor": None})
 
     @property

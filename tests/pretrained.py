@@ -31,6 +31,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
         **{"head_dim": 16, "decoder_sparse_step": 1, "mlp_only_layers": []},
     },
+    "deepseek_v3": {
+        **{"num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 8},
+        **{"qk_rope_head_dim": 4, "v_head_dim": 6, "n_routed_experts": 4, "n_shared_experts": 1},
+        **{"moe_intermediate_size": 24, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+        "first_k_dense_replace": 1,
+        "rope_parameters": {
+            **{"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+            **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    },
     "gemma2": {
         **{"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24},
         **{"attn_logit_softcapping": None, "final_logit_softcapping": None},
@@ -62,6 +72,9 @@ def save_tiny(family: str, folder: Path, dtype: torch.dtype = torch.float32, **s
         for name, weight in model.named_parameters():
             is_norm = weight.ndim == 1 and "bias" not in name
             weight.copy_(torch.randn(weight.shape) * (0.2 if weight.ndim == 1 else 0.3) + float(is_norm) * 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape) * 0.3)
     model.save_pretrained(folder, max_shard_size="20KB")
     return folder
 

@@ -1,6 +1,7 @@
 """Mixtures of experts on Megatron: the same losses and part norms on every layout, moves to the bit, and how tokens
 spread over the experts."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from copus.reshard.boxes import Box
 from copus.weights.megatron_names import hugging_face_parts
 from planner.noise_sources import MICROBATCH, NORMLAYER
 from profiles.configurations import Configurations
+from profiles.huggingface_config import config_fields
 from profiles.huggingface_values import config_values
 from profiles.layout import Layout
 from profiles.memory import MEGATRON
@@ -371,7 +373,7 @@ DIMENSIONS = {
     **{"num_key_value_heads": 2, "vocab_size": 256, "rms_norm_eps": 1e-5, "head_dim": 8, "tie_word_embeddings": False},
     **{"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "num_experts_per_tok": 4},
 }
-AS_IN_TRANSFORMERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+AS_IN_TRANSFORMERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # without fields: those read from it
     *(
         (
             "qwen3_moe",
@@ -379,6 +381,29 @@ AS_IN_TRANSFORMERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             {"qk_norm": "head", "router": {"normalized": normalized, "aux_loss": 0}},
         )
         for normalized in (True, False)
+    ),
+    *(
+        (
+            "deepseek_v3",
+            {
+                **{"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 24, "n_group": 4},
+                **{"topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": query_rank, "kv_lora_rank": 10},
+                **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "num_key_value_heads": 4},
+                "rms_norm_eps": 1e-6,  # the norms of the narrow vectors have no other
+                "rope_parameters": {"rope_theta": 1e4, **scaling},
+            },
+            {},
+        )
+        for query_rank, scaling in (
+            (12, {"rope_type": "default"}),
+            (
+                None,
+                {
+                    **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 32},
+                    **{"beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+                },
+            ),
+        )
     ),
     (
         "glm4_moe",  # routes as DeepSeek-V3 does
@@ -400,11 +425,16 @@ def _losses_of_both() -> list[tuple[float, float]]:
     initial_weights._INIT_STD = 0.5
     pairs = []
     for kind, config, fields in AS_IN_TRANSFORMERS:
-        job = tiny_job(1, {}, {"experts": 8, "experts_per_token": 4, "kv_heads": 2, **fields}, micro_batch=8)
+        described = AutoConfig.for_model(kind, **{**DIMENSIONS, **config})
+        shape = {"experts": 8, "experts_per_token": 4, "kv_heads": 2, **fields}
+        if not fields:
+            shape = config_fields(json.loads(json.dumps(described.to_dict()))) | {"vocab": 250}
+            shape["router"] |= {"aux_loss": 0}
+        job = tiny_job(1, {}, shape, micro_batch=8)
         backend = backend_of(job)
         ours = backend.train_step(random_batches, StepRequest(0, RULES)).loss
         backend.close()
-        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**DIMENSIONS, **config}))
+        theirs = AutoModelForCausalLM.from_config(described)
         _fill(theirs, job.model, job.training.seed)
         theirs.lm_head.register_forward_hook(lambda module, inputs, logits: hide_padding(logits, 250))
         pairs.append((ours, mean_loss(theirs, *random_batches(0, 8)).item()))

@@ -38,6 +38,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"norm_position": "post", "norm": "layernorm", "bias": "all"},
         **{"rope_scaling": {"kind": "yarn", "factor": 4, "original_seq_len": 8}, "activation": "gelu"},
     },
+    "deepseek": {
+        "latent_attention": {"query_rank": 12, "kv_rank": 10, "rope_dim": 4, "value_dim": 6},
+        **{"head_dim": 12, "attention_scale": 0.3, "tied_embeddings": True},
+        "rope_scaling": {"kind": "yarn", "factor": 4, "original_seq_len": 8, "attention_factor": 1.0},
+    },
     "nemotron": {
         **{"gated_mlp": False, "activation": "squared_relu", "norm": "layernorm", "rope_fraction": 0.5},
         **{"rope_scaling": {"kind": "llama3", "factor": 8, "original_seq_len": 8}, "sliding_window": 6},
@@ -144,7 +149,9 @@ def test_megatron_computes_what_transformers_computes() -> None:
 
 @pytest.mark.parametrize(("layer", "attended"), [(1, 3), (2, 7), (3, 3), (4, 7)])
 def test_a_layer_attends_to_its_window(layer: int, attended: int) -> None:
-    config = SimpleNamespace(attention_dropout=0, kv_channels=4, window_size=(2, 0), window_attn_skip_freq=2)
+    config = SimpleNamespace(
+        attention_dropout=0, kv_channels=4, softmax_scale=None, window_size=(2, 0), window_attn_skip_freq=2
+    )
     states = torch.zeros(7, 1, 2, 4)  # equal scores: the mean of the values that are attended to
     values = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 1, 2, 4)
     output = CausalAttention(config, layer)(states, states, values, None)  # type: ignore[arg-type]

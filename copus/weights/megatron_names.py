@@ -5,7 +5,8 @@ all. Megatron keeps the projections of queries, keys and values in one matrix (`
 the first group of heads that share a key, then those of the second, and so on), and the gate and up projections in
 another (`linear_fc1`), one below the other. So every Hugging Face tensor consists of whole rows of a Megatron tensor.
 Both frameworks rotate the first half of a head against the second, so no rows within a head are permuted. Experts have
-the names of Qwen 3 and DeepSeek: `mlp.gate`, `mlp.experts.7.gate_proj`, `mlp.shared_experts.gate_proj`.
+the names of Qwen 3 and DeepSeek: `mlp.gate`, `mlp.experts.7.gate_proj`, `mlp.shared_experts.gate_proj`. Latent
+attention has those of DeepSeek, which rotates neighbouring dimensions of a head, as Megatron's does.
 
 A weight without a counterpart here keeps Megatron's name: moves and checkpoints of this backend carry it, and other
 backends refuse it.
@@ -27,6 +28,12 @@ _IN_A_LAYER = {
     "self_attention.linear_proj": "self_attn.o_proj",
     "self_attention.q_layernorm": "self_attn.q_norm",
     "self_attention.k_layernorm": "self_attn.k_norm",
+    "self_attention.linear_q_proj": "self_attn.q_proj",
+    "self_attention.linear_q_down_proj": "self_attn.q_a_proj",
+    "self_attention.linear_q_up_proj": "self_attn.q_b_proj",
+    "self_attention.linear_kv_down_proj": "self_attn.kv_a_proj_with_mqa",
+    "self_attention.kv_layernorm": "self_attn.kv_a_layernorm",
+    "self_attention.linear_kv_up_proj": "self_attn.kv_b_proj",
     "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
     "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
     "mlp.router": "mlp.gate",
@@ -76,7 +83,8 @@ def hugging_face_parts(name: str, shape: tuple[int, ...], box: Box, model: Model
         yield Part(box, name, shape, ())
         return
     height, *width = shape
-    for rows in _rows_of(name, height, model.heads, model.kv_heads, model.gated_mlp, model.norm_position):
+    is_latent = model.latent_attention is not None
+    for rows in _rows_of(name, height, model.heads, model.kv_heads, model.gated_mlp, model.norm_position, is_latent):
         common = box.intersect(Box((rows.first, *[0] * len(width)), (rows.length, *width)))
         if common is not None:
             offset = (common.offset[0] - rows.first + rows.start, *common.offset[1:])
@@ -85,7 +93,7 @@ def hugging_face_parts(name: str, shape: tuple[int, ...], box: Box, model: Model
 
 @functools.lru_cache(maxsize=2**16)
 def _rows_of(
-    name: str, height: int, heads: int, kv_heads: int, gated_mlp: bool, norm_position: str
+    name: str, height: int, heads: int, kv_heads: int, gated_mlp: bool, norm_position: str, is_latent: bool
 ) -> tuple[_Rows, ...]:
     """The rows of a whole Megatron tensor, from the first to the last."""
     match = _LAYER.fullmatch(name)
@@ -105,6 +113,8 @@ def _rows_of(
         return (_Rows(0, height, f"{within}.{which}.{kind}", height, 0),)
     if module == "pre_mlp_layernorm" and norm_position in _NORM_BEFORE_MLP:
         return (_Rows(0, height, f"{prefix}.{_NORM_BEFORE_MLP[norm_position]}.{kind}", height, 0),)
+    if module == "self_attention.q_layernorm" and is_latent:  # of the vector that all queries are made of
+        return (_Rows(0, height, f"{prefix}.self_attn.q_a_layernorm.{kind}", height, 0),)
     kind = "e_score_correction_bias" if kind == "expert_bias" else kind
     renamed = f"{prefix}.{_IN_A_LAYER[module]}.{kind}" if module in _IN_A_LAYER else name
     return (_Rows(0, height, renamed, height, 0),)

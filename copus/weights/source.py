@@ -204,8 +204,11 @@ _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 def _passed_over(tensors: Iterable[str], model: ModelShape) -> Iterable[str]:
-    """What transformers passes over too: buffers, and an output layer where the embedding takes its place."""
-    return (name for name in tensors if name.endswith(_BUFFERS) or (model.tied_embeddings and name == "lm_head.weight"))
+    """What transformers passes over too: buffers, an output layer where the embedding takes its place, and DeepSeek's
+    layer for a second token, which comes after the model's."""
+    another = (f"model.layers.{model.layers}.",) if model.latent_attention else ()
+    tied = ("lm_head.weight",) if model.tied_embeddings else ()
+    return (name for name in tensors if name.endswith(_BUFFERS) or name.startswith(another) or name in tied)
 
 
 def tokenizer_of(source: Source) -> Path | None:

@@ -6,6 +6,7 @@ from typing import Literal
 from copus.job import JobConfig
 from launch.arguments.emitted import Emitted, spelled
 from launch.fixed_run import FixedRun
+from profiles.latent_attention import LatentAttention
 from profiles.model_shape import VOCAB_MULTIPLE, ModelShape
 from profiles.pipeline_split import split_layers
 
@@ -46,7 +47,9 @@ def _model(job: JobConfig, out: Emitted) -> None:
     if model.kv_heads != model.heads:
         out.add("--group-query-attention")
         out.add("--num-query-groups", model.kv_heads)
-    if model.head_dim:
+    if model.latent_attention is not None:
+        _latent_attention(model, model.latent_attention, out)
+    elif model.head_dim:
         out.add("--kv-channels", model.head_dim)
     out.add("--seq-length", model.seq_len)
     out.add("--max-position-embeddings", model.seq_len)
@@ -82,6 +85,18 @@ def _model(job: JobConfig, out: Emitted) -> None:
             )
 
 
+def _latent_attention(model: ModelShape, latent: LatentAttention, out: Emitted) -> None:
+    out.add("--multi-latent-attention")
+    if latent.query_rank:
+        out.add("--q-lora-rank", latent.query_rank)
+    out.add("--kv-lora-rank", latent.kv_rank)
+    out.add("--qk-head-dim", model.head_width - latent.rope_dim)
+    out.add("--qk-pos-emb-head-dim", latent.rope_dim)
+    out.add("--v-head-dim", latent.value_dim)
+    out.add("--qk-layernorm")
+    out.add("--rope-type", "rope")
+
+
 def _mlp(model: ModelShape, out: Emitted) -> None:
     activation = model.mlp_activation
     gated = activation == "silu"
@@ -107,6 +122,9 @@ def _positions(model: ModelShape, out: Emitted) -> None:
     out.add("--rotary-percent", model.rope_fraction)
     scaling = model.rope_scaling
     if scaling is None:
+        return
+    if model.latent_attention is not None:
+        out.lose(f"model.rope_scaling of kind {scaling.kind}: not written for latent attention")
         return
     as_llama = (scaling.original_seq_len, scaling.low_freq_factor, scaling.high_freq_factor) == (8192, 1.0, 4.0)
     if scaling.kind == "linear" and scaling.factor.is_integer():

@@ -46,9 +46,10 @@ class LayerWeights(NamedTuple):
 
 
 def layer_weights(model: ModelShape, c: Configurations, *, experts: bool) -> LayerWeights:
-    """A layer without experts, or one with them. Norms, the router, and biases of projections into the residual stream
-    are not split by tp."""
-    split, whole = model.attention_matrices + model.column_biases, model.whole_vectors
+    """A layer without experts, or one with them. Norms, the router, biases of projections into the residual stream, and
+    latent attention's projections into narrow vectors are not split by tp."""
+    split = model.attention_matrices - model.whole_attention_matrices + model.column_biases
+    whole = model.whole_vectors + model.whole_attention_matrices
     cut, uncut = 2 * model.query_width + 2 * model.kv_width, 4 * model.hidden
     matrices = 3 if model.gated_mlp else 2
     if not experts:

@@ -26,8 +26,8 @@ class CausalAttention(torch.nn.Module):
     """Causal attention over the heads of this tensor parallel rank, to all tokens before or to the window of the layer,
     or to what `attention_mask` leaves.
 
-    `query` is [s, b, heads/tp, head width]; `key` and `value` are [s, b, kv_heads/tp, head width]; the result is
-    [s, b, heads · head width / tp].
+    `query` is [s, b, heads/tp, head width]; `key` and `value` are [s, b, kv_heads/tp, head width], where those of the
+    values may have a width of their own; the result is [s, b, heads · width of the values / tp].
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class CausalAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = config.attention_dropout
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.scale = config.softmax_scale or softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         every = config.window_attn_skip_freq
         all_tokens = config.window_size is None or (every and layer_number % every == 0)
         self.window = None if all_tokens else config.window_size[0] + 1
@@ -57,7 +57,7 @@ class CausalAttention(torch.nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor | None
     ) -> torch.Tensor:
         """Attention of the last tokens of those that have keys and values. `hidden` has them as its last two axes."""
-        (queries, batch, heads, width), keys = query.shape, len(key)
+        (queries, batch, heads, _), keys = query.shape, len(key)
         window = self.window if self.window is not None and self.window < keys else None
         options: dict[str, Any] = {}
         if hidden is not None:
@@ -81,7 +81,7 @@ class CausalAttention(torch.nn.Module):
                 context = functional.scaled_dot_product_attention(query, key, value, **options)
         else:
             context = functional.scaled_dot_product_attention(query, key, value, **options)
-        return context.permute(2, 0, 1, 3).reshape(queries, batch, heads * width)
+        return context.permute(2, 0, 1, 3).reshape(queries, batch, heads * value.shape[-1])
 
 
 class ContextParallelAttention(CausalAttention):

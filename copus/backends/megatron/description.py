@@ -14,7 +14,7 @@ from profiles.rope import attention_factor
 if TYPE_CHECKING:
     from copus.job import TrainingConfig
 
-_REFUSED = ("rope_local_base", "attention_softcap", "logit_softcap", "latent_attention")
+_REFUSED = ("rope_local_base", "attention_softcap", "logit_softcap")
 """Optional fields of a model that it does not build."""
 _TORCH_WITHOUT_MASTERS = (2, 10)
 """The oldest torch whose bf16 weights may have fp32 gradients (`Tensor.grad_dtype`)."""
@@ -41,10 +41,18 @@ class MegatronDescription(BackendDescription):
                 f"experts({model.experts}) is not supported by the megatron backend with norm_position"
                 f"({model.norm_position}): only with pre"
             )
-        if attention_factor(model.rope_scaling) != 1 and model.rope_fraction != 1:
+        if model.latent_attention is not None:
+            beside = {"bias": "none", "qk_norm": "none", "positions": "rope", "rope_fraction": 1.0}
+            for name, usual in beside.items():
+                if getattr(model, name) != usual:
+                    raise ValueError(
+                        f"{name}({getattr(model, name)}) is not supported by the megatron backend with latent_attention"
+                    )
+        if attention_factor(model.rope_scaling) != 1 and (model.rope_fraction != 1 or model.latent_attention):
+            what = "latent_attention" if model.latent_attention else f"rope_fraction({model.rope_fraction:g})"
             raise ValueError(
-                f"rope_fraction({model.rope_fraction:g}) is not supported by the megatron backend with yarn's "
-                f"attention_factor({attention_factor(model.rope_scaling):g})"
+                f"{what} is not supported by the megatron backend with yarn's attention_factor"
+                f"({attention_factor(model.rope_scaling):g})"
             )
 
     def check_layout(self, layout: Layout) -> None:

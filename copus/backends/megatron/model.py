@@ -24,13 +24,15 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.common.embeddings import RotaryEmbedding  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from copus.backends.megatron.experts import expert_options, routers  # noqa: E402
 from copus.backends.megatron.groups import own_model_rank  # noqa: E402
+from copus.backends.megatron.latent_attention import latent_options  # noqa: E402
 from copus.backends.megatron.local_tensors import local_tensors  # noqa: E402
 from copus.backends.megatron.modules import block_spec  # noqa: E402
 
@@ -48,7 +50,8 @@ def transformer_config(shape: ModelShape, layout: Layout, training: TrainingConf
     precision, dropout = training.precision, training.dropout
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     recompute = {"none": None, "selective": "selective", "full": "full"}[layout.recompute]
-    return TransformerConfig(
+    kind = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
+    return kind(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn_hidden,
@@ -95,6 +98,7 @@ def transformer_config(shape: ModelShape, layout: Layout, training: TrainingConf
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **latent_options(shape),
         **expert_options(shape, layout, training.expert_dispatch),
     )
 
@@ -194,10 +198,11 @@ def _softmax_scale(shape: ModelShape) -> float | None:
 
 def _scale_rotary_positions(chunk: Any, shape: ModelShape) -> None:
     """Megatron has Llama 3's scaling with some of its numbers fixed, and YaRN's as another module: the frequencies are
-    put in the place of those that it computed."""
-    rotary = chunk.rotary_pos_emb
+    put in the place of those that it computed. With latent attention every layer has its own."""
     scaled = frequencies(shape.rotary_width, shape.rope_base, shape.rope_scaling)
-    rotary.inv_freq = torch.tensor(scaled, dtype=torch.float32, device=rotary.inv_freq.device)
+    for rotary in chunk.modules():
+        if isinstance(rotary, RotaryEmbedding):
+            rotary.inv_freq = torch.tensor(scaled, dtype=torch.float32, device=rotary.inv_freq.device)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 
 from copus.backends.megatron.attention import CausalAttention, ContextParallelAttention  # noqa: E402
 from copus.backends.megatron.experts import expert_spec  # noqa: E402
+from copus.backends.megatron.latent_attention import latent_attention_spec  # noqa: E402
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -60,13 +61,13 @@ def _device(config: TransformerConfig) -> int | None:
     return None if config.use_cpu_initialization else torch.cuda.current_device()
 
 
-def is_norm_of_heads(name: str) -> bool:
-    """Whether the module or parameter of this name is a norm of queries or keys.
+def is_norm_of_heads(name: str, config: TransformerConfig) -> bool:
+    """Whether the module or parameter of this name is a norm of the heads of queries or keys.
 
     Tensor parallel ranks normalise some of the heads each, so its gradients are partial sums whether or not they split
     the sequence too: finalize_model_grads.py:353 adds them up, and goes by the name as well.
     """
-    return "q_layernorm" in name or "k_layernorm" in name
+    return config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
 
 
 class NormedRowParallelLinear(RowParallelLinear):
@@ -93,23 +94,27 @@ def block_spec(
     norm = _norm(config)
     before = IdentityOp if model.norm_position == "post" else norm
     of_heads = norm if model.qk_norm == "head" else IdentityOp
-    attention = ContextParallelAttention if config.context_parallel_size > 1 else CausalAttention
+    core = ContextParallelAttention if config.context_parallel_size > 1 else CausalAttention
     into_residual = RowParallelLinear if model.norm_position == "pre" else NormedRowParallelLinear
+    if model.latent_attention is not None:
+        attention = latent_attention_spec(core, norm, into_residual)
+    else:
+        attention = ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear,
+                core_attention=core,
+                linear_proj=into_residual,
+                q_layernorm=of_heads,
+                k_layernorm=of_heads,
+            ),
+        )
 
     def layer(mlp: ModuleSpec) -> ModuleSpec:
         submodules = TransformerLayerSubmodules(
             input_layernorm=before,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=attention,
-                    linear_proj=into_residual,
-                    q_layernorm=of_heads,
-                    k_layernorm=of_heads,
-                ),
-            ),
+            self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=before,
             mlp=mlp,

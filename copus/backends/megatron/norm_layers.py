@@ -26,6 +26,7 @@ class MegatronNormLayers(NormLayers):
 
     def __init__(self, chunks: list[Any], layout: Layout) -> None:
         self._layout = layout
+        self._config = chunks[0].config
         self._of_tokens = parallel_state.get_context_parallel_group()
         first_tp = parallel_state.get_tensor_model_parallel_rank() == 0
         self._counts = first_tp and self._of_tokens.rank() == 0
@@ -45,7 +46,7 @@ class MegatronNormLayers(NormLayers):
         super().__init__(norms, sequence_axis=1, counts=first_tp)
 
     def _is_partial(self, name: str) -> bool:
-        return self._layout.sequence_parallel or (self._layout.tp > 1 and is_norm_of_heads(name))
+        return self._layout.sequence_parallel or (self._layout.tp > 1 and is_norm_of_heads(name, self._config))
 
     def start(self, on: bool, weights: dict[torch.nn.Parameter, torch.Tensor] | None = None) -> None:
         """Begin a step; with `weights`, gradients are multiplied by them. Raises as `NormLayers.start`."""
@@ -82,4 +83,5 @@ class MegatronNormLayers(NormLayers):
                 sizes = [kept[key].numel() for key in keys]
                 for (param, microbatch), of_sequences in zip(keys, together.split(sizes), strict=True):
                     self._add(param, microbatch, of_sequences.view(micro_batch, -1))
-        return super().collect(num_microbatches, micro_batch, device)
+        # Every rank has the gradients of the mean over its own tokens.
+        return super().collect(num_microbatches, micro_batch, device) / self._of_tokens.size() ** 2

@@ -58,6 +58,7 @@ class PartNorms:
     ) -> None:
         """With `adam_epsilon` every gradient is divided by Adam's √v̂ + ε before it is squared."""
         self._layout = layout
+        self._config = chunks[0].config
         self._optimizer = optimizer
         self._full: str | None = None
         self._norm_layers_on = False
@@ -105,7 +106,7 @@ class PartNorms:
         if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
             self._counted.add(param)
         over_tokens = layout.sequence_parallel and getattr(param, "sequence_parallel", False)
-        if over_tokens or (layout.tp > 1 and is_norm_of_heads(name)):
+        if over_tokens or (layout.tp > 1 and is_norm_of_heads(name, self._config)):
             self._partial[param] = part_group(layout, with_tensor_parallel=True)
             self._summed_at_once.discard(param)
 

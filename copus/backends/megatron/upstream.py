@@ -36,6 +36,18 @@ def use_torch_router() -> None:
         moe_utils.te_general_gemm = None
 
 
+def use_torch_latent_attention() -> None:
+    """Let latent attention of 0.16 be built without Transformer Engine.
+
+    multi_latent_attention.py:62 takes it for installed, since the module that wraps it can be imported, and :185 asks
+    whether a projection is an instance of a mock.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.transformer import multi_latent_attention
+
+    patch(multi_latent_attention, "HAVE_TE", HAVE_TE, oldest=(0, 16), newest=(0, 19))
+
+
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside megatron's chain of wrappers."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
