@@ -15,7 +15,11 @@ from copus.backends.registry import find_backend
 from copus.backends.step_contract import NOT_COUNTED, StepRequest
 from copus.job import JobConfig, JobError
 from planner.noise_sources import MICROBATCH, NORMLAYER, REPLICA
+from profiles.accelerator import accelerator
+from profiles.configurations import Configurations
+from profiles.cost.work import HALF, work
 from profiles.layout import Layout
+from profiles.memory import MEGATRON
 from tests.megatron_jobs import RULES, backend_of, configuration, random_batches, save_checkpoint, tiny_job
 from tests.ranks import run_ranks
 from tests.test_experts import MOE, _with_micro_batches_of
@@ -174,6 +178,42 @@ def test_part_norms_in_adams_metric_are_those_of_one_rank() -> None:
         other_grad_sq, other_parts = run_ranks(2, _in_adams_metric, layout)[0]
         assert other_grad_sq == pytest.approx(grad_sq, rel=1e-2)
         np.testing.assert_allclose(other_parts, parts, rtol=1e-2)
+
+
+def _exchanged_elements(layouts: list[dict[str, Any]]) -> list[float]:
+    """Elements that this rank receives in a step of one micro-batch."""
+    from megatron.core.tensor_parallel import mappings
+
+    totals = []
+    counts: list[float] = []
+    gather, scatter = mappings.dist_all_gather_func, mappings.dist_reduce_scatter_func
+
+    def counting(exchange: Any) -> Any:
+        def call(output: torch.Tensor, own: torch.Tensor, **options: Any) -> Any:
+            counts.append(abs(output.numel() - own.numel()))
+            return exchange(output, own, **options)
+
+        return call
+
+    mappings.dist_all_gather_func, mappings.dist_reduce_scatter_func = counting(gather), counting(scatter)
+    for layout in layouts:
+        backend = backend_of(_job(layout, {"kv_heads": 2}, global_batch=2))
+        backend.train_step(random_batches, StepRequest(0, RULES))
+        backend.close()
+        totals.append(sum(counts))
+        counts.clear()
+    return totals
+
+
+@pytest.mark.dist
+def test_the_exchange_is_the_one_that_the_cost_model_counts() -> None:
+    layouts: list[dict[str, Any]] = [{"cp": 2}, {"cp": 2, "recompute": "selective"}, {"cp": 2, "recompute": "full"}]
+    job = tiny_job(2, {"cp": 2}, {"kv_heads": 2})
+    device = accelerator(job.cluster.accelerator)
+    arrays = Configurations.of([configuration(2, 2, **layout) for layout in layouts])
+    counted = work(job.model, job.cluster, device, arrays, "fp32", context=MEGATRON.context)
+    a_layer = counted.layer_cp * device.inside_node.bytes_per_second / HALF
+    np.testing.assert_allclose(run_ranks(2, _exchanged_elements, layouts)[0], job.model.layers * a_layer)
 
 
 def _tour(layouts: list[dict[str, Any]], precision: str, folder: str) -> tuple[list[str], list[float]]:
