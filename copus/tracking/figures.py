@@ -35,6 +35,7 @@ FIGURES: dict[str, str] = {
     "layout/tp": "Tensor parallel degree.",
     "layout/pp": "Pipeline parallel degree.",
     "layout/dp": "Data parallel degree.",
+    "layout/cp": "Context parallel degree.",
     "layout/ep": "Expert parallel degree.",
     "speed/step_seconds": "Duration of the last step.",
     "speed/samples_per_second": "Throughput of the last step, sequences a second.",
@@ -165,5 +166,6 @@ def _of_configuration(configuration: Configuration) -> dict[str, float | None]:
         "layout/tp": layout.tp,
         "layout/pp": layout.pp,
         "layout/dp": layout.dp,
+        "layout/cp": layout.cp,
         "layout/ep": layout.ep,
     }
