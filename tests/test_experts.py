@@ -389,6 +389,7 @@ AS_IN_TRANSFORMERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # with
                 **{"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 24, "n_group": 4},
                 **{"topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": query_rank, "kv_lora_rank": 10},
                 **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "num_key_value_heads": 4},
+                "head_dim": 4,  # what is rotated
                 "rms_norm_eps": 1e-6,  # the norms of the narrow vectors have no other
                 "rope_parameters": {"rope_theta": 1e4, **scaling},
             },

@@ -31,6 +31,7 @@ CASES: dict[int, list[dict[str, Any]]] = {  # by number of ranks
         {"precision": "bf16", "layout": {"tp": 2, "sequence_parallel": True}},
         {"precision": "bf16", "layout": {"cp": 2}},
         {"precision": "bf16", "layout": {"cp": 2, "recompute": "selective"}},
+        {"precision": "bf16", "layout": {"cp": 2}, "model": {"norm": "layernorm", "qk_norm": "head"}},
     ],
 }
 

@@ -40,11 +40,14 @@ def layer_activations(
     # Heads: queries, keys, values, and the output, which is the input of the projection; and copies.
     kv_share = model.kv_heads / model.heads
     heads = query * e * (2 + 2 * kv_share + _copies_of_heads(model, how)) / c.tp
-    # Keys and values of the other context parallel ranks' tokens.
-    others = 2 * kv_share * query * e * (c.cp - 1) / c.tp * (how.context == "gathered")
+    # Keys and values of all context parallel ranks' tokens, and the results of the two pieces of each sequence beside
+    # the whole.
+    is_gathered = (c.cp > 1) & (how.context == "gathered")
+    gathered = np.where(is_gathered, query * e * (1 + 2 * kv_share * c.cp) / c.tp, 0)
+    instead = query * e * (2 + _copies_beside_gathered(model)) / c.tp
     scores: Floats = np.zeros(len(c))
     if how.attention == "flash":
-        heads = heads + 4 * model.heads / c.tp  # fp32 log-sum-exp of each row of scores
+        outside = outside + 4 * model.heads / c.tp  # fp32 log-sum-exp of each row of scores
     else:  # the softmax, and with dropout its mask and its result: 2, or 5 bytes of the paper
         scores = model.heads * model.seq_len * (e + (1 + e) * how.dropout) / c.tp
     # MLP: what enters the activation function, and the input of the second matrix.
@@ -54,15 +57,15 @@ def layer_activations(
     mlp = (how.gated_mlp_tensors if model.gated_mlp else 2) * width * e / c.tp
     if model.experts:  # tokens permuted to their experts and back, and the router's probabilities in fp32
         mlp = mlp + 2 * model.experts_per_token * hidden * e + 4 * model.experts
-    inside = scores + others  # of attention, which selective recomputation runs again
-    everything = outside + heads + inside + mlp
+    inside = scores + gathered  # of attention, which selective recomputation runs again
+    everything = outside + np.where(is_gathered, instead, heads) + inside + mlp
     kinds = [c.recompute == RECOMPUTE.index(name) for name in ("none", "selective", "full")]
-    kept = np.select(kinds, [everything, everything - inside, hidden * e / split])
+    kept = np.select(kinds, [everything, outside + heads + mlp, hidden * e / split])
     recomputed = np.select(kinds, [np.zeros(len(c)), inside, everything])
     # The widest moment of the backward pass: gradients of the MLP's wide tensors, and the input that is gathered again,
     # with its gradient; or, with gathered keys and values, theirs, whose parts are added up.
     passing = (3 if model.gated_mlp else 2) * width * e / c.tp + 2 * hidden * e
-    passing = np.maximum(passing, 2 * query * e / c.tp + 3 * others)
+    passing = np.maximum(passing, 2 * query * e / c.tp + 3 * gathered)
     return LayerActivations(kept=tokens * kept, recomputed=tokens * recomputed, passing=tokens * passing)
 
 
@@ -78,6 +81,15 @@ def _copies_of_heads(model: ModelShape, how: Implementation) -> float:
     if is_normed:
         return both + regrouped
     return both if is_rotated else regrouped
+
+
+def _copies_beside_gathered(model: ModelShape) -> float:
+    """The same on the megatron backend where keys and values are gathered, which are copies: of the joint output what
+    is kept for a norm, or for queries that are views into it."""
+    joint, regrouped = 1 + 2 * model.kv_heads / model.heads, float(model.kv_heads < model.heads)
+    if model.qk_norm != "none":
+        return joint + regrouped
+    return 0.0 if model.positions == "rope" or regrouped else joint - 1
 
 
 def rank_tokens(model: ModelShape, c: Configurations) -> Floats:
