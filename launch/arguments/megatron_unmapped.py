@@ -82,9 +82,14 @@ _NAMES: tuple[tuple[Effect, str, str], ...] = (
     ),
     (
         "changes the training",
-        "layers are alike, and attention is the usual one",
+        "latent attention is not read from arguments: write model.latent_attention",
         "multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim "
-        "mscale mscale-all-dim rotary-scaling-factor heterogeneous-layers-config-path linear-attention-freq "
+        "mscale mscale-all-dim rotary-scaling-factor",
+    ),
+    (
+        "changes the training",
+        "layers are alike, and attention is the usual one",
+        "heterogeneous-layers-config-path linear-attention-freq "
         "experimental-attention-variant "
         "hybrid-override-pattern hybrid-layer-pattern hybrid-attention-ratio hybrid-mlp-ratio attention-output-gate "
         "no-rope-freq softmax-type qk-clip qk-l2-norm spec is-hybrid-model rotary-interleaved "
