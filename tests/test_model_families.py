@@ -39,7 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"rope_scaling": {"kind": "yarn", "factor": 4, "original_seq_len": 8}, "activation": "gelu"},
     },
     "deepseek": {
-        "latent_attention": {"query_rank": 12, "kv_rank": 10, "rope_dim": 4, "value_dim": 6},
+        "latent_attention": {"query_rank": 12, "kv_rank": 12, "rope_dim": 4, "value_dim": 6},
         **{"head_dim": 12, "attention_scale": 0.3, "tied_embeddings": True},
         "rope_scaling": {"kind": "yarn", "factor": 4, "original_seq_len": 8, "attention_factor": 1.0},
     },

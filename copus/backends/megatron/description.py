@@ -91,10 +91,18 @@ class MegatronDescription(BackendDescription):
             )
 
     def check_model_in(self, layout: Layout, model: ModelShape) -> None:
-        """Raise ValueError for tensor parallelism of experts without sequence parallelism: Megatron refuses it, since
-        every rank would send all tokens to the experts."""
+        """Raise ValueError for tensor parallelism of experts without sequence parallelism, which Megatron refuses,
+        since every rank would send all tokens to the experts, and of latent attention that it does not divide."""
         if model.experts and layout.tp > 1 and not layout.sequence_parallel:
             raise ValueError(f"tp({layout.tp}) of a model with experts needs sequence_parallel: true")
+        if model.latent_attention is not None:  # Megatron checks these, though every rank has the projections whole
+            latent = model.latent_attention
+            widths = (("kv_rank + rope_dim", latent.kv_rank + latent.rope_dim), ("query_rank", latent.query_rank or 0))
+            for name, width in widths:
+                if width % layout.tp:
+                    raise ValueError(
+                        f"model.latent_attention.{name}({width}) ÷ tp({layout.tp}) is not whole: {width / layout.tp:g}"
+                    )
 
     def parts(self, configuration: Configuration) -> dict[str, PartCount]:
         """The parts that a step has, by noise source. Replicas that share experts out have no gradient of their own:

@@ -14,6 +14,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear  # noqa: E402
 from megatron.core.transformer import ModuleSpec, TransformerConfig  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron.core.transformer.multi_latent_attention import (  # noqa: E402
     MLASelfAttention,
     MLASelfAttentionSubmodules,
@@ -43,7 +44,7 @@ def latent_attention_spec(core_attention: type, norm: type, linear_proj: type) -
     """Megatron's latent attention."""
     return ModuleSpec(
         module=_LatentAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": AttnMaskType.causal, "norm": norm},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,
             linear_q_down_proj=ColumnParallelLinear,
@@ -52,8 +53,8 @@ def latent_attention_spec(core_attention: type, norm: type, linear_proj: type) -
             linear_kv_up_proj=ColumnParallelLinear,
             core_attention=core_attention,
             linear_proj=linear_proj,
-            q_layernorm=norm,
-            kv_layernorm=norm,
+            q_layernorm=IdentityOp,
+            kv_layernorm=IdentityOp,
         ),
     )
 
@@ -62,12 +63,16 @@ class _LatentAttention(MLASelfAttention):
     """Megatron's, but every tensor parallel rank has the down projections whole, as with Transformer Engine.
 
     Without that Megatron cuts them by rows. The rotated part of the keys then lacks the gradients that other ranks'
-    heads have for it (multi_latent_attention.py:581: the backward pass of that gather only splits).
+    heads have for it (multi_latent_attention.py:581: the backward pass of that gather only splits). The norms that
+    follow are put in here as well: 0.19 takes them only with `qk_layernorm`, and then adds up the gradients of the one
+    of queries over tensor parallel ranks, which all have the whole (finalize_model_grads.py:353).
     """
 
-    def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
+    def __init__(self, config: TransformerConfig, *arguments: Any, norm: type, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
+        self.kv_layernorm = norm(config, config.kv_lora_rank, config.layernorm_epsilon)
         if config.q_lora_rank is not None:
+            self.q_layernorm = norm(config, config.q_lora_rank, config.layernorm_epsilon)
             self.linear_q_down_proj = _DownProjection(config, config.q_lora_rank, of_every_head=0)
         rotated = config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = _DownProjection(config, config.kv_lora_rank + rotated, of_every_head=rotated)
