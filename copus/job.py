@@ -409,7 +409,7 @@ class JobConfig(Record):
             raise ValueError(
                 f"training.warmup_tokens({training.warmup_tokens}) is more than training.tokens({training.tokens})"
             )
-        if training.min_lr > training.lr:
+        if training.min_lr > training.lr and training.decay != "constant":
             raise ValueError(f"training.min_lr({training.min_lr:g}) is larger than training.lr({training.lr:g})")
         training.check_decay()
         return self

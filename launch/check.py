@@ -13,7 +13,8 @@ def check_start(job: JobConfig) -> None:
     scale that cannot be measured. Warn of a run that ends before anything can be decided, and of a `min_lr` that was
     set for a learning rate without a decay."""
     training = job.training
-    if training.decay == "constant" and "min_lr" in training.model_fields_set:
+    # The job file that a run leaves has every field, one that was imported the other tool's default, which is 0.
+    if training.decay == "constant" and training.min_lr not in (type(training).model_fields["min_lr"].default, 0.0):
         warnings.warn(
             f"training.min_lr({training.min_lr:g}) is not used: with training.decay(constant) the learning rate stays "
             f"at training.lr({training.lr:g})",

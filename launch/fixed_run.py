@@ -186,7 +186,7 @@ def _with_values(
         batches=batches,
         main_batch=main_batch,
         lr=_rounded(training.lr * factor),
-        min_lr=_rounded(training.min_lr * factor),
+        min_lr=_rounded(min(training.min_lr, training.lr) * factor),  # a constant one may be below the default
         betas=(_rounded(beta1), _rounded(beta2)),
         epsilon=optimizer.epsilon,
         weight_decay=_rounded(optimizer.weight_decay_at(kappa)),

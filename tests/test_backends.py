@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+import yaml
 
 from copus.backends import registry
 from copus.backends.deepspeed.description import DeepSpeedDescription
@@ -17,10 +18,12 @@ from copus.checkpoints.store import newest_checkpoint, read_state
 from copus.checkpoints.trainer_state import TrainerState
 from copus.estimate import predictor_of
 from copus.events import Checkpoint, Event, Reconfigure, Step
-from copus.job import JobConfig, JobError, parse_job
+from copus.job import JobConfig, JobError, dump_job, parse_job
+from copus.learning_rate import base_lr
 from copus.loop import Trainer
 from copus.resize import resized
 from launch.check import check_start
+from launch.fixed_run import as_written
 from planner.config import PlannerConfig
 from profiles.cluster import Cluster
 from profiles.model_shape import ModelShape
@@ -125,7 +128,16 @@ def test_a_least_learning_rate_that_nothing_decays_to_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_start(tiny_job(1, decay="constant"))
+        check_start(parse_job(yaml.safe_load(dump_job(tiny_job(1, decay="constant")))))  # a run's own job file
+        check_start(tiny_job(1, decay="constant", min_lr=0.0))  # as `import-args` writes Megatron-LM's default
         check_start(tiny_job(1, min_lr=5e-4))
+
+
+def test_a_constant_learning_rate_may_be_below_the_least_one_of_the_default() -> None:
+    job = tiny_job(1, decay="constant", lr=5e-5)
+    assert base_lr(job, job.training.tokens) == 5e-5
+    run = as_written(job)
+    assert run.min_lr == run.lr == 5e-5, "Megatron-LM refuses a --min-lr above --lr"
 
 
 @pytest.mark.parametrize(
