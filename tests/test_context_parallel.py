@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus.backends.megatron.attention import CausalAttention
-from copus.backends.microbatches import hidden_scores
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import NOT_COUNTED, StepRequest
 from copus.job import JobConfig, JobError
@@ -268,21 +266,6 @@ def test_moves_and_a_checkpoint_change_no_bit(layouts: list[dict[str, Any]], pre
     for changed, (moved, loaded) in run_ranks(ranks, _tour, layouts, precision, str(tmp_path)):
         assert changed == []
         assert loaded == pytest.approx(moved, rel=1e-2 if precision == "bf16" else 1e-5)
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_the_last_tokens_attend_to_all_before_them(window: int | None) -> None:
-    """What a rank computes for its pieces is the same rows of the whole attention."""
-    generator = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(12, 2, heads, 8, generator=generator) for heads in (4, 2, 2))
-    attention = CausalAttention.__new__(CausalAttention)
-    torch.nn.Module.__init__(attention)
-    attention.dropout, attention.scale, attention.window = 0.0, 0.3, window
-    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
-    for hidden in (None, hidden_scores(documents)):
-        whole = attention.attend(query, key, value, hidden)
-        rows = None if hidden is None else hidden_scores(documents, torch.arange(4, 8))[..., :8]
-        torch.testing.assert_close(attention.attend(query[4:8], key[:8], value[:8], rows), whole[4:8])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ On CUDA they run in this process, on NCCL: a fork of a process that has asked fo
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from copus.backends.megatron import groups
+from copus.backends.megatron.attention import CausalAttention
 from copus.backends.megatron.backend import MegatronBackend
+from copus.backends.microbatches import hidden_scores
 from copus.backends.step_contract import StepRequest, StepRules
 from copus.collectives import RankError
 from copus.job import JobConfig
@@ -119,6 +122,38 @@ def test_part_norms_are_those_of_the_parts_alone(on_device) -> None:
 
 ROOM = 64 * 2**20
 """Bytes beyond what it has that the process may use below: enough for the tiny job, and not for 4,096 sequences."""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [None, 24])
+def test_attention_of_the_last_tokens_is_that_of_the_same_rows_of_the_whole(device: str, window: int | None) -> None:
+    """What a context parallel rank computes for its pieces, gradients of keys included."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(1)
+    query, key, value, weights = (
+        torch.randn(96, 2, heads, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4)
+    )
+    config: Any = SimpleNamespace(
+        attention_dropout=0.0,
+        kv_channels=64,
+        softmax_scale=None,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None,
+    )
+    attention = CausalAttention(config, layer_number=1)
+    documents = torch.tensor([[0] * 40 + [1] * 56, [0] * 96], device=device)
+    for within_documents in (False, True):
+        found = []
+        for first, last in ((0, 96), (32, 64)):
+            keys = key[:last].clone().requires_grad_()
+            rows = torch.arange(first, last, device=device)
+            hidden = hidden_scores(documents, rows)[..., :last] if within_documents else None
+            context = attention.attend(query[first:last], keys, value[:last], hidden)[32 - first : 64 - first]
+            (context * weights[32:64].flatten(2)).sum().backward()
+            assert keys.grad is not None
+            found.append((context, keys.grad[:64]))
+        tolerance = 2e-2 if device == "cuda" else 1e-4
+        torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu
