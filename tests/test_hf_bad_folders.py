@@ -127,6 +127,10 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
         _edit(INDEX, lambda it: it["weight_map"].update(x="../x.safetensors")),
         "points to ../x.safetensors, which is not a file of its folder",
     ),
+    "an index with a name that no file can have": (
+        _edit(INDEX, lambda it: it["weight_map"].update(x="a\0b")),
+        "is not complete: model.safetensors.index.json names",
+    ),
     "an index that is none": (_edit(INDEX, lambda it: it.pop("weight_map")), "it has no weight_map"),
     "a symbolic link to itself": (_loop, "Too many levels of symbolic links"),
     "a file that is a symbolic link to itself": (
@@ -234,8 +238,11 @@ def test_a_family_that_no_backend_trains_is_refused_in_one_line(
     assert said.count("\n") == 1
 
 
-def test_an_import_looks_at_the_tokenizer_that_it_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "tokenizer.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000], ids=["cut off", "nested too deeply"])
+def test_an_import_looks_at_the_tokenizer_that_it_names(
+    text: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "tokenizer.json").write_text(text)
     assert main(["import-hf", str(folder)]) == 2
     said = capsys.readouterr()
     assert re.fullmatch(r"copus: data.tokenizer: .*tokenizer.json is not a tokenizer.json\n", said.err)

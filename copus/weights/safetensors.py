@@ -72,7 +72,7 @@ def _files_of(folder: Path) -> set[str]:
             raise JobError(f"{index} points to {file}, which is not a file of its folder")
         try:
             (folder / file).stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # no file can have a name with such characters
             raise JobError(f"{folder} is not complete: {INDEX} names {file}, which is not there") from None
     return files
 

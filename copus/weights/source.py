@@ -250,7 +250,7 @@ def tokens_of(path: Path) -> dict[str, int]:
         return tokens | {token["content"]: token["id"] for token in values.get("added_tokens") or []}
     except OSError as error:
         raise JobError(f"data.tokenizer: cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise JobError(f"data.tokenizer: {path} is not a tokenizer.json") from None
 
 
