@@ -220,7 +220,6 @@ def test_what_is_wrong_with_a_folder_of_experts_is_said_in_one_line(spoiled: str
             {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
             r"qk_norm\(projection\) is not supported by the megatron backend.*sliding_window\(8\)",
         ),
-        ("deepseek_v3", {}, r"model_type\(deepseek_v3\): the model section has no fields for the rotary scaling"),
         (
             "qwen2_moe",
             {},
