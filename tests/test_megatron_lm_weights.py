@@ -11,8 +11,10 @@ from copus.backends.megatron import cpu
 from copus.backends.megatron.model import transformer_config
 from copus.job import JobConfig, JobError
 from copus.weights.__main__ import export
+from copus.weights.export_megatron import weights_in_megatron
 from copus.weights.saved import read_source
 from copus.weights.source import Source, find_source
+from profiles.latent_attention import LatentAttention
 from profiles.layout import Layout
 from tests.pretrained import SEQ_LEN, VOCAB, open_folder, save_tiny, tokens
 from tests.ranks import run_ranks
@@ -111,3 +113,8 @@ def test_a_checkpoint_of_another_iteration_format_or_vocabulary_is_refused(tmp_p
     model = job_from(save_tiny("llama", tmp_path / "hf")).model
     with pytest.raises(JobError, match="experts of Megatron-LM's checkpoints are not read"):
         read_source(Source("megatron", tmp_path), model.model_copy(update={"experts": 4}))
+    latent = model.model_copy(update={"latent_attention": LatentAttention(kv_rank=8, rope_dim=4, value_dim=8)})
+    with pytest.raises(JobError, match="latent attention of Megatron-LM's checkpoints is not read"):
+        read_source(Source("megatron", tmp_path), latent)
+    with pytest.raises(ValueError, match="latent_attention is not exported to Megatron-LM"):
+        weights_in_megatron(latent)

@@ -43,6 +43,8 @@ def weights_in_megatron(model: ModelShape) -> Shapes:
     for name, usual in (("norm_position", "pre"), ("experts", 0)):
         if getattr(model, name) != usual:
             raise ValueError(f"model.{name}({getattr(model, name)}) is not exported to Megatron-LM: {usual} is")
+    if model.latent_attention is not None:
+        raise ValueError("model.latent_attention is not exported to Megatron-LM")
     if model.qk_norm == "projection":
         raise ValueError("model.qk_norm(projection) is not exported to Megatron-LM: none and head are")
     return dict(_weights(model))

@@ -57,6 +57,8 @@ def read_megatron(folder: Path, model: ModelShape, *, with_optimizer: bool = Fal
     """
     if model.experts:
         raise JobError(f"training.init_from({folder}): experts of Megatron-LM's checkpoints are not read")
+    if model.latent_attention is not None:
+        raise JobError(f"training.init_from({folder}): latent attention of Megatron-LM's checkpoints is not read")
     index = read_index(folder)
     if with_optimizer:
         _check_optimizer(folder, index)
