@@ -39,7 +39,7 @@ def predictions(job: JobConfig, candidates: list[Configuration]) -> list[dict[st
     if accelerator_file() is None:
         return [{} for _ in candidates]
     columns, precision = Configurations.of(candidates), job.training.precision
-    times = CostModel().predict(job.model, job.cluster, columns, precision)
+    times = CostModel(stack=job.training.implementation.stack).predict(job.model, job.cluster, columns, precision)
     peaks = MemoryModel().predict(job.model, columns, precision)
     chances = peaks.chance_to_fit(accelerator(job.cluster.accelerator).memory_bytes)
     return [

@@ -1,10 +1,14 @@
 """How well does the cost model predict published step times, from a tenth of a sweep's rows and from none?
 
-    python -m benchmarks.throughput --data DIR [--quick] [--json]
+    python -m benchmarks.throughput --data DIR [--in-use] [--quick] [--json]
 
-DIR has a `throughput.csv` (columns: docs/cost-model.md). A sweep is the rows with the same sweep_id, model, cluster and
-precision. Rows that their own publication flags as unreliable, or that reach less than 15 % of the peak, are not
-scored; the column `all` counts them in.
+DIR has a `throughput.csv` (columns: docs/cost-model.md), and may have a `moe_rows.csv` and a `zero_rows.csv`. A sweep
+is the rows with the same sweep_id, model, cluster, precision and software. Rows that their own publication flags as
+unreliable, or that reach less than 15 % of the peak, are not scored; the column `all` counts them in.
+
+What published runs say of the constants is learned anew for each sweep, without its source and without those that
+repeat its runs (`benchmarks.throughput_priors`); `known:` are the errors of the constants in use, which know it.
+`--in-use` judges these alone.
 
 The rows of a fit are chosen one after the other, as a profiler chooses them (`next_to_measure`); the errors are of the
 others. Regret is what the choice costs that the planner would make: for each global batch the least time, where rows of
@@ -25,11 +29,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import console_of, parser_of, tell
-from benchmarks.published import Published, Sweep, read
+from benchmarks.published import Published, Sweep, read_all
+from benchmarks.published_sources import family_of
+from benchmarks.throughput_priors import Tuner
 from planner.memory_check import LIKELY
 from profiles.accelerator import accelerator, memory_bytes
 from profiles.configurations import Configurations
 from profiles.cost import CostModel, Timings
+from profiles.cost.effects import Effects, precision_family
 from profiles.cost.residual import coordinates
 from profiles.cost.select import next_to_measure, select
 from profiles.memory import PYTORCH, MemoryModel
@@ -48,6 +55,8 @@ BASELINES = ("nearest_mape_pct", "nearest_regret_pct", "roofline_mape_pct", "roo
 TARGETS = {"one node": 8.0, "several nodes": 10.0}
 """Mean absolute percentage errors to reach with a fit."""
 
+MANY_ROWS = 5
+"""Scored rows from which on a source is more than an anecdote."""
 EQUAL = 1e-9
 """Share of a step by which two are equally fast."""
 
@@ -199,6 +208,7 @@ def score(sweep: Sweep, cost: CostModel) -> dict[str, Any] | None:
         return None
     count = max(LEAST, math.ceil(SHARE * size))
     none, nothing = with_rows(cost, t, 0)
+    known = judge(CostModel(stack=sweep.stack), t, nothing, likely(t))
     fit, chosen = with_rows(cost, t, count) if size > count else (None, nothing)
     everything = sweep.timings
     all_count = max(LEAST, math.ceil(SHARE * len(everything.step_seconds)))
@@ -206,6 +216,8 @@ def score(sweep: Sweep, cost: CostModel) -> dict[str, Any] | None:
     return {
         "sweep_id": sweep.sweep_id,
         "source_id": sweep.source_id,
+        "kind": sweep.kind,
+        "stack": sweep.stack,
         "model_parameters": t.model.parameters,
         "accelerator": t.cluster.accelerator,
         "precision": t.precision,
@@ -219,6 +231,8 @@ def score(sweep: Sweep, cost: CostModel) -> dict[str, Any] | None:
         "zero_shot_mape_pct": mape(none),
         "zero_shot_regret_pct": regret(none),
         "zero_shot_coverage_pct": coverage(none),
+        "known_mape_pct": mape(known),
+        "known_regret_pct": regret(known),
         **dict.fromkeys(BASELINES),
         **(naive("nearest", nearest(t, chosen), t, chosen) if fit else {}),
         **(naive("roofline", roofline(t, chosen), t, chosen) if fit else {}),
@@ -245,6 +259,8 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "regret_pct",
         "zero_shot_mape_pct",
         "zero_shot_regret_pct",
+        "known_mape_pct",
+        "known_regret_pct",
         *BASELINES,
         "zero_shot_roofline_mape_pct",
         "zero_shot_roofline_regret_pct",
@@ -261,6 +277,7 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     blind = [line for line in lines if line["zero_shot_regret_pct"] is not None]
     return means | {
         "sweeps": len(lines),
+        "rows": sum(line["rows"] for line in lines),
         "fitted_sweeps": len(fitted),
         "mape_within_target": sum(within),
         "regret_within_target": sum(line["regret_pct"] <= 2 for line in chosen),
@@ -272,21 +289,63 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def run(published: Published, quick: bool = False, cost: CostModel | None = None) -> dict[str, Any]:
-    """All sweeps; `quick` takes every fifth."""
+def run(published: Published, quick: bool = False, in_use: bool = False) -> dict[str, Any]:
+    """All sweeps; `quick` takes every fifth. Without `in_use` each is judged by what all other sources say."""
     sweeps = published.sweeps[::5] if quick else published.sweeps
-    lines = [line for sweep in sweeps if (line := score(sweep, cost or CostModel()))]
-    one, several = ([line for line in lines if (line["nodes"] == 1) == single] for single in (True, False))
-    sources = dict.fromkeys(line["source_id"] for line in lines)
+    others = {} if in_use else without_each_family(published.sweeps)
+    lines = [
+        line
+        for sweep in sweeps
+        if (line := score(sweep, CostModel(stack=sweep.stack, effects=others.get(family_of(sweep.source_id)))))
+    ]
+    dense = [line for line in lines if line["kind"] == "dense"]
+    one, several = ([line for line in dense if (line["nodes"] == 1) == single] for single in (True, False))
+    experts, zero = ([line for line in lines if line["kind"] == kind] for kind in ("experts", "zero"))
+    groups = {"one node": one, "several nodes": several, "all dense": dense, "experts": experts, "zero": zero}
+    sources = dict.fromkeys((line["kind"], line["source_id"]) for line in lines)
+    by_source = {
+        f"{kind} {source}": summary([line for line in lines if (line["kind"], line["source_id"]) == (kind, source)])
+        for kind, source in sources
+    }
+    precisions = dict.fromkeys(_place(line) for line in lines)
     return {
         "benchmark": "throughput",
         "quick": quick,
+        "left_out": not in_use,
         "file_rows": published.rows,
         "skipped": dict(published.skipped),
         "sweeps": lines,
-        "summary": {"one node": summary(one), "several nodes": summary(several), "all": summary(lines)},
-        "sources": {source: summary([line for line in lines if line["source_id"] == source]) for source in sources},
+        "summary": {name: summary(group) for name, group in groups.items() if group},
+        "sources": by_source,
+        "kinds": {
+            kind: of_kind({name: line for name, line in by_source.items() if name.startswith(kind)})
+            for kind in dict.fromkeys(line["kind"] for line in lines)
+        },
+        "precisions": {place: summary([line for line in lines if _place(line) == place]) for place in precisions},
     }
+
+
+def without_each_family(sweeps: list[Sweep]) -> dict[str, Effects]:
+    """What published runs say of the constants, without each family of sources in turn."""
+    tuner = Tuner(sweeps)
+    return {family: tuner.tune(family) for family in dict.fromkeys(tuner.families.tolist())}
+
+
+def _place(line: dict[str, Any]) -> str:
+    return f"{line['kind']} {line['accelerator']} {precision_family(line['precision'])}"
+
+
+def of_kind(sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Means over sources, all alike: over all of them, and over those with at least `MANY_ROWS` rows."""
+    many = {name: line for name, line in sources.items() if line["rows"] >= MANY_ROWS}
+
+    def means(lines: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        keys = ("zero_shot_mape_pct", "zero_shot_coverage_pct", "zero_shot_roofline_mape_pct", "known_mape_pct")
+        values = {key: _mean(list(lines.values()), key) for key in (*keys, "mape_pct", "coverage_pct")}
+        inside = [75 <= line["zero_shot_coverage_pct"] <= 85 for line in lines.values()]
+        return {"sources": len(lines), **values, "coverage_75_to_85": sum(inside)}
+
+    return {"all": means(sources), f"{MANY_ROWS} rows and more": means(many)}
 
 
 COLUMNS = {
@@ -303,6 +362,7 @@ COLUMNS = {
     "zero_shot_mape_pct": "0: MAPE",
     "zero_shot_regret_pct": "0: regret",
     "zero_shot_coverage_pct": "0: cover",
+    "known_mape_pct": "known: MAPE",
     "zero_shot_roofline_mape_pct": "0: roofline",
     "zero_shot_roofline_regret_pct": "regret",
     "mape_with_unreliable_pct": "all: MAPE",
@@ -322,7 +382,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         name = f"{line['sweep_id']} {line['precision']}"
         table.add_row(name, *(_cell(line[key]) for key in COLUMNS))
     console.print(table)
-    for title, groups in (("sources", result["sources"]), ("summary", result["summary"])):
+    titles = ("sources", "precisions", "summary")
+    for title, groups in ((title, result[title]) for title in titles):
         table = Table(title, "sweeps", *list(COLUMNS.values())[3:-1], title="means over sweeps; coverage over rows")
         for name, line in groups.items():
             table.add_row(name, str(line["sweeps"]), *(_cell(line[key]) for key in list(COLUMNS)[3:-1]))
@@ -337,7 +398,16 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{_cell(line['median_regret_pct'])}; with no row {_cell(line['median_zero_shot_mape_pct'])} and "
             f"{_cell(line['median_zero_shot_regret_pct'])}"
         )
-    console.print(f"rows of the file: {result['file_rows']}; not usable: {result['skipped']}")
+    for kind, groups in result["kinds"].items():
+        for name, line in groups.items():
+            console.print(
+                f"{kind}, sources alike, {name} ({line['sources']}): "
+                f"with no row MAPE {_cell(line['zero_shot_mape_pct'])} "
+                f"(roofline {_cell(line['zero_shot_roofline_mape_pct'])}, known {_cell(line['known_mape_pct'])}), "
+                f"intervals hold {_cell(line['zero_shot_coverage_pct'])}, 75 to 85 % in {line['coverage_75_to_85']}; "
+                f"with rows {_cell(line['mape_pct'])} and {_cell(line['coverage_pct'])}"
+            )
+    console.print(f"rows of the files: {result['file_rows']}; not usable: {result['skipped']}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -345,10 +415,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("throughput", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with throughput.csv")
     parser.add_argument("--quick", action="store_true", help="every fifth sweep")
+    parser.add_argument("--in-use", action="store_true", help="judge the constants in use, which know all sources")
     options = parser.parse_args(arguments)
     if not (options.data / "throughput.csv").is_file():
         parser.error(f"--data: {options.data / 'throughput.csv'} is not there")
-    result = run(read(options.data), options.quick)
+    result = run(read_all(options.data), options.quick, options.in_use)
     tell(result, show, options, console_of(options, width=200))
     return 0
 

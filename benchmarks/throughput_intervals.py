@@ -1,16 +1,18 @@
-"""How wide are intervals before any row? Where `Smoothness.blind_spread` and `blind_spread_of_nodes` come from.
+"""How wide are intervals before any row? Where the fields `blind_spread…` of `Smoothness` come from.
 
     python -m benchmarks.throughput_intervals --data DIR [--json]
 
 What priors and misses add up to is scaled so that the reliable rows of the published sweeps lie inside as often as they
-should, in the mean over sources: once for clusters of one node, once for several. Then every source is judged by the
-scale that the others ask for; rows are counted, too, by how much of their step the host's launches take.
+should, in the mean over sources: once for dense models on one node, once for those on several, and once for mixtures of
+experts. Each source is predicted from what all others say of the constants (`benchmarks.throughput_priors`), and then
+judged by the scale that the others ask for; rows are counted, too, by how much of their step the host's launches take.
 """
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,21 +21,30 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import console_of, parser_of, tell
-from benchmarks.published import Sweep, read
-from benchmarks.throughput import COVERAGE
+from benchmarks.published import Sweep, read_all
+from benchmarks.published_sources import family_of
+from benchmarks.throughput import COVERAGE, without_each_family
 from profiles.cost import CostModel
+from profiles.cost.effects import Effects
 from profiles.cost.residual import Smoothness
 
 SCALES = np.arange(0.2, 3.0, 0.01)
 """What is tried."""
 LAUNCHES = 0.2
 """Share of a step from which on the host's launches are much of it."""
+GROUPS = {
+    "one node": "blind_spread",
+    "several nodes": "blind_spread_of_nodes",
+    "experts": "blind_spread_of_experts",
+}
+"""Dense models on one node and on several, and mixtures of experts: fields of `Smoothness`."""
+NO_EFFECTS: Mapping[str, Effects] = MappingProxyType({})
 
 Floats = NDArray[np.float64]
 
 
 class Rows(NamedTuple):
-    """Of one source, on one node or on several."""
+    """Of one source, and of one of `GROUPS`."""
 
     misses: Floats
     """|logarithm of measured ÷ predicted|, over half of the interval that nothing scales."""
@@ -41,14 +52,22 @@ class Rows(NamedTuple):
     """Share of the step that the host's launches take, as predicted."""
 
 
-def rows_of(sweeps: Sequence[Sweep], how: Smoothness, one_node: bool) -> dict[str, Rows]:
-    """The reliable rows by source."""
-    cost = CostModel(how._replace(blind_spread=1.0, blind_spread_of_nodes=1.0))
+def group_of(sweep: Sweep) -> str:
+    """The field of `Smoothness` that is about it."""
+    if sweep.timings.model.experts:
+        return GROUPS["experts"]
+    return GROUPS["one node" if sweep.timings.cluster.nodes == 1 else "several nodes"]
+
+
+def rows_of(sweeps: Sequence[Sweep], how: Smoothness, group: str, others: Mapping[str, Effects]) -> dict[str, Rows]:
+    """The reliable rows by source; `others` is what all but each family of sources say of the constants."""
+    how = how._replace(**dict.fromkeys(GROUPS.values(), 1.0))
     by_source: defaultdict[str, list[Rows]] = defaultdict(list)
     for sweep in sweeps:
         t = sweep.timings.take(sweep.scored)
-        if (t.cluster.nodes == 1) != one_node or not len(t.step_seconds):
+        if group_of(sweep) != group or not len(t.step_seconds):
             continue
+        cost = CostModel(how, stack=sweep.stack, effects=others.get(family_of(sweep.source_id)))
         predicted = cost.predict(t.model, t.cluster, t.configurations, t.precision, coverage=COVERAGE)
         misses = np.abs(np.log(t.step_seconds / predicted.seconds)) / np.log(predicted.high / predicted.seconds)
         by_source[sweep.source_id].append(Rows(misses, predicted.breakdown["launch"] / predicted.seconds))
@@ -66,24 +85,27 @@ def scale_of(sources: Sequence[Rows]) -> float:
     return float(SCALES[np.argmin(np.abs(np.array(share) - COVERAGE))])
 
 
-def blind_spreads(sweeps: Sequence[Sweep], how: Smoothness) -> dict[str, float]:
-    """The two fields of `Smoothness`, for these sweeps; the one that they say nothing of stays."""
-    fields = {"blind_spread": True, "blind_spread_of_nodes": False}
-    rows_of_field = {name: list(rows_of(sweeps, how, one_node).values()) for name, one_node in fields.items()}
+def blind_spreads(
+    sweeps: Sequence[Sweep], how: Smoothness, others: Mapping[str, Effects] = NO_EFFECTS
+) -> dict[str, float]:
+    """The fields of `Smoothness`, for these sweeps; one that they say nothing of stays."""
+    rows_of_field = {field: list(rows_of(sweeps, how, field, others).values()) for field in GROUPS.values()}
     return {name: scale_of(rows) for name, rows in rows_of_field.items() if rows}
 
 
 def run(sweeps: Sequence[Sweep]) -> dict[str, Any]:
-    """For one node and for several."""
-    how = Smoothness()
+    """For each of `GROUPS`."""
+    how, others = Smoothness(), without_each_family(list(sweeps))
     result: dict[str, Any] = {"benchmark": "throughput_intervals", "nominal_coverage_pct": 100 * COVERAGE}
-    for name, in_use in (("one node", how.blind_spread), ("several nodes", how.blind_spread_of_nodes)):
-        sources = rows_of(sweeps, how, name == "one node")
+    for name, field in GROUPS.items():
+        in_use, sources = float(getattr(how, field)), rows_of(sweeps, how, field, others)
+        if not sources:
+            continue
         everything = Rows(*map(np.concatenate, zip(*sources.values(), strict=True)))
         lines = []
         for source, rows in sources.items():
-            others = [other_rows for other, other_rows in sources.items() if other != source]
-            scale = scale_of(others) if others else in_use
+            rest = [other_rows for other, other_rows in sources.items() if family_of(other) != family_of(source)]
+            scale = scale_of(rest) if rest else in_use
             lines.append(
                 {
                     "source_id": source,
@@ -114,8 +136,10 @@ def run(sweeps: Sequence[Sweep]) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Tables for people."""
-    for name in ("one node", "several nodes"):
-        entry = result[name]
+    for name in GROUPS:
+        entry = result.get(name)
+        if entry is None:
+            continue
         table = Table("source", "rows", "inside %", "scale of the others", "inside % with that", title=name)
         for line in entry["sources"]:
             table.add_row(
@@ -142,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("throughput_intervals", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with throughput.csv")
     options = parser.parse_args(arguments)
-    tell(run(read(options.data).sweeps), show, options, console_of(options))
+    tell(run(read_all(options.data).sweeps), show, options, console_of(options))
     return 0
 
 

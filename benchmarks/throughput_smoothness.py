@@ -22,11 +22,12 @@ from scipy.optimize import least_squares, minimize
 from benchmarks import throughput
 from benchmarks.command import console_of, parser_of, tell
 from benchmarks.published import Published, Sweep, read
-from benchmarks.throughput_intervals import blind_spreads
-from benchmarks.throughput_priors import GUESS, Tuner
+from benchmarks.throughput_intervals import NO_EFFECTS, blind_spreads
+from benchmarks.throughput_priors import Tuner
 from profiles.accelerator import accelerator
 from profiles.cost import CostModel
-from profiles.cost.constants import CONSTANTS, NAMES, prior
+from profiles.cost.constants import NAMES, prior
+from profiles.cost.effects import Effects
 from profiles.cost.model import jacobian
 from profiles.cost.residual import Smoothness, coordinates, covariance
 from profiles.cost.step_time import step_seconds
@@ -47,7 +48,7 @@ Floats = NDArray[np.float64]
 class _Rows:
     """Reliable rows of a sweep, at most `MOST_ROWS` of them."""
 
-    def __init__(self, sweep: Sweep, rng: np.random.Generator) -> None:
+    def __init__(self, sweep: Sweep, rng: np.random.Generator, effects: Effects | None) -> None:
         t = sweep.timings.take(sweep.scored)
         if len(t.step_seconds) > MOST_ROWS:
             t = t.take(np.sort(rng.choice(len(t.step_seconds), MOST_ROWS, replace=False)))
@@ -55,7 +56,7 @@ class _Rows:
         self.source = sweep.source_id
         self.logs = np.log(t.step_seconds)
         self.places = coordinates(t.model, t.cluster, t.configurations)
-        self._mean, self._sd = prior(device)
+        self._mean, self._sd = prior(device, sweep.stack, t.precision, effects)
         self._work: Work = work(t.model, t.cluster, device, t.configurations, t.precision)
 
     def linear(self, how: Smoothness) -> tuple[Floats, Floats]:
@@ -77,10 +78,10 @@ def _noisy(places: Floats, how: Smoothness) -> Floats:
     return covariance(places, places, how) + how.noise_sd**2 * np.eye(len(places))
 
 
-def smoothness(sweeps: list[Sweep], rounds: int = 2) -> Smoothness:
-    """The most probable one."""
+def smoothness(sweeps: list[Sweep], rounds: int = 2, effects: Effects | None = None) -> Smoothness:
+    """The most probable one, where published runs say `effects` of the constants (None: those in use)."""
     rng = np.random.default_rng(1)
-    rows = [_Rows(sweep, rng) for sweep in sweeps if sweep.scored.sum() >= LEAST_ROWS]
+    rows = [_Rows(sweep, rng, effects) for sweep in sweeps if sweep.scored.sum() >= LEAST_ROWS]
     counted = Counter(row.source for row in rows)
     weights = [counted[row.source] ** -0.5 for row in rows]
     how = Smoothness()
@@ -115,16 +116,14 @@ def run(published: Published, without: str) -> dict[str, Any]:
     apart = [bool(without) and sweep.source_id.startswith(without) for sweep in published.sweeps]
     used = [sweep for sweep, out in zip(published.sweeps, apart, strict=True) if not out]
     left = [sweep for sweep, out in zip(published.sweeps, apart, strict=True) if out]
-    usual = dict(CONSTANTS)
-    try:
-        if left and used:  # the means that the left out sources had no say in
-            for name, shift in zip(NAMES, Tuner(used).tune(), strict=True):
-                CONSTANTS[name] = usual[name]._replace(mean=float(GUESS[name] * np.exp(shift)))
-        how = smoothness(used)
-        how = how._replace(**blind_spreads(used, how))
-        lines = [line for sweep in left if (line := throughput.score(sweep, CostModel(how)))]
-    finally:
-        CONSTANTS.update(usual)
+    effects, others = None, NO_EFFECTS
+    if left and used:  # what the left out sources had no say in
+        effects, others = Tuner(used).tune(), throughput.without_each_family(used)
+    how = smoothness(used, effects=effects)
+    how = how._replace(**blind_spreads(used, how, others))
+    lines = [
+        line for sweep in left if (line := throughput.score(sweep, CostModel(how, stack=sweep.stack, effects=effects)))
+    ]
     return {
         "benchmark": "throughput_smoothness",
         "without": without,

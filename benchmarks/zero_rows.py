@@ -3,7 +3,8 @@
     python -m benchmarks.zero_rows --data DIR [--json]
 
 DIR has `zero_rows.csv`: published runs of DeepSpeed's ZeRO and of FSDP, some with the optimizer offloaded. The memory
-model is told which of the two ran, as the backends' descriptions tell it; neither model has seen a row of the file.
+model is told which of the two ran, as the backends' descriptions tell it, and has seen no row of the file. What the
+cost model knows of software stacks was learned from these rows too: `benchmarks.throughput` leaves each source out.
 Needs no accelerator; takes seconds.
 """
 
@@ -81,7 +82,7 @@ def time_rows(folder: Path) -> list[dict[str, Any]]:
     times = []
     for sweep in read(folder, NAME).sweeps:
         timings = sweep.timings.take(sweep.scored)
-        seen = CostModel().predict(
+        seen = CostModel(stack=sweep.stack).predict(
             timings.model, timings.cluster, timings.configurations, timings.precision, coverage=COVERAGE
         )
         for index, seconds in enumerate(timings.step_seconds):

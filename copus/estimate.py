@@ -21,14 +21,23 @@ def predictor_of(job: JobConfig, rows: Iterable[Measurement], *, use_cost_model:
     return Predictor.from_rows(**_settings(job), rows=rows, use_cost_model=use_cost_model)
 
 
-def estimate_of(job: JobConfig) -> "JobEstimate":
-    """Estimate every candidate of a job. Raises JobError for a table that cannot be read and for a cluster that nothing
-    is known about."""
-    from planner.job_estimate import estimate_job
+def estimate_of(job: JobConfig, stack: str | None = None) -> "JobEstimate":
+    """Estimate every candidate of a job; times without a row are those of its backend's software, or of `stack`.
 
+    Raises JobError for a table that cannot be read, for a cluster that nothing is known about, and for software that no
+    published run is with.
+    """
+    from planner.job_estimate import estimate_job
+    from profiles.cost.effects import stacks
+
+    settings = _settings(job)
+    if stack is not None:
+        if stack not in stacks():
+            raise JobError(f"--stack({stack}): no published run is with it; expected one of {', '.join(stacks())}")
+        settings["implementation"] = settings["implementation"].model_copy(update={"stack": stack})
     rows = rows_of_table(job)
     try:
-        return estimate_job(**_settings(job), table=rows)
+        return estimate_job(**settings, table=rows)
     except ValueError as error:
         raise JobError(f"cluster.{error}") from None
 

@@ -174,6 +174,12 @@ def data(job: str, overrides: Sequence[str], verify: bool, as_json: bool) -> int
     multiple=True,
     help="Plan for this backend instead of training.backend. Repeatable: several are compared in one table.",
 )
+@click.option(
+    "--stack",
+    metavar="NAME",
+    help="Predict times as of this software, not as of the backend: megatron-te (with Transformer Engine), megatron, "
+    "megatron-deepspeed, nanotron, fsdp or deepspeed.",
+)
 @click.option("--all", "all_candidates", is_flag=True, help="Show every candidate, not only the fastest of each batch.")
 @click.option(
     "--emit",
@@ -187,6 +193,7 @@ def plan(
     overrides: Sequence[str],
     price: float | None,
     backend: Sequence[str],
+    stack: str | None,
     all_candidates: bool,
     emit: str | None,
     as_json: bool,
@@ -199,15 +206,16 @@ def plan(
     if len(backend) > 1:
         from launch.plan_backends import plan_backends
 
-        if all_candidates or price is not None or emit is not None:
+        if all_candidates or price is not None or emit is not None or stack is not None:
             raise click.UsageError(
-                "--all, --price and --emit go with one --backend: several are compared by their fastest layouts"
+                "--all, --price, --stack and --emit go with one --backend: several are compared by their fastest "
+                "layouts"
             )
         return plan_backends(job, list(overrides), list(backend), as_json=as_json)
     from launch.plan import plan
 
     only = backend[0] if backend else None
-    return plan(job, list(overrides), price, only, emit, as_json=as_json, all_candidates=all_candidates)
+    return plan(job, list(overrides), price, only, emit, stack, as_json=as_json, all_candidates=all_candidates)
 
 
 @copus.group(section=BEFORE, cls=CommandGroup, examples=["copus profile run examples/shakespeare.yaml"])

@@ -32,12 +32,14 @@ def plan(
     price_per_hour: float | None = None,
     backend: str | None = None,
     tool: str | None = None,
+    stack: str | None = None,
     *,
     as_json: bool = False,
     all_candidates: bool = False,
 ) -> int:
-    """Print what is expected of a job file; `price_per_hour` is that of one accelerator, `backend` replaces the job's,
-    and with `tool` the best run is printed as that tool's arguments. Raises JobError if nothing can be expected."""
+    """Print what is expected of a job file. `price_per_hour` is that of one accelerator, `backend` replaces the job's,
+    `stack` is the software whose published runs predictions are like, and with `tool` the best run is printed as that
+    tool's arguments. Raises JobError if nothing can be expected."""
     if tool is not None:
         check_tool(tool, {"--json": as_json, "--all": all_candidates, "--price": price_per_hour is not None})
     job = load_job(job_file, overrides, notice=lambda line: print(line, file=sys.stderr), planned_only=True)
@@ -45,7 +47,7 @@ def plan(
         job = on_backend(job, backend)
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise JobError(f"--price({price_per_hour}): expected the price of an accelerator-hour, at least 0")
-    estimate = estimate_of(job)
+    estimate = estimate_of(job, stack)
     if tool is not None:
         emit(job, estimate, tool)
         return 0

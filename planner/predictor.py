@@ -151,7 +151,12 @@ class Predictor:
         if use_cost_model:
             with contextlib.suppress(ValueError):  # an accelerator or a precision that nothing is known about
                 smoothness = Smoothness(noise_sd=measurement_error(rows))
-                cost = CostModel(smoothness, optimizer=implementation.optimizer, context=implementation.context)
+                cost = CostModel(
+                    smoothness,
+                    optimizer=implementation.optimizer,
+                    stack=implementation.stack,
+                    context=implementation.context,
+                )
                 cost = cost.fit(Timings.of(rows, cluster))
                 everything = list(dict.fromkeys([*asked, *halves]))
                 predicted = predict_unmeasured(cost, model, cluster, precision, everything, rows)

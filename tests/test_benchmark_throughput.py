@@ -2,30 +2,35 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from benchmarks import planner_speed, throughput, throughput_smoothness
 from benchmarks.published import read
-from benchmarks.throughput_intervals import Rows, blind_spreads, covered, scale_of
-from benchmarks.throughput_priors import Tuner
+from benchmarks.published_sources import family_of, stack_of
+from benchmarks.throughput_intervals import GROUPS, Rows, blind_spreads, covered, scale_of
+from benchmarks.throughput_priors import BETWEEN, Tuner, write
 from profiles.cost import CostModel
-from profiles.cost.constants import CONSTANTS, NAMES
+from profiles.cost.constants import CONSTANTS
+from profiles.cost.effects import Effects
 from profiles.cost.residual import Smoothness
 
+STACK = "fsdp"
 SHAPE = {"layers": 12, "hidden": 1024, "ffn_hidden": 4096, "gated_mlp": "no", "heads": 16, "kv_heads": 16}
 BASE = {"source_id": "lab", "sweep_id": "lab-8g", "system": "dgx a100-sxm-80g", "gpus": 8, "gpus_per_node": 8}
 BASE |= {"precision": "bf16", "seq_len": 1024, "vocab": 50257, "tied_embeddings": "", "grad_accum": "", "vp": ""}
-BASE |= {"cp": 1, "ep": "", "sequence_parallel": "no", "recompute": "full", "sharding": "zero1", "quality": "ok"}
+BASE |= {"cp": 1, "ep": "", "sequence_parallel": "no", "recompute": "full", "sharding": "fsdp zero1", "quality": "ok"}
 BASE |= {"tokens_per_s_per_gpu": "", "mfu": ""} | SHAPE
 
 
 def folder_of(rows: list[dict[str, object]], at: Path) -> Path:
     """A folder with these rows as `throughput.csv`."""
     with (at / "throughput.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*BASE, "tp", "pp", "dp", "mbs", "gbs", "step_time_s"])
+        writer = csv.DictWriter(file, [*BASE, "model_name", "tp", "pp", "dp", "mbs", "gbs", "step_time_s"])
         writer.writeheader()
         writer.writerows(rows)
     return at
@@ -48,7 +53,9 @@ def folder(tmp_path: Path) -> Path:
     """A sweep whose times are the model's, 20 % slower; then one bad row and seven that cannot be used."""
     rows = sweep()
     timings = read(folder_of(rows, tmp_path)).sweeps[0].timings
-    seconds = 1.2 * CostModel().predict(timings.model, timings.cluster, timings.configurations, "bf16").seconds
+    seconds = (
+        1.2 * CostModel(stack=STACK).predict(timings.model, timings.cluster, timings.configurations, "bf16").seconds
+    )
     rows = [row | {"step_time_s": float(t)} for row, t in zip(rows, seconds, strict=True)]
     rows.append(rows[0] | {"step_time_s": 999.0, "quality": "near-oom(>=74GB)", "mbs": 8})
     rows += [rows[0] | {"hidden": ""}, rows[0] | {"gbs": 7, "dp": 8}, rows[0] | {"step_time_s": ""}]
@@ -72,8 +79,51 @@ def test_rows_are_read_or_counted(folder: Path) -> None:
     assert (found.timings.configurations.vp == 1).all()
 
 
+def test_a_mixture_of_experts_has_its_shape_from_beside_the_rows(tmp_path: Path) -> None:
+    shape = {"name": "Tiny-MoE", "layers": 4, "hidden": 256, "ffn_hidden": 1024, "first_k_dense": 1, "mtp_layers": 1}
+    shape |= {"moe_ffn_hidden": 128, "experts": 8, "experts_per_token": 2, "shared_expert_ffn_hidden": 128}
+    shape |= {"heads": 4, "kv_heads": 4, "head_dim": 64, "vocab": 1000, "gated_mlp": True, "tied_embeddings": False}
+    shape |= {"attention": {"kind": "GQA"}, "mamba": None}
+    (tmp_path / "model_shapes.json").write_text(json.dumps({"models": {"tiny": shape}}))
+    row = BASE | {"source_id": "megatron-bridge", "model_name": "tiny", "layers": "", "hidden": "", "heads": ""}
+    row |= {"tp": 2, "pp": 1, "dp": 4, "ep": 8, "mbs": 1, "gbs": 8, "step_time_s": 1.0, "sequence_parallel": ""}
+    row |= {"recompute": "selective (norm, moe_act)", "sharding": ""}
+    (found,) = read(folder_of([row], tmp_path)).sweeps
+    assert (found.kind, found.stack) == ("experts", "megatron-te")
+    model, configuration = found.timings.model, found.timings.configurations[0]
+    assert (model.layers, model.dense_layers, model.expert_width, model.experts) == (5, 1, 128, 8)
+    layout = configuration.layout
+    assert layout.ep == 4, "on eight ranks, of which each pair shares its experts here"
+    assert layout.sequence_parallel
+    assert (layout.zero, layout.recompute) == (1, "none"), "norms and activations are next to nothing"
+
+
+@pytest.mark.parametrize(
+    ("source", "sharding", "stack"),
+    [
+        ("ultrascale-tp", "zero0", "nanotron"),
+        ("megatron-sc21-t2", "none", "megatron"),
+        ("megatron-sc21-t2", "zero3", "deepspeed"),
+        ("dgxc", "", "megatron-te"),
+        ("somebody", "fsdp2 (zero3)", "fsdp"),
+        ("somebody", "zero3 + optimizer offload", "deepspeed"),
+        ("somebody", "", None),
+    ],
+)
+def test_the_software_of_a_row_is_told_by_its_source_or_its_sharding(
+    source: str, sharding: str, stack: str | None
+) -> None:
+    assert stack_of({"source_id": source, "sharding": sharding}) == stack
+
+
+def test_sources_that_repeat_each_other_are_left_out_together() -> None:
+    assert family_of("megatron-bridge-cards") == family_of("megatron-bridge")
+    assert family_of("mcore-moe-report") == family_of("megatron-moe-modelzoo") != family_of("megatron-bridge")
+    assert family_of("somebody") == "somebody"
+
+
 def test_scores_are_what_they_say(folder: Path) -> None:
-    result = throughput.run(read(folder))
+    result = throughput.run(read(folder), in_use=True)
     (line,) = result["sweeps"]
     assert line["rows"] == len(sweep())
     assert line["fitted_rows"] == 4
@@ -105,7 +155,9 @@ def test_regret_is_the_time_lost_by_the_choice(folder: Path) -> None:
 
 def test_it_prints_one_object(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert throughput.main(["--data", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["benchmark"] == "throughput"
+    result = json.loads(capsys.readouterr().out)
+    assert (result["benchmark"], result["left_out"]) == ("throughput", True)
+    assert result["kinds"]["dense"]["all"]["sources"] == 1
     with pytest.raises(SystemExit):
         throughput.main(["--data", str(folder / "nowhere")])
 
@@ -117,11 +169,32 @@ def test_the_whole_space_is_planned() -> None:
     assert (found.accelerators == planner_speed.CLUSTER.accelerators).all()
 
 
-def test_prior_means_follow_the_rows_but_not_those_left_out(folder: Path) -> None:
+def test_medians_follow_the_rows_but_not_those_left_out(folder: Path) -> None:
     tuner = Tuner(read(folder).sweeps)
     tuned, untouched = tuner.tune(), tuner.tune("lab")
-    assert tuner.mapes(tuned)[0] < tuner.mapes(np.zeros(len(NAMES)))[0] / 1.5
-    np.testing.assert_allclose(untouched, 0, atol=1e-6)
+    assert tuner.mapes(tuned)[0] < tuner.mapes(Effects())[0] / 1.5
+    assert untouched.constants == pytest.approx({name: c.mean for name, c in CONSTANTS.items()}, rel=1e-4)
+    assert untouched.levels == {"stack": {}, "precision": {}, "accelerator": {}}, (
+        "of what no row is from nothing is said"
+    )
+
+
+def test_what_differs_between_two_stacks_is_taken_for_theirs(tmp_path: Path) -> None:
+    rows = [row | {"source_id": name, "sharding": f"{name} zero1"} for name in ("fsdp", "zero1") for row in sweep()]
+    sweeps = read(folder_of(rows, tmp_path)).sweeps
+    for one, factor in zip(sweeps, (0.8, 1.25), strict=True):
+        t = one.timings
+        seconds = factor * CostModel(effects=Effects()).predict(t.model, t.cluster, t.configurations, "bf16").seconds
+        one.timings = replace(t, step_seconds=seconds)
+    effects = Tuner(sweeps).tune()
+    fast, slow = (effects.levels["stack"][name]["products"] for name in ("fsdp", "deepspeed"))
+    assert fast.multiplier < 1 < slow.multiplier
+    assert fast.log_sd < BETWEEN["stack"]["products"], "rows of it make it better known than a stack never seen"
+    written = tmp_path / "effects.yaml"
+    write(effects, written)
+    groups = yaml.safe_load(written.read_text())
+    assert groups["stack"]["fsdp"]["products"] == pytest.approx(list(fast), rel=0.01)
+    assert groups["constants"]["products"] == pytest.approx(effects.constants["products"], rel=0.01)
 
 
 def test_widths_are_what_the_sources_ask_for_each_counting_the_same() -> None:
@@ -140,14 +213,12 @@ def test_widths_are_what_the_sources_ask_for_each_counting_the_same() -> None:
 def test_widths_are_found_for_clusters_that_there_are(folder: Path) -> None:
     found = blind_spreads(read(folder).sweeps, Smoothness())
     assert found
-    assert set(found) <= {"blind_spread", "blind_spread_of_nodes"}
+    assert set(found) <= set(GROUPS.values())
     assert all(0.2 <= scale < 3 for scale in found.values())
 
 
 def test_smooth_rows_have_small_misses_and_what_is_left_out_is_scored(folder: Path) -> None:
     found = throughput_smoothness.smoothness(read(folder).sweeps, rounds=1)
     assert found.shape_sd < Smoothness().shape_sd
-    before = dict(CONSTANTS)
     result = throughput_smoothness.run(read(folder), "lab")
     assert result["left_out"]["lab"]["fitted_sweeps"] == 1
-    assert before == CONSTANTS

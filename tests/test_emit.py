@@ -290,3 +290,17 @@ def test_deepspeed_takes_the_configuration(job_file: Path) -> None:
 def test_emit_goes_with_one_backend(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(job_file), "--backend", "megatron", "--backend", "fsdp", "--emit", "megatron"]) == 2
     assert "--emit go with one --backend" in capsys.readouterr().err
+
+
+def test_a_plan_is_for_the_software_that_is_named(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = load_job(job_file, ["cluster.accelerator=h100-sxm", "training.precision=bf16"])
+    own, engine = estimate_of(job), estimate_of(job, "megatron-te")
+    assert any("published runs with megatron" in words for words in own.predictor.assumptions)
+    assert any("published runs with megatron-te" in words for words in engine.predictor.assumptions)
+    assert own.start.step_seconds != engine.start.step_seconds
+    assert main(["plan", str(job_file), "--stack", "megatron-tea"]) == 2
+    error = capsys.readouterr().err
+    assert "--stack(megatron-tea)" in error
+    assert "megatron-te," in error
+    assert main(["plan", str(job_file), "--backend", "megatron", "--backend", "fsdp", "--stack", "fsdp"]) == 2
+    assert "go with one --backend" in capsys.readouterr().err

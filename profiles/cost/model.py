@@ -12,6 +12,7 @@ from profiles.accelerator import Accelerator, accelerator, link
 from profiles.cluster import Cluster
 from profiles.configurations import Configurations
 from profiles.cost.constants import NAMES, prior
+from profiles.cost.effects import Effects, stacks
 from profiles.cost.errors import Errors
 from profiles.cost.residual import Smoothness, coordinates, covariance
 from profiles.cost.step_time import parts, step_seconds
@@ -70,17 +71,21 @@ class CostModel:
         smoothness: Smoothness | None = None,
         *,
         optimizer: OptimizerState | None = None,
+        stack: str | None = None,
+        effects: Effects | None = None,
         context: ContextExchange = "ring",
         inside_node: str | None = None,
         between_nodes: str | None = None,
     ) -> None:
-        """`optimizer` is what the update reads and writes (None: AdamW's), `context` how context parallel ranks
-        exchange keys and values. `inside_node` and `between_nodes` (names in `links.yaml`) replace the links in the
-        accelerators' files.
+        """`optimizer` is what the update reads and writes (None: AdamW's). `stack` is the software that trains, one of
+        `profiles.cost.effects.stacks()`; of None or another one nothing is known. `effects` replace what is known of
+        stacks, precisions and accelerators. `context` is how context parallel ranks exchange keys and values.
+        `inside_node` and `between_nodes` (names in `links.yaml`) replace the links in the accelerators' files.
 
         Raises ValueError for a link that is not there.
         """
         self._how = smoothness or Smoothness()
+        self._stack, self._effects = stack, effects
         self._optimizer = optimizer or OptimizerState()
         self._context = context
         self._links = {
@@ -100,7 +105,9 @@ class CostModel:
         launch and optimizer, and nothing of the network but what scales all times (`time_scale`). Raises ValueError for
         a time that is not positive and finite.
         """
-        fitted = CostModel(self._how, optimizer=self._optimizer, context=self._context)
+        fitted = CostModel(
+            self._how, optimizer=self._optimizer, stack=self._stack, effects=self._effects, context=self._context
+        )
         fitted._links = self._links
         informative = [timing for timing in timings if len(timing.step_seconds)]
         if not informative:
@@ -115,9 +122,12 @@ class CostModel:
             ]
         )
         means = np.concatenate(
-            [np.tile(self._prior(timing.cluster)[0], (len(timing.step_seconds), 1)) for timing in informative]
+            [
+                np.tile(self._prior(timing.cluster, timing.precision)[0], (len(timing.step_seconds), 1))
+                for timing in informative
+            ]
         )
-        sd = self._prior(informative[0].cluster)[1]
+        sd = self._prior(informative[0].cluster, informative[0].precision)[1]
         shard = np.concatenate([np.full(len(timing.step_seconds), timing.shard) for timing in informative])
         logs = np.log(seconds)
         places = np.concatenate(
@@ -150,7 +160,11 @@ class CostModel:
         steps = np.flatnonzero(~shard)
         among = cho_solve(cho_factor(noisy[np.ix_(steps, steps)]), residual[steps]) if shard.any() else solved
         misfit = float(residual[steps] @ among + best.x @ best.x)
-        spread = np.sqrt((self._how.freedom + misfit) / (self._how.freedom + len(steps))) if len(steps) else 1.0
+        spread = np.sqrt((self._how.freedom + misfit) / (self._how.freedom + len(steps)))
+        if not len(steps):
+            first = informative[0]
+            # As wide as before them; of CPU cores, whose file is a guess, as wide as believed.
+            spread = self._blind_spread(first.model, first.cluster) if self._device(first.cluster).rated else 1.0
         fitted._rows = _Rows(places, residual, moves, solved, whole, float(spread), int(shard.sum()))
         return fitted
 
@@ -159,9 +173,9 @@ class CostModel:
         """Rows that it was fitted to."""
         return len(self._rows.residual) if self._rows else 0
 
-    def constants(self, cluster: Cluster) -> dict[str, float]:
-        """The constants, for the cluster's accelerator."""
-        mean, sd = self._prior(cluster)
+    def constants(self, cluster: Cluster, precision: str = "bf16") -> dict[str, float]:
+        """The constants, for the cluster's accelerator and a precision."""
+        mean, sd = self._prior(cluster, precision)
         return dict(zip(NAMES, np.exp(mean + sd * self._z).tolist(), strict=True))
 
     def predict(
@@ -195,7 +209,7 @@ class CostModel:
     def _piece(
         self, model: ModelShape, cluster: Cluster, c: Configurations, precision: str, coverage: float | None
     ) -> Predicted:
-        mean, sd = self._prior(cluster)
+        mean, sd = self._prior(cluster, precision)
         done = self._work(model, cluster, c, precision)
         breakdown = parts(done, mean + sd * self._z)
         seconds: Floats = sum(breakdown.values(), start=np.zeros(len(c)))
@@ -206,23 +220,30 @@ class CostModel:
         if coverage is None:
             nothing = np.full(len(c), np.nan)
             return Predicted(seconds, nothing, nothing, breakdown, ())
-        half = self._errors(done, model, cluster, c).half_widths(coverage)
+        half = self._errors(done, model, cluster, c, precision).half_widths(coverage)
         return Predicted(seconds, seconds * np.exp(-half), seconds * np.exp(half), breakdown, ())
 
     def errors(self, model: ModelShape, cluster: Cluster, configurations: Configurations, precision: str) -> Errors:
         """How wrong the predictions of N configurations may be, and how alike, as far as the rows of the fit do not
         tell."""
-        return self._errors(self._work(model, cluster, configurations, precision), model, cluster, configurations)
+        done = self._work(model, cluster, configurations, precision)
+        return self._errors(done, model, cluster, configurations, precision)
 
-    def _errors(self, done: Work, model: ModelShape, cluster: Cluster, c: Configurations) -> Errors:
-        mean, sd = self._prior(cluster)
+    def _errors(self, done: Work, model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Errors:
+        mean, sd = self._prior(cluster, precision)
         own, places, rows = jacobian(done, mean, sd, self._z), coordinates(model, cluster, c), self._rows
         if not rows:
-            spread = self._how.blind_spread if cluster.nodes == 1 else self._how.blind_spread_of_nodes
-            return Errors(self._how, own, places, spread, self._how.freedom)
+            return Errors(self._how, own, places, self._blind_spread(model, cluster), self._how.freedom)
         across = own @ rows.jacobian.T + covariance(places, rows.places, self._how)
         freedom = self._how.freedom + len(rows.residual) - rows.shards
         return Errors(self._how, own, places, rows.spread, freedom, across, cho_solve(rows.whole, across.T))
+
+    def _blind_spread(self, model: ModelShape, cluster: Cluster) -> float:
+        if not self._device(cluster).rated:
+            return self._how.blind_spread_of_cores
+        if model.experts:
+            return self._how.blind_spread_of_experts
+        return self._how.blind_spread if cluster.nodes == 1 else self._how.blind_spread_of_nodes
 
     @property
     def smoothness(self) -> Smoothness:
@@ -232,8 +253,8 @@ class CostModel:
     def _device(self, cluster: Cluster) -> Accelerator:
         return accelerator(cluster.accelerator).model_copy(update=self._links)
 
-    def _prior(self, cluster: Cluster) -> tuple[Floats, Floats]:
-        return prior(self._device(cluster))
+    def _prior(self, cluster: Cluster, precision: str) -> tuple[Floats, Floats]:
+        return prior(self._device(cluster), self._stack, precision, self._effects)
 
     def _work(self, model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Work:
         return work(model, cluster, self._device(cluster), c, precision, self._optimizer, self._context)
@@ -246,9 +267,17 @@ class CostModel:
             "causal attention; ranks in the order tensor, context, data, pipeline; all nodes alike",
             self._learned_from(),
         ]
+        if device.rated:
+            said.append(self._stack_in_words())
         if model.experts:
             said.append("tokens spread evenly over the experts")
         return tuple(said)
+
+    def _stack_in_words(self) -> str:
+        if self._stack in stacks():
+            return f"software as in published runs with {self._stack}"
+        name = f" ({self._stack})" if self._stack else ""
+        return f"software that no published run is with{name}: the mean of all, and wider intervals"
 
     def _learned_from(self) -> str:
         if not self._rows:

@@ -46,11 +46,15 @@ class Smoothness(NamedTuple):
     """Doublings of nodes, width, depth and sequence length."""
     freedom: float = 4.0
     """Rows that the assumed size of misses is worth: how soon the rows' own misses set the width of intervals."""
-    blind_spread: float = 0.52
+    blind_spread: float = 0.75
     """Width of intervals on one node before any row, over what priors and misses add up to. With it the published
-    sweeps, every source counting the same, lie in their intervals as often as they should."""
-    blind_spread_of_nodes: float = 0.9
-    """The same on several nodes, whose network is not in any data sheet: other jobs, congestion, slow nodes."""
+    sweeps, every source counting the same and predicted without it, lie in their intervals as often as they should."""
+    blind_spread_of_nodes: float = 0.54
+    """The same on several nodes."""
+    blind_spread_of_experts: float = 1.2
+    """The same of mixtures of experts, on any number of nodes: their software gets faster from release to release."""
+    blind_spread_of_cores: float = 0.52
+    """The same of CPU cores, of which nothing was published: their file's priors are for this width."""
 
 
 _BATCH, _FLAGS, _SIZES, _SHAPE = (

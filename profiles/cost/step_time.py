@@ -26,17 +26,18 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     k = dict(zip(NAMES, np.exp(log_constants), strict=True))
     k |= {name: np.minimum(k[name], 1.0) for name in ("dp_overlap", "weights_overlap", "gather_overlap")}
     drag = 1 + k["stragglers"] * w.nodes
+    attention = k["attention"] * (w.layer_attention + k["attention_tokens"] * w.layer_attention_token)
     compute = drag * (
         k["products"] * w.layer_products
         + k["half_speed_dimension"] * w.layer_operands
-        + k["attention"] * w.layer_attention
+        + attention
         + k["elementwise"] * w.layer_elementwise
     )
     tp = k["tp_traffic"] * w.layer_tp + k["tp_latency_seconds"] * w.layer_tp_messages
     crowd = np.exp2(k["congestion"] * w.congestion)
     dp_rate = k["dp_traffic"] * crowd
     cp = _exposed(k["tp_traffic"] * w.layer_cp, k["attention"] * w.layer_cp_cover)
-    ep = k["tp_traffic"] * w.layer_ep
+    ep = k["ep_traffic"] * w.layer_ep
     gather = _exposed(dp_rate * w.layer_gather, k["gather_overlap"] * (compute + tp))
     layer = compute + tp + cp + ep + gather
     head = drag * (
@@ -44,7 +45,11 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
         + k["half_speed_dimension"] * w.head_operands
         + k["elementwise"] * w.head_elementwise
     )
-    host_layer = w.passes * (k["layer_launch_seconds"] + k["pipeline_launch_seconds"] * w.staged_tp)
+    host_layer = w.passes * (
+        k["layer_launch_seconds"]
+        + k["expert_launch_seconds"] * w.expert_share
+        + k["pipeline_launch_seconds"] * w.staged_tp
+    )
     host_batch = k["microbatch_launch_seconds"]
     p2p, mean_p2p = (
         k["p2p_traffic"] * traffic + k["p2p_latency_seconds"] * w.p2p_messages for traffic in (w.p2p, w.p2p_mean)

@@ -37,6 +37,8 @@ PASSES_OF_A_NORM = 2.0
 """Passes over the residual stream per norm."""
 SPLIT_PASSES = 6.0
 """The same inside the tensor parallel region, by rotary positions and copies of heads."""
+PERMUTE_PASSES = 4.0
+"""Reads and writes of a token's copies for its experts: into their order, and back."""
 BACKWARD = 2.0
 """Work of a backward pass over that of a forward pass."""
 
@@ -64,6 +66,8 @@ class Work:
     """Layers of the fullest stage."""
     last_layers: Floats
     """Layers of the last stage, which has the output layer too."""
+    expert_share: Floats
+    """Share of the layers that have experts."""
     passes: Floats
     """Forward passes' worth of kernels launched for a layer: 2, or 3 where the forward pass is recomputed."""
     staged_tp: Floats
@@ -75,6 +79,8 @@ class Work:
     is (1/m + 1/n + 1/k) of its operations' time."""
     layer_attention: Floats
     """Scores and their product with the values: causal operations ÷ peak."""
+    layer_attention_token: Floats
+    """The same for one more token of context: what a kernel does for every query, however short its context."""
     layer_elementwise: Floats
     """Everything else: bytes ÷ memory bandwidth."""
     layer_tp: Floats
@@ -172,10 +178,13 @@ def work(
     causal = (
         2 * tokens * model.seq_len * model.attention_width / tp
     )  # all scores, also where a window hides some: the kernels skip none
+    causal_token = 2 * tokens * model.attention_width / tp
     split = np.where(c.sequence_parallel, tp, 1.0)
     passes_whole = NORM_PASSES + PASSES_OF_A_NORM * (model.norms_per_layer - 2)
     passes_split = SPLIT_PASSES * q + PASSES_OF_A_NORM * (q + kv) * (model.qk_norm != "none")
+    sorted_tokens = PERMUTE_PASSES * chosen * h / tp
     elementwise = HALF * tokens * (passes_whole * h / split + (passes_split + (1 + 2 * gates) * width) / tp)
+    elementwise = elementwise + HALF * tokens * sorted_tokens
 
     forward = 1 + again + BACKWARD
     passes = 2 + again
@@ -228,11 +237,13 @@ def work(
         layers=layers * ones,
         stage_layers=stage_layers,
         last_layers=last_layers,
+        expert_share=moe * ones,
         passes=passes,
         staged_tp=np.where(pp > 1, np.log2(tp), 0.0),
         layer_products=products * forward / peak,
         layer_operands=operands * forward / device.peak(wide),
         layer_attention=attention,
+        layer_attention_token=causal_token * (1 + attention_again + BACKWARD) / device.peak(wide),
         layer_elementwise=elementwise * forward / memory,
         layer_tp=collectives * hidden_bytes * 2 * (tp - 1) / tp / tp_link,
         layer_tp_messages=collectives,
@@ -242,7 +253,9 @@ def work(
         * (kv_bytes * (cp - 1))
         / (sheet.ring_pass(cp, tp) if context == "ring" else sheet.bus(cp, tp)),
         layer_cp_cover=attention if context == "ring" else 0 * ones,
-        layer_ep=2 * passes * ep_bytes / sheet.all_to_all(ep, tp) if model.experts else 0 * ones,  # there and back
+        layer_ep=2 * passes * ep_bytes / sheet.all_to_all(ep, tp, chosen)
+        if model.experts
+        else 0 * ones,  # there and back
         layer_gather=gather,
         head_products=(1 + BACKWARD) * head / peak,
         head_operands=(1 + BACKWARD) * head_operands / device.peak(wide),
@@ -283,11 +296,15 @@ class _Links:
         wait for that."""
         return np.where(self._in_a_node(size, stride), self.inside, min(self.between, self.inside))
 
-    def all_to_all(self, size: Floats, stride: Floats) -> Floats:
-        """Of equal parts to all others: those for other nodes go through a rank's own link, beside those that stay."""
+    def all_to_all(self, size: Floats, stride: Floats, copies: float) -> Floats:
+        """Of tokens that go to `copies` of the others, spread evenly: those for other nodes go through a rank's own
+        link, once for each node, beside those that stay."""
         others = np.maximum(size - 1, 1.0)
         here = np.where(self._in_a_node(size, stride), others, self._members(size, stride) - 1)
-        return 1 / np.maximum(here / others / self.inside, (others - here) / others / self.between)
+        nodes = np.maximum(self.nodes(size, stride), 1.0)
+        away = np.maximum(copies * (1 - 1 / nodes), 1e-9)
+        once = (nodes - 1) * (1 - (1 - 1 / nodes) ** copies) / away
+        return 1 / np.maximum(here / others / self.inside, once * (others - here) / others / self.between)
 
     def boundaries(self, stage_ranks: Floats, stages: Floats) -> tuple[Floats, Floats]:
         """Seconds per byte between pipeline stages: of the slowest boundary, and the mean."""

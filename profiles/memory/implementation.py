@@ -1,4 +1,4 @@
-"""What memory depends on beside model and configuration: how the training framework is written."""
+"""What memory and time depend on beside model and configuration: how the training framework is written."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -12,8 +12,11 @@ from profiles.record import Record
 
 
 class Implementation(Record):
-    """How a framework spends memory. The defaults are those of the megatron backend, without dropout."""
+    """How a framework spends memory and time. The defaults are those of the megatron backend, without dropout."""
 
+    stack: str | None = None
+    """The software whose published runs the cost model takes for alike (`profiles.cost.effects.stacks`): megatron is
+    Megatron-LM without Transformer Engine. None: no software in particular, with wider intervals."""
     attention: Literal["flash", "materialised"] = "flash"
     """flash: no scores are kept. materialised: the s × s scores of every head are (2205.05198, section 4.1)."""
     dropout: bool = False
@@ -61,7 +64,7 @@ class Implementation(Record):
             yield self.model_copy(update=changes), len(changes)
 
 
-MEGATRON = Implementation()
+MEGATRON = Implementation(stack="megatron")
 """What this project's own backend does."""
 PYTORCH = Implementation(
     fused_qkv="released", gated_mlp_tensors=4, loss="copying", gradient_buckets=True, stages="balanced"

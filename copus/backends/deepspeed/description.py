@@ -59,7 +59,9 @@ class DeepSpeedDescription(HuggingFaceDescription):
         """How it uses memory: transformers' layers and plain PyTorch's loss."""
         from profiles.memory.implementation import Implementation  # its package loads numpy, which few commands need
 
-        return Implementation(dropout=dropout, fused_qkv="released", gated_mlp_tensors=4, loss="copying")
+        return Implementation(
+            stack="deepspeed", dropout=dropout, fused_qkv="released", gated_mlp_tensors=4, loss="copying"
+        )
 
     def load(self) -> type[Any]:
         """The class that trains. Takes seconds."""

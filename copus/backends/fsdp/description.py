@@ -84,7 +84,12 @@ class FsdpDescription(HuggingFaceDescription):
         from profiles.memory.implementation import Implementation  # its package loads numpy, which few commands need
 
         return Implementation(
-            dropout=dropout, fused_qkv="released", gated_mlp_tensors=4, loss="copying", weights="gathered"
+            stack="fsdp",
+            dropout=dropout,
+            fused_qkv="released",
+            gated_mlp_tensors=4,
+            loss="copying",
+            weights="gathered",
         )
 
     @property

@@ -13,6 +13,7 @@ from profiles.rope import attention_factor
 
 if TYPE_CHECKING:
     from copus.job import TrainingConfig
+    from profiles.memory.implementation import Implementation
 
 _REFUSED = ("rope_local_base", "attention_softcap", "logit_softcap")
 """Optional fields of a model that it does not build."""
@@ -28,6 +29,12 @@ class MegatronDescription(BackendDescription):
     optimizers = ("adamw", "sgd", "adafactor", "muon", "signum")
     trains_without_masters = True
     reads_documents = True
+
+    def implementation(self, dropout: bool) -> "Implementation":
+        """How it uses memory and time: without Transformer Engine."""
+        from profiles.memory.implementation import MEGATRON  # its package loads numpy, which few commands need
+
+        return MEGATRON.model_copy(update={"dropout": dropout})
 
     def check_model(self, model: ModelShape) -> None:
         """Raise ValueError for a model that the Megatron backend does not build."""
