@@ -236,6 +236,7 @@ def _follow(
                 del waiting[run]
                 done = f"{total - len(waiting)} of {total} ended"
                 why = f": {state.why}" if state.why else ""
+                why += f" ({engine_state(run).words})" if state.name == "crashed" else ""  # nobody else says why
                 line = f"{run.name}: {state.name}{why}, {trained(status)} ({done})"
                 console.print(line, markup=False, soft_wrap=True)
                 if status.end is None or status.end.reason not in ENDS:

@@ -265,7 +265,7 @@ def test_under_slurm_all_runs_are_queued_and_followed_to_their_ends(
     output = capfd.readouterr().out
     assert "run 1 of 2: runs/small-seed-1234: queued" in output
     assert "small-seed-1234: finished" in output
-    assert "small-seed-1235: crashed" in output
+    assert "small-seed-1235: crashed: its workers never began (Slurm job 12 has ended: COMPLETED)" in output
     assert "(2 of 2 ended)" in output
     assert "1 of 2 runs have not ended: the same command goes on with them\n" in output
 
@@ -320,7 +320,7 @@ def test_a_scheduler_is_asked_about_many_runs_twice_a_second(tmp_path: Path, mon
     slept: list[float] = []
     monkeypatch.setattr(launch.submit_group.time, "sleep", slept.append)
     monkeypatch.setattr(launch.submit_group, "status_of", lambda run: RunStatus())
-    monkeypatch.setattr(launch.submit_group, "state_of", lambda run, status: RunState("crashed"))
+    monkeypatch.setattr(launch.submit_group, "state_of", lambda run, status: RunState("failed"))
     submissions: Any = [
         SimpleNamespace(run=tmp_path, todo="follow"),
         SimpleNamespace(run=tmp_path.parent, todo="begin"),
