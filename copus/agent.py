@@ -1,8 +1,8 @@
 """torch's elastic agent: `python -m copus.agent …` takes the arguments of `torch.distributed.run`.
 
-It differs from torch's own in two ways. It has one more `--rdzv-backend`, `loopback`: torch's `c10d`, in a store that
-no other machine can reach. And it restarts no workers after an error that the user has to fix: the next attempt would
-fail in the same way.
+It differs from torch's own in two ways. It has one more `--rdzv-backend`, `bound`: torch's `c10d`, in a store that
+listens on the address of `--rdzv-endpoint` alone. And it restarts no workers after an error that the user has to fix:
+the next attempt would fail in the same way.
 """
 
 from datetime import timedelta
@@ -14,17 +14,18 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousPa
 from torch.distributed.elastic.rendezvous.api import rendezvous_handler_registry
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 
-from copus.loopback import host_store
+from copus.stores import host_store, join_store
 from copus.user_errors import EXIT_CODE
 
-NAME = "loopback"
+NAME = "bound"
 READ_TIMEOUT = timedelta(seconds=60)
 """As torch's `c10d` has it."""
 
 
-class LoopbackBackend(C10dRendezvousBackend):
+class BoundBackend(C10dRendezvousBackend):
     """torch's, by the name that it was asked for."""
 
     @property
@@ -34,9 +35,11 @@ class LoopbackBackend(C10dRendezvousBackend):
 
 
 def meet(parameters: RendezvousParameters) -> RendezvousHandler:
-    """The rendezvous of one agent, which hosts its store itself."""
-    store = host_store(0, READ_TIMEOUT)
-    return create_handler(store, LoopbackBackend(store, parameters.run_id), parameters)
+    """The rendezvous of agents in a store on one address. An agent hosts it if `is_host` says so, or the port is 0."""
+    address, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=0)
+    hosts = parameters.get_as_bool("is_host", default=port == 0)
+    store = (host_store if hosts else join_store)(address, port, READ_TIMEOUT)
+    return create_handler(store, BoundBackend(store, parameters.run_id), parameters)
 
 
 class Agent(LocalElasticAgent):

@@ -10,6 +10,7 @@ GROUP = "copus.engines"
 """The entry points of plugins: each names a subclass of `launch.engines.base.AttendedEngine` or `QueuedEngine`."""
 BUILT_IN = {
     "local": "launch.engines.local:LocalEngine",
+    "hosts": "launch.engines.hosts:HostsEngine",
     "slurm": "launch.engines.slurm:SlurmEngine",
     "srun": "launch.engines.slurm_allocation:SrunEngine",
     "kubernetes": "launch.engines.kubernetes:KubernetesEngine",

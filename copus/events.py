@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
+from copus.fencing import end_if_replaced
 from profiles.audit import Audit
 from profiles.configuration import Configuration
 from profiles.decision import Decision
@@ -28,6 +29,9 @@ SCHEMA_VERSION = 2
 """1: the event `decision` was a `DecisionMade`, candidates included. Such logs are still read."""
 REQUEUED = "COPUS_REQUEUED"
 """Environment variable that an engine sets where a scheduler has started the workers again: `Restart.requeued`."""
+ATTEMPT = "COPUS_ATTEMPT"
+"""Environment variable in which an engine counts the agents that it has started one after the other: from 0 on, added
+to the restarts of the newest one in `Restart.attempt`."""
 
 
 class Event(BaseModel):
@@ -316,7 +320,8 @@ class Restart(Event):
 
     type: Literal["restart"] = "restart"
     attempt: int
-    """Times that the elastic agent has restarted the workers since it was started itself; 0 after `--resume`."""
+    """Times that the elastic agent, or the engine, has restarted the workers since they were submitted; 0 after
+    `--resume`."""
     requeued: bool = False
     """Whether a scheduler had started the agent again, after a failure or a preemption: nobody typed `--resume`."""
     resumed_from: str | None
@@ -381,6 +386,7 @@ class EventLog:
 
         If the disk is full the event is lost, and training is not: one line on stderr says so.
         """
+        end_if_replaced(self._run)
         stamped = event.model_copy(update={"time": clock.time()})
         self._events.append(self._taken(stamped) if isinstance(stamped, DecisionMade) else stamped)
         if isinstance(event, Checkpoint):  # what a resume starts from must not be ahead of the log

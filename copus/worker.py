@@ -6,6 +6,7 @@ Stops at the next step, with a checkpoint, when the file `RUN/stop` appears or o
 after a finished run. A run directory with a plan of branches (`copus calibrate`) runs these instead.
 """
 
+import errno
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from copus.audit import audit_run
 from copus.backends.base import Backend
@@ -33,6 +35,7 @@ from copus.data.prepared import prepared_path
 from copus.data.samples import open_data
 from copus.devices import check_accelerator, join_world, rank_device
 from copus.events import (
+    ATTEMPT,
     REQUEUED,
     Audited,
     End,
@@ -47,13 +50,13 @@ from copus.events import (
 )
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
-from copus.loopback import LOOPBACK, host_store, join_store
 from copus.planning import Planner
 from copus.profiling.live import profile_missing
 from copus.resize import fits, fitting, found_cluster, resized
 from copus.resume_request import ResumeRequest, nothing_to_resume, read_resume_request, write_resume_request
 from copus.step_lines import StepLines
 from copus.stop_request import StopRequest
+from copus.stores import host_store, is_bindable, join_store
 from copus.tracking.fan_out import FanOut
 from copus.user_errors import EXIT_CODE, one_line, report_failure
 from copus.weights.saved import begin
@@ -122,7 +125,7 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
             report(
                 Restart(
                     **state.here,
-                    attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+                    attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get(ATTEMPT, 0)),
                     requeued=REQUEUED in os.environ,
                     resumed_from=resumed_from,
                     samples_repeated=max(0, done - state.samples_consumed),
@@ -255,11 +258,17 @@ def _start_process_group(job: JobConfig) -> torch.device:
 
 
 def _meeting_place(timeout: timedelta) -> dict[str, Any]:
-    """The store in which the ranks find each other where all are on this machine; else nothing: torch opens its own."""
-    if os.environ["MASTER_ADDR"] != LOOPBACK:
+    """The store in which the ranks find each other, on the address of rank 0's node; nothing where that is a name, or
+    an address that the node does not know of: torch opens its own."""
+    address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    if not is_bindable(address):
         return {}
-    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
-    store = host_store(port, timeout) if rank == 0 else join_store(port, timeout)
+    try:
+        store = (join_store if rank else host_store)(address, port, timeout)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        store = TCPStore(address, port, is_master=True, timeout=timeout, wait_for_workers=False)
     return {"store": store, "rank": rank, "world_size": int(os.environ["WORLD_SIZE"])}
 
 

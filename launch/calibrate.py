@@ -56,6 +56,7 @@ def calibrate(
     folder = run / "calibration" / f"{checkpoint.name}-{branches.sequences}"
     engine = attended_engine_of(job, "copus calibrate")
     check(job)
+    engine.ready(job)
     console.print(_announcement(job, run, branches), markup=False, soft_wrap=True)
     with Interrupts() as interrupts, lock_run(run) as lock:
         check_not_queued(run)

@@ -71,8 +71,8 @@ def copus() -> None:
 @click.option(
     "--engine",
     metavar="ENGINE",
-    help="Run the job with this engine instead of launch.engine: local, slurm, srun, kubernetes, or one that a plugin "
-    "adds. launch.options is left out.",
+    help="Run the job with this engine instead of launch.engine: local, hosts, slurm, srun, kubernetes, or one that a "
+    "plugin adds. launch.options is left out.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the command, script or manifest that would run the job, and stop.")
 @click.option("--detach", is_flag=True, help="Return as soon as the job is queued. For engines with a queue.")

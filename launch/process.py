@@ -51,6 +51,24 @@ def die_with_parent(number: int = signal.SIGTERM) -> Callable[[], None] | None:
     return ask
 
 
+def kill_family(pid: int) -> None:
+    """Kill a process first, so that it restarts nothing, then what is below it, one by one, and wait for these."""
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+        family = parent.children(recursive=True)
+        parent.kill()
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.kill()  # psutil looks at the start time too: never a stranger with a recycled id
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=10)
+
+
 def run_module(command: list[str], interrupts: Interrupts, stop: Path | None = None) -> int:
     """Run a command in the foreground; SIGINT and SIGTERM end it too, and so does the file `stop` once it is there.
 

@@ -14,7 +14,7 @@ from copus.profilers import TRIED, Installed, find_profiler
 from copus.weights.source import with_tokenizer
 from launch.attend import Outcome, attend
 from launch.data import check, check_table, prepare
-from launch.engines import AttendedEngine, Engine, LocalEngine, attended_engine_of
+from launch.engines import Engine, LocalEngine, attended_engine_of
 from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.json_output import as_json_line
@@ -45,6 +45,7 @@ def profile(job_file: Path, overrides: list[str], engine_name: str | None = None
     else:
         engine = attended_engine_of(job, "copus profile")
         check(job)
+        engine.ready(job)
     with Interrupts() as interrupts:
         run = create_run(job, suffix="-profile")
         with lock_run(run) as lock:
@@ -115,7 +116,7 @@ def check_profiler(job: JobConfig, engine: Engine) -> None:
     if job.profile.when == "never":
         return
     profiler = _profiler(job)
-    if profiler.processes == "one" and not isinstance(engine, AttendedEngine):
+    if profiler.processes == "one" and not engine.is_here:
         raise JobError(
             f"profile.profiler({job.profile.profiler}) measures the machine where it is started, and launch.engine("
             f"{job.launch.engine}) trains on others: run `copus profile run` on one of those, then set profile.when: "

@@ -146,8 +146,7 @@ def begin(
     """Make the run, prepare its data, and launch it. `mark` writes into the run that was made, which then has to have
     the job's name. Raises JobError, and leaves nothing, where the user errs."""
     engine, job = checked.engine, checked.job
-    if isinstance(engine, QueuedEngine):
-        engine.ready()
+    engine.ready(job)
     run = create_run(job, numbered=mark is None)
     with lock_run(run) as lock:
         if mark is not None:
@@ -213,8 +212,7 @@ def go_on(resumption: Resumption, interrupts: Interrupts, console: Console) -> B
     """Launch a run again. Raises JobError, and leaves it as it was, where the user errs."""
     run, before = resumption.run, resumption.before
     engine, job = resumption.checked.engine, resumption.checked.job
-    if isinstance(engine, QueuedEngine):
-        engine.ready()
+    engine.ready(job)
     with lock_run(run) as lock:
         check_not_queued(run)
         clear_stop(run)

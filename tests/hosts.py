@@ -93,6 +93,8 @@ class Host:
     def boot(self) -> None:
         """Plug the cable in, and start the ssh daemon."""
         run("ip", "link", "set", self.cable, "up")
+        if self.unshared:
+            self.unshared.mkdir(exist_ok=True)
         hidden = f"mount -t tmpfs none {self.unshared} &&" if self.unshared else ""
         script = f"hostname {self.name} && {hidden} exec {shutil.which('sshd')} -D -e -f {self.folder}/{self.name}.sshd"
         with open(self.folder / f"{self.name}.log", "ab") as log:

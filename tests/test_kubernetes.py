@@ -492,7 +492,7 @@ class TestNode:
             assert "--rdzv-endpoint j-node-0-0.j:29500 --rdzv-id j --local-addr 10.1.2.3 --nnodes 2" in said
             assert hosts in said
         alone = " ".join(node.Node(run, load_job(run / "job.yaml"), "j", 0).command())
-        assert "--rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in alone
+        assert "--rdzv-backend bound --rdzv-endpoint 127.0.0.1:0" in alone
 
         assert "copus.agent --signals-to-handle SIGINT,SIGHUP,SIGQUIT " in alone  # SIGTERM is not the agent's
 

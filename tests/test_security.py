@@ -175,19 +175,21 @@ def test_the_store_of_one_machine_listens_on_loopback_alone() -> None:
 
     from security_checks import listening
 
-    from copus.loopback import host_store, join_store
+    from copus.stores import host_store, join_store
 
     before = listening(os.getpid())
-    store = host_store(0, timedelta(seconds=20))
+    store = host_store("127.0.0.1", 0, timedelta(seconds=20))
     assert listening(os.getpid()) - before <= {"127.0.0.1"}
     joined = []
-    other = threading.Thread(target=lambda: joined.append(join_store(store.port, timedelta(seconds=20)).get("key")))
+    other = threading.Thread(
+        target=lambda: joined.append(join_store("127.0.0.1", store.port, timedelta(seconds=20)).get("key"))
+    )
     other.start()
     store.set("key", "value")
     other.join(timeout=20)
     assert joined == [b"value"]
     with pytest.raises(OSError, match="in use") as taken:
-        host_store(store.port, timedelta(seconds=1))
+        host_store("127.0.0.1", store.port, timedelta(seconds=1))
     assert taken.value.errno == errno.EADDRINUSE
     outside = {address[4][0] for address in socket.getaddrinfo(socket.gethostname(), store.port)} - {"127.0.0.1", "::1"}
     for address in outside:

@@ -647,7 +647,7 @@ def test_a_node_that_is_alone_meets_on_the_loopback_interface(
     job_file(tmp_path)
     assert slurm_node.main([str(tmp_path), session, "127.0.0.1:0", "n1=127.0.0.1"]) == 128 + signal.SIGKILL
     command, environment = started
-    assert "--rdzv-backend loopback --rdzv-endpoint 127.0.0.1:0" in " ".join(command)
+    assert "--rdzv-backend bound --rdzv-endpoint 127.0.0.1:0" in " ".join(command)
     assert "--local-addr 127.0.0.1" in " ".join(command)
     assert (REQUEUED in environment) == requeued
 

@@ -20,6 +20,7 @@ from copus.checkpoints.files import FOLDER, REPLACED, checkpoint_names, samples_
 from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import RankError, all_gather, broadcast_from_rank0, run_on_all_ranks
 from copus.durable import full_disk, sync_folder, write_text
+from copus.fencing import end_if_replaced
 from copus.manifest import Entry, describe, files_of, write_manifest
 from profiles.configuration import Configuration
 
@@ -87,7 +88,7 @@ class Writing:
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
         try:
-            _on_first(lambda: _make_empty(self._folder))
+            _on_first(lambda: _make_empty(run, self._folder))
             self._save = backend.begin_save(self._folder, copy=in_background)
         except RankError as error:
             raise self._failed(error) from None
@@ -142,6 +143,7 @@ class Writing:
         write_text(self._folder / "trainer.json", self._trainer)
         entries |= describe(self._folder, [name for name in files_of(self._folder) if name not in entries])
         write_manifest(self._folder, entries)
+        end_if_replaced(self._run)
         _put_in_place(self._folder, final)
         prune(self._run, self._samples, self._keep, self._state.proven_samples)
 
@@ -160,7 +162,8 @@ def _on_first(action: Callable[[], None]) -> None:
     run_on_all_ranks(action if _rank() == 0 else lambda: None, OSError)
 
 
-def _make_empty(folder: Path) -> None:
+def _make_empty(run: Path, folder: Path) -> None:
+    end_if_replaced(run)
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

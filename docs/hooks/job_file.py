@@ -14,6 +14,7 @@ from copus.tracking.mlflow import MlflowOptions
 from copus.tracking.prometheus import PrometheusOptions
 from copus.tracking.tensorboard import TensorBoardOptions
 from copus.tracking.wandb import WandbOptions
+from launch.engines.hosts_options import HostsOptions
 from launch.engines.kubernetes_options import KubernetesOptions
 from launch.engines.slurm_options import SlurmOptions
 from profiles.record import MOST, Record
@@ -23,6 +24,7 @@ OPTIONS: dict[str, type[Record]] = {
     "tracking.wandb": WandbOptions,
     "tracking.mlflow": MlflowOptions,
     "tracking.prometheus": PrometheusOptions,
+    "launch.options (hosts)": HostsOptions,
     "launch.options (slurm)": SlurmOptions,
     "launch.options (kubernetes)": KubernetesOptions,
 }

@@ -24,7 +24,7 @@ def agent_arguments(
     """Arguments of `python -m copus.agent` on each node.
 
     `endpoint` is where the agents meet, HOST:PORT; `session` tells this attempt from others there; `address` is this
-    node's, for the others; `backend` is torch's `c10d`, or `loopback` (`copus.agent`). What the workers print goes to
+    node's, for the others; `backend` is torch's `c10d`, or `bound` (`copus.agent`). What the workers print goes to
     files below `logs`, and to the agent's output, each line after `[rankN]:`.
     """
     return [

@@ -86,6 +86,8 @@ class Engine(ABC):
     """Whether workers run another installation than this command's, an image say: nothing here tells what it has."""
     between: ClassVar[str] = ""
     """What separates the descriptions of several jobs."""
+    is_here: ClassVar[bool] = False
+    """Whether workers run on the machine of this command."""
     ask_seconds: ClassVar[float] = 0.0
     """Least time between two questions of `logs` whether a run is alive."""
 
@@ -95,6 +97,9 @@ class Engine(ABC):
     @abstractmethod
     def check(self, job: JobConfig) -> None:
         """Raise JobError where this engine cannot run the job. Leaves nothing behind, and starts nothing."""
+
+    def ready(self, job: JobConfig) -> None:  # noqa: B027 (most have nothing to ask)
+        """Raise JobError where nothing can be started from this machine. Asked before data is prepared for hours."""
 
     @abstractmethod
     def describe(self, run: Path, job: JobConfig) -> str:
@@ -145,6 +150,8 @@ class Engine(ABC):
 class AttendedEngine(Engine):
     """Starts workers below the launcher, which follows them and stops them."""
 
+    is_here = True
+
     @abstractmethod
     def start(self, run: Path, job: JobConfig, lock: int, *, profile_only: bool = False) -> Workers:
         """Start `copus.worker RUN` on every accelerator of the job; in a run that has a checkpoint they resume.
@@ -165,9 +172,6 @@ class QueuedEngine(Engine):
     ask_seconds = 10.0
     job_noun: ClassVar[str]
     """What a job of this scheduler is called for people, before its id: `Slurm job`."""
-
-    def ready(self) -> None:
-        """Raise JobError where nothing can be submitted from this machine. Asked before data is prepared for hours."""
 
     @abstractmethod
     def submit(self, run: Path, job: JobConfig) -> Ticket:

@@ -54,7 +54,7 @@ class KubernetesEngine(QueuedEngine):
                     f"volume of claim {self.options.claim}"
                 )
 
-    def ready(self) -> None:
+    def ready(self, job: JobConfig) -> None:
         """Raise JobError without the client or a cluster."""
         self._cluster(None)
 

@@ -94,7 +94,7 @@ class Node:
         common: dict[str, Any] = {"session": self._name, "logs": logs}
         if self._job.cluster.nodes == 1:  # then nothing has to be reached from elsewhere
             here = "127.0.0.1"
-            place: dict[str, Any] = {"backend": "loopback", "endpoint": f"{here}:0", "address": here}
+            place: dict[str, Any] = {"backend": "bound", "endpoint": f"{here}:0", "address": here}
             return agent_command(*agent_arguments(self._run, self._job, **common, **place))
         endpoint = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
         place = {"endpoint": endpoint, "address": os.environ["POD_IP"]}

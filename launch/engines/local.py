@@ -6,18 +6,59 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from copus.job import JobConfig, JobError
 from launch.engines.agent import WORKER, agent_arguments, agent_environment, command_line
 from launch.engines.base import AttendedEngine, EngineOptions, EngineState
 from launch.engines.environment import job_environment
 from launch.engines.this_machine import check_interfaces, check_this_machine
-from launch.process import die_with_parent, module_environment, python_module
+from launch.process import die_with_parent, kill_family, module_environment, python_module
 from launch.run_directory import lock_holder, request_stop, shown
+
+
+class LocalWorkers:
+    """The agent's process and the logs of its workers."""
+
+    def __init__(self, agent: subprocess.Popen[bytes], logs: Path, session: str) -> None:
+        self.logs = logs
+        self._agent = agent
+        self._session = session
+
+    def poll(self) -> int | None:
+        """The agent's exit code: 0 when every worker ended with 0, 1 when one failed."""
+        return self._agent.poll()
+
+    def terminate(self) -> None:
+        """SIGTERM to the agent, which passes it on, waits 30 s and then kills."""
+        self._agent.terminate()
+
+    def kill(self) -> None:
+        """Kill the agent and its workers; each of them has its own session."""
+        kill_family(self._agent.pid)
+        self._agent.wait()
+
+    def failed_rank(self) -> int | None:
+        """The rank under "Root Cause" in the agent's last words."""
+        return self.root_cause(self.logs / f"{self._session}.agent.log")
+
+    @staticmethod
+    def root_cause(log: Path) -> int | None:
+        """The rank whose failure came first, in the output of an agent."""
+        match = re.search(r"Root Cause.*?rank\s*:\s*(\d+)", log.read_text(errors="replace"), flags=re.DOTALL)
+        return int(match[1]) if match else None
+
+    def error_log(self, rank: int) -> Path | None:
+        """`logs/SESSION_…/attempt_N/RANK/stderr.log` of the last attempt."""
+        attempts = self.logs.glob(f"{self._session}_*/attempt_*/{rank}/stderr.log")
+        return max(attempts, key=lambda path: int(path.parts[-3].removeprefix("attempt_")), default=None)
 
 
 class LocalEngine(AttendedEngine):
     """One agent process, in a session of its own so that a terminal's Ctrl-C reaches only the launcher."""
+
+    Workers: ClassVar[type[LocalWorkers]] = LocalWorkers
+    """The handle that it gives."""
 
     def __init__(self, options: EngineOptions | None = None, worker: Sequence[str] = WORKER) -> None:
         """`worker` is what the agent runs, before the run directory: another program than copus.worker in tests."""
@@ -35,8 +76,9 @@ class LocalEngine(AttendedEngine):
         """The agent's command line, and what its environment has beside this command's own."""
         return command_line(self.settings(job) | module_environment(), self.command(run, job, "SESSION", False))
 
-    def start(self, run: Path, job: JobConfig, lock: int, *, profile_only: bool = False) -> "LocalWorkers":
-        """Start the agent. Raises nothing that the user can mend: a worker that cannot start is seen in its log."""
+    def start(self, run: Path, job: JobConfig, lock: int, *, profile_only: bool = False) -> LocalWorkers:
+        """Start the agent, or what stands in its place. Raises nothing that the user can mend: a worker that cannot
+        start is seen in its log."""
         session = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
         logs = run / "logs"
         logs.mkdir(exist_ok=True)
@@ -51,12 +93,12 @@ class LocalEngine(AttendedEngine):
                 pass_fds=(lock,),
                 preexec_fn=die_with_parent(),
             )
-        return LocalWorkers(agent, logs, session)
+        return self.Workers(agent, logs, session)
 
     def command(self, run: Path, job: JobConfig, session: str, profile_only: bool) -> list[str]:
         """The agent's command line. The rendezvous is on the loopback interface, on a port that the system picks."""
         local = "127.0.0.1"
-        place = {"backend": "loopback", "endpoint": f"{local}:0", "session": session, "address": local}
+        place = {"backend": "bound", "endpoint": f"{local}:0", "session": session, "address": local}
         arguments = agent_arguments(run, job, **place, logs=run / "logs", worker=self._worker)
         return [*python_module("copus.agent"), *arguments, *(["--profile-only"] if profile_only else [])]
 
@@ -108,54 +150,3 @@ def _kill_holders(run: Path) -> int:
             kill_family(process.pid)
             killed += 1
     return killed
-
-
-def kill_family(pid: int) -> None:
-    """Kill a process first, so that it restarts nothing, then what is below it, one by one, and wait for these."""
-    import psutil
-
-    try:
-        parent = psutil.Process(pid)
-        family = parent.children(recursive=True)
-        parent.kill()
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        try:
-            process.kill()  # psutil looks at the start time too: never a stranger with a recycled id
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=10)
-
-
-class LocalWorkers:
-    """The agent's process and the logs of its workers."""
-
-    def __init__(self, agent: subprocess.Popen[bytes], logs: Path, session: str) -> None:
-        self.logs = logs
-        self._agent = agent
-        self._session = session
-
-    def poll(self) -> int | None:
-        """The agent's exit code: 0 when every worker ended with 0, 1 when one failed."""
-        return self._agent.poll()
-
-    def terminate(self) -> None:
-        """SIGTERM to the agent, which passes it on, waits 30 s and then kills."""
-        self._agent.terminate()
-
-    def kill(self) -> None:
-        """Kill the agent and its workers; each of them has its own session."""
-        kill_family(self._agent.pid)
-        self._agent.wait()
-
-    def failed_rank(self) -> int | None:
-        """The rank under "Root Cause" in the agent's last words."""
-        text = (self.logs / f"{self._session}.agent.log").read_text(errors="replace")
-        match = re.search(r"Root Cause.*?rank\s*:\s*(\d+)", text, flags=re.DOTALL)
-        return int(match[1]) if match else None
-
-    def error_log(self, rank: int) -> Path | None:
-        """`logs/SESSION_…/attempt_N/RANK/stderr.log` of the last attempt."""
-        attempts = self.logs.glob(f"{self._session}_*/attempt_*/{rank}/stderr.log")
-        return max(attempts, key=lambda path: int(path.parts[-3].removeprefix("attempt_")), default=None)

@@ -43,7 +43,7 @@ class SlurmEngine(QueuedEngine):
         """Raise JobError where the paths of the job cannot be given to Slurm."""
         _check_path("launch.runs", job.launch.runs.expanduser().absolute())
 
-    def ready(self) -> None:
+    def ready(self, job: JobConfig) -> None:
         """Raise JobError where Slurm's programs are not on this machine."""
         for program in ("sbatch", "squeue", "scontrol", "scancel"):
             if shutil.which(program) is None:

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         session=session,
         address=addresses[here],
         logs=Path(run) / "logs" / f"slurm-{session}.node-{os.environ['SLURM_NODEID']}",
-        backend="loopback" if alone else "c10d",
+        backend="bound" if alone else "c10d",
     )
     hosts = here == next(iter(addresses))
     # An agent that is alone again gives up after this long, and the job goes back into the queue: where Slurm's own

@@ -1,0 +1,28 @@
+"""Ranks that were given up write nothing any more.
+
+An engine may take a host for dead that was only cut off, or stopped, and start the job on others. When its ranks wake
+up, they must not write into a run that is no longer theirs, before they are ended.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+TOKEN = "COPUS_SESSION"
+"""Environment variable in which an engine gives the ranks of an attempt their token; without it none is replaced."""
+FILE = "session"
+"""In the run directory: the token of the newest attempt."""
+
+
+def end_if_replaced(run: Path) -> None:
+    """End this process, at once, where another attempt has begun in the run."""
+    mine = os.environ.get(TOKEN)
+    if mine is None:
+        return
+    try:
+        newest = (run / FILE).read_text(encoding="utf-8")
+    except OSError:  # nobody can say
+        return
+    if newest != mine:
+        print(f"copus: {mine} was given up, {newest} trains in {run}: ended", file=sys.stderr, flush=True)
+        os._exit(1)

@@ -1,0 +1,256 @@
+"""The supervisor of a job on hosts: `python -m launch.engines.hosts_job RUN SESSION WORKER… [--profile-only]`.
+
+Keeps a process on every host (`hosts_node`), starts attempts on as many of those that can reach each other as the job
+wants, and decides what follows when one ends:
+
+- trained to the end, or stopped by the user (`RUN/stop`): the job ends;
+- a host is lost: the next attempt, from the newest checkpoint, with a spare in its place or with one fewer;
+- a host that was missing is there again: the workers are asked for a checkpoint, and the next attempt has it too;
+- workers failed on hosts that are all there: the next attempt, `launch.max_restarts` times.
+
+An attempt has agents of its own, which never restart their workers: every end leads here.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from copus.durable import write_atomically
+from copus.events import ATTEMPT, End, EventLog, Warned
+from copus.fencing import FILE, TOKEN
+from copus.job import JobError, load_job
+from copus.user_errors import EXIT_CODE, report_failure
+from launch.engines.agent import agent_arguments, agent_environment
+from launch.engines.hosts_fleet import Fleet, say
+from launch.engines.hosts_link import Link
+from launch.engines.hosts_messages import Kill, RunAgent, Stop
+from launch.engines.hosts_options import HostsOptions
+from launch.follow import Follower
+from launch.run_directory import request_pause, stopped_for_good
+from launch.status import RunStatus
+
+LARGER = "hosts\n"
+"""What is in RUN/stop where the job goes on with more hosts; the user's stop has nothing in it."""
+POLL_SECONDS = 0.1
+STEADY_SECONDS = 10.0
+"""How long a host has to be back before the others stop for it."""
+ENDING_SECONDS = 20.0
+"""How long hosts may take to end their workers once they are told to."""
+FIRST_PORT, PORTS = 18_000, 12_000
+"""Below the ports that Linux gives away by itself."""
+
+
+class StopRequested(Exception):  # noqa: N818 (not an error)
+    """Somebody asked for the end of the job."""
+
+
+class Supervisor:
+    """The attempts of a job, one after the other."""
+
+    def __init__(self, run: Path, session: str, worker: Sequence[str], profile_only: bool) -> None:
+        """Takes SIGTERM and SIGINT over."""
+        self._run, self._session, self._worker = run, session, worker
+        self._profile_only = profile_only
+        self._job = load_job(run / "job.yaml")
+        self._options = HostsOptions.model_validate(self._job.launch.options)
+        self._fleet = Fleet(run, self._options, sys.stderr.buffer)
+        self._events, self._status = Follower(run), RunStatus()
+        self._attempt = 0
+        self._kill = self._stop = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._kill = self._kill or number == signal.SIGINT or self._stop
+        self._stop = True
+
+    def supervise(self) -> int:
+        """Until the job is over: 0, or 1 if it failed."""
+        failures = 0
+        try:
+            while True:
+                members = self._gather()
+                code = self._run_attempt(members)
+                if code == 0 and not self._goes_on():
+                    return 0
+                self._new_status()
+                if self._stop or stopped_for_good(self._run):
+                    return code
+                if self._status.failure is not None and self._status.failure.user_error:
+                    return 1
+                if code:
+                    self._wait(lambda: self._fleet.is_settled)
+                    lost = [link.host for link in members if not self._fleet.is_whole([link])]
+                    cut = not lost and not self._fleet.is_whole(members)
+                    failures += not lost and not cut
+                    if failures > self._job.launch.max_restarts:
+                        say(f"the workers failed {failures} times (launch.max_restarts)")
+                        return 1
+                    what = f"{', '.join(lost)} lost" if lost else "hosts are cut off from each other" if cut else ""
+                    self._tell(f"{what}: going on without" if what else "workers failed: starting them again")
+                self._attempt += 1
+        except StopRequested:
+            self._log_end()
+            return 0
+        finally:
+            self._fleet.close()
+
+    def _gather(self) -> list[Link]:
+        """Hosts for the next attempt. Raises JobError where there are too few for too long."""
+        end, said = time.monotonic() + self._options.wait_seconds, False
+        while True:
+            self._wait(lambda: self._fleet.is_settled)
+            group = self._fleet.largest_group(self._job.cluster.nodes)
+            if len(group) >= self._options.min_hosts:
+                return group
+            if not said:
+                self._tell(
+                    f"waiting for hosts, {len(group)} of {self._options.min_hosts} are there: {self._fleet.missing}"
+                )
+                said = True
+            if time.monotonic() > end:
+                raise JobError(
+                    f"{len(group)} hosts are there, fewer than launch.options.min_hosts({self._options.min_hosts}), "
+                    f"for {self._options.wait_seconds:g} s: {self._fleet.missing}"
+                )
+            self._pause()
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        while True:
+            self._pause()
+            if condition():
+                return
+
+    def _pause(self) -> None:
+        """A moment. Raises StopRequested where no workers are wanted any more."""
+        if self._stop or stopped_for_good(self._run):
+            raise StopRequested
+        time.sleep(POLL_SECONDS)
+        self._fleet.tend()
+
+    def _run_attempt(self, members: list[Link]) -> int:
+        """Run the workers on these hosts to their end: 0 if all of them ended with 0."""
+        if not stopped_for_good(self._run):
+            (self._run / "stop").unlink(missing_ok=True)
+        self._new_status()
+        self._status.forget_ending()
+        write_atomically(self._run / FILE, f"{self._session}-{self._attempt}")
+        say(f"attempt {self._attempt} on {', '.join(link.host for link in members)}")
+        port = self._options.port or random.randrange(FIRST_PORT, FIRST_PORT + PORTS)
+        for link in members:
+            link.send(self._agent_of(link, members, port))
+        stop_sent = False
+        more_since: float | None = None
+        while True:
+            time.sleep(POLL_SECONDS)
+            self._fleet.tend()
+            codes = [link.ended.get(self._attempt) for link in members]
+            if all(code == 0 for code in codes):
+                return 0
+            if stop_sent and None not in codes:  # an agent that is stopped ends with a code
+                return 1
+            if (any(codes) and not stop_sent) or self._kill or not self._fleet.is_whole(members):
+                self._end_attempt(members)
+                return 1
+            if self._stop and not stop_sent:
+                stop_sent = True
+                for link in members:
+                    link.send(Stop())
+            if len(self._fleet.largest_group(self._job.cluster.nodes)) <= len(members):
+                more_since = None
+                continue
+            more_since = more_since or time.monotonic()
+            if time.monotonic() - more_since > STEADY_SECONDS and not (self._run / "stop").exists():
+                say("more hosts are there: asking the workers for a checkpoint")
+                request_pause(self._run, LARGER)
+
+    def _agent_of(self, link: Link, members: list[Link], port: int) -> RunAgent:
+        cluster = self._job.cluster.model_copy(update={"nodes": len(members)})
+        launch = self._job.launch.model_copy(update={"max_restarts": 0})
+        job = self._job.model_copy(update={"cluster": cluster, "launch": launch})
+        first, name = members[0], f"{self._session}-{self._attempt}"
+        assert link.address is not None
+        assert first.address is not None
+        logs = self._run / "logs" / f"{name}.{link.host}"
+        settings = f"is_host={int(link is first)},join_timeout={self._job.launch.timeout_seconds:.0f}"
+        agent = agent_arguments(
+            self._run,
+            job,
+            endpoint=f"{first.address}:{port}",
+            session=name,
+            address=link.address,
+            logs=logs,
+            worker=self._worker,
+            backend="bound",
+        )
+        passed = {name: os.environ[name] for name in self._options.pass_env if name in os.environ}
+        users = self._options.env | passed
+        nccl = self._options.nccl_interface or f"={link.interface}"
+        environment = {
+            **{"GLOO_SOCKET_IFNAME": link.interface or "", "NCCL_SOCKET_IFNAME": nccl},
+            **users,
+            **agent_environment(job, users),
+            **{TOKEN: name, ATTEMPT: str(self._attempt)},
+        }
+        arguments = ["--rdzv-conf", settings, *agent, *(["--profile-only"] if self._profile_only else [])]
+        return RunAgent(attempt=self._attempt, arguments=arguments, environment=environment, log=f"{logs}.log")
+
+    def _end_attempt(self, members: list[Link]) -> None:
+        """End what is left of it, and wait until it is gone where that can be known."""
+        for link in members:
+            link.send(Kill())
+        end = time.monotonic() + ENDING_SECONDS
+        while not all(link.is_gone or self._attempt in link.ended for link in members) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+            self._fleet.tend()
+
+    def _goes_on(self) -> bool:
+        """Whether the workers that ended well had stopped for more hosts."""
+        self._new_status()
+        try:
+            mark = (self._run / "stop").read_text()
+        except FileNotFoundError:
+            return False
+        if mark != LARGER:
+            return False
+        (self._run / "stop").unlink()
+        return self._status.end is not None and self._status.end.reason == "interrupted"
+
+    def _new_status(self) -> None:
+        self._status.update(self._events.read())
+
+    def _tell(self, message: str) -> None:
+        """Into the log and into the run's events: the workers are gone, nobody else writes there."""
+        say(message)
+        self._new_status()
+        log = EventLog(self._run)
+        step = self._status.step.step if self._status.step else 0
+        log.write(Warned(step=step, samples_consumed=self._status.samples_consumed, message=message))
+        log.close()
+
+    def _log_end(self) -> None:
+        """That it was stopped while it had no workers to say so."""
+        self._new_status()
+        log = EventLog(self._run)
+        step = self._status.step.step if self._status.step else 0
+        log.write(End(step=step, samples_consumed=self._status.samples_consumed, reason="interrupted", seconds=0.0))
+        log.close()
+
+
+def main(arguments: list[str]) -> int:
+    """The whole job; the exit code of the supervisor."""
+    run, session, *worker = arguments
+    profile_only = worker[-1] == "--profile-only"
+    try:
+        return Supervisor(Path(run), session, worker[:-1] if profile_only else worker, profile_only).supervise()
+    except JobError as error:
+        report_failure(error, EventLog(Path(run)), rank=0)
+        return EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,378 @@
+"""The hosts engine without hosts: what it refuses, whom it picks, and the process that runs on each. With real ones:
+tests/test_hosts.py."""
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from launch_events import step
+from launch_jobs import copus_here, write_job
+
+from copus.events import End, EventLog, Failure, Warned, read_events
+from copus.fencing import FILE, TOKEN
+from copus.job import JobError, load_job
+from launch.engines import engine_of, hosts_job
+from launch.engines.hosts_fleet import Fleet
+from launch.engines.hosts_job import Supervisor
+from launch.engines.hosts_link import Link, common_network, host_command, misfit
+from launch.engines.hosts_messages import Beat, Bind, Hello, Interface, Kill, RunAgent, Watch
+from launch.engines.hosts_options import HostsOptions
+from launch.run_directory import request_stop
+
+HERE = ["sh", "-c", "{command}", "{host}"]
+"""A template that runs on this machine whatever is meant for a host."""
+
+
+def options(**values: Any) -> HostsOptions:
+    return HostsOptions(**{"hosts": ["a", "b", "c"], "command": HERE, **values})
+
+
+def hello(*interfaces: tuple[str, str, str, int], **software: str) -> Hello:
+    named = [Interface(name=n, address=a, network=w, mbit_per_second=s) for n, a, w, s in interfaces]
+    return Hello(software=software, digests=[], interfaces=named)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hosts": []}, "hosts: list should have at least 1 item"),
+        ({"hosts": ["a", "a"]}, "a stands there twice"),
+        ({"hosts": ["-oProxyCommand=x"]}, "hosts"),
+        ({"hosts": ["a", "b"], "command": ["ssh", "{host}"]}, "{command} has to be one of its words"),
+        ({"hosts": ["a", "b"], "command": ["sh", "-c", "{command}"]}, "{host} has to stand in one of its words"),
+        ({"hosts": ["a", "b"], "network": "10.1.0.1/16"}, "10.1.0.1/16 has host bits set"),
+        ({"hosts": ["a", "b"], "min_hosts": 3}, "min_hosts(3) is more than the 2 of hosts"),
+        ({"hosts": ["a", "b"], "env": {"MY_TOKEN": "x"}}, "MY_TOKEN looks like a secret"),
+        ({"hosts": ["a", "b"], "python": "bin/python"}, "neither an absolute path nor a name"),
+        ({"hosts": ["a"]}, "cluster.nodes(2) is more than the 1 machines of launch.options.hosts"),
+    ],
+)
+def test_options_that_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_job(tmp_path, cluster={"nodes": 2, "accelerators_per_node": 1})
+    launch = yaml.safe_dump(values, default_flow_style=True)
+    with pytest.raises(JobError) as caught:
+        engine_of(load_job(path, [f"launch.options={launch}"], engine="hosts"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dry_run_prints_the_commands_and_contacts_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    launch = {"engine": "hosts", "options": {"hosts": ["node1", "me@node2"], "pass_env": ["MY_TOKEN"]}}
+    write_job(tmp_path, launch=launch)
+    assert copus_here("submit", "job.yaml", "--dry-run") == 0
+    printed = capfd.readouterr().out
+    first, second = (shlex.split(line) for line in printed.splitlines())
+    assert first[:-1] == ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "node1"]
+    assert second[-2] == "me@node2"
+    assert shlex.split(second[-1])[-1] == str(tmp_path / "runs" / "small" / "job.yaml")
+    assert "secret" not in printed
+
+
+def test_a_host_that_does_not_answer_is_named_with_ssh_s_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["sh", "-c", "echo 'ssh: no route to {host}' >&2; exit 255", "{command}"]
+    write_job(tmp_path, launch={"engine": "hosts", "options": {"hosts": ["node1"], "command": command}})
+    before = sorted(tmp_path.rglob("*"))
+    assert copus_here("submit", "job.yaml") == 2
+    said = capfd.readouterr().err.splitlines()
+    expected = "launch.options.hosts: node1 does not answer (exit code 255): ssh: no route to node1"
+    assert said[-1] == f"copus: {expected}"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_other_versions_are_named() -> None:
+    here = {"torch": "2.13.0", "COPUS": "abc"}
+    assert misfit(hello(torch="2.13.0", COPUS="abc"), here) is None
+    assert misfit(hello(torch="2.12.0", COPUS="abc"), here) == "has torch 2.12.0, and this machine 2.13.0"
+    assert misfit(hello(COPUS="abc"), here) == "has torch none, and this machine 2.13.0"
+
+
+def test_the_fastest_network_in_which_each_has_an_address_of_its_own() -> None:
+    docker = ("docker0", "172.17.0.1", "172.17.0.0/16", 100_000)  # the same everywhere
+    hellos = {
+        "a": hello(docker, ("eth0", "10.0.0.1", "10.0.0.0/24", 1000), ("ib0", "10.1.0.1", "10.1.0.0/24", 200_000)),
+        "b": hello(docker, ("eno1", "10.0.0.2", "10.0.0.0/24", 1000), ("ib3", "10.1.0.2", "10.1.0.0/24", 200_000)),
+    }
+    assert common_network(options(), hellos) == "10.1.0.0/24"
+    assert common_network(options(network="10.0.0.0/8"), hellos) == "10.0.0.0/8"
+    apart = {
+        "a": hello(docker, ("eth0", "10.0.0.1", "10.0.0.0/24", 0)),
+        "b": hello(docker, ("e", "10.2.0.1", "10.2.0.0/24", 0)),
+    }
+    with pytest.raises(JobError, match="no network in which each has an address of its own; a has 172"):
+        common_network(options(), apart)
+    with pytest.raises(JobError, match=r"launch.options.network\(10.0.0.0/24\): b has 172"):
+        common_network(options(network="10.0.0.0/24"), apart)
+
+
+def fleet_of(tmp_path: Path, heard: dict[str, dict[str, float | None]]) -> Fleet:
+    """Hosts that say how long they have not heard each other."""
+    (tmp_path / "job.yaml").write_text("")
+    fleet = Fleet(tmp_path, options(hosts=sorted(heard), lost_seconds=10), sys.stderr.buffer)
+    for host, silent in heard.items():
+        link: Any = SimpleNamespace(
+            host=host, port=1, silent_seconds=silent, unheard_seconds=0.0, waited_seconds=60.0, hello=hello()
+        )
+        fleet._links[host] = link
+    return fleet
+
+
+def test_the_largest_group_that_hears_each_other_goes_on(tmp_path: Path) -> None:
+    all_well = fleet_of(tmp_path, {"a": {"b": 1, "c": 1}, "b": {"a": 1, "c": 1}, "c": {"a": 1, "b": 1}})
+    assert [link.host for link in all_well.largest_group(3)] == ["a", "b", "c"]
+    assert [link.host for link in all_well.largest_group(2)] == ["a", "b"]
+    assert all_well.is_settled
+    assert all_well.is_whole(all_well.ready)
+    first_cut = fleet_of(tmp_path, {"a": {"b": 11, "c": 11}, "b": {"a": 11, "c": 1}, "c": {"a": 11, "b": 1}})
+    assert [link.host for link in first_cut.largest_group(3)] == ["b", "c"]
+    assert first_cut.is_settled
+    assert not first_cut.is_whole(first_cut.ready)
+    in_doubt = fleet_of(tmp_path, {"a": {"b": 6, "c": 1}, "b": {"a": 6, "c": 1}, "c": {"a": 1, "b": 1}})
+    assert not in_doubt.is_settled
+    assert in_doubt.is_whole(in_doubt.ready)  # not yet lost
+    one_way = fleet_of(tmp_path, {"a": {"b": 1}, "b": {"a": None}})
+    assert [link.host for link in one_way.largest_group(2)] == ["a"]
+
+
+@contextmanager
+def linked(tmp_path: Path, host: str, **values: Any) -> Iterator[Link]:
+    link = Link(host, host_command(options(**values), host, [tmp_path / "mark"], tmp_path), subprocess.DEVNULL)
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_hosts_hear_each_other_until_one_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "mark").write_text("here")
+    with linked(tmp_path, "a") as a:
+        with linked(tmp_path, "b") as b:
+            wait_for(lambda: a.hello and b.hello)
+            assert a.hello is not None
+            assert a.hello.digests == [hashlib.sha256(b"here").hexdigest()]
+            for link in (a, b):
+                link.send(Bind(address="127.0.0.1"))
+            wait_for(lambda: a.port and b.port)
+            a.send(Watch(peers={"b": ("127.0.0.1", b.port or 0)}))
+            b.send(Watch(peers={"a": ("127.0.0.1", a.port or 0)}))
+            wait_for(lambda: a.silent_seconds.get("b") is not None and b.silent_seconds.get("a") is not None)
+            for _ in range(3):
+                a.send(Beat())
+        wait_for(lambda: (a.silent_seconds["b"] or 0) > 2.5)
+
+
+def test_a_host_that_hears_nothing_of_its_supervisor_ends_itself(tmp_path: Path) -> None:
+    with linked(tmp_path, "a", lost_seconds=5) as link:
+        wait_for(lambda: link.hello)
+        assert link.hello is not None
+        assert link.hello.digests == [None]
+        wait_for(lambda: link.is_gone, 30)
+
+
+def test_an_agent_is_started_and_ended_with_all_below(tmp_path: Path) -> None:
+    with linked(tmp_path, "a") as link:
+        wait_for(lambda: link.hello)
+        log = tmp_path / "agent.log"
+        for attempt in (0, 1):
+            link.send(RunAgent(attempt=attempt, arguments=["--nonsense"], environment={}, log=str(log)))
+            if attempt:
+                link.send(Kill())
+            wait_for(lambda at=attempt: at in link.ended)
+        assert link.ended == {0: 2, 1: -9}
+        assert "agent.py: error: " in log.read_text()
+
+
+def test_ranks_of_an_attempt_that_was_given_up_write_nothing(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.write(step(4))
+    (tmp_path / FILE).write_text("s-1")
+    writer = (
+        "from pathlib import Path; from copus.events import EventLog, Warned\n"
+        f"EventLog(Path({str(tmp_path)!r})).write(Warned(step=1, samples_consumed=4, message='late'))"
+    )
+    before = (tmp_path / "events.jsonl").read_bytes()
+    command = [sys.executable, "-c", writer]
+    late = subprocess.run(command, env=os.environ | {TOKEN: "s-0"}, capture_output=True, text=True)
+    assert late.returncode == 1
+    assert f"s-0 was given up, s-1 trains in {tmp_path}" in late.stderr
+    assert (tmp_path / "events.jsonl").read_bytes() == before
+    subprocess.run(command, env=os.environ | {TOKEN: "s-1"}, check=True)
+    assert b"late" in (tmp_path / "events.jsonl").read_bytes()
+
+
+class StubLink:
+    """A host on which each attempt ends as it is told to."""
+
+    def __init__(self, host: str, number: int) -> None:
+        self.host, self.address, self.interface = host, f"10.0.0.{number}", "eth0"
+        self.ended: dict[int, int] = {}
+        self.agents: list[RunAgent] = []
+        self.is_gone = False
+        self.ends_with: Any = lambda attempt: 0
+
+    def send(self, order: Any) -> None:
+        if isinstance(order, RunAgent):
+            self.agents.append(order)
+            code = self.ends_with(order.attempt)
+            if code is not None:
+                self.ended[order.attempt] = code
+        elif isinstance(order, Kill) and self.agents:
+            self.ended.setdefault(self.agents[-1].attempt, -9)
+
+
+class StubFleet:
+    """Hosts that are there until they are taken away."""
+
+    is_settled, missing = True, "b cannot be reached"
+
+    def __init__(self, *hosts: str) -> None:
+        self.links = [StubLink(host, number) for number, host in enumerate(hosts, start=1)]
+        self.away: set[str] = set()
+
+    def __getitem__(self, host: str) -> StubLink:
+        return next(link for link in self.links if link.host == host)
+
+    def tend(self) -> None: ...
+    def close(self) -> None: ...
+
+    def largest_group(self, most: int) -> list[StubLink]:
+        return [link for link in self.links if link.host not in self.away][:most]
+
+    def is_whole(self, members: Any) -> bool:
+        return not any(link.host in self.away for link in members)
+
+
+@pytest.fixture
+def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A supervisor of a job on the first two of three hosts, and its fleet."""
+    for name in ("POLL_SECONDS", "STEADY_SECONDS"):
+        monkeypatch.setattr(hosts_job, name, 0.01)
+    monkeypatch.setattr(hosts_job.signal, "signal", lambda *handler: None)
+
+    def make(*hosts: str, **options: Any) -> tuple[Supervisor, StubFleet]:
+        fleet = StubFleet(*hosts)
+        monkeypatch.setattr(hosts_job, "Fleet", lambda *arguments: fleet)
+        cluster = {"nodes": 2, "accelerators_per_node": 1}
+        launch = {"engine": "hosts", "max_restarts": 1, "options": {"hosts": list(hosts), **options}}
+        write_job(tmp_path, cluster=cluster, launch=launch)
+        return Supervisor(tmp_path, "s", ["-m", "copus.worker"], False), fleet
+
+    return make
+
+
+def warnings_of(run: Path) -> list[str]:
+    return [event.message for event in read_events(run) if isinstance(event, Warned)]
+
+
+def test_a_lost_host_is_replaced_by_a_spare_and_costs_no_restart(supervised: Any, tmp_path: Path) -> None:
+    supervisor, fleet = supervised("a", "b", "c")
+
+    def lose_a(attempt: int) -> int | None:
+        if attempt == 0:
+            fleet.away.add("a")
+            return None  # nobody hears how it ended
+        return 0
+
+    fleet["a"].ends_with = lose_a
+    fleet["b"].ends_with = lambda attempt: None if attempt == 0 else 0
+    assert supervisor.supervise() == 0
+    assert warnings_of(tmp_path) == ["a lost: going on without"]
+    assert [len(fleet[host].agents) for host in "abc"] == [1, 2, 1]
+    agent = fleet["b"].agents[1]
+    words = " ".join(agent.arguments)
+    assert "--rdzv-conf is_host=1," in words  # the first host of the second attempt
+    assert "--rdzv-backend bound --rdzv-endpoint 10.0.0.2:" in words
+    assert "--local-addr 10.0.0.2 --nnodes 2 --nproc-per-node 1 --max-restarts 0" in words
+    assert "is_host=0," in " ".join(fleet["c"].agents[0].arguments)
+    assert (agent.environment["GLOO_SOCKET_IFNAME"], agent.environment[TOKEN]) == ("eth0", "s-1")
+    assert (tmp_path / FILE).read_text() == "s-1"
+
+
+def test_without_a_spare_it_goes_on_with_fewer_and_stops_for_the_host_that_is_back(
+    supervised: Any, tmp_path: Path
+) -> None:
+    supervisor, fleet = supervised("a", "b")
+    fleet.away.add("b")
+    log = EventLog(tmp_path)
+
+    def until_b_is_back(attempt: int) -> int | None:
+        if attempt == 0:
+            fleet.away.clear()
+            threading.Thread(target=stop_as_asked).start()
+            return None
+        return 0
+
+    def stop_as_asked() -> None:
+        wait_for((tmp_path / "stop").exists)
+        log.write(End(step=1, samples_consumed=4, reason="interrupted", seconds=1.0))
+        fleet["a"].ended[0] = 0
+
+    fleet["a"].ends_with = until_b_is_back
+    assert supervisor.supervise() == 0
+    assert ["--nnodes 1" in " ".join(agent.arguments) for agent in fleet["a"].agents] == [True, False]
+    assert len(fleet["b"].agents) == 1
+    assert not (tmp_path / "stop").exists()
+
+
+def test_workers_that_fail_on_hosts_that_are_there_are_started_again_so_often(supervised: Any, tmp_path: Path) -> None:
+    supervisor, fleet = supervised("a", "b")
+    fleet["b"].ends_with = lambda attempt: 1
+    fleet["a"].ends_with = lambda attempt: None
+    assert supervisor.supervise() == 1
+    assert warnings_of(tmp_path) == ["workers failed: starting them again"]
+    assert fleet["a"].ended == {0: -9, 1: -9}  # ended with the other
+
+
+def test_an_error_of_the_user_s_is_not_tried_again(supervised: Any, tmp_path: Path) -> None:
+    supervisor, fleet = supervised("a", "b")
+    log = EventLog(tmp_path)
+
+    def fail(attempt: int) -> int:
+        log.write(Failure(step=0, samples_consumed=0, rank=0, message="no such file", user_error=True))
+        return 1
+
+    fleet["b"].ends_with = fail
+    assert supervisor.supervise() == 1
+    assert len(fleet["b"].agents) == 1
+
+
+def test_too_few_hosts_are_waited_for_and_then_it_fails(supervised: Any, tmp_path: Path) -> None:
+    supervisor, fleet = supervised("a", "b", min_hosts=2, wait_seconds=0.1)
+    fleet.away.add("b")
+    with pytest.raises(
+        JobError, match=r"1 hosts are there, fewer than launch.options.min_hosts\(2\), for 0.1 s: b can"
+    ):
+        supervisor.supervise()
+    assert warnings_of(tmp_path) == ["waiting for hosts, 1 of 2 are there: b cannot be reached"]
+
+
+def test_a_stop_while_it_waits_is_an_end(supervised: Any, tmp_path: Path) -> None:
+    supervisor, fleet = supervised("a", "b", min_hosts=2)
+    fleet.away.add("b")
+    request_stop(tmp_path)
+    assert supervisor.supervise() == 0
+    assert [event.reason for event in read_events(tmp_path) if isinstance(event, End)] == ["interrupted"]
