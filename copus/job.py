@@ -299,8 +299,8 @@ class LaunchConfig(Record):
     """How processes are started."""
 
     engine: str = "local"
-    """Where to run: `local` (this machine, through torch's elastic agent), `hosts` (several, by ssh), `slurm`, `srun` (a
-    Slurm allocation that is there), `kubernetes` (Kubeflow Trainer), or an engine that a plugin adds."""
+    """Where to run: `local` (this machine, through torch's elastic agent), `hosts` (several, by ssh), `slurm`, `srun`
+    (a Slurm allocation that is there), `kubernetes` (Kubeflow Trainer), or an engine that a plugin adds."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the engine, such as a partition; each engine has its own."""
     runs: UserPath = Path("runs")

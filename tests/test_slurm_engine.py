@@ -541,7 +541,7 @@ def test_measuring_in_the_queue_is_refused_with_what_does_it(
     tmp_path: Path, slurm: Says, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert copus_here("profile", "run", str(job_file(tmp_path))) == 2
-    assert "cannot queue them: --engine local, or, in a Slurm allocation, --engine srun" in capfd.readouterr().err
+    assert "cannot queue them: --engine local or hosts, or, in a Slurm allocation, srun" in capfd.readouterr().err
 
 
 def attempt(run: Path, job: Path, number: int = 0) -> Attempt:

@@ -25,7 +25,7 @@ def attended_engine_of(job: JobConfig, command: str) -> AttendedEngine:
     if not isinstance(engine, AttendedEngine):
         raise JobError(
             f"launch.engine({job.launch.engine}): {command} stands by its workers and cannot queue them: "
-            "--engine local, hosts, or, in a Slurm allocation, srun"
+            "--engine local or hosts, or, in a Slurm allocation, srun"
         )
     return engine
 
