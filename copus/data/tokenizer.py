@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copus.data.word_memory import parts_of
 from copus.job import JobError
 
 if TYPE_CHECKING:
@@ -154,15 +153,10 @@ def encode(tokenizer: "Tokenizer", text: str, eod: int) -> "NDArray[np.int64]":
     """
     import numpy as np
 
-    parts = parts_of(tokenizer)
     tokenizer.encode_special_tokens = True
     try:
-        if parts is not None:
-            tokens = [np.fromiter(parts.encode(piece), np.int64) for piece in pieces(text)]
-        else:
-            encodings = tokenizer.encode_batch_fast(list(pieces(text)), add_special_tokens=False)
-            tokens = [np.array(piece.ids, np.int64) for piece in encodings]
-        ids = np.concatenate([*tokens, [eod]])
+        encodings = tokenizer.encode_batch_fast(list(pieces(text)), add_special_tokens=False)
+        ids = np.concatenate([*(np.array(piece.ids, dtype=np.int64) for piece in encodings), np.array([eod])])
         if (ids[:-1] == eod).any():
             ids = np.array([*(token for piece in pieces(text) for token in _without_ends(tokenizer, piece, eod)), eod])
     except JobError:
