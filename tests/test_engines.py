@@ -91,7 +91,7 @@ def test_a_plugin_is_an_engine_with_options_of_its_own(tmp_path: Path, plugin: N
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ("cloud", "launch.engine: no engine 'cloud' is installed; there are local (built in), slurm (built in), "),
+        ("cloud", "launch.engine: no engine 'cloud' is installed; there are local (built in), hosts (built in), "),
         ("elsewhere", "launch.options: queue: Field required"),
         ("broken", "launch.engine: broken (unknown distribution): AttributeError: "),
         ("other", "launch.engine: other (unknown distribution): test_engines:json is no engine"),
