@@ -71,7 +71,7 @@ def steady(cluster: hosts.Hosts, tmp_path_factory: pytest.TempPathFactory) -> di
     """Losses by samples of a job on one host that nothing happens to."""
     with running(job_on(cluster, tmp_path_factory.mktemp("steady"), [0])) as run:
         run.trains(ranks=1)
-        run.wait(lambda: run.samples >= 6000, "training", 0.1)
+        run.wait(lambda: run.samples >= 1800, "training", 0.1)
         run.stop()
         return {event.samples_consumed: event.loss or 0.0 for event in run.seen(Step)}
 
