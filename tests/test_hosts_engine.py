@@ -4,6 +4,7 @@ tests/test_hosts.py."""
 import hashlib
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,8 @@ from launch_jobs import copus_here, write_job
 from copus.events import End, EventLog, Failure, Warned, read_events
 from copus.fencing import FILE, TOKEN
 from copus.job import JobError, load_job
-from launch.engines import engine_of, hosts_job
+from launch.engines import engine_of, hosts_job, hosts_node
+from launch.engines.hosts import HostsEngine, HostsWorkers
 from launch.engines.hosts_fleet import Fleet
 from launch.engines.hosts_job import Supervisor
 from launch.engines.hosts_link import Link, common_network, host_command, misfit
@@ -97,6 +99,52 @@ def test_a_host_that_does_not_answer_is_named_with_ssh_s_words(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"command": ["no-such-ssh", "{host}", "{command}"]}, "command: no-such-ssh: No such file or directory"),
+        ({"pass_env": ["MY_TOKEN"]}, "pass_env(MY_TOKEN): this shell has no such variable that a job may take"),
+    ],
+)
+def test_what_is_missing_on_this_machine_is_told_in_a_line(
+    values: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MY_TOKEN", raising=False)
+    write_job(tmp_path, launch={"engine": "hosts", "options": {"hosts": ["node1"], "command": HERE, **values}})
+    before = sorted(tmp_path.rglob("*"))
+    assert copus_here("submit", "job.yaml") == 2
+    assert capfd.readouterr().err.splitlines()[-1] == f"copus: launch.options.{message}"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_logs_are_in_the_order_of_attempts_whatever_the_hosts_names(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    names = ["s-1.agent.log", "s-1-2.gpu-b.log", "s-1-10.gpu-a.log", "s-1-2.gpu-1.x.org.log"]
+    for name in names:
+        (tmp_path / "logs" / name).touch()
+    expected = [names[0], names[3], names[1], names[2]]
+    assert [log.name for log in HostsEngine(options()).log_files(tmp_path)] == expected
+
+
+def test_the_log_of_a_failed_rank_is_its_own(tmp_path: Path) -> None:
+    for host, ranks in (("a-1", (0, 1)), ("a-2.org", (2, 3))):
+        (tmp_path / f"s-0.{host}.log").write_text("".join(f"[rank{rank}]: hello\n" for rank in ranks))
+        for local_rank, rank in enumerate(ranks):
+            folder = tmp_path / f"s-0.{host}" / "s-0_x" / "attempt_0" / str(local_rank)
+            folder.mkdir(parents=True)
+            (folder / "stderr.log").write_text(f"of rank {rank}")
+    agent: Any = None
+    workers = HostsWorkers(agent, tmp_path, "s")
+    logs = [workers.error_log(rank) for rank in range(4)]
+    assert [log and log.read_text() for log in logs] == [f"of rank {rank}" for rank in range(4)]
+    assert workers.error_log(4) is None
+
+
 def test_other_versions_are_named() -> None:
     here = {"torch": "2.13.0", "COPUS": "abc"}
     assert misfit(hello(torch="2.13.0", COPUS="abc"), here) is None
@@ -120,6 +168,20 @@ def test_the_fastest_network_in_which_each_has_an_address_of_its_own() -> None:
         common_network(options(), apart)
     with pytest.raises(JobError, match=r"launch.options.network\(10.0.0.0/24\): b has 172"):
         common_network(options(network="10.0.0.0/24"), apart)
+    with pytest.raises(JobError, match=r"launch.options.network\(172.17.0.0/16\): a and b both have 172.17.0.1 there"):
+        common_network(options(network="172.17.0.0/16"), apart)
+
+
+def test_an_address_with_a_label_belongs_to_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = {
+        name: [SimpleNamespace(family=socket.AF_INET, address=address, netmask="255.255.255.0")]
+        for name, address in (("eth0:1", "10.0.0.5"), ("eth1:1", "10.0.1.5"), ("gone", "10.0.2.5"))
+    }
+    states = {name: SimpleNamespace(isup=name == "eth0", speed=1000) for name in ("eth0", "eth1")}
+    monkeypatch.setattr(hosts_node.psutil, "net_if_addrs", lambda: addresses)
+    monkeypatch.setattr(hosts_node.psutil, "net_if_stats", lambda: states)
+    labelled = Interface(name="eth0:1", address="10.0.0.5", network="10.0.0.0/24", mbit_per_second=1000)
+    assert hosts_node.interfaces() == [labelled]
 
 
 def fleet_of(tmp_path: Path, heard: dict[str, dict[str, float | None]]) -> Fleet:
@@ -128,7 +190,7 @@ def fleet_of(tmp_path: Path, heard: dict[str, dict[str, float | None]]) -> Fleet
     fleet = Fleet(tmp_path, options(hosts=sorted(heard), lost_seconds=10), sys.stderr.buffer)
     for host, silent in heard.items():
         link: Any = SimpleNamespace(
-            host=host, port=1, silent_seconds=silent, unheard_seconds=0.0, waited_seconds=60.0, hello=hello()
+            host=host, port=1, silent_seconds=silent, unheard_seconds=0.0, bound_seconds=60.0, hello=hello()
         )
         fleet._links[host] = link
     return fleet
@@ -149,6 +211,14 @@ def test_the_largest_group_that_hears_each_other_goes_on(tmp_path: Path) -> None
     assert in_doubt.is_whole(in_doubt.ready)  # not yet lost
     one_way = fleet_of(tmp_path, {"a": {"b": 1}, "b": {"a": None}})
     assert [link.host for link in one_way.largest_group(2)] == ["a"]
+    assert one_way.is_settled
+
+
+def test_hosts_that_were_slow_to_start_get_time_to_hear_each_other(tmp_path: Path) -> None:
+    fleet = fleet_of(tmp_path, {"a": {"b": None}, "b": {"a": None}})
+    for link in fleet.ready:
+        vars(link)["bound_seconds"] = 0.5
+    assert not fleet.is_settled
 
 
 @contextmanager
@@ -193,15 +263,30 @@ def test_a_host_that_hears_nothing_of_its_supervisor_ends_itself(tmp_path: Path)
         wait_for(lambda: link.is_gone, 30)
 
 
+def test_an_interpreter_may_be_wrapped(tmp_path: Path) -> None:
+    """The wrapper has the run in its environment too, and is nothing that was left of it."""
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\n{shlex.quote(sys.executable)} "$@"\n')
+    wrapper.chmod(0o755)
+    with linked(tmp_path, "a", python=str(wrapper)) as link:
+        wait_for(lambda: link.hello or link.is_gone)
+        assert link.hello is not None
+
+
 def test_an_agent_is_started_and_ended_with_all_below(tmp_path: Path) -> None:
     with linked(tmp_path, "a") as link:
         wait_for(lambda: link.hello)
         log = tmp_path / "agent.log"
+
+        def has_ended(attempt: int) -> bool:
+            link.send(Beat())  # the import of torch may take longer than the host's patience
+            return attempt in link.ended
+
         for attempt in (0, 1):
             link.send(RunAgent(attempt=attempt, arguments=["--nonsense"], environment={}, log=str(log)))
             if attempt:
                 link.send(Kill())
-            wait_for(lambda at=attempt: at in link.ended)
+            wait_for(lambda at=attempt: has_ended(at), 200)
         assert link.ended == {0: 2, 1: -9}
         assert "agent.py: error: " in log.read_text()
 

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from copus.job import JobConfig, JobError
+from launch.engines.environment import job_environment
 from launch.engines.hosts_link import ask_hosts, common_network, host_command, misfit
 from launch.engines.hosts_node import software
 from launch.engines.hosts_options import HostsOptions
@@ -41,11 +42,14 @@ class HostsWorkers(LocalWorkers):
         return next((rank for log in self._newest_logs() if (rank := self.root_cause(log)) is not None), None)
 
     def error_log(self, rank: int) -> Path | None:
-        """`logs/SESSION-ATTEMPT.HOST/…/LOCAL_RANK/stderr.log` of the last attempt, on the host that had the rank."""
+        """`logs/SESSION-ATTEMPT.HOST/…/LOCAL_RANK/stderr.log` of the last attempt, on the host that had the rank. All
+        hosts have as many ranks, in their order."""
         for log in self._newest_logs():
             if f"[rank{rank}]:" in log.read_text(errors="replace"):
-                files = log.with_suffix("").glob("*/attempt_0/*/stderr.log")
-                return next((file for file in sorted(files) if file.stat().st_size), None)
+                files = sorted(
+                    log.with_suffix("").glob("*/attempt_0/*/stderr.log"), key=lambda file: int(file.parts[-2])
+                )
+                return files[rank % len(files)] if files else None
         return None
 
     def _newest_logs(self) -> list[Path]:
@@ -73,6 +77,10 @@ class HostsEngine(LocalEngine):
     def ready(self, job: JobConfig) -> None:
         """Raise JobError where a machine does not answer, has other versions or does not share the folders of the job,
         or where they have no network in common. Writes a file into each folder, and removes it."""
+        shell = job_environment()
+        for name in self.options.pass_env:
+            if name not in shell:
+                raise JobError(f"launch.options.pass_env({name}): this shell has no such variable that a job may take")
         folders = {
             "launch.runs": job.launch.runs,
             "data.cache": job.data.cache,
@@ -119,7 +127,12 @@ class HostsEngine(LocalEngine):
         if not supervisor:
             return []
         session = supervisor[0].name.removesuffix(".agent.log")
-        return [*supervisor, *sorted((run / "logs").glob(f"{session}-*.log"), key=_attempt_and_host)]
+
+        def attempt_and_host(log: Path) -> tuple[int, str]:
+            attempt, _, host = log.name.removeprefix(f"{session}-").partition(".")
+            return int(attempt), host
+
+        return [*supervisor, *sorted((run / "logs").glob(f"{session}-*.log"), key=attempt_and_host)]
 
 
 def _mark(name: str, folder: Path) -> Path:
@@ -137,9 +150,3 @@ def _mark(name: str, folder: Path) -> Path:
         file.flush()
         os.fsync(file.fileno())
     return Path(path)
-
-
-def _attempt_and_host(log: Path) -> tuple[int, str]:
-    """From `SESSION-ATTEMPT.HOST.log`; the session has hyphens too."""
-    attempt, _, host = log.name.rpartition("-")[2].removesuffix(".log").partition(".")
-    return int(attempt), host

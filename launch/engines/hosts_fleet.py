@@ -126,7 +126,7 @@ class Fleet:
     def _is_deaf(self, link: Link, other: Link) -> bool:
         silent = link.silent_seconds.get(other.host)
         limit = self._options.lost_seconds
-        return silent > limit if silent is not None else min(link.waited_seconds, other.waited_seconds) > limit
+        return silent > limit if silent is not None else min(link.bound_seconds, other.bound_seconds) > limit
 
     def is_whole(self, members: Sequence[Link]) -> bool:
         """Whether none of these is lost, or cut off from another."""

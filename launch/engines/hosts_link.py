@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import math
 import os
 import shlex
 import subprocess
@@ -57,7 +58,8 @@ class Link:
         """As in the newest sign of life."""
         self.ended: dict[int, int] = {}
         """Exit code of the agent in each attempt that ended."""
-        self._opened = self._heard = time.monotonic()
+        self._heard = time.monotonic()
+        self._bound = math.inf
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=job_environment()
         )
@@ -77,6 +79,7 @@ class Link:
                 case Hello():
                     self.hello = report
                 case Bound():
+                    self._bound = time.monotonic()
                     self.port = report.port
                 case Alive():
                     self.silent_seconds = report.silent_seconds
@@ -94,9 +97,9 @@ class Link:
         return time.monotonic() - self._heard
 
     @property
-    def waited_seconds(self) -> float:
-        """Since it was started."""
-        return time.monotonic() - self._opened
+    def bound_seconds(self) -> float:
+        """Since it listens to the others; below 0 before that."""
+        return time.monotonic() - self._bound
 
     def send(self, order: Order) -> None:
         """Give an order. One that does not get through is seen by the silence that follows."""
@@ -116,19 +119,22 @@ class Link:
 
 def ask_hosts(options: HostsOptions, files: Sequence[Path]) -> dict[str, Hello]:
     """What each host says of itself. Raises JobError where one does not answer."""
-    children = {
-        host: subprocess.Popen(
-            host_command(options, host, files),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=job_environment(),
-        )
-        for host in options.hosts
-    }
+    children: dict[str, subprocess.Popen[bytes]] = {}
     hellos: dict[str, Hello] = {}
     end = time.monotonic() + ANSWER_SECONDS
     try:
+        for host in options.hosts:
+            command = host_command(options, host, files)
+            try:
+                children[host] = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=job_environment(),
+                )
+            except OSError as error:
+                raise JobError(f"launch.options.command: {command[0]}: {error.strerror}") from None
         for host, child in children.items():
             try:
                 out, errors = child.communicate(timeout=max(0.1, end - time.monotonic()))
@@ -165,9 +171,16 @@ def common_network(options: HostsOptions, hellos: dict[str, Hello]) -> str:
     Raises JobError where there is none.
     """
     if options.network is not None:
+        owners: dict[str, str] = {}
         for host, hello in hellos.items():
-            if not interface_in(options.network, hello):
+            interface = interface_in(options.network, hello)
+            if interface is None:
                 raise JobError(f"launch.options.network({options.network}): {host} has {_addresses(hello)}")
+            owner = owners.setdefault(interface.address, host)
+            if owner != host:
+                raise JobError(
+                    f"launch.options.network({options.network}): {owner} and {host} both have {interface.address} there"
+                )
         return options.network
     first, *_ = hellos.values()
     for one in sorted(first.interfaces, key=lambda one: -one.mbit_per_second):

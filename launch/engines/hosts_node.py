@@ -96,20 +96,22 @@ def interfaces() -> list[Interface]:
             name=name,
             address=one.address,
             network=str(ipaddress.IPv4Network(f"{one.address}/{one.netmask}", strict=False)),
-            mbit_per_second=states[name].speed,
+            mbit_per_second=state.speed,
         )
         for name, addresses in psutil.net_if_addrs().items()
         for one in addresses
-        if one.family == socket.AF_INET and states[name].isup and not ipaddress.IPv4Address(one.address).is_loopback
+        if one.family == socket.AF_INET and not ipaddress.IPv4Address(one.address).is_loopback
+        if (state := states.get(name.partition(":")[0])) is not None and state.isup  # eth0:1 is an address of eth0
     ]
 
 
 def end_leftovers() -> None:
     """Kill what an agent, or an earlier process like this one, has left of the run on this host."""
     host, run = os.environ[HOST], os.environ.get(RUN)
+    own = {os.getpid(), *(above.pid for above in psutil.Process().parents())}  # what wraps this interpreter is no rest
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            environment = process.environ() if run and process.pid != os.getpid() else {}
+            environment = process.environ() if run and process.pid not in own else {}
             if environment.get(HOST) == host and environment.get(RUN) == run:
                 kill_family(process.pid)
 
