@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from copus.backends.registry import BUILT_IN, find_backend
 from copus.job import STEP_SETTINGS, JobConfig, JobError
+from profiles.accelerator import accelerator
 from profiles.measurement import Fingerprint, Measurement
 from profiles.table import ThroughputTable
 
@@ -24,8 +25,8 @@ def predictor_of(job: JobConfig, rows: Iterable[Measurement], *, use_cost_model:
 def estimate_of(job: JobConfig, stack: str | None = None) -> "JobEstimate":
     """Estimate every candidate of a job; times without a row are those of its backend's software, or of `stack`.
 
-    Raises JobError for a table that cannot be read, for a cluster that nothing is known about, and for software that no
-    published run is with.
+    Raises JobError for a table that cannot be read, for a cluster that nothing is known about, for software that no
+    published run is with, and for software on an accelerator whose times do not follow from published runs.
     """
     from planner.job_estimate import estimate_job
     from profiles.cost.effects import stacks
@@ -34,12 +35,25 @@ def estimate_of(job: JobConfig, stack: str | None = None) -> "JobEstimate":
     if stack is not None:
         if stack not in stacks():
             raise JobError(f"--stack({stack}): no published run is with it; expected one of {', '.join(stacks())}")
+        if not _follows_published_runs(job.cluster.accelerator):
+            raise JobError(
+                f"--stack({stack}): cluster.accelerator({job.cluster.accelerator}) has no data sheet, and its times do "
+                "not follow from published runs"
+            )
         settings["implementation"] = settings["implementation"].model_copy(update={"stack": stack})
     rows = rows_of_table(job)
     try:
         return estimate_job(**settings, table=rows)
     except ValueError as error:
         raise JobError(f"cluster.{error}") from None
+
+
+def _follows_published_runs(name: str) -> bool:
+    """Whether the cost model multiplies the constants of an accelerator by what published runs say of software."""
+    try:
+        return accelerator(name).rated
+    except ValueError:
+        return False
 
 
 def _settings(job: JobConfig) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _deepseek_v3(shape: ModelShape) -> Fields:
     latent, scaling, router = shape.latent_attention, _rope_scaling(shape), shape.router
     if latent is None:
         return {}
-    if scaling and shape.attention_scale:
+    if scaling and scaling["factor"] > 1 and shape.attention_scale:
         # (0.1 · mscale_all_dim · ln(factor) + 1)² / √head_dim
         root = math.sqrt(shape.attention_scale * math.sqrt(shape.head_width))
         scaling["mscale_all_dim"] = (root - 1) / (0.1 * math.log(scaling["factor"]))

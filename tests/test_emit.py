@@ -302,5 +302,7 @@ def test_a_plan_is_for_the_software_that_is_named(job_file: Path, capsys: pytest
     error = capsys.readouterr().err
     assert "--stack(megatron-tea)" in error
     assert "megatron-te," in error
+    assert main(["plan", str(job_file), "--set", "cluster.accelerator=cpu", "--stack", "fsdp"]) == 2
+    assert "--stack(fsdp): cluster.accelerator(cpu) has no data sheet" in capsys.readouterr().err
     assert main(["plan", str(job_file), "--backend", "megatron", "--backend", "fsdp", "--stack", "fsdp"]) == 2
     assert "go with one --backend" in capsys.readouterr().err

@@ -86,3 +86,6 @@ def test_every_known_model_is_written_and_read_again() -> None:
 def test_a_model_that_no_family_has_is_refused() -> None:
     with pytest.raises(ValueError, match="no family of Hugging Face has this model"):
         config_values(ModelShape(**{**SHAPE, "norm_position": "post", "norm": "layernorm", "bias": "all"}))
+    scaling = {"kind": "linear", "factor": 1.0}  # DeepSeek's factor of scores grows with it, from 1 on
+    with pytest.raises(ValueError, match="no family of Hugging Face has this model"):
+        config_values(ModelShape(**{**SHAPE, **VARIANTS["deepseek"], "rope_scaling": scaling}))
