@@ -423,6 +423,30 @@ def test_without_a_spare_it_goes_on_with_fewer_and_stops_for_the_host_that_is_ba
     assert not (tmp_path / "stop").exists()
 
 
+def test_a_link_to_another_run_s_stop_is_left_where_it_is(
+    supervised: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibrations have one: `copus cancel` takes the run that they are of."""
+    said: list[str] = []
+    monkeypatch.setattr(hosts_job, "say", said.append)
+    supervisor, fleet = supervised("a", "b")
+    fleet.away.add("b")
+    rounds = iter(range(100))
+
+    def tend() -> None:
+        if fleet["a"].agents:
+            fleet.away.clear()
+            if next(rounds) == 50:
+                fleet["a"].ended[0] = 0
+
+    monkeypatch.setattr(fleet, "tend", tend)
+    fleet["a"].ends_with = lambda attempt: None
+    (tmp_path / "stop").symlink_to(tmp_path / "stop of the run")
+    assert supervisor.supervise() == 0
+    assert (tmp_path / "stop").is_symlink()
+    assert said == ["attempt 0 on a"]
+
+
 def test_workers_that_fail_on_hosts_that_are_there_are_started_again_so_often(supervised: Any, tmp_path: Path) -> None:
     supervisor, fleet = supervised("a", "b")
     fleet["b"].ends_with = lambda attempt: 1

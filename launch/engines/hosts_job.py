@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from copus.durable import write_atomically
@@ -134,8 +135,8 @@ class Supervisor:
 
     def _run_attempt(self, members: list[Link]) -> int:
         """Run the workers on these hosts to their end: 0 if all of them ended with 0."""
-        if not stopped_for_good(self._run):
-            (self._run / "stop").unlink(missing_ok=True)
+        if self._asked_for_more():
+            (self._run / "stop").unlink()
         self._new_status()
         self._status.forget_ending()
         write_atomically(self._run / FILE, f"{self._session}-{self._attempt}")
@@ -164,9 +165,11 @@ class Supervisor:
                 more_since = None
                 continue
             more_since = more_since or time.monotonic()
-            if time.monotonic() - more_since > STEADY_SECONDS and not (self._run / "stop").exists():
+            if time.monotonic() - more_since > STEADY_SECONDS and not os.path.lexists(self._run / "stop"):
+                more_since = None
                 say("more hosts are there: asking the workers for a checkpoint")
-                request_pause(self._run, LARGER)
+                with suppress(OSError):  # a full disk: once more, later
+                    request_pause(self._run, LARGER)
 
     def _agent_of(self, link: Link, members: list[Link], port: int) -> RunAgent:
         cluster = self._job.cluster.model_copy(update={"nodes": len(members)})
@@ -211,14 +214,17 @@ class Supervisor:
     def _goes_on(self) -> bool:
         """Whether the workers that ended well had stopped for more hosts."""
         self._new_status()
-        try:
-            mark = (self._run / "stop").read_text()
-        except FileNotFoundError:
-            return False
-        if mark != LARGER:
+        if not self._asked_for_more():
             return False
         (self._run / "stop").unlink()
         return self._status.end is not None and self._status.end.reason == "interrupted"
+
+    def _asked_for_more(self) -> bool:
+        """Whether the workers were asked to stop for more hosts, and for nothing else since."""
+        try:
+            return (self._run / "stop").read_text() == LARGER
+        except FileNotFoundError:
+            return False
 
     def _new_status(self) -> None:
         self._status.update(self._events.read())
