@@ -221,6 +221,25 @@ def test_hosts_that_were_slow_to_start_get_time_to_hear_each_other(tmp_path: Pat
     assert not fleet.is_settled
 
 
+def test_a_network_that_one_host_alone_chose_is_left_for_one_that_others_share(tmp_path: Path) -> None:
+    fleet = fleet_of(tmp_path, {"a": {}, "b": {}})
+    orders: list[str] = []
+    for host, link in fleet._links.items():
+        eth0 = ("eth0", f"10.0.0.{1 + ord(host) - ord('a')}", "10.0.0.0/24", 1000)
+        said = hello(("docker0", "172.17.0.1", "172.17.0.0/16", 10_000), eth0)
+        said = said.model_copy(update={"software": fleet._software, "digests": [fleet._job_digest]})
+        vars(link).update(hello=said, address=None, port=None, send=lambda order: orders.append(order.address))
+    late = fleet._links.pop("b")
+    fleet._closed["b"] = 0.0
+    fleet._bind_new()
+    assert orders == ["172.17.0.1"]
+    fleet._links["b"] = late
+    fleet._bind_new()
+    assert orders == ["172.17.0.1", "10.0.0.1", "10.0.0.2"]
+    fleet._bind_new()
+    assert len(orders) == 3
+
+
 @contextmanager
 def linked(tmp_path: Path, host: str, **values: Any) -> Iterator[Link]:
     link = Link(host, host_command(options(**values), host, [tmp_path / "mark"], tmp_path), subprocess.DEVNULL)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from copus.job import JobError
 from launch.engines.hosts_link import (
     ANSWER_SECONDS,
     FRESH_SECONDS,
@@ -66,15 +67,29 @@ class Fleet:
         """Whether nobody knows yet if the host can be reached."""
         return link.port is None and link.host not in self._refused and link.host not in self._closed
 
+    def _choose_network(self) -> None:
+        """As soon as all first tries are through; again when others come while one host alone is in it."""
+        hellos = {host: link.hello for host, link in self._links.items() if link.hello is not None}
+        bound = [link for link in self._links.values() if link.address is not None]
+        first_tries = any(link.hello is None and self._is_first_try(link) for link in self._links.values())
+        if first_tries or not hellos or (self._network is not None and (len(bound) != 1 or len(hellos) == 1)):
+            return
+        try:
+            network = common_network(self._options, hellos)
+        except JobError:
+            if self._network is None:
+                raise
+            return
+        if network != self._network:
+            self._network = network
+            for link in bound:
+                link.address = link.port = None
+
     def _bind_new(self) -> None:
-        """Choose the network as soon as all first tries are through, and have each host listen in it."""
+        """Have each host listen in the network, once that is chosen."""
+        self._choose_network()
         if self._network is None:
-            if any(link.hello is None and self._is_first_try(link) for link in self._links.values()):
-                return
-            hellos = {host: link.hello for host, link in self._links.items() if link.hello is not None}
-            if not hellos:
-                return
-            self._network = common_network(self._options, hellos)
+            return
         for host, link in self._links.items():
             if link.hello is None or link.address is not None or host in self._refused:
                 continue
