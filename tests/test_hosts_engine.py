@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 from launch_events import step
 from launch_jobs import copus_here, write_job
 
+from copus.checkpoints.store import Writing
 from copus.events import End, EventLog, Failure, Warned, read_events
 from copus.fencing import FILE, TOKEN
 from copus.job import JobError, load_job
@@ -326,6 +328,19 @@ def test_ranks_of_an_attempt_that_was_given_up_write_nothing(tmp_path: Path) -> 
     assert (tmp_path / "events.jsonl").read_bytes() == before
     subprocess.run(command, env=os.environ | {TOKEN: "s-1"}, check=True)
     assert b"late" in (tmp_path / "events.jsonl").read_bytes()
+
+
+def test_a_rank_that_was_given_up_does_not_write_its_share_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / FILE).write_text("s-1")
+    monkeypatch.setenv(TOKEN, "s-0")
+    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit))
+    writing = Writing.__new__(Writing)
+    writing._run, writing._save = tmp_path, Mock()
+    with pytest.raises(SystemExit):
+        writing._write()
+    writing._save.write.assert_not_called()
 
 
 class StubLink:

@@ -127,6 +127,7 @@ class Writing:
         return final, broadcast_from_rank0(sum(entry.bytes for entry in entries.values()))
 
     def _write(self) -> None:
+        end_if_replaced(self._run)  # the folder is the newest attempt's
         try:
             self._save.write()
             self._entries = describe(self._folder, self._save.files)
