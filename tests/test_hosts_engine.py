@@ -58,6 +58,10 @@ def hello(*interfaces: tuple[str, str, str, int], **software: str) -> Hello:
         ({"hosts": ["a", "b"], "network": "10.1.0.1/16"}, "10.1.0.1/16 has host bits set"),
         ({"hosts": ["a", "b"], "min_hosts": 3}, "min_hosts(3) is more than the 2 of hosts"),
         ({"hosts": ["a", "b"], "env": {"MY_TOKEN": "x"}}, "MY_TOKEN looks like a secret"),
+        (
+            {"hosts": ["a", "b"], "env": {"OMP_NUM_THREADS": "8"}},
+            "OMP_NUM_THREADS would be overridden: set launch.threads_per_rank",
+        ),
         ({"hosts": ["a", "b"], "python": "bin/python"}, "neither an absolute path nor a name"),
         ({"hosts": ["a"]}, "cluster.nodes(2) is more than the 1 machines of launch.options.hosts"),
     ],

@@ -185,6 +185,7 @@ def test_nothing_of_the_environment_is_in_a_manifest(
         ({"mount": "/elsewhere"}, "is not below launch.options.mount(/elsewhere)"),
         ({"namespace": "a/b"}, "launch.options: namespace: "),
         ({"env": {"HF_TOKEN": "abc"}}, "launch.options: env: HF_TOKEN looks like a secret"),
+        ({"env": {"OMP_NUM_THREADS": "8"}}, "OMP_NUM_THREADS would be overridden: set launch.threads_per_rank"),
         ({"env": {"PET_NNODES": "2"}}, "PET_NNODES is set by the training runtime"),
         ({"secrets": {"HF_TOKEN": "abc"}}, "launch.options: secrets.HF_TOKEN: "),
         ({"tolerations": [{"kee": "gpu"}]}, "launch.options: tolerations.0.kee"),

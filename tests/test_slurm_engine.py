@@ -212,6 +212,7 @@ def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
         ({"srun": {"nodes": 3}}, "launch.options: srun: nodes is set by COPUS or by a field of its own"),
         ({"srun": {"-N": 3}}, "launch.options: srun: '-N' is no long option of srun"),
         ({"env": {"WANDB_API_KEY": "x"}}, "WANDB_API_KEY looks like a secret: set it in the shell that submits"),
+        ({"env": {"OMP_NUM_THREADS": "8"}}, "OMP_NUM_THREADS would be overridden: set launch.threads_per_rank"),
         ({"nccl_interface": "ib0; id"}, "launch.options: nccl_interface: string should match pattern"),
         ({"python": "venv/bin/python"}, "launch.options: python: 'venv/bin/python' is neither an absolute path nor"),
         ({"python": "a\nb"}, "launch.options: python: a line with control characters"),

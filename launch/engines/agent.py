@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from copus.job import JobConfig
+from launch.engines.environment import THREADS
 
 WORKER = ("-m", "copus.worker")
 """What the agent runs, before the run directory."""
@@ -42,7 +43,7 @@ def agent_environment(job: JobConfig, users: Mapping[str, str]) -> dict[str, str
     """What the agent and its workers need in their environment, whatever the engine. `users` is the environment that
     the user chose for them: only what is a matter of taste follows it."""
     settings = {
-        "OMP_NUM_THREADS": str(job.launch.threads_per_rank),
+        THREADS: str(job.launch.threads_per_rank),
         # torch 2.13 hosts one store for all restarts, without telling their keys apart: restarted ranks find each
         # other's old addresses ("Connection refused"). Without sharing, every restart has a store of its own.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

@@ -24,10 +24,16 @@ SLURM_CLIENT = ("SLURM_CONF", "SLURM_JWT", "SLURM_SACK")
 """Beginnings of those among them that only say where Slurm's controller is, and who asks."""
 
 
-def check_no_secrets(names: Iterable[str], instead: str) -> None:
-    """Raise ValueError if one of these variables is a secret: a job file must not hold its value. `instead` says
-    where it belongs."""
+THREADS = "OMP_NUM_THREADS"
+"""What `launch.threads_per_rank` becomes."""
+
+
+def check_variables(names: Iterable[str], instead: str) -> None:
+    """Raise ValueError if one of these variables has a field of its own, or is a secret: a job file must not hold its
+    value. `instead` says where that belongs."""
     for name in names:
+        if name == THREADS:
+            raise ValueError(f"{name} would be overridden: set launch.threads_per_rank")
         if is_secret(name):
             raise ValueError(f"{name} looks like a secret: {instead.format(name=name)}")
 

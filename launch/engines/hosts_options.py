@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from launch.engines.base import EngineOptions
-from launch.engines.environment import EnvironmentName, check_no_secrets
+from launch.engines.environment import EnvironmentName, check_variables
 
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._@:-]*[A-Za-z0-9])?$", max_length=200)]
 """A name, an address, or `user@host`: nothing that ssh takes for an option."""
@@ -69,8 +69,8 @@ class HostsOptions(EngineOptions):
 
     @field_validator("env")
     @classmethod
-    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        check_no_secrets(value, "set it in the shell that submits, and name it in pass_env")
+    def _checked(cls, value: dict[str, str]) -> dict[str, str]:
+        check_variables(value, "set it in the shell that submits, and name it in pass_env")
         return value
 
     @field_validator("python")

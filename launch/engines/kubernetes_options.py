@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
 
 from launch.engines.base import EngineOptions
-from launch.engines.environment import EnvironmentName, check_no_secrets
+from launch.engines.environment import EnvironmentName, check_variables
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 """A name of an object in Kubernetes."""
@@ -93,7 +93,7 @@ class KubernetesOptions(EngineOptions):
     @field_validator("env")
     @classmethod
     def _not_secret(cls, value: dict[str, str]) -> dict[str, str]:
-        check_no_secrets(value, "name the one in the cluster, secrets: {{{name}: SECRET/KEY}}")
+        check_variables(value, "name the one in the cluster, secrets: {{{name}: SECRET/KEY}}")
         for name in value:
             if name.startswith("PET_"):
                 raise ValueError(f"{name} is set by the training runtime")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from launch.engines.base import EngineOptions
-from launch.engines.environment import EnvironmentName, check_no_secrets
+from launch.engines.environment import EnvironmentName, check_variables
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:,@+=()/-]*$", max_length=200)]
 """A name as Slurm's administrators give them: nothing that a shell, or Slurm's own parser, takes for more than that."""
@@ -55,8 +55,8 @@ class StepOptions(EngineOptions):
 
     @field_validator("env")
     @classmethod
-    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        check_no_secrets(value, "set it in the shell that submits, which Slurm hands on")
+    def _checked(cls, value: dict[str, str]) -> dict[str, str]:
+        check_variables(value, "set it in the shell that submits, which Slurm hands on")
         return value
 
     @field_validator("wrapper")
