@@ -19,7 +19,7 @@ from pydantic import ConfigDict
 from copus.job import JobConfig, JobError
 from launch.engines.log_files import lines_of
 from launch.engines.ticket import Ticket, read_ticket
-from launch.run_directory import request_stop, shown
+from launch.run_directory import lock_holder, request_stop, shown
 from profiles.record import Record
 
 Phase = Literal["queued", "running", "ended", "unknown"]
@@ -159,6 +159,28 @@ class AttendedEngine(Engine):
         `lock` is the descriptor of the run's lock: what keeps the workers alive keeps it open too, so that a run stays
         locked when its launcher dies first. `profile_only` makes the workers fill the throughput table and end.
         """
+
+    @abstractmethod
+    def end_workers(self, run: Path) -> bool:
+        """End the workers of a run at once, whoever started them; whether there were any."""
+
+    def state(self, run: Path) -> EngineState:
+        """Running as long as somebody holds the run's lock."""
+        holder = lock_holder(run)
+        if holder is None:
+            return EngineState("ended", "no workers are running")
+        return EngineState("running", f"its workers are running (launched by {holder})")
+
+    def cancel(self, run: Path, *, now: bool) -> str:
+        """Make RUN/stop, which a launcher that still gets ready minds too; with `now` end the workers."""
+        if lock_holder(run) is None:
+            raise JobError(f"{shown(run)}: nothing to cancel: no workers are running")
+        request_stop(run)
+        if not now:
+            return "its workers stop at the next step, with a checkpoint"
+        if not self.end_workers(run):
+            return "it has no workers yet, and starts none"
+        return "its workers were ended; a resume goes on from the newest checkpoint"
 
 
 class QueuedEngine(Engine):

@@ -10,11 +10,10 @@ from typing import ClassVar
 
 from copus.job import JobConfig, JobError
 from launch.engines.agent import WORKER, agent_arguments, agent_environment, command_line
-from launch.engines.base import AttendedEngine, EngineOptions, EngineState
+from launch.engines.base import AttendedEngine, EngineOptions
 from launch.engines.environment import job_environment
 from launch.engines.this_machine import check_interfaces, check_this_machine
 from launch.process import die_with_parent, kill_family, module_environment, python_module
-from launch.run_directory import lock_holder, request_stop, shown
 
 
 class LocalWorkers:
@@ -107,46 +106,23 @@ class LocalEngine(AttendedEngine):
         interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
         return {name: os.environ.get(name, "lo") for name in interfaces} | agent_environment(job, os.environ)
 
-    def state(self, run: Path) -> EngineState:
-        """Running as long as somebody holds the run's lock."""
-        holder = lock_holder(run)
-        if holder is None:
-            return EngineState("ended", "no workers are running")
-        return EngineState("running", f"its workers are running (launched by {holder})")
+    def end_workers(self, run: Path) -> bool:
+        """Kill what keeps the run locked and is not its launcher, and all below: the agent and its workers."""
+        import psutil
 
-    def cancel(self, run: Path, *, now: bool) -> str:
-        """Make RUN/stop, which a launcher that still gets ready minds too; with `now` kill the agent and what is below
-        it."""
-        if lock_holder(run) is None:
-            raise JobError(f"{shown(run)}: nothing to cancel: no workers are running")
-        request_stop(run)
-        if now and not _kill_holders(run):
-            return "it has no workers yet, and starts none"
-        if now:
-            return "its workers were ended; a resume goes on from the newest checkpoint"
-        return "its workers stop at the next step, with a checkpoint"
+        lock = str((run / "lock").resolve())
+        launcher = (run / "lock").read_text().strip().rpartition(" ")[2]
+        has_any = False
+        for process in psutil.process_iter():
+            try:
+                holds = str(process.pid) != launcher and any(file.path == lock for file in process.open_files())
+            except psutil.Error:  # gone, or another user's
+                continue
+            if holds:
+                kill_family(process.pid)
+                has_any = True
+        return has_any
 
     def log_files(self, run: Path) -> list[Path]:
         """The agent's output, which has that of its workers in it."""
         return sorted((run / "logs").glob("*.agent.log"))[-1:]
-
-
-def _kill_holders(run: Path) -> int:
-    """Kill what keeps the workers alive: processes that hold the run's lock, but for the launcher, and all below.
-
-    Returns how many held it.
-    """
-    import psutil
-
-    lock = str((run / "lock").resolve())
-    launcher = (run / "lock").read_text().strip().rpartition(" ")[2]
-    killed = 0
-    for process in psutil.process_iter():
-        try:
-            holds = str(process.pid) != launcher and any(file.path == lock for file in process.open_files())
-        except psutil.Error:  # gone, or another user's
-            continue
-        if holds:
-            kill_family(process.pid)
-            killed += 1
-    return killed

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from copus.job import JobConfig, JobError
 from launch.engines.agent import command_line
-from launch.engines.base import AttendedEngine, EngineState
+from launch.engines.base import AttendedEngine
 from launch.engines.environment import slurm_environment
 from launch.engines.slurm_commands import node_addresses, slurm
 from launch.engines.slurm_options import StepOptions
 from launch.engines.slurm_step import PROFILE_ONLY, endpoint_of, step_command, step_environment
 from launch.process import die_with_parent, module_environment
-from launch.run_directory import lock_holder, request_stop, shown
 
 END_SECONDS = 30.0
 """How long Slurm may take to end a step."""
@@ -88,23 +87,9 @@ class SrunEngine(AttendedEngine):
         alone = {name: os.environ.get(name, "lo") for name in names} if job.cluster.nodes == 1 else {}
         return alone | step_environment(self.options, job)
 
-    def state(self, run: Path) -> EngineState:
-        """Running as long as somebody holds the run's lock."""
-        holder = lock_holder(run)
-        if holder is None:
-            return EngineState("ended", "no workers are running")
-        return EngineState("running", f"its workers are running (launched by {holder})")
-
-    def cancel(self, run: Path, *, now: bool) -> str:
-        """Make RUN/stop; with `now` let Slurm end the step."""
-        if lock_holder(run) is None:
-            raise JobError(f"{shown(run)}: nothing to cancel: no workers are running")
-        request_stop(run)
-        if not now:
-            return "its workers stop at the next step, with a checkpoint"
-        if not kill_step(run):
-            return "it has no workers yet, and starts none"
-        return "its workers were ended; a resume goes on from the newest checkpoint"
+    def end_workers(self, run: Path) -> bool:
+        """Let Slurm end the step. Raises JobError where it does not answer."""
+        return kill_step(run)
 
     def log_files(self, run: Path) -> list[Path]:
         """What each node printed in the newest step."""
