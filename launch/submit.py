@@ -212,7 +212,8 @@ def go_on(resumption: Resumption, interrupts: Interrupts, console: Console) -> B
     """Launch a run again. Raises JobError, and leaves it as it was, where the user errs."""
     run, before = resumption.run, resumption.before
     engine, job = resumption.checked.engine, resumption.checked.job
-    engine.ready(job)
+    for line in engine.ready_again(job):
+        console.print(line, markup=False, soft_wrap=True)
     with lock_run(run) as lock:
         check_not_queued(run)
         clear_stop(run)

@@ -105,6 +105,32 @@ def test_a_host_that_does_not_answer_is_named_with_ssh_s_words(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_run_goes_on_without_hosts_that_do_not_answer_if_enough_others_do(tmp_path: Path) -> None:
+    script = "if [ $1 = b ]; then echo 'ssh: no route to b' >&2; exit 255; fi; eval \"$0\""
+    values = {"hosts": ["a", "b"], "command": ["sh", "-c", script, "{command}", "{host}"]}
+    job = load_job(write_job(tmp_path, launch={"engine": "hosts", "options": values}))
+    said = "b does not answer (exit code 255): ssh: no route to b"
+    with pytest.raises(JobError) as caught:
+        engine_of(job).ready(job)
+    assert str(caught.value) == f"launch.options.hosts: {said}"
+    assert engine_of(job).ready_again(job) == [f"goes on without a machine of launch.options.hosts: {said}"]
+    with pytest.raises(JobError) as caught:
+        HostsEngine(options(**values, min_hosts=2)).ready_again(job)
+    assert str(caught.value) == (
+        f"launch.options.hosts: 1 of 2 machines answer, fewer than launch.options.min_hosts(2): {said}"
+    )
+
+
+@pytest.mark.parametrize("package", ["copus", "launch", "planner", "profiles"])
+def test_another_source_of_any_package_is_another_version(package: str, tmp_path: Path) -> None:
+    file = tmp_path / package / "module.py"
+    file.parent.mkdir()
+    file.write_text("1")
+    before = hosts_node.source_digest(tmp_path)
+    file.write_text("2")
+    assert hosts_node.source_digest(tmp_path) != before
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -101,6 +101,11 @@ class Engine(ABC):
     def ready(self, job: JobConfig) -> None:  # noqa: B027 (most have nothing to ask)
         """Raise JobError where nothing can be started from this machine. Asked before data is prepared for hours."""
 
+    def ready_again(self, job: JobConfig) -> list[str]:
+        """`ready` for a run that goes on. Returns a line for everything missing that the run can do without."""
+        self.ready(job)
+        return []
+
     @abstractmethod
     def describe(self, run: Path, job: JobConfig) -> str:
         """What would be done, exactly, as text that the engine's own tools take: a script, a manifest, a command line.

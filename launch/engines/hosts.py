@@ -77,6 +77,22 @@ class HostsEngine(LocalEngine):
     def ready(self, job: JobConfig) -> None:
         """Raise JobError where a machine does not answer, has other versions or does not share the folders of the job,
         or where they have no network in common. Writes a file into each folder, and removes it."""
+        for host, why in self._ask(job).items():
+            raise JobError(f"launch.options.hosts: {host} {why}")
+
+    def ready_again(self, job: JobConfig) -> list[str]:
+        """As `ready`, but for machines that do not answer: a run goes on without them if `min_hosts` others do."""
+        hosts, fewest = self.options.hosts, self.options.min_hosts
+        silent = [f"{host} {why}" for host, why in self._ask(job).items()]
+        if len(hosts) - len(silent) < fewest:
+            raise JobError(
+                f"launch.options.hosts: {len(hosts) - len(silent)} of {len(hosts)} machines answer, fewer than "
+                f"launch.options.min_hosts({fewest}): {'; '.join(silent)}"
+            )
+        return [f"goes on without a machine of launch.options.hosts: {words}" for words in silent]
+
+    def _ask(self, job: JobConfig) -> dict[str, str]:
+        """The machines that do not answer, and what came instead. Raises JobError where the others do not fit."""
         shell = job_environment()
         for name in self.options.pass_env:
             if name not in shell:
@@ -89,7 +105,7 @@ class HostsEngine(LocalEngine):
         try:
             for name, folder in folders.items():
                 marks[name] = _mark(name, folder)
-            hellos = ask_hosts(self.options, list(marks.values()))
+            hellos, silent = ask_hosts(self.options, list(marks.values()))
             wanted = [hashlib.sha256(mark.read_bytes()).hexdigest() for mark in marks.values()]
         finally:
             for mark in marks.values():
@@ -103,7 +119,9 @@ class HostsEngine(LocalEngine):
                         f"{name}({folders[name]}): {shown(mark.parent)} of this machine is not the one of {host}: all "
                         "machines have to share it, at the same path"
                     )
-        common_network(self.options, hellos)
+        if hellos:
+            common_network(self.options, hellos)
+        return silent
 
     def describe(self, run: Path, job: JobConfig) -> str:
         """What is run for each machine; the rest goes through its stdin."""

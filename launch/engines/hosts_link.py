@@ -117,10 +117,12 @@ class Link:
         self._process.wait()
 
 
-def ask_hosts(options: HostsOptions, files: Sequence[Path]) -> dict[str, Hello]:
-    """What each host says of itself. Raises JobError where one does not answer."""
+def ask_hosts(options: HostsOptions, files: Sequence[Path]) -> tuple[dict[str, Hello], dict[str, str]]:
+    """What each host says of itself; and of those that do not answer, what came instead, in words. Raises JobError
+    where the command that reaches them is not on this machine."""
     children: dict[str, subprocess.Popen[bytes]] = {}
     hellos: dict[str, Hello] = {}
+    silent: dict[str, str] = {}
     end = time.monotonic() + ANSWER_SECONDS
     try:
         for host in options.hosts:
@@ -139,7 +141,8 @@ def ask_hosts(options: HostsOptions, files: Sequence[Path]) -> dict[str, Hello]:
             try:
                 out, errors = child.communicate(timeout=max(0.1, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                raise JobError(f"launch.options.hosts: {host} did not answer in {ANSWER_SECONDS:g} s") from None
+                silent[host] = f"did not answer in {ANSWER_SECONDS:g} s"
+                continue
             for line in out.splitlines():
                 with contextlib.suppress(ValidationError):
                     report = REPORTS.validate_json(line)
@@ -148,8 +151,8 @@ def ask_hosts(options: HostsOptions, files: Sequence[Path]) -> dict[str, Hello]:
             if host not in hellos:
                 said = errors.decode(errors="replace").strip().splitlines()
                 why = f": {said[-1].strip()}" if said else ""
-                raise JobError(f"launch.options.hosts: {host} does not answer (exit code {child.returncode}){why}")
-        return hellos
+                silent[host] = f"does not answer (exit code {child.returncode}){why}"
+        return hellos, silent
     finally:
         for child in children.values():
             child.kill()

@@ -72,9 +72,9 @@ def software() -> dict[str, str]:
 
 
 def source_digest(root: Path) -> str:
-    """Of the Python files of copus, as a short hexadecimal number."""
+    """Of all Python files of this distribution's packages, as a short hexadecimal number."""
     digests = hashlib.sha256()
-    for package in ("copus", "planner", "profiles"):
+    for package in ("copus", "launch", "planner", "profiles"):
         for path in sorted((root / package).rglob("*.py")):
             digests.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digests.hexdigest()[:12]
