@@ -26,10 +26,9 @@ from benchmarks.throughput import same, without_each_family
 from planner.memory_check import LIKELY
 from profiles.accelerator import memory_bytes
 from profiles.configurations import Configurations
-from profiles.cost import CostModel
 from profiles.cost.effects import Effects
 from profiles.enumerate import enumerate_configurations
-from profiles.memory import MEGATRON, MemoryModel
+from profiles.memory import MEGATRON, Implementation, MemoryModel
 from profiles.model_shape import ModelShape
 
 MODELS = {"deepseek-v3": (7168, 256), "qwen3-30b-a3b": (2048, 128)}
@@ -44,15 +43,17 @@ def is_model(model: ModelShape, name: str) -> bool:
 def judged(sweep: Sweep, effects: Effects | None) -> dict[str, Any]:
     """A sweep's fastest layout beside those that the model would choose."""
     t = sweep.timings.take(sweep.scored)
-    c, cost = t.configurations, CostModel(stack=sweep.stack, effects=effects)
+    c, cost = t.configurations, sweep.cost_model(effects)
     rates, which = c.global_batch / t.step_seconds, same(c)
     # Releases differ by up to twice for one configuration: the best of them is what a layout can do.
     rates = np.array([rates[which == one].max() for one in which])
     seconds = cost.predict(t.model, t.cluster, c, t.precision, coverage=None).seconds
     expected = c.global_batch / seconds
     best, chosen = int(np.argmax(rates)), int(np.argmax(expected))
-    space = _space(sweep, int(c.global_batch[best]))
-    fits = _chances(sweep, c.take(np.array([best])))[0]
+    how = sweep.implementations[int(np.flatnonzero(sweep.scored)[best])]
+    space = _space(sweep, int(c.global_batch[best]), how)
+    here = c.take(np.array([best]))
+    peak, fits = MemoryModel(how).predict(t.model, here, t.precision).peak_bytes[0], _chances(sweep, here, how)[0]
     times = cost.predict(t.model, t.cluster, space, t.precision, coverage=None).seconds
     first = int(np.argmin(times)) if len(space) else -1
     return {
@@ -65,6 +66,8 @@ def judged(sweep: Sweep, effects: Effects | None) -> dict[str, Any]:
         "fastest_seconds": float(c.global_batch[best] / rates[best]),
         "fastest_predicted_seconds": float(seconds[best]),
         "fastest_chance_to_fit": float(fits),
+        "fastest_peak_bytes": float(peak),
+        "fastest_chance_without_recipe": float(_chances(sweep, here, MEGATRON)[0]),
         "chosen": c[chosen].label,
         "regret_pct": float(100 * (rates[best] / rates[chosen] - 1)),
         "space": len(space),
@@ -74,18 +77,18 @@ def judged(sweep: Sweep, effects: Effects | None) -> dict[str, Any]:
     }
 
 
-def _space(sweep: Sweep, global_batch: int) -> Configurations:
-    """All that fit, with the distributed optimizer, as a Megatron job may run."""
+def _space(sweep: Sweep, global_batch: int, how: Implementation) -> Configurations:
+    """All that fit with a recipe, and with the distributed optimizer, as a Megatron job may run."""
     t = sweep.timings
     found = enumerate_configurations(t.model, t.cluster, (global_batch,), max_micro_batch=8, zero=(1,))
-    return found.take(_chances(sweep, found) >= LIKELY)
+    return found.take(_chances(sweep, found, how) >= LIKELY)
 
 
-def _chances(sweep: Sweep, c: Configurations) -> NDArray[np.float64]:
-    """That each fits, as the memory model of the megatron backend sees it."""
+def _chances(sweep: Sweep, c: Configurations, how: Implementation) -> NDArray[np.float64]:
+    """That each fits."""
     room = memory_bytes(sweep.timings.cluster)
     assert room is not None, "published rows are from accelerators with a data sheet"
-    return MemoryModel(MEGATRON).predict(sweep.timings.model, c, sweep.timings.precision).chance_to_fit(room)
+    return MemoryModel(how).predict(sweep.timings.model, c, sweep.timings.precision).chance_to_fit(room)
 
 
 def run(folder: Path) -> dict[str, Any]:

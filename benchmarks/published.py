@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.published_sources import Settings, stack_of
+from benchmarks.published_sources import Settings, features_of, implementation_of, stack_of
 from profiles.accelerator import accelerator, accelerators
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
+from profiles.cost import CostModel
+from profiles.cost.effects import Effects
+from profiles.cost.residual import Smoothness
 from profiles.cost.timings import Timings
+from profiles.memory import Implementation
 from profiles.model_shape import ModelShape
 from profiles.published import (
     RejectedError,
@@ -57,10 +61,12 @@ OTHER_NAMES = {
 }
 """Accelerators by what a row's `system` says, where it is not the name of a file."""
 
+_Key = tuple[str, ModelShape, Cluster, str, str | None, tuple[str, ...]]
+
 
 @dataclass
 class Sweep:
-    """Rows of one sweep with the same model, cluster and precision."""
+    """Rows of one sweep with the same model, cluster, precision and software."""
 
     sweep_id: str
     """As published."""
@@ -70,10 +76,18 @@ class Sweep:
     """All of its usable rows."""
     stack: str | None
     """What trained (`benchmarks.published_sources`)."""
+    features: tuple[str, ...]
+    """What of it was switched on (`benchmarks.published_sources.features_of`); of mixtures of experts alone."""
     kind: str
     """dense, experts, or zero: dense rows of `zero_rows.csv`."""
     scored: np.ndarray
     """Which of them are reliable enough to score (`UNRELIABLE`, `GUESSED`, `LEAST_MFU`)."""
+    implementations: tuple[Implementation, ...]
+    """How each of its rows spends memory, if it was a Megatron run."""
+
+    def cost_model(self, effects: Effects | None = None, how: Smoothness | None = None) -> CostModel:
+        """That of its software, where published runs say `effects` (None: those in use)."""
+        return CostModel(how, stack=self.stack, features=self.features, effects=effects)
 
 
 @dataclass
@@ -104,27 +118,38 @@ def read(folder: Path, name: str = "throughput.csv") -> Published:
     """The sweeps of a file in the folder. Raises FileNotFoundError if it is not there."""
     published_rows, settings = Published([]), Settings(folder)
     unreliable = UNRELIABLE if name == FILES[0] else UNRELIABLE + GUESSED
-    groups: dict[tuple[str, ModelShape, Cluster, str, str | None], list[tuple[str, Configuration, float, bool]]] = {}
+    groups: dict[_Key, list[tuple[str, Configuration, float, bool, Implementation]]] = {}
     for published in csv_rows(folder / name):
         published_rows.rows += 1
         try:
+            if name != FILES[0] and not any(published[degree] for degree in ("tp", "pp", "ep")):
+                raise RejectedError("the layout is not stated")
             row = _filled(settings.filled({"model_name": "", "source_id": ""} | published))
             model, configuration, cluster = settings.model_of(row), configuration_of(row), _cluster(row)
             step_seconds = seconds_of(row, configuration, model)
             if step_seconds is None:
                 raise RejectedError("no time")
             precision, sweep_id = _precision(row["precision"], cluster), row["sweep_id"] or row["source_id"]
-            key = (sweep_id, model, cluster, precision, stack_of(row))
+            features = features_of(row) if model.experts else ()
+            key = (sweep_id, model, cluster, precision, stack_of(row), features)
             groups.setdefault(key, []).append(
-                (row["source_id"], configuration, step_seconds, _reliable(row, unreliable))
+                (
+                    row["source_id"],
+                    configuration,
+                    step_seconds,
+                    _reliable(row, unreliable),
+                    implementation_of(row),
+                )
             )
         except RejectedError as reason:
             published_rows.skipped[str(reason)] += 1
-    for (sweep_id, model, cluster, precision, stack), rows in groups.items():
-        sources, configurations, seconds, reliable = zip(*rows, strict=True)
+    for (sweep_id, model, cluster, precision, stack, features), rows in groups.items():
+        sources, configurations, seconds, reliable, implementations = zip(*rows, strict=True)
         timings = Timings(model, cluster, precision, Configurations.of(configurations), np.array(seconds))
         kind = "experts" if model.experts else "zero" if name.startswith("zero") else "dense"
-        published_rows.sweeps.append(Sweep(sweep_id, sources[0], timings, stack, kind, np.array(reliable)))
+        published_rows.sweeps.append(
+            Sweep(sweep_id, sources[0], timings, stack, features, kind, np.array(reliable), implementations)
+        )
     return published_rows
 
 

@@ -10,7 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from profiles.memory import MEGATRON_TE, Implementation
+from profiles.memory.implementation import Module
 from profiles.model_shape import ModelShape
+from profiles.optimizer_state import OptimizerState
 from profiles.published import RejectedError, Row, model_of, whole
 
 STACKS = {
@@ -33,6 +36,8 @@ FAMILIES = {
 }
 """How the names of sources begin that repeat each other's runs, or are of one team and cluster → what they are left
 out as, all together."""
+EVENLY_ROUTED = ("megatron-bridge", "megatron-moe-modelzoo", "mcore-moe-report")
+"""Names of sources whose recipes send equally many tokens to all experts, where a row does not say otherwise."""
 HYBRIDS = re.compile(r"qwen3\.[56]|qwen3-next|nemotron-3[-.]|deepseek-v4", re.IGNORECASE)
 """Models that are not made of attention and MLPs alone, of which the cost model knows nothing."""
 REGRESSION = ("gpt oss", "26.06.01")
@@ -69,6 +74,43 @@ def _longest(names: dict[str, str], source: str) -> str | None:
     return names[max(beginnings, key=len)] if beginnings else None
 
 
+def features_of(row: Row) -> tuple[str, ...]:
+    """What of the software was switched on in a run of a mixture of experts: levels of the group `feature` of
+    `profiles.cost.effects`."""
+    notes, graphs = row.get("notes", "").lower(), row.get("graphs", "").lower()
+    is_even = "forced" in notes or "balanced gate" in notes
+    is_even |= row["source_id"] in EVENLY_ROUTED and "natural" not in notes
+    has_graphs = graphs in ("transformer_engine", "local") or bool(re.search(r"(?<!no )graphs(?! off)", notes))
+    has_graphs |= "cuda graph transformer_engine" in notes
+    is_overlapped = row.get("overlap", "").lower() == "true"
+    is_overlapped |= bool(re.search(r"(ep|a2a|all-to-all|1f1b) overlap(?! (off|false))", notes))
+    said = {
+        "even-routing": is_even,
+        "iteration-graph": graphs == "full_iteration" or "full_iteration" in notes,
+        "graphs": has_graphs,
+        "expert-overlap": is_overlapped,
+    }
+    return tuple(name for name, is_on in said.items() if is_on)
+
+
+_MODULES: dict[str, Module] = {
+    **{"layernorm": "norms", "norm": "norms", "moe_act": "activations", "act": "activations"},
+    "mla_up_proj": "latent",
+}
+"""Modules that recipes compute again → those that the memory model knows. A dense MLP of DeepSeek's is one layer in 20,
+and gains nothing here."""
+
+
+def implementation_of(row: Row) -> Implementation:
+    """How the memory of a Megatron run is spent, as far as its recipe is published."""
+    notes = row.get("notes", "").lower()
+    words = re.split(r"[ ,()]+", row.get("modules", ""))
+    modules = tuple(sorted({_MODULES[word] for word in words if word in _MODULES}))
+    is_short = row.get("moments") == "bfloat16" or "optimizer moments bf16" in notes
+    optimizer = OptimizerState(bytes_of_number=2 if is_short else 4)
+    return MEGATRON_TE.model_copy(update={"recomputed_modules": modules, "optimizer": optimizer})
+
+
 class Settings:
     """The files beside the rows: `model_shapes.json` and `mbridge_row_settings.csv`, where they are there."""
 
@@ -82,7 +124,7 @@ class Settings:
         if all(word in (row["model_name"] + row.get("notes", "")).lower() for word in REGRESSION):
             raise RejectedError("a release that is slow by mistake")
         row = row | self._recipe(row)
-        row["recompute"] = _recomputed(row["recompute"])
+        row |= {"modules": row["recompute"].lower(), "recompute": _recomputed(row["recompute"])}
         if stack_of(row) == "megatron-te":
             tp = whole(row, "tp", 1)
             row["sequence_parallel"] = row["sequence_parallel"] or ("yes" if tp > 1 else "no")
@@ -115,6 +157,11 @@ class Settings:
             return {}
         granularity, modules = recipe["recompute_granularity"], recipe["recompute_modules"]
         said = {"recompute": f"selective ({modules})" if granularity == "selective" else granularity}
+        said |= {
+            "graphs": recipe["cuda_graph_impl"],
+            "overlap": recipe["moe_a2a_overlap"],
+            "moments": recipe["exp_avg_dtype"],
+        }
         return said | ({"sharding": "megatron-fsdp"} if recipe["use_megatron_fsdp"].lower() == "true" else {})
 
 

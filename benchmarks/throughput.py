@@ -208,7 +208,7 @@ def score(sweep: Sweep, cost: CostModel) -> dict[str, Any] | None:
         return None
     count = max(LEAST, math.ceil(SHARE * size))
     none, nothing = with_rows(cost, t, 0)
-    known = judge(CostModel(stack=sweep.stack), t, nothing, likely(t))
+    known = judge(sweep.cost_model(), t, nothing, likely(t))
     fit, chosen = with_rows(cost, t, count) if size > count else (None, nothing)
     everything = sweep.timings
     all_count = max(LEAST, math.ceil(SHARE * len(everything.step_seconds)))
@@ -294,9 +294,7 @@ def run(published: Published, quick: bool = False, in_use: bool = False) -> dict
     sweeps = published.sweeps[::5] if quick else published.sweeps
     others = {} if in_use else without_each_family(published.sweeps)
     lines = [
-        line
-        for sweep in sweeps
-        if (line := score(sweep, CostModel(stack=sweep.stack, effects=others.get(family_of(sweep.source_id)))))
+        line for sweep in sweeps if (line := score(sweep, sweep.cost_model(others.get(family_of(sweep.source_id)))))
     ]
     dense = [line for line in lines if line["kind"] == "dense"]
     one, several = ([line for line in dense if (line["nodes"] == 1) == single] for single in (True, False))

@@ -6,6 +6,8 @@ What priors and misses add up to is scaled so that the reliable rows of the publ
 should, in the mean over sources: once for dense models on one node, once for those on several, and once for mixtures of
 experts. Each source is predicted from what all others say of the constants (`benchmarks.throughput_priors`), and then
 judged by the scale that the others ask for; rows are counted, too, by how much of their step the host's launches take.
+A source's rows err alike, so that intervals hold nearly all rows of one source and few of another: `expected` is where
+a source's share would lie, in 80 % of cases, if all beliefs were right.
 """
 
 import sys
@@ -19,14 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy.special import stdtrit
 
 from benchmarks.command import console_of, parser_of, tell
 from benchmarks.published import Sweep, read_all
 from benchmarks.published_sources import family_of
 from benchmarks.throughput import COVERAGE, without_each_family
-from profiles.cost import CostModel
 from profiles.cost.effects import Effects
-from profiles.cost.residual import Smoothness
+from profiles.cost.errors import Errors
+from profiles.cost.residual import Smoothness, covariance
 
 SCALES = np.arange(0.2, 3.0, 0.01)
 """What is tried."""
@@ -43,6 +46,12 @@ NO_EFFECTS: Mapping[str, Effects] = MappingProxyType({})
 Floats = NDArray[np.float64]
 
 
+DRAWS = 400
+"""Of what a source's rows could have been, for the coverage that is to be expected of it."""
+AROUND = 0.05
+"""Around `COVERAGE`: what a source with many independent rows would lie in."""
+
+
 class Rows(NamedTuple):
     """Of one source, and of one of `GROUPS`."""
 
@@ -50,6 +59,8 @@ class Rows(NamedTuple):
     """|logarithm of measured ÷ predicted|, over half of the interval that nothing scales."""
     launches: Floats
     """Share of the step that the host's launches take, as predicted."""
+    expected: Floats = np.zeros(0)
+    """Sorted shares of these rows that the intervals could hold if beliefs were right: `DRAWS` of them."""
 
 
 def group_of(sweep: Sweep) -> str:
@@ -62,16 +73,35 @@ def group_of(sweep: Sweep) -> str:
 def rows_of(sweeps: Sequence[Sweep], how: Smoothness, group: str, others: Mapping[str, Effects]) -> dict[str, Rows]:
     """The reliable rows by source; `others` is what all but each family of sources say of the constants."""
     how = how._replace(**dict.fromkeys(GROUPS.values(), 1.0))
-    by_source: defaultdict[str, list[Rows]] = defaultdict(list)
+    by_source: defaultdict[str, list[tuple[Floats, Floats, Errors]]] = defaultdict(list)
     for sweep in sweeps:
         t = sweep.timings.take(sweep.scored)
         if group_of(sweep) != group or not len(t.step_seconds):
             continue
-        cost = CostModel(how, stack=sweep.stack, effects=others.get(family_of(sweep.source_id)))
+        cost = sweep.cost_model(others.get(family_of(sweep.source_id)), how)
         predicted = cost.predict(t.model, t.cluster, t.configurations, t.precision, coverage=COVERAGE)
         misses = np.abs(np.log(t.step_seconds / predicted.seconds)) / np.log(predicted.high / predicted.seconds)
-        by_source[sweep.source_id].append(Rows(misses, predicted.breakdown["launch"] / predicted.seconds))
-    return {source: Rows(*map(np.concatenate, zip(*rows, strict=True))) for source, rows in by_source.items()}
+        errors = cost.errors(t.model, t.cluster, t.configurations, t.precision)
+        by_source[sweep.source_id].append((misses, predicted.breakdown["launch"] / predicted.seconds, errors))
+    found = {}
+    for source, parts in by_source.items():
+        misses, launches = (np.concatenate([part[place] for part in parts]) for place in (0, 1))
+        found[source] = Rows(misses, launches, expected_coverages([errors for _, _, errors in parts]))
+    return found
+
+
+def expected_coverages(sweeps: Sequence[Errors], draws: int = DRAWS) -> Floats:
+    """What share of one source's rows 80 % intervals hold if its errors are as believed: sorted draws. Constants are
+    the source's own, and so alike in all of its rows, and the misses of neighbours are alike; it has one Student
+    scale."""
+    how, freedom = sweeps[0].how, sweeps[0].freedom
+    moves, places = (np.concatenate([getattr(each, name) for each in sweeps]) for name in ("jacobian", "places"))
+    rng = np.random.default_rng(0)
+    whole = moves @ moves.T + covariance(places, places, how) + how.noise_sd**2 * np.eye(len(places))
+    lower = np.linalg.cholesky(whole)
+    normal = np.abs(lower @ rng.standard_normal((len(places), draws))) / np.sqrt(np.diag(whole))[:, None]
+    student = normal * np.sqrt(freedom / rng.chisquare(freedom, draws))
+    return np.sort((student <= stdtrit(freedom, 0.5 + COVERAGE / 2)).mean(axis=0))
 
 
 def covered(rows: Rows, scale: float) -> float:
@@ -113,13 +143,19 @@ def run(sweeps: Sequence[Sweep]) -> dict[str, Any]:
                     "coverage_pct": 100 * covered(rows, in_use),
                     "scale_of_the_others": scale,
                     "left_out_coverage_pct": 100 * covered(rows, scale),
+                    "expected_pct": (100 * np.quantile(rows.expected, (0.1, 0.9))).tolist(),
+                    "expected_near_nominal_pct": 100 * float((np.abs(rows.expected - COVERAGE) <= AROUND).mean()),
                 }
             )
         few = everything.launches < LAUNCHES
+        within = [low <= line["coverage_pct"] <= high for line in lines for low, high in [line["expected_pct"]]]
         result[name] = {
             "scale": scale_of(list(sources.values())),
             "scale_in_use": in_use,
             "sources": lines,
+            "as_expected": sum(within),
+            "near_nominal": sum(abs(line["coverage_pct"] - 100 * COVERAGE) <= 100 * AROUND for line in lines),
+            "near_nominal_expected": sum(line["expected_near_nominal_pct"] for line in lines) / 100,
             "coverage_pct": float(np.mean([line["coverage_pct"] for line in lines])),
             "left_out_coverage_pct": float(np.mean([line["left_out_coverage_pct"] for line in lines])),
             "rows": [
@@ -140,12 +176,13 @@ def show(result: dict[str, Any], console: Console) -> None:
         entry = result.get(name)
         if entry is None:
             continue
-        table = Table("source", "rows", "inside %", "scale of the others", "inside % with that", title=name)
+        table = Table("source", "rows", "inside %", "expected", "scale of the others", "inside % with that", title=name)
         for line in entry["sources"]:
             table.add_row(
                 line["source_id"],
                 str(line["rows"]),
                 f"{line['coverage_pct']:.0f}",
+                "{:.0f} to {:.0f}".format(*line["expected_pct"]),
                 f"{line['scale_of_the_others']:.2f}",
                 f"{line['left_out_coverage_pct']:.0f}",
             )
@@ -153,6 +190,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(
             f"{name}: scale {entry['scale']:.2f} (in use {entry['scale_in_use']:.2f}); inside, every source alike, "
             f"{entry['coverage_pct']:.1f} %, with the scale of the others {entry['left_out_coverage_pct']:.1f} %; "
+            f"{entry['as_expected']} of {len(entry['sources'])} sources within their expected 80 %, "
+            f"{entry['near_nominal']} within {100 * (COVERAGE - AROUND):.0f} to {100 * (COVERAGE + AROUND):.0f} % "
+            f"(expected {entry['near_nominal_expected']:.1f}); "
             + "; ".join(
                 f"{row['rows']} rows with launches {row['launches']}: {row['coverage_pct']:.0f} %"
                 for row in entry["rows"]

@@ -3,7 +3,7 @@
     python -m benchmarks.throughput_priors --data DIR [--write] [--json]
 
 From the guesses in `profiles/cost/constants.py` the medians are moved to where the errors of the published sweeps are
-smallest, together with multipliers for each software stack, precision and accelerator: random effects, which stay near
+smallest, together with multipliers for each software stack, precision, accelerator and feature: random effects, which stay near
 1 where rows say little (`BETWEEN`). Every row counts with its rounded-off absolute logarithm, every sweep with its
 mean, every source as the square root of its number of sweeps, and a guess or a multiplier as one standard deviation of
 its prior. `--write` puts the result into `profiles/cost/effects.yaml`. The honest figure is the second column of the
@@ -38,6 +38,10 @@ BETWEEN = {
     },
     "precision": {"products": 0.1, "elementwise": 0.2},
     "accelerator": {"products": 0.08},
+    "feature": {
+        **{"products": 0.15, "elementwise": 0.3, "ep_traffic": 0.5},
+        **{"layer_launch_seconds": 0.8, "expert_launch_seconds": 0.8, "microbatch_launch_seconds": 0.7},
+    },
 }
 """Constants that each group multiplies, and the standard deviation of the logarithms between its levels. Chosen, of a
 few that were tried, by the errors on sources left out. The network of whoever published counts as part of the stack."""
@@ -69,14 +73,16 @@ class Tuner:
 
     def __init__(self, sweeps: list[Sweep]) -> None:
         self.sweeps = [sweep for sweep in sweeps if sweep.scored.any()]
-        works, logs, offsets, levels = [], [], [], []
+        works, logs, offsets = [], [], []
+        levels: list[tuple[tuple[str, ...], ...]] = []
         for sweep in self.sweeps:
             t = sweep.timings.take(sweep.scored)
             device, size = accelerator(t.cluster.accelerator), len(t.step_seconds)
             works.append(work(t.model, t.cluster, device, t.configurations, t.precision))
             logs.append(np.log(t.step_seconds))
             offsets.append(np.tile(prior(device, effects=Effects())[0], (size, 1)))
-            levels += [(sweep.stack or "", precision_family(t.precision), device.name)] * size
+            stack: tuple[str, ...] = () if sweep.stack is None else (sweep.stack,)
+            levels += [(stack, (precision_family(t.precision),), (device.name,), sweep.features)] * size
         self._work, self._logs, self._offsets = Work.concatenate(works), np.concatenate(logs), np.concatenate(offsets).T
         self._sizes = np.array([len(log) for log in logs])
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
@@ -85,9 +91,9 @@ class Tuner:
         self._weights = np.array([counted[sweep.source_id] ** -0.5 for sweep in self.sweeps]) / self._sizes
         self._base_sd = np.array([constant.log_sd for constant in CONSTANTS.values()])
         self._multipliers = [
-            Multiplier(group, level, NAMES.index(name), sd, np.array([row[at] == level for row in levels]))
+            Multiplier(group, level, NAMES.index(name), sd, np.array([level in row[at] for row in levels]))
             for at, group in enumerate(GROUPS)
-            for level in sorted({row[at] for row in levels} - {"", USUAL_PRECISION})
+            for level in sorted({level for row in levels for level in row[at]} - {USUAL_PRECISION})
             for name, sd in BETWEEN[group].items()
         ]
         self._start = np.zeros(len(NAMES) + len(self._multipliers))
@@ -116,7 +122,7 @@ class Tuner:
         for sweep in self.sweeps:
             t = sweep.timings.take(sweep.scored)
             device = accelerator(t.cluster.accelerator)
-            mean, _ = prior(device, sweep.stack, t.precision, effects)
+            mean, _ = prior(device, sweep.stack, t.precision, effects, sweep.features)
             done = work(t.model, t.cluster, device, t.configurations, t.precision)
             absolute.append(100 * np.abs(step_seconds(done, mean) / t.step_seconds - 1).mean())
         return np.array(absolute)

@@ -25,7 +25,6 @@ from benchmarks.published import Published, Sweep, read
 from benchmarks.throughput_intervals import NO_EFFECTS, blind_spreads
 from benchmarks.throughput_priors import Tuner
 from profiles.accelerator import accelerator
-from profiles.cost import CostModel
 from profiles.cost.constants import NAMES, prior
 from profiles.cost.effects import Effects
 from profiles.cost.model import jacobian
@@ -56,7 +55,7 @@ class _Rows:
         self.source = sweep.source_id
         self.logs = np.log(t.step_seconds)
         self.places = coordinates(t.model, t.cluster, t.configurations)
-        self._mean, self._sd = prior(device, sweep.stack, t.precision, effects)
+        self._mean, self._sd = prior(device, sweep.stack, t.precision, effects, sweep.features)
         self._work: Work = work(t.model, t.cluster, device, t.configurations, t.precision)
 
     def linear(self, how: Smoothness) -> tuple[Floats, Floats]:
@@ -121,9 +120,7 @@ def run(published: Published, without: str) -> dict[str, Any]:
         effects, others = Tuner(used).tune(), throughput.without_each_family(used)
     how = smoothness(used, effects=effects)
     how = how._replace(**blind_spreads(used, how, others))
-    lines = [
-        line for sweep in left if (line := throughput.score(sweep, CostModel(how, stack=sweep.stack, effects=effects)))
-    ]
+    lines = [line for sweep in left if (line := throughput.score(sweep, sweep.cost_model(effects, how)))]
     return {
         "benchmark": "throughput_smoothness",
         "without": without,

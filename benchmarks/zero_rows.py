@@ -22,7 +22,6 @@ from benchmarks.published import read
 from copus.backends.registry import find_backend
 from profiles.configuration import Configuration
 from profiles.configurations import Configurations
-from profiles.cost import CostModel
 from profiles.memory import MemoryModel
 from profiles.published import RejectedError, csv_rows
 
@@ -82,7 +81,7 @@ def time_rows(folder: Path) -> list[dict[str, Any]]:
     times = []
     for sweep in read(folder, NAME).sweeps:
         timings = sweep.timings.take(sweep.scored)
-        seen = CostModel(stack=sweep.stack).predict(
+        seen = sweep.cost_model().predict(
             timings.model, timings.cluster, timings.configurations, timings.precision, coverage=COVERAGE
         )
         for index, seconds in enumerate(timings.step_seconds):

@@ -23,7 +23,8 @@ def predictor_of(job: JobConfig, rows: Iterable[Measurement], *, use_cost_model:
 
 
 def estimate_of(job: JobConfig, stack: str | None = None) -> "JobEstimate":
-    """Estimate every candidate of a job; times without a row are those of its backend's software, or of `stack`.
+    """Estimate every candidate of a job; times without a row are those of its backend's software, or of `stack`, and so
+    is the memory that its kernels need.
 
     Raises JobError for a table that cannot be read, for a cluster that nothing is known about, for software that no
     published run is with, and for software on an accelerator whose times do not follow from published runs.
@@ -40,7 +41,7 @@ def estimate_of(job: JobConfig, stack: str | None = None) -> "JobEstimate":
                 f"--stack({stack}): cluster.accelerator({job.cluster.accelerator}) has no data sheet, and its times do "
                 "not follow from published runs"
             )
-        settings["implementation"] = settings["implementation"].model_copy(update={"stack": stack})
+        settings["implementation"] = settings["implementation"].as_stack(stack)
     rows = rows_of_table(job)
     try:
         return estimate_job(**settings, table=rows)

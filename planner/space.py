@@ -105,7 +105,8 @@ def _variants(
     splits = (
         layout
         for layout in layouts(model, cluster, start, largest_cp)
-        if layout.tp <= largest_tp and (layout == start or config.max_ep or _experts_are_near(layout, model, cluster))
+        if layout.tp <= largest_tp
+        and (layout == start or config.max_ep or _experts_are_near(layout, model, cluster, backend))
     )
     for split in splits:
         for layout in _shardings(split, cluster, backend):
@@ -114,14 +115,18 @@ def _variants(
                     yield layout.model_copy(update={"vp": vp, "recompute": how})
 
 
-def _experts_are_near(layout: Layout, model: ModelShape, cluster: Cluster) -> bool:
+def _experts_are_near(layout: Layout, model: ModelShape, cluster: Cluster, backend: BackendTraits) -> bool:
     """Whether the ranks that share experts out are on one node, or on no more nodes than the experts' weights,
-    gradients and unshared optimizer state need: an all-to-all between nodes is slow."""
+    gradients and unshared optimizer state need: an all-to-all between nodes is slow. Fewer ranks are no alternative
+    if the backend does not run them."""
     if layout.ep == 1 or layout.tp * layout.ep <= node_size(cluster):
         return True
     memory = memory_bytes(cluster)
-    degrees = [ep for ep in _divisors(model.experts) if ep < layout.ep and layout.dp * layout.cp % ep == 0]
-    weights = model.expert_layers * model.experts * model.expert_matrices / (layout.tp * layout.pp * degrees[-1])
+    fewer = (ep for ep in _divisors(math.gcd(model.experts, layout.dp * layout.cp)) if ep < layout.ep)
+    degrees = [ep for ep in fewer if _runs(layout.model_copy(update={"ep": ep}), model, backend)]
+    if not degrees:
+        return True
+    weights = model.expert_layers * model.experts * model.expert_matrices / (layout.tp * layout.pp * max(degrees))
     return memory is not None and weights * (6 if layout.zero else 18) > _EXPERT_SHARE * memory
 
 

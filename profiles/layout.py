@@ -39,8 +39,8 @@ class Layout(Record):
     """State that data parallel ranks split: 0 nothing, 1 optimizer state (Megatron's distributed optimizer), 2
     gradients, 3 weights."""
     dp_replicate: PositiveInt = 1
-    """Copies of the state that `zero` splits: every dp ÷ dp_replicate ranks hold one together. 1: all data parallel
-    ranks hold one. More is hybrid sharding (HSDP), which gathers and scatters over fewer ranks and needs more
+    """Copies of the state that `zero` splits: every dp ÷ dp_replicate ranks, at least 2, hold one together. 1: all data
+    parallel ranks hold one. More is hybrid sharding (HSDP), which gathers and scatters over fewer ranks and needs more
     memory."""
     offload_optimizer: bool = False
     """Keep the optimizer state and the reduced gradients in the host's memory, and update the weights there. Saves
@@ -58,6 +58,11 @@ class Layout(Record):
             )
         if self.dp_replicate > 1 and self.zero == 0:
             raise ValueError(f"dp_replicate({self.dp_replicate}) needs zero > 0: with zero = 0 nothing is shared out")
+        if 1 < self.dp_replicate == self.dp:
+            raise ValueError(
+                f"dp_replicate({self.dp_replicate}) leaves dp({self.dp}) ÷ dp_replicate = 1 rank for each copy, which "
+                "shares nothing out: more data parallel ranks, or zero: 0"
+            )
         return self
 
     @property

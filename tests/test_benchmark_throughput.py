@@ -11,12 +11,14 @@ import yaml
 
 from benchmarks import planner_speed, throughput, throughput_smoothness
 from benchmarks.published import read
-from benchmarks.published_sources import family_of, stack_of
-from benchmarks.throughput_intervals import GROUPS, Rows, blind_spreads, covered, scale_of
+from benchmarks.published_sources import family_of, features_of, implementation_of, stack_of
+from benchmarks.throughput_intervals import GROUPS, Rows, blind_spreads, covered, expected_coverages, scale_of
 from benchmarks.throughput_priors import BETWEEN, Tuner, write
 from profiles.cost import CostModel
 from profiles.cost.constants import CONSTANTS
+from profiles.cost.effects import GROUPS as GROUPS_OF_EFFECTS
 from profiles.cost.effects import Effects
+from profiles.cost.errors import Errors
 from profiles.cost.residual import Smoothness
 
 STACK = "fsdp"
@@ -174,9 +176,37 @@ def test_medians_follow_the_rows_but_not_those_left_out(folder: Path) -> None:
     tuned, untouched = tuner.tune(), tuner.tune("lab")
     assert tuner.mapes(tuned)[0] < tuner.mapes(Effects())[0] / 1.5
     assert untouched.constants == pytest.approx({name: c.mean for name, c in CONSTANTS.items()}, rel=1e-4)
-    assert untouched.levels == {"stack": {}, "precision": {}, "accelerator": {}}, (
-        "of what no row is from nothing is said"
+    assert untouched.levels == {group: {} for group in GROUPS_OF_EFFECTS}, "of what no row is from nothing is said"
+
+
+@pytest.mark.parametrize(
+    ("notes", "features"),
+    [
+        ("DeepEP; recompute cell empty; natural routing", ()),
+        ("forced balance; EP overlap True; cuda graph none", ("even-routing", "expert-overlap")),
+        ("EP overlap False; cuda graph local full_iteration", ("iteration-graph",)),
+        (
+            "HybridEP, TE graphs router+preprocess, EP overlap off, benchmark mode with balanced gate",
+            ("even-routing", "graphs"),
+        ),
+        ("no graphs, a2a overlap", ("expert-overlap",)),
+    ],
+)
+def test_what_a_recipe_switches_on_is_read_from_its_notes(notes: str, features: tuple[str, ...]) -> None:
+    row = {"source_id": "lab", "notes": notes}
+    assert features_of(row) == features
+    assert features_of(row | {"graphs": "full_iteration", "overlap": "True", "notes": ""}) == (
+        "iteration-graph",
+        "expert-overlap",
     )
+
+
+def test_memory_follows_the_recipe() -> None:
+    row = {"notes": "optimizer moments bf16; EP overlap True", "modules": "selective (mla_up_proj, mlp, layernorm)"}
+    how = implementation_of(row)
+    assert how.optimizer.bytes_of_number == 2
+    assert how.recomputed_modules == ("latent", "norms")
+    assert implementation_of({"modules": "none"}).optimizer.bytes_of_number == 4
 
 
 def test_what_differs_between_two_stacks_is_taken_for_theirs(tmp_path: Path) -> None:
@@ -208,6 +238,17 @@ def test_widths_are_what_the_sources_ask_for_each_counting_the_same() -> None:
     many, few = rows(0.3, 50_000), rows(1.2, 2_000)
     assert 0.5 < scale_of([many, few]) < 1.2
     assert covered(many, 0.3) == pytest.approx(0.8, abs=0.01)
+
+
+def test_rows_that_err_alike_are_covered_all_or_not_at_all() -> None:
+    rows, how = 200, Smoothness(freedom=1e6)
+    far_apart = np.repeat(100.0 * np.arange(rows)[:, None], 16, axis=1)
+    moves = np.zeros((rows, 3))
+    apart = expected_coverages([Errors(how, moves, far_apart, 1.0, how.freedom)])
+    assert np.abs(apart - 0.8).max() < 0.12
+    alike = expected_coverages([Errors(how, moves + np.array([9.0, 0.0, 0.0]), far_apart, 1.0, how.freedom)])
+    assert alike.mean() == pytest.approx(0.8, abs=0.06)
+    assert ((alike < 0.1) | (alike > 0.9)).mean() > 0.95
 
 
 def test_widths_are_found_for_clusters_that_there_are(folder: Path) -> None:

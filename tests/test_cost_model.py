@@ -396,6 +396,31 @@ def test_a_stack_multiplies_the_constants_and_a_cpu_has_constants_of_its_own() -
     assert CostModel(stack="fast", effects=effects).constants(core) == CostModel().constants(core)
 
 
+def test_features_multiply_together() -> None:
+    both = {name: {"products": Effect(factor, 0.1)} for name, factor in (("one", 0.5), ("other", 3.0))}
+    effects = Effects({"products": 1.0}, {"feature": {"products": 0.2}}, {"feature": both})
+    cost = CostModel(features=("one", "other"), effects=effects)
+    assert cost.constants(CLUSTER)["products"] == pytest.approx(1.5)
+    assert cost.fit([]).constants(CLUSTER)["products"] == pytest.approx(1.5)
+
+
+def test_on_a_pipeline_less_of_the_sum_of_gradients_hides() -> None:
+    name, index = "dp_overlap", NAMES.index("pipeline_overlap")
+    shown = {}
+    for pp in (1, 2):
+        layout = Layout(pp=pp, dp=16 // pp)
+        arrays = Configurations.of([Configuration(layout=layout, micro_batch=1, global_batch=64)])
+        done = work(MODEL, CLUSTER, accelerator(CLUSTER.accelerator), arrays, "bf16")
+        constants = prior(accelerator(CLUSTER.accelerator))[0].copy()
+        seconds = []
+        for share in (0.1, 1.0):
+            constants[NAMES.index(name)], constants[index] = 0.0, np.log(share)
+            seconds.append(float(parts(done, constants)["dp"][0]))
+        shown[pp] = seconds
+    assert shown[1][0] == shown[1][1]
+    assert shown[2][0] > shown[2][1]
+
+
 @pytest.mark.parametrize(
     ("precision", "family"),
     [

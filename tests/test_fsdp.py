@@ -252,7 +252,7 @@ def test_moving_to_and_fro_does_not_grow() -> None:
 def test_every_part_of_the_state_is_held_as_often_as_the_layout_says(
     tp: int, shard: int, replicate: int, zero: int, rows: int, columns: int
 ) -> None:
-    layout = Layout(tp=tp, dp=shard * replicate, zero=zero, dp_replicate=replicate if zero else 1)  # type: ignore[arg-type]
+    layout = Layout(tp=tp, dp=shard * replicate, zero=zero, dp_replicate=replicate if zero and shard > 1 else 1)  # type: ignore[arg-type]
     shapes: list[tuple[str, tuple[int, ...]]] = [
         ("model.layers.0.self_attn.q_proj.weight", (tp * rows, columns)),
         ("model.layers.0.mlp.down_proj.weight", (rows, tp * columns)),
@@ -284,6 +284,10 @@ def test_a_master_copy_is_the_only_weight_of_a_bf16_job() -> None:
         (
             {"training": {"layout": {"dp": 2, "zero": 3, "dp_replicate": 4}}},
             r"dp\(2\) ÷ dp_replicate\(4\) is not whole: 0.5",
+        ),
+        (
+            {"training": {"layout": {"dp": 2, "zero": 3, "dp_replicate": 2}}},
+            r"dp_replicate\(2\) leaves dp\(2\) ÷ dp_replicate = 1 rank for each copy, which shares nothing out",
         ),
         ({"training": {"overlap_grad_reduce": True}}, r"overlap_grad_reduce\(true\): the fsdp backend always overlaps"),
         (

@@ -154,6 +154,26 @@ def test_experts_are_shared_out_within_a_node_unless_memory_or_the_user_asks_for
     assert degrees(large) == {(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4)}
 
 
+def test_a_degree_that_the_backend_refuses_is_no_reason_to_share_experts_out_less():
+    class WholeReplicas(BackendTraits):
+        def check_layout(self, layout):
+            if layout.ep > 1 and layout.ep % layout.cp:
+                raise ValueError("ep")
+
+    cluster = Cluster(nodes=4, accelerators_per_node=2, accelerator="h100-sxm")
+    start = Configuration(layout=Layout(dp=8, zero=1), micro_batch=1, global_batch=8)
+    # Four experts of two ranks would fit, but with cp = 4 only four ranks, on two nodes, may share them out.
+    model = MODEL.model_copy(update={"experts": 4, "layers": 32, "hidden": 4096, "ffn_hidden": 8192, "seq_len": 2**14})
+    config = PlannerConfig(max_global_batch=8, recompute="none", tp=1, max_pp=1, max_cp=4)
+
+    def degrees(backend):
+        found = candidates(config, model, cluster, start, backend)
+        return {c.layout.ep for c in found if c.layout.cp == 4}
+
+    assert degrees(BackendTraits()) == {1, 2}
+    assert degrees(WholeReplicas()) == {1, 4}
+
+
 def test_long_sequences_are_shared_out_as_far_as_ranks_keep_enough_tokens_of_them():
     def degrees(seq_len, **limits):
         model = WIDE.model_copy(update={"seq_len": seq_len})

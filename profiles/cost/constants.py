@@ -54,6 +54,9 @@ CONSTANTS: dict[str, Constant] = {
     ),
     "dp_latency_seconds": Constant(1.0e-3, 0.8, "of a data parallel exchange, for each doubling of ranks"),
     "dp_overlap": Constant(0.75, 0.8, "share of one backward pass under which the sum of gradients hides, at most 1"),
+    "pipeline_overlap": Constant(
+        0.5, 0.8, "share of that on a pipeline, whose stages wait for the last micro-batch of all, at most 1"
+    ),
     "weights_overlap": Constant(
         0.5, 0.8, "share of one forward pass under which the gathering of updated weights hides, at most 1"
     ),
@@ -74,11 +77,15 @@ NAMES = tuple(CONSTANTS)
 
 
 def prior(
-    device: Accelerator, stack: str | None = None, precision: str = "bf16", effects: Effects | None = None
+    device: Accelerator,
+    stack: str | None = None,
+    precision: str = "bf16",
+    effects: Effects | None = None,
+    features: tuple[str, ...] = (),
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and standard deviation of the constants' logarithms, for an accelerator, a software stack (None: one that
-    nothing is known of) and a precision. `effects` are those of the package if they are left out; an accelerator whose
-    file is a guess has none, and constants of its own.
+    nothing is known of), a precision and what is switched on (`features`). `effects` are those of the package if they
+    are left out; an accelerator whose file is a guess has none, and constants of its own.
 
     Raises ValueError where its file names a constant that does not exist.
     """
@@ -89,5 +96,5 @@ def prior(
     medians = {
         name: known.constants.get(name, constant.mean) for name, constant in CONSTANTS.items()
     } | device.constants
-    shift, variance = known.of(stack, precision, device.name, NAMES)
+    shift, variance = known.of(stack, precision, device.name, NAMES, features)
     return np.log([medians[name] for name in NAMES]) + shift, np.sqrt(widths**2 + variance)

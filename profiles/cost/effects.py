@@ -16,8 +16,8 @@ import yaml
 from numpy.typing import NDArray
 
 FILE = Path(__file__).parent / "effects.yaml"
-GROUPS = ("stack", "precision", "accelerator")
-"""Kinds of effects."""
+GROUPS = ("stack", "precision", "accelerator", "feature")
+"""Kinds of effects. A run has one stack, one precision and one accelerator, and any number of features."""
 USUAL_PRECISION = "half"
 """bf16, fp16 and fp32, which the constants are for."""
 
@@ -44,11 +44,17 @@ class Effects:
     """By group, level and constant."""
 
     def of(
-        self, stack: str | None, precision: str, accelerator: str, names: tuple[str, ...]
+        self,
+        stack: str | None,
+        precision: str,
+        accelerator: str,
+        names: tuple[str, ...],
+        features: tuple[str, ...] = (),
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Sum of the logarithms of the multipliers of each constant in `names`, and its variance."""
         mean, variance = np.zeros(len(names)), np.zeros(len(names))
-        for group, level in zip(GROUPS, (stack, precision_family(precision), accelerator), strict=True):
+        single = zip(GROUPS, (stack, precision_family(precision), accelerator), strict=False)
+        for group, level in [*single, *(("feature", feature) for feature in features)]:
             if (group, level) == ("precision", USUAL_PRECISION):
                 continue
             effects = self.levels.get(group, {}).get(level or "", {})

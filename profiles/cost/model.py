@@ -72,20 +72,23 @@ class CostModel:
         *,
         optimizer: OptimizerState | None = None,
         stack: str | None = None,
+        features: tuple[str, ...] = (),
         effects: Effects | None = None,
         context: ContextExchange = "ring",
         inside_node: str | None = None,
         between_nodes: str | None = None,
     ) -> None:
         """`optimizer` is what the update reads and writes (None: AdamW's). `stack` is the software that trains, one of
-        `profiles.cost.effects.stacks()`; of None or another one nothing is known. `effects` replace what is known of
-        stacks, precisions and accelerators. `context` is how context parallel ranks exchange keys and values.
+        `profiles.cost.effects.stacks()`; of None or another one nothing is known. `features` are levels of the group
+        of that name there: what published recipes switch on, and the backends here do not have. `effects` replace what
+        is known of all of these, precisions and accelerators. `context` is how context parallel ranks exchange keys and
+        values.
         `inside_node` and `between_nodes` (names in `links.yaml`) replace the links in the accelerators' files.
 
         Raises ValueError for a link that is not there.
         """
         self._how = smoothness or Smoothness()
-        self._stack, self._effects = stack, effects
+        self._stack, self._features, self._effects = stack, features, effects
         self._optimizer = optimizer or OptimizerState()
         self._context = context
         self._links = {
@@ -106,7 +109,12 @@ class CostModel:
         a time that is not positive and finite.
         """
         fitted = CostModel(
-            self._how, optimizer=self._optimizer, stack=self._stack, effects=self._effects, context=self._context
+            self._how,
+            optimizer=self._optimizer,
+            stack=self._stack,
+            features=self._features,
+            effects=self._effects,
+            context=self._context,
         )
         fitted._links = self._links
         informative = [timing for timing in timings if len(timing.step_seconds)]
@@ -254,7 +262,7 @@ class CostModel:
         return accelerator(cluster.accelerator).model_copy(update=self._links)
 
     def _prior(self, cluster: Cluster, precision: str) -> tuple[Floats, Floats]:
-        return prior(self._device(cluster), self._stack, precision, self._effects)
+        return prior(self._device(cluster), self._stack, precision, self._effects, self._features)
 
     def _work(self, model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Work:
         return work(model, cluster, self._device(cluster), c, precision, self._optimizer, self._context)

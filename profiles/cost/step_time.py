@@ -24,7 +24,7 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     pass, then the update.
     """
     k = dict(zip(NAMES, np.exp(log_constants), strict=True))
-    k |= {name: np.minimum(k[name], 1.0) for name in ("dp_overlap", "weights_overlap", "gather_overlap")}
+    k |= {name: np.minimum(k[name], 1.0) for name in NAMES if name.endswith("_overlap")}
     drag = 1 + k["stragglers"] * w.nodes
     attention = k["attention"] * (w.layer_attention + k["attention_tokens"] * w.layer_attention_token)
     compute = drag * (
@@ -73,7 +73,8 @@ def parts(w: Work, log_constants: NDArray[np.float64]) -> dict[str, Floats]:
     dp = k["dp_latency_seconds"] * w.dp_messages
     # ZeRO's exchanges go in rings; sums that everybody keeps go through trees or the switch.
     reduced = dp_rate * (w.dp_reduce + k["shard_traffic"] * w.dp_scatter)
-    dp = dp + _exposed(reduced, k["dp_overlap"] * 2 / 3 * whole / w.pp)
+    hidden = k["dp_overlap"] * np.where(w.pp > 1, k["pipeline_overlap"], 1.0)
+    dp = dp + _exposed(reduced, hidden * 2 / 3 * whole / w.pp)
     dp = dp + _exposed(dp_rate * k["shard_traffic"] * w.dp_gather, k["weights_overlap"] / 3 * whole / w.pp)
     components = {
         "compute": layers * compute + busy * head,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from profiles.configurations import RECOMPUTE, Configurations
-from profiles.memory.implementation import Implementation
+from profiles.memory.implementation import Implementation, Module
 from profiles.memory.parameters import STAGES, Floats, Stage, stage_layers
 from profiles.model_shape import ModelShape
 
@@ -56,12 +56,19 @@ def layer_activations(
         width = model.experts_per_token * model.expert_width + model.shared_expert_hidden
     mlp = (how.gated_mlp_tensors if model.gated_mlp else 2) * width * e / c.tp
     if model.experts:  # tokens permuted to their experts and back, and the router's probabilities in fp32
-        mlp = mlp + 2 * model.experts_per_token * hidden * e + 4 * model.experts
+        copies = 1 + (how.expert_outputs == "kept")
+        mlp = mlp + copies * model.experts_per_token * hidden * e + 4 * model.experts
     inside = scores + gathered  # of attention, which selective recomputation runs again
     everything = outside + np.where(is_gathered, instead, heads) + inside + mlp
+    modules: dict[Module, Floats] = {
+        "norms": inputs * np.ones(len(c)),
+        "activations": model.gated_mlp * width * e / c.tp,
+        "latent": (model.latent_attention is not None) * ~is_gathered * query * e * (1 + 2 * kv_share) / c.tp,
+    }
+    again = sum((modules[name] for name in how.recomputed_modules), start=np.zeros(len(c)))
     kinds = [c.recompute == RECOMPUTE.index(name) for name in ("none", "selective", "full")]
-    kept = np.select(kinds, [everything, outside + heads + mlp, hidden * e / split])
-    recomputed = np.select(kinds, [np.zeros(len(c)), inside, everything])
+    kept = np.select(kinds, [everything - again, outside + heads + mlp - again, hidden * e / split])
+    recomputed = np.select(kinds, [again, inside + again, everything])
     # The widest moment of the backward pass: gradients of the MLP's wide tensors, and the input that is gathered again,
     # with its gradient; or, with gathered keys and values, theirs, whose parts are added up.
     passing = (3 if model.gated_mlp else 2) * width * e / c.tp + 2 * hidden * e

@@ -66,7 +66,8 @@ def stage_components(
         master = 0 if how.weights == "kept" else 4
     else:
         master = 4 if how.optimizer.masters else 0 if how.weights == "kept" else element
-    kept = master * share(1) + 4 * kept_by_optimizer(weights, how.optimizer) * share(1) / of_rank
+    numbers = kept_by_optimizer(weights, how.optimizer) / of_rank
+    kept = (master + how.optimizer.bytes_of_number * numbers) * share(1)
     on_device = np.where(c.offload_optimizer, 0, 1)
     layer = layer_activations(model, c, element, how)
     head = (c.pp == 1) | (stage == "last")

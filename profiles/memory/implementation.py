@@ -1,14 +1,18 @@
 """What memory and time depend on beside model and configuration: how the training framework is written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
 from profiles.layout import ContextExchange
 from profiles.optimizer_state import OptimizerState
 from profiles.record import Record
+
+Module = Literal["norms", "activations", "latent"]
+"""A piece of a layer that is cheap to compute again: the outputs of its norms, the product of the activated gate and
+the other half in a gated MLP, queries, keys and values that latent attention makes of narrow vectors."""
 
 
 class Implementation(Record):
@@ -27,6 +31,11 @@ class Implementation(Record):
     gated_mlp_tensors: PositiveInt = 5
     """Tensors as wide as `ffn_hidden` that a gated MLP keeps. 4: gate, up, activated gate, product. 3: activation and
     product are one kernel. 5: megatron-core adds `glu_linear_offset` to up, and so copies it even where that is 0."""
+    expert_outputs: Literal["kept", "released"] = "kept"
+    """kept: what experts make of their tokens stays, to be weighed with the router's probabilities on the way back.
+    released: the probabilities come in before the second matrix, and nothing has to stay."""
+    recomputed_modules: tuple[Module, ...] = ()
+    """What every layer computes again in the backward pass beside `Layout.recompute`."""
     loss: Literal["in-place", "copying"] = "in-place"
     """in-place: the loss keeps the logits once in fp32 beside the model's precision (megatron's vocabulary-parallel
     cross entropy). copying: shifted logits and exponentials are tensors of their own (plain PyTorch)."""
@@ -50,6 +59,11 @@ class Implementation(Record):
     fragmentation: float = Field(default=0.1, ge=0, lt=1)
     """Share of activations and buffers that the allocator adds: blocks are rounded up, and freed ones do not fit."""
 
+    def as_stack(self, stack: str) -> "Implementation":
+        """The same with the kernels of a stack of the same framework, as far as they are known to need other memory."""
+        kernels = _KERNELS.get(stack, {}) if self.stack == "megatron" else {}
+        return self.model_copy(update={**kernels, "stack": stack})
+
     def alternatives(self) -> Iterator[tuple["Implementation", int]]:
         """Itself and what other frameworks do, each with the number of differences: what observed peaks choose from."""
         choices = {
@@ -64,8 +78,15 @@ class Implementation(Record):
             yield self.model_copy(update=changes), len(changes)
 
 
+_KERNELS: Mapping[str, Mapping[str, Any]] = {
+    "megatron-te": {
+        **{"fused_qkv": "released", "gated_mlp_tensors": 3, "expert_outputs": "released", "context": "ring"},
+    },
+}
 MEGATRON = Implementation(stack="megatron")
 """What this project's own backend does."""
+MEGATRON_TE = MEGATRON.as_stack("megatron-te")
+"""Megatron-core with Transformer Engine, its fused kernels and its grouped matrix products."""
 PYTORCH = Implementation(
     fused_qkv="released", gated_mlp_tensors=4, loss="copying", gradient_buckets=True, stages="balanced"
 )
