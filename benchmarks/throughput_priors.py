@@ -4,10 +4,10 @@
 
 From the guesses in `profiles/cost/constants.py` the medians are moved to where the errors of the published sweeps are
 smallest, together with multipliers for each software stack, precision, accelerator and feature: random effects, which
-stay near 1 where rows say little (`BETWEEN`). Every row counts with its rounded-off absolute logarithm, every sweep with its
-mean, every source as the square root of its number of sweeps, and a guess or a multiplier as one standard deviation of
-its prior. `--write` puts the result into `profiles/cost/effects.yaml`. The honest figure is the second column of the
-table: tuned without the source, and without those that repeat its runs, then asked about it.
+stay near 1 where rows say little (`BETWEEN`). Every row counts with its rounded-off absolute logarithm, every sweep
+with its mean, every source as the square root of its number of sweeps, and a guess or a multiplier as one standard
+deviation of its prior. `--write` puts the result into `profiles/cost/effects.yaml`. The honest figure is the second
+column of the table: tuned without the source, and without those that repeat its runs, then asked about it.
 """
 
 import sys
