@@ -14,6 +14,12 @@ FILE = "session"
 """In the run directory: the token of the newest attempt."""
 
 
+def own_name(name: str) -> str:
+    """A name for something that other attempts, earlier and later ones, must not take for theirs."""
+    token = os.environ.get(TOKEN)
+    return name if token is None else f"{name}-{token}"
+
+
 def end_if_replaced(run: Path) -> None:
     """End this process, at once, where another attempt has begun in the run."""
     mine = os.environ.get(TOKEN)

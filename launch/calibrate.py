@@ -13,7 +13,7 @@ from copus.branches import Branches, plan_path, plan_text, read_plan
 from copus.checkpoints.files import check_same_data
 from copus.durable import write_atomically
 from copus.events import Branch, read_events
-from copus.job import JobConfig, JobError, dump_job, load_job
+from copus.job import JobConfig, JobError, load_job
 from copus.manifest import MANIFEST
 from launch.attend import Outcome, attend
 from launch.checkpoint import find_checkpoint
@@ -27,6 +27,8 @@ from profiles.calibration import Calibration
 from profiles.configuration import Configuration
 from profiles.formatting import count, duration, three_digits
 
+PLACES = {"launch", "tracking"}
+"""Sections of a job file that two calls of the command may have differently."""
 SHORTEST = 16
 """Steps of the largest batch in a branch, where the user names no length."""
 
@@ -154,13 +156,14 @@ def _set_up(run: Path, folder: Path, job: JobConfig, branches: Branches) -> None
 
 
 def _goes_on(folder: Path, job: JobConfig, branches: Branches) -> bool:
-    """Whether the results in a calibration's folder are of this job and this checkpoint."""
+    """Whether the results in a calibration's folder are of this job and this checkpoint. Where it runs, and who is told
+    of it, changes no result."""
     try:
-        before = read_plan(folder)
-    except ValueError:
+        before, plan = load_job(folder / "job.yaml"), read_plan(folder)
+    except (JobError, ValueError):
         return False
-    same_job = (folder / "job.yaml").read_text(encoding="utf-8") == dump_job(job)
-    return same_job and before is not None and before.checkpoint_digest == branches.checkpoint_digest
+    same_job = before.model_dump(exclude=PLACES) == job.model_dump(exclude=PLACES)
+    return same_job and plan is not None and plan.checkpoint_digest == branches.checkpoint_digest
 
 
 def _results(folder: Path, branches: Branches) -> dict[tuple[Configuration, int], Branch]:

@@ -436,7 +436,10 @@ def watch(run: str | None, once: bool, web: bool, as_json: bool) -> int:
     help="Folder with run directories. Without it $COPUS_RUNS or ./runs.",
 )
 @click.option(
-    "--group", metavar="NAME", help="Only the runs of `copus submit --seeds` or `--matrix`, and their results."
+    "--group",
+    metavar="GROUP",
+    help="Only the runs of `copus submit --seeds` or `--matrix`, and their results. A name in that folder, or "
+    "FOLDER/NAME.",
 )
 @json_option()
 def runs(folder: Path | None, group: str | None, as_json: bool) -> int:
@@ -510,7 +513,12 @@ def audit(run: str | None, as_json: bool) -> int:
     type=FILE,
     help="File to write. Without it RUN/report.html, or ./comparison.html for several runs.",
 )
-@click.option("--group", metavar="NAME", help="The runs of `copus submit --seeds` or `--matrix`, in one page.")
+@click.option(
+    "--group",
+    metavar="GROUP",
+    help="The runs of `copus submit --seeds` or `--matrix`, in one page. FOLDER/NAME, or a name in $COPUS_RUNS or "
+    "./runs.",
+)
 @json_option("Print the path of the file as a JSON object.")
 def report(names: Sequence[str], output: Path | None, group: str | None, as_json: bool) -> int:
     """Write an HTML page about a run, or compare several runs.

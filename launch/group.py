@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from copus.durable import write_atomically
 from copus.job import JobConfig, JobError
 from copus.job_text import parse_job_text
+from launch.run_names import runs_folder, runs_in
 from profiles.record import Record
 
 FILE = "group.json"
@@ -154,9 +156,18 @@ def read_member(run: Path) -> Member | None:
         return None
 
 
+def find_group(text: str, folder: Path | None = None) -> tuple[Path, str]:
+    """The folder and the name of a group from what a person typed: a name in `runs_folder`, or FOLDER/NAME, as of a
+    run. Raises JobError where a `folder` was named too."""
+    place, name = os.path.split(text)
+    if place and folder is not None:
+        raise JobError(f"--group {text}: the folder {folder} is named too: say one of them")
+    return Path(place).expanduser() if place else folder or runs_folder(), name
+
+
 def runs_of_group(folder: Path, group: str) -> list[Path]:
     """The runs of a group in a folder, by name. Raises JobError if there are none."""
-    members = {job.parent: read_member(job.parent) for job in sorted(folder.glob("*/job.yaml"))}
+    members = {run: read_member(run) for run in sorted(runs_in(folder))}
     runs = [run.absolute() for run, member in members.items() if member is not None and member.group == group]
     if not runs:
         groups = sorted({member.group for member in members.values() if member is not None})

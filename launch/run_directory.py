@@ -6,18 +6,19 @@ import errno
 import fcntl
 import itertools
 import os
+import secrets
 import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from copus.durable import write_atomically
 from copus.job import JobConfig, JobError, dump_job
-from launch.run_names import run_names, runs_folder
+from launch.run_names import run_names, runs_folder, runs_in
 from profiles.accelerator import is_file_of_user
 
 
@@ -56,27 +57,44 @@ def _place_of_weights(path: Path) -> Path:
     return run if not path.expanduser().exists() and (run / "job.yaml").is_file() else path
 
 
-def create_run(job: JobConfig, suffix: str = "", *, numbered: bool = True) -> Path:
+def create_run(
+    job: JobConfig, suffix: str = "", *, numbered: bool = True, mark: Callable[[Path], None] | None = None
+) -> Path:
     """Make `launch.runs/NAME`, or NAME-2, NAME-3 … where that is taken, with the resolved job in it. Absolute path.
-    Raises JobError where that cannot be made, or where it is taken and may not be `numbered`."""
+
+    It is there with all that `mark` writes into it, or not at all. Raises JobError where it cannot be made, or where
+    the name is taken and may not be `numbered`.
+    """
+    wanted = next(_names(job, suffix))
+    made = wanted.with_name(f".{wanted.name}.{secrets.token_hex(4)}")
     try:
-        for run in _names(job, suffix):
-            run.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                run.mkdir()
-                break
-            except FileExistsError:
-                if not numbered:
-                    raise JobError(f"{shown(run)} is there already: another command has made it") from None
-        write_job(run, job)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        made.mkdir()
+        try:
+            write_job(made, job)
+            if mark is not None:
+                mark(made)
+            with lock_run(made):  # no locks there: said before anything is prepared
+                pass
+            return _put_in_place(made, _names(job, suffix) if numbered else iter([wanted]))
+        except BaseException:
+            discard_run(made)
+            raise
     except OSError as error:
         raise JobError(f"launch.runs({job.launch.runs}): {error.strerror}: {error.filename}") from None
-    try:
-        with lock_run(run):
-            return run
-    except JobError:  # no locks there: said before anything is prepared
-        discard_run(run)
-        raise
+
+
+def _put_in_place(made: Path, names: Iterator[Path]) -> Path:
+    """Give a run the first name that is free. Raises JobError where none is."""
+    run = made
+    for run in names:
+        try:
+            if not run.exists():
+                return made.rename(run)
+        except OSError as error:  # somebody was faster
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+    raise JobError(f"{shown(run)} is there already: another command has made it")
 
 
 def next_run(job: JobConfig) -> Path:
@@ -106,7 +124,7 @@ def discard_run(run: Path) -> None:
 def newest_run() -> Path:
     """The run in `runs_folder` that wrote an event last, or was made last. Raises JobError if there is none."""
     folder = runs_folder()
-    runs = [job.parent for job in folder.glob("*/job.yaml")]
+    runs = list(runs_in(folder))
     if not runs:
         raise JobError(f"no run in {folder}: name one, or go to the folder that has runs/, or set COPUS_RUNS")
     return max(runs, key=_last_written).absolute()

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -14,8 +15,12 @@ def runs_folder() -> Path:
     return Path(os.environ.get("COPUS_RUNS") or "runs").expanduser()
 
 
+def runs_in(folder: Path) -> Iterator[Path]:
+    """The runs in a folder; none if there is no such folder. What begins with a dot is still being made."""
+    return (job.parent for job in folder.glob("*/job.yaml") if not job.parent.name.startswith("."))
+
+
 def run_names() -> list[str]:
     """The names of the runs in `runs_folder`, sorted; none if there is no such folder. A folder whose name no run can
     have is left out: the shell would run what is in it."""
-    names = (job.parent.name for job in runs_folder().glob("*/job.yaml"))
-    return sorted(name for name in names if re.fullmatch(NAME, name))
+    return sorted(run.name for run in runs_in(runs_folder()) if re.fullmatch(NAME, run.name))

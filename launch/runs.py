@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from copus.event_lines import event_lines
 from copus.events import parse_event
 from copus.job import JobError
-from launch.group import runs_of_group
+from launch.group import find_group, runs_of_group
 from launch.group_results import as_values as cells_as_values
 from launch.group_results import print_results, read_results
 from launch.json_output import as_json_line
-from launch.run_names import runs_folder
+from launch.run_names import runs_folder, runs_in
 from launch.run_state import RunState, state_of
 from launch.status import RunStatus
 from launch.tables import add_solid_column, fitted, new_table, page
@@ -44,13 +44,13 @@ class RunSummary:
     """When it last wrote an event, or was made; seconds since the epoch."""
 
 
-def runs(folder: Path | None, group: str | None = None, *, as_json: bool = False) -> int:
-    """Print the runs in a folder (`runs_folder`), the newest first; of a `group` its runs and their results. Raises
+def runs(folder: Path | None, group_text: str | None = None, *, as_json: bool = False) -> int:
+    """Print the runs in a folder (`runs_folder`), the newest first; of a group its runs and their results. Raises
     JobError where there is no such folder, or no such group in it."""
-    folder = folder or runs_folder()
+    folder, group = (folder or runs_folder(), None) if group_text is None else find_group(group_text, folder)
     try:
         if group is None:
-            chosen = [job.parent for job in folder.expanduser().absolute().glob("*/job.yaml")]
+            chosen = list(runs_in(folder.expanduser().absolute()))
         else:
             chosen = runs_of_group(folder.expanduser(), group)
         summaries = [summary_of(run) for run in chosen]

@@ -143,14 +143,12 @@ def check_submission(job_file: Path, overrides: list[str], manner: Manner, say: 
 def begin(
     checked: Checked, interrupts: Interrupts, console: Console, mark: Callable[[Path], None] | None = None
 ) -> Begun:
-    """Make the run, prepare its data, and launch it. `mark` writes into the run that was made, which then has to have
+    """Make the run, prepare its data, and launch it. `mark` writes into the run that is made, which then has to have
     the job's name. Raises JobError, and leaves nothing, where the user errs."""
     engine, job = checked.engine, checked.job
     engine.ready(job)
-    run = create_run(job, numbered=mark is None)
+    run = create_run(job, numbered=mark is None, mark=mark)
     with lock_run(run) as lock:
-        if mark is not None:
-            mark(run)
         code, job = prepare(job, run / "job.yaml", interrupts)
         code = code or keep_weights(run, job, checked.weights)
         if code:

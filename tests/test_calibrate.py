@@ -92,6 +92,17 @@ def test_a_calibration_that_failed_goes_on_after_its_last_branch(run: Path) -> N
     assert copus_here("calibrate", "small", "--orders", "2", worker=["--crash-at", "1"]) == 0, "nothing is left to run"
 
 
+def test_branches_are_kept_wherever_the_others_are_run(run: Path) -> None:
+    assert copus_here("calibrate", "small", "--orders", "2", worker=["--fail-at", "5"]) == 1
+    values = yaml.safe_load((run / "job.yaml").read_text())
+    values["launch"] = {"timeout_seconds": 77.0}
+    (run / "job.yaml").write_text(yaml.safe_dump(values))
+    assert copus_here("calibrate", "small", "--orders", "2", worker=[]) == 0
+    folder = run / "calibration" / "samples-000000000100-512"
+    assert [event.done for event in read_events(folder) if isinstance(event, Branch)] == list(range(1, 9))
+    assert load_job(folder / "job.yaml").launch.timeout_seconds == 77
+
+
 def test_a_cancelled_run_starts_no_branches_until_it_is_calibrated_again(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

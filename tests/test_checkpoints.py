@@ -12,6 +12,7 @@ from copus.checkpoints import store
 from copus.checkpoints.store import CheckpointError, Writing, newest_checkpoint, read_state
 from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import RankError
+from copus.fencing import TOKEN
 from copus.manifest import MANIFEST, damage, describe, files_of, read_manifest, write_manifest
 from tests.launch_events import TENSOR
 
@@ -110,6 +111,22 @@ def test_one_that_was_being_written_is_told_of_and_cleared_away(tmp_path: Path) 
     assert "half-written" in lines[0]
     write(tmp_path, 200)
     assert newest(tmp_path) == ("samples-000000000200", [])
+
+
+def test_a_rank_that_was_frozen_while_it_wrote_reaches_no_checkpoint_of_a_later_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = TrainerState(samples_consumed=100)
+    backend: Any = FilesBackend()
+    monkeypatch.setenv(TOKEN, "session-0")
+    frozen = Writing(tmp_path, backend, state, 2, in_background=False)
+    monkeypatch.setenv(TOKEN, "session-1")
+    later = Writing(tmp_path, backend, state, 2, in_background=False)
+    with pytest.raises(FileNotFoundError):  # it wakes up after it has made sure that the run is its own
+        frozen._save.write()
+    later.finish()
+    assert names(tmp_path) == ["samples-000000000100"]
+    assert newest(tmp_path) == ("samples-000000000100", [])
 
 
 @given(st.integers(0, 2048 + 6 - 1), st.integers(0, 7))

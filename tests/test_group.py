@@ -1,6 +1,7 @@
 """`copus submit --seeds --matrix`: a group of runs with a worker that only counts, and their table of results."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,10 @@ import launch.submit
 import launch.submit_group
 from copus.events import End, EventLog, Step, read_events
 from copus.job import JobError, load_job
-from launch.group import parse_matrix, plan_group
+from launch.group import parse_matrix, plan_group, runs_of_group
 from launch.interrupts import Interrupts
 from launch.intervals import interval, interval_of_ratio
+from launch.run_names import runs_in
 from launch.run_state import RunState
 from launch.status import RunStatus
 
@@ -117,6 +119,10 @@ def test_a_group_is_trained_one_run_after_another_and_compared(tmp_path: Path, c
     assert json.loads(copus("runs", "--group", "small", "--json").stdout)["cells"] == answer["cells"]
     assert copus("runs", "--group", "smal").returncode == 2
     assert copus("report", "--group", "small").returncode == 0
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    assert "2 of 2" in copus("runs", "--group", "elsewhere/small").stdout
+    assert copus("report", "--group", "elsewhere/small").returncode == 0
+    assert "elsewhere is named too" in copus("runs", "elsewhere", "--group", "elsewhere/small").stderr
     assert "small-lr-2e-3-seed-1235" in (tmp_path / "comparison.html").read_text()
 
 
@@ -185,6 +191,25 @@ def test_ctrl_c_ends_the_run_and_the_queue_and_the_same_command_goes_on(tmp_path
     done = int((first / "checkpoints" / "done").read_text())
     assert copus("submit", "job.yaml", "--seeds", "2", worker=["--steps", str(done + 2)]).returncode == 0
     assert [event.step for event in read_events(first) if isinstance(event, Step)] == list(range(1, done + 3))
+
+
+def test_a_run_is_there_with_its_place_in_the_group_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is killed where it would write that place: the next one finds nothing in its way."""
+    monkeypatch.chdir(tmp_path)
+    write_job(tmp_path)
+    child = os.fork()
+    if child == 0:
+        launch.submit_group.write_member = lambda run, member: os.kill(os.getpid(), signal.SIGKILL)
+        copus_here("submit", "job.yaml", "--seeds", "1", worker=QUICK)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (left,) = (tmp_path / "runs").iterdir()
+    assert left.name.startswith(".small-seed-1234.")
+    assert list(runs_in(tmp_path / "runs")) == []
+    assert copus_here("submit", "job.yaml", "--seeds", "1", worker=QUICK) == 0
+    assert [run.name for run in runs_of_group(tmp_path / "runs", "small")] == ["small-seed-1234"]
 
 
 def test_a_run_with_other_settings_is_not_taken_for_one_of_the_group(tmp_path: Path, copus: Copus) -> None:  # noqa: F811

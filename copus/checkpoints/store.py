@@ -20,7 +20,7 @@ from copus.checkpoints.files import FOLDER, REPLACED, checkpoint_names, samples_
 from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import RankError, all_gather, broadcast_from_rank0, run_on_all_ranks
 from copus.durable import full_disk, sync_folder, write_text
-from copus.fencing import end_if_replaced
+from copus.fencing import end_if_replaced, own_name
 from copus.manifest import Entry, describe, files_of, write_manifest
 from profiles.configuration import Configuration
 
@@ -42,9 +42,8 @@ def newest_checkpoint(run: Path, skipped: Callable[[str], None] = lambda line: N
     Collective where there is a process group: the ranks share the reading. `skipped` gets one line for each that is
     passed over, on every rank.
     """
-    writing = run / FOLDER / _WRITING
-    if broadcast_from_rank0(writing.exists()):
-        skipped(f"{FOLDER}/{_WRITING} is a half-written checkpoint: skipped")
+    for name in broadcast_from_rank0([folder.name for folder in _half_written(run)]):
+        skipped(f"{FOLDER}/{name} is a half-written checkpoint: skipped")
     for name in broadcast_from_rank0(checkpoint_names(run)):
         checkpoint = run / FOLDER / name
         reason = find_damage(checkpoint)
@@ -80,7 +79,7 @@ class Writing:
         Raises CheckpointError on every rank where the disk of any did not take it (full, gone, …), and leaves nothing.
         """
         self._run, self._keep, self._state = run, keep, state
-        self._folder = run / FOLDER / _WRITING
+        self._folder = run / FOLDER / own_name(_WRITING)
         self._samples = state.samples_consumed
         values = {"state": asdict(state), "configuration": backend.configuration.model_dump(mode="json")}
         self._trainer = json.dumps(values)
@@ -127,7 +126,7 @@ class Writing:
         return final, broadcast_from_rank0(sum(entry.bytes for entry in entries.values()))
 
     def _write(self) -> None:
-        end_if_replaced(self._run)  # the folder is the newest attempt's
+        end_if_replaced(self._run)  # the disk is the newest attempt's
         try:
             self._save.write()
             self._entries = describe(self._folder, self._save.files)
@@ -164,10 +163,16 @@ def _on_first(action: Callable[[], None]) -> None:
 
 
 def _make_empty(run: Path, folder: Path) -> None:
+    """Make a folder, and remove those of others: a rank of theirs that was frozen, and wakes up, finds none to write
+    into."""
     end_if_replaced(run)
-    if folder.exists():
-        shutil.rmtree(folder)
+    for left in _half_written(run):
+        shutil.rmtree(left, ignore_errors=left != folder)
     folder.mkdir(parents=True)
+
+
+def _half_written(run: Path) -> list[Path]:
+    return sorted((run / FOLDER).glob(f"{_WRITING}*"))
 
 
 def _put_in_place(writing: Path, final: Path) -> None:

@@ -10,18 +10,17 @@ from pathlib import Path
 from copus.durable import write_atomically
 from copus.events import read_events
 from copus.job import JobError
-from launch.group import runs_of_group
+from launch.group import find_group, runs_of_group
 from launch.json_output import as_json_line
 from launch.run_directory import find_run, shown
-from launch.run_names import runs_folder
 
 
 def report(
-    run_texts: Sequence[str | None], output: Path | None, group: str | None = None, *, as_json: bool = False
+    run_texts: Sequence[str | None], output: Path | None, group_text: str | None = None, *, as_json: bool = False
 ) -> int:
-    """Write the page, of a `group` that of its runs in `runs_folder`. Raises JobError where a run does not exist or the
+    """Write the page, of a group that of its runs. Raises JobError where a run does not exist or the
     file cannot be written."""
-    of_group = [] if group is None else map(str, runs_of_group(runs_folder(), group))
+    of_group = [] if group_text is None else map(str, runs_of_group(*find_group(group_text)))
     runs = list(dict.fromkeys(map(find_run, [*run_texts, *of_group] or [None])))
     if output is None:
         output = runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html")
