@@ -72,6 +72,32 @@ def test_workers_do_not_take_the_environment_of_another_job_for_theirs(
     assert (seen["WANDB_MODE"], seen["OMP_NUM_THREADS"]) == ("offline", "1")
 
 
+@pytest.mark.parametrize("engine", ["slurm", "srun", "kubernetes", "hosts"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("PYTHONUNBUFFERED", "", "PYTHONUNBUFFERED() would be overridden: it is '1'"),
+        ("PYTHONSAFEPATH", "0", "PYTHONSAFEPATH(0) would be overridden: it is '1'"),
+        ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE(0) would be overridden"),
+        ("CUDA_VISIBLE_DEVICES", "3", "CUDA_VISIBLE_DEVICES(3) would be overridden: it is '' with cluster.acceler"),
+        ("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "", "would be overridden: what starts the workers sets it"),
+        ("MASTER_PORT", "29500", "MASTER_PORT would be overridden: what starts the workers sets it"),
+    ],
+)
+def test_a_variable_that_would_be_overridden_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    needs = {"kubernetes": {"image": "i", "claim": "c", "mount": str(tmp_path)}, "hosts": {"hosts": ["a"]}}
+    options = json.dumps({**needs.get(engine, {}), "env": {name: value}})
+    places = [f"{field}={tmp_path}/x" for field in ("launch.runs", "profile.table")]
+    path = write_job(tmp_path)
+    with pytest.raises(JobError) as caught:
+        engine_of(load_job(path, [*places, f"launch.options={options}"], engine=engine))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [EntryPoint(name, f"test_engines:{place}", "copus.engines") for name, place in PLUGINS.items()]

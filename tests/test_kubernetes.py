@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -186,7 +187,9 @@ def test_nothing_of_the_environment_is_in_a_manifest(
         ({"namespace": "a/b"}, "launch.options: namespace: "),
         ({"env": {"HF_TOKEN": "abc"}}, "launch.options: env: HF_TOKEN looks like a secret"),
         ({"env": {"OMP_NUM_THREADS": "8"}}, "OMP_NUM_THREADS would be overridden: set launch.threads_per_rank"),
-        ({"env": {"PET_NNODES": "2"}}, "PET_NNODES is set by the training runtime"),
+        ({"env": {"PET_NNODES": "2"}}, "PET_NNODES would be overridden: what starts the workers sets it"),
+        ({"secrets": {"RANK": "a/b"}}, "RANK would be overridden: what starts the workers sets it"),
+        ({"env": {"A": "1"}, "secrets": {"A": "a/b"}}, "launch.options: secrets: A is in env too"),
         ({"secrets": {"HF_TOKEN": "abc"}}, "launch.options: secrets.HF_TOKEN: "),
         ({"tolerations": [{"kee": "gpu"}]}, "launch.options: tolerations.0.kee"),
         ({"labels": {"queue name": "a"}}, "launch.options: labels.queue name"),
@@ -427,6 +430,33 @@ class TestNode:
             "checkpoints/done",
         ]
         assert [event.reason for event in read_events(run) if isinstance(event, End)] == ["interrupted", "finished"]
+
+    def test_a_pod_that_is_evicted_before_it_has_begun_is_started_again(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While it waits for the launcher to write the job's name down."""
+        monkeypatch.setenv("COPUS_JOB", "copus-small-2")
+        evict = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+        monkeypatch.setattr(node, "time", evict)
+        with pytest.raises(SystemExit) as left:
+            self.attempt(run, monkeypatch, "--steps", "3")
+        assert left.value.code == AGAIN
+        assert not (run / "stop").exists()  # nobody else is asked for anything
+        assert not (run / "requeues.json").exists()
+
+    def test_an_eviction_while_a_start_is_counted_is_a_checkpoint(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        count = node._is_hopeless
+
+        def evicted(*arguments: Any) -> bool:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return count(*arguments)
+
+        monkeypatch.setattr(node, "_is_hopeless", evicted)
+        assert self.attempt(run, monkeypatch, "--steps", "100000") == AGAIN
+        assert (run / "stop").read_text() == node.EVICTED
+        assert [event.reason for event in read_events(run) if isinstance(event, End)] == ["interrupted"]
 
     def test_a_run_that_the_user_stops_is_not_started_again(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.when_training(run, (run / "stop").touch)

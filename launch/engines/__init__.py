@@ -6,6 +6,7 @@ import yaml
 
 from copus.engines import load_engine
 from copus.job import JobConfig, JobError
+from launch.engines.agent import check_environment
 from launch.engines.base import AttendedEngine, Engine, EngineState, QueuedEngine, Workers
 from launch.engines.local import LocalEngine
 from launch.engines.ticket import FILE, Ticket, read_ticket
@@ -16,6 +17,7 @@ def engine_of(job: JobConfig) -> Engine:
     """The engine that `launch.engine` of a job names. Raises JobError where it cannot run this job."""
     engine = _engine(job.launch.engine, job.launch.options)
     engine.check(job)
+    check_environment(job, getattr(engine.options, "env", {}))  # engines of this machine have its own
     return engine
 
 

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from copus.job import JobConfig
+from copus.job import JobConfig, JobError
 from launch.engines.environment import THREADS
 
 WORKER = ("-m", "copus.worker")
@@ -41,7 +41,8 @@ def agent_arguments(
 
 def agent_environment(job: JobConfig, users: Mapping[str, str]) -> dict[str, str]:
     """What the agent and its workers need in their environment, whatever the engine. `users` is the environment that
-    the user chose for them: only what is a matter of taste follows it."""
+    the user chose for them: only what is a matter of taste follows it. The rest must not be in a job file
+    (`check_environment`)."""
     settings = {
         THREADS: str(job.launch.threads_per_rank),
         # torch 2.13 hosts one store for all restarts, without telling their keys apart: restarted ranks find each
@@ -49,6 +50,7 @@ def agent_environment(job: JobConfig, users: Mapping[str, str]) -> dict[str, str
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank${rank}]:",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a folder `profiles` or `launch` where the command was typed would hide ours
     }
     if job.cluster.accelerator == "cpu":
         settings["CUDA_VISIBLE_DEVICES"] = ""  # also where there are GPUs
@@ -57,6 +59,14 @@ def agent_environment(job: JobConfig, users: Mapping[str, str]) -> dict[str, str
         # parallelism begin before the matrix products that hide them. Blackwell, it says, needs it no more.
         settings["CUDA_DEVICE_MAX_CONNECTIONS"] = users.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return settings
+
+
+def check_environment(job: JobConfig, users: Mapping[str, str]) -> None:
+    """Raise JobError for a variable of `launch.options.env` that would be overridden."""
+    for name, value in agent_environment(job, users).items():
+        if users.get(name, value) != value:
+            why = f" with cluster.accelerator({job.cluster.accelerator})" if name == "CUDA_VISIBLE_DEVICES" else ""
+            raise JobError(f"launch.options.env: {name}({users[name]}) would be overridden: it is {value!r}{why}")
 
 
 def command_line(environment: Mapping[str, str], command: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """The environment of a job: what of the submitting shell's reaches it, and what a job file may add."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import Field
@@ -28,21 +28,32 @@ THREADS = "OMP_NUM_THREADS"
 """What `launch.threads_per_rank` becomes."""
 
 
-def check_variables(names: Iterable[str], instead: str) -> None:
-    """Raise ValueError if one of these variables has a field of its own, or is a secret: a job file must not hold its
-    value. `instead` says where that belongs."""
+def check_names(names: Collection[str]) -> None:
+    """Raise ValueError if one of these variables has a field of its own, or belongs to the agents that start workers:
+    it would be overridden."""
     for name in names:
         if name == THREADS:
             raise ValueError(f"{name} would be overridden: set launch.threads_per_rank")
+        if belongs_to_a_job(name):
+            raise ValueError(f"{name} would be overridden: what starts the workers sets it")
+
+
+def check_variables(names: Collection[str], instead: str) -> None:
+    """The same, and for a secret: a job file must not hold its value. `instead` says where that belongs."""
+    check_names(names)
+    for name in names:
         if is_secret(name):
             raise ValueError(f"{name} looks like a secret: {instead.format(name=name)}")
 
 
+def belongs_to_a_job(name: str) -> bool:
+    """Whether a variable is one of those that are set for the workers of one job."""
+    return name in JOB_NAMES or name.startswith(JOB_PREFIXES)
+
+
 def job_environment() -> dict[str, str]:
     """This process's environment without what belongs to the workers of another job."""
-    return {
-        name: value for name, value in os.environ.items() if name not in JOB_NAMES and not name.startswith(JOB_PREFIXES)
-    }
+    return {name: value for name, value in os.environ.items() if not belongs_to_a_job(name)}
 
 
 def slurm_environment() -> dict[str, str]:

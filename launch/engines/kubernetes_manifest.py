@@ -128,7 +128,7 @@ def _environment(name: str, job: JobConfig, options: KubernetesOptions) -> list[
     """Environment of the container; the runtime adds PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and the like."""
     from kubeflow_trainer_api import models
 
-    plain = {**options.env, **agent_environment(job, options.env), "COPUS_JOB": name, "PYTHONSAFEPATH": "1"}
+    plain = {**options.env, **agent_environment(job, options.env), "COPUS_JOB": name}
     variables = [models.IoK8sApiCoreV1EnvVar(name=key, value=value) for key, value in plain.items()]
     address = models.IoK8sApiCoreV1ObjectFieldSelector(field_path="status.podIP")
     sources = {"POD_IP": models.IoK8sApiCoreV1EnvVarSource(field_ref=address)}

@@ -8,6 +8,7 @@ counts: where start after start leads to no new checkpoint (`max_requeues`), it 
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from launch.engines.this_machine import check_interfaces
 from launch.engines.ticket import read_ticket
 from launch.follow import Follower
 from launch.process import module_environment
-from launch.run_directory import lock_run
+from launch.run_directory import lock_run, request_pause
 from launch.status import RunStatus
 
 EVICTED = "evicted\n"
@@ -36,6 +37,7 @@ SECONDS = 120.0
 
 def main(arguments: list[str]) -> int:
     """One attempt on this node. Returns the exit code of the container."""
+    early = EarlyEviction()
     run, name = Path(arguments[0]), os.environ["COPUS_JOB"]
     rank = int(os.environ.get("PET_NODE_RANK", 0))
     try:
@@ -44,14 +46,33 @@ def main(arguments: list[str]) -> int:
         if rank:
             return Node(run, job, name, rank).run()
         with lock_run(run, f"TrainJob {name}", SECONDS):
+            early.is_counted = True
             if _is_hopeless(run, job, name):
                 return HOPELESS
             if not _stopped_by_user(run):
                 (run / "stop").unlink(missing_ok=True)
-            return Node(run, job, name, rank).run()
+            node = Node(run, job, name, rank)
+            if early.came:
+                request_pause(run, EVICTED)
+            return node.run()
     except JobError as error:
         print(f"copus: {error}", file=sys.stderr)
         return 2
+
+
+class EarlyEviction:
+    """A SIGTERM before there are workers to be asked for a checkpoint, which the first process of a container would not
+    notice: this process ends, to be started again. Once the start is counted it is only noted."""
+
+    def __init__(self) -> None:
+        """Takes SIGTERM over."""
+        self.is_counted = self.came = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.came = True
+        if not self.is_counted:
+            sys.exit(AGAIN)
 
 
 class Node:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
 
 from launch.engines.base import EngineOptions
-from launch.engines.environment import EnvironmentName, check_variables
+from launch.engines.environment import EnvironmentName, check_names, check_variables
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 """A name of an object in Kubernetes."""
@@ -94,9 +94,15 @@ class KubernetesOptions(EngineOptions):
     @classmethod
     def _not_secret(cls, value: dict[str, str]) -> dict[str, str]:
         check_variables(value, "name the one in the cluster, secrets: {{{name}: SECRET/KEY}}")
+        return value
+
+    @field_validator("secrets")
+    @classmethod
+    def _not_overridden(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        check_names(value)
         for name in value:
-            if name.startswith("PET_"):
-                raise ValueError(f"{name} is set by the training runtime")
+            if name in info.data.get("env", {}):
+                raise ValueError(f"{name} is in env too")
         return value
 
     @model_validator(mode="after")
