@@ -1,13 +1,13 @@
 """torch's elastic agent: `python -m copus.agent …` takes the arguments of `torch.distributed.run`.
 
 It differs from torch's own in two ways. It has one more `--rdzv-backend`, `bound`: torch's `c10d`, in a store that
-listens on the address of `--rdzv-endpoint` alone. And it restarts no workers after an error that the user has to fix:
-the next attempt would fail in the same way.
+listens on the address of `--rdzv-endpoint` alone, unless that is a name. And it restarts no workers after an error that
+the user has to fix: the next attempt would fail in the same way.
 """
 
 from datetime import timedelta
 
-from torch.distributed import run
+from torch.distributed import TCPStore, run
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -17,7 +17,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 
-from copus.stores import host_store, join_store
+from copus.stores import host_store, is_bindable, join_store
 from copus.user_errors import EXIT_CODE
 
 NAME = "bound"
@@ -38,7 +38,12 @@ def meet(parameters: RendezvousParameters) -> RendezvousHandler:
     """The rendezvous of agents in a store on one address. An agent hosts it if `is_host` says so, or the port is 0."""
     address, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=0)
     hosts = parameters.get_as_bool("is_host", default=port == 0)
-    store = (host_store if hosts else join_store)(address, port, READ_TIMEOUT)
+    if not hosts:
+        store = join_store(address, port, READ_TIMEOUT)
+    elif is_bindable(address):
+        store = host_store(address, port, READ_TIMEOUT)
+    else:
+        store = TCPStore(address, port, is_master=True, timeout=READ_TIMEOUT, wait_for_workers=False)
     return create_handler(store, BoundBackend(store, parameters.run_id), parameters)
 
 

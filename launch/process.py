@@ -25,13 +25,14 @@ def module_root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
-def module_environment() -> dict[str, str]:
-    """What makes Python find modules where this command's own are, whatever folder it was typed in.
+def module_environment(users: str | None = None) -> dict[str, str]:
+    """What makes Python find modules where this command's own are, whatever folder it was typed in. `users` is a
+    PYTHONPATH to look in after that, else that of this process.
 
     `python -m` looks in the current folder first; a folder `profiles` or `launch` of the user's would hide ours.
     """
     root = str(module_root())
-    inherited = os.environ.get("PYTHONPATH")
+    inherited = users or os.environ.get("PYTHONPATH")
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])}
 
 

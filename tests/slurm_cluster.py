@@ -1,31 +1,39 @@
-"""A Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd, configured in a folder of their own.
+"""A Slurm cluster on this machine: munged, slurmctld and a slurmd for each node, configured in a folder of their own.
 
-Nothing of the machine's own Slurm is touched, everything listens on the loopback interface, and the daemons are
-children that are ended by their ids.
+There are two nodes on the loopback interface, or one on each of some hosts of network namespaces (`hosts`). Nothing of
+the machine's own Slurm is touched, and the daemons are children that are ended by their ids.
 """
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from hosts import Hosts, wait_for
 
 PACKAGES = ("slurm-wlm", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2")
+ON_LOOPBACK = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny"
+"""Daemons listen on the addresses that they are given, and nowhere else."""
+SLURMD_PORT = 6818
+"""Slurm's own."""
+LOST_SECONDS = 15
+"""A host whose slurmd does not answer for so long is lost, to Slurm."""
 CONFIGURATION = """
 ClusterName=copus-test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldHost={host}({address})
+SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.sock,cred_expire={requeue_seconds}
 CredType=cred/munge
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+{listening}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -46,16 +54,16 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 JobRequeue=1
 ReturnToService=2
 KillWait=5
-SlurmdTimeout=60
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 State=UNKNOWN
+SlurmdTimeout={lost_seconds}
+{nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
-PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 # A requeued job has to wait for cred_expire (120 s by default) before it starts again: here less.
 REQUEUE_SECONDS = 10
+NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=1 State=UNKNOWN"
 
 
 def install() -> str | None:
@@ -73,12 +81,21 @@ def install() -> str | None:
 
 
 @contextmanager
-def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Both nodes idle while it is entered. Gives what has to be in the environment of Slurm's programs."""
+def slurm_cluster(folder: Path, hosts: Hosts | None = None) -> Iterator[dict[str, str]]:
+    """All nodes idle while it is entered. Gives what has to be in the environment of Slurm's programs."""
     configuration = folder / "slurm.conf"
-    settings = {"folder": folder, "host": socket.gethostname().partition(".")[0], "ports": _free_ports(3)}
-    configuration.write_text(CONFIGURATION.format(**settings, requeue_seconds=REQUEUE_SECONDS))
-    for name in ("state", *(f"spool-{node}" for node in NODES)):
+    here = socket.gethostname().partition(".")[0]
+    port, *ports = _free_ports(1 + len(NODES))
+    settings = {"folder": folder, "host": here, "port": port, "requeue_seconds": REQUEUE_SECONDS}
+    if hosts is None:
+        places = [(name, here, "127.0.0.1", port) for name, port in zip(NODES, ports, strict=True)]
+        settings |= {"address": "127.0.0.1", "listening": ON_LOOPBACK, "lost_seconds": 60}
+    else:
+        places = [(host.name, host.name, host.address, SLURMD_PORT) for host in hosts.hosts]
+        settings |= {"address": hosts.address, "listening": "", "lost_seconds": LOST_SECONDS}
+    nodes = [NODE.format(name=name, host=host, address=at, port=port) for name, host, at, port in places]
+    configuration.write_text(CONFIGURATION.format(**settings, nodes="\n".join(nodes)))
+    for name in ("state", *(f"spool-{node}" for node, *_ in places)):
         (folder / name).mkdir()
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
@@ -93,19 +110,16 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
         start("munged", "--foreground", "--force", f"--socket={folder}/munge.sock", f"--key-file={key}", *munged)
         wait_for("munge's socket", (folder / "munge.sock").exists, 20)
         start("slurmctld", "-D")
-        for node in NODES:
-            start("slurmd", "-D", "-N", node)
-        wait_for("idle nodes", lambda: _idle(environment) == len(NODES), 60)
+        for node, *_ in places:
+            daemon = ["slurmd", "-D", "-N", node]
+            if hosts is not None:
+                # Not by ssh: `ip netns exec`, which that is below, hides the control groups that slurmd asks for.
+                named = ["unshare", "--uts", "sh", "-c", f"hostname {node} && exec {shlex.join(daemon)}"]
+                daemon = ["nsenter", f"--net=/run/netns/{node}", *named]
+            start(*daemon)
+        wait_for("idle nodes", lambda: _idle(environment) == len(places), 60)
         daemons.callback(_cancel_all, environment)
         yield environment
-
-
-def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
-    """Poll until something is so."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.2)
 
 
 @contextmanager

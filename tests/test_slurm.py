@@ -160,7 +160,7 @@ def test_the_environment_of_the_shell_does_not_outrank_the_job_file(cluster: Clu
         cluster.environment = before
     tell(run)
     assert "finished" in output
-    shown = cluster.run(["scontrol", "show", "job", _job_id(run)])
+    shown = cluster.run(["scontrol", "show", "job", job_id(run)])
     for setting in ("Partition=main", "Requeue=1", "Restarts=0"):
         assert setting in shown, shown
     assert "TimeLimit=00:01:00" not in shown, shown  # unlimited, or the year that the scheduler makes of that
@@ -173,14 +173,14 @@ def test_an_interface_that_the_nodes_do_not_have_is_no_requeue(cluster: Cluster)
     print(said)
     assert "GLOO_SOCKET_IFNAME(eth99): this machine has no network interface eth99" in said.splitlines()[-1]
     wait_for("the end of the job", lambda: cluster.run(["squeue", "--noheader"]) == "", 30)
-    assert "Restarts=0" in cluster.run(["scontrol", "show", "job", _job_id(cluster.folder / "runs" / "interface")])
+    assert "Restarts=0" in cluster.run(["scontrol", "show", "job", job_id(cluster.folder / "runs" / "interface")])
 
 
 def test_a_lost_step_costs_a_requeue_and_no_sample(cluster: Cluster) -> None:
     run = cluster.folder / "runs" / "lost"
     with cluster.running(*cluster.job("lost", 38_400)) as following:
         wait_for_event(run, Checkpoint, 1)
-        kill_step(run, f"{_job_id(run)}-0", 1)
+        kill_step(run, f"{job_id(run)}-0", 1)
         output, _ = following.communicate(timeout=480)
     tell(run)
     print(output)
@@ -215,7 +215,7 @@ def test_the_time_limit_is_a_requeue_and_cancel_the_end(cluster: Cluster) -> Non
     print(cluster.copus("cancel", "long"))
     wait_for_event(run, End, 2)
     wait_for("the end of the job", lambda: cluster.run(["squeue", "--noheader"]) == "", 30)
-    assert "COMPLETED" in cluster.run(["scontrol", "show", "job", _job_id(run)])
+    assert "COMPLETED" in cluster.run(["scontrol", "show", "job", job_id(run)])
     assert len(seen(run, Start)) == 2
 
 
@@ -239,7 +239,7 @@ def test_a_job_that_is_requeued_by_hand_goes_on(cluster: Cluster) -> None:
     run = cluster.folder / "runs" / "requeued"
     cluster.copus(*cluster.job("requeued", 10**7, partition="main"), "--detach")
     wait_for_event(run, Checkpoint, 1)
-    cluster.run(["scontrol", "requeue", _job_id(run)])
+    cluster.run(["scontrol", "requeue", job_id(run)])
     wait_for_event(run, Start, 2)
     tell(run)
     assert seen(run, Start)[1].samples_consumed > 0
@@ -296,5 +296,5 @@ def test_ctrl_c_in_an_allocation_is_a_checkpoint(cluster: Cluster) -> None:
     assert (end.reason, end.samples_consumed) == ("interrupted", seen(run, Checkpoint)[-1].samples_consumed)
 
 
-def _job_id(run: Path) -> str:
+def job_id(run: Path) -> str:
     return re.findall(r'"job_id": "(\d+)"', (run / "engine.json").read_text())[0]

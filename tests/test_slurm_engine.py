@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from launch_jobs import copus_command, copus_here, write_job
 import launch.queued
 import launch.submit
 from copus.events import REQUEUED, Checkpoint, End, EventLog, Failure, Warned, read_events
+from copus.fencing import TOKEN
 from copus.job import JobConfig, JobError, load_job
 from launch.engines import Ticket, engine_of, engine_state, slurm_job, slurm_node
 from launch.engines.requeues import REQUEUE, count_attempt
@@ -28,6 +30,8 @@ from launch.engines.slurm import SlurmEngine
 from launch.engines.slurm_allocation import kill_step, step_name
 from launch.engines.slurm_commands import QueueEntry
 from launch.engines.slurm_job import Attempt
+from launch.engines.slurm_options import StepOptions
+from launch.engines.slurm_step import without_own_packages
 from launch.run_directory import request_pause, request_stop
 from launch.run_directory import write_job as rewrite_job
 
@@ -49,7 +53,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
         (folder / f"{program}.says").write_text(text)
         (folder / f"{program}.exits").write_text(str(code))
 
-    for program in ("sbatch", "squeue", "scontrol", "scancel"):
+    for program in ("sbatch", "squeue", "scontrol", "scancel", "sinfo"):
         (folder / program).write_text(FAKE.format(folder=folder))
         (folder / program).chmod(0o755)
         says(program, "")
@@ -103,8 +107,8 @@ def test_the_script_is_what_the_job_file_says(tmp_path: Path, slurm: Says, capfd
     before = sorted(tmp_path.rglob("*"))
     assert copus_here("submit", str(path), "--dry-run", *more) == 0
     script = capfd.readouterr().out
-    assert sorted(tmp_path.rglob("*")) == before
-    assert asked(tmp_path) == []
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "asked") == before
+    assert asked(tmp_path) == ["sinfo --noheader --exact --format=%P|%c|%G --partition=long"]
     directives = re.findall(r"^#SBATCH (.*)$", script, flags=re.MULTILINE)
     assert directives == [
         "--job-name=copus-small",
@@ -129,6 +133,43 @@ def test_the_script_is_what_the_job_file_says(tmp_path: Path, slurm: Says, capfd
 
 
 GPUS = ["cluster={accelerators_per_node: 2, accelerator: h100}", "training.layout={dp: 2}", "training.global_batch=4"]
+
+
+SINFO = """debug|16|(null)
+main*|128|gpu:h100:8(S:0-1),nvme:1
+main*|96|gpu:h100:4,gpu:a100:4
+other|256|gpu:2
+"""
+
+
+@pytest.mark.parametrize(
+    ("sinfo", "options", "settings", "cpus"),
+    [
+        (SINFO, {}, [], 2 * 12),
+        (SINFO.splitlines()[3], {"partition": "other"}, [], 2 * 128),
+        (SINFO.splitlines()[0], {"partition": "debug"}, [], 2 * 8),
+        (SINFO, {}, ["launch.threads_per_rank=16"], 2 * 16),
+        (SINFO, {"cpus_per_node": 5}, [], 5),
+        (None, {}, [], 2 * 8),
+    ],
+)
+def test_cpus_are_asked_for_by_the_gpus_share_of_their_node(
+    tmp_path: Path, slurm: Says, sinfo: str | None, options: dict[str, Any], settings: list[str], cpus: int
+) -> None:
+    slurm("sinfo", sinfo or "sinfo: error: no answer", int(sinfo is None))
+    job = load_job(job_file(tmp_path, **options), [*GPUS, *settings])
+    assert f"#SBATCH --cpus-per-task={cpus}\n" in engine_of(job).describe(tmp_path / "small", job)
+    place = [f" --partition={options['partition']}"] if "partition" in options else [""]
+    question = [] if "cpus_per_node" in options else [f"sinfo --noheader --exact --format=%P|%c|%G{place[0]}"]
+    assert asked(tmp_path) == question
+
+
+@pytest.mark.parametrize(("allocated", "cpus"), [("128(x2)", 128), ("128(x2),96", 96), ("", 2)])
+def test_a_step_takes_all_the_cpus_that_its_job_has_on_a_node(
+    tmp_path: Path, node: Path, monkeypatch: pytest.MonkeyPatch, allocated: str, cpus: int
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", allocated)
+    assert f"--cpus-per-task={cpus}" in attempt(node, node / "job.yaml")._srun()
 
 
 @pytest.mark.parametrize(
@@ -169,6 +210,24 @@ def test_another_interpreter_is_given_no_packages_of_this_one(tmp_path: Path, mo
     assert "site-packages" in path_in_script("/v/lib/python3.11/site-packages")
     assert "site-packages" not in path_in_script("/v/lib/python3.11/site-packages", python="/opt/python3.12")
     assert "/home/me/copus" in path_in_script("/home/me/copus", python="/opt/python3.12")
+
+
+@pytest.mark.parametrize(
+    ("has_users", "options", "lines"),
+    [
+        (True, {}, []),
+        (False, {}, ["export PYTHONNOUSERSITE=1"]),
+        (True, {"python": "/opt/python3.12"}, ["export PYTHONNOUSERSITE=1"]),
+        (True, {"python": "/opt/python3.12", "env": {"PYTHONNOUSERSITE": ""}}, ["export PYTHONNOUSERSITE=''"]),
+    ],
+)
+def test_packages_in_the_users_home_are_for_the_interpreter_that_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_users: bool, options: dict[str, Any], lines: list[str]
+) -> None:
+    monkeypatch.setattr("site.ENABLE_USER_SITE", has_users)
+    job = load_job(job_file(tmp_path, **options))
+    script = engine_of(job).describe(tmp_path / "small", job).splitlines()
+    assert [line for line in script if "PYTHONNOUSERSITE" in line] == lines
 
 
 def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
@@ -213,8 +272,13 @@ def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
         ({"srun": {"-N": 3}}, "launch.options: srun: '-N' is no long option of srun"),
         ({"env": {"WANDB_API_KEY": "x"}}, "WANDB_API_KEY looks like a secret: set it in the shell that submits"),
         ({"env": {"OMP_NUM_THREADS": "8"}}, "OMP_NUM_THREADS would be overridden: set launch.threads_per_rank"),
+        (
+            {"interface": "ib0", "env": {"NCCL_SOCKET_IFNAME": "ib1"}},
+            "interface(ib0) and env.NCCL_SOCKET_IFNAME(ib1) ask for the same",
+        ),
         ({"nccl_interface": "ib0; id"}, "launch.options: nccl_interface: string should match pattern"),
         ({"python": "venv/bin/python"}, "launch.options: python: 'venv/bin/python' is neither an absolute path nor"),
+        ({"container_python": "bin/python"}, "container_python: 'bin/python' is neither an absolute path nor a name"),
         ({"python": "a\nb"}, "launch.options: python: a line with control characters"),
     ],
 )
@@ -579,14 +643,23 @@ def requeues(folder: Path) -> int:
 def test_the_agents_are_started_with_the_options_and_the_wrapper_of_the_job_file(tmp_path: Path, node: Path) -> None:
     job = yaml.safe_load((node / "job.yaml").read_text())
     job["launch"]["options"] |= {"srun": {"container-image": "a.sqsh", "no-container-remap-root": True}}
-    job["launch"]["options"] |= {"wrapper": ["nsys", "profile"]}
+    job["launch"]["options"] |= {"wrapper": ["nsys", "profile"], "container_python": "python3"}
     (node / "job.yaml").write_text(yaml.safe_dump(job))
     words = attempt(node, node / "job.yaml", 0)._srun()
     start = words.index("nsys")
     assert words[0] == "srun"
     assert words[start - 2 : start + 4] == [
-        *("--container-image=a.sqsh", "--no-container-remap-root", "nsys", "profile", sys.executable, "-m"),
+        *("--container-image=a.sqsh", "--no-container-remap-root", "nsys", "profile", "python3", "-m"),
     ]
+
+
+def test_a_container_gets_no_packages_of_the_machine_that_starts_it(tmp_path: Path) -> None:
+    shell = {"PYTHONPATH": "/v/lib/python3.11/site-packages", "NCCL_DEBUG": "INFO"}
+    assert without_own_packages(shell, StepOptions()) == shell
+    options = StepOptions(container_python="python3")
+    assert without_own_packages(shell, options) == {"NCCL_DEBUG": "INFO", "PYTHONNOUSERSITE": "1"}
+    options = StepOptions(container_python="python3", env={"PYTHONPATH": "/opt/mine"})
+    assert without_own_packages(shell, options)["PYTHONPATH"] == "/opt/mine"
 
 
 def test_a_signal_asks_for_a_checkpoint_and_then_a_requeue(tmp_path: Path, node: Path) -> None:
@@ -651,6 +724,30 @@ def test_a_node_that_is_alone_meets_on_the_loopback_interface(
     assert "--rdzv-backend bound --rdzv-endpoint 127.0.0.1:0" in " ".join(command)
     assert "--local-addr 127.0.0.1" in " ".join(command)
     assert (REQUEUED in environment) == requeued
+    assert environment[TOKEN] == session, "ranks of an attempt that was given up write nothing"
+
+
+def test_nodes_connect_by_the_interface_that_leads_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever Slurm calls them: the host name of this one may resolve to an address that nobody else reaches."""
+    started: list[Any] = []
+    agent = SimpleNamespace(wait=lambda: 0)
+    monkeypatch.setattr(slurm_node, "start_agent", lambda *arguments: started.extend(arguments) or agent)
+    monkeypatch.setattr(slurm_node, "pause_on_sigterm", lambda run, mark: None)
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    write_job(tmp_path, cluster={"nodes": 2, "accelerators_per_node": 1}, launch={"engine": "slurm"})
+    assert slurm_node.main([str(tmp_path), "12-0", "127.0.0.1:18012", "n1=nowhere.invalid", "n2=127.0.0.1"]) == 0
+    command, environment = started
+    assert "is_host=1" in " ".join(command)
+    assert "--rdzv-backend bound --rdzv-endpoint 127.0.0.1:18012" in " ".join(command)
+    assert "--local-addr 127.0.0.1" in " ".join(command)
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", socket.if_nameindex()[-1][1])
+    slurm_node.main([str(tmp_path), "12-0", "127.0.0.1:18012", "n1=nowhere.invalid", "n2=127.0.0.1"])
+    assert started[-1]["GLOO_SOCKET_IFNAME"] == socket.if_nameindex()[-1][1], "what the user chose stays"
 
 
 def test_nodes_that_slurm_preempts_are_asked_for_a_checkpoint_without_the_batch_script(

@@ -29,9 +29,10 @@ CPUS_PER_GPU = 8
 Nodes with eight GPUs have 12 cores or more for each."""
 
 
-def usual_cpus_per_node(job: JobConfig) -> int:
-    """CPUs to ask a scheduler for on each node: ranks × threads, on GPUs at least `CPUS_PER_GPU` for each rank."""
-    least = 1 if job.cluster.accelerator == "cpu" else CPUS_PER_GPU
+def usual_cpus_per_node(job: JobConfig, per_gpu: int | None = None) -> int:
+    """CPUs to ask a scheduler for on each node: ranks × threads, on GPUs at least `per_gpu` for each rank
+    (`CPUS_PER_GPU` where nobody knows)."""
+    least = 1 if job.cluster.accelerator == "cpu" else per_gpu or CPUS_PER_GPU
     return job.cluster.accelerators_per_node * max(job.launch.threads_per_rank, least)
 
 

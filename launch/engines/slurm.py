@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import sys
 import time
 import warnings
@@ -18,10 +19,10 @@ from pathlib import Path
 
 from copus.durable import write_atomically
 from copus.job import JobConfig, JobError
-from launch.engines.base import EngineState, QueuedEngine
-from launch.engines.slurm_commands import ALIVE, QUEUED, queue_entry, slurm
+from launch.engines.base import EngineState, QueuedEngine, usual_cpus_per_node
+from launch.engines.slurm_commands import ALIVE, QUEUED, cpus_per_gpu, queue_entry, slurm
 from launch.engines.slurm_options import SlurmOptions, check_directive
-from launch.engines.slurm_step import cpus_per_node, step_environment
+from launch.engines.slurm_step import NO_USER_SITE, step_environment
 from launch.engines.ticket import Ticket, read_ticket
 from launch.process import module_root
 
@@ -65,7 +66,7 @@ class SlurmEngine(QueuedEngine):
         except JobError as error:
             if not any(words in str(error) for words in TOO_LARGE):
                 raise
-            asked = f"launch.options.cpus_per_node({cpus_per_node(self.options, job)})"
+            asked = f"launch.options.cpus_per_node({self._cpus_per_node(job)})"
             raise JobError(f"{error}; {asked} may be more than a node has: set it") from None
         job_id = answer.partition(";")[0]  # a federation's name may follow: its ids are known in all of it
         return Ticket(engine="slurm", job_id=job_id, submitted=time.time())
@@ -109,7 +110,7 @@ class SlurmEngine(QueuedEngine):
             "job-name": f"copus-{job.name}",
             "nodes": job.cluster.nodes,
             "ntasks-per-node": 1,
-            "cpus-per-task": cpus_per_node(options, job),
+            "cpus-per-task": self._cpus_per_node(job),
             "gres": gres,
             "gpus-per-node": ranks if asks_gpus and options.gpus == "gpus-per-node" else None,
             "partition": options.partition,
@@ -130,6 +131,13 @@ class SlurmEngine(QueuedEngine):
             if value is not None and value is not False
         ]
 
+    def _cpus_per_node(self, job: JobConfig) -> int:
+        """CPUs to ask for on each node: on GPUs as many as the GPUs' share of their node has."""
+        if self.options.cpus_per_node:
+            return self.options.cpus_per_node
+        share = None if job.cluster.accelerator == "cpu" else cpus_per_gpu(self.options.partition)
+        return usual_cpus_per_node(job, share)
+
     def _commands(self, run: Path, job: JobConfig) -> list[str]:
         options = self.options
         environment = step_environment(options, job)
@@ -137,6 +145,9 @@ class SlurmEngine(QueuedEngine):
         if job.cluster.nodes == 1 and not self.options.interface:  # several nodes cannot meet on the loopback interface
             exports += [f'export {name}="${{{name}:-lo}}"' for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
         python = options.python or sys.executable
+        # Another interpreter would find strangers among the packages in the user's home, as this one does not.
+        if (options.python is not None or not site.ENABLE_USER_SITE) and NO_USER_SITE not in options.env:
+            exports.append(f"export {NO_USER_SITE}=1")
         # Another interpreter has copus of its own if this one's lies among packages that are not for it.
         is_own = options.python is None or "site-packages" not in module_root().parts
         root = shlex.quote(str(module_root())) if is_own else ""
@@ -145,7 +156,7 @@ class SlurmEngine(QueuedEngine):
             "trap '' USR1  # until slurm_job listens: a signal that comes too early must not end it",
             *self.options.setup,
             *exports,
-            f"export PYTHONSAFEPATH=1 PYTHONPATH={path}",
+            f"export PYTHONPATH={path}",
             "exec " + shlex.join([python, "-m", "launch.engines.slurm_job", str(run)]),
         ]
 

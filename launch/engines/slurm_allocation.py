@@ -5,18 +5,19 @@ The command stays with its workers, as on one machine; so `copus profile run` an
 
 import hashlib
 import os
-import re
 import subprocess
 import time
 from pathlib import Path
 
+from copus.durable import write_atomically
+from copus.fencing import FILE
 from copus.job import JobConfig, JobError
 from launch.engines.agent import command_line
 from launch.engines.base import AttendedEngine
 from launch.engines.environment import slurm_environment
 from launch.engines.slurm_commands import node_addresses, slurm
 from launch.engines.slurm_options import StepOptions
-from launch.engines.slurm_step import PROFILE_ONLY, endpoint_of, step_command, step_environment
+from launch.engines.slurm_step import PROFILE_ONLY, endpoint_of, step_command, step_environment, without_own_packages
 from launch.process import die_with_parent, module_environment
 
 END_SECONDS = 30.0
@@ -48,7 +49,7 @@ class SrunEngine(AttendedEngine):
 
     def describe(self, run: Path, job: JobConfig) -> str:
         """The command line of srun, and what its environment has beside this command's own."""
-        environment = self.settings(job) | module_environment()
+        environment = without_own_packages(self.settings(job) | self._modules(), self.options)
         return command_line(environment, self.command(run, job, "SESSION", profile_only=False))
 
     def start(self, run: Path, job: JobConfig, lock: int, *, profile_only: bool = False) -> "StepWorkers":
@@ -56,10 +57,12 @@ class SrunEngine(AttendedEngine):
         logs = run / "logs"
         logs.mkdir(exist_ok=True)
         session = f"{_job_id()}.{time.strftime('%Y%m%d-%H%M%S')}-0"
+        environment = slurm_environment() | self.settings(job) | self._modules()
+        write_atomically(run / FILE, session)
         with open(logs / f"slurm-{session}.srun.log", "ab") as output:
             srun = subprocess.Popen(
                 self.command(run, job, session, profile_only=profile_only),
-                env=slurm_environment() | self.settings(job) | module_environment(),
+                env=without_own_packages(environment, self.options),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -77,8 +80,7 @@ class SrunEngine(AttendedEngine):
         endpoint = endpoint_of(self.options, _job_id(), nodes[first]) if len(nodes) > 1 else "127.0.0.1:0"
         addresses = nodes if len(nodes) > 1 else {first: "127.0.0.1"}
         more = [f"--jobid={_job_id()}", f"--job-name={step_name(run)}", f"--nodelist={','.join(nodes)}"]
-        options = self.options.model_copy(update={"cpus_per_node": self.options.cpus_per_node or _allocated_cpus()})
-        step = step_command(run, job, options, session, addresses, endpoint, more)
+        step = step_command(run, job, self.options, session, addresses, endpoint, more)
         return [*step, *([PROFILE_ONLY] if profile_only else [])]
 
     def settings(self, job: JobConfig) -> dict[str, str]:
@@ -86,6 +88,9 @@ class SrunEngine(AttendedEngine):
         names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
         alone = {name: os.environ.get(name, "lo") for name in names} if job.cluster.nodes == 1 else {}
         return alone | step_environment(self.options, job)
+
+    def _modules(self) -> dict[str, str]:
+        return module_environment(self.options.env.get("PYTHONPATH"))
 
     def end_workers(self, run: Path) -> bool:
         """Let Slurm end the step. Raises JobError where it does not answer."""
@@ -147,12 +152,6 @@ def kill_step(run: Path) -> bool:
     for step in steps:
         slurm("scancel", "--signal=KILL", step)
     return bool(steps)
-
-
-def _allocated_cpus() -> int | None:
-    """CPUs of the node that has the fewest of the allocation: 32 of `64(x2),32`. None where Slurm does not say."""
-    counts = re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
-    return min(map(int, counts), default=None)
 
 
 def _job_id() -> str:

@@ -75,6 +75,23 @@ def queue_entry(job_id: str) -> QueueEntry | None:
     return QueueEntry(*(part.strip() for part in lines[0].split("|", 2))) if lines else None
 
 
+def cpus_per_gpu(partition: str | None) -> int | None:
+    """CPUs of a node for each of its GPUs, the fewest that a partition has (None: the one that Slurm takes by itself);
+    None where it has no GPUs, or Slurm does not say."""
+    place = [] if partition is None else [f"--partition={partition}"]
+    try:
+        text = slurm("sinfo", "--noheader", "--exact", "--format=%P|%c|%G", *place)
+    except JobError:
+        return None
+    shares = []
+    for line in text.splitlines():
+        name, cpus, resources = line.split("|", 2)
+        gpus = sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", resources)))
+        if gpus and (partition is not None or name.endswith("*")):
+            shares.append(int(cpus) // gpus)
+    return min(shares, default=0) or None
+
+
 def node_addresses(nodes: str) -> dict[str, str]:
     """Name → address by which Slurm itself reaches it, of nodes as Slurm abbreviates them. Raises JobError."""
     text = slurm("scontrol", "show", "--oneliner", "node", nodes)

@@ -16,13 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from copus.durable import write_atomically
 from copus.events import EventLog, Warned
+from copus.fencing import FILE
 from copus.job import JobConfig, JobError, load_job
 from copus.user_errors import EXIT_CODE
 from launch.engines.requeues import REQUEUE, Requeues, count_attempt
 from launch.engines.slurm_commands import node_addresses, queue_entry, slurm
 from launch.engines.slurm_options import SlurmOptions
-from launch.engines.slurm_step import endpoint_of, step_command
+from launch.engines.slurm_step import endpoint_of, step_command, without_own_packages
+from launch.engines.this_machine import own_address_towards
 from launch.engines.ticket import read_ticket
 from launch.follow import Follower
 from launch.run_directory import lock_run, request_pause
@@ -63,6 +66,7 @@ class Attempt:
         self._run, self._job = run, job
         self._options = SlurmOptions.model_validate(job.launch.options)
         self._job_id, self._attempt, self._here = job_id, attempt, here
+        self._session = f"{job_id}-{attempt}"
         self._stop = run / "stop"
         self._events, self._status = Follower(run), RunStatus()
         self._why: str | None = None
@@ -80,20 +84,23 @@ class Attempt:
         if counted.fruitless > self._options.max_requeues:
             return self._give_up(counted)
         _say(f"attempt {self._attempt} of Slurm job {self._job_id}, on {os.environ.get('SLURM_JOB_NODELIST')}")
-        step = subprocess.Popen(self._srun())
+        write_atomically(self._run / FILE, self._session)
+        step = subprocess.Popen(self._srun(), env=without_own_packages(os.environ, self._options))
         while step.poll() is None:
             time.sleep(0.2)
         return self._conclude(step.returncode, counted)
 
     def _srun(self) -> list[str]:
         """One agent on each node; when one fails all are ended."""
-        nodes, session = self._job.cluster.nodes, f"{self._job_id}-{self._attempt}"
+        nodes = self._job.cluster.nodes
         addresses, endpoint = {self._here: "127.0.0.1"}, "127.0.0.1:0"
         if nodes > 1:  # only then has anything to be reached from elsewhere
             resolved = _patiently(lambda: node_addresses(os.environ["SLURM_JOB_NODELIST"]))
             addresses = {self._here: resolved[self._here]} | resolved
-            endpoint = endpoint_of(self._options, self._job_id, addresses[self._here])
-        return step_command(self._run, self._job, self._options, session, addresses, endpoint)
+            other = next(address for name, address in resolved.items() if name != self._here)
+            own = own_address_towards(other) or addresses[self._here]
+            endpoint = endpoint_of(self._options, self._job_id, own)
+        return step_command(self._run, self._job, self._options, self._session, addresses, endpoint)
 
     def _ask(self, why: str) -> None:
         """Ask the workers for a checkpoint, on a signal. The user's request to stop for good stays."""

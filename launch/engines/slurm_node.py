@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 from copus.events import REQUEUED, EventLog
+from copus.fencing import TOKEN
 from copus.job import JobError, load_job
 from copus.user_errors import EXIT_CODE, report_failure
 from launch.engines.agent import agent_arguments
 from launch.engines.node_agent import agent_command, pause_on_sigterm, start_agent
 from launch.engines.requeues import REQUEUE
 from launch.engines.slurm_step import PROFILE_ONLY
-from launch.engines.this_machine import check_interfaces
+from launch.engines.this_machine import check_interfaces, interface_of, own_address_towards
 
 
 def main(arguments: list[str]) -> int:
@@ -31,14 +32,16 @@ def main(arguments: list[str]) -> int:
         report_failure(JobError(f"node {here}: {error}"), EventLog(Path(run)), rank=0)
         return EXIT_CODE
     alone = job.cluster.nodes == 1
+    other = next((address for name, address in addresses.items() if name != here), None)
+    own = (other and own_address_towards(other)) or addresses[here]
     agent = agent_arguments(
         Path(run),
         job,
         endpoint=endpoint,
         session=session,
-        address=addresses[here],
+        address=own,
         logs=Path(run) / "logs" / f"slurm-{session}.node-{os.environ['SLURM_NODEID']}",
-        backend="bound" if alone else "c10d",
+        backend="bound",
     )
     hosts = here == next(iter(addresses))
     # An agent that is alone again gives up after this long, and the job goes back into the queue: where Slurm's own
@@ -47,7 +50,12 @@ def main(arguments: list[str]) -> int:
     profile_only = [argument for argument in arguments if argument == PROFILE_ONLY]
     command = agent_command(*(() if alone else ("--rdzv-conf", settings)), *agent, *profile_only)
     requeued = session.rpartition("-")[2] != "0"
-    code = start_agent(command, os.environ | ({REQUEUED: "1"} if requeued else {})).wait()
+    environment = os.environ | {TOKEN: session} | ({REQUEUED: "1"} if requeued else {})
+    if not alone and (
+        interface := interface_of(own)
+    ):  # gloo would take that of the host's name, which may lead nowhere
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    code = start_agent(command, environment).wait()
     return code if code >= 0 else 128 - code
 
 

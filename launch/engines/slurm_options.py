@@ -29,16 +29,21 @@ class StepOptions(EngineOptions):
     """What the agents need on the nodes, whoever asked for these."""
 
     cpus_per_node: PositiveInt | None = None
-    """CPUs of a node; else ranks on the node × launch.threads_per_rank, on GPUs at least 8 for each."""
+    """CPUs of a node; else ranks on the node × launch.threads_per_rank, on GPUs at least the share of the node's CPUs
+    that Slurm tells for each (8 where it tells none). In an allocation that is there all that it has on the node."""
     srun: dict[str, str | int | bool] = Field(default_factory=dict)
     """Options of the `srun` that starts the agents, by their long names: {container-image: copus.sqsh, cpu-bind: none}.
     """
     wrapper: list[str] = Field(default_factory=list)
-    """Words before the command of each node, as [nsys, profile, -o, trace-%q{SLURM_NODEID}]."""
+    """Words before the command of each node, as [nsys, profile, -o, "trace-%q{SLURM_NODEID}"]."""
+    container_python: str | None = None
+    """Python in the containers that `srun` starts ({container-image: …}), with what copus needs: an absolute path, or a
+    name on their PATH; else that of the machine, which then has to be in them."""
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     """Environment variables of the job. No secrets: they would stand in the run directory."""
     interface: Word | None = None
-    """Network interface that gloo and NCCL connect the nodes by, as `ib0`; else they choose."""
+    """Network interface that gloo and NCCL connect the nodes by, as `ib0`; else gloo takes the one that leads to the
+    other nodes, and NCCL chooses."""
     nccl_interface: str | None = Field(default=None, pattern=r"^[\^=]?[A-Za-z0-9][A-Za-z0-9._,-]*$", max_length=200)
     """NCCL's own, in its syntax, if it differs: `=ib0,ib1`, or `^docker0,lo` for all but those."""
     port: int | None = Field(default=None, ge=1024, le=65535)
@@ -59,10 +64,23 @@ class StepOptions(EngineOptions):
         check_variables(value, "set it in the shell that submits, which Slurm hands on")
         return value
 
+    @model_validator(mode="after")
+    def _interfaces_once(self) -> "StepOptions":
+        for name, value in (("interface", self.interface), ("nccl_interface", self.nccl_interface)):
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")[name == "nccl_interface" :]:
+                if value and variable in self.env:
+                    raise ValueError(f"{name}({value}) and env.{variable}({self.env[variable]}) ask for the same")
+        return self
+
     @field_validator("wrapper")
     @classmethod
     def _printable(cls, value: list[str]) -> list[str]:
         return _one_line(value)
+
+    @field_validator("container_python")
+    @classmethod
+    def _in_containers(cls, value: str | None) -> str | None:
+        return value if value is None else _interpreter(value)
 
 
 class SlurmOptions(StepOptions):
@@ -124,15 +142,19 @@ class SlurmOptions(StepOptions):
 
     @field_validator("python")
     @classmethod
-    def _from_anywhere(cls, value: str | None) -> str | None:
-        if value is not None and "/" in value and not value.startswith("/"):
-            raise ValueError(f"{value!r} is neither an absolute path nor a name on PATH")
-        return value if value is None else _one_line([value])[0]
+    def _on_nodes(cls, value: str | None) -> str | None:
+        return value if value is None else _interpreter(value)
 
     @field_validator("setup")
     @classmethod
     def _printable_lines(cls, value: list[str]) -> list[str]:
         return _one_line(value)
+
+
+def _interpreter(value: str) -> str:
+    if "/" in value and not value.startswith("/"):
+        raise ValueError(f"{value!r} is neither an absolute path nor a name on PATH")
+    return _one_line([value])[0]
 
 
 def _one_line(value: list[str]) -> list[str]:

@@ -69,6 +69,25 @@ def check_interfaces(environment: Mapping[str, str], accelerator: str) -> None:
         raise JobError(_no_interface("NCCL_SOCKET_IFNAME", named, names[0], have))
 
 
+def own_address_towards(address: str) -> str | None:
+    """This machine's IPv4 address from which it reaches another; None where that has none, or is not to be reached."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing: the system only looks for the way
+        except OSError:
+            return None
+        own: str = probe.getsockname()[0]
+        return own
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address of this machine's."""
+    import psutil
+
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, has in interfaces if any(one.address == address for one in has)), None)
+
+
 def _no_interface(variable: str, named: str, missing: str, have: list[str]) -> str:
     return f"{variable}({named}): this machine has no network interface {missing}; it has {', '.join(have)}"
 
