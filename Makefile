@@ -13,7 +13,7 @@ RUN ?= runs/shakespeare
 MEASURE ?=
 DATA ?=
 # test-slurm: CI leaves out the tutorial.
-SLURM_TESTS ?= tests/test_slurm.py tests/test_tutorials.py
+SLURM_TESTS ?= tests/test_slurm.py tests/test_slurm_hosts.py tests/test_tutorials.py
 # test-hosts: CI leaves out the benchmark of faults.
 HOSTS_TESTS ?= tests/test_hosts.py tests/test_hosts_faults.py
 # test-next: the newest megatron-core needs Python 3.12.

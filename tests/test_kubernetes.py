@@ -31,6 +31,7 @@ from launch.engines import engine_state
 from launch.engines import kubernetes_node as node
 from launch.engines.agent import agent_environment
 from launch.engines.kubernetes_manifest import job_name
+from launch.engines.kubernetes_options import KubernetesOptions
 from launch.engines.requeues import AGAIN, HOPELESS
 from launch.engines.ticket import Ticket, read_ticket, write_ticket
 from launch.run_directory import create_run, lock_run
@@ -211,6 +212,16 @@ def test_options_that_are_wrong_are_one_line(
     assert errors.count("\n") == 1
     assert words in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_has_an_example_in_the_documentation_that_is_taken(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page = (EXAMPLE.parent.parent / "docs" / "kubernetes.md").read_text()
+    block = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)[0]
+    options = yaml.safe_load(block)["launch"]["options"]
+    assert set(options) | {"runtime"} == set(KubernetesOptions.model_fields)
+    assert len(manifests(tmp_path, capfd, **options | {"mount": str(tmp_path)})) == 2
 
 
 def test_a_text_outside_the_volume_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from launch.engines.slurm import SlurmEngine
 from launch.engines.slurm_allocation import kill_step, step_name
 from launch.engines.slurm_commands import QueueEntry
 from launch.engines.slurm_job import Attempt
-from launch.engines.slurm_options import StepOptions
+from launch.engines.slurm_options import SlurmOptions, StepOptions
 from launch.engines.slurm_step import without_own_packages
 from launch.run_directory import request_pause, request_stop
 from launch.run_directory import write_job as rewrite_job
@@ -245,6 +246,19 @@ def test_nothing_of_the_job_file_is_run_by_the_shell(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=30)
     assert done.stdout.splitlines() == ["-m", "launch.engines.slurm_job", str(folder / "small"), "1", "by the user"]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_option_has_an_example_in_the_documentation_that_is_taken(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "slurm.md").read_text()
+    has_example = set()
+    for names, examples in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ((?:`[^|]+`(?:, )?)+) \|", page, flags=re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", names):
+            for example in re.findall(r"`([^`]+)`", examples):
+                engine_of(load_job(job_file(tmp_path), [f"launch.options.{name}={example}"]))
+                (tmp_path / "job.yaml").unlink()
+                shutil.rmtree(tmp_path / "cache")
+            has_example.add(name)
+    assert has_example == set(SlurmOptions.model_fields)
 
 
 @pytest.mark.parametrize(
