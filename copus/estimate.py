@@ -67,7 +67,7 @@ def _settings(job: JobConfig) -> dict[str, Any]:
         "precision": training.precision,
         "start": training.configuration,
         "implementation": training.implementation,
-        "backend": find_backend(training.backend).with_optimizer_of(training),
+        "backend": find_backend(training.backend).for_training(training),
     }
 
 

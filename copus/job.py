@@ -26,6 +26,7 @@ from copus.backends.registry import find_backend
 from copus.deprecated import deprecation_line, rename_deprecated
 from copus.engines import check_options, load_engine
 from copus.job_text import parse_job_text, read_job_text
+from copus.kernels import usual_kernels
 from copus.optimizers import AdamW, Optimizer
 from copus.profilers import check_profiler
 from copus.trackers import make_tracker
@@ -152,7 +153,7 @@ WSD_DECAY_SHARE = 0.2
 
 STEP_SETTINGS = (
     *("overlap_grad_reduce", "dropout", "compile", "expert_dispatch"),
-    *("without_masters", "sgd", "adafactor", "muon", "signum"),
+    *("transformer-engine", "without_masters", "sgd", "adafactor", "muon", "signum"),
 )
 """Settings of a training that change the time of its steps and are no part of a configuration, and optimizers other
 than AdamW. What was measured with one of them names it among its software."""
@@ -185,11 +186,15 @@ class TrainingConfig(Record):
     begin anew."""
     init_digest: str | None = Field(default=None, pattern=f"^{DIGEST}$")
     """Digest of these weights: `copus submit` writes it into the run's job.yaml, and workers accept no others."""
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Literal["fp32", "bf16", "fp8", "mxfp8"] = Field(
         default="fp32", json_schema_extra={"default_in_words": "`bf16` on GPUs, `fp32` on CPU"}
     )
-    """Arithmetic of the model; bf16 keeps fp32 master weights and gradients. The default follows
-    `cluster.accelerator`."""
+    """Arithmetic of the model; bf16 keeps fp32 master weights and gradients. fp8 and mxfp8 are bf16 whose matrix
+    products in the layers have 8-bit operands, scaled as a whole or in blocks of 32: with Transformer Engine. The
+    default follows `cluster.accelerator`."""
+    kernels: Literal["auto", "torch", "transformer-engine"] = "torch"
+    """What the layers of the `megatron` backend are computed with. auto: Transformer Engine on GPUs, if it is installed
+    where the job is submitted. fp8 and mxfp8 need Transformer Engine, and take it if this is left out."""
     master_weights: Literal["fp32", "none"] = "fp32"
     """none: bf16 weights are updated themselves, rounded stochastically, and have no fp32 copies (`fsdp` and `megatron`
     with `precision: bf16`). That saves 4 bytes per weight, and with `fsdp` 2 per element of the gradient."""
@@ -272,8 +277,28 @@ class TrainingConfig(Record):
     @property
     def step_settings(self) -> list[str]:
         """The settings of `STEP_SETTINGS` that differ from their defaults."""
-        said = {"expert_dispatch": self.expert_dispatch != "alltoall", self.optimizer.kind: True}
+        said = {
+            "expert_dispatch": self.expert_dispatch != "alltoall",
+            self.kernels: True,
+            self.optimizer.kind: True,
+        }
         return [name for name in STEP_SETTINGS if said.get(name, getattr(self, name, False))]
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _without_loss_scale(cls, value: Any) -> Any:
+        """Say why fp16 is none of them."""
+        if value == "fp16":
+            raise ValueError(
+                "fp16 needs a loss scale, which changes while it trains and skips steps; bf16 has fp32's range and "
+                "needs none"
+            )
+        return value
+
+    @property
+    def has_bf16_weights(self) -> bool:
+        """Whether the model computes with bf16 weights."""
+        return self.precision != "fp32"
 
     @property
     def without_masters(self) -> bool:
@@ -288,7 +313,7 @@ class TrainingConfig(Record):
     @property
     def implementation(self) -> "Implementation":
         """How it spends memory."""
-        backend = find_backend(self.backend)
+        backend = find_backend(self.backend).for_training(self)
         how = backend.implementation(dropout=self.dropout > 0)
         state = self.optimizer.state(masters=not self.without_masters)
         fp32_gradients = how.fp32_gradients and (backend.has_fp32_gradients or not self.without_masters)
@@ -354,15 +379,19 @@ class JobConfig(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_precision(cls, values: Any) -> Any:
-        """bf16 where the accelerators are GPUs: fp32 attention there falls back to kernels that keep every score."""
+    def _defaults_of_accelerator(cls, values: Any) -> Any:
+        """bf16 where the accelerators are GPUs: fp32 attention there falls back to kernels that keep every score. Also
+        the kernels, where they are not named: the job of a run says which they are."""
         if not isinstance(values, dict):
             return values
         cluster, training = values.get("cluster"), values.get("training")
-        if isinstance(cluster, dict) and isinstance(training, dict) and "precision" not in training:
-            precision = "fp32" if cluster.get("accelerator", "cpu") == "cpu" else "bf16"
-            values = {**values, "training": {**training, "precision": precision}}
-        return values
+        if not isinstance(cluster, dict) or not isinstance(training, dict):
+            return values
+        on_cpu = cluster.get("accelerator", "cpu") == "cpu"
+        training = {"precision": "fp32" if on_cpu else "bf16"} | training
+        if training.get("kernels", "auto") == "auto":
+            training["kernels"] = usual_kernels(training, on_cpu)
+        return {**values, "training": training}
 
     @model_validator(mode="after")
     def _check_arithmetic(self, info: ValidationInfo) -> "JobConfig":
@@ -373,8 +402,9 @@ class JobConfig(Record):
         if is_file_of_user(self.cluster.accelerator):
             _located("cluster.accelerator", lambda: accelerator(self.cluster.accelerator))
         _located("training.backend", lambda: find_backend(self.training.backend).check_installed())
-        backend = find_backend(self.training.backend)
+        backend = find_backend(self.training.backend).for_training(self.training)
         _located("training", lambda: backend.check_training(self.training))
+        _located("training", lambda: backend.check_accelerator(self.training, self.cluster.accelerator))
         _located("data", lambda: backend.check_data(self.data))
         if not (info.context or {}).get(_PLANNED_ONLY) and self.model_refusal is not None:
             raise ValueError(f"model: {self.model_refusal}")
@@ -416,7 +446,7 @@ class JobConfig(Record):
 
     def _check_layout(self, layout: Layout) -> None:
         layout.check(self.model, self.cluster)
-        backend = find_backend(self.training.backend)
+        backend = find_backend(self.training.backend).for_training(self.training)
         backend.check_layout(layout)
         backend.check_model_in(layout, self.model)
         backend.check_training(self.training.model_copy(update={"layout": layout}))

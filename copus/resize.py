@@ -47,7 +47,7 @@ def resized(job: JobConfig, cluster: Cluster, backend: str | None = None) -> Job
 
 def fits(layout: Layout, job: JobConfig, cluster: Cluster) -> bool:
     """Whether the job's model and backend can run the layout on the cluster."""
-    backend = find_backend(job.training.backend)
+    backend = find_backend(job.training.backend).for_training(job.training)
     try:
         layout.check(job.model, cluster)
         backend.check_layout(layout)

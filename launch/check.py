@@ -31,7 +31,7 @@ def check_start(job: JobConfig) -> None:
             f"training.evaluate_sequences({sequences}) ÷ {accelerators} accelerators is not whole: "
             f"{sequences / accelerators:g}; every layout has to evaluate the same ones"
         )
-    backend = find_backend(training.backend)
+    backend = find_backend(training.backend).for_training(training)
     try:
         check_measurable(job.planner, backend, training.configuration)
         if job.planner.policy == "static":

@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING, Literal, get_args
 
 from copus.job import JobConfig, JobError
+from copus.kernels import SCALED_BLOCK
 from launch.fixed_run import FixedRun, best_fixed_run
 
 if TYPE_CHECKING:  # numpy and scipy are loaded when the command runs
@@ -51,6 +52,13 @@ def print_run(job: JobConfig, run: FixedRun, tool: str) -> None:
 
 def written(job: JobConfig, run: FixedRun, tool: str) -> tuple[str, list[str]]:
     """The text of a tool's arguments, and what they leave out."""
+    text, lost = _written(job, run, tool)
+    if job.training.precision in SCALED_BLOCK and tool not in WITH_SCHEDULE:
+        lost = [*lost, f"training.precision({job.training.precision}): written as bf16"]
+    return text, lost
+
+
+def _written(job: JobConfig, run: FixedRun, tool: str) -> tuple[str, list[str]]:
     if tool == "megatron" or tool == "megatron-0.17":
         from launch.arguments.megatron_write import megatron_command
 

@@ -28,7 +28,7 @@ def export(
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise JobError(f"{folder} is there already: name a folder that is not, or remove it")
     checkpoint = find_checkpoint(run, checkpoint_text, Console(stderr=True, highlight=False))
-    precision = precision or job.training.precision
+    precision = precision or ("bf16" if job.training.has_bf16_weights else "fp32")
     with Interrupts() as interrupts:
         command = python_module("copus.weights", run, checkpoint, folder, to, precision)
         code = run_module(command, interrupts)

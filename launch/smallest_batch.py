@@ -65,7 +65,7 @@ def _peaks(job: JobConfig, smallest: "CandidateEstimate") -> dict[str, float]:
 
 def _runs(training: TrainingConfig, smallest: "CandidateEstimate") -> bool:
     try:
-        find_backend(training.backend).with_optimizer_of(training).check_optimizer_in(smallest.configuration.layout)
+        find_backend(training.backend).for_training(training).check_optimizer_in(smallest.configuration.layout)
     except ValueError:
         return False
     return True

@@ -33,16 +33,21 @@ _context.set_forkserver_preload(
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 240
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_seconds: float = 240,
+    context: multiprocessing.context.BaseContext = _context,
 ) -> list[Any]:
-    """Call `function(*arguments)` on every rank of a fresh world; the results by rank. Raises where any rank raised."""
+    """Call `function(*arguments)` on every rank of a fresh world; the results by rank. Raises where any rank raised.
+    Another `context` than the fork server's is for ranks that import other things."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before the fork server starts; ranks inherit it
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for GPUs in any other way spoils them for forks
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            receiver, sender = _context.Pipe(duplex=False)
-            process = _context.Process(target=_rank, args=(rank, world_size, folder, sender, function, arguments))
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_rank, args=(rank, world_size, folder, sender, function, arguments))
             process.start()
             sender.close()
             pipes.append(receiver)

@@ -37,7 +37,7 @@ FOLLOWED = {
     *("training.tokens", "training.max_minutes", "training.target_loss", "training.lr", "training.min_lr"),
     *("training.warmup_tokens", "training.decay", "training.decay_tokens", "training.decay_shape"),
     *("training.backend", "training.precision", "training.optimizer", "training.overlap_grad_reduce"),
-    *("training.compile", "training.master_weights", "training.expert_dispatch"),
+    *("training.compile", "training.master_weights", "training.expert_dispatch", "training.kernels"),
     *("training.reference_batch", "training.clip_grad", "training.dropout", "training.evaluate_every_tokens"),
     *("training.evaluate_sequences", "training.checkpoint_every_tokens", "training.checkpoint_every_minutes"),
     *("training.async_checkpoints",),

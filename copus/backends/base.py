@@ -56,7 +56,7 @@ class Backend(ABC):
     def __init__(self, job: JobConfig, device: torch.device) -> None:
         """`torch.distributed` must be initialised on all the ranks of the job's cluster."""
         self.device = device
-        self.description = find_backend(job.training.backend).with_optimizer_of(job.training)
+        self.description = find_backend(job.training.backend).for_training(job.training)
         """The torch-free description of this backend."""
         self._job = job
         self._configuration: Configuration | None = None

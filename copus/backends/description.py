@@ -36,8 +36,16 @@ class BackendDescription(BackendTraits, ABC):
     """Whether it has `training.master_weights: none`."""
     has_fp32_gradients: ClassVar[bool] = True
     """Whether gradients are fp32 also where weights have no masters."""
+    has_transformer_engine: ClassVar[bool] = False
+    """Whether it has `training.kernels: transformer-engine`."""
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
+    """Values of `training.precision` that it has."""
     optimizer: Optimizer = AdamW()
     """The optimizer of the job."""
+    precision: str = "bf16"
+    """Its precision."""
+    kernels: str = "torch"
+    """What its layers are computed with."""
     without_masters: bool = False
     """Whether the job has bf16 weights without fp32 masters."""
     noise_metrics: ClassVar[tuple[str, ...]] = ("plain", "adam")
@@ -67,10 +75,11 @@ class BackendDescription(BackendTraits, ABC):
     def check_model(self, model: ModelShape) -> None:
         """Raise ValueError for a model that it does not build."""
 
-    def with_optimizer_of(self, training: "TrainingConfig") -> Self:
-        """This description of a job with that optimizer, and with masters or without: `check_optimizer_in` knows it."""
+    def for_training(self, training: "TrainingConfig") -> Self:
+        """This description of a job with that optimizer, with masters or without, that precision and kernels."""
         described = copy.copy(self)
         described.optimizer, described.without_masters = training.optimizer, training.without_masters
+        described.precision, described.kernels = training.precision, training.kernels
         return described
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
@@ -82,6 +91,10 @@ class BackendDescription(BackendTraits, ABC):
     def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for a setting of the training that it does not have. The default has all of them, in every
         precision that `check_precision` lets pass."""
+        if training.precision not in self.precisions:
+            raise ValueError(f"precision({training.precision}): this backend has {', '.join(self.precisions)}")
+        if training.kernels != "torch" and not self.has_transformer_engine:
+            raise ValueError(f"kernels({training.kernels}) is not supported by this backend: only megatron has it")
         self.check_precision(training.layout, training.precision)
         if training.compile and not self.compiles:
             raise ValueError("compile(true) is not supported by this backend: only fsdp compiles its layers")
@@ -89,7 +102,10 @@ class BackendDescription(BackendTraits, ABC):
             raise ValueError("master_weights(none) is not supported by this backend: it keeps fp32 copies")
         if training.without_masters and training.precision != "bf16":
             raise ValueError(f"master_weights(none) needs precision(bf16), not {training.precision}")
-        self.with_optimizer_of(training).check_optimizer_in(training.layout)
+        self.for_training(training).check_optimizer_in(training.layout)
+
+    def check_accelerator(self, training: "TrainingConfig", name: str) -> None:
+        """Raise ValueError for what the accelerator of that name does not have. The default asks for nothing."""
 
     def check_node(self, training: "TrainingConfig") -> None:
         """Raise ValueError for what this machine lacks, if it is a node of the job. The default needs nothing."""

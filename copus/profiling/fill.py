@@ -224,7 +224,7 @@ def _space(job: JobConfig) -> list[Configuration]:
     if job.planner.policy == "static":
         return [start]
     training = job.training
-    backend = find_backend(training.backend).with_optimizer_of(training)
+    backend = find_backend(training.backend).for_training(training)
     implementation = training.implementation
     space = worthwhile(job.planner, job.model, job.cluster, training.precision, start, implementation, backend)
     if job.planner.keeps_layout:

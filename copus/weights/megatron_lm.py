@@ -17,7 +17,7 @@ from copus.job import JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import MASTER, Field
 from copus.weights.families import weights_of
-from copus.weights.megatron_names import hugging_face_parts
+from copus.weights.megatron_names import FUSED_NORMS, hugging_face_parts
 from profiles.model_shape import ModelShape
 
 _WEIGHTS = re.compile(r"(?:module\.|model\.)?((?:(?:embedding|decoder)\..+[._]|output_layer\.)(?:weight|bias))")
@@ -29,10 +29,6 @@ _MASTERS = ("param", "fp32_param")
 _IN_BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 _STACKED = re.compile(r"decoder\.layers\.(?=\D)")
 """The layers of this tensor are its first axis."""
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 _ROWS_OF_TOKENS = ("embedding.word_embeddings.weight", "output_layer.weight")
 _COMMON = "common.pt"
 """Everything in a checkpoint that is no tensor, a pickle."""
@@ -43,7 +39,7 @@ _MOST_PADDING = 8192
 def stored_name(name: str) -> str:
     """The name that a weight has in Megatron-LM's checkpoints, from that in a layer of its own number."""
     name = re.sub(r"^(decoder\.layers\.)\d+\.", r"\1", name)
-    for fused, own in _FUSED_NORMS.items():
+    for fused, own in FUSED_NORMS.items():
         name = name.replace(f"layers.{own}", f"layers.{fused}")
     return name
 
@@ -132,7 +128,7 @@ def _parts(folder: Path, field: Field, chunk: Chunk, model: ModelShape) -> Itera
             raise JobError(f"{folder.name}: {name} has {box.shape[0]} layers in one part; one is read")
         name = _STACKED.sub(f"decoder.layers.{box.offset[0]}.", name)
         shape, box = shape[1:], Box(box.offset[1:], box.shape[1:])
-    for fused, own in _FUSED_NORMS.items():
+    for fused, own in FUSED_NORMS.items():
         name = name.replace(fused, own)
     if name in _ROWS_OF_TOKENS:
         if not 0 <= shape[0] - model.vocab < _MOST_PADDING:

@@ -50,6 +50,23 @@ _OUTSIDE = {
 }
 
 
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Transformer Engine's names of norms that are fused with the projection behind them, and Megatron's of the same norms
+as modules of their own."""
+_GROUPED_EXPERT = re.compile(r"\.mlp\.experts\.linear_fc([12])\.(weight|bias)(\d+)$")
+"""A weight of the experts of a rank, which are one module."""
+
+
+def without_fusion(name: str) -> str:
+    """Megatron's name of a weight, from that in a layer of Transformer Engine's modules; other names as they are."""
+    for fused, own in FUSED_NORMS.items():
+        name = name.replace(fused, own)
+    return _GROUPED_EXPERT.sub(r".mlp.experts.local_experts.\3.linear_fc\1.\2", name)
+
+
 class Part(NamedTuple):
     """Part of a Megatron tensor that lies in one Hugging Face tensor."""
 

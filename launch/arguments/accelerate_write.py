@@ -25,7 +25,7 @@ def accelerate_configuration(job: JobConfig, run: FixedRun) -> tuple[str, list[s
         "num_processes": cluster.accelerators,
         "machine_rank": 0,
         "main_training_function": "main",
-        "mixed_precision": "bf16" if training.precision == "bf16" else "no",
+        "mixed_precision": "bf16" if training.has_bf16_weights else "no",
     }
     if training.backend == "deepspeed":
         values |= _deepspeed(job, run, accumulation)

@@ -45,6 +45,8 @@ _FLAGS = {
     "--use-torch-fsdp2": ("dist.use_torch_fsdp2=true",),
     "--no-gradient-accumulation-fusion": ("model.gradient_accumulation_fusion=false",),
     "--bf16": ("mixed_precision=bf16_mixed",),
+    "--fp8-format": (),
+    "--fp8-recipe": (),
 }
 """Arguments that are said otherwise."""
 

@@ -18,7 +18,7 @@ def deepspeed_configuration(job: JobConfig, run: FixedRun) -> tuple[str, list[st
         "train_micro_batch_size_per_gpu": run.micro_batch,
         "gradient_accumulation_steps": batch // (run.micro_batch * layout.dp),
         "gradient_clipping": training.clip_grad,
-        "bf16": {"enabled": training.precision == "bf16"},
+        "bf16": {"enabled": training.has_bf16_weights},
         "zero_optimization": {"stage": layout.zero, "overlap_comm": training.overlap_grad_reduce},
         "optimizer": {
             "type": "AdamW",

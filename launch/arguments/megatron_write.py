@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 from copus.job import JobConfig
+from copus.kernels import TRANSFORMER_ENGINE
 from launch.arguments.emitted import Emitted, spelled
 from launch.fixed_run import FixedRun
 from profiles.latent_attention import LatentAttention
@@ -56,7 +57,7 @@ def _model(job: JobConfig, out: Emitted) -> None:
     out.group()
     out.add("--normalization", "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm")
     out.add("--norm-epsilon", model.norm_epsilon)
-    _mlp(model, out)
+    _mlp(job, out)
     if model.bias != "all":
         out.add("--disable-bias-linear")
     if model.bias == "qkv":
@@ -97,7 +98,8 @@ def _latent_attention(model: ModelShape, latent: LatentAttention, out: Emitted) 
     out.add("--rope-type", "rope")
 
 
-def _mlp(model: ModelShape, out: Emitted) -> None:
+def _mlp(job: JobConfig, out: Emitted) -> None:
+    model = job.model
     activation = model.mlp_activation
     gated = activation == "silu"
     if model.gated_mlp != gated:
@@ -108,6 +110,8 @@ def _mlp(model: ModelShape, out: Emitted) -> None:
         out.add("--num-experts", model.experts)
         out.add("--moe-router-topk", model.experts_per_token)
         out.add("--moe-ffn-hidden-size", model.ffn_hidden)
+        if job.training.kernels == TRANSFORMER_ENGINE:
+            out.add("--moe-grouped-gemm")
 
 
 def _positions(model: ModelShape, out: Emitted) -> None:
@@ -202,8 +206,16 @@ def _training(job: JobConfig, run: FixedRun, out: Emitted) -> None:
     if training.max_minutes:
         out.add("--exit-duration-in-mins", math.ceil(training.max_minutes))
     out.add("--seed", training.seed)
-    if training.precision == "bf16":
+    if training.has_bf16_weights:
         out.add("--bf16")
+    if training.precision == "fp8":
+        out.add("--fp8-format", "hybrid")
+        out.add("--fp8-recipe", "tensorwise")
+    elif training.precision == "mxfp8":
+        out.add("--fp8-format", "e4m3")
+        out.add("--fp8-recipe", "mxfp8")
+    if training.kernels == TRANSFORMER_ENGINE:
+        out.add("--transformer-impl", "transformer_engine")
     out.group()
     out.add("--optimizer", "adam")
     out.add("--lr", run.lr)

@@ -62,7 +62,7 @@ def _training(job: JobConfig, run: FixedRun, out: Emitted) -> None:
     out.add("--training.steps", steps)
     out.add("--debug.seed", training.seed)
     out.add("--training.max_norm", training.clip_grad)
-    out.add("--training.mixed_precision_param", "bfloat16" if training.precision == "bf16" else "float32")
+    out.add("--training.mixed_precision_param", "bfloat16" if training.has_bf16_weights else "float32")
     out.group()
     out.add("--optimizer.name", "AdamW")
     out.add("--optimizer.lr", run.lr)

@@ -11,7 +11,7 @@ from copus.backends.optimizers.build import count_steps, step_options
 from copus.backends.step_contract import Batches, Parts, StepRequest, StepRules, StepShares
 from copus.checkpoints.sharded import SavedState
 from copus.collectives import run_on_all_ranks
-from copus.job import JobConfig
+from copus.job import JobConfig, JobError
 from copus.optimizers import AdamW
 from copus.reshard.execute import LiveState
 from copus.reshard.table import ShardTable
@@ -41,6 +41,10 @@ class MegatronBackend(Backend):
 
     def __init__(self, job: JobConfig, device: torch.device) -> None:
         super().__init__(job, device)
+        try:
+            self.description.check_node(job.training)
+        except ValueError as error:
+            raise JobError(f"training.{error}") from None
         self._built: BuiltModel | None = None
 
     @property
@@ -77,8 +81,8 @@ class MegatronBackend(Backend):
                 optimizer="adam",
                 lr=training.lr,
                 clip_grad=0.0,  # the step clips, by the norm that it computes anyway
-                bf16=not training.without_masters and training.precision == "bf16",  # whether there are masters
-                params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+                bf16=not training.without_masters and training.has_bf16_weights,  # whether there are masters
+                params_dtype=torch.bfloat16 if training.has_bf16_weights else torch.float32,
                 use_distributed_optimizer=layout.zero > 0,
             ),
             chunks,

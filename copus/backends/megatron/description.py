@@ -4,8 +4,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from copus.backends.description import BackendDescription, refuse_cut_matrices, refuse_fields
+from copus.kernels import (
+    SCALED_BLOCK,
+    TRANSFORMER_ENGINE,
+    check_accelerator,
+    check_installed_here,
+    check_sides,
+)
 from planner.backend_traits import PartCount
-from planner.noise_sources import MICROBATCH, REPLICA
+from planner.noise_sources import MICROBATCH, NORMLAYER, REPLICA
 from profiles.configuration import Configuration
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
@@ -29,12 +36,17 @@ class MegatronDescription(BackendDescription):
     optimizers = ("adamw", "sgd", "adafactor", "muon", "signum")
     trains_without_masters = True
     reads_documents = True
+    has_transformer_engine = True
+    precisions = ("fp32", "bf16", *SCALED_BLOCK)
 
     def implementation(self, dropout: bool) -> "Implementation":
-        """How it uses memory and time: without Transformer Engine."""
+        """How it uses memory and time: with Transformer Engine or without."""
         from profiles.memory.implementation import MEGATRON  # its package loads numpy, which few commands need
 
-        return MEGATRON.model_copy(update={"dropout": dropout})
+        changes: dict[str, Any] = {"dropout": dropout}
+        if self.kernels == TRANSFORMER_ENGINE:
+            changes |= {"stack": "megatron-te", "context": "ring"}
+        return MEGATRON.model_copy(update=changes)
 
     def check_model(self, model: ModelShape) -> None:
         """Raise ValueError for a model that the Megatron backend does not build."""
@@ -81,6 +93,22 @@ class MegatronDescription(BackendDescription):
         if training.without_masters and tuple(map(int, version("torch").split(".")[:2])) < _TORCH_WITHOUT_MASTERS:
             needed = ".".join(map(str, _TORCH_WITHOUT_MASTERS))
             raise ValueError(f"master_weights(none) of the megatron backend needs torch {needed} or newer")
+        if training.precision in SCALED_BLOCK and training.kernels != TRANSFORMER_ENGINE:
+            raise ValueError(f"precision({training.precision}) needs kernels({TRANSFORMER_ENGINE})")
+        if training.precision == "fp32" and training.kernels == TRANSFORMER_ENGINE:
+            raise ValueError(
+                f"kernels({TRANSFORMER_ENGINE}) needs a precision of bf16, fp8 or mxfp8: its attention keeps every "
+                "score in fp32"
+            )
+
+    def check_accelerator(self, training: "TrainingConfig", name: str) -> None:
+        """Raise ValueError for kernels or a precision that an accelerator does not have."""
+        check_accelerator(training, name)
+
+    def check_node(self, training: "TrainingConfig") -> None:
+        """Raise ValueError if it is to compute with Transformer Engine, and cannot here."""
+        if training.kernels == TRANSFORMER_ENGINE:
+            check_installed_here()
 
     def check_optimizer_in(self, layout: Layout) -> None:
         """Raise ValueError for a layout without whole rows, columns or matrices for the optimizer, or whose masters
@@ -99,7 +127,9 @@ class MegatronDescription(BackendDescription):
 
     def check_model_in(self, layout: Layout, model: ModelShape) -> None:
         """Raise ValueError for tensor parallelism of experts without sequence parallelism, which Megatron refuses,
-        since every rank would send all tokens to the experts, and of latent attention that it does not divide."""
+        since every rank would send all tokens to the experts, of latent attention that it does not divide, and of
+        matrices that the job's precision does not take."""
+        check_sides(self.precision, layout, model)
         if model.experts and layout.tp > 1 and not layout.sequence_parallel:
             raise ValueError(f"tp({layout.tp}) of a model with experts needs sequence_parallel: true")
         if model.latent_attention is not None:  # Megatron checks these, though every rank has the projections whole
@@ -113,8 +143,11 @@ class MegatronDescription(BackendDescription):
 
     def parts(self, configuration: Configuration) -> dict[str, PartCount]:
         """The parts that a step has, by noise source. Replicas that share experts out have no gradient of their own:
-        their micro-batches are a part together."""
+        their micro-batches are a part together. Transformer Engine's norms are fused with what follows them, and show
+        nothing of a sequence."""
         parts, together = super().parts(configuration), replicas_of_part(configuration.layout)
+        if self.kernels == TRANSFORMER_ENGINE:
+            del parts[NORMLAYER]
         if configuration.layout.ep > 1:
             del parts[REPLICA]
             number, size = parts[MICROBATCH]

@@ -12,14 +12,15 @@ from profiles.model_shape import ModelShape
 
 cpu.before_import()
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
+from megatron.core.models.backends import BackendSpecProvider  # noqa: E402
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend  # noqa: E402
 from megatron.core.transformer import ModuleSpec  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
 
-def expert_options(model: ModelShape, layout: Layout, dispatcher: str) -> dict[str, Any]:
-    """What Megatron's configuration says of the experts of a model; nothing for a dense one."""
+def expert_options(model: ModelShape, layout: Layout, dispatcher: str, *, grouped: bool) -> dict[str, Any]:
+    """What Megatron's configuration says of the experts of a model; nothing for a dense one. `grouped` as in
+    `expert_spec`."""
     if not model.experts:
         return {}
     router = model.router
@@ -46,14 +47,16 @@ def expert_options(model: ModelShape, layout: Layout, dispatcher: str) -> dict[s
         "moe_router_dtype": "fp32",
         "moe_expert_capacity_factor": model.capacity_factor,
         "moe_token_dispatcher_type": dispatcher,
+        "moe_grouped_gemm": grouped,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.tp,
     }
 
 
-def expert_spec(model: ModelShape) -> ModuleSpec:
-    """Megatron's layer of a router, experts that run one after the other, and a shared expert."""
-    return get_moe_module_spec_for_backend(LocalSpecProvider(), model.experts, moe_grouped_gemm=False)
+def expert_spec(model: ModelShape, provider: BackendSpecProvider, *, grouped: bool) -> ModuleSpec:
+    """Megatron's layer of a router, experts that run one after the other or in grouped products, and a shared
+    expert."""
+    return get_moe_module_spec_for_backend(provider, model.experts, moe_grouped_gemm=grouped)
 
 
 def is_shared_out(param: torch.Tensor) -> bool:

@@ -40,17 +40,17 @@ def latent_options(model: ModelShape) -> dict[str, Any]:
     }
 
 
-def latent_attention_spec(core_attention: type, norm: type, linear_proj: type) -> ModuleSpec:
-    """Megatron's latent attention."""
+def latent_attention_spec(core_attention: type, norm: Any, column: type, linear_proj: type) -> ModuleSpec:
+    """Megatron's latent attention; `column` are the projections out of narrow vectors."""
     return ModuleSpec(
         module=_LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal, "norm": norm},
         submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=ColumnParallelLinear,
+            linear_q_proj=column,
             linear_q_down_proj=ColumnParallelLinear,
-            linear_q_up_proj=ColumnParallelLinear,
+            linear_q_up_proj=column,
             linear_kv_down_proj=ColumnParallelLinear,
-            linear_kv_up_proj=ColumnParallelLinear,
+            linear_kv_up_proj=column,
             core_attention=core_attention,
             linear_proj=linear_proj,
             q_layernorm=IdentityOp,
@@ -68,7 +68,7 @@ class _LatentAttention(MLASelfAttention):
     of queries over tensor parallel ranks, which all have the whole (finalize_model_grads.py:353).
     """
 
-    def __init__(self, config: TransformerConfig, *arguments: Any, norm: type, **options: Any) -> None:
+    def __init__(self, config: TransformerConfig, *arguments: Any, norm: Any, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
         self.kv_layernorm = norm(config, config.kv_lora_rank, config.layernorm_epsilon)
         if config.q_lora_rank is not None:

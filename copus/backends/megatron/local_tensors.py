@@ -18,7 +18,7 @@ from copus.backends.regions import Region
 from copus.job import TrainingConfig
 from copus.reshard.boxes import Box, boxes_of_range
 from copus.reshard.table import Field
-from copus.weights.megatron_names import hugging_face_parts
+from copus.weights.megatron_names import hugging_face_parts, without_fusion
 from profiles.model_shape import ModelShape
 
 cpu.before_import()
@@ -77,7 +77,8 @@ def local_tensors(chunk: Any, model: ModelShape, rank: ModelRank) -> Iterator[tu
     persistent = module.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
     for local_name, tensor in {**parameters, **buffers}.items():
-        name = re.sub(r"(?<=\blayers\.)\d+(?=\.)", lambda match: str(int(match[0]) + first_layer), local_name, count=1)
+        name = without_fusion(local_name)
+        name = re.sub(r"(?<=\blayers\.)\d+(?=\.)", lambda match: str(int(match[0]) + first_layer), name, count=1)
         name = _LOCAL_EXPERT.sub(lambda match: str(int(match[0]) + first_expert), name)
         if getattr(tensor, "shared_embedding", False):
             name = _EMBEDDING  # the output layer of the last stage has a copy

@@ -11,6 +11,7 @@ from copus.backends.initial_weights import initial_weight
 from copus.backends.megatron import cpu
 from copus.backends.vocabulary import hide_padding
 from copus.job import JobConfig, TrainingConfig
+from copus.kernels import TRANSFORMER_ENGINE
 from copus.reshard.boxes import Box
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
@@ -34,7 +35,7 @@ from copus.backends.megatron.experts import expert_options, routers  # noqa: E40
 from copus.backends.megatron.groups import own_model_rank  # noqa: E402
 from copus.backends.megatron.latent_attention import latent_options  # noqa: E402
 from copus.backends.megatron.local_tensors import local_tensors  # noqa: E402
-from copus.backends.megatron.modules import block_spec  # noqa: E402
+from copus.backends.megatron.modules import LayerModules, block_spec, torch_modules  # noqa: E402
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -44,11 +45,20 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+_EIGHT_BIT: dict[str, dict[str, Any]] = {
+    "fp8": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8"},
+}
+"""Scales are of the tensors at hand, and not of a history of others (delayed scaling): so there is no state that a move
+or a checkpoint would have to carry."""
+
+
 def transformer_config(shape: ModelShape, layout: Layout, training: TrainingConfig) -> TransformerConfig:
-    """Megatron's configuration of the model. Every fusion that needs Transformer Engine or Apex is off."""
+    """Megatron's configuration of the model. Fusions are off: without Transformer Engine and Apex there are none, and
+    gradients that a fused kernel adds to `main_grad` show nothing of a micro-batch (`part_norms`)."""
     on_cpu = not torch.cuda.is_available()
-    precision, dropout = training.precision, training.dropout
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dropout = training.dropout
+    dtype = torch.bfloat16 if training.has_bf16_weights else torch.float32
     recompute = {"none": None, "selective": "selective", "full": "full"}[layout.recompute]
     kind = TransformerConfig if shape.latent_attention is None else MLATransformerConfig
     return kind(
@@ -81,7 +91,8 @@ def transformer_config(shape: ModelShape, layout: Layout, training: TrainingConf
         recompute_num_layers=1 if recompute == "full" else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=precision == "bf16",
+        bf16=training.has_bf16_weights,
+        **_EIGHT_BIT.get(training.precision, {}),
         use_cpu_initialization=on_cpu,
         # `initialize` below fills the weights; perform_initialization must stay on, because it also marks the
         # tensor-parallel weights
@@ -99,7 +110,7 @@ def transformer_config(shape: ModelShape, layout: Layout, training: TrainingConf
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **latent_options(shape),
-        **expert_options(shape, layout, training.expert_dispatch),
+        **expert_options(shape, layout, training.expert_dispatch, grouped=training.kernels == TRANSFORMER_ENGINE),
     )
 
 
@@ -129,12 +140,13 @@ def build_model(
     if groups is not None:  # else it uses the GPU, whatever torch's default device is
         config.use_cpu_initialization = True
     pp_rank = parallel_state.get_pipeline_model_parallel_rank() if groups is None else groups.pp.rank()
+    modules = _layer_modules(job, config)
     chunks: list[Any] = []
     for stage in range(layout.vp):
         vp_stage = stage if layout.vp > 1 else None
         chunk: Any = GPTModel(
             config,
-            block_spec(shape, config, vp_stage, pp_rank),
+            block_spec(shape, config, modules, vp_stage, pp_rank),
             shape.padded_vocab,
             shape.seq_len,
             pre_process=pp_rank == 0 and stage == 0,
@@ -146,6 +158,10 @@ def build_model(
             vp_stage=vp_stage,
             pg_collection=groups,
         )
+        if training.kernels == TRANSFORMER_ENGINE:
+            from copus.backends.megatron.transformer_engine import mark_cuts
+
+            mark_cuts(chunk, config)
         if shape.rope_scaling is not None:
             _scale_rotary_positions(chunk, shape)
         if shape.embedding_scale != 1 and chunk.pre_process:
@@ -174,6 +190,14 @@ def build_model(
     if training.overlap_grad_reduce:  # only the last micro-batch's gradients may start a reduction
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
+
+
+def _layer_modules(job: JobConfig, config: TransformerConfig) -> LayerModules:
+    if job.training.kernels != TRANSFORMER_ENGINE:
+        return torch_modules(job.model, config)
+    from copus.backends.megatron.transformer_engine import te_modules  # not everyone has it
+
+    return te_modules(job.model, config, job.data.reset_attention_mask)
 
 
 def _hide_padding(vocab: int, module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:

@@ -26,14 +26,14 @@ def use_torch_adam() -> None:
 
 
 def use_torch_router() -> None:
-    """Let routers of 0.16 work without Transformer Engine.
+    """Let routers compute with torch, whether or not Transformer Engine is installed: `kernels: torch` is then the same
+    everywhere.
 
-    moe_utils.py:1192 asks whether `te_general_gemm` is None, and without Transformer Engine there is no such name.
+    moe_utils.py:1192 asks whether `te_general_gemm` is None; in 0.16 there is no such name without Transformer Engine.
     """
     from megatron.core.transformer.moe import moe_utils
 
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    moe_utils.te_general_gemm = None
 
 
 def use_torch_latent_attention() -> None:
