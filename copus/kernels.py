@@ -75,14 +75,14 @@ def check_sides(precision: str, layout: Layout, model: ModelShape) -> None:
     block = SCALED_BLOCK.get(precision)
     if block is None:
         return
-    widths = {"model.hidden": (model.hidden, 1), "model.ffn_hidden": (model.ffn_hidden, layout.tp)}
+    widths = {"hidden": (model.hidden, 1), "ffn_hidden": (model.ffn_hidden, layout.tp)}
     if model.experts:
-        widths["model.expert_hidden"] = (model.expert_width, layout.tp)
+        widths["expert_hidden"] = (model.expert_width, layout.tp)
     if model.latent_attention is None:
-        widths["model.heads · head_dim"] = (model.query_width, layout.tp)
-        widths["model.kv_heads · head_dim"] = (model.kv_width, layout.tp)
-    widths["model.seq_len"] = (model.seq_len, layout.cp * (layout.tp if layout.sequence_parallel else 1))
+        widths["heads · head_dim"] = (model.query_width, layout.tp)
+        widths["(heads + 2 · kv_heads) · head_dim"] = (model.query_width + 2 * model.kv_width, layout.tp)
+    widths["seq_len"] = (model.seq_len, layout.cp * (layout.tp if layout.sequence_parallel else 1))
     for name, (width, over) in widths.items():
         if width % (over * block):
             share = f" ÷ {over} = {width / over:g}" if over > 1 else ""
-            raise ValueError(f"precision({precision}): {name}({width}){share} is no multiple of {block}")
+            raise ValueError(f"precision({precision}): model.{name}({width}){share} is no multiple of {block}")

@@ -60,6 +60,9 @@ def _in(job: JobConfig, precision: str) -> JobConfig:
 
 def _figures(job: JobConfig, source: str) -> Figures:
     backend = backend_of(job)
+    names = [name for chunk in backend.built.chunks for name, _ in chunk.named_parameters()]
+    is_fused = any("layer_norm_weight" in name for name in names)
+    assert is_fused == (job.training.kernels != "torch" and job.model.norm_position != "post")
     results = [backend.train_step(random_batches, StepRequest(8 * step, RULES, source)) for step in range(3)]
     backend.close()
     assert results[0].parts is not None
@@ -154,8 +157,8 @@ def test_moves_change_no_bit_and_either_kernels_read_checkpoints_of_the_other(ki
         np.testing.assert_allclose(losses, losses[0][0], rtol=2e-3)
 
 
-WIDE = {"hidden": 64, "ffn_hidden": 96, "head_dim": 16, "seq_len": 64}
-WIDE_EXPERTS = WIDE | MOE | {"expert_hidden": 32, "shared_expert_hidden": 32}
+WIDE = {"hidden": 64, "ffn_hidden": 128, "head_dim": 16, "seq_len": 64}
+WIDE_EXPERTS = WIDE | MOE | {"expert_hidden": 64, "shared_expert_hidden": 64}
 
 
 def _long_batches(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
