@@ -14,7 +14,7 @@ from typing import Any
 
 import copus.moves
 import copus.worker
-import planner.planner
+import planner.decision_times
 from copus.backends.registry import find_backend
 from copus.checkpoints.store import Writing
 from copus.job import load_job
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
     ScriptedPlanner.layouts = LAYOUTS[backend]
     copus.worker.Planner = ScriptedPlanner  # type: ignore[misc]
     # Decisions fall due with the samples alone: on a busy machine some would else be left out, and with them a move.
-    planner.planner.FEWEST_STEPS_BETWEEN, copus.moves.DECIDING_SHARE = 1, math.inf
+    planner.decision_times.FEWEST_STEPS_BETWEEN, copus.moves.DECIDING_SHARE = 1, math.inf
     Writing._write = announced(run, "checkpoint", Writing._write)  # type: ignore[method-assign]
     Moves._move = announced(run, "move", Moves._move)  # type: ignore[method-assign]
     return copus.worker.main(arguments)

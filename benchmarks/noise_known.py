@@ -23,7 +23,8 @@ from copus.job import JobConfig, load_job
 from copus.noise.run_noise import RunNoise
 from planner.backend_traits import ANY_BACKEND
 from planner.config import PlannerConfig
-from planner.planner import Planner, decision_is_due
+from planner.decision_times import decision_is_due
+from planner.planner import Planner
 from planner.predictor import Predictor
 from planner.sampling import executed_configuration, first_known_step, half_life, source_of_step
 from planner.trials import SETTLING_STEPS

@@ -22,7 +22,8 @@ from copus.noise.norm_window import NormWindow
 from copus.noise.run_noise import RunNoise
 from copus.noise.step_estimate import estimate_step
 from copus.schedule import rules_at
-from planner.planner import Planner, decision_is_due
+from planner.decision_times import decision_is_due
+from planner.planner import Planner
 from planner.sampling import configuration_of_step, first_known_step, half_life, source_of_step
 from profiles.configuration import Configuration
 

@@ -1,15 +1,26 @@
-"""The planner: from the noise scale and the throughput to a decision that explains itself."""
+"""The planner: from the noise scale and the step times to a decision that explains itself.
+
+`Planner.decide` is the way through this package:
+
+    φ now, and its forecast            `planner.critical_batch`
+    candidates                         `planner.space`, without those that `planner.pruning` rules out
+    their step times, memory, refusals `planner.predictor`
+    their Goodput                      `planner.goodput`
+    the choice                         a policy of `planner.policies`, which sees a `planner.situation`
+    verdict and saving of each         `planner.verdicts`, `planner.outlook`
+"""
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from planner.critical_batch import CriticalBatchFactor
+from planner.critical_batch import CriticalBatchTracker
+from planner.decision_times import decision_interval
 from planner.efficiency import statistical_efficiency
-from planner.forecast import QUANTILE_90, CriticalBatchForecast, log_error
+from planner.forecast import QUANTILE_90, CriticalBatchForecast
 from planner.goodput import goodput
 from planner.horizon import Horizon
 from planner.menu import Menu, rung_of
@@ -19,13 +30,13 @@ from planner.policies.norm_test import plug_in_batch
 from planner.policies.policy import make_policy
 from planner.predictor import CandidateEstimate, Predictor
 from planner.sampling import half_life
-from planner.situation import Choice, Situation
+from planner.situation import Situation
 from planner.small_batch import accumulation_purpose
 from planner.trials import Trial, TrialLedger
+from planner.verdicts import with_verdicts, worth_keeping
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
-from profiles.forecast import Forecast
-from profiles.formatting import noise_in_words, percent, three_digits
+from profiles.formatting import noise_in_words, three_digits
 from profiles.noise_scale import NoiseScale
 from profiles.step_norms import StepNorms
 from profiles.throughput import Throughput
@@ -34,29 +45,60 @@ FORECAST_REACH = 2
 """A decision shows the noise scale that is expected when this many times the tokens will have been seen."""
 UNKNOWN_DECISIONS = 200
 """Length of a job whose length is not known, in decisions."""
-MOST_ELIGIBLE, MOST_REFUSED = 12, 8
-"""Candidates that a decision keeps of those that may be chosen, the best, and of those that may not."""
-FEWEST_STEPS_BETWEEN = 10
-"""Steps between two decisions, at least: fewer show nothing new, and all ranks wait for a decision."""
-LEAST_SHARE_BETWEEN = 1 / 200
-"""Share of all sequences so far that two decisions are apart, at least: the noise scale grows with the logarithm of the
-sequences, so decisions in equal ratios miss nothing, and the event log of a long run stays small."""
 LEARNING_HALF_LIVES = 4
 """Stretch on each side of a change of batch that c is learned from, in half-lives of the noise scale."""
 
 
-def decision_interval(samples_consumed: int, global_batch: int, every_samples: int) -> int:
-    """Sequences between two decisions: `every_samples`, doubled until these are `FEWEST_STEPS_BETWEEN` steps and
-    `LEAST_SHARE_BETWEEN` of the run so far."""
-    least = max(FEWEST_STEPS_BETWEEN * global_batch, LEAST_SHARE_BETWEEN * samples_consumed)
-    return every_samples * 2 ** max(0, math.ceil(math.log2(least / every_samples)))
+@dataclass(frozen=True)
+class _Moment:
+    """What the job shows when it decides."""
+
+    noise: NoiseScale
+    critical_batch: float | None
+    """φ now, sequences; None while it is unknown."""
+    forecast: CriticalBatchForecast
+    """φ from now on."""
+    samples_consumed: int
+    seconds_left: float
+    step_norms: StepNorms | None
+    starting: bool
+    """Whether this is the choice before the first step, when moves cost nothing and only published laws know φ."""
+
+    @property
+    def noise_in_words(self) -> str:
+        """What is known of the noise."""
+        if self.starting:
+            ends = (-QUANTILE_90, 0.0, QUANTILE_90)
+            low, value, high = (three_digits(float(self.forecast.at(np.array([1.0]), by)[0])) for by in ends)
+            laws = f"published laws suggest a critical batch of {value} ({low}–{high}) sequences"
+            return f"nothing is measured yet, {laws}"
+        return noise_in_words(self.noise) if self.noise.value is not None else "the noise scale is not known"
 
 
-def decision_is_due(samples_before: int, samples_consumed: int, global_batch: int, every_samples: int) -> bool:
-    """Whether a step that ended at `samples_consumed` crossed a multiple of the interval between decisions. A resumed
-    run decides at the same places: nothing has to be remembered for it."""
-    interval = decision_interval(samples_consumed, global_batch, every_samples)
-    return samples_before // interval < samples_consumed // interval
+@dataclass(frozen=True)
+class _Scored:
+    """All candidates of a decision with their scores."""
+
+    estimates: dict[Configuration, CandidateEstimate]
+    current: CandidateScore
+    """What runs, candidate or not."""
+    eligible: list[CandidateScore]
+    """Those that may be chosen, `current` among them, best first."""
+    refused: list[CandidateScore]
+    """Those that may not, with the reason as their verdict; best first."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What was chosen among the eligible, and why."""
+
+    chosen: CandidateScore
+    reason: str
+    eligible: list[CandidateScore]
+    """With their verdicts."""
+    outlook: Outlook | None = None
+    advised: Configuration | None = None
+    trial: bool = False
 
 
 class Planner:
@@ -92,14 +134,14 @@ class Planner:
         self._total_samples = total_samples or UNKNOWN_DECISIONS * config.every_samples
         self.horizon = Horizon(self._total_samples, target_loss)
         """Where the job ends: the loop feeds it every evaluation."""
-        self._forecast = CriticalBatchForecast.unknown(np.array([float(self._total_samples)]))
-        self._observed_at = 0
-        self._seq_len = predictor.model.seq_len
-        memory = half_life(config, self._total_samples, self._seq_len).at(predictor.start.global_batch)
-        self._factor = CriticalBatchFactor(
-            config.critical_batch_factor,
-            config.critical_batch_factor_range if self.policy.weighs_error else 1.0,
-            max(1, int(LEARNING_HALF_LIVES * memory)),
+        seq_len = predictor.model.seq_len
+        memory = half_life(config, self._total_samples, seq_len).at(predictor.start.global_batch)
+        self._critical_batch = CriticalBatchTracker(
+            config,
+            self._total_samples,
+            seq_len,
+            factor_range=config.critical_batch_factor_range if self.policy.weighs_error else 1.0,
+            window_samples=max(1, int(LEARNING_HALF_LIVES * memory)),
         )
 
     @property
@@ -109,7 +151,7 @@ class Planner:
 
     def observe_loss(self, samples_consumed: int, global_batch: int, loss: float) -> None:
         """Feed every step's mean training loss: what changes of batch do to it tells what c is."""
-        self._factor.observe(samples_consumed, global_batch, loss)
+        self._critical_batch.observe_loss(samples_consumed, global_batch, loss)
 
     def observe_step(self, executed: Configuration, seconds: float, settled: bool) -> None:
         """Feed every step: as what it was executed, how long it took, and whether it was an ordinary one after the
@@ -152,149 +194,35 @@ class Planner:
     ) -> Decision:
         """Score every candidate and let the policy choose. `current` is what runs, candidate or not; `step_norms` are
         those of the steps since the last decision; training stops after `seconds_left`, if not before."""
+        critical_batch = self._critical_batch.observe_noise(noise, samples_consumed)
+        forecast = self._critical_batch.forecast
         starting = samples_consumed == 0 and self.config.start == "plan" and self.policy.picks_start
-        critical_batch = self._look_ahead(noise, samples_consumed)
-        factor = self._factor.value / self.config.critical_batch_factor
-        forecast = self._forecast.scaled(factor, self._factor.error)
         if starting:
             forecast = CriticalBatchForecast.of_laws(self._total_samples, self.predictor.model)
             critical_batch = float(forecast.at(np.array([1.0]))[0])
+        moment = _Moment(noise, critical_batch, forecast, samples_consumed, seconds_left, step_norms, starting)
+        scored = self._score_all(current, critical_batch)
+        if why_not := self._why_no_decision(moment, scored.current):
+            outcome = _undecided(scored, f"{why_not}; nothing changes")
+        else:
+            outcome = self._choose(moment, scored)
+        return self._record(moment, scored, outcome)
+
+    def _score_all(self, current: Configuration, critical_batch: float | None) -> _Scored:
+        """Score what runs and every candidate, and tell those that may be chosen from those that may not."""
         estimates = {c: self.predictor.estimate(c, beside=current) for c in (current, *self.candidates)}
         mine = self._score(estimates[current], critical_batch, None)
         others = [self._score(e, critical_batch, mine.goodput) for c, e in estimates.items() if c != current]
         if limit := self.move_costs.refusal("layout"):
-            others = [self._limited(score, current, limit) for score in others]
+            others = [_limited(score, current, limit) for score in others]
         # The gain of the current one is 0 by definition, not by division.
         mine = mine.model_copy(update={"verdict": "current", "gain": None if mine.goodput is None else 0.0})
-        eligible = sorted([mine, *(score for score in others if not score.verdict)], key=_rank)
-        refused = sorted((score for score in others if score.verdict), key=_rank)
-        advised, trial, outlook = None, False, None
-        noise_words = noise_in_words(noise) if noise.value is not None else "the noise scale is not known"
-        if starting:
-            noise_words = self._laws_in_words(forecast)
-        if self.policy.needs_noise and critical_batch is None:
-            chosen, reason = mine, f"{self._why_unknown(noise, current)}; nothing changes"
-        elif self.policy.needs_noise and mine.goodput is None:
-            why = f"the throughput of the current configuration, {current.label}, is not known"
-            chosen, reason = mine, f"{noise_words}: {why}; nothing changes"
-        else:
-            situation = self._situation(eligible, mine, estimates, noise, critical_batch, samples_consumed, step_norms)
-            within = seconds_left * mine.samples_per_second if mine.samples_per_second else math.inf  # sequences
-            left = np.maximum(np.minimum(situation.samples_left, within), situation.samples_to_next)
-            situation = replace(situation, forecast=forecast, started=not starting, samples_left=left)
-            choice = self.policy.choose(situation)
-            picked = eligible[int(choice.index[0])]
-            if self.policy.weighs_error and not starting:
-                outlook = look_ahead(situation)
-            eligible = self._judge(situation, choice, outlook, eligible, mine)
-            reason = self.policy.reason(situation, choice)
-            if starting or self.policy.needs_noise or noise.value is not None:
-                reason = f"{noise_words}: {reason}"
-            if picked is not mine or starting:
-                purpose = accumulation_purpose(picked.configuration, estimates, self.config.max_micro_batch)
-                reason = f"{reason}; {purpose}" if purpose else reason
-            chosen = mine
-            if picked is not mine and self.config.advisory:
-                advised, reason = picked.configuration, f"{reason}; advisory, so nothing changes"
-            else:
-                chosen = picked
-                trial = bool(choice.exploring is not None and choice.exploring[0])
-        judged = [
-            score if score.verdict else score.model_copy(update={"verdict": "no decision yet"}) for score in eligible
-        ]
-        named = (current, chosen.configuration, advised)
-        kept = [
-            score for rank, score in enumerate(judged) if rank < MOST_ELIGIBLE or score.configuration in named
-        ] + refused[:MOST_REFUSED]
-        decision = Decision(
-            number=self.number,
-            samples_consumed=samples_consumed,
-            policy=self.policy.name,
-            objective=self.config.objective,
-            noise=noise,
-            critical_batch_factor=self._factor.value,
-            critical_batch_factor_low=self._factor.ends[0],
-            critical_batch_factor_high=self._factor.ends[1],
-            critical_batch=critical_batch,
-            current=current,
-            chosen=chosen.configuration,
-            candidates=kept,
-            omitted=len(judged) + len(refused) - len(kept),
-            seconds_left=outlook and outlook.seconds_left,
-            critical_batch_low=outlook and outlook.critical_batch_low,
-            critical_batch_high=outlook and outlook.critical_batch_high,
-            regret_bound=outlook and outlook.regret_bound,
-            predicted_gain=chosen.gain,
-            reason=reason,
-            forecast=self._noise_to_come(FORECAST_REACH * max(samples_consumed, 1)),
-            advised=advised,
-            trial=trial,
+        return _Scored(
+            estimates=estimates,
+            current=mine,
+            eligible=sorted([mine, *(score for score in others if not score.verdict)], key=_rank),
+            refused=sorted((score for score in others if score.verdict), key=_rank),
         )
-        self.number += 1
-        return decision
-
-    def _look_ahead(self, noise: NoiseScale, samples_consumed: int) -> float | None:
-        """φ now, in sequences; None while the noise scale is unknown. Tells the forecast, which is of φ with the c
-        of the job file, and the posterior of c about it.
-
-        The noise scale is an average, which belongs to its centroid. The forecast takes it up there, and says what it
-        has grown by since then.
-        """
-        self._factor.noise_scale = None
-        measured = self._critical_batch(noise)
-        if measured is None:
-            return None
-        assert noise.value is not None, "there is a critical batch"
-        here = float(max(samples_consumed, 1))
-        centre = min(noise.centroid or here, here)
-        # For an average that forgets exponentially, `here - centre` is the number of sequences in which its memory
-        # fades to 1/e: so much of it was in the estimate of the last decision too.
-        passed = samples_consumed - self._observed_at
-        repeated = math.exp(-max(passed, 1) / (here - centre)) if self._observed_at and centre < here else 0.0
-        self._forecast.observe(
-            np.array([centre]),
-            np.array([measured]),
-            np.array([log_error(noise.value, noise.low, noise.high)]),
-            (1 - repeated) / (1 + repeated),
-        )
-        self._observed_at = samples_consumed
-        grown = float(self._forecast.grown(np.array([centre]), np.array([here]))[0])
-        self._factor.noise_scale = grown * noise.value, log_error(noise.value, noise.low, noise.high)
-        return self._factor.value * grown * noise.value
-
-    def _laws_in_words(self, forecast: CriticalBatchForecast) -> str:
-        """What is taken for the critical batch before the first step."""
-        low, value, high = (
-            three_digits(float(forecast.at(np.array([1.0]), sigmas)[0])) for sigmas in (-QUANTILE_90, 0.0, QUANTILE_90)
-        )
-        return f"nothing is measured yet, published laws suggest a critical batch of {value} ({low}–{high}) sequences"
-
-    def _noise_to_come(self, samples: int) -> Forecast | None:
-        """The noise scale to be expected after so many sequences: the forecast is of φ = c · B_simple."""
-        if not self._forecast.samples[0]:
-            return None
-        ends = (
-            float(self._forecast.at(np.array([float(samples)]), sigmas)[0]) / self.config.critical_batch_factor
-            for sigmas in (-QUANTILE_90, 0.0, QUANTILE_90)
-        )
-        low, value, high = ends
-        return Forecast(tokens=samples * self._seq_len, value=value, low=low, high=high)
-
-    def _critical_batch(self, noise: NoiseScale) -> float | None:
-        """φ = c · B_simple where it was measured, with the c of the job file, sequences; None while that is unknown or
-        has seen too little."""
-        value = noise.value
-        if value is None or not 0 < value < math.inf or noise.samples < self.config.min_noise_samples:
-            return None
-        return self.config.critical_batch_factor * value
-
-    def _why_unknown(self, noise: NoiseScale, current: Configuration) -> str:
-        """Why there is no critical batch."""
-        if not self.predictor.noise_measurable(current):
-            return f"the noise scale is unknown, and cannot be measured with {current.label}: one part per step"
-        if noise.samples < self.config.min_noise_samples:
-            return f"the noise scale has seen {noise.samples} steps, {self.config.min_noise_samples} are needed"
-        return f"the noise scale cannot be told yet after {noise.samples} steps"
 
     def _score(
         self, estimate: CandidateEstimate, critical_batch: float | None, current_goodput: float | None
@@ -317,98 +245,114 @@ class Planner:
             peak_bytes=round(estimate.peak.expected_bytes),
         )
 
-    @staticmethod
-    def _limited(score: CandidateScore, current: Configuration, limit: str) -> CandidateScore:
-        """The candidate, refused where it would take a layout move and there may be none now."""
-        if score.verdict or rung_of(current, score.configuration) != "layout":
-            return score
-        return score.model_copy(update={"verdict": limit})
+    def _why_no_decision(self, moment: _Moment, mine: CandidateScore) -> str:
+        """What keeps a policy that decides by Goodput from deciding; empty if nothing does."""
+        if not self.policy.needs_noise:
+            return ""
+        current, noise = mine.configuration, moment.noise
+        if moment.critical_batch is not None:
+            if mine.goodput is not None:
+                return ""
+            why = f"the throughput of the current configuration, {current.label}, is not known"
+            return f"{moment.noise_in_words}: {why}"
+        if not self.predictor.noise_measurable(current):
+            return f"the noise scale is unknown, and cannot be measured with {current.label}: one part per step"
+        if noise.samples < self.config.min_noise_samples:
+            return f"the noise scale has seen {noise.samples} steps, {self.config.min_noise_samples} are needed"
+        return f"the noise scale cannot be told yet after {noise.samples} steps"
 
-    def _situation(
-        self,
-        eligible: list[CandidateScore],
-        mine: CandidateScore,
-        estimates: dict[Configuration, CandidateEstimate],
-        noise: NoiseScale,
-        critical_batch: float | None,
-        samples_consumed: int,
-        step_norms: StepNorms | None,
-    ) -> Situation:
+    def _choose(self, moment: _Moment, scored: _Scored) -> _Outcome:
+        """Let the policy choose among the eligible, and say why."""
+        situation = self._situation(moment, scored)
+        choice = self.policy.choose(situation)
+        outlook = look_ahead(situation) if self.policy.weighs_error and not moment.starting else None
+        eligible = with_verdicts(
+            scored.eligible, situation, choice, self.policy, outlook, advisory=self.config.advisory
+        )
+        picked = scored.eligible[int(choice.index[0])]
+        reason = self.policy.reason(situation, choice)
+        if moment.starting or self.policy.needs_noise or moment.noise.value is not None:
+            reason = f"{moment.noise_in_words}: {reason}"
+        if picked is not scored.current or moment.starting:
+            purpose = accumulation_purpose(picked.configuration, scored.estimates, self.config.max_micro_batch)
+            reason = f"{reason}; {purpose}" if purpose else reason
+        if picked is not scored.current and self.config.advisory:
+            reason = f"{reason}; advisory, so nothing changes"
+            return _Outcome(scored.current, reason, eligible, outlook, advised=picked.configuration)
+        trial = bool(choice.exploring is not None and choice.exploring[0])
+        return _Outcome(picked, reason, eligible, outlook, trial=trial)
+
+    def _situation(self, moment: _Moment, scored: _Scored) -> Situation:
         """The decision as arrays of one run. What is not known is NaN, and a throughput 0: only policies that need
         neither come so far."""
-        to_next = decision_interval(samples_consumed, mine.configuration.global_batch, self.config.every_samples)
-        errors = [0.0 if score is mine else estimates[score.configuration].error for score in eligible]
+        noise, norms, done = moment.noise.value, moment.step_norms, moment.samples_consumed
+        eligible, mine = scored.eligible, scored.current
+        to_next = decision_interval(done, mine.configuration.global_batch, self.config.every_samples)
+        in_time = moment.seconds_left * mine.samples_per_second if mine.samples_per_second else math.inf  # sequences
+        left = max(min(max(self.horizon.end(done) - done, to_next), in_time), to_next)
+        errors = [0.0 if score is mine else scored.estimates[score.configuration].error for score in eligible]
         return Situation(
             menu=Menu.of([score.configuration for score in eligible]),
             samples_per_second=np.array([[score.samples_per_second or 0.0 for score in eligible]]),
             throughput_error=np.array([errors]),
             unseen=np.array([[self._unseen(score.configuration) for score in eligible]]),
             current=np.array([eligible.index(mine)]),
-            noise_scale=np.array([math.nan if noise.value is None else noise.value]),
-            critical_batch=np.array([math.nan if critical_batch is None else critical_batch]),
-            forecast=self._forecast,
-            samples_consumed=np.array([float(max(samples_consumed, 1))]),
-            samples_left=np.array([float(max(self.horizon.end(samples_consumed) - samples_consumed, to_next))]),
+            noise_scale=np.array([math.nan if noise is None else noise]),
+            critical_batch=np.array([math.nan if moment.critical_batch is None else moment.critical_batch]),
+            forecast=moment.forecast,
+            samples_consumed=np.array([float(max(done, 1))]),
+            samples_left=np.array([float(left)]),
             samples_to_next=np.array([float(to_next)]),
             move_seconds=self.move_costs.seconds(),
             trial_allowance=np.array([self.trials.allowance]),
             objective=self.config.objective,
             number=self.number,
-            lr_decay=None if self._lr_decay is None else np.array([self._lr_decay(samples_consumed)]),
+            plug_in=np.array([plug_in_batch(norms, 1.0)]) if norms and norms.grad_sq > 0 else None,
+            started=not moment.starting,
+            lr_decay=None if self._lr_decay is None else np.array([self._lr_decay(done)]),
             start_batch=np.array([float(self.predictor.start.global_batch)]),
-            plug_in=np.array([plug_in_batch(step_norms, 1.0)]) if step_norms and step_norms.grad_sq > 0 else None,
         )
 
     def _unseen(self, configuration: Configuration) -> bool:
         """Whether a trial would teach something: the configuration never ran, and no trial timed others of its line."""
         return self.predictor.steps_seen(configuration) == 0 and not self.trials.tried(configuration)
 
-    def _judge(
-        self,
-        situation: Situation,
-        choice: Choice,
-        outlook: Outlook | None,
-        eligible: list[CandidateScore],
-        mine: CandidateScore,
-    ) -> list[CandidateScore]:
-        """The candidates that could be chosen, with what became of them."""
-        costs = situation.menu.move_seconds(situation.current, situation.move_seconds)[0]
-        saved = choice.saved_seconds
-        with np.errstate(divide="ignore", invalid="ignore"):  # a throughput of 0 is not known
-            seconds = situation.samples_left[0] / situation.samples_per_second[0]
-            equal_tokens = np.nan_to_num(seconds[situation.current[0]] - seconds, posinf=0.0, neginf=0.0)
-        chosen = "WOULD BE CHOSEN" if self.config.advisory else "CHOSEN"
-        judged = []
-        for index, score in enumerate(eligible):
-            if score is mine:
-                verdict = "current"
-            elif index == choice.index[0]:
-                verdict = chosen
-            elif (score.gain or 0.0) >= 0:
-                verdict = self.policy.verdict(situation, choice, index)
-            else:
-                slower = (score.samples_per_second or 0.0) < (mine.samples_per_second or 0.0)
-                verdict = f"{'slower' if slower else 'lower goodput'}: {percent(score.gain or 0.0)}"
-            figures = {
-                "verdict": verdict,
-                "move_seconds": float(costs[index]),
-                "saved_seconds": None if saved is None else float(saved[0, index]),
-                "saved_equal_tokens_seconds": float(equal_tokens[index] - costs[index]),
-            }
-            if outlook is not None:
-                figures |= {
-                    "saved_low_seconds": float(outlook.saved_low[index]),
-                    "saved_expected_seconds": float(outlook.saved_expected[index]),
-                    "saved_high_seconds": float(outlook.saved_high[index]),
-                }
-            judged.append(score.model_copy(update=figures))
-        return judged
+    def _record(self, moment: _Moment, scored: _Scored, outcome: _Outcome) -> Decision:
+        """The decision as it is written, and counted."""
+        current, chosen, outlook = scored.current.configuration, outcome.chosen, outcome.outlook
+        always = (current, chosen.configuration, outcome.advised)
+        kept = worth_keeping(outcome.eligible, scored.refused, always)
+        low, high = self._critical_batch.factor_interval
+        decision = Decision(
+            number=self.number,
+            samples_consumed=moment.samples_consumed,
+            policy=self.policy.name,
+            objective=self.config.objective,
+            noise=moment.noise,
+            critical_batch_factor=self._critical_batch.factor,
+            critical_batch_factor_low=low,
+            critical_batch_factor_high=high,
+            critical_batch=moment.critical_batch,
+            current=current,
+            chosen=chosen.configuration,
+            candidates=kept,
+            omitted=len(outcome.eligible) + len(scored.refused) - len(kept),
+            seconds_left=outlook and outlook.seconds_left,
+            critical_batch_low=outlook and outlook.critical_batch_low,
+            critical_batch_high=outlook and outlook.critical_batch_high,
+            regret_bound=outlook and outlook.regret_bound,
+            predicted_gain=chosen.gain,
+            reason=outcome.reason,
+            forecast=self._critical_batch.noise_scale_at(FORECAST_REACH * max(moment.samples_consumed, 1)),
+            advised=outcome.advised,
+            trial=outcome.trial,
+        )
+        self.number += 1
+        return decision
 
     def state(self) -> dict[str, Any]:
         """What a resumed job needs beside the number of the next decision, as plain values."""
-        return {
-            "forecast": self._forecast.state() | {"observed_at": self._observed_at},
-            "factor": self._factor.state(),
+        return self._critical_batch.state() | {
             "evaluations": self.horizon.state(),
             "move_costs": self.move_costs.state(),
             "throughput": self.throughput.state(),
@@ -419,18 +363,30 @@ class Planner:
     def restore(self, state: dict[str, Any], with_speeds: bool = True) -> None:
         """Take up what `state` gave; an empty dict changes nothing. Without speeds only what is known of the gradients
         and of the loss: steps, moves and trials of another framework tell nothing of this one's."""
+        self._critical_batch.restore(state)
+        self.horizon.restore(state.get("evaluations", []))
         if not with_speeds:
-            state = {name: state[name] for name in ("forecast", "factor", "evaluations") if name in state}
+            return
         self.move_costs.restore(state.get("move_costs", {}))
         self.throughput.restore(state.get("throughput", {}))
         self.trials.restore(state.get("trials", {}))
-        self._factor.restore(state.get("factor", {}))
-        self.horizon.restore(state.get("evaluations", []))
         if before_trial := state.get("before_trial"):
             self.before_trial = Configuration.model_validate(before_trial)
-        if forecast := state.get("forecast"):
-            self._forecast.restore(forecast)
-            self._observed_at = forecast["observed_at"]
+
+
+def _undecided(scored: _Scored, reason: str) -> _Outcome:
+    """What runs goes on, and nothing is said of the others."""
+    eligible = [
+        score if score.verdict else score.model_copy(update={"verdict": "no decision yet"}) for score in scored.eligible
+    ]
+    return _Outcome(scored.current, reason, eligible)
+
+
+def _limited(score: CandidateScore, current: Configuration, limit: str) -> CandidateScore:
+    """The candidate, refused if it would take a layout move and there may be none now."""
+    if score.verdict or rung_of(current, score.configuration) != "layout":
+        return score
+    return score.model_copy(update={"verdict": limit})
 
 
 def _rank(score: CandidateScore) -> tuple[float, int]:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import copus.moves
-import planner.planner
+import planner.decision_times
 from copus.job import JobConfig
 from planner.planner import Planner
 from planner.predictor import Predictor
@@ -17,7 +17,7 @@ from profiles.throughput import Throughput
 def decide_often() -> None:
     """In this process decisions fall due with `every_samples` alone, so that short runs have some, and the same ones
     whatever a decision takes on a busy machine."""
-    planner.planner.FEWEST_STEPS_BETWEEN, copus.moves.DECIDING_SHARE = 1, math.inf
+    planner.decision_times.FEWEST_STEPS_BETWEEN, copus.moves.DECIDING_SHARE = 1, math.inf
 
 
 class EagerPlanner:

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from copus.events import DecisionMade
 from planner.config import PlannerConfig
-from planner.planner import Planner, decision_interval, decision_is_due
+from planner.decision_times import decision_interval, decision_is_due
+from planner.planner import Planner
 from planner.predictor import Predictor
 from planner.space import candidates
 from profiles.cluster import Cluster

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from planner.critical_batch import NEAR, SYSTEMATIC
+from planner.critical_batch_factor import NEAR, SYSTEMATIC
+from planner.decision_times import FEWEST_STEPS_BETWEEN
 from planner.forecast import LAWS_ERROR, QUANTILE_90, CriticalBatchForecast
 from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Indices, Menu
 from planner.plan import Plan, plan_run
-from planner.planner import FEWEST_STEPS_BETWEEN
 from planner.policies.policy import Policy
 from planner.simulator.meter import NoiseMeter
 from planner.situation import Choice, Situation
@@ -278,7 +278,7 @@ def _measured(state: _State) -> tuple[Floats, Floats, CriticalBatchForecast]:
 
 
 def _to_next(menu: Menu, state: _State) -> Floats:
-    """Sequences to the next decision: of a job as `planner.planner.decision_interval` says, but for its doublings."""
+    """Sequences to the next decision: as `planner.decision_times.decision_interval` says, but for its doublings."""
     runs = state.runs
     if runs.first_guess is None:
         return runs.every_samples
@@ -432,8 +432,9 @@ def _try(
 
 
 def _learn_factor(menu: Menu, state: _State, index: Indices, true_phi: Floats) -> None:
-    """What a change of batch teaches of c, by the slopes of the loss before and after it (`planner.critical_batch`):
-    the ratio of the slopes is known as well as the noise of the loss of all sequences on both sides allows."""
+    """What a change of batch teaches of c, by the slopes of the loss before and after it
+    (`planner.critical_batch_factor`): the ratio of the slopes is known as well as the noise of the loss of all
+    sequences on both sides allows."""
     before, after = menu.global_batch[state.current], menu.global_batch[index]
     changed = before != after
     stretch = np.minimum(NEAR * state.samples, state.samples - state.changed_at)

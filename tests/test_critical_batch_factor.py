@@ -8,7 +8,7 @@ import pytest
 from test_planner_decision import START, TABLE, noise, planner
 
 from planner.config import PlannerConfig
-from planner.critical_batch import CriticalBatchFactor, log_likelihood
+from planner.critical_batch_factor import CriticalBatchFactor, log_likelihood
 
 NOISE_SCALE = 20.0
 
