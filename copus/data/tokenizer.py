@@ -116,7 +116,7 @@ def check_spelling(tokenizer: "Tokenizer", path: Path, texts: Iterable[str], eos
     for text in texts:
         sample = text[:left]
         left -= len(sample)
-        total += len(_visible(sample))
+        total += _visible(sample).total()
         decoded = tokenizer.decode(encode(tokenizer, sample, eod)[:-1].tolist())
         lost += _lost(tokenizer, sample, decoded)
         if left == 0:
@@ -131,18 +131,22 @@ def check_spelling(tokenizer: "Tokenizer", path: Path, texts: Iterable[str], eos
 
 def _lost(tokenizer: "Tokenizer", text: str, decoded: str) -> Counter[str]:
     """The characters of a text that are missing from what was decoded."""
-    remaining = Counter(_visible(decoded))
-    lost = Counter(_visible(text)) - remaining
+    remaining = _visible(decoded)
+    lost = _visible(text) - remaining
     if lost and tokenizer.normalizer:
-        normalized = Counter(_visible(tokenizer.normalizer.normalize_str(text))) - remaining
+        normalized = _visible(tokenizer.normalizer.normalize_str(text)) - remaining
         lost = min(lost, normalized, key=Counter.total)
     return lost
 
 
-def _visible(text: str) -> str:
-    """A text in compatible, lower-case characters (NFKC), without white space and control characters."""
+def _visible(text: str) -> Counter[str]:
+    """The compatible, lower-case characters (NFKC) of a text, without white space and control characters."""
     text = unicodedata.normalize("NFKC", text.replace("▁", " ")).casefold()  # "▁" is SentencePiece's space
-    return "".join(character for character in text if not unicodedata.category(character).startswith(("Z", "Cc")))
+    counts = Counter(text)
+    for character in [*counts]:
+        if unicodedata.category(character).startswith(("Z", "Cc")):
+            del counts[character]
+    return counts
 
 
 def encode(tokenizer: "Tokenizer", text: str, eod: int) -> "NDArray[np.int64]":
