@@ -37,6 +37,12 @@ def import_args(words: list[str], overrides: list[str], out: Path | None, *, as_
 def imported_job(words: list[str], overrides: list[str]) -> tuple[ImportedJob, JobConfig]:
     """The job of a command line's words, with `--set` overrides, and checked. Raises JobError."""
     command = _command(words)
+    wanted: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(wanted, override)
+    model = wanted.get("model")
+    if isinstance(model, dict) and "seq_len" in model:  # in which iterations and samples become tokens
+        command.arguments.setdefault("--seq-length", [str(model["seq_len"])])
     for override in overrides:  # the data parallel degree follows from the number of accelerators
         name, _, value = override.partition("=")
         if name in ("cluster.nodes", "cluster.accelerators_per_node") and value.isdigit():
@@ -54,6 +60,8 @@ def imported_job(words: list[str], overrides: list[str]) -> tuple[ImportedJob, J
     model = imported.values.get("model")
     if model is None or (isinstance(model, dict) and not {"layers", "from"} & set(model)):
         raise JobError("the arguments name no model (--num-layers is missing): add --set model.from=NAME")
+    if sections is None and isinstance(model, dict) and "seq_len" not in model:
+        raise JobError("--seq-length is missing, which says how many tokens a sample has: add --set model.seq_len=N")
     if isinstance(model, dict) and "from" not in model and "vocab" not in model:
         raise JobError(
             "neither --vocab-size nor a tokenizer that is here tells the vocabulary: add --set model.vocab=N"

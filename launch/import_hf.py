@@ -9,6 +9,7 @@ import yaml
 
 from copus.backends.registry import BUILT_IN
 from copus.job import JobConfig, JobError, apply_override, parse_job
+from copus.weights.eos_token import eos_token_of
 from copus.weights.source import TOKENIZER, check_source, find_source, tokens_of
 from launch.job_file_output import put_job_file
 from profiles.formatting import count
@@ -55,8 +56,9 @@ def _values(folder: Path) -> dict[str, Any]:
     longest = config.get("max_position_embeddings") or config.get("n_positions") or LONGEST
     data: dict[str, Any] = {"source": "shakespeare"}
     if (folder / TOKENIZER).is_file():
-        tokens_of(folder / TOKENIZER)
         data["tokenizer"] = str(folder / TOKENIZER)
+        if eos_token := eos_token_of(folder, tokens_of(folder / TOKENIZER)):
+            data["eos_token"] = eos_token
     return {
         "name": re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._")[:64] or "tuned",
         "model": {"from": str(folder), "seq_len": max(_SHORTEST_SEQUENCES, min(LONGEST, int(longest)))},

@@ -1,4 +1,4 @@
-"""Conversations packed whole into sequences (`data.packing: best-fit`)."""
+"""Conversations packed whole into sequences (`data.packing: best-fit`), also while layouts change."""
 
 import json
 from pathlib import Path
@@ -7,16 +7,19 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import copus.data.samples as samples
-from copus.backends.step_contract import NOT_COUNTED
+from copus.backends.step_contract import NOT_COUNTED, StepRequest
 from copus.data.packing import best_fit
 from copus.data.prepare import prepare
 from copus.data.samples import Options, SampleReader
 from copus.job import JobError
 from tests.data_text import make_job, prose
+from tests.megatron_jobs import RULES, backend_of, configuration, tiny_job
+from tests.ranks import run_ranks
 
 
 @settings(deadline=None)
@@ -94,6 +97,44 @@ def test_what_was_packed_is_not_packed_again(chat: Path, monkeypatch: pytest.Mon
     again = SampleReader(chat, "train", 64, 40, 5, options=options)
     assert again.samples_per_epoch == first.samples_per_epoch
     assert torch.equal(again.batch(0, 40)[0], first.batch(0, 40)[0])
+
+
+def _train_on_chat(layouts: list[dict[str, int]], folder: Path) -> tuple[list[float], list[list[int]]]:
+    """Losses of two steps in each layout, and the samples that this rank read in each step: the end of the first pass,
+    and the beginning of the second."""
+    job = tiny_job(dist.get_world_size(), layouts[0], {"seq_len": 96, "vocab": 300}, micro_batch=2)
+    options = Options(reset_position_ids=True, reset_attention_mask=True, packs=True)
+    data = job.data.model_copy(update={"reset_position_ids": True, "reset_attention_mask": True})
+    backend = backend_of(job.model_copy(update={"data": data}))
+    reader = SampleReader(folder, "train", 96, 400, 5, options=options)
+    read: list[int] = []
+
+    def batches(first: int, count: int) -> tuple[torch.Tensor, ...]:
+        read.extend(range(first, first + count))
+        return reader.batch(first, count)
+
+    losses, reads = [], []
+    sample = reader.samples_per_epoch - 13
+    for layout in layouts:
+        backend.move(configuration(8, 2, **layout))
+        for _ in range(2):
+            read.clear()
+            losses.append(backend.train_step(batches, StepRequest(sample, RULES)).loss)
+            reads.append([number - sample for number in read])
+            sample += 8
+    return losses, reads
+
+
+@pytest.mark.dist
+def test_a_live_move_neither_skips_nor_repeats_a_packed_conversation(chat: Path) -> None:
+    """From tensor to data parallel between two steps: the samples of every step, and the losses of one rank."""
+    (one, whole), *_ = run_ranks(1, _train_on_chat, [{}, {}], chat)
+    assert [sorted(samples) for samples in whole] == [list(range(8))] * 4
+    (first, of_first), (second, of_second) = run_ranks(2, _train_on_chat, [{"tp": 2}, {"dp": 2}], chat)
+    assert [sorted(samples) for samples in of_first[:2] + of_second[:2]] == [list(range(8))] * 4
+    assert [sorted(a + b) for a, b in zip(of_first[2:], of_second[2:], strict=True)] == [list(range(8))] * 2
+    assert first == second == pytest.approx(one, rel=1e-4)
+    assert len(set(one)) == 4
 
 
 def test_packing_is_for_conversations(tmp_path: Path) -> None:

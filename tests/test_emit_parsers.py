@@ -7,7 +7,9 @@ read from its source.
 
 import contextlib
 import importlib
+import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -15,13 +17,15 @@ import shlex
 import subprocess
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
+import yaml
 
 from copus.job import JobConfig, parse_job
 from launch.emit import written
@@ -109,16 +113,41 @@ def read_by_accelerate(text: str) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     Path("accelerate.yaml").write_text(text)
-    load_config_from_file("accelerate.yaml")
-    _validate_launch_command(launch_command_parser().parse_args(["--config_file", "accelerate.yaml", "train.py"]))
+    load_config_from_file("accelerate.yaml")  # which refuses keys that it does not have, but not inside of a section
+    parser = launch_command_parser()
+    sections = (section for section in yaml.safe_load(text).values() if isinstance(section, dict))
+    _check_names(itertools.chain.from_iterable(sections), (action.dest for action in parser._actions))
+    _validate_launch_command(parser.parse_args(["--config_file", "accelerate.yaml", "train.py"]))
+
+
+def _check_names(names: Iterable[str], there: Iterable[str]) -> None:
+    """Raise NameError for names that are not there."""
+    if unknown := set(names) - set(there):
+        raise NameError(f"no such settings: {sorted(unknown)}")
 
 
 def read_by_deepspeed(text: str) -> None:
     """As `deepspeed.initialize` reads it on all ranks."""
     import deepspeed.comm
+    from deepspeed.runtime import constants, lr_schedules
     from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    values = json.loads(text)
+    values = json.loads(text)  # what it has no name for, it passes over
+    sections = {
+        "bf16": DeepSpeedBF16Config,
+        "zero_optimization": DeepSpeedZeroConfig,
+        "tensor_parallel": TPTrainingConfig,
+    }
+    _check_names(values.keys() - sections, (name for name in vars(constants).values() if isinstance(name, str)))
+    for name, model in sections.items():
+        fields = model.model_fields
+        _check_names(values.get(name, {}), itertools.chain(fields, (str(field.alias) for field in fields.values())))
+    scheduler = values["scheduler"]
+    _check_names(scheduler["params"], inspect.signature(getattr(lr_schedules, scheduler["type"])).parameters)
+    _check_names(values["optimizer"]["params"], inspect.signature(torch.optim.AdamW).parameters)
     replicas = RANKS // values.get("tensor_parallel", {}).get("autotp_size", 1)
     deepspeed.comm.get_rank = lambda *arguments: 0
     DeepSpeedConfig(
@@ -136,8 +165,6 @@ def read_by_torchtitan(text: str) -> None:
 
 def read_by_megatron(text: str) -> None:
     """As `pretrain_gpt.py` reads its arguments, on a GPU of Hopper's kind."""
-    import torch
-
     torch.cuda.get_device_capability = lambda *arguments: (9, 0)  # type: ignore[assignment]
     torch.cuda.get_device_properties = lambda *arguments: SimpleNamespace(major=9, minor=0)  # type: ignore[assignment]
     if sys.version_info < (3, 12):  # 0.18 is for Python 3.12

@@ -1,13 +1,15 @@
 """What is wrong with a folder of weights is said in one line, before anything starts, and nothing half made is left."""
 
 import json
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -252,12 +254,15 @@ def test_text_without_a_tokenizer_gets_that_of_the_weights(whole: Path, tmp_path
     said: list[str] = []
     job = with_tokenizer(_job(whole, whole), said.append)
     assert job.data.tokenizer == whole / "tokenizer.json"
-    assert said == [f"data.tokenizer: {whole}/tokenizer.json, that of training.init_from"]
+    assert said == [
+        f"data.tokenizer: {whole}/tokenizer.json, that of training.init_from",
+        f"data.eos_token: a, that of {whole}",
+    ]
     assert with_tokenizer(job, said.append) == job
     (tmp_path / "tokens.idx").touch()
     tokenized = _job(whole, whole, source=str(tmp_path / "tokens"))
     assert with_tokenizer(tokenized, said.append) == tokenized
-    assert len(said) == 1
+    assert len(said) == 2
     resumed = settled(_job(whole, whole), before=job)
     assert resumed.data.tokenizer == job.data.tokenizer, "the folder may be gone by then"
 
@@ -446,6 +451,57 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_made(
         exporting.export(run, job, checkpoint, target, "hf", "fp32")
     assert list(target.parent.iterdir()) == [target]
     assert list(target.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 MiB in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a file system takes root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("to", get_args(exporting.Format))
+def test_an_export_onto_a_disk_that_is_full_or_becomes_so_leaves_nothing(
+    to: exporting.Format, whole: Path, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The errors are those of a real file system."""
+    job, target = _job(whole, whole), small_disk / "out"
+    checkpoint = _make_run(tmp_path / "run", job)
+    filling, read = tmp_path / "disk" / "another's", trained.TrainedWeights.read
+
+    def fill_and_read(*arguments: Any) -> Any:
+        if not filling.exists():
+            with open(filling, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free)
+        return read(*arguments)
+
+    monkeypatch.setattr(trained.TrainedWeights, "read", fill_and_read)
+    with pytest.raises(JobError, match=r"^\S+: No space left on device$"):
+        exporting.export(tmp_path / "run", job, checkpoint, target, to, "fp32")
+    assert list(small_disk.iterdir()) == [filling]
+    with pytest.raises(JobError, match=r"its disk has room for 0 MiB$"):
+        exporting.export(tmp_path / "run", job, checkpoint, target, to, "fp32")
+    assert list(small_disk.iterdir()) == [filling]
+
+
+@pytest.mark.parametrize("to", get_args(exporting.Format))
+def test_an_export_that_may_not_write_so_much_leaves_nothing(to: exporting.Format, whole: Path, tmp_path: Path) -> None:
+    job, target = _job(whole, whole), tmp_path / "out" / "model"
+    checkpoint = _make_run(tmp_path / "run", job)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(JobError, match=r"^\S+: File too large$"):
+            exporting.export(tmp_path / "run", job, checkpoint, target, to, "fp32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(target.parent.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -285,6 +285,17 @@ def test_what_the_arguments_do_not_say_can_be_set() -> None:
     assert job_of("--micro-batch-size", "2", sets=("model={from: llama-3.2-1b, seq_len: 512}",)).model.layers == 16
 
 
+def test_samples_have_the_length_that_is_set_where_no_argument_says_it() -> None:
+    words = ["--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "100"]
+    sets = ["model.from=llama-3.2-1b", "cluster.accelerators_per_node=1"]
+    imported, job = imported_job(words, [*sets, "model.seq_len=4096"])
+    assert (job.model.seq_len, job.training.tokens) == (4096, 100 * 8 * 4096)
+    assert job_of(*words, sets=(sets[1], "model={from: llama-3.2-1b, seq_len: 512}")).training.tokens == 100 * 8 * 512
+    assert imported.comments["training.tokens"] == "--train-iters 100 × 8 × 4096"
+    with pytest.raises(JobError, match="--seq-length is missing, which says how many tokens a sample has"):
+        imported_job(words, sets)
+
+
 SCRIPT = """#!/bin/bash
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -105,9 +105,10 @@ class MegatronExport:
                     place = _append(file, numbers)
                     saved[field].append(Chunk(box, box, *place))
                     advance(numbers.nbytes)
-            objects = {name: _append(file, _nothing()) for name in self._extra_states()}
+            # None is in a list, since several may have one name
+            objects = {name: _append(file, [None]) for name in self._extra_states()}
         write_index(release, [saved], objects)
-        torch.save({"checkpoint_version": 3.0, "iteration": 0}, release / "common.pt")
+        (release / "common.pt").write_bytes(_saved({"checkpoint_version": 3.0, "iteration": 0}))
         formats = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         formats |= {"common_backend": "torch", "common_backend_version": 1}
         write_text(release / "metadata.json", json.dumps(formats))
@@ -139,17 +140,14 @@ class MegatronExport:
 
 
 def _append(file: IO[bytes], value: Any) -> PlaceInFile:
-    """Append a tensor, or the bytes of an object, and return where it is."""
+    """Append a tensor or an object as torch saves it, and return where it is."""
     offset = file.tell()
-    if isinstance(value, torch.Tensor):
-        torch.save(value, file)
-    else:
-        file.write(value)
+    file.write(_saved(value))
     return _DATA, offset, file.tell() - offset
 
 
-def _nothing() -> bytes:
-    """An object that is None, as Megatron saves it: in a list, since several may have one name."""
+def _saved(value: Any) -> memoryview:
+    """The bytes of what torch saves. It does not write them itself: of a full disk it would make a RuntimeError."""
     buffer = io.BytesIO()
-    torch.save([None], buffer)
-    return buffer.getvalue()
+    torch.save(value, buffer)
+    return buffer.getbuffer()

@@ -15,6 +15,7 @@ from copus.data.prepared import find_prepared
 from copus.job import JobConfig, JobError, load_job
 from copus.manifest import MANIFEST
 from copus.weights import safetensors
+from copus.weights.eos_token import eos_token_of
 from copus.weights.families import Stored, stored_weights, weights_of
 from profiles.huggingface_config import read_config, read_values
 from profiles.model_shape import ModelShape
@@ -108,8 +109,9 @@ def check_source(job: JobConfig, source: Source, notice: Callable[[str], None]) 
 
 
 def with_tokenizer(job: JobConfig, notice: Callable[[str], None]) -> JobConfig:
-    """The job with the tokenizer of the Hugging Face folder that it begins with, if its text has none of its own;
-    `notice` gets a line then. Raises JobError if the weights are not there."""
+    """The job with the tokenizer of the Hugging Face folder that it begins with, and the token that ends a document
+    there, if its text has no tokenizer of its own; `notice` gets a line for what is taken. Raises JobError if the
+    weights are not there."""
     if job.training.init_from is None or job.data.tokenizer is not None or _is_tokenized(job):
         return job
     source = find_source(job.training.init_from)
@@ -117,7 +119,11 @@ def with_tokenizer(job: JobConfig, notice: Callable[[str], None]) -> JobConfig:
     if theirs is None:
         return job
     notice(f"data.tokenizer: {theirs}, that of training.init_from")
-    return job.model_copy(update={"data": job.data.model_copy(update={"tokenizer": theirs})})
+    values: dict[str, Any] = {"tokenizer": theirs}
+    if job.data.eos_token is None and (eos_token := eos_token_of(source.folder, tokens_of(theirs))):
+        notice(f"data.eos_token: {eos_token}, that of {source.folder}")
+        values["eos_token"] = eos_token
+    return job.model_copy(update={"data": job.data.model_copy(update=values)})
 
 
 def _is_tokenized(job: JobConfig) -> bool:
