@@ -159,6 +159,28 @@ def test_a_layer_attends_to_its_window(layer: int, attended: int) -> None:
     torch.testing.assert_close(output[:, 0, 0], torch.tensor(expected))
 
 
+def test_attention_with_values_narrower_than_keys_keeps_no_scores() -> None:
+    tokens, heads, width, value_width = 128, 4, 16, 8
+    config = SimpleNamespace(attention_dropout=0, kv_channels=width, softmax_scale=None, window_size=None)
+    config.window_attn_skip_freq = None
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(tokens, 1, heads, width, generator=generator, requires_grad=True) for _ in range(2))
+    value = torch.randn(tokens, 1, heads, value_width, generator=generator, requires_grad=True)
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = CausalAttention(config, 1)(query, key, value, None)  # type: ignore[arg-type]
+    assert max(kept) < heads * tokens * tokens
+    scores = torch.einsum("sbhw,tbhw->bhst", query, key) / width**0.5
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    expected = torch.einsum("bhst,tbhv->sbhv", scores.masked_fill(hidden, -torch.inf).softmax(-1), value)
+    torch.testing.assert_close(output, expected.reshape(tokens, 1, heads * value_width))
+
+
 def _tour(model: dict[str, Any]) -> tuple[list[str], list[float]]:
     """What was not the same after the state went through all layouts, and the losses of a step in each of them."""
     backend = backend_of(tiny_job(dist.get_world_size(), LAYOUTS[0], model, micro_batch=2, precision="bf16"))

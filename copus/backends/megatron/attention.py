@@ -73,6 +73,9 @@ class CausalAttention(torch.nn.Module):
             options["attn_mask"] = causal_lower_right(queries, keys)
         else:  # torch would make the mask every time
             options["attn_mask"] = _window_mask(queries, keys, keys, query.dtype, query.device)
+        width = value.shape[-1]
+        if width < key.shape[-1]:  # torch's kernels that keep no scores take values as wide as keys
+            value = functional.pad(value, (0, key.shape[-1] - width))
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         options |= {"dropout_p": dropout, "scale": self.scale, "enable_gqa": key.shape[1] != heads}
@@ -81,7 +84,7 @@ class CausalAttention(torch.nn.Module):
                 context = functional.scaled_dot_product_attention(query, key, value, **options)
         else:
             context = functional.scaled_dot_product_attention(query, key, value, **options)
-        return context.permute(2, 0, 1, 3).reshape(queries, batch, heads * value.shape[-1])
+        return context[..., :width].permute(2, 0, 1, 3).reshape(queries, batch, heads * width)
 
 
 class ContextParallelAttention(CausalAttention):
