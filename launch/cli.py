@@ -177,8 +177,8 @@ def data(job: str, overrides: Sequence[str], verify: bool, as_json: bool) -> int
 @click.option(
     "--stack",
     metavar="NAME",
-    help="Predict times as of this software, not as of the backend: megatron-te (with Transformer Engine), megatron, "
-    "megatron-deepspeed, nanotron, fsdp or deepspeed.",
+    help="Predict times, and the memory of its kernels, as of this software, not as of the backend: megatron-te (with "
+    "Transformer Engine), megatron, megatron-deepspeed, nanotron, fsdp or deepspeed.",
 )
 @click.option("--all", "all_candidates", is_flag=True, help="Show every candidate, not only the fastest of each batch.")
 @click.option(

@@ -202,11 +202,19 @@ def test_what_a_recipe_switches_on_is_read_from_its_notes(notes: str, features: 
 
 
 def test_memory_follows_the_recipe() -> None:
-    row = {"notes": "optimizer moments bf16; EP overlap True", "modules": "selective (mla_up_proj, mlp, layernorm)"}
+    row = {
+        "source_id": "lab",
+        "model_name": "m",
+        "notes": "optimizer moments bf16; EP overlap True",
+        "modules": "selective (mla_up_proj, mlp, layernorm)",
+    }
     how = implementation_of(row)
     assert how.optimizer.bytes_of_number == 2
     assert how.recomputed_modules == ("latent", "norms")
-    assert implementation_of({"modules": "none"}).optimizer.bytes_of_number == 4
+    assert how.fp32_gradients
+    bridge = {"source_id": "megatron-bridge", "model_name": "Qwen3", "modules": "none"}
+    assert implementation_of(bridge).optimizer.bytes_of_number == 4
+    assert not implementation_of(bridge).fp32_gradients
 
 
 def test_what_differs_between_two_stacks_is_taken_for_theirs(tmp_path: Path) -> None:
