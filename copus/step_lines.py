@@ -29,7 +29,7 @@ class StepLines:
     def _step(self, event: Step) -> str:
         loss = "not finite" if event.loss is None else f"{event.loss:.4f}"
         norm = "not finite" if event.grad_norm is None else f"{event.grad_norm:.3g}"
-        parts = [f"step {event.step}: loss {loss}", f"gradient norm {norm}", f"lr {event.lr:.3g}"]
+        parts = [f"step {event.step}: loss {loss}", f"gradient norm {norm}", f"lr {event.lr:.2e}"]
         if event.expert_imbalance is not None:
             parts.append(f"busiest expert {event.expert_imbalance:.2f} of the mean")
         if event.dropped_share:

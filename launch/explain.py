@@ -369,10 +369,10 @@ def facts(run: Path, explanation: Explanation) -> list[tuple[str, str]]:
 
 
 def _factors(decision: Decision) -> str:
-    """`: c = 2 × B_simple, expected to be 1.49 × larger by now`: how φ follows from the noise scale."""
+    """`: 2 · B_simple, 1.49 × larger by now than when it was measured`: how φ follows from the noise scale."""
     value, factor = decision.noise.value, decision.critical_batch_factor
     if value is None:
-        return "" if decision.critical_batch is None else ", by general laws: no noise scale has been measured"
+        return "" if decision.critical_batch is None else ", by published laws: no noise scale has been measured yet"
     if decision.critical_batch is None:
         return ""
     grown = decision.critical_batch / (factor * value)

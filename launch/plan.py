@@ -266,8 +266,8 @@ def fastest_row(row: "Fastest") -> dict[str, str]:
 
 
 def _memory(estimates: "list[CandidateEstimate]") -> dict[str, dict[str, str]]:
-    """Parts of the memory by configuration. Of those that differ in the global batch alone, and do not differ in
-    memory, the first one stands for all."""
+    """Parts of the memory by configuration, without those that are nothing in all of them. Of configurations that
+    differ in the global batch alone, and do not differ in memory, the first one stands for all."""
     rows: dict[str, dict[str, str]] = {}
     seen = set()
     for candidate in estimates:
@@ -285,7 +285,8 @@ def _memory(estimates: "list[CandidateEstimate]") -> dict[str, dict[str, str]]:
             "80 %": _gib_range(candidate),
             "stage": candidate.peak.stage,
         }
-    return rows
+    nothing = [name for name in next(iter(rows.values())) if all(parts[name] == "0.00" for parts in rows.values())]
+    return {label: {name: part for name, part in parts.items() if name not in nothing} for label, parts in rows.items()}
 
 
 def _by_noise(noise_range: "NoiseRange") -> dict[str, str]:

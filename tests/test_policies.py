@@ -162,6 +162,15 @@ def test_an_estimate_that_swings_within_its_interval_does_not_flap():
     assert ours.moves.sum() < greedy.moves.sum() / 10
 
 
+def test_a_reason_says_by_how_much_goodput_is_lower_at_first():
+    """A larger batch may be worth it for the noise that is to come."""
+    current, lower = of(DP2, 1, 64), of(TP2, 1, 64)
+    situation = situation_of(TABLE | {lower: 0.97 * TABLE[current]}, current, 1000.0)
+    saved = np.zeros((1, len(TABLE)))
+    reason = Goodput().reason(situation, Choice(np.array([list(TABLE).index(lower)]), saved))
+    assert reason.startswith("goodput of TP2·PP1·DP1 B64 m1 is 3 % below the current, ")
+
+
 def test_trying_what_never_ran_pays_when_it_may_be_much_faster():
     sure = [0.0] * len(TABLE)
     current = of(DP2, 1, 64)

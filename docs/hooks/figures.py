@@ -204,8 +204,8 @@ BENCHMARKS = "docs/benchmarks.md"
 CLAIMS = (
     Claim(
         "demos",
-        "Five times in a row it made {least} to {most} times the progress of the configuration in its job file, "
-        "and {better} to {worse} % less than the best fixed one",
+        "made {least} to {most} times the progress of the configuration in the job file, and {better} to {worse} % "
+        "less than the best fixed configuration",
         ("README.md",),
         _demos,
     ),

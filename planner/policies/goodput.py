@@ -125,7 +125,7 @@ class Goodput:
         paid = f" net of the {duration(cost)} move" if cost else ""
         surely = float(choice.saved_seconds[0, index])
         waiting = f"; waiting for the next decision would lose {duration(surely)}" if surely >= 0.1 else ""
-        above = f"goodput of {label} is {percent(gain)} above the current"
+        above = f"goodput of {label} is {percent(abs(gain))} {'above' if gain >= 0 else 'below'} the current"
         # The best of a stretch may be worse than the current one by the end: the job will have moved on before.
         use = f"saves {saved} at equal loss" if ahead.saved_expected[index] > 0 else "is better for now"
         said = f"{above}, which {use}{paid}{waiting}"
