@@ -47,6 +47,11 @@ FULL: dict[str, dict[str, Any]] = {
     "SGD, bf16 weights alone": LEAN | {"optimizer": {"kind": "sgd"}},
 }
 """Settings of full training by its name; bf16 with fp32 masters unless it says otherwise."""
+IN_BACKWARD = {
+    f"{case}, in the backward pass": FULL[case] | {"optimizer_in_backward": True, "clip_grad": 0}
+    for case in ("Adafactor, bf16 weights alone", "SGD, bf16 weights alone")
+}
+"""What the fsdp backend alone has: `training.optimizer_in_backward`."""
 LORA: dict[str, Any] = {
     "LoRA, queries and values": ["q_proj", "v_proj"],
     "LoRA, all matrices in layers": "all-linear",
@@ -87,7 +92,7 @@ def measure(case: str, model: dict[str, Any], backend: str, steps: int) -> dict[
     if case in LORA:
         return peak_of(lora(LORA[case], RANK, job_of({}, model)), steps)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return peak_of(full(job_of(FULL[case], model, backend)), steps)
+    return peak_of(full(job_of((FULL | IN_BACKWARD)[case], model, backend)), steps)
 
 
 def run(model: dict[str, Any], backend: str, steps: int, console: Console) -> dict[str, Any]:
@@ -95,8 +100,8 @@ def run(model: dict[str, Any], backend: str, steps: int, console: Console) -> di
     has_peft = importlib.util.find_spec("peft") is not None
     if not has_peft:
         console.print("LoRA is left out: `pip install peft` brings it")
-    rows = []
-    for case in (*FULL, *(LORA if has_peft else ())):
+    rows, settings = [], FULL | (IN_BACKWARD if backend == "fsdp" else {})
+    for case in (*settings, *(LORA if has_peft else ())):
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.small_batch_memory", "--case", case]
         command += ["--model", json.dumps(model), "--backend", backend, "--steps", str(steps)]
         done = subprocess.run(
@@ -108,8 +113,8 @@ def run(model: dict[str, Any], backend: str, steps: int, console: Console) -> di
         if done.returncode:
             raise SystemExit(f"{case} ended with {done.returncode}:\n{done.stderr[-3000:]}")
         row = {"case": case, **json.loads(done.stdout.splitlines()[-1])}
-        if case in FULL:
-            row["predicted_bytes"] = predicted_bytes(job_of(FULL[case], model, backend))
+        if case in settings:
+            row["predicted_bytes"] = predicted_bytes(job_of(settings[case], model, backend))
             predicted = sum(row["predicted_bytes"].values())
             row["error_pct"] = 100 * (predicted / row["allocated_bytes"] - 1)
         rows.append(row)
@@ -148,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=["fsdp", "megatron"], default="fsdp", help="of full training")
     parser.add_argument("--steps", type=int, default=3, help="of each case")
     parser.add_argument("--quick", action="store_true", help="a model of 0.4 M parameters")
-    parser.add_argument("--case", choices=[*FULL, *LORA], help="run this case alone, in this process")
+    parser.add_argument("--case", choices=[*FULL, *IN_BACKWARD, *LORA], help="run this case alone, in this process")
     parser.add_argument("--model", type=json.loads, default=MODEL, help="JSON object, as in a job file")
     options = parser.parse_args(arguments)
     model = SMALL_MODEL if options.quick else options.model

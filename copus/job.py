@@ -152,7 +152,7 @@ WSD_DECAY_SHARE = 0.2
 """Share of the run over which `wsd` decays, unless `training.decay_tokens` says more: as in 2405.18392."""
 
 STEP_SETTINGS = (
-    *("overlap_grad_reduce", "dropout", "compile", "expert_dispatch"),
+    *("overlap_grad_reduce", "dropout", "compile", "expert_dispatch", "optimizer_in_backward"),
     *("transformer-engine", "without_masters", "sgd", "adafactor", "muon", "signum"),
 )
 """Settings of a training that change the time of its steps and are no part of a configuration, and optimizers other
@@ -217,6 +217,11 @@ class TrainingConfig(Record):
     """B_ref in κ = B / B_ref; None means `global_batch`."""
     optimizer: Optimizer = AdamW()
     """The optimizer, and how its values follow the batch."""
+    optimizer_in_backward: bool = False
+    """Update every weight in the backward pass, as soon as its gradient is there, and free the gradient (optimizer in
+    backward, 2306.09782). Only `fsdp` on one accelerator at `global_batch: 1`, with `clip_grad: 0` and
+    `planner.policy: static`: anything else needs all gradients at once. A step that fails on the way, or whose gradient
+    is not finite, keeps the updates that it has made."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
     overlap_grad_reduce: bool = False
@@ -317,7 +322,8 @@ class TrainingConfig(Record):
         how = backend.implementation(dropout=self.dropout > 0)
         state = self.optimizer.state(masters=not self.without_masters)
         fp32_gradients = how.fp32_gradients and (backend.has_fp32_gradients or not self.without_masters)
-        return how.model_copy(update={"optimizer": state, "fp32_gradients": fp32_gradients})
+        kept = {"optimizer": state, "fp32_gradients": fp32_gradients}
+        return how.model_copy(update=kept | {"optimizer_in_backward": self.optimizer_in_backward})
 
 
 class LaunchConfig(Record):
@@ -442,7 +448,22 @@ class JobConfig(Record):
         if training.min_lr > training.lr and training.decay != "constant":
             raise ValueError(f"training.min_lr({training.min_lr:g}) is larger than training.lr({training.lr:g})")
         training.check_decay()
+        self._check_optimizer_in_backward()
         return self
+
+    def _check_optimizer_in_backward(self) -> None:
+        if not self.training.optimizer_in_backward:
+            return
+        accelerators = self.cluster.accelerators
+        for name, value, only, why in (
+            ("cluster.nodes × accelerators_per_node", accelerators, 1, "several would exchange gradients"),
+            ("training.global_batch", self.training.global_batch, 1, "noise is measured, or gradients accumulated"),
+            ("training.clip_grad", self.training.clip_grad, 0, "the norm of the whole gradient is known too late"),
+            ("planner.policy", self.planner.policy, "static", "other policies change the batch"),
+        ):
+            if value != only:
+                said = f"{value:g}" if isinstance(value, float) else value
+                raise ValueError(f"training.optimizer_in_backward(true) needs {name}({only}), not {said}: {why}")
 
     def _check_layout(self, layout: Layout) -> None:
         layout.check(self.model, self.cluster)

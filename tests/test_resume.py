@@ -38,6 +38,7 @@ FOLLOWED = {
     *("training.warmup_tokens", "training.decay", "training.decay_tokens", "training.decay_shape"),
     *("training.backend", "training.precision", "training.optimizer", "training.overlap_grad_reduce"),
     *("training.compile", "training.master_weights", "training.expert_dispatch", "training.kernels"),
+    "training.optimizer_in_backward",
     *("training.reference_batch", "training.clip_grad", "training.dropout", "training.evaluate_every_tokens"),
     *("training.evaluate_sequences", "training.checkpoint_every_tokens", "training.checkpoint_every_minutes"),
     *("training.async_checkpoints",),

@@ -123,7 +123,8 @@ class Backend(ABC):
         """Run the forward and backward passes, reduce the gradients, and return this rank's shares of the step's
         figures.
 
-        Changes no weight, so that a step on trial can be undone until every rank has finished it.
+        Changes no weight, so that a step on trial can be undone until every rank has finished it; but with
+        `training.optimizer_in_backward`.
         """
 
     @abstractmethod
@@ -164,8 +165,7 @@ class Backend(ABC):
             loss, grad_sq, stop, writing, save, counted, *totals = message.tolist()
             if trial is not None:
                 trial.commit()
-            # Backends divide by all labels, whether they count or not. Everything that follows is linear in that.
-            factor = (1 / counted if counted else math.nan) if masked else 1.0
+            factor = self._label_factor(counted)
             skipped = not math.isfinite(grad_sq * factor**2)
             if not skipped:
                 self.update_weights(request.rules, self._clipping(grad_sq * factor**2) * factor)
@@ -201,6 +201,13 @@ class Backend(ABC):
             return 0.0
         labels = batches(first_sample + first, last - first)[1]
         return int((labels != NOT_COUNTED).sum()) / (sequences * labels.shape[1])
+
+    def _label_factor(self, counted: float) -> float:
+        """Backends divide by all labels, whether they count or not. This factor makes losses and gradients means over
+        those that count, which are the share `counted` of all."""
+        if not self._job.data.masks_labels:
+            return 1.0
+        return 1 / counted if counted else math.nan
 
     def _clipping(self, grad_sq: float) -> float:
         """The factor that makes the norm of the gradient at most `training.clip_grad`."""

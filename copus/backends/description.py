@@ -52,6 +52,8 @@ class BackendDescription(BackendTraits, ABC):
     """Values of `planner.noise_metric` that it can measure."""
     compiles: ClassVar[bool] = False
     """Whether it has `training.compile`."""
+    updates_in_backward: ClassVar[bool] = False
+    """Whether it has `training.optimizer_in_backward`."""
     reads_documents: ClassVar[bool] = False
     """Whether it heeds what `Batches` say beside tokens: labels that do not count, positions and documents."""
     extra: ClassVar[str | None] = None
@@ -98,6 +100,8 @@ class BackendDescription(BackendTraits, ABC):
         self.check_precision(training.layout, training.precision)
         if training.compile and not self.compiles:
             raise ValueError("compile(true) is not supported by this backend: only fsdp compiles its layers")
+        if training.optimizer_in_backward and not self.updates_in_backward:
+            raise ValueError("optimizer_in_backward(true) is not supported by this backend: only fsdp has it")
         if training.without_masters and not self.trains_without_masters:
             raise ValueError("master_weights(none) is not supported by this backend: it keeps fp32 copies")
         if training.without_masters and training.precision != "bf16":

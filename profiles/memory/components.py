@@ -1,10 +1,11 @@
 """The parts of a rank's peak memory, by formula alone."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from profiles.configurations import Configurations
 from profiles.memory.activations import head_bytes, layer_activations, layers_in_flight, loss_bytes, rank_tokens
-from profiles.memory.gathered import Passing, Units, fsdp_moments
+from profiles.memory.gathered import Passing, Units, fsdp_moments, in_backward_moments
 from profiles.memory.implementation import Implementation
 from profiles.memory.parameters import Floats, Stage, Weights, embedding_weights, largest_layer, stage_weights
 from profiles.model_shape import ModelShape
@@ -71,17 +72,22 @@ def stage_components(
     on_device = np.where(c.offload_optimizer, 0, 1)
     layer = layer_activations(model, c, element, how)
     head = (c.pp == 1) | (stage == "last")
+    layer_update, root_update = (on_device * update for update in _update_bytes(model, c, how))
     passing = Passing(
         activations=layer.kept * layers_in_flight(model, c, how, stage),
         logits=np.where(head, head_bytes(model, c, element) + loss_bytes(model, c, element, how), 0),
         working=layer.recomputed + layer.passing,
-        update=on_device * _update_bytes(model, c, how),
+        update=np.maximum(layer_update, root_update),
+        layer_update=layer_update,
     )
     if how.weights == "gathered":
         table = embedding_weights(model, c)
         root = weights.embeddings + model.norm_vectors * model.hidden
         units = Units(weights.dense + weights.experts - root, largest_layer(model, c), root, table)
         moments = fsdp_moments(c, units, passing, element, gradient, model.layers)
+        if how.optimizer_in_backward:
+            other = in_backward_moments(units, passing, element, gradient, model.layers)
+            moments = [*_of_rows(c.global_batch > 1, moments), *_of_rows(c.global_batch == 1, other)]
     else:
         state = {"weights": element * share(3), "gradients": on_device * gradient * share(2)}
         moments = [state | part for part in _kept_moments(model, c, how, element, weights, passing)]
@@ -92,6 +98,11 @@ def stage_components(
     fullest = np.stack([np.add.reduce(list(moment.values())) for moment in moments]).argmax(axis=0)
     rows = np.arange(len(c))
     return {name: np.stack([moment[name] for moment in moments])[fullest, rows] for name in COMPONENTS}
+
+
+def _of_rows(rows: NDArray[np.bool_], moments: list[dict[str, Floats]]) -> list[dict[str, Floats]]:
+    """Moments that only some configurations have."""
+    return [{name: np.where(rows, part, 0) for name, part in moment.items()} for moment in moments]
 
 
 def _kept_moments(
@@ -126,8 +137,8 @@ def _kept_moments(
     return [backward, update] if np.any(passing.update) else [backward]
 
 
-def _update_bytes(model: ModelShape, c: Configurations, how: Implementation) -> Floats:
-    """What the update makes of the largest weight that a rank holds, and frees again."""
+def _update_bytes(model: ModelShape, c: Configurations, how: Implementation) -> tuple[Floats, Floats]:
+    """What the update makes of the largest weight of a rank, and frees again: inside the layers, and outside."""
     state = how.optimizer
     sharers = np.where(c.zero >= 1, c.dp * c.cp // c.dp_replicate, 1)
     widest = max(model.ffn_hidden, model.shared_expert_hidden)
@@ -135,8 +146,11 @@ def _update_bytes(model: ModelShape, c: Configurations, how: Implementation) -> 
     matrix = joint * model.hidden * widest / c.tp / sharers
     table = embedding_weights(model, c) / sharers
     copies = 0 if state.masters else 1 if how.fp32_gradients else 2
-    update = 4 * np.maximum((copies + state.scratch_of_matrices) * matrix, (copies + state.scratch_of_others) * table)
-    if state.masters:
-        return update
-    rounded = np.minimum(np.maximum(matrix / joint, table), ROUNDED_AT_ONCE)
-    return np.maximum(update, 4 * np.maximum(matrix, table) + ROUNDING_BYTES * rounded)
+
+    def of(weight: Floats, scratch: float, parts: int) -> Floats:
+        update = 4 * (copies + scratch) * weight
+        if state.masters:
+            return update
+        return np.maximum(update, 4 * weight + ROUNDING_BYTES * np.minimum(weight / parts, ROUNDED_AT_ONCE))
+
+    return of(matrix, state.scratch_of_matrices, joint), of(table, state.scratch_of_others, 1)

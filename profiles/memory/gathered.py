@@ -42,7 +42,9 @@ class Passing(NamedTuple):
     working: Floats
     """Beside gradients of weights, while a layer's backward pass runs."""
     update: Floats
-    """While the optimizer makes its step."""
+    """While the optimizer updates the largest weight."""
+    layer_update: Floats
+    """While it updates the largest weight inside the layers."""
 
 
 def fsdp_moments(
@@ -113,4 +115,49 @@ def fsdp_moments(
         moment(units.layers, units.root, element * units.root + buffer),
         moment(units.layers, nothing, reduction(units.root)),
         update,
+    ]
+
+
+def in_backward_moments(
+    units: Units, passing: Passing, element: int, gradient: int, layers: int
+) -> list[dict[str, Floats]]:
+    """The same for one rank whose optimizer is in the backward pass: a unit is updated and its gradients go as soon as
+    they are reduced, which here is a copy in the precision of the model. Copies of one layer are there at a time. The
+    loss; the backward pass of the first layer and of the second, each with what follows it; the root."""
+    nothing = np.zeros_like(units.root)
+
+    def moment(gathered: Floats, gradients: Floats, buffers: Floats, **others: Floats) -> dict[str, Floats]:
+        own = {"weights": element * gathered, "gradients": gradients, "communication": buffers}
+        return {"activations": nothing, "logits": nothing, "working": nothing} | own | others
+
+    def updated(unit: Floats, update: Floats, **others: Floats) -> list[dict[str, Floats]]:
+        """The reduction of a unit from one buffer into another, and its update, during which the first one stays."""
+        cast = gradient * (gradient != element)
+        gathered, waiting = others.pop("gathered", nothing), others.pop("waiting", nothing)
+        return [
+            moment(gathered, waiting, (2 * element + cast) * unit, **others),
+            moment(gathered, waiting + gradient * unit, element * unit, working=update, **others),
+        ]
+
+    def backward(left: float, buffer: Floats) -> list[dict[str, Floats]]:
+        """Of a layer; `left` is the share of the layers that are left, this one included."""
+        output, kept = element * units.output, left * passing.activations
+        after = (left - 1 / layers) * passing.activations
+        return [
+            moment(
+                units.root + units.layer,
+                output + element * units.layer,
+                buffer,
+                activations=kept,
+                working=passing.working,
+            ),
+            *updated(units.layer, passing.layer_update, gathered=units.root, waiting=output, activations=after),
+        ]
+
+    return [
+        moment(units.root, nothing, nothing, activations=passing.activations, logits=passing.logits),
+        *backward(1.0, nothing),
+        *(backward(1 - 1 / layers, element * units.layer) if layers > 1 else ()),
+        moment(units.root, element * units.root, element * units.layer),
+        *updated(units.root, passing.update),
     ]

@@ -56,6 +56,9 @@ class Implementation(Record):
     so that the last stage has fewer and the others more."""
     optimizer: OptimizerState = OptimizerState()
     """What the job's optimizer keeps of the weights."""
+    optimizer_in_backward: bool = False
+    """Whether steps of one sequence update each weight in the backward pass and free its gradient at once. Only where
+    weights are gathered."""
     fragmentation: float = Field(default=0.1, ge=0, lt=1)
     """Share of activations and buffers that the allocator adds: blocks are rounded up, and freed ones do not fit."""
 

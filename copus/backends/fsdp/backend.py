@@ -10,6 +10,7 @@ import torch.distributed as dist
 from copus.backends.base import Backend
 from copus.backends.fsdp import step
 from copus.backends.fsdp.built import BuiltModel, ShardedParameter, sharded_parameters
+from copus.backends.fsdp.in_backward import BackwardUpdates
 from copus.backends.fsdp.mesh import Meshes
 from copus.backends.fsdp.model import build_model, initialize, parameter_shapes
 from copus.backends.fsdp.part_norms import FsdpPartNorms
@@ -64,6 +65,8 @@ class FsdpBackend(Backend):
         held = {sharded.main: sharded.held for sharded in updated}
         built.optimizer = make_optimizer(training, groups, held)
         built.part_norms = FsdpPartNorms(built)
+        if training.optimizer_in_backward:
+            built.backward_updates = BackwardUpdates(built)
 
     def release(self) -> None:
         """Let go of model and optimizer; the groups stay for later."""
@@ -107,9 +110,19 @@ class FsdpBackend(Backend):
         assert self.built.optimizer is not None, "it is built"
         count_steps(self.built.optimizer, steps)
 
+    @property
+    def _updates_in_backward(self) -> bool:
+        """Whether steps update weights in the backward pass. Larger batches are only ever measured in such a job."""
+        return self.built.backward_updates is not None and self.configuration.global_batch == 1
+
     def compute_gradients(self, batches: Batches, request: StepRequest) -> StepShares:
         """Run the forward and backward passes, and return this rank's shares of the step's figures."""
         configuration = self.executed_configuration(request.noise_source)
+        if self._updates_in_backward:
+            options = step_options(self._job.training, request.rules, self._optimizer_steps)
+            masked = self._job.data.masks_labels
+            counted = self._count_labels(batches, request.first_sample, 1) if masked else 1.0
+            self.built.backward_updates.start(options, self._label_factor(counted))
         return step.compute_gradients(self.built, configuration, batches, request)
 
     def read_parts(self, totals: np.ndarray, grad_sq: float) -> tuple[Parts | None, Parts | None]:
@@ -118,7 +131,9 @@ class FsdpBackend(Backend):
         return parts
 
     def update_weights(self, rules: StepRules, scale: float) -> None:
-        """Clip the gradients and let the optimizer make its step."""
+        """Clip the gradients and let the optimizer make its step, unless the backward pass has."""
+        if self._updates_in_backward:
+            return
         options = step_options(self._job.training, rules, self._optimizer_steps)
         step.update_weights(self.built, options, scale)
 

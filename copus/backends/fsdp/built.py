@@ -64,6 +64,8 @@ class BuiltModel:
     """The job's optimizer over the local tensors."""
     part_norms: Any = None
     """What the noise is measured with: a `PartNorms`."""
+    backward_updates: Any = None
+    """What updates weights in the backward pass, a `BackwardUpdates`; None if that comes after it."""
 
     @property
     def tp_rank(self) -> int:
@@ -80,10 +82,18 @@ class BuiltModel:
         """The modules whose weights are gathered and reduced together: every layer, and what is outside of them."""
         return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
 
+    def set_options(self, options: dict[str, Any]) -> None:
+        """Give the optimizer the values of a step."""
+        assert self.optimizer is not None, "it is built"
+        for group in self.optimizer.param_groups:
+            group.update(options)
+            group["weight_decay"] *= group["decays"]
+
     def release(self) -> None:
         """Let go of the memory, also where hooks and autograd's graph keep tensors alive in a circle."""
-        if self.part_norms is not None:
-            self.part_norms.close()
+        for hooked in (self.part_norms, self.backward_updates):
+            if hooked is not None:
+                hooked.close()
         if self.optimizer is not None:
             self.optimizer.state.clear()
             self.optimizer.param_groups.clear()

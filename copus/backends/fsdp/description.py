@@ -37,6 +37,7 @@ class FsdpDescription(HuggingFaceDescription):
     least_torch = (2, 13)  # for FSDP2's record of its gathered weights, which is not public
     noise_metrics = ("plain",)
     compiles = True
+    updates_in_backward = True
 
     def check_training(self, training: "TrainingConfig") -> None:
         """Raise ValueError for a setting that it does not have."""

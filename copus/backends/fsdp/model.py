@@ -34,13 +34,17 @@ def build_model(job: JobConfig, layout: Layout, mesh: DeviceMesh, device: torch.
     model = build_causal_lm(shape, dtype, torch.device("meta"), None, layout.recompute, training.compile)
     if layout.tp > 1:
         _cut_matrices(model, mesh[TENSOR])
-    # Without `reshard_after_forward` a layer's weights stay gathered until its backward pass: ZeRO-1 and 2.
+    lean = training.optimizer_in_backward
+    # Without `reshard_after_forward` a layer's weights stay gathered until its backward pass: ZeRO-1 and 2. Gradients
+    # are reduced in fp32, but of one rank, whose bf16 gradients would only be copied, to and fro.
     options: dict[str, Any] = {
         "mesh": mesh[REPLICATE, SHARD] if mesh[REPLICATE].size() > 1 else mesh[SHARD],
-        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if training.precision == "bf16" else None, torch.float32),
+        "mp_policy": MixedPrecisionPolicy(
+            torch.bfloat16 if training.precision == "bf16" else None, None if lean else torch.float32
+        ),
     }
     for layer in model.model.layers:
-        fully_shard(layer, reshard_after_forward=layout.zero == 3, **options)
+        fully_shard(layer, reshard_after_forward=layout.zero == 3 or lean, **options)
     fully_shard(model, reshard_after_forward=False, **options)  # embeddings, last norm and output layer
     model.to_empty(device=device)
     model.tie_weights()

@@ -33,9 +33,10 @@ def compute_gradients(
             built.part_norms.begin_backward(index)
             (loss / count).backward()
         losses.append(loss.detach())
-    return StepShares(
-        _loss_share(built, configuration, losses), grad_sq_share(built), built.part_norms.contribution(built.device)
-    )
+    grad_sq = built.backward_updates.finish() if built.backward_updates is not None else None
+    if grad_sq is None:
+        grad_sq = grad_sq_share(built)
+    return StepShares(_loss_share(built, configuration, losses), grad_sq, built.part_norms.contribution(built.device))
 
 
 def _communicate(built: BuiltModel, is_last: bool) -> None:
@@ -61,9 +62,7 @@ def update_weights(built: BuiltModel, options: dict[str, Any], scale: float) -> 
         torch._foreach_mul_(gradients, scale)
     for sharded, gradient in zip(updated, gradients, strict=True):
         sharded.main.grad = gradient
-    for group in optimizer.param_groups:
-        group.update(options)
-        group["weight_decay"] *= group["decays"]
+    built.set_options(options)
     optimizer.step()
     for sharded in updated:
         sharded.parameter.grad = sharded.main.grad = None
