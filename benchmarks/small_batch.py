@@ -1,9 +1,10 @@
 """Do small batches train as well as large ones, and as easily? The three findings of 2507.07101, on a small Llama.
 
-    python -m benchmarks.small_batch [--batches 1,4,16,64,256] [--seeds 3] [--other-seeds N] [--tokens N] [--out DIR]
-        [--plot FILE] [--judge] [--quick] [--json]
+    python -m benchmarks.small_batch [--batches 1,4,16,64,256] [--seeds 3] [--other-seeds N] [--tokens N] [--job FILE]
+        [--out DIR] [--plot FILE] [--judge] [--quick] [--json]
 
-Every cell trains the model of benchmarks/small_batch.yaml on the same number of tokens, from the same weights for a
+Every cell trains the model of benchmarks/small_batch.yaml (or of --job: benchmarks/small_batch_long.yaml has the
+proportions of the paper's own runs) on the same number of tokens, from the same weights for a
 seed, with one batch, optimizer, β2 rule and peak learning rate, and evaluates it on held-out sequences. `fixed` keeps
 β2 as it is at the batch of 8, `half-life` keeps its half-life in tokens. The schedule is a warm-up and a linear decay
 to 0, in tokens. Updates are those that jobs make (`copus.backends.optimizers`). Cells that DIR has are not run again.
@@ -136,8 +137,11 @@ class Grid:
             file.write(json.dumps(cell._asdict() | {"loss": str(cell.loss)}) + "\n")
 
     def _train(self, arm: Arm, batch: int, runs: Sequence[tuple[float, int]]) -> list[float]:
-        from benchmarks.small_batch_training import train  # loads torch
+        import torch  # seconds
 
+        from benchmarks.small_batch_training import train
+
+        torch.set_flush_denormal(True)  # squares of weights without gradients decay to such numbers, which are slow
         return train(self.job, OPTIMIZERS.validate_python(arm.optimizer), batch, runs)
 
 
@@ -256,9 +260,11 @@ def verdicts(grid: Grid, batches: Sequence[int], seeds: Sequence[int]) -> list[d
     return found
 
 
-def fill_all(grid: Grid, batches: Sequence[int], seeds: int, other_seeds: int, console: Console) -> None:
+def fill_all(
+    grid: Grid, job_file: Path, batches: Sequence[int], seeds: int, other_seeds: int, console: Console
+) -> None:
     """Train what is missing, what the verdicts need first; what none of them needs for `other_seeds` seeds."""
-    copus_output("data", str(JOB))
+    copus_output("data", str(job_file))
     todo = sorted(
         ((arm, batch) for arm in ARMS for batch in batches), key=lambda cell: _urgency(cell[0], cell[1], batches)
     )
@@ -360,6 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of what the verdicts compare")
     parser.add_argument("--other-seeds", type=int, help="of the rest; as many, unless given")
     parser.add_argument("--tokens", type=int, help="length of every run")
+    parser.add_argument("--job", type=Path, default=JOB, help="what to train; every job needs an --out of its own")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of finished cells")
     parser.add_argument("--judge", action="store_true", help="train nothing: judge what --out has")
     parser.add_argument("--plot", type=Path, help="picture to draw")
@@ -367,13 +374,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options: argparse.Namespace = parser.parse_args(arguments)
     console = console_of(options)
     batches = [4, 16] if options.quick else sorted({int(batch) for batch in options.batches.split(",")})
-    tokens = options.tokens or load_job(JOB).training.tokens // (8 if options.quick else 1)
-    job = load_job(JOB, [f"training.tokens={tokens}", f"training.warmup_tokens={tokens // 20}"])
+    tokens = options.tokens or load_job(options.job).training.tokens // (8 if options.quick else 1)
+    job = load_job(options.job, [f"training.tokens={tokens}", f"training.warmup_tokens={tokens // 20}"])
     grid, seeds = Grid(job, options.out), 1 if options.quick else options.seeds
     if not options.judge:
-        fill_all(
-            grid, batches, seeds, seeds if options.other_seeds is None else min(seeds, options.other_seeds), console
-        )
+        other_seeds = seeds if options.other_seeds is None else min(seeds, options.other_seeds)
+        fill_all(grid, options.job, batches, seeds, other_seeds, console)
     result = result_of(grid, batches, range(seeds))
     if options.plot:
         plot(result, options.plot)
