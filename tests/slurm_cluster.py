@@ -20,6 +20,8 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "sque
 NODES = ("n1", "n2")
 ON_LOOPBACK = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny"
 """Daemons listen on the addresses that they are given, and nowhere else."""
+GPUS = "AutoDetect=off\nName=gpu File=/dev/null\n"
+"""One on each node, as far as Slurm knows."""
 SLURMD_PORT = 6818
 """Slurm's own."""
 LOST_SECONDS = 15
@@ -52,6 +54,7 @@ SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2
 JobRequeue=1
+GresTypes=gpu
 ReturnToService=2
 KillWait=5
 SlurmdTimeout={lost_seconds}
@@ -63,7 +66,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 # A requeued job has to wait for cred_expire (120 s by default) before it starts again: here less.
 REQUEUE_SECONDS = 10
-NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=1 State=UNKNOWN"
+NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=1 Gres=gpu:1 State=UNKNOWN"
 
 
 def install() -> str | None:
@@ -95,6 +98,7 @@ def slurm_cluster(folder: Path, hosts: Hosts | None = None) -> Iterator[dict[str
         settings |= {"address": hosts.address, "listening": "", "lost_seconds": LOST_SECONDS}
     nodes = [NODE.format(name=name, host=host, address=at, port=port) for name, host, at, port in places]
     configuration.write_text(CONFIGURATION.format(**settings, nodes="\n".join(nodes)))
+    (folder / "gres.conf").write_text(GPUS)
     for name in ("state", *(f"spool-{node}" for node, *_ in places)):
         (folder / name).mkdir()
     key = folder / "munge.key"

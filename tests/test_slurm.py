@@ -136,6 +136,16 @@ def test_slurm_takes_the_script_of_a_dry_run(cluster: Cluster) -> None:
     assert not (cluster.folder / "runs").exists()
 
 
+def test_slurm_takes_the_script_of_a_job_on_gpus(cluster: Cluster) -> None:
+    """It asks for the share of a node's CPUs that its GPUs have, which is all of them here: one."""
+    arguments = cluster.job("gpus", 6400)
+    gpus = "cluster={nodes: 2, accelerators_per_node: 1, accelerator: h100-sxm}"
+    script = cluster.copus(*arguments, "--set", gpus, "--dry-run")
+    assert {"#SBATCH --gres=gpu:1", "#SBATCH --cpus-per-task=1"} <= set(script.splitlines())
+    (cluster.folder / "gpus.sh").write_text(script)
+    assert "to start at" in cluster.run(["sbatch", "--test-only", "gpus.sh"])
+
+
 def test_a_refused_job_leaves_nothing(cluster: Cluster) -> None:
     said = cluster.copus(*cluster.job("refused", 6400, partition="nowhere"), exit_code=2)
     assert said.splitlines()[-1].startswith("copus: sbatch: ")

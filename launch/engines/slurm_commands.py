@@ -88,7 +88,7 @@ def cpus_per_gpu(partition: str | None) -> int | None:
         name, cpus, resources = line.split("|", 2)
         gpus = sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", resources)))
         if gpus and (partition is not None or name.endswith("*")):
-            shares.append(int(cpus) // gpus)
+            shares.append(int(cpus.rstrip("+")) // gpus)
     return min(shares, default=0) or None
 
 
