@@ -19,7 +19,7 @@ from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.microbatches import hidden_scores
 from copus.backends.step_contract import StepRequest, StepRules
 from copus.collectives import RankError
-from copus.job import JobConfig
+from copus.job import JobConfig, parse_job
 from tests.megatron_jobs import configuration, random_batches, tiny_job
 from tests.ranks import run_ranks
 
@@ -118,6 +118,45 @@ def test_part_norms_are_those_of_the_parts_alone(on_device) -> None:
     grad_sq, parts, alone = on_device(step_with_parts)
     assert parts == pytest.approx(alone, rel=1e-4)
     assert grad_sq < sum(parts) / len(parts)  # the norm of a mean is below the mean of the norms
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"qk_norm": "head"},
+    "experts": {"experts": 4, "experts_per_token": 2, "expert_hidden": 128, "dense_layers": 1},
+    "latent attention": {
+        **{"kv_heads": 4, "head_dim": 96},
+        "latent_attention": {"query_rank": 64, "kv_rank": 64, "rope_dim": 32, "value_dim": 64},
+    },
+}
+
+
+def losses_of_kernels(device: torch.device, kernels: str, precision: str, model: dict[str, Any]) -> list[float]:
+    wide = {"hidden": 256, "ffn_hidden": 512, "heads": 4, "kv_heads": 2, "head_dim": 64}
+    settings = {"kernels": kernels, "precision": precision, "micro_batch": 2, "global_batch": 8, "tokens": 100_000}
+    job = parse_job(
+        {
+            "name": "kernels",
+            "model": {"layers": 4, "seq_len": 16, "vocab": 250, **wide, **model},
+            "cluster": {"accelerators_per_node": 1, "accelerator": "h100-sxm"},
+            "training": settings,
+        }
+    )
+    return train(built(device, job), 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("model", MODELS)
+def test_transformer_engine_trains_as_kernels_of_torch(nccl: None, model: str, precision: str) -> None:
+    """The real one; what its modules are for Megatron is tested with stand-ins (`test_transformer_engine.py`)."""
+    pytest.importorskip("transformer_engine")
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no FP8")
+    losses = []
+    for kernels, used in (("torch", "bf16"), ("transformer-engine", precision)):
+        losses.append(losses_of_kernels(torch.device("cuda"), kernels, used, MODELS[model]))
+        groups.destroy_groups()
+    assert losses[1] == pytest.approx(losses[0], rel=3e-3 if precision == "bf16" else 2e-2)
 
 
 ROOM = 64 * 2**20
