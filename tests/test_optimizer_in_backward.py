@@ -11,6 +11,8 @@ from copus.backends.step_contract import NOT_COUNTED, StepRequest
 from copus.checkpoints.trainer_state import TrainerState
 from copus.job import JobConfig, JobError, parse_job
 from copus.schedule import rules_at
+from profiles.configurations import Configurations
+from profiles.memory import MemoryModel
 from tests.fsdp_jobs import fsdp_backend_of
 from tests.megatron_jobs import SHAPE, random_batches
 from tests.ranks import run_ranks
@@ -95,3 +97,17 @@ def test_the_memory_model_counts_gradients_of_one_layer() -> None:
     within = predicted_bytes(job_of(IN_BACKWARD[f"{case}, in the backward pass"], MODEL))
     assert within["optimizer"] == after["optimizer"]
     assert sum(within.values()) < 0.8 * sum(after.values())
+
+
+def test_larger_batches_of_such_a_job_are_predicted_with_all_gradients() -> None:
+    """`copus plan` shows them, though the job never runs them."""
+    training = _job(in_backward=True).training
+    batches = Configurations.of([training.configuration.model_copy(update={"global_batch": n}) for n in (1, 2)])
+    within, after = (
+        MemoryModel(training.implementation.model_copy(update={"optimizer_in_backward": flag})).predict(
+            _job(in_backward=True).model, batches, training.precision, coverage=None
+        )
+        for flag in (True, False)
+    )
+    assert within.peak_bytes[0] < after.peak_bytes[0]
+    assert within.peak_bytes[1] == after.peak_bytes[1]

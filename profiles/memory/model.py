@@ -107,7 +107,8 @@ class MemoryModel:
         """What every prediction takes for granted, in words."""
         how, correction = self.implementation, self.correction
         said = [
-            f"{how.attention} attention, {'with' if how.dropout else 'no'} dropout; {how.optimizer.in_words}",
+            f"{how.attention} attention, {'with' if how.dropout else 'no'} dropout; {how.optimizer.in_words}"
+            + ", and is in the backward pass" * how.optimizer_in_backward,
             f"gradients in {'fp32' if how.fp32_gradients else 'the precision of the model'}"
             + (", and again in buckets" if how.gradient_buckets else ""),
             f"{PIPELINE_STAGES[how.stages]}; logits in fp32 for the loss, {how.loss}",
