@@ -439,7 +439,9 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_made(
     job = _job(whole, whole)
     usage = shutil.disk_usage(tmp_path)._replace(free=2**24)
     monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(JobError, match="the weights take 0 MiB, and its disk has room for 16 MiB"):
+    with pytest.raises(
+        JobError, match="the weights take 0 MiB, what is beside them up to 16 MiB, and its disk has room for 16 MiB"
+    ):
         exporting.export(run, job, checkpoint, target, "hf", "fp32")
     monkeypatch.undo()
 

@@ -58,8 +58,8 @@ def export(run: Path, job: JobConfig, checkpoint: Path, folder: Path, to: Format
         free = shutil.disk_usage(folder.parent).free
         if free < planned.bytes + _SPARE_BYTES:
             raise JobError(
-                f"{folder}: the weights take {planned.bytes / 2**20:.0f} MiB, and its disk has room for "
-                f"{free / 2**20:.0f} MiB"
+                f"{folder}: the weights take {planned.bytes / 2**20:.0f} MiB, what is beside them up to "
+                f"{_SPARE_BYTES >> 20} MiB, and its disk has room for {free / 2**20:.0f} MiB"
             )
         writing.mkdir()
         with _progress() as bars:
