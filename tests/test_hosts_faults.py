@@ -34,11 +34,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Hosts]:
 
 
 def process(cluster: hosts.Hosts, module: str) -> psutil.Process:
-    """One that runs a module of copus for the job, on the first host that has any."""
+    """One that runs a module of copus for the job, on the first host that has any. An agent has the module of its
+    workers among its arguments too, after its own."""
     for host in cluster.hosts:
         for pid in host.processes():
             one = psutil.Process(pid)
-            if module in one.cmdline() and one.environ().get(HOST) == host.name:
+            _, _, after = " ".join(one.cmdline()).partition(" -m ")
+            if after.startswith(f"{module} ") and one.environ().get(HOST) == host.name:
                 return one
     raise AssertionError(f"no {module} runs")
 
