@@ -20,6 +20,7 @@ run again: many seeds can be had in several sittings.
 
 import argparse
 import json
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,8 @@ class Contender:
     name: str
     settings: Settings
     """Over the job file and the workload."""
+    rows: Path | None = None
+    """Throughput table that its own begins as a copy of; None: as an empty one."""
 
 
 def contenders(fastest: dict[int, Configuration], table: Path) -> list[Contender]:
@@ -105,7 +108,7 @@ def contenders(fastest: dict[int, Configuration], table: Path) -> list[Contender
 
     The fixed ones, and the schedules, which keep one layout, are told what is fastest: measuring costs them nothing.
     The ramp is that of hindsight too: over half of the run, from half of the smallest fixed batch to the largest one.
-    Seesaw begins with the smallest.
+    Seesaw begins with the smallest. `goodput-table` is told as much: it is `goodput` in a machine's second job.
     """
     told: Settings = {"profile.when": "never", "planner.start": "job"}
     fixed = [
@@ -119,8 +122,8 @@ def contenders(fastest: dict[int, Configuration], table: Path) -> list[Contender
         start = Configuration(layout=layout, micro_batch=first // layout.dp, global_batch=first)
         own = {"planner.ramp_start": first, "planner.ramp_increment": first, "planner.max_global_batch": largest}
         own = own if name == "ramp" else {}
-        settings = {**told, "planner.policy": name, **_settings(start), **own, "profile.table": table}
-        schedules.append(Contender(name, settings))
+        schedules.append(Contender(name, {**told, "planner.policy": name, **_settings(start), **own}, rows=table))
+    schedules.append(Contender("goodput-table", ADAPTIVE["goodput"], rows=table))
     policies = [Contender(name, settings) for name, settings in {**ADAPTIVE, **FURTHER}.items()]
     return [*fixed, *schedules, *policies]
 
@@ -182,6 +185,8 @@ def train(contender: Contender, cell: Cell, seed: int, scale: float, options: ar
     name = f"{cell.workload}-{cell.decay}-{cell.neighbour}-{contender.name}-seed{seed}"
     table = out / "tables" / f"{name}.jsonl"
     table.unlink(missing_ok=True)  # of a run that was stopped
+    if contender.rows is not None:
+        shutil.copyfile(contender.rows, table)
     settings = {
         **cell.settings(seed, scale),
         "name": name,
