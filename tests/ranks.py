@@ -37,7 +37,7 @@ def run_ranks(
     function: Callable[..., Any],
     *arguments: Any,
     timeout_seconds: float = 240,
-    context: multiprocessing.context.BaseContext = _context,
+    context: multiprocessing.context.ForkServerContext | multiprocessing.context.SpawnContext = _context,
 ) -> list[Any]:
     """Call `function(*arguments)` on every rank of a fresh world; the results by rank. Raises where any rank raised.
     Another `context` than the fork server's is for ranks that import other things."""
