@@ -27,9 +27,10 @@ def crossing(curve: Sequence[tuple[float, float]], target: float) -> float | Non
 def gains(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For every cell and policy: how much sooner it was there than the best fixed configuration, in percent.
 
-    The best fixed configuration has the smallest mean over the seeds that all fixed ones have: hindsight. A run is
-    paired with that of the best fixed one with the same seed; low and high are the ends of Student's 90 % interval of
-    the mean of the logarithms of the ratios. A policy that missed a target has no figure.
+    The best fixed configuration has the smallest mean over the seeds that all fixed ones have: hindsight. One that was
+    given up after fewer seeds than others is none of them. A run is paired with that of the best fixed one with the
+    same seed; low and high are the ends of Student's 90 % interval of the mean of the logarithms of the ratios. A
+    policy that missed a target has no figure.
     """
     cells: defaultdict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
@@ -47,10 +48,12 @@ def _gains_of_cell(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run, seconds in zip(runs, at_equal_loss(runs), strict=True):
         logs[run["policy"]][run["seed"]] = math.log(seconds)
     fixed = {name: of_seed for name, of_seed in logs.items() if name.startswith("static-")}
-    seeds = set.intersection(*(set(of_seed) for of_seed in fixed.values())) if fixed else set()
+    most = max(map(len, fixed.values()), default=0)
+    rivals = [name for name, of_seed in fixed.items() if len(of_seed) == most]
+    seeds = set.intersection(*(set(fixed[name]) for name in rivals)) if rivals else set()
     if not seeds:
         return []
-    best = min(fixed, key=lambda name: float(np.mean([fixed[name][seed] for seed in seeds])))
+    best = min(rivals, key=lambda name: float(np.mean([fixed[name][seed] for seed in seeds])))
     rows = []
     for name, of_seed in logs.items():
         ratios = [fixed[best][seed] - of_seed[seed] for seed in of_seed if seed in fixed[best]]

@@ -54,6 +54,13 @@ def test_gains_are_over_the_fixed_configuration_that_is_best_over_all_seeds() ->
     assert rows["goodput"]["low"] < rows["goodput"]["gain_over_best_fixed_pct"] < rows["goodput"]["high"]
 
 
+def test_a_fixed_configuration_that_was_given_up_is_not_the_best_one() -> None:
+    runs = [_run("static-8", seed, 100.0) for seed in (1, 2)]
+    rows = {row["policy"]: row for row in gains([*runs, _run("static-4", 1, 90.0)])}
+    assert rows["static-4"]["best_fixed"] == "static-8"
+    assert rows["static-4"]["seeds"] == 1
+
+
 def test_one_seed_has_no_interval_and_a_missed_target_no_gain() -> None:
     rows = gains([_run("static-8", 1, 100.0), _run("copus", 1, None), _run("goodput", 1, 120.0)])
     by_policy = {row["policy"]: row for row in rows}
