@@ -25,7 +25,7 @@ _NEEDS_ARITHMETIC_OF = {"fp8": "fp8", "mxfp8": "fp4"}
 
 def usual_kernels(training: dict[str, Any], on_cpu: bool) -> str:
     """The kernels of a training that names none, or `auto`, from the values of its section, unchecked so far."""
-    if training["precision"] in SCALED_BLOCK:
+    if training["precision"] in [*SCALED_BLOCK]:  # which compares what has no hash, too
         return TRANSFORMER_ENGINE
     if "kernels" not in training or on_cpu or not is_installed():
         return "torch"
@@ -78,9 +78,17 @@ def check_sides(precision: str, layout: Layout, model: ModelShape) -> None:
     widths = {"hidden": (model.hidden, 1), "ffn_hidden": (model.ffn_hidden, layout.tp)}
     if model.experts:
         widths["expert_hidden"] = (model.expert_width, layout.tp)
-    if model.latent_attention is None:
-        widths["heads · head_dim"] = (model.query_width, layout.tp)
+        widths["shared_expert_hidden"] = (model.shared_expert_hidden, layout.tp)
+    widths["heads · head_dim"] = (model.query_width, layout.tp)
+    latent = model.latent_attention
+    if latent is None:
         widths["(heads + 2 · kv_heads) · head_dim"] = (model.query_width + 2 * model.kv_width, layout.tp)
+    else:
+        of_keys_and_values = model.query_width + model.heads * (latent.value_dim - latent.rope_dim)
+        widths["latent_attention.query_rank"] = (latent.query_rank or 0, 1)
+        widths["latent_attention.kv_rank"] = (latent.kv_rank, 1)
+        widths["heads · (head_dim − rope_dim + value_dim)"] = (of_keys_and_values, layout.tp)
+        widths["heads · value_dim"] = (model.heads * latent.value_dim, layout.tp)
     widths["seq_len"] = (model.seq_len, layout.cp * (layout.tp if layout.sequence_parallel else 1))
     for name, (width, over) in widths.items():
         if width % (over * block):

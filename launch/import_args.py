@@ -42,6 +42,8 @@ def imported_job(words: list[str], overrides: list[str]) -> tuple[ImportedJob, J
         apply_override(wanted, override)
     model = wanted.get("model")
     if isinstance(model, dict) and "seq_len" in model:  # in which iterations and samples become tokens
+        if type(model["seq_len"]) is not int:
+            raise JobError(f"--set model.seq_len={model['seq_len']}: expected a whole number")
         command.arguments.setdefault("--seq-length", [str(model["seq_len"])])
     for override in overrides:  # the data parallel degree follows from the number of accelerators
         name, _, value = override.partition("=")

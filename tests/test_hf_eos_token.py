@@ -65,6 +65,7 @@ def test_the_end_is_the_token_that_transformers_takes(files: dict[str, Any], tmp
         ({"tokenizer_config": {"eos_token": "<gone>"}, "config": {"eos_token_id": 3}}, "<eos>"),
         ({"config": {"eos_token_id": 99}}, None),
         ({"config": {"eos_token_id": None}}, None),
+        ({"generation_config": {"eos_token_id": {"id": 4}}, "config": {"eos_token_id": [[4], 3]}}, "<eos>"),
     ],
 )
 def test_where_no_token_has_a_usual_name_the_ids_of_the_configuration_say(

@@ -62,6 +62,16 @@ def hello(*interfaces: tuple[str, str, str, int], **software: str) -> Hello:
             {"hosts": ["a", "b"], "env": {"OMP_NUM_THREADS": "8"}},
             "OMP_NUM_THREADS would be overridden: set launch.threads_per_rank",
         ),
+        (
+            {"hosts": ["a", "b"], "pass_env": ["OMP_NUM_THREADS"]},
+            "pass_env: OMP_NUM_THREADS would be overridden: set launch.threads_per_rank",
+        ),
+        ({"hosts": ["a", "b"], "pass_env": ["MASTER_PORT"]}, "pass_env: MASTER_PORT would be overridden"),
+        ({"hosts": ["a", "b"], "env": {"X": "1"}, "pass_env": ["X"]}, "pass_env: X is in env too"),
+        (
+            {"hosts": ["a", "b"], "env": {"NCCL_SOCKET_IFNAME": "ib0"}, "nccl_interface": "ib1"},
+            "nccl_interface(ib1) and NCCL_SOCKET_IFNAME of env or pass_env ask for the same",
+        ),
         ({"hosts": ["a", "b"], "python": "bin/python"}, "neither an absolute path nor a name"),
         ({"hosts": ["a"]}, "cluster.nodes(2) is more than the 1 machines of launch.options.hosts"),
     ],
@@ -136,6 +146,7 @@ def test_another_source_of_any_package_is_another_version(package: str, tmp_path
     [
         ({"command": ["no-such-ssh", "{host}", "{command}"]}, "command: no-such-ssh: No such file or directory"),
         ({"pass_env": ["MY_TOKEN"]}, "pass_env(MY_TOKEN): this shell has no such variable that a job may take"),
+        ({"pass_env": ["PYTHONUNBUFFERED"]}, "pass_env: PYTHONUNBUFFERED(0) would be overridden: it is '1'"),
     ],
 )
 def test_what_is_missing_on_this_machine_is_told_in_a_line(
@@ -147,6 +158,7 @@ def test_what_is_missing_on_this_machine_is_told_in_a_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MY_TOKEN", raising=False)
+    monkeypatch.setenv("PYTHONUNBUFFERED", "0")
     write_job(tmp_path, launch={"engine": "hosts", "options": {"hosts": ["node1"], "command": HERE, **values}})
     before = sorted(tmp_path.rglob("*"))
     assert copus_here("submit", "job.yaml") == 2

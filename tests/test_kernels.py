@@ -17,6 +17,7 @@ from planner.noise_sources import MICROBATCH, NORMLAYER, REPLICA
 from tests.megatron_jobs import SHAPE
 
 WIDE = {"hidden": 64, "ffn_hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "seq_len": 64}
+LATENT = {"kv_heads": 4}
 
 
 def _job(model: dict[str, Any] | None = None, accelerator: str = "b200", **training: Any) -> JobConfig:
@@ -61,6 +62,7 @@ def test_the_job_of_a_run_says_which_kernels_it_has(
     ("model", "accelerator", "training", "message"),
     [
         ({}, "b200", {"precision": "fp16"}, "training.precision: fp16 needs a loss scale"),
+        ({}, "b200", {"precision": ["fp8"]}, "training.precision: input should be 'fp32', 'bf16', 'fp8' or 'mxfp8'"),
         ({}, "b200", {"precision": "fp8", "kernels": "torch"}, "precision(fp8) needs kernels(transformer-engine)"),
         ({}, "b200", {"precision": "fp8", "backend": "fsdp"}, "precision(fp8): this backend has fp32, bf16"),
         (
@@ -84,6 +86,24 @@ def test_the_job_of_a_run_says_which_kernels_it_has(
             "b200",
             {"precision": "fp8", "layout": {"tp": 4, "dp": 2}},
             "precision(fp8): model.heads · head_dim(32) ÷ 4 = 8 is no multiple of 16",
+        ),
+        (
+            {**LATENT, "latent_attention": {"kv_rank": 40, "rope_dim": 8, "value_dim": 16}},
+            "b200",
+            {"precision": "fp8"},
+            "precision(fp8): model.latent_attention.kv_rank(40) is no multiple of 16",
+        ),
+        (
+            {**LATENT, "latent_attention": {"kv_rank": 48, "rope_dim": 8, "value_dim": 18}},
+            "b200",
+            {"precision": "fp8"},
+            "precision(fp8): model.heads · (head_dim − rope_dim + value_dim)(104) is no multiple of 16",
+        ),
+        (
+            {"experts": 4, "experts_per_token": 2, "shared_expert_hidden": 24},
+            "b200",
+            {"precision": "fp8"},
+            "precision(fp8): model.shared_expert_hidden(24) is no multiple of 16",
         ),
         (
             {},

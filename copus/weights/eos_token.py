@@ -32,7 +32,9 @@ def _by_ids(folder: Path, tokens: dict[str, int]) -> Iterator[str]:
     by_id = {number: token for token, number in tokens.items()}
     for file in ("generation_config.json", "config.json"):
         ids = _read(folder / file).get("eos_token_id")
-        yield from (by_id[number] for number in (ids if isinstance(ids, list) else [ids]) if number in by_id)
+        for number in ids if isinstance(ids, list) else [ids]:
+            if isinstance(number, int) and number in by_id:
+                yield by_id[number]
 
 
 def _read(path: Path) -> dict[str, Any]:

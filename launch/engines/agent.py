@@ -61,12 +61,12 @@ def agent_environment(job: JobConfig, users: Mapping[str, str]) -> dict[str, str
     return settings
 
 
-def check_environment(job: JobConfig, users: Mapping[str, str]) -> None:
-    """Raise JobError for a variable of `launch.options.env` that would be overridden."""
+def check_environment(job: JobConfig, users: Mapping[str, str], option: str = "env") -> None:
+    """Raise JobError for a variable of this option of the engine's that would be overridden."""
     for name, value in agent_environment(job, users).items():
         if users.get(name, value) != value:
             why = f" with cluster.accelerator({job.cluster.accelerator})" if name == "CUDA_VISIBLE_DEVICES" else ""
-            raise JobError(f"launch.options.env: {name}({users[name]}) would be overridden: it is {value!r}{why}")
+            raise JobError(f"launch.options.{option}: {name}({users[name]}) would be overridden: it is {value!r}{why}")
 
 
 def command_line(environment: Mapping[str, str], command: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from copus.job import JobConfig, JobError
+from launch.engines.agent import check_environment
 from launch.engines.environment import job_environment
 from launch.engines.hosts_link import ask_hosts, common_network, host_command, misfit
 from launch.engines.hosts_node import software
@@ -97,6 +98,7 @@ class HostsEngine(LocalEngine):
         for name in self.options.pass_env:
             if name not in shell:
                 raise JobError(f"launch.options.pass_env({name}): this shell has no such variable that a job may take")
+        check_environment(job, {name: shell[name] for name in self.options.pass_env}, "pass_env")
         folders = {
             "launch.runs": job.launch.runs,
             "data.cache": job.data.cache,

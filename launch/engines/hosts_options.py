@@ -3,10 +3,10 @@
 import ipaddress
 from typing import Annotated
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from launch.engines.base import EngineOptions
-from launch.engines.environment import EnvironmentName, check_variables
+from launch.engines.environment import EnvironmentName, check_names, check_variables
 
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._@:-]*[A-Za-z0-9])?$", max_length=200)]
 """A name, an address, or `user@host`: nothing that ssh takes for an option."""
@@ -73,6 +73,15 @@ class HostsOptions(EngineOptions):
         check_variables(value, "set it in the shell that submits, and name it in pass_env")
         return value
 
+    @field_validator("pass_env")
+    @classmethod
+    def _not_overridden(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        check_names(value)
+        for name in value:
+            if name in info.data.get("env", {}):
+                raise ValueError(f"{name} is in env too")
+        return value
+
     @field_validator("python")
     @classmethod
     def _from_anywhere(cls, value: str | None) -> str | None:
@@ -84,4 +93,12 @@ class HostsOptions(EngineOptions):
     def _enough(self) -> "HostsOptions":
         if self.min_hosts > len(self.hosts):
             raise ValueError(f"min_hosts({self.min_hosts}) is more than the {len(self.hosts)} of hosts")
+        return self
+
+    @model_validator(mode="after")
+    def _interface_once(self) -> "HostsOptions":
+        if self.nccl_interface is not None and "NCCL_SOCKET_IFNAME" in [*self.env, *self.pass_env]:
+            raise ValueError(
+                f"nccl_interface({self.nccl_interface}) and NCCL_SOCKET_IFNAME of env or pass_env ask for the same"
+            )
         return self
