@@ -8,10 +8,17 @@ import os
 import sys
 from pathlib import Path
 
+from copus.durable import write_atomically
+
 TOKEN = "COPUS_SESSION"
 """Environment variable in which an engine gives the ranks of an attempt their token; without it none is replaced."""
 FILE = "session"
 """In the run directory: the token of the newest attempt."""
+
+
+def replace_others(run: Path, token: str) -> None:
+    """Begin an attempt, before its ranks start: those with another token write nothing into the run any more."""
+    write_atomically(run / FILE, token)
 
 
 def own_name(name: str) -> str:

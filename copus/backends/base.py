@@ -151,10 +151,7 @@ class Backend(ABC):
         """
         with self._world.trial() if request.on_trial else contextlib.nullcontext() as trial:
             shares = self.compute_gradients(batches, request)
-            masked = self._job.data.masks_labels
-            share = (
-                self._count_labels(batches, request.first_sample, self.configuration.global_batch) if masked else 0.0
-            )
+            share = self._counted_share(batches, request)
             votes = request.stop, request.writing, request.save
             own = torch.tensor([*votes, share], dtype=torch.float64, device=self.device)
             figures = [shares.loss.view(1), shares.grad_sq.view(1), own, shares.parts]
@@ -189,6 +186,12 @@ class Backend(ABC):
         if not counted:
             raise JobError(f"data: no token of the first {sequences} held-out sequences counts: hold out more")
         return self.evaluate(batches, sequences) / float(counted)
+
+    def _counted_share(self, batches: Batches, request: StepRequest) -> float:
+        """`_count_labels` of a step; 0 in a job in which all labels count, where nobody needs it."""
+        if not self._job.data.masks_labels:
+            return 0.0
+        return self._count_labels(batches, request.first_sample, self.configuration.global_batch)
 
     def _count_labels(self, batches: Batches, first_sample: int, sequences: int) -> float:
         """This rank's share of the labels that count, over all labels of the sequences. Not collective.

@@ -20,9 +20,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from copus.durable import write_atomically
 from copus.events import ATTEMPT, End, EventLog, Warned
-from copus.fencing import FILE, TOKEN
+from copus.fencing import TOKEN, replace_others
 from copus.job import JobError, load_job
 from copus.user_errors import EXIT_CODE, report_failure
 from launch.engines.agent import agent_arguments, agent_environment
@@ -139,7 +138,7 @@ class Supervisor:
             (self._run / "stop").unlink()
         self._new_status()
         self._status.forget_ending()
-        write_atomically(self._run / FILE, f"{self._session}-{self._attempt}")
+        replace_others(self._run, f"{self._session}-{self._attempt}")
         say(f"attempt {self._attempt} on {', '.join(link.host for link in members)}")
         port = self._options.port or random.randrange(FIRST_PORT, FIRST_PORT + PORTS)
         for link in members:

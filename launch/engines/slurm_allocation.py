@@ -9,8 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from copus.durable import write_atomically
-from copus.fencing import FILE
+from copus.fencing import replace_others
 from copus.job import JobConfig, JobError
 from launch.engines.agent import command_line
 from launch.engines.base import AttendedEngine
@@ -58,7 +57,7 @@ class SrunEngine(AttendedEngine):
         logs.mkdir(exist_ok=True)
         session = f"{_job_id()}.{time.strftime('%Y%m%d-%H%M%S')}-0"
         environment = slurm_environment() | self.settings(job) | self._modules()
-        write_atomically(run / FILE, session)
+        replace_others(run, session)
         with open(logs / f"slurm-{session}.srun.log", "ab") as output:
             srun = subprocess.Popen(
                 self.command(run, job, session, profile_only=profile_only),

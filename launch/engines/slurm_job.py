@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from copus.durable import write_atomically
 from copus.events import EventLog, Warned
-from copus.fencing import FILE
+from copus.fencing import replace_others
 from copus.job import JobConfig, JobError, load_job
 from copus.user_errors import EXIT_CODE
 from launch.engines.requeues import REQUEUE, Requeues, count_attempt
@@ -84,7 +83,7 @@ class Attempt:
         if counted.fruitless > self._options.max_requeues:
             return self._give_up(counted)
         _say(f"attempt {self._attempt} of Slurm job {self._job_id}, on {os.environ.get('SLURM_JOB_NODELIST')}")
-        write_atomically(self._run / FILE, self._session)
+        replace_others(self._run, self._session)
         step = subprocess.Popen(self._srun(), env=without_own_packages(os.environ, self._options))
         while step.poll() is None:
             time.sleep(0.2)

@@ -120,8 +120,7 @@ class FsdpBackend(Backend):
         configuration = self.executed_configuration(request.noise_source)
         if self._updates_in_backward:
             options = step_options(self._job.training, request.rules, self._optimizer_steps)
-            masked = self._job.data.masks_labels
-            counted = self._count_labels(batches, request.first_sample, 1) if masked else 1.0
+            counted = self._counted_share(batches, request)  # of the only rank: all of it
             self.built.backward_updates.start(options, self._label_factor(counted))
         return step.compute_gradients(self.built, configuration, batches, request)
 
