@@ -40,21 +40,16 @@ def imported_job(words: list[str], overrides: list[str]) -> tuple[ImportedJob, J
     wanted: dict[str, Any] = {}
     for override in overrides:
         apply_override(wanted, override)
-    model = wanted.get("model")
-    if isinstance(model, dict) and "seq_len" in model:  # in which iterations and samples become tokens
-        if type(model["seq_len"]) is not int:
-            raise JobError(f"--set model.seq_len={model['seq_len']}: expected a whole number")
-        command.arguments.setdefault("--seq-length", [str(model["seq_len"])])
     for override in overrides:  # the data parallel degree follows from the number of accelerators
         name, _, value = override.partition("=")
         if name in ("cluster.nodes", "cluster.accelerators_per_node") and value.isdigit():
             setattr(command, "nodes" if name == "cluster.nodes" else "per_node", int(value))
     sections = _torchtitan_sections(command)
-    if sections is not None:
-        imported = job_of_torchtitan(sections, command)
-    else:
+    if sections is None:
         add_overrides(command)
-        imported = job_of_megatron(command)
+    if isinstance(wanted.get("model"), dict) and "seq_len" in wanted["model"]:
+        _set_seq_len(wanted["model"]["seq_len"], command, sections)
+    imported = job_of_megatron(command) if sections is None else job_of_torchtitan(sections, command)
     for override in overrides:
         apply_override(imported.values, override)
         imported.comments.pop(override.partition("=")[0], None)
@@ -69,6 +64,18 @@ def imported_job(words: list[str], overrides: list[str]) -> tuple[ImportedJob, J
             "neither --vocab-size nor a tokenizer that is here tells the vocabulary: add --set model.vocab=N"
         )
     return imported, parse_job(imported.values, "these arguments", planned_only=True)
+
+
+def _set_seq_len(seq_len: Any, command: CommandLine, sections: dict[str, dict[str, Any]] | None) -> None:
+    """Put `--set model.seq_len` in the place of the arguments' own: in it iterations and samples become tokens, so that
+    their number stays. `sections` are torchtitan's. Raises JobError if it is no whole number."""
+    if type(seq_len) is not int:
+        raise JobError(f"--set model.seq_len={seq_len}: expected a whole number")
+    if sections is not None:
+        sections.setdefault("training", {})["seq_len"] = seq_len
+    else:
+        command.arguments.pop("--encoder-seq-length", None)  # its former name
+        command.arguments["--seq-length"] = [str(seq_len)]
 
 
 def _command(words: list[str]) -> CommandLine:

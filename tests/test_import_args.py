@@ -298,6 +298,15 @@ def test_samples_have_the_length_that_is_set_where_no_argument_says_it() -> None
         imported_job(words, [*sets, "model.seq_len=long"])
 
 
+@pytest.mark.parametrize("name", ["--seq-length", "--encoder-seq-length"])
+def test_a_length_that_is_set_leaves_iterations_and_samples_as_many_as_they_are(name: str) -> None:
+    words = [name if word == "--seq-length" else word for word in LLAMA]
+    before, after = job_of(*words), job_of(*words, sets=("model.seq_len=512",))
+    assert (before.model.seq_len, after.model.seq_len) == (4096, 512)
+    for tokens in ("tokens", "warmup_tokens", "evaluate_every_tokens", "checkpoint_every_tokens"):
+        assert getattr(before.training, tokens) == 8 * getattr(after.training, tokens) > 0, tokens
+
+
 SCRIPT = """#!/bin/bash
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -435,6 +444,8 @@ def test_configurations_of_torchtitan_are_read_with_their_arguments(tmp_path: Pa
     assert (
         job_of(str(file), "--training.steps", "10", sets=("cluster.accelerators_per_node=4",)).training.layout.dp == 2
     )
+    shorter = job_of(str(file), sets=("model.seq_len=1024",))
+    assert (shorter.model.seq_len, shorter.training.tokens) == (1024, 1000 * 64 * 1024)
     file.write_text("[model\n")
     with pytest.raises(JobError, match="not TOML"):
         imported_job([str(file)], [])
