@@ -116,11 +116,10 @@ class ModelShape(Record):
             return values
         hidden, heads, gated = values.get("hidden"), values.get("heads"), values.get("gated_mlp", True)
         activation = "silu" if gated is True else "gelu" if gated is False else None
-        usual = {("activation", activation), ("expert_hidden", values.get("ffn_hidden"))}
+        usual = {"activation": activation, "expert_hidden": values.get("ffn_hidden")}
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0:
-            usual.add(("head_dim", hidden // heads))
-        of_one_value = {"activation", "expert_hidden", "head_dim"}
-        return {name: value for name, value in values.items() if name not in of_one_value or (name, value) not in usual}
+            usual["head_dim"] = hidden // heads
+        return {name: value for name, value in values.items() if name not in usual or usual[name] != value}
 
     @model_validator(mode="after")
     def _check_arithmetic(self) -> "ModelShape":

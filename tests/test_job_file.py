@@ -1,6 +1,7 @@
 """The job file: what is wrong with it is said in one line that names field, value and arithmetic."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,9 @@ def test_the_padded_vocabulary_is_divided_not_the_given_one(tmp_path: Path) -> N
          "training.optimizer: input should be a section whose kind is adamw, sgd, adafactor, muon or signum, got "
          "'adamw'"),
         ("training.optimizer.momentum=0.9", "training.optimizer.momentum: unknown key"),
+        ("model.ffn_hidden=[1]", "model.ffn_hidden: input should be a valid integer, got [1]"),
+        ("model.activation=[1]", "model.activation: input should be 'silu', 'gelu', 'gelu_tanh' or 'squared_relu', "
+         "got [1]"),
         ("training.layout=5", "training.layout: input should be a valid dictionary or instance of Layout, got 5"),
         ("training.decay=cubic",
          "training.decay: input should be 'constant', 'cosine', 'linear', 'wsd' or 'inverse-sqrt', got 'cubic'"),
@@ -286,31 +290,17 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-fields = st.sampled_from(
-    [
-        *(
-            "name",
-            "model",
-            "model.layers",
-            "data",
-            "data.source",
-            "data.held_out",
-            "cluster",
-            "training",
-            "training.lr",
-        ),
-        *(
-            "training.layout",
-            "training.optimizer",
-            "training.betas",
-            "training.optimizer.betas",
-            "training.layout.tp",
-            "planner.layouts",
-            "profile.table",
-            "launch.runs",
-        ),
-    ]
-)
+
+
+def places(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    """Every section and field of a job."""
+    for name, value in values.items():
+        yield before + name
+        if isinstance(value, dict):
+            yield from places(value, f"{before}{name}.")
+
+
+fields = st.sampled_from([*places(parse_job(yaml.safe_load(JOB)).model_dump(mode="json")), "training.betas"])
 
 
 @given(field=fields, value=plain)
