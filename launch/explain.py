@@ -43,6 +43,7 @@ VERDICTS = {
     "current": "current",
     "slower": "slower",
     "lower goodput": "worse",
+    "saving uncertain": "unsure",
     "no gain": "equal",
     "no decision yet": "waiting",
     "not measured": "unknown",

@@ -27,7 +27,7 @@ from planner.menu import Menu, rung_of
 from planner.move_costs import MoveCosts
 from planner.outlook import Outlook, look_ahead
 from planner.policies.norm_test import plug_in_batch
-from planner.policies.policy import make_policy
+from planner.policies.policy import Static, make_policy
 from planner.predictor import CandidateEstimate, Predictor
 from planner.sampling import half_life
 from planner.situation import Situation
@@ -203,7 +203,7 @@ class Planner:
         moment = _Moment(noise, critical_batch, forecast, samples_consumed, seconds_left, step_norms, starting)
         scored = self._score_all(current, critical_batch)
         if why_not := self._why_no_decision(moment, scored.current):
-            outcome = _undecided(scored, f"{why_not}; nothing changes")
+            outcome = _undecided(scored, self._staying(moment, why_not))
         else:
             outcome = self._choose(moment, scored)
         return self._record(moment, scored, outcome)
@@ -260,6 +260,12 @@ class Planner:
         if noise.samples < self.config.min_noise_samples:
             return f"the noise scale has seen {noise.samples} steps, {self.config.min_noise_samples} are needed"
         return f"the noise scale cannot be told yet after {noise.samples} steps"
+
+    def _staying(self, moment: _Moment, why_not: str) -> str:
+        """The reason of a decision that cannot be taken: a static job waits for none."""
+        if not isinstance(self.policy, Static):
+            return f"{why_not}; nothing changes"
+        return "the static policy never moves" + (f"; gains are unknown: {why_not}" if moment.noise.samples else "")
 
     def _choose(self, moment: _Moment, scored: _Scored) -> _Outcome:
         """Let the policy choose among the eligible, and say why."""

@@ -40,6 +40,8 @@ def with_verdicts(
             verdict = "WOULD BE CHOSEN" if advisory else "CHOSEN"
         elif (score.gain or 0.0) >= 0:
             verdict = policy.verdict(situation, choice, index)
+        elif outlook is not None and outlook.saved_high[index] > 0:
+            verdict = f"saving uncertain: goodput {percent(score.gain or 0.0)}"  # beside it stands its interval
         else:
             slower = (score.samples_per_second or 0.0) < (current.samples_per_second or 0.0)
             verdict = f"{'slower' if slower else 'lower goodput'}: {percent(score.gain or 0.0)}"

@@ -133,6 +133,7 @@ def weighed_run(folder: Path) -> Path:
     best = weighed("CHOSEN", 8, 840.0, efficiency=0.6375, gain=0.53, samples_per_second=72.0)
     scores = [
         weighed("slower: −12 %", 64, -30.0, saved_low_seconds=-60.0, saved_high_seconds=-10.0),
+        weighed("saving uncertain: goodput −3 %", 16, -20.0, saved_low_seconds=-60.0, saved_high_seconds=10.0),
         weighed(unsure, 32, 36.0, saved_low_seconds=-12.0, saved_high_seconds=81.0),
         current,
         best,
@@ -144,10 +145,10 @@ def weighed_run(folder: Path) -> Path:
 def test_candidates_come_in_the_order_of_what_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys, str(weighed_run(tmp_path))).splitlines()
     rows = [line for line in lines if line.lstrip().startswith(("TP1", "TP2"))]
-    assert [re.search(r"B\d+", row)[0] for row in rows] == ["B8", "B32", "B4", "B64"]
+    assert [re.search(r"B\d+", row)[0] for row in rows] == ["B8", "B32", "B4", "B16", "B64"]
     assert "14 min (6–21)" in rows[0]
     assert rows[1].split()[-2:] == ["unsure", "[1]"]
-    assert rows[3].split()[-1] == "slower"
+    assert [row.split()[-1] for row in rows[3:]] == ["unsure", "slower"]
     assert "[1] gain 12.3 % (−3 % to 30 %): relative step time uncertain by ±29 %" in lines
 
 
@@ -170,7 +171,7 @@ def test_eighty_columns_keep_what_decides(
     monkeypatch.setenv("COLUMNS", "80")
     lines = printed(capsys, str(weighed_run(tmp_path))).splitlines()
     table = [line for line in lines if line.lstrip().startswith(("candidate", "TP1", "TP2"))]
-    assert len(table) == 5  # nothing wraps
+    assert len(table) == 6  # nothing wraps
     assert max(map(len, table)) <= 80
     assert table[0].split() == ["candidate", "speed", "efficiency", "now", "saves", "verdict"]
 

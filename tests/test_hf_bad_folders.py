@@ -397,6 +397,20 @@ def test_files_of_megatron_that_cannot_be_read_are_the_users_to_mend(
         begin(job, reader)
 
 
+def test_a_file_of_megatron_that_is_cut_off_in_optimizer_state_is_refused_although_only_weights_are_read(
+    reader: Any, whole: Path, tmp_path: Path
+) -> None:
+    folder, shape = tmp_path / "megatron", (_job(whole, whole).model.hidden,)
+    weight = "decoder.final_layernorm.weight"
+    _write_weights(folder, {weight: shape, f"optimizer.state.exp_avg.{weight}": shape})
+    begin(_job(whole, folder), reader)
+    size = (folder / "0.distcp").stat().st_size
+    _cut(folder / "0.distcp", (size - 100) / size)
+    told = rf"0\.distcp has {size - 100} bytes, and its last tensor ends at byte {size}"
+    with pytest.raises(JobError, match=told):
+        begin(_job(whole, folder), reader)
+
+
 @pytest.mark.parametrize("error", [KeyError("a mistake of ours"), ValueError("a mistake of ours"), IndexError("ours")])
 def test_a_mistake_of_our_own_is_not_told_as_damage(
     error: Exception, reader: Any, whole: Path, monkeypatch: pytest.MonkeyPatch

@@ -134,6 +134,14 @@ def test_a_batch_of_one_sequence_is_chosen_if_its_goodput_is_the_best():
     assert decision.chosen == of(TP2, 1, 1), "20 a second, times 16/17"
 
 
+def test_a_lower_goodput_whose_saving_may_still_be_a_gain_is_unsure_and_not_worse():
+    """The saving is for the rest of the job, and its interval has the error of φ and of the step times in it."""
+    decision = planner(TABLE, policy="goodput").decide(noise(8.0, 6.5, 11.0), START, 1000)
+    lower = [score for score in decision.candidates if score.gain is not None and score.gain < 0]
+    said = {score.verdict: score.saved_high_seconds > 0 for score in lower}
+    assert said == {"slower: −11.1 %": False, "saving uncertain: goodput −21.8 %": True}
+
+
 def test_more_noise_moves_the_golden_decision_to_a_larger_batch():
     chosen = [planner(TABLE).decide(noise(value), START, 0).chosen.global_batch for value in (0.5, 8, 200)]
     assert chosen == [2, 8, 16]
@@ -164,6 +172,15 @@ def test_the_static_policy_stays_and_says_what_it_forgoes():
         "noise scale 8 sequences: TP2·PP1·DP1 B8 m2 would gain 108.3 %; the static policy never moves"
     )
     assert verdicts(decision)["TP2·PP1·DP1 B8 m2"] == "gain 108.3 %, but the policy is static"
+
+
+@pytest.mark.parametrize(
+    ("steps", "gains"),
+    [(0, ""), (19, "; gains are unknown: the noise scale has seen 19 steps, 20 are needed")],
+)
+def test_the_static_policy_waits_for_no_noise(steps, gains):
+    decision = planner(TABLE, policy="static").decide(noise(8.0 if steps else None, samples=steps), START, 0)
+    assert decision.reason == f"the static policy never moves{gains}"
 
 
 @pytest.mark.parametrize(

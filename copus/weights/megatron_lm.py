@@ -6,12 +6,13 @@ the weights, as the plain optimizers write it, and the distributed one in its fo
 format, `dp_reshardable`, it is the gradient buckets of the layout that wrote it.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from copus.checkpoints.safe_loading import load_plain_values
+from copus.checkpoints.safe_loading import DamagedFileError, damage_told, load_plain_values
 from copus.checkpoints.sharded import Chunk, SavedState, read_index, zeros_below
 from copus.job import JobError
 from copus.reshard.boxes import Box
@@ -49,7 +50,7 @@ def read_megatron(folder: Path, model: ModelShape, *, with_optimizer: bool = Fal
     it; what else is in it is passed over.
 
     The rows that pad Megatron's vocabulary are replaced by zeros. Raises JobError for another vocabulary, and for
-    optimizer state in a format that is not read.
+    optimizer state in a format that is not read; DamagedFileError for files that are shorter than the index says.
     """
     if model.experts:
         raise JobError(f"training.init_from({folder}): experts of Megatron-LM's checkpoints are not read")
@@ -58,6 +59,7 @@ def read_megatron(folder: Path, model: ModelShape, *, with_optimizer: bool = Fal
     index = read_index(folder)
     if with_optimizer:
         _check_optimizer(folder, index)
+    _check_lengths(folder, index)
     saved: SavedState = {}
     for field, chunks in index.items():
         name, kept = _weight_and_statistic(field.name)
@@ -70,6 +72,19 @@ def read_megatron(folder: Path, model: ModelShape, *, with_optimizer: bool = Fal
     for field, chunks in saved.items():
         chunks += zeros_below(shapes.get(field.name.partition("/")[0], field.shape), field.shape)
     return saved
+
+
+def _check_lengths(folder: Path, index: SavedState) -> None:
+    """Raise DamagedFileError for a file that ends before its last tensor does. Also where nobody reads that tensor, as
+    it is the optimizer's: there are no checksums, and of a copy that broke off other files may be missing more."""
+    ends: dict[str, int] = {}
+    for chunk in itertools.chain.from_iterable(index.values()):
+        ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.offset + chunk.length)
+    for name, end in ends.items():
+        with damage_told():
+            size = (folder / name).stat().st_size
+        if size < end:
+            raise DamagedFileError(f"{name} has {size} bytes, and its last tensor ends at byte {end}")
 
 
 def _weight_and_statistic(name: str) -> tuple[str, str]:
