@@ -87,16 +87,24 @@ class ThroughputTable:
             lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:
             return []
-        for line in filter(None, lines):
+        first_flaw = ""
+        for number, line in enumerate(lines, start=1):
+            if not line:
+                continue
             try:
                 measurement = Measurement.model_validate_json(line)
-            except ValidationError:
+            except ValidationError as error:
                 self.skipped += 1
+                first_flaw = first_flaw or f"line {number}: {_flaw(error)}"
                 continue
             if fingerprint is None or measurement.fingerprint == fingerprint:
                 measurements.append(measurement)
         if self.skipped:
-            warnings.warn(f"{self.path}: skipped {self.skipped} of {len(lines)} lines, not measurements", stacklevel=3)
+            warnings.warn(
+                f"{self.path}: skipped {self.skipped} of {len(lines)} lines, which are no measurements to this version "
+                f"of copus and do no harm ({first_flaw})",
+                stacklevel=3,
+            )
         return measurements
 
     def add(self, measurement: Measurement) -> None:
@@ -121,3 +129,12 @@ class ThroughputTable:
             os.fsync(file)
         finally:
             os.close(file)
+
+
+def _flaw(error: ValidationError) -> str:
+    """What is wrong with a line, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return "not JSON"
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}" if place else first["msg"]

@@ -71,6 +71,18 @@ def test_a_torn_last_line_costs_only_itself(tmp_path, keep):
         assert table.rows(HERE) == [measurement(global_batch=2), measurement(global_batch=8)]
 
 
+def test_a_line_that_another_version_wrote_is_named_with_what_is_wrong_with_it(tmp_path):
+    """0.1.0 took copies of one rank for a configuration before December 2026."""
+    table = ThroughputTable(tmp_path / "t.jsonl")
+    copies = json.loads(measurement().model_dump_json())
+    copies["configuration"]["layout"] |= {"dp": 2, "dp_replicate": 2, "zero": 3}
+    table.add(measurement())
+    table.path.write_text(table.path.read_text() + "\n" + json.dumps(copies) + "\nno JSON\n")
+    message = r"skipped 2 of 4 lines, .* \(line 3: configuration\.layout: dp_replicate\(2\) leaves dp\(2\) .*\)$"
+    with pytest.warns(UserWarning, match=message):
+        assert table.rows(HERE) == [measurement()]
+
+
 def test_foreign_lines_are_skipped_and_counted(tmp_path):
     table = ThroughputTable(tmp_path / "t.jsonl")
     newer = json.loads(measurement().model_dump_json()) | {"field_of_the_future": 1}
