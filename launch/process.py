@@ -71,13 +71,22 @@ def kill_family(pid: int) -> None:
 
 
 def run_module(command: list[str], interrupts: Interrupts, stop: Path | None = None) -> int:
-    """Run a command in the foreground; SIGINT and SIGTERM end it too, and so does the file `stop` once it is there.
+    """Run a command in the foreground. An interrupt of this one, or the file `stop` once it is there, ends it by
+    SIGTERM, and a second interrupt kills it: what a terminal sends to both it ignores, also before it is ready for it.
 
     Returns its exit code (128 + signal).
 
     All that it prints goes to stderr: it is progress, and stdout is for this command's own result.
     """
-    child = subprocess.Popen(command, env=os.environ | module_environment(), stdout=2, preexec_fn=die_with_parent())
+    ask_to_die = die_with_parent()
+
+    def begin() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        if ask_to_die is not None:
+            ask_to_die()
+
+    child = subprocess.Popen(command, env=os.environ | module_environment(), stdout=2, preexec_fn=begin)
     passed_on, stopped = 0, False
     while child.poll() is None:
         if interrupts.count > passed_on:

@@ -144,7 +144,7 @@ def test_taken_names_are_numbered(tmp_path: Path, copus: Copus) -> None:
     assert values["tokens"] == 4 * 32
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupt_checkpoints_and_resume_goes_on(
     tmp_path: Path, copus: Copus, number: signal.Signals, exit_code: int
 ) -> None:
@@ -332,6 +332,29 @@ def test_a_cancel_ends_data_preparation(tmp_path: Path) -> None:
     with Interrupts() as interrupts:
         code = run_module([sys.executable, "-c", "import time; time.sleep(60)"], interrupts, stop=tmp_path / "stop")
     assert code == 128 + signal.SIGTERM
+
+
+def test_what_a_terminal_sends_to_the_process_of_the_data_as_well_ends_it_by_sigterm_alone() -> None:
+    """It is sent while that process imports what it needs, too: a traceback, and folders that are half written."""
+    script = "import os, signal; [os.kill(os.getpid(), number) for number in (signal.SIGINT, signal.SIGHUP)]"
+    assert run_module([sys.executable, "-c", script], Interrupts()) == 0
+
+
+def test_a_terminal_that_is_closed_interrupts_once_unless_nohup_ignores_it() -> None:
+    with Interrupts() as interrupts:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+        assert (interrupts.count, interrupts.signal) == (1, signal.SIGHUP)
+        signal.raise_signal(signal.SIGINT)
+        assert (interrupts.count, interrupts.signal) == (2, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+        assert interrupts.count == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_failed_data_preparation_leaves_no_run(tmp_path: Path, copus: Copus) -> None:
