@@ -789,8 +789,10 @@ def _usage_message(error: click.UsageError) -> str:
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    """A warning in one line, without the place in the code."""
-    print(f"copus: warning: {message}", file=sys.stderr)
+    """A warning in one line, without the place in the code. What a file says may be in it: it tells a terminal
+    nothing."""
+    line = "".join(letter if letter.isprintable() else "�" for letter in " ".join(str(message).splitlines()))
+    print(f"copus: warning: {line}", file=sys.stderr)
 
 
 def _in_full(arguments: list[str]) -> list[str]:

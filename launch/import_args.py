@@ -42,7 +42,7 @@ def imported_job(words: list[str], overrides: list[str]) -> tuple[ImportedJob, J
         apply_override(wanted, override)
     for override in overrides:  # the data parallel degree follows from the number of accelerators
         name, _, value = override.partition("=")
-        if name in ("cluster.nodes", "cluster.accelerators_per_node") and value.isdigit():
+        if name in ("cluster.nodes", "cluster.accelerators_per_node") and value.isdecimal():
             setattr(command, "nodes" if name == "cluster.nodes" else "per_node", int(value))
     sections = _torchtitan_sections(command)
     if sections is None:

@@ -14,7 +14,7 @@ from launch_events import DATA, TENSOR, decision, reconfigure, start, step, writ
 from launch_jobs import copus_here, copus_process
 
 from copus.events import Failure
-from launch.cli import copus
+from launch.cli import _warn, copus
 
 HEAVY = ("torch", "megatron", "numpy", "matplotlib", "plotly", "jinja2", "tokenizers", "tensorboard", "duckdb")
 COMMANDS = (
@@ -211,6 +211,12 @@ def test_with_json_an_error_of_the_command_line_is_an_object_too(capsys: pytest.
     assert values["schema_version"] == 1
     assert values["error"] == "invalid value for '--decision': 'x' is not a valid integer (see copus explain --help)"
     assert errors == f"copus: {values['error']}\n"
+
+
+def test_a_warning_is_one_line_and_tells_a_terminal_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """A throughput table may come from somebody else, and the names in it are in the warning about its lines."""
+    _warn("line 3: \x1b[2J: unknown\nkey", UserWarning)
+    assert capsys.readouterr().err == "copus: warning: line 3: �[2J: unknown key\n"
 
 
 def test_json_is_one_object_on_stdout(run: Path) -> None:

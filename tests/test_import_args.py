@@ -283,6 +283,10 @@ def test_what_the_arguments_do_not_say_can_be_set() -> None:
     assert (job.cluster.accelerators, job.training.layout.dp, job.model.vocab) == (4, 4, 999)
     assert not any("cluster" in text or "tokens" in text for text in imported.assumed)
     assert job_of("--micro-batch-size", "2", sets=("model={from: llama-3.2-1b, seq_len: 512}",)).model.layers == 16
+    with pytest.raises(
+        JobError, match=r"cluster\.nodes: input should be a valid integer, .* got '²'"
+    ):  # a digit, no number
+        imported_job(SMALL, [*sets, "cluster.nodes=²"])
 
 
 def test_samples_have_the_length_that_is_set_where_no_argument_says_it() -> None:

@@ -173,7 +173,7 @@ def _window(given: GivenArguments) -> None:
         raise JobError(f"--window-size {text}: expected two whole numbers, tokens before and after")
     if int(match[1]) >= 0:
         given.job.put("model.sliding_window", int(match[1]) + 1, f"{match[1]} tokens before, and the token itself")
-    if every is not None and every.isdigit():
+    if every is not None and every.isdecimal():
         given.job.put("model.full_attention_every", int(every))
     elif every is not None:
         given.leave(
