@@ -39,7 +39,7 @@ from benchmarks.time_to_target_gains import CELL, Run, crossing, gains
 from copus.audit import audit_run
 from copus.events import Evaluate, Event, Profile, Reconfigure, Start, Trial, read_events
 from copus.job import load_job
-from planner.job_estimate import estimate_job
+from planner.job_estimate import JobEstimate, estimate_job
 from profiles.configuration import Configuration
 from profiles.table import ThroughputTable
 
@@ -137,21 +137,25 @@ def _settings(configuration: Configuration) -> Settings:
     }
 
 
-def fastest_of(job_file: Path, settings: Settings, batches: Sequence[int], out: Path) -> dict[int, Configuration]:
-    """The fastest configuration at each fixed batch: everything is measured once, in OUT/throughput.jsonl. Raises
-    SystemExit for a batch at which nothing was measured."""
+def measured_of(job_file: Path, settings: Settings, out: Path, budget_seconds: float = 600) -> JobEstimate:
+    """Candidates whose steps were measured, or lie on a line between those: everything is measured once, in
+    OUT/throughput.jsonl."""
     table = out / "throughput.jsonl"
     settings = {**settings, "profile.table": table, "launch.runs": out / "runs"}
-    copus_output(
-        "profile", "run", str(job_file), *_set({**settings, "profile.budget_seconds": 600, "profile.rounds": 3})
-    )
+    measuring = {**settings, "profile.budget_seconds": budget_seconds, "profile.rounds": 3}
+    copus_output("profile", "run", str(job_file), *_set(measuring))
     job, rows = load_job(job_file, overrides_of(settings)), ThroughputTable(table).rows()
     training = job.training
     estimate = estimate_job(job.planner, job.model, job.cluster, training.precision, training.configuration, rows)
-    measured = [candidate for candidate in estimate.candidates if candidate.source != "predicted"]
+    return replace(estimate, candidates=[one for one in estimate.candidates if one.source != "predicted"])
+
+
+def fastest_of(job_file: Path, settings: Settings, batches: Sequence[int], out: Path) -> dict[int, Configuration]:
+    """The fastest configuration at each fixed batch, of those that `measured_of` has. Raises SystemExit for a batch at
+    which nothing was measured."""
     fastest = {
         of_batch.best.configuration.global_batch: of_batch.best.configuration
-        for of_batch in replace(estimate, candidates=measured).fastest()
+        for of_batch in measured_of(job_file, settings, out).fastest()
     }
     if missing := set(batches) - set(fastest):
         raise SystemExit(f"--batches: nothing was measured at a global batch of {min(missing)}")
@@ -379,7 +383,7 @@ def _names(allowed: Sequence[str]) -> Any:
     return names
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     parser = parser_of("time_to_target", __doc__)
     parser.add_argument("--job", type=Path, default=JOB, help="job file")
@@ -394,7 +398,7 @@ def main() -> int:
     parser.add_argument("--batches", default=BATCHES, help="fixed global batches to compare with")
     parser.add_argument("--only", type=lambda text: text.split(","), help="names of policies, with commas")
     parser.add_argument("--out", type=Path, default=None, help=f"folder with the runs, {OUT}; finished ones are kept")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.seeds = options.seeds or (2 if options.quick else 10)
     options.workloads = options.workloads or list(WORKLOADS)[: 1 if options.quick else None]
     options.decay = options.decay or list(DECAYS[: 1 if options.quick else None])

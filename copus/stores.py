@@ -10,8 +10,6 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-LOOPBACK = "127.0.0.1"
-
 
 def host_store(address: str, port: int, timeout: timedelta) -> TCPStore:
     """A store on this port of an address of this machine's, on a free one where it is 0. Raises OSError for a taken

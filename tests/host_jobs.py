@@ -1,6 +1,5 @@
 """A small job on hosts of network namespaces, and a hand on it."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ def job_on(
     batch = 12  # all numbers of ranks up to 4 divide it
     values["training"] |= {"layout": {"dp": nodes}, "global_batch": batch, "tokens": 16 * SAMPLES}
     values["training"] |= {"evaluate_sequences": 12, "evaluate_every_tokens": 16 * SAMPLES}
-    values["training"] |= {"checkpoint_every_tokens": 16 * 480}
+    values["training"] |= {"checkpoint_every_tokens": 16 * 120}
     values["planner"] |= {"policy": "static", "max_global_batch": batch}
     values["tracking"] = {}
     names = [cluster[index].name for index in indices]
@@ -47,24 +46,31 @@ def job_on(
 class HostRun(Run):
     """A job that trains on hosts."""
 
-    def trains(self, ranks: int, seconds: float = 150) -> float:
-        """Wait until it trains on so many ranks, in another start than at the last call. Returns how long that took."""
-        begun, starts = time.monotonic(), getattr(self, "_starts", 0)
+    _starts = 0
+    """At the last call of `trains`."""
+
+    def trains(self, ranks: int) -> None:
+        """Wait until it trains on so many ranks, in another start than at the last call."""
 
         def does() -> bool:
-            all_starts = self.seen(Start)
-            if len(all_starts) <= starts or all_starts[-1].configuration.layout.accelerators != ranks:
-                return False
-            place = max(index for index, event in enumerate(self.events) if isinstance(event, Start))
-            return sum(isinstance(event, Step) for event in self.events[place:]) >= 5
+            starts = self.seen(Start)
+            return (
+                len(starts) > self._starts
+                and starts[-1].configuration.layout.accelerators == ranks
+                and len(self.seen_since_start(Step)) >= 5
+            )
 
         self.wait(does, f"training on {ranks} ranks", 0.05)
         self._starts = len(self.seen(Start))
-        return time.monotonic() - begun
 
     def seen(self, kind: type[Kind]) -> list[Kind]:
         """All events of a type so far."""
         return [event for event in self.events if isinstance(event, kind)]
+
+    def seen_since_start(self, kind: type[Kind]) -> list[Kind]:
+        """Those since the newest start."""
+        newest = max((index for index, event in enumerate(self.events) if isinstance(event, Start)), default=0)
+        return [event for event in self.events[newest:] if isinstance(event, kind)]
 
     def stop(self) -> None:
         """Stop it with a checkpoint, and wait until it has."""

@@ -15,13 +15,10 @@ import pytest
 from host_jobs import LOST_SECONDS, HostRun, job_on, running
 
 from copus.event_lines import without_replays
-from copus.events import Restart, Start, Step, read_events
+from copus.events import Checkpoint, Restart, Start, Step, Warned, read_events
 from launch.engines.hosts_node import HOST
 
 pytestmark = [pytest.mark.hosts, pytest.mark.dist, pytest.mark.timeout(3000)]
-
-DETECTED_SECONDS = LOST_SECONDS + 4
-"""A host is given up within this time, on a machine that has something else to do."""
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +43,15 @@ def process(cluster: hosts.Hosts, module: str) -> psutil.Process:
 
 
 def suffer(run: HostRun, what: str, harm: Callable[[], object], ranks: int) -> None:
-    """Do it, and see the job train again on so many ranks."""
-    at, begun = run.samples, time.monotonic()
+    """Do it after a checkpoint, and see the job train again on so many ranks."""
+    run.wait(lambda: bool(run.seen_since_start(Checkpoint)), "a checkpoint", 0.05)
+    at, begun = run.samples, time.time()
     harm()
     run.trains(ranks)
     newest = run.seen(Restart)[-1]
+    told = [f" ({one.message}, after {one.time - begun:.1f} s)" for one in run.seen(Warned) if one.time > begun]
     print(
-        f"{what} at {at} samples: {newest.ranks} ranks train again after {time.monotonic() - begun:.1f} s, "
+        f"{what} at {at} samples{''.join(told)}: {newest.ranks} ranks train again after {time.time() - begun:.1f} s, "
         f"{newest.samples_repeated} samples repeated",
         flush=True,
     )
@@ -73,7 +72,8 @@ def steady(cluster: hosts.Hosts, tmp_path_factory: pytest.TempPathFactory) -> di
     """Losses by samples of a job on one host that nothing happens to."""
     with running(job_on(cluster, tmp_path_factory.mktemp("steady"), [0])) as run:
         run.trains(ranks=1)
-        run.wait(lambda: run.samples >= 1800, "training", 0.1)
+        for samples in range(300, 1801, 300):
+            run.wait(lambda at=samples: run.samples >= at, f"training on {samples} samples", 0.1)
         run.stop()
         return {event.samples_consumed: event.loss or 0.0 for event in run.seen(Step)}
 
@@ -121,8 +121,7 @@ def test_three_hosts_and_a_spare(cluster: hosts.Hosts, tmp_path: Path, steady: d
             cluster[2].switch_off()
 
         suffer(run, "two hosts at once", two_at_once, ranks=2)
-        cluster[0].thaw()
-        suffer(run, "one of them back", lambda: None, ranks=3)
+        suffer(run, "one of them back", cluster[0].thaw, ranks=3)
         cluster[2].boot()
 
         def in_the_start() -> None:
