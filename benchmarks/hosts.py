@@ -9,7 +9,7 @@ measures all layouts, also tensor parallelism over the link, which the planner l
 Then a job moves through the layouts, and each move is timed. Links that are finished are kept in DIR.
 
 With `--train`, `benchmarks.time_to_target` runs on one of the links: `goodput` against every fixed batch in its fastest
-layout, with a decay. What was measured there before is not measured again.
+layout, with a decay. The profiler goes on with what it has measured there.
 """
 
 import argparse
@@ -48,7 +48,7 @@ WORKLOAD = "short-sequences"
 """Of `benchmarks.time_to_target`: the job file as it is."""
 QUICK_BATCHES = "4,8"
 """Fixed ones that `--train` compares with."""
-BUDGET_SECONDS, QUICK_BUDGET_SECONDS = 240, 60
+PROFILE_SECONDS, QUICK_PROFILE_SECONDS = 240, 60
 """For measuring the steps on one link."""
 LARGEST_BATCH, QUICK_LARGEST_BATCH = 64, 8
 CIRCLES, QUICK_CIRCLES = 5, 1
@@ -107,20 +107,22 @@ def settings_of(cluster: hosts.Hosts, quick: bool) -> Settings:
     }
 
 
-def measure(gbit_per_second: float, cluster: hosts.Hosts, quick: bool, out: Path) -> Row:
+def measure(gbit_per_second: float, cluster: hosts.Hosts, quick: bool, out: Path, console: Console) -> Row:
     """Steps and moves over a link of this bandwidth. Raises SystemExit where a job fails."""
     limit(cluster, gbit_per_second)
     settings = settings_of(cluster, quick)
     table = out / WORKLOAD
     table.mkdir(parents=True, exist_ok=True)
-    tcp = link_gbit(cluster)
-    estimate = measured_of(JOB, settings, table, QUICK_BUDGET_SECONDS if quick else BUDGET_SECONDS)
+    tcp, budget_seconds = link_gbit(cluster), QUICK_PROFILE_SECONDS if quick else PROFILE_SECONDS
+    console.print(f"{gbit_per_second:g} Gbit/s: steps, at most {budget_seconds} s of them")
+    estimate = measured_of(JOB, settings, table, budget_seconds)
     assert estimate.fingerprint is not None
     config = load_job(JOB, overrides_of(settings)).planner
     best = [
         {"noise_scale_from": span.low, "configuration": span.best.configuration.label}
         for span in estimate.by_noise(config)
     ]
+    console.print(f"{gbit_per_second:g} Gbit/s: moves")
     return {
         "gbit_per_second": gbit_per_second,
         "tcp_gbit_per_second": tcp,
@@ -213,8 +215,7 @@ def measure_all(options: argparse.Namespace, out: Path, console: Console) -> Row
         for gbit in options.gbit:
             kept = out / f"{gbit:g}" / "link.json"
             if not kept.exists():
-                console.print(f"{gbit:g} Gbit/s")
-                link = measure(gbit, cluster, options.quick, kept.parent)
+                link = measure(gbit, cluster, options.quick, kept.parent, console)
                 write_atomically(kept, json.dumps(link))
             links.append(json.loads(kept.read_text()))
     return {"benchmark": "hosts", "parameters": load_job(JOB).model.parameters, "links": links}
@@ -227,6 +228,7 @@ def train(options: argparse.Namespace, out: Path) -> int:
     names = [*(f"static-{batch}" for batch in batches.split(",")), "goodput", "goodput-table"]
     words = ["--workloads", WORKLOAD, "--decay", "cosine", "--neighbour", "quiet", "--batches", batches]
     words += ["--only", ",".join(names), "--seeds", str(options.seeds), "--out", str(out / f"{gbit:g}")]
+    words += ["--profile-seconds", str(QUICK_PROFILE_SECONDS if options.quick else PROFILE_SECONDS)]
     words += ["--quick"] * options.quick + ["--json"] * options.json
     with linked() as cluster:
         limit(cluster, gbit)

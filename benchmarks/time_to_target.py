@@ -1,7 +1,7 @@
 """How long does it take, on this machine's clock, to train to a loss? Policies against fixed batches, over seeds.
 
     python -m benchmarks.time_to_target [--seeds N] [--quick] [--neighbour quiet,busy] [--decay cosine,constant]
-        [--workloads NAME,NAME] [--only NAME,NAME] [--out DIR] [--json]
+        [--workloads NAME,NAME] [--only NAME,NAME] [--profile-seconds S] [--out DIR] [--json]
 
 Every run is `copus submit` of one job (benchmarks/time_to_target.yaml, changed by the workload) with another policy.
 
@@ -50,6 +50,8 @@ NEIGHBOURS = ("quiet", "busy")
 DECAYS = ("cosine", "constant")
 QUICK = 0.1
 """Share of the tokens that `--quick` trains on."""
+PROFILE_SECONDS = 600
+"""For finding the fastest configuration of each fixed batch."""
 Settings = dict[str, Any]
 
 
@@ -137,7 +139,7 @@ def _settings(configuration: Configuration) -> Settings:
     }
 
 
-def measured_of(job_file: Path, settings: Settings, out: Path, budget_seconds: float = 600) -> JobEstimate:
+def measured_of(job_file: Path, settings: Settings, out: Path, budget_seconds: float) -> JobEstimate:
     """Candidates whose steps were measured, or lie on a line between those: everything is measured once, in
     OUT/throughput.jsonl."""
     table = out / "throughput.jsonl"
@@ -150,12 +152,14 @@ def measured_of(job_file: Path, settings: Settings, out: Path, budget_seconds: f
     return replace(estimate, candidates=[one for one in estimate.candidates if one.source != "predicted"])
 
 
-def fastest_of(job_file: Path, settings: Settings, batches: Sequence[int], out: Path) -> dict[int, Configuration]:
+def fastest_of(
+    job_file: Path, settings: Settings, batches: Sequence[int], out: Path, budget_seconds: float = PROFILE_SECONDS
+) -> dict[int, Configuration]:
     """The fastest configuration at each fixed batch, of those that `measured_of` has. Raises SystemExit for a batch at
     which nothing was measured."""
     fastest = {
         of_batch.best.configuration.global_batch: of_batch.best.configuration
-        for of_batch in measured_of(job_file, settings, out).fastest()
+        for of_batch in measured_of(job_file, settings, out, budget_seconds).fastest()
     }
     if missing := set(batches) - set(fastest):
         raise SystemExit(f"--batches: nothing was measured at a global batch of {min(missing)}")
@@ -308,7 +312,8 @@ def _field(name: str, options: argparse.Namespace, console: Console) -> list[Con
     batches = [int(text) for text in options.batches.split(",")]
     out = options.out.absolute() / name
     out.mkdir(exist_ok=True)
-    fastest = fastest_of(options.job, {**WORKLOADS[name].settings, **overrides}, batches, out)
+    settings = {**WORKLOADS[name].settings, **overrides}
+    fastest = fastest_of(options.job, settings, batches, out, options.profile_seconds)
     for batch, configuration in fastest.items():
         console.print(f"{name}: fastest at a global batch of {batch}: {configuration.label}")
     every = contenders(fastest, out / "throughput.jsonl")
@@ -396,6 +401,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decay", type=_names(DECAYS), default=None, help=", ".join(DECAYS))
     parser.add_argument("--neighbour", type=_names(NEIGHBOURS), default=None, help=", ".join(NEIGHBOURS))
     parser.add_argument("--batches", default=BATCHES, help="fixed global batches to compare with")
+    parser.add_argument(
+        "--profile-seconds", type=float, default=PROFILE_SECONDS, help="for finding their fastest layouts"
+    )
     parser.add_argument("--only", type=lambda text: text.split(","), help="names of policies, with commas")
     parser.add_argument("--out", type=Path, default=None, help=f"folder with the runs, {OUT}; finished ones are kept")
     options = parser.parse_args(arguments)
