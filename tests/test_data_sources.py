@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 from data_text import held_out_of, read_documents, write_works
@@ -18,6 +21,23 @@ def test_folder_is_read_sorted_and_no_file_twice(tmp_path):
     documents = read_documents(source_files([folder / "beta.txt", folder]))
     assert [document.name for document in documents] == ["beta.txt", "alpha.txt", "gamma.md"]
     assert [document.work for document in documents] == ["beta", "alpha", "gamma"]
+
+
+def test_a_subfolder_that_cannot_be_listed_is_refused_and_a_hidden_one_is_not_looked_at(tmp_path, monkeypatch):
+    folder, scandir = write_works(tmp_path / "plays", alpha="a"), os.scandir
+    for name in ("closed", ".git"):
+        (folder / name).mkdir()
+
+    def without_permission(place):
+        if Path(place).name in ("closed", ".git"):  # a mode would not stop root
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", without_permission)
+    with pytest.raises(JobError, match=r"^data\.source: .*/plays/closed: Permission denied$"):
+        source_files([folder])
+    (folder / "closed").rmdir()
+    assert [file.name for file in source_files([folder])] == ["alpha.txt"]
 
 
 def test_jsonl_may_spell_a_character_as_a_pair_of_surrogates(tmp_path):

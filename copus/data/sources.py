@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import json
+import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from copus.job import JobError
@@ -55,7 +57,7 @@ def _files_of(path: Path) -> list[Path]:
         return _dataset_files(path)
     if (path / DATASET_SPLITS).is_file():
         raise JobError(f"data.source: {path} holds several splits of a dataset: name the folder of one, {path}/train")
-    files = sorted(file for file in path.rglob("*") if _is_text(file) and not _is_hidden(file.relative_to(path)))
+    files = sorted(file for file in _files_below(path) if _is_text(file))
     if not files:
         suffixes = ", ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES))
         raise JobError(f"data.source: no {suffixes} file in the folder {path}, and no {JSON_SUFFIX} file of JSON lines")
@@ -80,8 +82,16 @@ def _dataset_files(folder: Path) -> list[Path]:
     return files
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its subfolders, without those that are hidden. Raises JobError for a subfolder that
+    cannot be listed, or that is gone meanwhile: its text would be missing without a word."""
+
+    def refuse(error: OSError) -> None:
+        raise JobError(f"data.source: {error.filename}: {error.strerror}") from None
+
+    for place, subfolders, names in os.walk(folder, onerror=refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _is_text(file: Path) -> bool:
