@@ -1,10 +1,12 @@
 """torch's elastic agent: `python -m copus.agent …` takes the arguments of `torch.distributed.run`.
 
-It differs from torch's own in two ways. It has one more `--rdzv-backend`, `bound`: torch's `c10d`, in a store that
+It differs from torch's own in three ways. It has one more `--rdzv-backend`, `bound`: torch's `c10d`, in a store that
 listens on the address of `--rdzv-endpoint` alone, unless that is a name. And it restarts no workers after an error that
-the user has to fix: the next attempt would fail in the same way.
+the user has to fix: the next attempt would fail in the same way. And its workers know it, so that they stop when it has
+died.
 """
 
+import os
 from datetime import timedelta
 
 from torch.distributed import TCPStore, run
@@ -17,6 +19,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 
+from copus.stop_request import AGENT
 from copus.stores import host_store, is_bindable, join_store
 from copus.user_errors import EXIT_CODE
 
@@ -62,4 +65,5 @@ if __name__ == "__main__":
         api, LocalElasticAgent.__name__, Agent
     )  # torch has no option for another agent; its launcher looks this name up
     rendezvous_handler_registry.register(NAME, meet)
+    os.environ[AGENT] = str(os.getpid())
     run.main()

@@ -5,6 +5,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+AGENT = "COPUS_AGENT"
+"""Environment variable with the process id of the agent, of which its workers can tell that it is dead already."""
+
 
 class StopRequest:
     """True once there was a signal to this process, the agent died or, on rank 0, there is the file `RUN/stop`."""
@@ -13,7 +16,7 @@ class StopRequest:
         """Takes SIGTERM and SIGINT over."""
         # The vote of one rank stops all: only the first asks the file system, which all share, at every step.
         self._file = run / "stop" if os.environ.get("RANK", "0") == "0" else None
-        self._agent = os.getppid()
+        self._agent = int(os.environ.get(AGENT, os.getppid()))
         self._signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)

@@ -30,7 +30,7 @@ from copus.branches import read_plan
 from copus.checkpoints.files import check_same_data, set_damaged_aside
 from copus.checkpoints.store import newest_checkpoint, read_state
 from copus.checkpoints.trainer_state import TrainerState
-from copus.collectives import broadcast_from_rank0
+from copus.collectives import all_gather, broadcast_from_rank0
 from copus.data.prepared import prepared_path
 from copus.data.samples import open_data
 from copus.devices import check_accelerator, join_world, rank_device
@@ -48,6 +48,7 @@ from copus.events import (
     has_checkpoint,
     samples_trained,
 )
+from copus.fencing import TOKEN
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
 from copus.planning import Planner
@@ -75,6 +76,7 @@ def main(arguments: list[str]) -> int:
     try:
         job = load_job(run / "job.yaml")
         device = _start_process_group(job)
+        _agree_on_token()
         job = _on_these_ranks(job)
         _work(job, run, device, stop, profile_only="--profile-only" in arguments)
     except Exception as error:
@@ -83,6 +85,13 @@ def main(arguments: list[str]) -> int:
         raise
     dist.destroy_process_group()
     return 0
+
+
+def _agree_on_token() -> None:
+    """Let all ranks have the attempt's token, where only the ranks of one node were given it."""
+    tokens = [token for token in all_gather(os.environ.get(TOKEN)) if token]
+    if tokens:
+        os.environ[TOKEN] = tokens[0]
 
 
 def _on_these_ranks(job: JobConfig) -> JobConfig:

@@ -94,6 +94,13 @@ def copus() -> None:
     is_flag=True,
     help="With --seeds or --matrix: start no further run, and queue none, once one has failed.",
 )
+@click.option(
+    "--at-once",
+    metavar="N",
+    type=int,
+    help="With --seeds or --matrix, on an engine with a queue: have at most N of the runs in it, and add the next when "
+    "one has ended.",
+)
 @json_option(PROGRESS_JSON)
 def submit(
     job: Path | None,
@@ -107,6 +114,7 @@ def submit(
     seeds: int | None,
     matrix: Sequence[str],
     fail_fast: bool,
+    at_once: int | None,
     as_json: bool,
 ) -> int:
     """Train a job, which moves to a better batch and layout as it runs.
@@ -123,9 +131,10 @@ def submit(
 
         if resume is not None or allow_from_scratch:
             raise click.UsageError("--seeds and --matrix go on by the same command again, without --resume")
-        return submit_group(job, settings, matrix, seeds, manner, fail_fast=fail_fast)
-    if fail_fast:
-        raise click.UsageError("--fail-fast: only with --seeds or --matrix")
+        return submit_group(job, settings, matrix, seeds, manner, fail_fast=fail_fast, at_once=at_once)
+    for option, is_given in (("--fail-fast", fail_fast), ("--at-once", at_once is not None)):
+        if is_given:
+            raise click.UsageError(f"{option}: only with --seeds or --matrix")
     return submit(job, settings, resume, manner)
 
 

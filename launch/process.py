@@ -1,18 +1,14 @@
 """Starting Python modules of this distribution as processes."""
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+from copus.parent_death import die_with_parent
 from launch.interrupts import Interrupts
-
-PR_SET_PDEATHSIG = 1
-"""From linux/prctl.h."""
 
 
 def python_module(module: str, *arguments: str | Path) -> list[str]:
@@ -34,22 +30,6 @@ def module_environment(users: str | None = None) -> dict[str, str]:
     root = str(module_root())
     inherited = users or os.environ.get("PYTHONPATH")
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([root, inherited] if inherited else [root])}
-
-
-def die_with_parent(number: int = signal.SIGTERM) -> Callable[[], None] | None:
-    """For `Popen(preexec_fn=…)`: the child gets this signal when its parent dies, however it dies. None without
-    prctl."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl  # loaded before the fork: nothing but the call itself happens between fork and exec
-    parent = os.getpid()
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
-
-    return ask
 
 
 def kill_family(pid: int) -> None:

@@ -54,13 +54,18 @@ def submit_group(
     manner: Manner,
     *,
     fail_fast: bool,
+    at_once: int | None,
 ) -> int:
-    """Train every run of the group that has not ended. Returns the exit code. Raises JobError, before anything is made,
-    where one of the jobs is wrong."""
+    """Train every run of the group that has not ended, with at most so many `at_once` in the queue. Returns the exit
+    code. Raises JobError, before anything is made, where one of the jobs is wrong."""
     if job_file is None:
         raise JobError("--seeds, --matrix: nothing to train: give a job file")
     if fail_fast and manner.detach:
         raise JobError("--fail-fast: with --detach nobody sees a run fail")
+    if at_once is not None and at_once < 1:
+        raise JobError(f"--at-once {at_once}: at least 1")
+    if at_once is not None and manner.detach:
+        raise JobError("--at-once: with --detach nobody queues the next run")
     console = SteadyConsole(stderr=manner.as_json, highlight=False)
     fields = parse_matrix(matrix, overrides)
     first = [f"{field}={values[0]}" for field, values in fields.items()]  # the job file may leave them out
@@ -75,12 +80,19 @@ def submit_group(
 
     submissions = [_checked(planned, job_file, overrides, manner, console, say) for planned in plan]
     _check_different(submissions)
+    queued = isinstance(submissions[0].checked.engine, QueuedEngine)
+    if at_once is not None and not queued:
+        raise JobError(f"--at-once: launch.engine({base.launch.engine}) has no queue: one run trains after another")
     if manner.dry_run:
         return _describe(base.name, submissions, manner)
-    queued = isinstance(submissions[0].checked.engine, QueuedEngine)
     failed: list[str] = []
+    watch = _Watch([submission for submission in submissions if submission.todo == "follow"], console, fail_fast)
     with Interrupts() as interrupts:
         for number, submission in enumerate(submissions, start=1):
+            if at_once is not None and submission.todo in ("begin", "resume"):
+                watch.until(at_once - 1, interrupts)
+                if interrupts.count or (watch.failed and fail_fast):
+                    break
             console.print(f"run {number} of {len(submissions)}: {_what(submission)}", markup=False, soft_wrap=True)
             code = _start(submission, interrupts, console)
             if interrupts.count:
@@ -89,10 +101,13 @@ def submit_group(
                 failed.append(submission.planned.name)
                 if fail_fast:
                     break
+            elif submission.todo != "nothing":
+                watch.add(submission)
         if queued and failed and fail_fast:
             _withdraw([made for made in submissions if made.todo != "nothing" and made.run.exists()], console)
         elif queued and not manner.detach:
-            failed += _follow(submissions, interrupts, console, fail_fast=fail_fast)
+            watch.until(0, interrupts)
+        failed += watch.failed
     exit_code = 1 if failed else 0
     if interrupts.signal:
         exit_code = 128 + interrupts.signal
@@ -214,40 +229,58 @@ def _told(begun: Begun, console: Console) -> int:
     return 0
 
 
-def _follow(
-    submissions: Sequence[Submission], interrupts: Interrupts, console: Console, *, fail_fast: bool
-) -> list[str]:
-    """Tell what becomes of the queued runs until all have ended, or an interrupt. Returns the names of those that
-    failed. With `fail_fast` the first failure takes the others out of the queue."""
-    waiting = {
-        submission.run: 0 for submission in submissions if submission.todo != "nothing" and submission.run.exists()
-    }
-    total, before, failed = len(waiting), dict[Path, str](), list[str]()
-    while waiting and not interrupts.count:
-        pause = max(STATE_SECONDS / len(waiting), QUESTION_SECONDS)
-        for run in list(waiting):
-            status = status_of(run)
-            state = state_of(run, status)
-            waiting[run] = 0 if state.alive else waiting[run] + 1
-            if state.alive and before.get(run) != state.name:
-                before[run] = state.name
-                console.print(f"{run.name}: {state.name}", markup=False, soft_wrap=True)
-            if waiting[run] >= LOOKS:
-                del waiting[run]
-                done = f"{total - len(waiting)} of {total} ended"
-                why = f": {state.why}" if state.why else ""
-                why += f" ({engine_state(run).words})" if state.name == "crashed" else ""  # nobody else says why
-                line = f"{run.name}: {state.name}{why}, {trained(status)} ({done})"
-                console.print(line, markup=False, soft_wrap=True)
-                if status.end is None or status.end.reason not in ENDS:
-                    failed.append(run.name)
-            if failed and fail_fast:
-                _withdraw([submission for submission in submissions if submission.run in waiting], console)
-                return failed
-            if not waiting or interrupts.count:
-                break
-            time.sleep(pause)
-    return failed
+class _Watch:
+    """The queued runs of a group: tells what becomes of them."""
+
+    def __init__(self, submissions: Sequence[Submission], console: Console, fail_fast: bool) -> None:
+        """With `fail_fast` the first failure takes the others out of the queue."""
+        self.failed: list[str] = []
+        """Names of those that failed."""
+        self._console, self._fail_fast = console, fail_fast
+        self._waiting: dict[Path, Submission] = {}
+        self._total = 0
+        for submission in submissions:
+            self.add(submission)
+        self._looks: dict[Path, int] = {}
+        self._said: dict[Path, str] = {}
+
+    def add(self, submission: Submission) -> None:
+        """Watch this one too."""
+        if submission.run not in self._waiting:
+            self._waiting[submission.run] = submission
+            self._total += 1
+
+    def until(self, at_most: int, interrupts: Interrupts) -> None:
+        """Wait until at most so many have not ended, or until an interrupt."""
+        while len(self._waiting) > at_most and not interrupts.count:
+            pause = max(STATE_SECONDS / len(self._waiting), QUESTION_SECONDS)
+            for run in list(self._waiting):
+                self._look(run)
+                if self.failed and self._fail_fast:
+                    _withdraw(list(self._waiting.values()), self._console)
+                    self._waiting.clear()
+                    return
+                if len(self._waiting) <= at_most or interrupts.count:
+                    return
+                time.sleep(pause)
+
+    def _look(self, run: Path) -> None:
+        status = status_of(run)
+        state = state_of(run, status)
+        self._looks[run] = 0 if state.alive else self._looks.get(run, 0) + 1
+        if state.alive and self._said.get(run) != state.name:
+            self._said[run] = state.name
+            self._console.print(f"{run.name}: {state.name}", markup=False, soft_wrap=True)
+        if self._looks[run] < LOOKS:
+            return
+        del self._waiting[run]
+        done = f"{self._total - len(self._waiting)} of {self._total} ended"
+        why = f": {state.why}" if state.why else ""
+        why += f" ({engine_state(run).words})" if state.name == "crashed" else ""  # nobody else says why
+        line = f"{run.name}: {state.name}{why}, {trained(status)} ({done})"
+        self._console.print(line, markup=False, soft_wrap=True)
+        if status.end is None or status.end.reason not in ENDS:
+            self.failed.append(run.name)
 
 
 def _withdraw(submissions: Sequence[Submission], console: Console) -> None:

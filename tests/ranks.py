@@ -117,4 +117,6 @@ def _rank(
         pipe.send((False, traceback.format_exc()))
     finally:
         pipe.close()
+        for child in multiprocessing.active_children():  # a server of Megatron's own checkpoints waits for ever
+            child.kill()
         os._exit(0)  # no tear-down of groups that a failed peer may have left behind

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from copus.checkpoints import store
+from copus.checkpoints import files, store
 from copus.checkpoints.store import CheckpointError, Writing, newest_checkpoint, read_state
 from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import RankError
@@ -127,6 +127,35 @@ def test_a_rank_that_was_frozen_while_it_wrote_reaches_no_checkpoint_of_a_later_
     later.finish()
     assert names(tmp_path) == ["samples-000000000100"]
     assert newest(tmp_path) == ("samples-000000000100", [])
+
+
+def test_a_rank_that_is_frozen_before_it_clears_away_removes_nothing_of_a_later_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = TrainerState(samples_consumed=100)
+    backend: Any = FilesBackend()
+    later: list[Writing] = []
+
+    def frozen(run: Path) -> None:
+        """Its token is the newest one; when it wakes up it is not."""
+        monkeypatch.setattr(store, "end_if_replaced", lambda run: None)
+        monkeypatch.setenv(TOKEN, "session-1")
+        later.append(Writing(run, backend, state, 2, in_background=False))
+
+    monkeypatch.setenv(TOKEN, "session-0")
+    monkeypatch.setattr(store, "end_if_replaced", frozen)
+    Writing(tmp_path, backend, state, 2, in_background=False)
+    later[0].finish()
+    assert newest(tmp_path)[0] == "samples-000000000100"
+
+
+def test_a_rank_that_is_frozen_while_it_verifies_sets_no_checkpoint_of_a_later_attempt_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _flip(write(tmp_path, 200))
+    monkeypatch.setattr(files, "end_if_replaced", lambda run: write(run, 300))
+    files.set_damaged_aside(tmp_path, None)
+    assert names(tmp_path) == ["samples-000000000200.damaged", "samples-000000000300"]
 
 
 @given(st.integers(0, 2048 + 6 - 1), st.integers(0, 7))

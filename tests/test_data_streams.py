@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
@@ -374,6 +375,25 @@ def test_several_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(pipeline_module, "IN_PROCESS_BYTES", 0)
     two = prepare(make_job(tmp_path / "two", {"source": [str(path)], "processes": 2}))
     assert one.name == two.name, "its name is a hash of its content"
+
+
+def test_processes_do_not_outlive_one_that_is_killed() -> None:
+    """Idle ones too, which nothing but the death of the first could end."""
+    code = (
+        "import multiprocessing, operator, time; from copus.data.worker_processes import ordered_map\n"
+        "results = ordered_map(operator.add, 1, range(100), 2); next(results)\n"
+        "print(*(child.pid for child in multiprocessing.active_children()), flush=True); time.sleep(600)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    others = [psutil.Process(int(pid)) for pid in first.stdout.readline().split()]
+    assert len(others) == 2
+    first.kill()
+    first.wait()
+    end = time.monotonic() + 60
+    while any(other.is_running() and other.status() != psutil.STATUS_ZOMBIE for other in others):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.mark.dist

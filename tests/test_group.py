@@ -227,6 +227,10 @@ def test_a_run_with_other_settings_is_not_taken_for_one_of_the_group(tmp_path: P
     [
         (["--resume", "small", "--seeds", "2"], "--seeds and --matrix go on by the same command again"),
         (["job.yaml", "--fail-fast"], "--fail-fast: only with --seeds or --matrix"),
+        (["job.yaml", "--at-once", "2"], "--at-once: only with --seeds or --matrix"),
+        (["job.yaml", "--seeds", "2", "--at-once", "0"], "--at-once 0: at least 1"),
+        (["job.yaml", "--seeds", "2", "--at-once", "2", "--detach"], "with --detach nobody queues the next run"),
+        (["job.yaml", "--seeds", "2", "--at-once", "2"], "--at-once: launch.engine(local) has no queue"),
         (["--seeds", "2"], "--seeds, --matrix: nothing to train: give a job file"),
         (["job.yaml", "--seeds", "2", "--fail-fast", "--detach"], "--fail-fast: with --detach nobody sees a run fail"),
         (["job.yaml", "--seeds", "2", "--detach"], "--detach: launch.engine(local) has no queue"),
@@ -346,20 +350,44 @@ def test_a_scheduler_is_asked_about_many_runs_twice_a_second(tmp_path: Path, mon
     monkeypatch.setattr(launch.submit_group.time, "sleep", slept.append)
     monkeypatch.setattr(launch.submit_group, "status_of", lambda run: RunStatus())
     monkeypatch.setattr(launch.submit_group, "state_of", lambda run, status: RunState("failed"))
-    submissions: Any = [
-        SimpleNamespace(run=tmp_path, todo="follow"),
-        SimpleNamespace(run=tmp_path.parent, todo="begin"),
-    ]
-    follow, console = launch.submit_group._follow, Console(quiet=True)
-    assert len(follow(submissions, Interrupts(), console, fail_fast=False)) == 2
+
+    def failed(number: int) -> list[str]:
+        submissions: Any = [SimpleNamespace(run=tmp_path / str(index)) for index in range(number)]
+        watch = launch.submit_group._Watch(submissions, Console(quiet=True), fail_fast=False)
+        watch.until(0, Interrupts())
+        return watch.failed
+
+    assert len(failed(2)) == 2
     assert slept == [1.5, 1.5, 1.5]
     slept.clear()
-    runs = [tmp_path / str(number) for number in range(20)]
-    for run in runs:
-        run.mkdir()
-    many: Any = [SimpleNamespace(run=run, todo="follow") for run in runs]
-    assert len(follow(many, Interrupts(), console, fail_fast=False)) == 20
+    assert len(failed(20)) == 20
     assert slept == [0.5] * 39
+
+
+def test_under_slurm_at_most_so_many_runs_are_queued_at_once(
+    tmp_path: Path,
+    slurm: Says,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    job_file(tmp_path)
+    queued: list[int] = []
+
+    def ends(seconds: float) -> None:
+        """The oldest run that is queued finishes while the command looks on."""
+        runs = sorted((tmp_path / "runs").iterdir())
+        open_runs = [run for run in runs if not (run / "events.jsonl").exists()]
+        queued.append(len(open_runs))
+        if open_runs:
+            log = EventLog(open_runs[0])
+            log.write(start())
+            log.write(End(step=1, samples_consumed=4, reason="finished", seconds=1.0))
+
+    monkeypatch.setattr(launch.submit_group.time, "sleep", ends)
+    assert copus_here("submit", "job.yaml", "--seeds", "5", "--at-once", "2") == 0
+    assert max(queued) == 2
+    assert sum(line.startswith("sbatch") for line in asked(tmp_path)) == 5
+    assert "(5 of 5 ended)" in capfd.readouterr().out
 
 
 def test_under_slurm_fail_fast_takes_what_is_queued_out_of_the_queue(

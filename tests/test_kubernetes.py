@@ -26,14 +26,17 @@ from test_end_to_end import _write_job as write_tiny_job
 
 import launch.queued
 from copus.events import REQUEUED, End, EventLog, Failure, Start, Step, read_events
+from copus.fencing import FILE, TOKEN
 from copus.job import load_job
 from launch.engines import engine_state
 from launch.engines import kubernetes_node as node
 from launch.engines.agent import agent_environment
 from launch.engines.kubernetes_manifest import job_name
 from launch.engines.kubernetes_options import KubernetesOptions
+from launch.engines.node_agent import start_agent
 from launch.engines.requeues import AGAIN, HOPELESS
 from launch.engines.ticket import Ticket, read_ticket, write_ticket
+from launch.process import kill_family
 from launch.run_directory import create_run, lock_run
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "shakespeare.yaml"
@@ -454,6 +457,57 @@ class TestNode:
         assert left.value.code == AGAIN
         assert not (run / "stop").exists()  # nobody else is asked for anything
         assert not (run / "requeues.json").exists()
+
+    @pytest.mark.parametrize("has_workers", [False, True])
+    def test_a_further_pod_asks_for_a_checkpoint_only_once_it_has_workers(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch, has_workers: bool
+    ) -> None:
+        """Before that the first pod may not have begun, and would take the request for one to the attempt before."""
+        monkeypatch.setenv("PET_NODE_RANK", "1")
+        sleep = "import time; print('here', flush=True); time.sleep(600)"
+        agent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])" if has_workers else sleep
+        monkeypatch.setattr(node.Node, "command", lambda self: [sys.executable, "-c", agent])
+        log = run / "logs" / "copus-small-1.node-1.log"
+        agents: list[subprocess.Popen[bytes]] = []
+
+        def start(*arguments: Any, **keywords: Any) -> subprocess.Popen[bytes]:
+            agents.append(start_agent(*arguments, **keywords))
+            return agents[0]
+
+        monkeypatch.setattr(node, "start_agent", start)
+
+        def evict() -> None:
+            while not (log.exists() and log.read_text()):
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGTERM)
+            while has_workers and not (run / "stop").exists():
+                time.sleep(0.02)
+            kill_family(agents[0].pid)
+
+        thread = threading.Thread(target=evict, daemon=True)
+        thread.start()
+        if has_workers:
+            assert node.main([str(run)]) == AGAIN
+            assert (run / "stop").read_text() == node.EVICTED
+        else:
+            with pytest.raises(SystemExit) as left:
+                node.main([str(run)])
+            assert left.value.code == AGAIN
+            assert not (run / "stop").exists()
+        thread.join()
+        agents[0].wait()
+
+    def test_the_ranks_of_every_start_have_a_token_of_their_own(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tokens = []
+        for _ in range(2):
+            assert self.attempt(run, monkeypatch, "--crash-at", "1") == AGAIN
+            tokens.append((run / FILE).read_text())
+        assert len(set(tokens)) == 2
+        job = load_job(run / "job.yaml")
+        assert node.Node(run, job, "copus-small-1", 0, tokens[1]).environment()[TOKEN] == tokens[1]
+        assert TOKEN not in node.Node(run, job, "copus-small-1", 1).environment(), "its ranks hear of it from the first"
 
     def test_an_eviction_while_a_start_is_counted_is_a_checkpoint(
         self, run: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,9 +22,11 @@ from launch_jobs import copus_command, copus_here, write_job
 
 import launch.submit
 from copus.events import End, Start, Step, read_events
+from copus.job import load_job
 from launch.engines import LocalEngine
 from launch.interrupts import Interrupts
 from launch.process import run_module
+from launch.run_directory import create_run, lock_run
 
 LONG = ["--steps", "100000"]
 
@@ -488,6 +490,33 @@ class TestAgent:
             os.kill(process.pid, signal.SIGKILL)
             wait_for(lambda: worker_is_gone(run, 0) and worker_is_gone(run, 1))
         wait_for((run / "checkpoints" / "done").exists)  # they were asked, not killed
+
+    def test_a_rank_is_of_the_newest_attempt_and_stops_when_its_agent_was_killed_at_its_start(
+        self, tmp_path: Path
+    ) -> None:
+        """Long before it listens: imports take seconds."""
+        path = write_job(tmp_path, cluster={"accelerators_per_node": 1}, training={"layout": {}})
+        job = load_job(path, [f"launch.runs={tmp_path}"])
+        run = create_run(job)
+        worker = tmp_path / "worker.py"
+        worker.write_text(
+            "import os, sys, time\nfrom pathlib import Path\nfrom copus.fencing import TOKEN\n"
+            "from copus.stop_request import StopRequest\nrun = Path(sys.argv[1])\n"
+            "(run / 'new').write_text(os.environ[TOKEN])\n(run / 'new').rename(run / 'begun')\n"
+            "while not (run / 'killed').exists():\n    time.sleep(0.01)\n"
+            "stop = StopRequest(run)\nwhile not stop():\n    time.sleep(0.01)\n(run / 'stopped').touch()\n"
+        )
+        with lock_run(run) as lock:
+            workers = LocalEngine(worker=[str(worker)]).start(run, job, lock)
+            try:
+                wait_for((run / "begun").exists)
+                assert (run / "begun").read_text() == (run / "session").read_text()
+                os.kill(workers._agent.pid, signal.SIGKILL)
+                assert workers._agent.wait() == -signal.SIGKILL
+                (run / "killed").touch()
+                wait_for((run / "stopped").exists)
+            finally:
+                workers.kill()
 
     def test_second_interrupt_kills_every_rank(self, tmp_path: Path) -> None:
         write_job(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from copus.stop_request import StopRequest
+from copus.stop_request import AGENT, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +30,12 @@ def test_one_rank_looks_for_the_file_and_every_rank_hears_a_signal(
     assert stop() == looks
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop()
+
+
+def test_the_agent_may_have_died_before_the_rank_asks_for_the_first_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(AGENT, str(os.getppid()))
+    assert not StopRequest(tmp_path)()
+    monkeypatch.setenv(AGENT, str(os.getpid()))  # whoever is the parent now, it is another one
+    assert StopRequest(tmp_path)()

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from copus.fencing import end_if_replaced
 from copus.job import JobError
 from copus.manifest import damage, read_manifest, wrong_size
 
@@ -43,6 +44,7 @@ def set_damaged_aside(run: Path, newest: str | None) -> None:
     So they neither take the place of a good one among those that are kept, nor are removed.
     """
     names = checkpoint_names(run)
+    end_if_replaced(run)
     for name in names[: len(names) if newest is None else names.index(newest)]:
         set_aside(run, name, "damaged")
 

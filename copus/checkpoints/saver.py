@@ -13,6 +13,7 @@ from copus.checkpoints.store import CheckpointError, Writing, prune
 from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import broadcast_from_rank0
 from copus.events import Checkpoint, Event
+from copus.fencing import end_if_replaced
 from copus.job import JobError, TrainingConfig
 
 
@@ -102,7 +103,9 @@ class Saver:
         newest one from before, relative to the run; None if there is none. Collective."""
         self.finish()
         if dist.get_rank() == 0:
-            for name in checkpoint_names(self._run):
+            names = checkpoint_names(self._run)
+            end_if_replaced(self._run)
+            for name in names:
                 if samples_of(name) > self._state.proven_samples:
                     set_aside(self._run, name, "diverged")
         newest = next(iter(checkpoint_names(self._run)), None)

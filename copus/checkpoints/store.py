@@ -165,8 +165,9 @@ def _on_first(action: Callable[[], None]) -> None:
 def _make_empty(run: Path, folder: Path) -> None:
     """Make a folder, and remove those of others: a rank of theirs that was frozen, and wakes up, finds none to write
     into."""
+    others = _half_written(run)
     end_if_replaced(run)
-    for left in _half_written(run):
+    for left in others:
         shutil.rmtree(left, ignore_errors=left != folder)
     folder.mkdir(parents=True)
 
@@ -204,6 +205,7 @@ def prune(run: Path, samples: int, keep: int, proven_samples: int) -> None:
     """
     behind = [name for name in checkpoint_names(run) if samples_of(name) <= samples]
     whole = [name for name in behind if not name.endswith(REPLACED)]
+    end_if_replaced(run)
     kept = whole[:keep] + [name for name in whole if samples_of(name) <= proven_samples][:1]
     for name in behind:
         if name not in kept:

@@ -1,7 +1,6 @@
 """Maps a function over a stream in several processes: results in order, and only so much in flight that memory stays
 bounded."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -12,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from copus.job import JobError
+from copus.parent_death import die_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,7 +20,6 @@ MOST_PROCESSES = 16
 """Unless the job says more: by then one process that reads cannot keep up."""
 _AHEAD = 2
 """Items in flight for each process."""
-_PR_SET_PDEATHSIG = 1
 
 
 def default_processes() -> int:
@@ -67,14 +66,11 @@ _context: Any = None
 def _begin(context: Any, parent: int) -> None:
     """Remember the context, and end with the parent however it dies: the pool would wait for ever."""
     global _context
+    die_with_parent(signal.SIGKILL, parent)()
     _context = context
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would compete with the other processes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends the pool
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(ctypes.CDLL(None), "prctl"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _call(function: Callable[[Any, Item], Result], item: Item) -> Result:

@@ -131,6 +131,10 @@ class HostsEngine(LocalEngine):
             shlex.join(host_command(self.options, host, [run / "job.yaml"], run)) for host in self.options.hosts
         )
 
+    def begin_attempt(self, run: Path, session: str) -> dict[str, str]:
+        """Nothing here: the supervisor begins its attempts itself."""
+        return {}
+
     def command(self, run: Path, job: JobConfig, session: str, profile_only: bool) -> list[str]:
         """The supervisor's."""
         return python_module(

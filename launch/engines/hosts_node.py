@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel
 
+from copus.parent_death import die_with_parent
 from launch.engines.hosts_messages import (
     BEAT_SECONDS,
     ORDERS,
@@ -36,7 +37,7 @@ from launch.engines.hosts_messages import (
     Stop,
     Watch,
 )
-from launch.process import die_with_parent, kill_family, module_root, python_module
+from launch.process import kill_family, module_root, python_module
 
 HOST, RUN = "COPUS_HOST", "COPUS_RUN"
 """Variables in the environment of all processes of a run on a host: its name, and the run directory."""

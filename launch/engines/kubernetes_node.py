@@ -3,11 +3,14 @@
 Runs torch's elastic agent with what the torch runtime of Kubeflow Trainer puts into the environment (PET_…), and ends
 with 0 only if another start is of no use: the run was trained to the end, the user stopped it (`RUN/stop`), or the user
 has to fix something (the run's events say which). Anything else, also a pod that is evicted, ends with `AGAIN` on all
-nodes: Kubernetes starts them again, without counting, and the workers go on from the newest checkpoint. The first node
-counts: where start after start leads to no new checkpoint (`max_requeues`), it ends with `HOPELESS`.
+nodes: Kubernetes starts them again, without counting, and the workers go on from the newest checkpoint.
+
+The first node begins the attempt; its ranks tell those of the other nodes. It counts, too: where start after start
+leads to no new checkpoint (`max_requeues`), it ends with `HOPELESS`.
 """
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,7 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from copus.events import REQUEUED, EventLog
+from copus.fencing import TOKEN, replace_others
 from copus.job import JobConfig, JobError, load_job
 from copus.user_errors import report_failure
 from launch.engines.agent import agent_arguments
@@ -51,7 +57,9 @@ def main(arguments: list[str]) -> int:
                 return HOPELESS
             if not _stopped_by_user(run):
                 (run / "stop").unlink(missing_ok=True)
-            node = Node(run, job, name, rank)
+            session = f"{name}-{secrets.token_hex(4)}"
+            replace_others(run, session)
+            node = Node(run, job, name, rank, session)
             if early.came:
                 request_pause(run, EVICTED)
             return node.run()
@@ -78,11 +86,13 @@ class EarlyEviction:
 class Node:
     """The agent of one node, from its start to what follows from its end."""
 
-    def __init__(self, run: Path, job: JobConfig, name: str, rank: int) -> None:
-        """Takes SIGTERM over: an evicted pod asks for a checkpoint."""
-        self._run, self._job, self._name, self._rank = run, job, name, rank
+    def __init__(self, run: Path, job: JobConfig, name: str, rank: int, session: str | None = None) -> None:
+        """Takes SIGTERM over: an evicted pod asks for a checkpoint. `session` is the attempt's token, on the first
+        node."""
+        self._run, self._job, self._name, self._rank, self._session = run, job, name, rank, session
         self._log = run / "logs" / f"{name}.node-{rank}.log"
-        pause_on_sigterm(run, EVICTED)
+        self._agent: subprocess.Popen[bytes] | None = None
+        pause_on_sigterm(run, EVICTED, self._leave_early)
 
     def run(self) -> int:
         """Run the agent; its output goes to the pod's log and to the run's."""
@@ -97,17 +107,25 @@ class Node:
         status.update(follower.read())
         status.forget_ending()  # that of an attempt before
         agent = start_agent(self.command(), self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self._agent = agent
         assert agent.stdout is not None
         with open(self._log, "ab", buffering=0) as log:
             for line in agent.stdout:
                 log.write(line)
                 sys.stdout.buffer.write(line)
                 sys.stdout.buffer.flush()
+        pause_on_sigterm(self._run, EVICTED)  # what is without workers now has had them
         code = agent.wait()
         status.update(follower.read())
         over = code == 0 and status.end is not None and status.end.reason != "interrupted"
         over = over or (status.failure is not None and status.failure.user_error)
         return 0 if over or (code == 0 and _stopped_by_user(self._run)) else AGAIN
+
+    def _leave_early(self) -> None:
+        """End at once, to be started again, while there are no workers. The first node may not have begun yet: it would
+        take a request for a checkpoint for one to the attempt before."""
+        if self._rank and (self._agent is None or not psutil.Process(self._agent.pid).children()):
+            sys.exit(AGAIN)
 
     def command(self) -> list[str]:
         """The agent's command line, from what the runtime has put into the environment."""
@@ -129,7 +147,8 @@ class Node:
         interfaces = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
         requeued = {REQUEUED: "1"} if self._log.exists() else {}
         alone = interfaces if self._job.cluster.nodes == 1 else {}
-        return alone | os.environ | module_environment() | requeued
+        session = {TOKEN: self._session} if self._session else {}
+        return alone | os.environ | module_environment() | requeued | session
 
 
 def _is_hopeless(run: Path, job: JobConfig, name: str) -> bool:

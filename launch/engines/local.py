@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from copus.fencing import TOKEN, replace_others
 from copus.job import JobConfig, JobError
+from copus.parent_death import die_with_parent
 from launch.engines.agent import WORKER, agent_arguments, agent_environment, command_line
 from launch.engines.base import AttendedEngine, EngineOptions
 from launch.engines.environment import job_environment
 from launch.engines.this_machine import check_interfaces, check_this_machine
-from launch.process import die_with_parent, kill_family, module_environment, python_module
+from launch.process import kill_family, module_environment, python_module
 
 
 class LocalWorkers:
@@ -81,10 +83,11 @@ class LocalEngine(AttendedEngine):
         session = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
         logs = run / "logs"
         logs.mkdir(exist_ok=True)
+        attempt = self.begin_attempt(run, session)
         with open(logs / f"{session}.agent.log", "ab") as output:
             agent = subprocess.Popen(
                 self.command(run, job, session, profile_only),
-                env=job_environment() | self.settings(job) | module_environment(),
+                env=job_environment() | self.settings(job) | module_environment() | attempt,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -93,6 +96,11 @@ class LocalEngine(AttendedEngine):
                 preexec_fn=die_with_parent(),
             )
         return self.Workers(agent, logs, session)
+
+    def begin_attempt(self, run: Path, session: str) -> dict[str, str]:
+        """Let ranks of earlier attempts write no more; the variable by which those of this one are known."""
+        replace_others(run, session)
+        return {TOKEN: session}
 
     def command(self, run: Path, job: JobConfig, session: str, profile_only: bool) -> list[str]:
         """The agent's command line. The rendezvous is on the loopback interface, on a port that the system picks."""

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.process import die_with_parent, python_module
+from copus.parent_death import die_with_parent
+from launch.process import python_module
 from launch.run_directory import request_pause
 
 HANDLED = "SIGINT,SIGHUP,SIGQUIT"
@@ -25,11 +26,12 @@ def agent_command(*arguments: str) -> list[str]:
     return python_module("copus.agent", "--signals-to-handle", HANDLED, *arguments)
 
 
-def pause_on_sigterm(run: Path, mark: str) -> None:
+def pause_on_sigterm(run: Path, mark: str, first: Callable[[], None] = lambda: None) -> None:
     """From now on a SIGTERM to this process asks the workers for a checkpoint, with `mark` in RUN/stop. A request of
-    the user's to stop for good stays."""
+    the user's to stop for good stays. `first` is called before, and may raise SystemExit instead."""
 
     def ask(number: int, frame: Any) -> None:
+        first()
         try:
             request_pause(run, mark)
         except OSError as error:  # a full disk, which would take no checkpoint either
@@ -48,7 +50,6 @@ def _ignoring_sigterm() -> Callable[[], None]:
 
     def prepare() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # workers inherit that until they listen for themselves
-        if with_parent is not None:
-            with_parent()
+        with_parent()
 
     return prepare

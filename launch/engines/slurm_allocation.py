@@ -11,13 +11,14 @@ from pathlib import Path
 
 from copus.fencing import replace_others
 from copus.job import JobConfig, JobError
+from copus.parent_death import die_with_parent
 from launch.engines.agent import command_line
 from launch.engines.base import AttendedEngine
 from launch.engines.environment import slurm_environment
 from launch.engines.slurm_commands import node_addresses, slurm
 from launch.engines.slurm_options import StepOptions
 from launch.engines.slurm_step import PROFILE_ONLY, endpoint_of, step_command, step_environment, without_own_packages
-from launch.process import die_with_parent, module_environment
+from launch.process import module_environment
 
 END_SECONDS = 30.0
 """How long Slurm may take to end a step."""

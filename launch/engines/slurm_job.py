@@ -19,6 +19,7 @@ from typing import TypeVar
 from copus.events import EventLog, Warned
 from copus.fencing import replace_others
 from copus.job import JobConfig, JobError, load_job
+from copus.parent_death import die_with_parent
 from copus.user_errors import EXIT_CODE
 from launch.engines.requeues import REQUEUE, Requeues, count_attempt
 from launch.engines.slurm_commands import node_addresses, queue_entry, slurm
@@ -84,7 +85,9 @@ class Attempt:
             return self._give_up(counted)
         _say(f"attempt {self._attempt} of Slurm job {self._job_id}, on {os.environ.get('SLURM_JOB_NODELIST')}")
         replace_others(self._run, self._session)
-        step = subprocess.Popen(self._srun(), env=without_own_packages(os.environ, self._options))
+        step = subprocess.Popen(
+            self._srun(), env=without_own_packages(os.environ, self._options), preexec_fn=die_with_parent()
+        )
         while step.poll() is None:
             time.sleep(0.2)
         return self._conclude(step.returncode, counted)
