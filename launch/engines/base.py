@@ -164,7 +164,8 @@ class AttendedEngine(Engine):
 
         `lock` is the descriptor of the run's lock: what keeps the workers alive keeps it open too, so that a run stays
         locked when its launcher dies first. They have the attempt's token (`copus.fencing`) in their environment; those
-        of earlier ones, which may be left on another machine, write no more. `profile_only` makes the workers fill the throughput table and end.
+        of earlier ones, which may be left on another machine, write no more. `profile_only` makes the workers fill the
+        throughput table and end.
         """
 
     @abstractmethod
