@@ -384,7 +384,8 @@ def test_processes_do_not_outlive_one_that_is_killed() -> None:
         "results = ordered_map(operator.add, 1, range(100), 2); next(results)\n"
         "print(*(child.pid for child in multiprocessing.active_children()), flush=True); time.sleep(600)"
     )
-    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL  # multiprocessing warns of semaphores that it clears away
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=nowhere, text=True)
     assert first.stdout is not None
     others = [psutil.Process(int(pid)) for pid in first.stdout.readline().split()]
     assert len(others) == 2
