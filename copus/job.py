@@ -84,9 +84,9 @@ class DataConfig(Record):
     """Sources kept for validation, in the formats of `source`. Nothing of `source` is held out then."""
     tokenizer: UserPath | None = None
     """A `tokenizer.json`; None trains a byte-level BPE of `model.vocab` tokens on the training part."""
-    bos_token: str | None = None
+    bos_token: str | None = Field(default=None, min_length=1)
     """Token that every document begins with; None for none."""
-    eos_token: str | None = None
+    eos_token: str | None = Field(default=None, min_length=1)
     """Token that every document ends with; None: `<|endoftext|>`, `</s>` or `<|end_of_text|>`, the first that the
     tokenizer has."""
     eod_mask_loss: bool = False
@@ -98,7 +98,7 @@ class DataConfig(Record):
     packing: Literal["joined", "best-fit"] = "joined"
     """How conversations become sequences. joined: one behind the other, and cut. best-fit: packed whole, with padding
     whose loss does not count; only a conversation that is longer than a sequence is cut. Needs `messages_column`."""
-    processes: PositiveInt | None = None
+    processes: int | None = Field(default=None, gt=0, le=1024)
     """Processes that prepare the data; None for one on each core, up to 16."""
     cache: UserPath = Path("~/.cache/copus")
     """Where fetched text and prepared data are kept."""

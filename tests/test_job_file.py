@@ -190,6 +190,9 @@ def test_the_padded_vocabulary_is_divided_not_the_given_one(tmp_path: Path) -> N
         ("training.layout=5", "training.layout: input should be a valid dictionary or instance of Layout, got 5"),
         ("training.decay=cubic",
          "training.decay: input should be 'constant', 'cosine', 'linear', 'wsd' or 'inverse-sqrt', got 'cubic'"),
+        ("data.bos_token=''", "data.bos_token: string should have at least 1 character, got ''"),
+        ("data.eos_token=''", "data.eos_token: string should have at least 1 character, got ''"),
+        ("data.processes=1025", "data.processes: input should be less than or equal to 1024, got 1025"),
         ("launch.options={partition: long}", "launch.options: partition: unknown key"),
         ("planner.policy=best",
             "planner.policy: input should be 'goodput', 'copus', "
