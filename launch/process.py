@@ -58,13 +58,12 @@ def run_module(command: list[str], interrupts: Interrupts, stop: Path | None = N
 
     All that it prints goes to stderr: it is progress, and stdout is for this command's own result.
     """
-    ask_to_die = die_with_parent()
+    die_too = die_with_parent()
 
     def begin() -> None:
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        if ask_to_die is not None:
-            ask_to_die()
+        die_too()
 
     child = subprocess.Popen(command, env=os.environ | module_environment(), stdout=2, preexec_fn=begin)
     passed_on, stopped = 0, False

@@ -458,14 +458,17 @@ class TestNode:
         assert not (run / "stop").exists()  # nobody else is asked for anything
         assert not (run / "requeues.json").exists()
 
-    @pytest.mark.parametrize("has_workers", [False, True])
+    @pytest.mark.parametrize("workers", ["none yet", "there", "gone"])
     def test_a_further_pod_asks_for_a_checkpoint_only_once_it_has_workers(
-        self, run: Path, monkeypatch: pytest.MonkeyPatch, has_workers: bool
+        self, run: Path, monkeypatch: pytest.MonkeyPatch, workers: str
     ) -> None:
         """Before that the first pod may not have begun, and would take the request for one to the attempt before."""
         monkeypatch.setenv("PET_NODE_RANK", "1")
-        sleep = "import time; print('here', flush=True); time.sleep(600)"
-        agent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])" if has_workers else sleep
+        has_workers = workers != "none yet"
+        said = "[rank1]: the last step" if workers == "gone" else "here"
+        sleep = f"import time; print({said!r}, flush=True); time.sleep(600)"
+        parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
+        agent = parent if workers == "there" else sleep
         monkeypatch.setattr(node.Node, "command", lambda self: [sys.executable, "-c", agent])
         log = run / "logs" / "copus-small-1.node-1.log"
         agents: list[subprocess.Popen[bytes]] = []

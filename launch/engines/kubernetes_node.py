@@ -92,6 +92,7 @@ class Node:
         self._run, self._job, self._name, self._rank, self._session = run, job, name, rank, session
         self._log = run / "logs" / f"{name}.node-{rank}.log"
         self._agent: subprocess.Popen[bytes] | None = None
+        self._had_workers = False
         pause_on_sigterm(run, EVICTED, self._leave_early)
 
     def run(self) -> int:
@@ -111,6 +112,7 @@ class Node:
         assert agent.stdout is not None
         with open(self._log, "ab", buffering=0) as log:
             for line in agent.stdout:
+                self._had_workers = self._had_workers or line.startswith(b"[rank")
                 log.write(line)
                 sys.stdout.buffer.write(line)
                 sys.stdout.buffer.flush()
@@ -122,9 +124,12 @@ class Node:
         return 0 if over or (code == 0 and _stopped_by_user(self._run)) else AGAIN
 
     def _leave_early(self) -> None:
-        """End at once, to be started again, while there are no workers. The first node may not have begun yet: it would
-        take a request for a checkpoint for one to the attempt before."""
-        if self._rank and (self._agent is None or not psutil.Process(self._agent.pid).children()):
+        """End at once, to be started again, while there were no workers. The first node may not have begun yet: it
+        would take a request for a checkpoint for one to the attempt before. After the last step there are none either,
+        and nobody is left whom a new agent could meet."""
+        if not self._rank or self._had_workers:
+            return
+        if self._agent is None or not psutil.Process(self._agent.pid).children():
             sys.exit(AGAIN)
 
     def command(self) -> list[str]:
