@@ -86,7 +86,7 @@ def submit_group(
     if manner.dry_run:
         return _describe(base.name, submissions, manner)
     failed: list[str] = []
-    watch = _Watch([submission for submission in submissions if submission.todo == "follow"], console, fail_fast)
+    watch = _Watch(submissions, console, fail_fast)
     with Interrupts() as interrupts:
         for number, submission in enumerate(submissions, start=1):
             if at_once is not None and submission.todo in ("begin", "resume"):
@@ -99,9 +99,10 @@ def submit_group(
                 break
             if code:
                 failed.append(submission.planned.name)
+                watch.total -= submission.todo != "nothing"
                 if fail_fast:
                     break
-            elif submission.todo != "nothing":
+            elif submission.todo in ("begin", "resume"):
                 watch.add(submission)
         if queued and failed and fail_fast:
             _withdraw([made for made in submissions if made.todo != "nothing" and made.run.exists()], console)
@@ -233,22 +234,21 @@ class _Watch:
     """The queued runs of a group: tells what becomes of them."""
 
     def __init__(self, submissions: Sequence[Submission], console: Console, fail_fast: bool) -> None:
-        """With `fail_fast` the first failure takes the others out of the queue."""
+        """Those that are queued already are watched from now on, the others when they are added. With `fail_fast` the
+        first failure takes all out of the queue."""
         self.failed: list[str] = []
         """Names of those that failed."""
+        self.total = sum(submission.todo != "nothing" for submission in submissions)
+        """Runs that are watched, sooner or later."""
         self._console, self._fail_fast = console, fail_fast
-        self._waiting: dict[Path, Submission] = {}
-        self._total = 0
-        for submission in submissions:
-            self.add(submission)
+        self._waiting = {submission.run: submission for submission in submissions if submission.todo == "follow"}
+        self._ended = 0
         self._looks: dict[Path, int] = {}
         self._said: dict[Path, str] = {}
 
     def add(self, submission: Submission) -> None:
         """Watch this one too."""
-        if submission.run not in self._waiting:
-            self._waiting[submission.run] = submission
-            self._total += 1
+        self._waiting[submission.run] = submission
 
     def until(self, at_most: int, interrupts: Interrupts) -> None:
         """Wait until at most so many have not ended, or until an interrupt."""
@@ -274,7 +274,8 @@ class _Watch:
         if self._looks[run] < LOOKS:
             return
         del self._waiting[run]
-        done = f"{self._total - len(self._waiting)} of {self._total} ended"
+        self._ended += 1
+        done = f"{self._ended} of {self.total} ended"
         why = f": {state.why}" if state.why else ""
         why += f" ({engine_state(run).words})" if state.name == "crashed" else ""  # nobody else says why
         line = f"{run.name}: {state.name}{why}, {trained(status)} ({done})"
