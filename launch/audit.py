@@ -25,7 +25,7 @@ def audit(run_text: str | None, *, as_json: bool = False) -> int:
 def audit_lines(audited: Audit) -> list[str]:
     """The audit in a few lines for people: a heading, then a name and a finding in each."""
     return [
-        "audit: time to the same progress, with 90 % intervals",
+        "audit: speed to the same progress, with 90 % intervals",
         *(f"  {a:<14} {b}" for a, b in audit_facts(audited)),
     ]
 
@@ -63,7 +63,7 @@ def _gains(audited: Audit, best: Configuration) -> list[tuple[str, str]]:
     return [
         ("vs first", over_first.format(audited.first.label)),
         ("vs best fixed", f"{_interval(over_best)} over {best.label}{note}"),
-        ("regret", f"{_interval(regret)} to the best schedule of hindsight"),
+        ("regret", f"{_interval(regret)} time over the best schedule of hindsight"),
     ]
 
 

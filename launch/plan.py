@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,14 +196,13 @@ def _facts(job: JobConfig, estimate: "JobEstimate") -> list[tuple[str, str]]:
         times = (
             f"{estimate.measured_rows} measured rows of {estimate.fingerprint.hardware}; the rest predicted from them"
         )
-    counts: dict[str, int] = {}
-    for candidate in estimate.candidates:
-        counts[in_words(candidate.peak.chance_to_fit)] = counts.get(in_words(candidate.peak.chance_to_fit), 0) + 1
-    summary = ", ".join(f"{words} {counts[words]}" for words in sorted(counts, key=lambda words: -counts[words]))
+    counts = Counter(in_words(candidate.peak.chance_to_fit) for candidate in estimate.candidates)
+    fitting = ", ".join(f"{words} {number}" for words, number in counts.most_common())
+    memory = "" if estimate.memory_bytes is None else f"; memory: {fitting}"  # else the heading says that it is unknown
     return [
         ("start", f"{start.configuration.label}: {_step(start)}; {_peak(start)}, {in_words(start.peak.chance_to_fit)}"),
         ("times", times),
-        ("candidates", f"{len(estimate.candidates)}: {summary}"),
+        ("candidates", f"{len(estimate.candidates)}{memory}"),
         ("objective", f"{job.planner.objective}, φ = {job.planner.critical_batch_factor:g} · noise scale"),
         *([] if job.model_refusal is None else [("model", f"a plan only, {job.model_refusal}")]),
     ]
@@ -304,7 +304,7 @@ def _by_noise(noise_range: "NoiseRange") -> dict[str, str]:
 def _step(candidate: "CandidateEstimate") -> str:
     if candidate.step_seconds is None:
         return candidate.refusal
-    rate = f"{_rate(candidate)} samples/s ({_rates(candidate)})"
+    rate = f"{_rate(candidate)} samples/s (80 %: {_rates(candidate)})"
     return f"{duration(candidate.step_seconds)} per step, {candidate.source}, {rate}"
 
 

@@ -19,6 +19,8 @@ def show(places: list[str], table: Path | None, wanted: Filter, picture: Path | 
     tables, wanted = _resolve(places, table, wanted)
     try:
         summaries = query(tables, wanted)
+    except FileNotFoundError as error:
+        raise JobError(f"{error.filename}: {error.strerror}; copus profile JOB.yaml measures") from None
     except OSError as error:
         raise JobError(f"{error.filename}: {error.strerror}") from None
     except ValueError as error:

@@ -55,7 +55,7 @@ def runs(folder: Path | None, group_text: str | None = None, *, as_json: bool = 
             chosen = runs_of_group(folder.expanduser(), group)
         summaries = [summary_of(run) for run in chosen]
         if not summaries and not folder.expanduser().is_dir():
-            raise FileNotFoundError(2, "No such file or directory")
+            raise FileNotFoundError(2, "there is no such folder")
     except OSError as error:
         raise JobError(f"no runs in {folder}: {error.strerror}") from None
     summaries.sort(key=lambda summary: summary.changed, reverse=True)

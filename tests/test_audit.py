@@ -179,10 +179,10 @@ def test_the_lines_say_signs_shares_and_what_never_ran() -> None:
         predictions={"count": 1, "mape_pct": 4.0, "coverage_pct": 100.0},
     )
     assert audit_lines(audit) == [
-        "audit: time to the same progress, with 90 % intervals",
+        "audit: speed to the same progress, with 90 % intervals",
         "  vs first       +20 % (0 to +41) over TP2·PP1·DP1 B4 m1",
         "  vs best fixed  −3.2 % (−12 to +4) over TP1·PP1·DP2 B8 m2, which never ran: predicted",
-        "  regret         +6 % (+2 to +9) to the best schedule of hindsight",
+        "  regret         +6 % (+2 to +9) time over the best schedule of hindsight",
         "  cost           1 trial took 2 s (2 % of training), 1 move took 0.3 s",
         "  measuring      10 s before training; with it +8 % over the first",
         "  predictions    1 step time off by 4 % on average, 100 % within their 80 % interval",

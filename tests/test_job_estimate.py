@@ -104,6 +104,8 @@ def test_tables_for_people(job_file: Path, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     words = (
         "16 × h100-sxm, 80.0 GiB each",
+        "; memory: ",
+        "samples/s (80 %: ",
         "predicted",
         "MFU",
         "activations",

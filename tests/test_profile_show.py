@@ -81,7 +81,7 @@ def test_a_table_can_be_named_by_an_option_too(
     job = write_job(tmp_path, model={"layers": 6})  # another model, and a table of its own
     monkeypatch.chdir(tmp_path)
     assert copus_here("profile", "show", str(job), "--table", "other.jsonl", "--json") == 2
-    assert "other.jsonl: No such file" in capsys.readouterr().err
+    assert "other.jsonl: No such file or directory; copus profile JOB.yaml measures\n" in capsys.readouterr().err
     assert copus_here("profile", "show", str(job), "--table", str(table), "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"schema_version": 1, "tables": [str(table)], "rows": []}
 

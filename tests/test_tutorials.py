@@ -30,7 +30,7 @@ def _reasons(run: Path) -> list[str]:
 @pytest.mark.timeout(1800)
 def test_the_tutorial_for_a_laptop_runs_as_it_stands(tmp_path: Path) -> None:
     said = follow("laptop", tmp_path, {})
-    assert "audit: time to the same progress" in said
+    assert "audit: speed to the same progress" in said
     assert (tmp_path / "runs" / "shakespeare" / "report.html").is_file()
     assert _reasons(tmp_path / "runs" / "mine") == ["finished"]
 
