@@ -77,7 +77,7 @@ test-slurm: install  ## jobs on a Slurm cluster of two nodes, installed (Debian,
 	$(BIN)/python -m pytest -m slurm -s -rs $(SLURM_TESTS)
 
 test-hosts: install  ## jobs on hosts of network namespaces, made here (Debian, root), which are lost and come back
-	$(BIN)/python -m pytest -m hosts -rs $(HOSTS_TESTS)
+	$(BIN)/python -m pytest -m hosts -rs -s $(HOSTS_TESTS)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check

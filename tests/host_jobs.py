@@ -63,6 +63,11 @@ class HostRun(Run):
         self.wait(does, f"training on {ranks} ranks", 0.05)
         self._starts = len(self.seen(Start))
 
+    def trains_for(self, samples: int) -> None:
+        """Wait until it has trained on so many more."""
+        end = self.samples + samples
+        self.wait(lambda: self.samples >= end, f"training to {end} samples", 0.1)
+
     def seen(self, kind: type[Kind]) -> list[Kind]:
         """All events of a type so far."""
         return [event for event in self.events if isinstance(event, kind)]

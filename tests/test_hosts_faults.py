@@ -72,8 +72,8 @@ def steady(cluster: hosts.Hosts, tmp_path_factory: pytest.TempPathFactory) -> di
     """Losses by samples of a job on one host that nothing happens to."""
     with running(job_on(cluster, tmp_path_factory.mktemp("steady"), [0])) as run:
         run.trains(ranks=1)
-        for samples in range(300, 1801, 300):
-            run.wait(lambda at=samples: run.samples >= at, f"training on {samples} samples", 0.1)
+        while run.samples < 1800:
+            run.trains_for(300)
         run.stop()
         return {event.samples_consumed: event.loss or 0.0 for event in run.seen(Step)}
 
@@ -91,14 +91,12 @@ def test_two_hosts_without_a_spare(cluster: hosts.Hosts, tmp_path: Path, steady:
             suffer(run, f"{name} booted", host.boot, ranks=2)
         starts = len(run.seen(Start))
         second.limit(2)
-        at = run.samples
-        run.wait(lambda: run.samples > at + 240, "training over a slow link", 0.1)
+        run.trains_for(240)
         second.limit(None)
         second.cut()
         time.sleep(LOST_SECONDS / 3)  # what is too short to count
         second.mend()
-        at = run.samples
-        run.wait(lambda: run.samples > at + 240, "training after a short cut", 0.1)
+        run.trains_for(240)
         assert len(run.seen(Start)) == starts
         print("a slow link and a short cut: no restart", flush=True)
         run.stop()
