@@ -1,6 +1,7 @@
 """`copus submit` with a worker that only counts: progress, stopping, resuming, exit codes, and what is left behind."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from copus.events import End, Start, Step, read_events
 from copus.job import load_job
 from launch.engines import LocalEngine
 from launch.interrupts import Interrupts
-from launch.process import run_module
+from launch.process import module_environment, run_module
 from launch.run_directory import create_run, lock_run
 
 LONG = ["--steps", "100000"]
@@ -357,6 +359,34 @@ def test_a_terminal_that_is_closed_interrupts_once_unless_nohup_ignores_it() -> 
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_nothing_fails_that_is_written_to_a_terminal_which_is_gone(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from launch.interrupts import Interrupts\n"
+        "with Interrupts() as interrupts:\n"
+        "    print('ready', flush=True)\n"
+        "    while not interrupts.count: time.sleep(0.01)\n"
+        "    print('stopping', flush=True); print('stopping', file=sys.stderr, flush=True)\n"
+        "open('seen', 'w').write(str(interrupts.signal))"
+    )
+    ours, terminal = os.openpty()
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | module_environment(),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    assert os.read(ours, 100).startswith(b"ready")
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "seen").read_text() == str(int(signal.SIGHUP))
 
 
 def test_failed_data_preparation_leaves_no_run(tmp_path: Path, copus: Copus) -> None:
