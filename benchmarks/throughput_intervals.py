@@ -7,7 +7,8 @@ should, in the mean over sources: once for dense models on one node, once for th
 experts. Each source is predicted from what all others say of the constants (`benchmarks.throughput_priors`), and then
 judged by the scale that the others ask for; rows are counted, too, by how much of their step the host's launches take.
 A source's rows err alike, so that intervals hold nearly all rows of one source and few of another: `expected` is where
-a source's share would lie, in 80 % of cases, if all beliefs were right.
+a source's share would lie, in 80 % of cases, if all beliefs were right. What can be held to 80 % is the mean over
+sources, which are the population that a user's cluster comes from: `pooled`, with a 90 % interval.
 """
 
 import sys
@@ -50,6 +51,10 @@ DRAWS = 400
 """Of what a source's rows could have been, for the coverage that is to be expected of it."""
 AROUND = 0.05
 """Around `COVERAGE`: what a source with many independent rows would lie in."""
+RESAMPLED = 10_000
+"""Populations that are drawn for the interval of a mean over sources."""
+CONFIDENCE = 0.9
+"""Of that interval."""
 
 
 class Rows(NamedTuple):
@@ -104,6 +109,17 @@ def expected_coverages(sweeps: Sequence[Errors], draws: int = DRAWS) -> Floats:
     return np.sort((student <= stdtrit(freedom, 0.5 + COVERAGE / 2)).mean(axis=0))
 
 
+def pooled(shares: Sequence[float], families: Sequence[str]) -> dict[str, float]:
+    """The mean of the sources' shares, and its interval by a cluster bootstrap: families of sources, which are of one
+    team or repeat each other's runs, are drawn with replacement, each with all of its sources."""
+    _, cluster = np.unique(families, return_inverse=True)
+    sums, counts = np.bincount(cluster, np.asarray(shares)), np.bincount(cluster)
+    drawn = np.random.default_rng(0).integers(len(counts), size=(RESAMPLED, len(counts)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return {"mean": float(np.mean(shares)), "low": float(low), "high": float(high)}
+
+
 def covered(rows: Rows, scale: float) -> float:
     """Share of them that lies inside."""
     return float((rows.misses <= scale).mean())
@@ -156,8 +172,7 @@ def run(sweeps: Sequence[Sweep]) -> dict[str, Any]:
             "as_expected": sum(within),
             "near_nominal": sum(abs(line["coverage_pct"] - 100 * COVERAGE) <= 100 * AROUND for line in lines),
             "near_nominal_expected": sum(line["expected_near_nominal_pct"] for line in lines) / 100,
-            "coverage_pct": float(np.mean([line["coverage_pct"] for line in lines])),
-            "left_out_coverage_pct": float(np.mean([line["left_out_coverage_pct"] for line in lines])),
+            "pooled": _pooled(lines),
             "rows": [
                 {
                     "launches": words,
@@ -167,7 +182,15 @@ def run(sweeps: Sequence[Sweep]) -> dict[str, Any]:
                 for words, some in ((f"below {LAUNCHES:.0%} of the step", few), (f"{LAUNCHES:.0%} and more", ~few))
             ],
         }
+    everywhere = [line for name in GROUPS if name in result for line in result[name]["sources"]]
+    result["pooled"] = {"sources": len(everywhere), **_pooled(everywhere)}
     return result
+
+
+def _pooled(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    families = [family_of(line["source_id"]) for line in lines]
+    keys = ("coverage_pct", "left_out_coverage_pct")
+    return {"families": len(set(families))} | {key: pooled([line[key] for line in lines], families) for key in keys}
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -188,8 +211,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             )
         console.print(table)
         console.print(
-            f"{name}: scale {entry['scale']:.2f} (in use {entry['scale_in_use']:.2f}); inside, every source alike, "
-            f"{entry['coverage_pct']:.1f} %, with the scale of the others {entry['left_out_coverage_pct']:.1f} %; "
+            f"{name}: scale {entry['scale']:.2f} (in use {entry['scale_in_use']:.2f}); {_in_words(entry['pooled'])}; "
             f"{entry['as_expected']} of {len(entry['sources'])} sources within their expected 80 %, "
             f"{entry['near_nominal']} within {100 * (COVERAGE - AROUND):.0f} to {100 * (COVERAGE + AROUND):.0f} % "
             f"(expected {entry['near_nominal_expected']:.1f}); "
@@ -199,6 +221,19 @@ def show(result: dict[str, Any], console: Console) -> None:
                 if row["rows"]
             )
         )
+
+    console.print(f"all {result['pooled']['sources']} sources: {_in_words(result['pooled'])}")
+
+
+def _in_words(entry: dict[str, Any]) -> str:
+    in_use, others = (
+        f"{entry[key]['mean']:.1f} % ({entry[key]['low']:.0f} to {entry[key]['high']:.0f})"
+        for key in ("coverage_pct", "left_out_coverage_pct")
+    )
+    return (
+        f"inside, every source alike, with the {CONFIDENCE:.0%} interval of that over {entry['families']} families, "
+        f"{in_use}, with the scale of the others {others}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

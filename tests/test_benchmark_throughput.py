@@ -12,7 +12,15 @@ import yaml
 from benchmarks import planner_speed, throughput, throughput_smoothness
 from benchmarks.published import read
 from benchmarks.published_sources import family_of, features_of, implementation_of, stack_of
-from benchmarks.throughput_intervals import GROUPS, Rows, blind_spreads, covered, expected_coverages, scale_of
+from benchmarks.throughput_intervals import (
+    GROUPS,
+    Rows,
+    blind_spreads,
+    covered,
+    expected_coverages,
+    pooled,
+    scale_of,
+)
 from benchmarks.throughput_priors import BETWEEN, Tuner, write
 from profiles.cost import CostModel
 from profiles.cost.constants import CONSTANTS
@@ -257,6 +265,19 @@ def test_rows_that_err_alike_are_covered_all_or_not_at_all() -> None:
     alike = expected_coverages([Errors(how, moves + np.array([9.0, 0.0, 0.0]), far_apart, 1.0, how.freedom)])
     assert alike.mean() == pytest.approx(0.8, abs=0.06)
     assert ((alike < 0.1) | (alike > 0.9)).mean() > 0.95
+
+
+def test_a_mean_over_sources_is_as_sure_as_the_families_are_many() -> None:
+    shares = 100.0 * (np.arange(40) % 5 > 0)  # 80 % of the sources are covered
+    apart = pooled(shares.tolist(), [str(source) for source in range(40)])
+    assert apart["mean"] == pytest.approx(80)
+    # Of a binomial share: 1.645 · √(0.8 · 0.2 ÷ 40) = 10.4 %.
+    assert apart["low"] == pytest.approx(80 - 10.4, abs=2)
+    assert apart["high"] == pytest.approx(80 + 10.4, abs=2.5)
+    alike = pooled(np.sort(shares).tolist(), [str(source // 8) for source in range(40)])
+    assert alike["mean"] == pytest.approx(80)
+    assert alike["low"] < apart["low"]  # five families of eight sources that are alike: 1 ÷ 5 of the information
+    assert pooled([70.0, 70.0], ["one", "one"]) == pytest.approx({"mean": 70, "low": 70, "high": 70})
 
 
 def test_widths_are_found_for_clusters_that_there_are(folder: Path) -> None:

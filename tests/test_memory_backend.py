@@ -16,6 +16,10 @@ from tests.megatron_jobs import backend_of, tiny_job
 from tests.ranks import run_ranks
 
 MODEL = {"hidden": 256, "ffn_hidden": 704, "heads": 4, "kv_heads": 2, "seq_len": 128, "vocab": 250}
+LATENT = {
+    "kv_heads": 4,
+    "latent_attention": {"query_rank": 128, "kv_rank": 64, "rope_dim": 32, "value_dim": 64},
+}
 CASES: dict[int, list[dict[str, Any]]] = {  # by number of ranks
     1: [
         {"precision": "fp32"},
@@ -24,6 +28,8 @@ CASES: dict[int, list[dict[str, Any]]] = {  # by number of ranks
         {"precision": "bf16", "model": {"norm": "layernorm", "qk_norm": "head"}},
         {"precision": "bf16", "model": {"norm": "layernorm", "positions": "learned", "bias": "all", "head_dim": 96}},
         {"precision": "bf16", "model": {"norm": "layernorm", "norm_position": "both", "sliding_window": 32}},
+        {"precision": "bf16", "model": LATENT | {"head_dim": 96}},  # values narrower than keys
+        {"precision": "bf16", "model": LATENT | {"head_dim": 64}},  # as wide
         {"precision": "fp32", "layout": {"recompute": "full"}},
     ],
     2: [
@@ -78,11 +84,16 @@ def test_a_layer_keeps_what_the_model_says(ranks: int) -> None:
         layout, tokens = job.training.layout, job.model.seq_len // job.training.layout.cp
         if layout.recompute != "full":
             # Sines and cosines of the rotary positions, for queries and keys: small, and not in the model.
-            predicted += 4 * tokens * job.model.head_width * element * (job.model.positions == "rope")
+            predicted += 4 * tokens * job.model.rotary_width * element * (job.model.positions == "rope")
             if job.model.norm == "rmsnorm":
                 # It is not one kernel on a CPU: it keeps its input, and that over its root mean square, in fp32.
                 split = layout.tp if layout.sequence_parallel else 1
-                predicted += 2 * (4 + 4 - element) * 2 * tokens * job.model.hidden / split
+                widths = 2 * job.model.hidden
+                if latent := job.model.latent_attention:
+                    widths += latent.query_rank + latent.kv_rank
+                    # What the keys' rotated part lies in is not kept beside that copy.
+                    predicted -= 2 * tokens * latent.rope_dim * element
+                predicted += (4 + 4 - element) * 2 * tokens * widths / split
         assert seen == pytest.approx(predicted, rel=0.01), case
 
 

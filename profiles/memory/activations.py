@@ -37,9 +37,12 @@ def layer_activations(
     # Outside of the matrices that tp splits: inputs of the norms, two masks, inputs of the attention and of the MLP.
     inputs = 2 * e * hidden / (split if how.gathered_inputs == "regathered" else 1)
     outside = hidden * (model.norms_per_layer * e + 2 * how.dropout) / split + inputs
+    if latent := model.latent_attention:  # narrow vectors before their norms, with the keys' rotated part, and after
+        outside = outside + e * (2 * ((latent.query_rank or 0) + latent.kv_rank) + latent.rope_dim) / split
     # Heads: queries, keys, values, and the output, which is the input of the projection; and copies.
     kv_share = model.kv_heads / model.heads
-    heads = query * e * (2 + 2 * kv_share + _copies_of_heads(model, how)) / c.tp
+    inputs_of_attention, results = _heads(model, how)
+    heads = query * e * (inputs_of_attention + results + _copies_of_heads(model, how)) / c.tp
     # Keys and values of all context parallel ranks' tokens, and the results of the two pieces of each sequence beside
     # the whole.
     is_gathered = (c.cp > 1) & (how.context == "gathered")
@@ -63,7 +66,7 @@ def layer_activations(
     modules: dict[Module, Floats] = {
         "norms": inputs * np.ones(len(c)),
         "activations": model.gated_mlp * width * e / c.tp,
-        "latent": (model.latent_attention is not None) * ~is_gathered * query * e * (1 + 2 * kv_share) / c.tp,
+        "latent": (model.latent_attention is not None) * ~is_gathered * query * e * inputs_of_attention / c.tp,
     }
     again = sum((modules[name] for name in how.recomputed_modules), start=np.zeros(len(c)))
     kinds = [c.recompute == RECOMPUTE.index(name) for name in ("none", "selective", "full")]
@@ -76,9 +79,21 @@ def layer_activations(
     return LayerActivations(kept=tokens * kept, recomputed=tokens * recomputed, passing=tokens * passing)
 
 
+def _heads(model: ModelShape, how: Implementation) -> tuple[float, float]:
+    """Queries, keys and values that attention reads, and its results, in units of the queries."""
+    if model.latent_attention is None:
+        return 1 + 2 * model.kv_heads / model.heads, 1
+    narrow = model.latent_attention.value_dim / model.head_width
+    if how.narrow_values == "as they are":
+        return 2 + narrow, narrow
+    return 3, 1 + narrow * (narrow < 1)
+
+
 def _copies_of_heads(model: ModelShape, how: Implementation) -> float:
     """Queries and keys as they leave the projection, if they are kept beside what attention reads, in units of the
     queries."""
+    if model.latent_attention is not None:  # put together from what is rotated and what is not, which nothing needs
+        return 0.0
     both = 1 + model.kv_heads / model.heads
     is_normed, is_rotated = model.qk_norm != "none", model.positions == "rope"
     if how.fused_qkv == "released":

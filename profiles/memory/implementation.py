@@ -28,6 +28,9 @@ class Implementation(Record):
     fused_qkv: Literal["kept", "released"] = "kept"
     """What becomes of the joint output of the query, key and value projection when rotary positions have made copies of
     the first two. kept: the values are a view into it, so that all of it stays (megatron-core). released: not so."""
+    narrow_values: Literal["padded", "as they are"] = "padded"
+    """What becomes of the values of latent attention, where they are narrower than its keys. padded: torch's kernels
+    that keep no scores take values as wide as keys, and their results, as wide, stay beside the part that counts."""
     gated_mlp_tensors: PositiveInt = 5
     """Tensors as wide as `ffn_hidden` that a gated MLP keeps. 4: gate, up, activated gate, product. 3: activation and
     product are one kernel. 5: megatron-core adds `glu_linear_offset` to up, and so copies it even where that is 0."""
@@ -83,7 +86,8 @@ class Implementation(Record):
 
 _KERNELS: Mapping[str, Mapping[str, Any]] = {
     "megatron-te": {
-        **{"fused_qkv": "released", "gated_mlp_tensors": 3, "expert_outputs": "released", "context": "ring"},
+        **{"fused_qkv": "released", "narrow_values": "as they are", "gated_mlp_tensors": 3},
+        **{"expert_outputs": "released", "context": "ring"},
     },
 }
 MEGATRON = Implementation(stack="megatron")
