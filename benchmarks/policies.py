@@ -30,7 +30,8 @@ from planner.policies.goodput import Goodput
 from planner.policies.norm_test import NormTest
 from planner.policies.policy import Copus, Policy, Static
 from planner.policies.schedules import Ramp
-from planner.simulator.simulate import Runs, best_fixed_seconds, oracle, simulate
+from planner.simulator.runs import Runs
+from planner.simulator.simulate import best_fixed_seconds, oracle, simulate
 from planner.simulator.trajectory import POINTS, geometric, linear, power
 from profiles.configuration import Configuration
 from profiles.layout import Layout

@@ -11,7 +11,8 @@ from planner.menu import Menu
 from planner.policies.cbs import CriticalBatch
 from planner.policies.goodput import Goodput
 from planner.policies.policy import Copus, Policy, Static
-from planner.simulator.simulate import Runs, oracle, simulate
+from planner.simulator.runs import Runs
+from planner.simulator.simulate import oracle, simulate
 from planner.simulator.trajectory import POINTS, geometric, kaplan_critical_batch
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration

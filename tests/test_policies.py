@@ -141,7 +141,8 @@ def test_a_batch_is_nearly_free_and_follows():
 def test_an_estimate_that_swings_within_its_interval_does_not_flap():
     """At the crossing of two batches, with 30 % of noise in each estimate, moves are few."""
     from planner.menu import Menu
-    from planner.simulator.simulate import Runs, simulate
+    from planner.simulator.runs import Runs
+    from planner.simulator.simulate import simulate
     from planner.simulator.trajectory import geometric
 
     menu, speed = Menu.of(list(TABLE)), np.array(list(TABLE.values()))

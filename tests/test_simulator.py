@@ -13,7 +13,8 @@ from planner.menu import Menu
 from planner.policies.goodput import Goodput
 from planner.policies.policy import Copus, Static
 from planner.simulator.meter import NoiseMeter
-from planner.simulator.simulate import Runs, best_fixed_seconds, oracle, simulate
+from planner.simulator.runs import Runs
+from planner.simulator.simulate import best_fixed_seconds, oracle, simulate
 from planner.simulator.trajectory import (
     POINTS,
     geometric,
@@ -103,7 +104,7 @@ def test_a_drift_is_followed(monkeypatch: pytest.MonkeyPatch):
 
     drifting = runs_of(geometric(8.0, 64.0), seeds=8, cost=1.0, drift=0.2)
     corrected = simulate(MENU, SPEED, drifting, Goodput()).seconds.mean()
-    monkeypatch.setattr("planner.simulator.simulate._learn", one_by_one)
+    monkeypatch.setattr("planner.simulator.training._learn_throughputs", one_by_one)
     assert corrected < simulate(MENU, SPEED, drifting, Goodput()).seconds.mean()
 
 

@@ -11,7 +11,8 @@ from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Menu
 from planner.plan import Plan
 from planner.policies.policy import Policy
-from planner.simulator.simulate import Outcome, Runs, best_fixed_seconds, oracle, simulate
+from planner.simulator.runs import Outcome, Runs
+from planner.simulator.simulate import best_fixed_seconds, oracle, simulate
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,16 @@ def grid() -> Floats:
     return np.linspace(0.0, 1.0, POINTS)
 
 
+def at_progress(critical_batch: Floats, progress: Floats) -> Floats:
+    """φ of each run at its own progress, in straight lines between the points: shapes (R, POINTS) and (R,)."""
+    place = np.clip(progress, 0.0, 1.0) * (critical_batch.shape[1] - 1)
+    low = np.minimum(place.astype(np.int64), critical_batch.shape[1] - 2)
+    rows = np.arange(len(critical_batch))
+    return np.asarray(
+        critical_batch[rows, low] + (place - low) * (critical_batch[rows, low + 1] - critical_batch[rows, low])
+    )
+
+
 def geometric(first: float, last: float) -> Floats:
     """φ from `first` to `last`, equal ratios in equal progress."""
     return np.asarray(first * (last / first) ** grid())
