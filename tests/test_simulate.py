@@ -8,8 +8,9 @@ import pytest
 from launch_events import DATA, TENSOR, noise, reconfigure, start, step, write_run
 from launch_jobs import copus_here, write_job
 
-import launch.simulate
 from copus.job import load_job
+from launch.simulate_like import trajectory_of
+from launch.simulate_show import conclusion
 from planner.plan import Plan
 from profiles.configuration import Configuration
 from profiles.layout import Layout
@@ -81,7 +82,7 @@ def test_the_noise_of_a_run_that_was_made_longer_is_spread_over_all_of_it(job: P
         samples: noise(samples).model_copy(update={"value": value}) for samples, value in ((4, 1), (400, 4), (800, 9))
     }
     write_run(job.parent / "runs" / "one", start(), at[4], at[400], longer, at[800])
-    phi, _ = launch.simulate._trajectory(load_job(job), None, "geometric", "one")
+    phi = trajectory_of(Path("runs/one"), critical_batch_factor=2.0)
     assert (phi[0], phi[-1]) == pytest.approx((2 * 1, 2 * 9), rel=0.01)
     assert phi[len(phi) // 2] == pytest.approx(2 * 4, rel=0.01)
 
@@ -121,10 +122,10 @@ def test_seesaw_follows_the_decay_of_the_learning_rate(job: Path, capsys: pytest
 def test_a_loss_is_called_a_loss() -> None:
     """The best schedule may be behind the best fixed configuration, if the job does not start in that."""
     plan = Plan((), seconds=150.0, fixed_index=0, fixed_seconds=100.0, fixed_samples=1.0, samples=1.0)
-    said = launch.simulate._conclusion(plan, "TP1")
+    said = conclusion(plan, "TP1")
     assert said.startswith("adapting does not pay here: even the best schedule takes 50 % longer than TP1")
-    assert "worth 100 % over TP1" in launch.simulate._conclusion(replace(plan, seconds=50.0), "TP1")
-    assert launch.simulate._conclusion(replace(plan, seconds=99.5), "TP1").endswith("hardly anything")
+    assert "worth 100 % over TP1" in conclusion(replace(plan, seconds=50.0), "TP1")
+    assert conclusion(replace(plan, seconds=99.5), "TP1").endswith("hardly anything")
 
 
 def test_a_picture(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
