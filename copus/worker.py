@@ -23,14 +23,13 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from copus.audit import audit_run
-from copus.backends.base import Backend
 from copus.backends.registry import find_backend
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
-from copus.checkpoints.files import check_same_data, set_damaged_aside
-from copus.checkpoints.store import newest_checkpoint, read_state
+from copus.checkpoints.files import check_same_data
+from copus.checkpoints.store import read_state
 from copus.checkpoints.trainer_state import TrainerState
-from copus.collectives import all_gather, broadcast_from_rank0
+from copus.collectives import all_gather
 from copus.data.prepared import prepared_path
 from copus.data.samples import open_data
 from copus.devices import check_accelerator, join_world, rank_device
@@ -41,11 +40,9 @@ from copus.events import (
     End,
     Event,
     EventLog,
-    Failure,
     Restart,
     Start,
     Warned,
-    has_checkpoint,
     samples_trained,
 )
 from copus.fencing import TOKEN
@@ -53,14 +50,14 @@ from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
 from copus.planning import Planner
 from copus.profiling.live import profile_missing
-from copus.resize import fits, fitting, found_cluster, resized
-from copus.resume_request import ResumeRequest, nothing_to_resume, read_resume_request, write_resume_request
+from copus.resize import found_cluster, resized
+from copus.resume import build_or_resume, newest_that_verifies
+from copus.resume_request import read_resume_request, write_resume_request
 from copus.step_lines import StepLines
 from copus.stop_request import StopRequest
 from copus.stores import host_store, is_bindable, join_store
 from copus.tracking.fan_out import FanOut
 from copus.user_errors import EXIT_CODE, one_line, report_failure
-from copus.weights.saved import begin
 from profiles.configuration import Configuration
 from profiles.measurement import Fingerprint, Measurement
 from profiles.mfu import peak_samples_per_second
@@ -101,64 +98,89 @@ def _on_these_ranks(job: JobConfig) -> JobConfig:
 
 
 def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, profile_only: bool) -> None:
+    """Make a backend, and run the branches of a calibration if the run has a plan of them; else train."""
     backend = find_backend(job.training.backend).load()(job, device)
+    reporter = _Reporter(run if dist.get_rank() == 0 else None, job)
     branches = read_plan(run)
     if branches is not None:
-        with _Reporter(run if dist.get_rank() == 0 else None, job) as report:
+        with reporter as report:
             run_branches(
                 job, run, branches, backend, lambda branch: open_data(branch, prepared_path(branch)), report, stop
             )
         return
     prepared = prepared_path(job)
     train, valid = open_data(job, prepared)
-    rank = dist.get_rank()
-    with _Reporter(run if rank == 0 else None, job) as report:
+    with reporter as report:
         request = read_resume_request(run)
-        newest = _newest_checkpoint(run, request, report)
+        newest = newest_that_verifies(run, request, report)
         if newest is not None:
             check_same_data(newest, prepared.name)
-        saved = None if newest is None else read_state(newest)[0]
-        finished = saved is not None and saved.samples_consumed >= job.total_samples
-        if profile_only or not finished:
+        if profile_only or not _is_finished(job, newest):
             profile_missing(job, run, backend, train, report, stop)
         if profile_only:
             return
         fingerprint = backend.fingerprint()
-        rows = ThroughputTable(job.profile.table).everything(fingerprint) if rank == 0 else []
+        rows = ThroughputTable(job.profile.table).everything(fingerprint) if dist.get_rank() == 0 else []
         throughput = Throughput(row for row in rows if not row.shard)
-        state = _build_or_resume(job, newest, backend, throughput, request, report)
+        state = build_or_resume(job, newest, backend, throughput, request, report)
         state.data = prepared.name
         resumed_from = None if newest is None else str(newest.relative_to(run))
-        done = samples_trained(run)
-        if done is not None:
-            report(
-                Restart(
-                    **state.here,
-                    attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get(ATTEMPT, 0)),
-                    requeued=REQUEUED in os.environ,
-                    resumed_from=resumed_from,
-                    samples_repeated=max(0, done - state.samples_consumed),
-                    ranks=dist.get_world_size(),
-                )
-            )
+        _report_restart(run, state, resumed_from, report)
         report(start_of(job, state, backend.configuration, fingerprint, resumed_from))
-        if job.evaluate_sequences != job.training.evaluate_sequences:
-            message = (
-                f"validation losses are of {job.evaluate_sequences} sequences, not of training.evaluate_sequences("
-                f"{job.training.evaluate_sequences}): {job.cluster.accelerators} ranks share them evenly"
-            )
-            report(Warned(**state.here, message=message))
-        if rank == 0 and request.may_begin_again:  # once
+        _report_shared_evaluation(job, state, report)
+        if dist.get_rank() == 0 and request.may_begin_again:  # once
             write_resume_request(run, request.model_copy(update={"may_begin_again": False}))
         started = time.monotonic()
-        speeds_of = f"{fingerprint.backend}, {fingerprint.precision}"
-        planner = _planner(job, rows, state, state.speeds_of in ("", speeds_of)) if rank == 0 else None
-        state.speeds_of = speeds_of
-        trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
-        reason = trainer.train()
-        if rank == 0:
+        planner = _planner(job, rows, state, fingerprint)
+        reason = Trainer(job, run, backend, train, valid, planner, state, report, stop).train()
+        if dist.get_rank() == 0:
             _report_audit(run, state, report)
         report(End(**state.here, reason=reason, seconds=time.monotonic() - started))
+
+
+def _is_finished(job: JobConfig, newest: Path | None) -> bool:
+    """Whether nothing is left to train after the newest checkpoint."""
+    return newest is not None and read_state(newest)[0].samples_consumed >= job.total_samples
+
+
+def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState, fingerprint: Fingerprint) -> Planner | None:
+    """The planner, on rank 0, as the checkpoint left it; without its speeds if these are another framework's."""
+    speeds_of = f"{fingerprint.backend}, {fingerprint.precision}"
+    with_speeds = state.speeds_of in ("", speeds_of)
+    state.speeds_of = speeds_of
+    if dist.get_rank() != 0:
+        return None
+    planner = Planner(job, rows, state.decisions)
+    planner.restore(state.planner, with_speeds)
+    return planner
+
+
+def _report_restart(run: Path, state: TrainerState, resumed_from: str | None, report: Callable[[Event], None]) -> None:
+    """Say what was lost, if the run had trained before."""
+    done = samples_trained(run)
+    if done is None:
+        return
+    report(
+        Restart(
+            **state.here,
+            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get(ATTEMPT, 0)),
+            requeued=REQUEUED in os.environ,
+            resumed_from=resumed_from,
+            samples_repeated=max(0, done - state.samples_consumed),
+            ranks=dist.get_world_size(),
+        )
+    )
+
+
+def _report_shared_evaluation(job: JobConfig, state: TrainerState, report: Callable[[Event], None]) -> None:
+    """Say so if validation takes another number of sequences than the job file names."""
+    if job.evaluate_sequences == job.training.evaluate_sequences:
+        return
+    message = (
+        f"validation losses are of {job.evaluate_sequences} sequences, not of training.evaluate_sequences("
+        f"{job.training.evaluate_sequences}): {job.cluster.accelerators} ranks share them evenly"
+    )
+    report(Warned(**state.here, message=message))
 
 
 def start_of(
@@ -190,67 +212,6 @@ def _report_audit(run: Path, state: TrainerState, report: Callable[[Event], None
         report(Audited(**state.here, audit=audit_run(run)))
     except Exception as error:
         report(Warned(**state.here, message=f"the audit failed, `copus audit` may still work: {one_line(error)}"))
-
-
-def _skipped(line: str, report: Callable[[Event], None]) -> None:
-    """Say which checkpoint was passed over, and why."""
-    if dist.get_rank() == 0:
-        print(f"copus: {line}", file=sys.stderr, flush=True)
-    report(Failure(step=0, samples_consumed=0, rank=0, message=line, fatal=False))
-
-
-def _planner(job: JobConfig, rows: list[Measurement], state: TrainerState, with_speeds: bool) -> Planner:
-    planner = Planner(job, rows, state.decisions)
-    planner.restore(state.planner, with_speeds)
-    return planner
-
-
-def _newest_checkpoint(run: Path, request: ResumeRequest, report: Callable[[Event], None]) -> Path | None:
-    """The newest checkpoint that verifies; those that do not are set aside. Collective.
-
-    Raises JobError if the run had checkpoints and none verifies, unless the user said that it may begin again.
-    """
-    flaws: list[str] = []
-    newest = newest_checkpoint(run, flaws.append)
-    if newest is None and not request.may_begin_again and broadcast_from_rank0(has_checkpoint(run)):
-        raise nothing_to_resume(run, flaws)
-    for line in flaws:
-        _skipped(line, report)
-    if dist.get_rank() == 0:
-        set_damaged_aside(run, None if newest is None else newest.name)
-    return newest
-
-
-def _build_or_resume(
-    job: JobConfig,
-    newest: Path | None,
-    backend: Backend,
-    throughput: Throughput,
-    request: ResumeRequest | None = None,
-    report: Callable[[Event], None] = lambda event: None,
-) -> TrainerState:
-    """Start, or go on where the checkpoint was made, on whatever ranks there are now: in the configuration that the
-    user asked for, if any, else in the checkpoint's. `throughput` counts on rank 0."""
-    if newest is None:
-        return begin(job, backend)
-    state, saved = read_state(newest)
-    seen = throughput.predict(saved)
-    infeasible = broadcast_from_rank0(seen is not None and seen.failure is not None)
-    target = saved
-    if request and request.configuration and state.samples_consumed <= request.until_samples:
-        target, infeasible = request.configuration, False
-    wanted = target.global_batch
-    if infeasible or not fits(target.layout, job, job.cluster):
-        target = broadcast_from_rank0(fitting(target, job, job.cluster, throughput.predict))
-    if target.global_batch != wanted:
-        message = (
-            f"{job.cluster.accelerators} ranks cannot share a global batch of {wanted} evenly: it is "
-            f"{target.global_batch} now. On other ranks, --resume --set training.global_batch={wanted} goes back to it"
-        )
-        report(Warned(**state.here, message=message))
-    backend.build(target, initial_weights=False)
-    backend.load(newest, state.optimizer_steps)
-    return state
 
 
 def _start_process_group(job: JobConfig) -> torch.device:

@@ -11,11 +11,10 @@ from test_profiles_table import HERE
 
 from copus.backends.megatron.backend import MegatronBackend
 from copus.backends.step_contract import StepRequest, StepRules
-from copus.checkpoints.trainer_state import TrainerState
 from copus.job import JobError, load_job
+from copus.planning import Planner
 from copus.profiling.single import SingleProfiler, stage_ranks
 from copus.profiling.solo import world_of_one
-from copus.worker import _planner
 from launch.engines import LocalEngine
 from launch.profile import check_profiler
 from profiles.layout import Layout
@@ -145,7 +144,7 @@ def test_a_cluster_is_planned_from_one_accelerator(
     assert all(now != pytest.approx(then) for now, then in zip(seconds, blind, strict=True))
     job = load_job(file)
     rows = ThroughputTable(job.profile.table).everything()
-    planner = _planner(job, rows, TrainerState(), with_speeds=True)
+    planner = Planner(job, rows, 0)
     times = {each["label"]: each["step_seconds"] for each in after["candidates"]}
     decision = planner.decide(noise(16.0, 12.0, 20.0), job.training.configuration, 1000)
     assert {score.source for score in decision.candidates} == {"predicted"}

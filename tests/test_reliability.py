@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from copus import worker
+from copus import resume, worker
 from copus.backends.megatron import backend as megatron_backend
 from copus.backends.megatron import step as megatron_step
 from copus.backends.megatron.backend import MegatronBackend
@@ -186,7 +186,7 @@ def _resumed(run: Path, table: Path) -> str:
     backend = backend_of(tiny_job(2, {"dp": 2}, global_batch=4))
     Writing(run, backend, TrainerState(samples_consumed=8), keep=1, in_background=False).finish()
     known = Throughput(ThroughputTable(table).rows(backend.fingerprint()) if dist.get_rank() == 0 else [])
-    worker._build_or_resume(tiny_job(2, {"tp": 2}, global_batch=4), newest_checkpoint(run), backend, known)
+    resume.build_or_resume(tiny_job(2, {"tp": 2}, global_batch=4), newest_checkpoint(run), backend, known)
     return backend.configuration.layout.label
 
 
@@ -289,7 +289,7 @@ def _elsewhere(run: Path, layout: dict[str, Any], ranks: int, steps: int) -> tup
     job = resized(tiny_job(ranks, layout, micro_batch=2), Cluster(accelerators_per_node=dist.get_world_size()))
     backend = MegatronBackend(job, own_device())
     newest = newest_checkpoint(run)
-    state = worker._build_or_resume(job, newest, backend, Throughput())
+    state = resume.build_or_resume(job, newest, backend, Throughput())
     losses = []
     for _ in range(steps):
         losses.append(backend.train_step(random_batches, StepRequest(state.samples_consumed, RULES)).loss)
@@ -326,9 +326,9 @@ def _change_optimizer(run: Path, layouts: list[dict[str, Any]]) -> list[float]:
     losses = [backend.train_step(random_batches, StepRequest(8 * step, RULES)).loss for step in range(3)]
     Writing(run, backend, TrainerState(samples_consumed=24, optimizer_steps=3), keep=2, in_background=False).finish()
     other = configuration(8, 2, **layouts[1])
-    worker.fits = lambda *arguments: False  # type: ignore[attr-defined]
-    worker.fitting = lambda *arguments: other  # type: ignore[attr-defined]
-    state = worker._build_or_resume(job, newest_checkpoint(run), backend, Throughput())
+    resume.fits = lambda *arguments: False  # type: ignore[attr-defined]
+    resume.fitting = lambda *arguments: other  # type: ignore[attr-defined]
+    state = resume.build_or_resume(job, newest_checkpoint(run), backend, Throughput())
     assert backend.configuration == other
     first = state.samples_consumed
     return losses + [backend.train_step(random_batches, StepRequest(first + 8 * step, RULES)).loss for step in range(3)]

@@ -21,6 +21,7 @@ from copus.events import Checkpoint, Event, EventLog, Start, Warned, has_checkpo
 from copus.job import JobConfig, JobError, load_job, parse_job
 from copus.loop import Trainer
 from copus.resize import load_resized
+from copus.resume import build_or_resume, newest_that_verifies
 from copus.resume_request import ResumeRequest, read_resume_request, write_resume_request
 from launch.resume import FIXED, KEPT, STARTING, request_of
 from profiles.throughput import Throughput
@@ -209,7 +210,7 @@ def test_checkpoints_count_from_the_last_beginning_on(tmp_path: Path) -> None:
 
 def _newest(run: Path, may_begin_again: bool) -> str | None:
     try:
-        newest = worker._newest_checkpoint(run, ResumeRequest(may_begin_again=may_begin_again), lambda event: None)
+        newest = newest_that_verifies(run, ResumeRequest(may_begin_again=may_begin_again), lambda event: None)
     except JobError as error:
         return str(error)
     return newest and newest.name
@@ -254,7 +255,7 @@ def _resume(run: Path, asked: dict[str, Any] | None, ranks: int, settings: dict[
     backend = MegatronBackend(worker_job, own_device())
     request = ResumeRequest(configuration=configuration(**asked) if asked else None, until_samples=8)
     newest = newest_checkpoint(run)
-    state = worker._build_or_resume(worker_job, newest, backend, Throughput(), request, events.append)
+    state = build_or_resume(worker_job, newest, backend, Throughput(), request, events.append)
     if newest is None:
         state.samples_consumed = 8
         Writing(run, backend, state, keep=2, in_background=False).finish()
