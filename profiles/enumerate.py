@@ -38,34 +38,18 @@ def enumerate_configurations(
         raise ValueError(f"recompute({unknown[0]}) is unknown: expected one of {', '.join(RECOMPUTE)}")
     if unknown_stage := [stage for stage in zero if stage not in range(4)]:
         raise ValueError(f"zero({unknown_stage[0]}) is unknown: expected 0 to 3")
-    size = cluster.accelerators
-    by_tp = _divisors(np.gcd.reduce([size, model.heads, model.kv_heads, *model.mlp_widths, model.padded_vocab]))
-    by_tp = by_tp[by_tp <= (max_tp or cluster.accelerators_per_node)]
-    by_cp = _divisors(size)
-    by_cp = by_cp[(by_cp <= max_cp) & ((by_cp == 1) | (model.seq_len % (2 * by_cp) == 0))]
-    by_ep = _divisors(model.experts) if model.experts else np.ones(1, dtype=np.int64)
-    by_pp = _divisors(size)
-    by_pp = by_pp[by_pp <= model.layers]
-    by_vp = np.union1d(_divisors(model.layers), _divisors(model.layers + 2))
-    by_vp = by_vp[by_vp <= max_vp]
-    tp, pp, vp, cp, ep = _grid(by_tp, by_pp, by_vp, by_cp, by_ep)
-    held = tp * pp * cp
-    fits = (size % held == 0) & split_layers(model.layers, pp, vp).possible & ((vp == 1) | (pp > 1))
-    tp, pp, vp, cp, ep = (axis[fits] for axis in (tp, pp, vp, cp, ep))
-    dp = size // (tp * pp * cp)
-    fits = dp % ep == 0
-    layouts = np.stack([tp, pp, vp, cp, ep, dp])[:, fits]
-
+    layouts = _layouts(model, cluster, max_tp or cluster.accelerators_per_node, max_vp, max_cp)
     micro_batches = 2 ** np.arange(int(max_micro_batch).bit_length())
     kinds = np.array([RECOMPUTE.index(kind) for kind in recompute])
     row, kind, stage, b, total = _grid(
         np.arange(layouts.shape[1]), kinds, np.array(zero), micro_batches, np.array(global_batches)
     )
-    n, rest = np.divmod(total, layouts[5][row] * b)
-    fits = (rest == 0) & (n > 0) & ((layouts[2][row] == 1) | (n % layouts[1][row] == 0))
-    fits &= (stage < 2) | (layouts[1][row] == 1)
-    row, kind, stage, b, total = (axis[fits] for axis in (row, kind, stage, b, total))
     tp, pp, vp, cp, ep, dp = layouts[:, row]
+    n, rest = np.divmod(total, dp * b)
+    fits = (rest == 0) & (n > 0) & ((vp == 1) | (n % pp == 0)) & ((stage < 2) | (pp == 1))
+    tp, pp, vp, cp, ep, dp, kind, stage, b, total = (
+        axis[fits] for axis in (tp, pp, vp, cp, ep, dp, kind, stage, b, total)
+    )
     return Configurations(
         tp=tp,
         pp=pp,
@@ -81,6 +65,25 @@ def enumerate_configurations(
         micro_batch=b,
         global_batch=total,
     )
+
+
+def _layouts(model: ModelShape, cluster: Cluster, max_tp: int, max_vp: int, max_cp: int) -> Ints:
+    """The layouts that any micro-batch may have, as rows tp, pp, vp, cp, ep, dp: shape (6, layouts)."""
+    size = cluster.accelerators
+    by_tp = _divisors(np.gcd.reduce([size, model.heads, model.kv_heads, *model.mlp_widths, model.padded_vocab]))
+    by_tp = by_tp[by_tp <= max_tp]
+    by_cp = _divisors(size)
+    by_cp = by_cp[(by_cp <= max_cp) & ((by_cp == 1) | (model.seq_len % (2 * by_cp) == 0))]
+    by_ep = _divisors(model.experts) if model.experts else np.ones(1, dtype=np.int64)
+    by_pp = _divisors(size)
+    by_pp = by_pp[by_pp <= model.layers]
+    by_vp = np.union1d(_divisors(model.layers), _divisors(model.layers + 2))
+    by_vp = by_vp[by_vp <= max_vp]
+    tp, pp, vp, cp, ep = _grid(by_tp, by_pp, by_vp, by_cp, by_ep)
+    ranks = tp * pp * cp
+    fits = (size % ranks == 0) & split_layers(model.layers, pp, vp).possible & ((vp == 1) | (pp > 1))
+    fits &= size // ranks % ep == 0
+    return np.stack([tp, pp, vp, cp, ep, size // ranks])[:, fits]
 
 
 def _grid(*axes: Ints) -> list[Ints]:
