@@ -34,7 +34,7 @@ def run_branches(
 
     Each begins with the weights and the optimizer state of the checkpoint and with the learning rate that the run had
     there, held constant. Orders of the data are in the outer loop, so that a calibration that is stopped has whole
-    orders. Raises JobError where the learning rate is 0 at the checkpoint.
+    orders. Raises JobError if the learning rate is 0 at the checkpoint.
     """
     started = time.monotonic()
     state, _ = read_state(branches.checkpoint)
@@ -53,20 +53,16 @@ def run_branches(
             if (configuration, seed) in done:
                 continue
             _go_back(backend, configuration, branches.checkpoint, state.optimizer_steps)
-            events: list[Event] = []
             begin = TrainerState(
                 samples_consumed=state.samples_consumed,
                 optimizer_steps=state.optimizer_steps,
                 beta2_product=state.beta2_product,
             )
-            trainer = Trainer(
-                branch, run, backend, train, valid, None, begin, events.append, stop_requested, keep_nothing=True
-            )
-            if trainer.train() == "interrupted":
+            losses = _train(branch, run, backend, train, valid, begin, stop_requested)
+            if losses is None:
                 report(End(**state.here, reason="interrupted", seconds=time.monotonic() - started))
                 return
             done.add((configuration, seed))
-            losses = [event.loss for event in events if isinstance(event, Evaluate)]
             report(
                 Branch(
                     **state.here,
@@ -91,6 +87,23 @@ def _go_back(backend: Backend, configuration: Configuration, checkpoint: Path, o
     else:
         backend.build(configuration)
     backend.load(checkpoint, optimizer_steps)
+
+
+def _train(
+    branch: JobConfig,
+    run: Path,
+    backend: Backend,
+    train: Batches,
+    valid: Batches,
+    begin: TrainerState,
+    stop_requested: Callable[[], bool],
+) -> list[float] | None:
+    """Train one branch; its validation losses, first to last, or None if it was interrupted."""
+    events: list[Event] = []
+    trainer = Trainer(branch, run, backend, train, valid, None, begin, events.append, stop_requested, keep_nothing=True)
+    if trainer.train() == "interrupted":
+        return None
+    return [event.loss for event in events if isinstance(event, Evaluate)]
 
 
 def _done(run: Path, branches: Branches) -> set[tuple[Configuration, int]]:

@@ -201,52 +201,10 @@ def lines(
     """Tokens/s over the global batch, a line for each layout; what the run saw as diamonds."""
     best = sorted(predicted, key=lambda name: -max(point.rate for point in predicted[name]))[:MOST_LINES]
     ran = {point.layout for point in seen}
-    data: list[Figure] = []
-    for layout_name in [name for name in predicted if name in best or name in ran]:
-        points = predicted[layout_name]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": text(layout_name),
-                "x": [point.batch for point in points],
-                "y": [short(seq_len * point.rate) for point in points],
-                "line": {"color": shades[layout_name], "width": 2},
-                "marker": {
-                    "size": 8,
-                    "color": shades[layout_name],
-                    "symbol": ["circle" if _is_measured(point) else "circle-open" for point in points],
-                },
-                "hovertext": [
-                    f"{text(layout_name)} B{point.batch} m{point.micro_batch}: "
-                    f"{count(seq_len * point.rate)} ± {count(seq_len * point.spread)} ({point.source})"
-                    for point in points
-                ],
-                "hoverinfo": "text",
-            }
-        )
+    shown = [name for name in predicted if name in best or name in ran]
+    data = [_line(name, predicted[name], shades[name], seq_len) for name in shown]
     if seen:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "seen in this run",
-                "x": [point.batch for point in seen],
-                "y": [short(seq_len * point.rate) for point in seen],
-                "marker": {
-                    "symbol": "diamond",
-                    "size": 12,
-                    "color": [shades.get(point.layout, MUTED) for point in seen],
-                    "line": {"color": INK, "width": 1.5},
-                },
-                "hovertext": [
-                    f"{text(point.layout)} B{point.batch} m{point.micro_batch}: {count(seq_len * point.rate)}, "
-                    f"median of {point.steps} steps"
-                    for point in seen
-                ],
-                "hoverinfo": "text",
-            }
-        )
+        data.append(_diamonds(seen, shades, seq_len))
     batches = sorted({point.batch for points in predicted.values() for point in points} | {p.batch for p in seen})
     rates = [seq_len * point.rate for points in predicted.values() for point in points]
     rates += [seq_len * point.rate for point in seen]
@@ -258,6 +216,52 @@ def lines(
         layout["yaxis"] |= {"rangemode": "tozero", "tickformat": "~s"}
     layout["hovermode"] = "closest"
     return {"data": data, "layout": layout}
+
+
+def _line(name: str, points: Sequence[LinePoint], colour: str, seq_len: int) -> Figure:
+    """What a layout is predicted to make; full circles where it was measured."""
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": text(name),
+        "x": [point.batch for point in points],
+        "y": [short(seq_len * point.rate) for point in points],
+        "line": {"color": colour, "width": 2},
+        "marker": {
+            "size": 8,
+            "color": colour,
+            "symbol": ["circle" if _is_measured(point) else "circle-open" for point in points],
+        },
+        "hovertext": [
+            f"{text(name)} B{point.batch} m{point.micro_batch}: "
+            f"{count(seq_len * point.rate)} ± {count(seq_len * point.spread)} ({point.source})"
+            for point in points
+        ],
+        "hoverinfo": "text",
+    }
+
+
+def _diamonds(seen: Sequence[SeenPoint], shades: Mapping[str, str], seq_len: int) -> Figure:
+    """What the run saw of its configurations."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "seen in this run",
+        "x": [point.batch for point in seen],
+        "y": [short(seq_len * point.rate) for point in seen],
+        "marker": {
+            "symbol": "diamond",
+            "size": 12,
+            "color": [shades.get(point.layout, MUTED) for point in seen],
+            "line": {"color": INK, "width": 1.5},
+        },
+        "hovertext": [
+            f"{text(point.layout)} B{point.batch} m{point.micro_batch}: {count(seq_len * point.rate)}, "
+            f"median of {point.steps} steps"
+            for point in seen
+        ],
+        "hoverinfo": "text",
+    }
 
 
 def _is_measured(point: LinePoint) -> bool:
