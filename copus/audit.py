@@ -154,8 +154,7 @@ def _factor_error(decision: Decision | None) -> float:
     """Standard error of log c, by what the run had learned of it in the end."""
     if decision is None or decision.critical_batch_factor_low is None or decision.critical_batch_factor_high is None:
         return FACTOR_ERROR
-    factor = decision.critical_batch_factor
-    return log_error(factor, decision.critical_batch_factor_low, decision.critical_batch_factor_high)
+    return log_error(decision.critical_batch_factor_low, decision.critical_batch_factor_high)
 
 
 def _log_error(score: CandidateScore) -> float:
@@ -199,7 +198,7 @@ class _Course:
             elif isinstance(event, Step):
                 self._step(event)
             elif isinstance(event, Noise) and event.value and 0 < event.value < math.inf:
-                error = log_error(event.value, event.low, event.high)
+                error = log_error(event.low, event.high)
                 # An average belongs to its centre of gravity: filed later, a growing noise scale would be read late.
                 centroid = event.noise.centroid
                 place = event.samples_consumed if centroid is None else centroid

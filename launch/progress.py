@@ -7,8 +7,6 @@ from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from copus.event_lines import read_decision
@@ -16,6 +14,7 @@ from copus.events import Branch, Evaluate, Event, Failure, Profile, Reconfigure,
 from launch.explain import trade
 from launch.run_directory import shown
 from launch.status import RunStatus
+from launch.tables import facts_grid, progress_bar
 from launch.wording import describe_branch, describe_event, describe_loss, describe_measurement
 from profiles.formatting import count, duration, noise_interval, percent, three_digits
 
@@ -156,19 +155,9 @@ class Progress:
         facts = self._facts()
         heading = Text.assemble((shown(self._run), "bold"), f"   {duration(self.elapsed_seconds)}")
         if status.profile:
-            return Group(heading, _bar(status.profile.done / status.profile.total, facts[0][1]))
+            return Group(heading, progress_bar(status.profile.done / status.profile.total, facts[0][1]))
         if len(facts) == 1:  # not training yet
             return Group(heading, Text(facts[0][1]))
-        bar = _bar(status.fraction, facts[0][1])
-        grid = Table.grid(padding=(0, 2))
-        cells = [cell for name, value in facts[1:] for cell in (Text(name, style="dim"), Text(value))]
-        for first in range(0, len(cells), 6):
-            grid.add_row(*cells[first : first + 6])
+        bar = progress_bar(status.fraction, facts[0][1])
         last = Text(status.last_change or "no decision yet", style="dim", overflow="ellipsis", no_wrap=True)
-        return Group(heading, bar, grid, last)
-
-
-def _bar(fraction: float, text: str) -> Table:
-    bar = Table.grid(padding=(0, 1))
-    bar.add_row(ProgressBar(total=1.0, completed=fraction, width=40), Text(text))
-    return bar
+        return Group(heading, bar, facts_grid(facts[1:]), last)

@@ -1,4 +1,5 @@
-"""Tables for people: what all rows share is said once, above, and a narrow terminal goes without some columns."""
+"""Tables for people: what all rows share is said once, above, and a narrow terminal goes without some columns. And what
+panels of live figures consist of."""
 
 import os
 import textwrap
@@ -143,3 +144,26 @@ def new_table() -> "Table":
     from rich.table import Table
 
     return Table(box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def facts_grid(facts: Sequence[tuple[str, str]]) -> "Table":
+    """Names and values of a panel, three in a line."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    cells = [cell for name, value in facts for cell in (Text(name, style="dim"), Text(value))]
+    for first in range(0, len(cells), 6):
+        grid.add_row(*cells[first : first + 6])
+    return grid
+
+
+def progress_bar(fraction: float, text: str) -> "Table":
+    """A bar, and what it stands for beside it."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(ProgressBar(total=1.0, completed=fraction, width=40), Text(text))
+    return bar

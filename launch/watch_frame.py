@@ -4,13 +4,13 @@ import time
 from itertools import pairwise
 
 from rich.console import Group, RenderableType
-from rich.progress_bar import ProgressBar
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from launch.run_directory import shown
 from launch.runs import STYLES
+from launch.tables import facts_grid, progress_bar
 from launch.watched import Watched
 from launch.wording import describe_branch, describe_loss, describe_measurement
 from profiles.decision import CandidateScore
@@ -26,12 +26,12 @@ def frame(watched: Watched, width: int) -> RenderableType:
     status = watched.status
     parts: list[RenderableType] = [_heading(watched)]
     if status.profile:
-        parts.append(_bar(status.profile.done / status.profile.total, describe_measurement(status.profile)))
+        parts.append(progress_bar(status.profile.done / status.profile.total, describe_measurement(status.profile)))
     elif status.branch:
-        parts.append(_bar(status.branch.done / status.branch.total, describe_branch(status.branch)))
+        parts.append(progress_bar(status.branch.done / status.branch.total, describe_branch(status.branch)))
     elif status.start:
         tokens, total = (count(samples * status.start.seq_len) for samples in _samples(watched))
-        parts += [_bar(status.fraction, f"{percent(status.fraction)}  {tokens} of {total} tokens"), Text()]
+        parts += [progress_bar(status.fraction, f"{percent(status.fraction)}  {tokens} of {total} tokens"), Text()]
         parts.append(_loss(watched, min(width, 100)))
         parts.append(_figures(watched))
     if alternatives := watched.alternatives():
@@ -82,12 +82,6 @@ def _samples(watched: Watched) -> tuple[int, int]:
     return watched.status.samples_consumed, watched.status.start.total_samples
 
 
-def _bar(fraction: float, text: str) -> Table:
-    bar = Table.grid(padding=(0, 1))
-    bar.add_row(ProgressBar(total=1.0, completed=fraction, width=40), Text(text))
-    return bar
-
-
 def _loss(watched: Watched, width: int) -> Table:
     status = watched.status
     words = describe_loss(status.step.loss) if status.step else "…"
@@ -118,11 +112,7 @@ def _figures(watched: Watched) -> Table:
     ]
     if status.skipped_steps:
         facts.append(("skipped", f"{status.skipped_steps} of {status.steps} steps, not finite"))
-    grid = Table.grid(padding=(0, 2))
-    cells = [cell for name, value in facts for cell in (Text(name, style="dim"), Text(value))]
-    for first in range(0, len(cells), 6):
-        grid.add_row(*cells[first : first + 6])
-    return grid
+    return facts_grid(facts)
 
 
 def _moves(watched: Watched) -> str:

@@ -25,8 +25,6 @@ class CriticalBatchFit:
     """Lower end of its 90 % interval; None with one data order."""
     high: float | None
     """Upper end; None where it is unbounded, and with one data order."""
-    drop: float
-    """Nats a token that a very small batch would have gained, mean over the orders."""
     residual: float
     """Root mean square of what the model leaves, nats per token."""
 
@@ -63,7 +61,6 @@ def fit_critical_batch(batches: np.ndarray, losses: np.ndarray, first_loss: floa
         value=_critical_batch(theta, largest),
         low=None if half_width is None else _critical_batch(theta + half_width, largest),
         high=None if half_width is None else _critical_batch(theta - half_width, largest),
-        drop=float(drops.mean()),
         residual=residual,
     )
 

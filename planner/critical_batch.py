@@ -70,7 +70,7 @@ class CriticalBatchTracker:
         # fades to 1/e: so much of it was in the estimate of the last decision too.
         passed = samples_consumed - self._observed_at
         repeated = math.exp(-max(passed, 1) / (here - centroid)) if self._observed_at and centroid < here else 0.0
-        error = log_error(value, noise.low, noise.high)
+        error = log_error(noise.low, noise.high)
         self._forecast.observe(
             np.array([centroid]), np.array([self._prior * value]), np.array([error]), (1 - repeated) / (1 + repeated)
         )

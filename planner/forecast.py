@@ -171,8 +171,8 @@ class CriticalBatchForecast:
             self.sums, self.misses = np.array(state["sums"]), np.array(state["misses"])
 
 
-def log_error(value: float, low: float | None, high: float | None) -> float:
-    """Standard error of a logarithm from a 90 % interval; a factor of two where the interval is open or missing."""
+def log_error(low: float | None, high: float | None) -> float:
+    """Standard error of a logarithm from a 90 % interval; a factor of two if the interval is open or missing."""
     if low is None or high is None or low <= 0 or not math.isfinite(high):
         return math.log(2)
     return max(math.log(high / low) / (2 * QUANTILE_90), 0.01)

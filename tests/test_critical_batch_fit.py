@@ -80,12 +80,12 @@ def test_the_largest_batch_within_a_tolerance_by_hand() -> None:
 
 
 def test_the_factor_joins_the_doubts_about_both() -> None:
-    fit = CriticalBatchFit(value=60.0, low=40.0, high=90.0, drop=0.4, residual=0.0)
+    fit = CriticalBatchFit(value=60.0, low=40.0, high=90.0, residual=0.0)
     value, low, high = combine_factor(fit, noise(30.0, 20.0, 45.0))
     assert value == 2.0
     assert low == pytest.approx(2 * math.exp(-math.sqrt(2) * math.log(1.5)))
     assert high == pytest.approx(2 * math.exp(math.sqrt(2) * math.log(1.5)))
     assert combine_factor(fit, noise(30.0, 30.0, 30.0))[1:] == pytest.approx((40 / 30, 90 / 30))
-    unbounded = CriticalBatchFit(value=None, low=200.0, high=None, drop=0.4, residual=0.0)
+    unbounded = CriticalBatchFit(value=None, low=200.0, high=None, residual=0.0)
     assert combine_factor(fit, noise(None)) == (None, None, None)
     assert combine_factor(unbounded, noise(30.0, 20.0, 50.0)) == (None, 4.0, None)

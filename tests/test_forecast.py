@@ -71,8 +71,8 @@ def test_the_forecast_survives_a_checkpoint():
 
 
 def test_log_error_of_intervals():
-    assert log_error(10.0, 10.0 / 1.645, 10.0 * 1.645) == pytest.approx(np.log(1.645) / 1.645)
-    assert log_error(10.0, None, 20.0) == log_error(10.0, 5.0, None) == pytest.approx(np.log(2))
+    assert log_error(10.0 / 1.645, 10.0 * 1.645) == pytest.approx(np.log(1.645) / 1.645)
+    assert log_error(None, 20.0) == log_error(5.0, None) == pytest.approx(np.log(2))
 
 
 def test_estimates_that_scatter_more_than_they_say_widen_the_interval():
@@ -93,7 +93,7 @@ def test_a_decision_shows_the_noise_scale_at_twice_the_tokens():
     twice = np.array([2000.0])
     assert found.value == pytest.approx(float(deciding.decide(noise(None), START, 1000).forecast.value))
     phi = CriticalBatchForecast.unknown(np.array([200.0 * deciding.config.every_samples]))
-    phi.observe(np.array([1000.0]), np.array([16.0]), np.array([log_error(8.0, 6.5, 11.0)]))
+    phi.observe(np.array([1000.0]), np.array([16.0]), np.array([log_error(6.5, 11.0)]))
     assert found.high == pytest.approx(float(phi.at(twice, QUANTILE_90)[0]) / 2)
 
 
