@@ -19,7 +19,7 @@ def make_trials(menu: Menu, state: State, choice: Choice, situation: Situation, 
     assert state.corrections is not None
     index = choice.index.copy()
     worth = situation.goodput(situation.critical_batch) / situation.samples_per_second
-    for row in np.flatnonzero(choice.exploring):
+    for row in map(int, np.flatnonzero(choice.exploring)):
         pair = candidate, running = int(index[row]), int(state.current[row])
         rates = state.actual[row]
         if log_speed is not None:
