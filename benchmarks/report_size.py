@@ -16,7 +16,8 @@ from unittest.mock import patch
 from rich.console import Console
 
 from benchmarks.command import console_of, parser_of, tell
-from copus.events import DecisionMade, End, Evaluate, EventLog, Noise, Reconfigure, Start, Step
+from copus.event_log import EventLog
+from copus.events import DecisionMade, End, Evaluate, Noise, Reconfigure, Start, Step
 from launch.report import page
 from launch.tables import print_table
 from profiles.configuration import Configuration
@@ -45,7 +46,7 @@ def write_long_run(run: Path, steps: int, moves: int = MOVES, decisions: int = D
     running = space[0]
     every, move_every = max(1, steps // max(decisions, moves)), max(1, steps // (moves + 1))
     moved = number = 0
-    with patch("copus.events.clock.time", side_effect=lambda: now):
+    with patch("copus.event_log.clock.time", side_effect=lambda: now):
         total = 128 * steps
         log.write(
             Start(

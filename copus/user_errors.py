@@ -3,7 +3,8 @@
 import errno
 import sys
 
-from copus.events import EventLog, Failure
+from copus.event_log import EventLog
+from copus.events import Failure
 from copus.job import JobError
 
 EXIT_CODE = 2

@@ -33,18 +33,8 @@ from copus.collectives import all_gather
 from copus.data.prepared import prepared_path
 from copus.data.samples import open_data
 from copus.devices import check_accelerator, join_world, rank_device
-from copus.events import (
-    ATTEMPT,
-    REQUEUED,
-    Audited,
-    End,
-    Event,
-    EventLog,
-    Restart,
-    Start,
-    Warned,
-    samples_trained,
-)
+from copus.event_log import EventLog
+from copus.events import ATTEMPT, REQUEUED, Audited, End, Event, Restart, Start, Warned, samples_trained
 from copus.fencing import TOKEN
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer

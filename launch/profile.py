@@ -8,7 +8,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from copus.events import NOTHING_TO_SAY, End, EventLog, Profile
+from copus.event_log import EventLog
+from copus.events import NOTHING_TO_SAY, End, Profile
 from copus.job import JobConfig, JobError, load_job
 from copus.profilers import TRIED, Installed, find_profiler
 from copus.weights.source import with_tokenizer

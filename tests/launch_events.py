@@ -5,18 +5,8 @@ from typing import Any
 from unittest.mock import patch
 
 from copus.event_lines import read_decision
-from copus.events import (
-    DecisionMade,
-    DecisionTaken,
-    Event,
-    EventLog,
-    Noise,
-    Reconfigure,
-    Start,
-    Step,
-    Trial,
-    read_events,
-)
+from copus.event_log import EventLog
+from copus.events import DecisionMade, DecisionTaken, Event, Noise, Reconfigure, Start, Step, Trial, read_events
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 from profiles.layout import Layout
@@ -141,7 +131,7 @@ def write_timed_run(folder: Path, *events: tuple[float, Event]) -> Path:
         (folder / name).unlink(missing_ok=True)
     log = EventLog(folder)
     for when, event in events:
-        with patch("copus.events.clock.time", return_value=when):
+        with patch("copus.event_log.clock.time", return_value=when):
             log.write(event)
     log.close()
     return folder

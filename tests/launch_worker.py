@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from copus.branches import read_plan
-from copus.events import Branch, Checkpoint, End, Evaluate, EventLog, Failure, Noise, Profile, Start, Step, read_events
+from copus.event_log import EventLog
+from copus.events import Branch, Checkpoint, End, Evaluate, Failure, Noise, Profile, Start, Step, read_events
 from copus.job import JobError, load_job
 from copus.manifest import describe, write_manifest
 from copus.user_errors import EXIT_CODE, report_failure

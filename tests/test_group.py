@@ -19,7 +19,8 @@ from test_slurm_engine import Says, asked, job_file, slurm  # noqa: F401
 
 import launch.submit
 import launch.submit_group
-from copus.events import End, EventLog, Step, read_events
+from copus.event_log import EventLog
+from copus.events import End, Step, read_events
 from copus.job import JobError, load_job
 from launch.group import parse_matrix, plan_group, runs_of_group
 from launch.interrupts import Interrupts

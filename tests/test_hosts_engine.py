@@ -22,7 +22,8 @@ from launch_events import step
 from launch_jobs import copus_here, write_job
 
 from copus.checkpoints.store import Writing
-from copus.events import End, EventLog, Failure, Warned, read_events
+from copus.event_log import EventLog
+from copus.events import End, Failure, Warned, read_events
 from copus.fencing import FILE, TOKEN
 from copus.job import JobError, load_job
 from launch.engines import engine_of, hosts_job, hosts_node

@@ -25,7 +25,8 @@ from launch_jobs import WORKER, copus_here, write_job
 from test_end_to_end import _write_job as write_tiny_job
 
 import launch.queued
-from copus.events import REQUEUED, End, EventLog, Failure, Start, Step, read_events
+from copus.event_log import EventLog
+from copus.events import REQUEUED, End, Failure, Start, Step, read_events
 from copus.fencing import FILE, TOKEN
 from copus.job import load_job
 from launch.engines import engine_state

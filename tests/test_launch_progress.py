@@ -24,7 +24,8 @@ from launch_events import (
 from rich.console import Console
 
 from copus.event_lines import without_replays
-from copus.events import Branch, Evaluate, Event, EventLog, Failure, Profile, Warned, read_events
+from copus.event_log import EventLog
+from copus.events import Branch, Evaluate, Event, Failure, Profile, Warned, read_events
 from launch.follow import Follower
 from launch.progress import Progress
 from launch.status import RunStatus

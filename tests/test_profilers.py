@@ -18,7 +18,8 @@ import copus.profiling.fill as fill_module
 import launch.submit
 from copus.backends.registry import find_backend
 from copus.estimate import predictor_of
-from copus.events import Checkpoint, EventLog, Profile, read_events
+from copus.event_log import EventLog
+from copus.events import Checkpoint, Profile, read_events
 from copus.job import JobConfig, JobError, parse_job
 from copus.profilers import BUILT_IN, TRIED, find_profiler, installed
 from copus.profiling.fill import DIED, _space, fill_table, load_profiler

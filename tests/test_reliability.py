@@ -24,7 +24,8 @@ from copus.checkpoints import sharded
 from copus.checkpoints.store import Writing, newest_checkpoint
 from copus.checkpoints.trainer_state import TrainerState
 from copus.collectives import RankError, broadcast_from_rank0, run_on_all_ranks
-from copus.events import Checkpoint, DecisionMade, Event, EventLog, Failure, Reconfigure, Step
+from copus.event_log import EventLog
+from copus.events import Checkpoint, DecisionMade, Event, Failure, Reconfigure, Step
 from copus.job import JobError
 from copus.loop import Trainer
 from copus.resize import resized

@@ -17,7 +17,8 @@ from copus.backends.megatron.backend import MegatronBackend
 from copus.checkpoints.files import set_damaged_aside
 from copus.checkpoints.store import Writing, newest_checkpoint, read_state
 from copus.checkpoints.trainer_state import TrainerState
-from copus.events import Checkpoint, Event, EventLog, Start, Warned, has_checkpoint, read_events
+from copus.event_log import EventLog
+from copus.events import Checkpoint, Event, Start, Warned, has_checkpoint, read_events
 from copus.job import JobConfig, JobError, load_job, parse_job
 from copus.loop import Trainer
 from copus.resize import load_resized

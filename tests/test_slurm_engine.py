@@ -22,7 +22,8 @@ from launch_jobs import copus_command, copus_here, write_job
 
 import launch.queued
 import launch.submit
-from copus.events import REQUEUED, Checkpoint, End, EventLog, Failure, Warned, read_events
+from copus.event_log import EventLog
+from copus.events import REQUEUED, Checkpoint, End, Failure, Warned, read_events
 from copus.fencing import TOKEN
 from copus.job import JobConfig, JobError, load_job
 from launch.engines import Ticket, engine_of, engine_state, slurm_job, slurm_node

@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import copus.trackers
 import copus.tracking.fan_out
-from copus.events import Checkpoint, End, Evaluate, Event, EventLog, Failure, Noise, Restart, Start, Step, Warned
+from copus.event_log import EventLog
+from copus.events import Checkpoint, End, Evaluate, Event, Failure, Noise, Restart, Start, Step, Warned
 from copus.job import JobConfig, JobError, parse_job
 from copus.tracking.fan_out import FanOut
 from copus.tracking.figures import FIGURES, Figures

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from copus.devices import check_accelerator
-from copus.events import EventLog
+from copus.event_log import EventLog
 from copus.fingerprint import fingerprint_of
 from copus.job import JobError, load_job
 from copus.profiling.fill import fill_table, load_profiler

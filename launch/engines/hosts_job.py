@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from copus.events import ATTEMPT, End, EventLog, Warned
+from copus.event_log import EventLog
+from copus.events import ATTEMPT, End, Warned
 from copus.fencing import TOKEN, replace_others
 from copus.job import JobError, load_job
 from copus.user_errors import EXIT_CODE, report_failure

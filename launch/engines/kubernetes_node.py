@@ -20,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from copus.events import REQUEUED, EventLog
+from copus.event_log import EventLog
+from copus.events import REQUEUED
 from copus.fencing import TOKEN, replace_others
 from copus.job import JobConfig, JobError, load_job
 from copus.user_errors import report_failure

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from copus.events import EventLog, Warned
+from copus.event_log import EventLog
+from copus.events import Warned
 from copus.fencing import replace_others
 from copus.job import JobConfig, JobError, load_job
 from copus.parent_death import die_with_parent

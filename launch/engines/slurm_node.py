@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from copus.events import REQUEUED, EventLog
+from copus.event_log import EventLog
+from copus.events import REQUEUED
 from copus.fencing import TOKEN
 from copus.job import JobError, load_job
 from copus.user_errors import EXIT_CODE, report_failure
