@@ -3,15 +3,13 @@
 `load_job` is the only door: whatever is wrong with a job file is raised here, before any process starts.
 """
 
-import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -30,6 +28,7 @@ from copus.kernels import usual_kernels
 from copus.optimizers import AdamW, Optimizer
 from copus.profilers import check_profiler
 from copus.trackers import make_tracker
+from copus.validation_messages import first_message, located, shortened
 from planner.config import PlannerConfig
 from profiles.accelerator import OTHER_NAMES, accelerator, is_file_of_user
 from profiles.cluster import Cluster
@@ -49,7 +48,7 @@ class JobError(Exception):
 
     def __init__(self, message: str) -> None:
         """What a person wrote may be in the message: it stays on one line, and tells a terminal nothing."""
-        super().__init__(_shortened(message, 1000, lambda text: " ".join(text.splitlines())))
+        super().__init__(shortened(message, 1000, lambda text: " ".join(text.splitlines())))
 
 
 DIGEST = "[0-9a-f]{16}"
@@ -404,36 +403,36 @@ class JobConfig(Record):
         for section, values in (("data", self.data), ("profile", self.profile), ("launch", self.launch)):
             for field, value in values:
                 if isinstance(value, Path):  # a default has not been validated
-                    _located(f"{section}.{field}", lambda value=value: check_path(value))
+                    located(f"{section}.{field}", lambda value=value: check_path(value))
         if is_file_of_user(self.cluster.accelerator):
-            _located("cluster.accelerator", lambda: accelerator(self.cluster.accelerator))
-        _located("training.backend", lambda: find_backend(self.training.backend).check_installed())
+            located("cluster.accelerator", lambda: accelerator(self.cluster.accelerator))
+        located("training.backend", lambda: find_backend(self.training.backend).check_installed())
         backend = find_backend(self.training.backend).for_training(self.training)
-        _located("training", lambda: backend.check_training(self.training))
-        _located("training", lambda: backend.check_accelerator(self.training, self.cluster.accelerator))
-        _located("data", lambda: backend.check_data(self.data))
+        located("training", lambda: backend.check_training(self.training))
+        located("training", lambda: backend.check_accelerator(self.training, self.cluster.accelerator))
+        located("data", lambda: backend.check_data(self.data))
         if not (info.context or {}).get(_PLANNED_ONLY) and self.model_refusal is not None:
             raise ValueError(f"model: {self.model_refusal}")
-        _located("planner", lambda: backend.check_noise_metric(self.planner.noise_metric))
+        located("planner", lambda: backend.check_noise_metric(self.planner.noise_metric))
         if self.planner.noise_metric == "adam" and self.training.optimizer.kind != "adamw":
             raise ValueError(
                 f"planner.noise_metric(adam) needs training.optimizer.kind(adamw): {self.training.optimizer.kind} does "
                 "not keep the squares of all gradients"
             )
-        _located("training.optimizer", lambda: backend.check_optimizer(self.training.optimizer))
-        _located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
-        _located("launch.engine", lambda: load_engine(self.launch.engine))
-        _located("launch.options", lambda: check_options(self.launch.engine, self.launch.options))
+        located("training.optimizer", lambda: backend.check_optimizer(self.training.optimizer))
+        located("profile", lambda: check_profiler(self.profile.profiler, self.profile.options))
+        located("launch.engine", lambda: load_engine(self.launch.engine))
+        located("launch.options", lambda: check_options(self.launch.engine, self.launch.options))
         for name, options in self.tracking.items():
-            _located(
-                f"tracking.{_shortened(name, spell=str)}",
+            located(
+                f"tracking.{shortened(name, spell=str)}",
                 lambda name=name, options=options: make_tracker(name, options),
             )
-        _located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
-        _located("training", lambda: backend.check_configuration(self.training.configuration))
-        _located("training.layout", lambda: backend.check_model_in(self.training.layout, self.model))
+        located("training.layout", lambda: self.training.layout.check(self.model, self.cluster))
+        located("training", lambda: backend.check_configuration(self.training.configuration))
+        located("training.layout", lambda: backend.check_model_in(self.training.layout, self.model))
         for index, layout in enumerate(self.planner.layouts or []):
-            _located(f"planner.layouts.{index}", lambda layout=layout: self._check_layout(layout))
+            located(f"planner.layouts.{index}", lambda layout=layout: self._check_layout(layout))
         training = self.training
         if training.expert_dispatch != "alltoall" and not self.model.experts:
             raise ValueError(f"training.expert_dispatch({training.expert_dispatch}) needs a model with experts")
@@ -504,66 +503,6 @@ class JobConfig(Record):
         return self.training.reference_batch or self.training.global_batch
 
 
-def _located(where: str, check: Any) -> Any:
-    """What a check returns. The place in the job file is put before what it says against a value."""
-    try:
-        return check()
-    except ValidationError as error:
-        raise ValueError(f"{where}: {first_message(error)}") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def first_message(error: ValidationError, *within: str, model: type[BaseModel] | None = None) -> str:
-    """`field: what is wrong (got value)` for the first thing wrong; `within` are the sections that were not validated
-    with it. For an unknown key the nearest fields of `model`, which was validated, are offered."""
-    errors = error.errors(include_url=False)
-    first = errors[0]
-    if first["type"] == "missing":  # a misspelt field is missing too: the key that was written says more
-        beside = (other for other in errors if other["loc"][:-1] == first["loc"][:-1])
-        first = next((other for other in beside if other["type"] == "extra_forbidden"), first)
-    # After `optimizer` pydantic names the kind, which is no part of the path in the file.
-    before = (None, *first["loc"])
-    location = [part for part, holder in zip(first["loc"], before, strict=False) if holder != "optimizer"]
-    place = ".".join(str(part) for part in (*within, *location))
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _fields_at(model, first["loc"][:-1]), n=2, cutoff=0.7)
-        message = f"unknown key; did you mean {' or '.join(near)}?" if near else "unknown key"
-    elif first["type"] not in ("value_error", "missing"):
-        message = f"{message[0].lower()}{message[1:]}, got {_shortened(first['input'])}"
-    return f"{_shortened(place, 200, str)}: {message}" if place else message
-
-
-def _fields_at(model: type[BaseModel] | None, location: Sequence[Any]) -> list[str]:
-    """The fields of the section at a place in a model. A section that comes in several kinds is followed by its kind,
-    as pydantic has it."""
-    sections = [] if model is None else [model]
-    for part in location:
-        inside = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
-        if inside:
-            sections = [section for annotation in inside for section in _sections_in(annotation)]
-        else:
-            sections = [section for section in sections if part in _kinds(section)]
-    return list(dict.fromkeys(name for section in sections for name in section.model_fields))
-
-
-def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
-    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
-
-
-def _shortened(value: Any, longest: int = 80, spell: Callable[[Any], str] = repr) -> str:
-    """A value of the user's for a message: on one line, without control codes, not too long."""
-    text = "".join(letter if letter.isprintable() else "�" for letter in spell(value))
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
-
-
 def parse_job(
     values: Any,
     where: str = "job",
@@ -581,7 +520,7 @@ def parse_job(
     try:
         values, used = rename_deprecated(values)
         if "model" in values:
-            values = {**values, "model": _located("model", lambda: plain_fields(values["model"]))}
+            values = {**values, "model": located("model", lambda: plain_fields(values["model"]))}
     except ValueError as error:
         raise JobError(f"{where}: {error}") from None
     if used:
@@ -671,7 +610,7 @@ def _choose_engine(values: dict[str, Any], engine: str) -> None:
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Put `section.field=value` into the values of a job file. Raises JobError where it is not that."""
     key, equals, text = override.partition("=")
-    said = f"--set {_shortened(override, 120, str)}"
+    said = f"--set {shortened(override, 120, str)}"
     if not equals or not key:
         raise JobError(f"{said}: expected section.field=value")
     *sections, field = key.split(".")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
-from copus.job import first_message
+from copus.validation_messages import first_message
 from profiles.layout import Layout
 from profiles.noise_scale import NoiseScale
 from profiles.record import NonNegativeInt, PositiveInt

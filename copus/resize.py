@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from copus.backends.registry import find_backend
-from copus.job import JobConfig, JobError, apply_override, first_message, load_job, parse_job
+from copus.job import JobConfig, JobError, apply_override, load_job, parse_job
+from copus.validation_messages import first_message
 from planner.space import layouts
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration

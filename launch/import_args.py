@@ -8,6 +8,7 @@ from typing import Any
 
 from copus.job import JobConfig, JobError, apply_override, parse_job
 from copus.job_text import parse_job_text
+from copus.validation_messages import shortened
 from launch.arguments.command_line import CommandLine, read_command, read_shell_script
 from launch.arguments.configuration_file import add_overrides, command_of_values
 from launch.arguments.imported_job import ImportedJob
@@ -26,7 +27,8 @@ def import_args(words: list[str], overrides: list[str], out: Path | None, *, as_
     Raises JobError, one line, for what cannot be read, and for a job that no cluster could run.
     """
     imported, job = imported_job(words, overrides)
-    text = imported.text([f"Made by copus import-args from {_shortened(' '.join(words))}"])
+    source = shortened(words, 100, lambda words: " ".join(" ".join(words).split()))
+    text = imported.text([f"Made by copus import-args from {source}"])
     put_job_file(text, out, _as_values(imported, job, out), as_json=as_json)
     print("\n".join(imported.summary()), file=sys.stderr)
     if job.model_refusal is not None:
@@ -157,8 +159,3 @@ def _as_values(imported: ImportedJob, job: JobConfig, out: Path | None) -> dict[
         "notes": imported.notes,
         "out": None if out is None else str(out),
     }
-
-
-def _shortened(text: str, longest: int = 100) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= longest else f"{line[: longest - 1]}…"

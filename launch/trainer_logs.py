@@ -9,8 +9,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from copus.job import JobConfig, JobError, first_message
+from copus.job import JobConfig, JobError
 from copus.meter_log import MeterStep, meter_steps
+from copus.validation_messages import first_message
 from profiles.layout import Layout
 from profiles.noise_scale import NoiseScale
 from profiles.record import MOST
