@@ -124,7 +124,7 @@ class Run:
         self.events: list[Event] = []
 
     def look(self) -> None:
-        """Read what is new. Raises RuntimeError where the workers are gone."""
+        """Read what is new. Raises RuntimeError if the workers are gone."""
         self.events += self.follower.read()
         if self.workers.poll() is not None:
             raise RuntimeError(f"the run ended with exit code {self.workers.poll()}")
@@ -358,7 +358,7 @@ def resized(folder: Path, backend: str, say: Callable[[str], None]) -> tuple[lis
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run it; 0 where every fault was survived."""
+    """Run it; 0 if every fault was survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=sorted(LAYOUTS), default="megatron", help="framework that trains")
     parser.add_argument("--data", type=Path, help="folder to work in; a temporary one without it")

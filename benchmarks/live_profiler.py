@@ -195,7 +195,7 @@ def _seconds(row: Measurement) -> float:
 
 
 def _ahead(a: Measurement, b: Measurement, deviation: float) -> int:
-    """1 where a is faster, −1 where b is, 0 where one cannot tell: they are less than two standard deviations of their
+    """1 if a is faster, −1 if b is, 0 if one cannot tell: they are less than two standard deviations of their
     difference apart."""
     apart = math.log(_seconds(b) / _seconds(a))
     return 0 if abs(apart) <= 2 * math.sqrt(2) * deviation else 1 if apart > 0 else -1

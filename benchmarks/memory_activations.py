@@ -21,7 +21,7 @@ SEQ_LEN, VOCAB = 2048, 51200
 
 
 def check(folder: Path) -> list[dict[str, Any]]:
-    """Every row of `activation_memory.csv` with the prediction, GiB or percent; none where there is no file."""
+    """Every row of `activation_memory.csv` with the prediction, GiB or percent; none if there is no file."""
     path = folder / "activation_memory.csv"
     if not path.exists():
         return []

@@ -53,7 +53,7 @@ class Published:
 
 
 def read(folder: Path) -> Published:
-    """Rows of `throughput.csv` and `failed_configs.csv`. Raises FileNotFoundError where the first is not there."""
+    """Rows of `throughput.csv` and `failed_configs.csv`. Raises FileNotFoundError if the first is not there."""
     published = Published([])
     _read(folder / "throughput.csv", published, failed=False)
     if (folder / "failed_configs.csv").exists():
@@ -114,7 +114,7 @@ def _heads(hidden: int, published: int) -> int:
 
 
 def _memory(system: str) -> float | None:
-    """Bytes from `h100-sxm-80g`; None where the system's name does not say it."""
+    """Bytes from `h100-sxm-80g`; None if the system's name does not say it."""
     size = re.search(r"\b(\d+)g\b", system.lower())
     return int(size[1]) * GIB if size else None
 

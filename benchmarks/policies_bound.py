@@ -69,7 +69,7 @@ class Game:
 
     def best(self, weights: Floats, least: Floats) -> Floats | None:
         """Gains of the schedule with the least weighted time whose gains are at least `least` (percent), shape (3,);
-        None where there is none."""
+        None if there is none."""
         times = self.seconds.reshape(len(TRUE), -1)
         stretches, size = self.seconds.shape[1:]
         whole = np.kron(np.eye(stretches), np.ones(size))

@@ -16,7 +16,7 @@ def rank_device(local_rank: int, ranks: int) -> torch.device:
     """The device of one of the `ranks` on this machine; a GPU becomes torch's current one. Call it before anything else
     uses CUDA: it chooses how memory is allocated.
 
-    Raises ValueError where there are fewer GPUs than ranks, and `SHARING` does not let them share.
+    Raises ValueError if there are fewer GPUs than ranks, and `SHARING` does not let them share.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -36,7 +36,7 @@ def rank_device(local_rank: int, ranks: int) -> torch.device:
 
 
 def check_accelerator(name: str) -> None:
-    """Raise ValueError where a cluster's accelerator is a GPU (any name but `cpu`), and this machine shows none."""
+    """Raise ValueError if a cluster's accelerator is a GPU (any name but `cpu`), and this machine shows none."""
     if name != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"accelerator({name}): this machine shows no GPU; `cpu` is what runs on its cores")
 

@@ -19,7 +19,7 @@ BUILT_IN = {
 
 
 def load_engine(name: str) -> Any:
-    """The class of the engine of that name. Raises ValueError, in one line, where there is none."""
+    """The class of the engine of that name. Raises ValueError, in one line, if there is none."""
     plugin = find_plugin("engine", name, GROUP, BUILT_IN)
     engine = plugin.load()
     options = getattr(engine, "Options", None)

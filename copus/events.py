@@ -62,7 +62,7 @@ class Start(Event):
     """Minutes after this event in which training stops by itself; None without such a limit."""
     peak_samples_per_second: float | None = None
     """What the accelerators would do at their rated peak: a throughput over this is the model FLOP utilization (MFU).
-    None where no data sheet says it, as for CPU cores."""
+    None if no data sheet says it, as for CPU cores."""
     resumed_from: str | None = None
     """Checkpoint that the run goes on from."""
     data: str | None = None
@@ -102,9 +102,9 @@ class Step(Event):
 
     type: Literal["step"] = "step"
     loss: float | None
-    """Mean training loss of the step, nats per token; None where it was not finite."""
+    """Mean training loss of the step, nats per token; None if it was not finite."""
     grad_norm: float | None
-    """Norm of the gradient before clipping; None where it was not finite."""
+    """Norm of the gradient before clipping; None if it was not finite."""
     lr: float
     """Learning rate of the step."""
     beta2: float | None
@@ -114,7 +114,7 @@ class Step(Event):
     global_batch: int
     """Sequences in the step."""
     skipped: bool = False
-    """True where the gradient was not finite and the optimizer did nothing."""
+    """True if the gradient was not finite and the optimizer did nothing."""
     expert_imbalance: float | None = None
     """Tokens of the busiest expert over the mean of its layer, in the layer where that is largest; 1 is even. None for
     a dense model."""
@@ -135,7 +135,7 @@ class Noise(Event):
     noise: NoiseScale
     """All of it."""
     parts: int
-    """J, parts that the step was made of; 0 where it gave no information."""
+    """J, parts that the step was made of; 0 if it gave no information."""
     part_size: int
     """n, sequences in a part."""
     source: str = ""
@@ -202,7 +202,7 @@ class Reconfigure(Event):
     decision: int
     """Number of the decision that asked for it."""
     peak_bytes: int | None = None
-    """Most memory that any rank used meanwhile; None where nothing moved, or the system does not tell."""
+    """Most memory that any rank used meanwhile; None if nothing moved, or the system does not tell."""
     phases: dict[str, float] = Field(default_factory=dict)
     """Seconds of each phase of a move to another layout, on rank 0."""
     trial: bool = False
@@ -240,7 +240,7 @@ class Evaluate(Event):
 
     type: Literal["evaluate"] = "evaluate"
     loss: float | None
-    """Mean loss, nats per token; None where it was not finite."""
+    """Mean loss, nats per token; None if it was not finite."""
     sequences: int
     """Held-out sequences."""
     seconds: float
@@ -286,7 +286,7 @@ class Branch(Event):
     lr: float
     """Learning rate, constant."""
     first_loss: float | None
-    """Held-out loss at the checkpoint, nats per token; None where it was not finite."""
+    """Held-out loss at the checkpoint, nats per token; None if it was not finite."""
     last_loss: float | None
     """Held-out loss at the end."""
     noise: NoiseScale
@@ -304,7 +304,7 @@ class Failure(Event):
     user_error: bool = False
     """True if only the user can fix it: the workers are not started again."""
     fatal: bool = True
-    """False where the job goes on: a move was taken back, memory ran out after one and the job moved back, a checkpoint
+    """False if the job goes on: a move was taken back, memory ran out after one and the job moved back, a checkpoint
     was skipped or could not be written."""
 
 
@@ -391,7 +391,7 @@ def parse_lines(lines: Iterable[bytes], offset: int = 0) -> Iterator[Event]:
 
 
 def samples_trained(run: Path) -> int | None:
-    """Sequences trained on by the last step in the log; None where there is none. Reads the end of the log alone."""
+    """Sequences trained on by the last step in the log; None if there is none. Reads the end of the log alone."""
     try:
         with open(run / "events.jsonl", "rb") as file:
             size = file.seek(0, os.SEEK_END)

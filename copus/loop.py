@@ -167,7 +167,7 @@ class Trainer:
         return None
 
     def _step(self, configuration: Configuration, stop: bool) -> bool:
-        """One optimizer step, and what is made of it. True where any rank asked to stop.
+        """One optimizer step, and what is made of it. True if any rank asked to stop.
 
         Or, instead, a move back to the configuration before: then nothing was trained on.
         """
@@ -260,7 +260,7 @@ class Trainer:
         )
 
     def _evaluate(self) -> bool:
-        """The validation loss, which every rank knows. True where it is what the job was to reach."""
+        """The validation loss, which every rank knows. True if it is what the job was to reach."""
         started = time.perf_counter()
         sequences = self._job.evaluate_sequences
         loss = self._backend.held_out_loss(self._valid, sequences)

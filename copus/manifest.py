@@ -54,7 +54,7 @@ def write_manifest(folder: Path, entries: dict[str, Entry]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
-    """What the files have to be. Raises ValueError, with the reason, where there is no manifest that can be read."""
+    """What the files have to be. Raises ValueError, with the reason, if there is no manifest that can be read."""
     try:
         values = json.loads((folder / MANIFEST).read_bytes())
         if values["version"] != _VERSION:
@@ -95,7 +95,7 @@ def mark_checked(folder: Path) -> None:
 
 
 def damage(folder: Path, expected: dict[str, Entry], advance: Callable[[int], None] = lambda count: None) -> str | None:
-    """What is wrong with the files, in a few words; None where all of them are as expected.
+    """What is wrong with the files, in a few words; None if all of them are as expected.
 
     `advance` is called with the number of bytes that were read since the last call, from several threads.
     """

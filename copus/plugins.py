@@ -18,7 +18,7 @@ class Plugin:
     """`built in`, or the distribution that has it, with its version."""
 
     def load(self) -> Any:
-        """Import it. Raises ValueError, in one line, where that fails."""
+        """Import it. Raises ValueError, in one line, if that fails."""
         module, _, attribute = self.place.partition(":")
         try:
             part: Any = importlib.import_module(module)

@@ -37,7 +37,7 @@ class Installed(Plugin):
         return self.traits[1] if self.traits else self.load().shards
 
     def load(self) -> ProfilerType:
-        """Import it. Raises ValueError, in one line, where that fails or it is no profiler."""
+        """Import it. Raises ValueError, in one line, if that fails or it is no profiler."""
         try:
             profiler = super().load()
         except ValueError as error:
@@ -57,7 +57,7 @@ def installed() -> dict[str, Installed]:
 
 
 def check_profiler(name: str, options: dict[str, Any]) -> None:
-    """Raise ValueError where there is no such profiler, or a built-in one is given options that it does not take.
+    """Raise ValueError if there is no such profiler, or a built-in one is given options that it does not take.
 
     What a plugin takes only the plugin knows.
     """

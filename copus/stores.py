@@ -12,7 +12,7 @@ from torch.distributed import TCPStore
 
 
 def host_store(address: str, port: int, timeout: timedelta) -> TCPStore:
-    """A store on this port of an address of this machine's, on a free one where it is 0. Raises OSError for a taken
+    """A store on this port of an address of this machine's, on a free one if it is 0. Raises OSError for a taken
     one, and for an address that is not this machine's."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, port), family=family) as listener:

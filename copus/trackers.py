@@ -35,7 +35,7 @@ def make_tracker(name: str, options: dict[str, Any]) -> "Tracker":
 
 
 def check_installed(name: str) -> None:
-    """Raise ValueError, with what to install, where a built-in tracker's package is missing. Imports none of them."""
+    """Raise ValueError, with what to install, if a built-in tracker's package is missing. Imports none of them."""
     package = BUILT_IN.get(name, ("", None))[1]
     if package is not None and find_spec(package) is None:
         raise ValueError(f"the package {package} is not installed: pip install 'copus[{package}]'")

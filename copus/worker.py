@@ -218,7 +218,7 @@ def _start_process_group(job: JobConfig) -> torch.device:
 
 
 def _meeting_place(timeout: timedelta) -> dict[str, Any]:
-    """The store in which the ranks find each other, on the address of rank 0's node; nothing where that is a name, or
+    """The store in which the ranks find each other, on the address of rank 0's node; nothing if that is a name, or
     an address that the node does not know of: torch opens its own."""
     address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
     if not is_bindable(address):

@@ -130,7 +130,7 @@ def _explain_failure(code: int, workers: Workers, status: RunStatus) -> None:
 
 
 def last_lines(log: Path | None) -> list[str]:
-    """The end of a log with its heading, for a message; nothing where there is no log."""
+    """The end of a log with its heading, for a message; nothing if there is no log."""
     if log is None:
         return []
     last = log.read_text(errors="replace").splitlines()[-LAST_LINES:]

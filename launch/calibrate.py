@@ -181,7 +181,7 @@ def _results(folder: Path, branches: Branches) -> dict[tuple[Configuration, int]
 def _analyse(
     checkpoint: Path, branches: Branches, results: dict[tuple[Configuration, int], Branch], tolerance: float
 ) -> Calibration:
-    """Fit the losses. Raises JobError where there are fewer than two batches whose losses are finite."""
+    """Fit the losses. Raises JobError if there are fewer than two batches whose losses are finite."""
     import numpy as np
 
     from planner.calibration import combine_factor, fit_critical_batch, largest_within

@@ -36,7 +36,7 @@ def check(job: JobConfig, *, trains: bool = True) -> None:
 
 
 def check_table(job: JobConfig) -> None:
-    """Raise JobError where the throughput table of a job cannot be read or, if it is to be filled, added to."""
+    """Raise JobError if the throughput table of a job cannot be read or, if it is to be filled, added to."""
     table = ThroughputTable(job.profile.table)
     try:
         if job.profile.when == "never":

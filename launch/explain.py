@@ -66,7 +66,7 @@ class Explanation:
     predicted_step_seconds: float | None
     """What the planner expected of the chosen configuration."""
     seen_step_seconds: float | None
-    """Median of the steps that ran in it afterwards, up to the next move; None where there were none."""
+    """Median of the steps that ran in it afterwards, up to the next move; None if there were none."""
     seen_steps: int
     """How many these were."""
 
@@ -77,7 +77,7 @@ class Explanation:
 
 
 def explain(run_text: str | None, number: int | None, *, as_json: bool = False, all_candidates: bool = False) -> int:
-    """Print a decision of a run. Raises JobError where there is no such run or decision."""
+    """Print a decision of a run. Raises JobError if there is no such run or decision."""
     run = find_run(run_text)
     explanation = explanation_of(run, number)
     if as_json:
@@ -382,7 +382,7 @@ def _factors(decision: Decision) -> str:
 
 
 def _forecast(decision: Decision) -> list[tuple[str, str]]:
-    """The line about the noise scale to come; none where nothing is known."""
+    """The line about the noise scale to come; none if nothing is known."""
     forecast = decision.forecast
     if forecast is None:
         return []

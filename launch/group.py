@@ -158,7 +158,7 @@ def read_member(run: Path) -> Member | None:
 
 def find_group(text: str, folder: Path | None = None) -> tuple[Path, str]:
     """The folder and the name of a group from what a person typed: a name in `runs_folder`, or FOLDER/NAME, as of a
-    run. Raises JobError where a `folder` was named too."""
+    run. Raises JobError if a `folder` was named too."""
     place, name = os.path.split(text)
     if place and folder is not None:
         raise JobError(f"--group {text}: the folder {folder} is named too: say one of them")

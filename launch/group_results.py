@@ -91,7 +91,7 @@ class Mean:
 
 
 def mean_of(results: Sequence[Result], figure: str) -> Mean | None:
-    """The mean of a figure (a field of `Result`) over the runs that ended; None where none has it."""
+    """The mean of a figure (a field of `Result`) over the runs that ended; None if none has it."""
     values = [getattr(result, figure) for result in results if result.ended]
     values = [value for value in values if value is not None]
     if not values:

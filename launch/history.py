@@ -60,7 +60,7 @@ class NoiseAt(NamedTuple):
     value: float
     low: float | None
     high: float | None
-    """None where it is unbounded."""
+    """None if it is unbounded."""
 
 
 class LossAt(NamedTuple):

@@ -9,7 +9,7 @@ from launch.run_directory import find_run, shown, typed
 
 
 def logs(run_text: str | None, rank: int | None, *, follow: bool) -> int:
-    """Print the lines. Raises JobError where there is no such run or rank, or its engine cannot be asked."""
+    """Print the lines. Raises JobError if there is no such run or rank, or its engine cannot be asked."""
     run = find_run(run_text)
     if rank is not None:
         _check_rank(run, rank)

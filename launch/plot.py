@@ -221,7 +221,7 @@ def check_output(option: str, output: Path) -> None:
 
 
 def need_matplotlib(command: str) -> None:
-    """Make matplotlib draw to files only. Raises JobError where it is not installed."""
+    """Make matplotlib draw to files only. Raises JobError if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -230,7 +230,7 @@ def need_matplotlib(command: str) -> None:
 
 
 def save(figure: "Figure", output: Path, option: str) -> None:
-    """Write the picture whole or not at all. Raises JobError, naming the option, where it cannot be written."""
+    """Write the picture whole or not at all. Raises JobError, naming the option, if it cannot be written."""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=output.absolute().parent, suffix=output.suffix)
         os.close(descriptor)

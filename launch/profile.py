@@ -95,9 +95,9 @@ def _note_end(run: Path, outcome: Outcome) -> None:
 def profile_alone(
     run: Path, job: JobConfig, lock: int, interrupts: Interrupts, console: Console, undo: Callable[[], None]
 ) -> Outcome | None:
-    """Run a job's profiler where it wants a process of its own; None where it runs in the job, or not at all.
+    """Run a job's profiler where it wants a process of its own; None if it runs in the job, or not at all.
 
-    Where the process dies while it measures, another one goes on. Raises JobError, and calls `undo`, where the user has
+    Where the process dies while it measures, another one goes on. Raises JobError, and calls `undo`, if the user has
     to mend something.
     """
     if job.profile.when == "never" or _profiler(job).processes == "all":
@@ -113,7 +113,7 @@ def profile_alone(
 
 
 def check_profiler(job: JobConfig, engine: Engine) -> None:
-    """Raise JobError where a job that trains could not use what its profiler measures."""
+    """Raise JobError if a job that trains could not use what its profiler measures."""
     if job.profile.when == "never":
         return
     profiler = _profiler(job)
@@ -136,7 +136,7 @@ def check_profiler(job: JobConfig, engine: Engine) -> None:
 
 
 def _profiler(job: JobConfig) -> Installed:
-    """The job's profiler. Raises JobError where it cannot be imported."""
+    """The job's profiler. Raises JobError if it cannot be imported."""
     profiler = find_profiler(job.profile.profiler)
     try:
         assert profiler.processes

@@ -13,7 +13,7 @@ from profiles.table import ThroughputTable
 
 
 def import_rows(sources: list[Path], table_path: Path | None, *, as_json: bool = False) -> int:
-    """Add what the table does not have yet, each row once. Raises JobError, and adds nothing, where a file cannot be
+    """Add what the table does not have yet, each row once. Raises JobError, and adds nothing, if a file cannot be
     read."""
     table = ThroughputTable((table_path or ProfileConfig().table).expanduser().absolute())
     rejected: Counter[str] = Counter()

@@ -35,7 +35,7 @@ class Queued:
 
 
 def hand_over(engine: QueuedEngine, run: Path, job: JobConfig) -> Queued:
-    """Queue a job and note which it is in RUN/engine.json. Hold the run's lock. Raises JobError where it is refused."""
+    """Queue a job and note which it is in RUN/engine.json. Hold the run's lock. Raises JobError if it is refused."""
     queued = Queued(Follower(run), RunStatus())
     queued.status.update(queued.follower.read())
     queued.status.forget_ending()

@@ -62,7 +62,7 @@ def create_run(
 ) -> Path:
     """Make `launch.runs/NAME`, or NAME-2, NAME-3 … where that is taken, with the resolved job in it. Absolute path.
 
-    It is there with all that `mark` writes into it, or not at all. Raises JobError where it cannot be made, or where
+    It is there with all that `mark` writes into it, or not at all. Raises JobError if it cannot be made, or if
     the name is taken and may not be `numbered`.
     """
     wanted = next(_names(job, suffix))
@@ -85,7 +85,7 @@ def create_run(
 
 
 def _put_in_place(made: Path, names: Iterator[Path]) -> Path:
-    """Give a run the first name that is free. Raises JobError where none is."""
+    """Give a run the first name that is free. Raises JobError if none is."""
     run = made
     for run in names:
         try:
@@ -154,7 +154,7 @@ def find_run(text: str | None) -> Path:
 
 
 def _check_events(run: Path) -> None:
-    """Raise JobError where the event log is there and cannot be read. A run that has not started has none."""
+    """Raise JobError if the event log is there and cannot be read. A run that has not started has none."""
     events = run / "events.jsonl"
     if events.exists() and not events.is_file():  # opening a pipe waits for a writer
         raise JobError(f"{shown(events.absolute())}: not a regular file")
@@ -179,7 +179,7 @@ def typed(path: Path) -> str:
 def lock_run(run: Path, holder: str | None = None, wait_seconds: float = 0.5) -> Iterator[int]:
     """Hold the run: nobody else can start workers in it. Gives the lock's descriptor.
 
-    Raises JobError where it is held by others for longer than `wait_seconds` (somebody who only looks, `lock_holder`,
+    Raises JobError if it is held by others for longer than `wait_seconds` (somebody who only looks, `lock_holder`,
     has it for a moment). They are told who has it: `holder`, else this process. The lock lasts as long as any process
     has the descriptor open, so a launcher that dies leaves it with the workers' agent.
     """
@@ -199,7 +199,7 @@ def lock_run(run: Path, holder: str | None = None, wait_seconds: float = 0.5) ->
 
 
 def lock_holder(run: Path) -> str | None:
-    """Who holds the run, in words; None where nobody does."""
+    """Who holds the run, in words; None if nobody does."""
     try:
         descriptor = os.open(run / "lock", os.O_RDONLY)
     except FileNotFoundError:
@@ -235,7 +235,7 @@ def request_stop(run: Path) -> None:
 def request_pause(run: Path, mark: str) -> None:
     """The same for a run that goes on later, as `mark` in the file says. A request to stop for good stays as it is.
 
-    Raises OSError where nothing can be written: nothing is asked then. An empty file would ask to stop for good.
+    Raises OSError if nothing can be written: nothing is asked then. An empty file would ask to stop for good.
     """
     descriptor, temporary = tempfile.mkstemp(dir=run, prefix=".stop.")
     try:

@@ -73,7 +73,7 @@ def state_of(
 
 
 def _ended(status: RunStatus) -> RunState | None:
-    """How the newest attempt ended; None where it did not say."""
+    """How the newest attempt ended; None if it did not say."""
     if status.end is not None:
         if status.end.reason == "finished":
             return RunState("finished")

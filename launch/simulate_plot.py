@@ -12,7 +12,7 @@ from planner.simulator.trajectory import grid
 
 
 def draw(output: Path, setting: Setting, plan: Plan, rows: list[Row]) -> None:
-    """Batches over progress above, times to target below. Raises JobError where the file cannot be written."""
+    """Batches over progress above, times to target below. Raises JobError if the file cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), layout="constrained")

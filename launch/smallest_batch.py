@@ -26,7 +26,7 @@ class SmallestBatch:
     share: float
     """Of the best throughput."""
     accumulation: str
-    """What the micro-batches of a lone replica are for; empty where there is no such accumulation."""
+    """What the micro-batches of a lone replica are for; empty if there is no such accumulation."""
     peak_bytes: dict[str, float]
     """Memory of the fullest rank, by kind of optimizer that the backend runs in its layout; the job's own first."""
 

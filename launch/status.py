@@ -138,7 +138,7 @@ class RunStatus:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOP utilization at that throughput, 0 to 1; None where the peak is not rated."""
+        """Model FLOP utilization at that throughput, 0 to 1; None if the peak is not rated."""
         peak = self.start.peak_samples_per_second if self.start else None
         return self.samples_per_second / peak if peak and self.samples_per_second is not None else None
 

@@ -144,7 +144,7 @@ def begin(
     checked: Checked, interrupts: Interrupts, console: Console, mark: Callable[[Path], None] | None = None
 ) -> Begun:
     """Make the run, prepare its data, and launch it. `mark` writes into the run that is made, which then has to have
-    the job's name. Raises JobError, and leaves nothing, where the user errs."""
+    the job's name. Raises JobError, and leaves nothing, if the user errs."""
     engine, job = checked.engine, checked.job
     engine.ready(job)
     run = create_run(job, numbered=mark is None, mark=mark)
@@ -174,7 +174,7 @@ def _check_manner(engine: Engine, job: JobConfig, manner: Manner) -> None:
 def check_resume(
     run: Path, job_file: Path | None, overrides: list[str], console: Console, manner: Manner
 ) -> Resumption | RunStatus:
-    """How a run would go on; its status if it has finished. Raises JobError where it cannot; changes nothing."""
+    """How a run would go on; its status if it has finished. Raises JobError if it cannot; changes nothing."""
     before = load_job(run / "job.yaml")
     job = portable(load_resized(job_file or run / "job.yaml", overrides, manner.engine))
     job = settled(job, before)
@@ -207,7 +207,7 @@ def check_resume(
 
 
 def go_on(resumption: Resumption, interrupts: Interrupts, console: Console) -> Begun:
-    """Launch a run again. Raises JobError, and leaves it as it was, where the user errs."""
+    """Launch a run again. Raises JobError, and leaves it as it was, if the user errs."""
     run, before = resumption.run, resumption.before
     engine, job = resumption.checked.engine, resumption.checked.job
     for line in engine.ready_again(job):

@@ -149,7 +149,7 @@ def _checked(
 
 
 def _check_different(submissions: Sequence[Submission]) -> None:
-    """Raise JobError where two runs would be the same: 1e-3 and 0.001 are one learning rate."""
+    """Raise JobError if two runs would be the same: 1e-3 and 0.001 are one learning rate."""
     names: dict[str, str] = {}
     for submission in submissions:
         name, job = submission.planned.name, submission.checked.job.model_dump_json(exclude={"name"})
@@ -159,7 +159,7 @@ def _check_different(submissions: Sequence[Submission]) -> None:
 
 
 def _check_same_job(run: Path, job: JobConfig) -> None:
-    """Raise JobError where a run was begun with other settings than the command has now."""
+    """Raise JobError if a run was begun with other settings than the command has now."""
     from launch.report.comparison import differences, flat
 
     jobs = {

@@ -5,7 +5,7 @@ from copus.trackers import check_installed
 
 
 def check_trackers(job: JobConfig) -> None:
-    """Raise JobError, with what to install, where the package of a tracker is missing here."""
+    """Raise JobError, with what to install, if the package of a tracker is missing here."""
     for name in job.tracking:
         try:
             check_installed(name)

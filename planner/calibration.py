@@ -20,11 +20,11 @@ class CriticalBatchFit:
     """What the branches say about φ, in sequences."""
 
     value: float | None
-    """φ; None where larger batches lost nothing: then only `low` is known."""
+    """φ; None if larger batches lost nothing: then only `low` is known."""
     low: float | None
     """Lower end of its 90 % interval; None with one data order."""
     high: float | None
-    """Upper end; None where it is unbounded, and with one data order."""
+    """Upper end; None if it is unbounded, and with one data order."""
     residual: float
     """Root mean square of what the model leaves, nats per token."""
 
@@ -77,7 +77,7 @@ def largest_within(batches: np.ndarray, losses: np.ndarray, tolerance: float) ->
 
 def combine_factor(critical: CriticalBatchFit, noise: NoiseScale) -> tuple[float | None, float | None, float | None]:
     """c = φ / B_simple with the ends of its 90 % interval: the relative errors of the two, added in squares, on each
-    side. None where one of the two is not known; an unbounded φ leaves the lower end."""
+    side. None if one of the two is not known; an unbounded φ leaves the lower end."""
     if noise.value is None:
         return None, None, None
     if critical.value is None:
@@ -131,6 +131,6 @@ def _half_width(relative: np.ndarray, gains: np.ndarray, rng: np.random.Generato
 
 
 def _critical_batch(theta: float, largest: float) -> float | None:
-    """φ of θ; None where it is infinite or beyond."""
+    """φ of θ; None if it is infinite or beyond."""
     ratio = math.expm1(theta)
     return largest / ratio if ratio > 1e-9 else None

@@ -176,7 +176,7 @@ def log_likelihood(
 
 def _block_means(steps: Floats, change: int, reach: int) -> tuple[Floats, Floats] | None:
     """Mean losses of BLOCKS blocks of `reach` samples before the change, and as many after; steps count where their
-    middle lies. None where a block is empty."""
+    middle lies. None if a block is empty."""
     middle = steps[:, 0] + steps[:, 1] / 2
     block = np.floor((middle - change) / reach * BLOCKS).astype(int) + BLOCKS
     kept = (block >= 0) & (block < 2 * BLOCKS)

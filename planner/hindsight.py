@@ -107,7 +107,7 @@ class Hindsight:
     """How long other ways to the same progress would have taken, relative to the run; in percent."""
 
     gain_over_first: Estimate | None
-    """Time of the first configuration over that of the run, minus 1; None where its step time is unknown."""
+    """Time of the first configuration over that of the run, minus 1; None if its step time is unknown."""
     best_fixed: int
     """Number of the best fixed configuration."""
     best_fixed_ran: bool

@@ -63,7 +63,7 @@ class MoveCosts:
         return np.maximum.accumulate(np.array(seconds))
 
     def refusal(self, rung: Rung) -> str:
-        """Why there may be no such move now; empty where there may."""
+        """Why there may be no such move now; empty if there may."""
         if rung != "layout" or self._limit is None:
             return ""
         now = time.monotonic()

@@ -17,7 +17,7 @@ def to_measure(
 
     Two numbers of micro-batches for each layout and micro-batch (a step is affine in them, `profiles.affine`): the
     smallest needed, and the largest needed one up to 4 times it that keeps the global batch within `longest_batch`
-    sequences, so that a measurement stays short (the next larger one where none does). What the table can predict
+    sequences, so that a measurement stays short (the next larger one if none does). What the table can predict
     already is left out; an empty `Throughput()` means that everything is measured again.
 
     In the order of visits to layouts, `start`'s first: each visit doubles what is measured of a layout, from one

@@ -45,7 +45,7 @@ class Situation:
     number: int = 0
     """Number of this decision."""
     plug_in: Floats | None = None
-    """tr Σ/|ḡ|² of the steps since the last decision, sequences, shape (R,); None where none was measured."""
+    """tr Σ/|ḡ|² of the steps since the last decision, sequences, shape (R,); None if none was measured."""
     started: bool = True
     """False before the first step: then choosing costs nothing."""
     lr_decay: Floats | None = None

@@ -82,7 +82,7 @@ def accelerators() -> list[str]:
 
 @cache
 def link(name: str) -> Link:
-    """The link of that name in `links.yaml`. Raises ValueError, with the names that exist, where there is none."""
+    """The link of that name in `links.yaml`. Raises ValueError, with the names that exist, if there is none."""
     links = yaml.safe_load((FOLDER / "links.yaml").read_text())
     if name not in links:
         raise ValueError(f"link({name}) is unknown: expected one of {', '.join(links)}")

@@ -30,7 +30,7 @@ class AffineFit(NamedTuple):
     covariance: float
     """Covariance of the two, seconds²."""
     misfit: float
-    """Root mean square of the points' relative distance from the line; 0 where it passes through them."""
+    """Root mean square of the points' relative distance from the line; 0 if it passes through them."""
 
     def step_seconds(self, num_microbatches: int) -> float:
         """Duration of a step of that many micro-batches."""

@@ -11,11 +11,11 @@ class Calibration(Record):
     """The critical batch measured by branches of one checkpoint, and c = φ / B_simple. Batches are in sequences."""
 
     critical_batch_factor: float | None
-    """c; None where the largest batch lost nothing against the smallest: then only `factor_low` is known."""
+    """c; None if the largest batch lost nothing against the smallest: then only `factor_low` is known."""
     factor_low: float | None
     """Lower end of its 90 % interval; None with one data order."""
     factor_high: float | None
-    """Upper end; None where it is unbounded, and with one data order."""
+    """Upper end; None if it is unbounded, and with one data order."""
     critical_batch: float | None
     """φ."""
     critical_low: float | None
@@ -23,7 +23,7 @@ class Calibration(Record):
     critical_high: float | None
     """Upper end."""
     noise_scale: float | None
-    """B_simple at the checkpoint; None where it was unknown."""
+    """B_simple at the checkpoint; None if it was unknown."""
     noise_low: float | None
     """Lower end of its 90 % interval."""
     noise_high: float | None
@@ -52,7 +52,7 @@ class Calibration(Record):
 
 def read_factor(path: Path) -> tuple[float, float | None]:
     """c from a calibration file, and how far the ends of its 90 % interval lie from it: the larger factor of the two;
-    None if one end is not known. Raises ValueError, one line, where there is no such file or it has no c."""
+    None if one end is not known. Raises ValueError, one line, if there is no such file or it has no c."""
     try:
         path = path.expanduser()
         if path.exists() and not path.is_file():  # opening a pipe waits for a writer

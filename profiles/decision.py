@@ -16,7 +16,7 @@ class CandidateScore(Record):
     configuration: Configuration
     """The candidate."""
     step_seconds: float | None
-    """Predicted duration of a step; None where nothing is known."""
+    """Predicted duration of a step; None if nothing is known."""
     step_seconds_spread: float | None
     """Half-width of the prediction's interval."""
     source: str
@@ -33,9 +33,9 @@ class CandidateScore(Record):
     verdict: str
     """The reason in words: `CHOSEN`, `current`, `gain 1.2 % is below 10 %`, `not measured`, …"""
     peak_bytes: int | None = None
-    """Largest memory in use on any rank; None where it is not known."""
+    """Largest memory in use on any rank; None if it is not known."""
     move_seconds: float | None = None
-    """What moving to it is expected to cost; None where no move was thought of."""
+    """What moving to it is expected to cost; None if no move was thought of."""
     saved_seconds: float | None = None
     """What moving to it surely saves until the end of the job, at equal loss, the move paid: the policy moves if it is
     positive. None from policies that do not work it out."""
@@ -96,7 +96,7 @@ class Decision(Record):
     forecast: Forecast | None = None
     """The noise scale to be expected when twice the tokens will have been seen; None before the first known one."""
     advised: Configuration | None = None
-    """What an advisory planner would have chosen; None where it may act, or would have stayed."""
+    """What an advisory planner would have chosen; None if it may act, or would have stayed."""
 
     trial: bool = False
     """True if `chosen` is only tried: a few steps tell how fast it is, then the job stays or goes back."""

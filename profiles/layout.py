@@ -87,7 +87,7 @@ class Layout(Record):
         return "·".join([f"{name}{value}" for name, value in degrees] + extras)
 
     def check(self, model: ModelShape, cluster: Cluster) -> None:
-        """Raise ValueError, with the arithmetic, where this layout cannot hold the model on the cluster."""
+        """Raise ValueError, with the arithmetic, if this layout cannot hold the model on the cluster."""
         if self.accelerators != cluster.accelerators:
             raise ValueError(
                 f"tp({self.tp}) × pp({self.pp}) × cp({self.cp}) × dp({self.dp}) = {self.accelerators} "

@@ -45,7 +45,7 @@ class Measurement(Record):
     failure: str | None = None
     """Why there is no time: `out of memory`, …"""
     shard: bool = False
-    """True where one accelerator ran one rank's shard alone: the time is that of its computation, without network,
+    """True if one accelerator ran one rank's shard alone: the time is that of its computation, without network,
     waiting and pipeline bubble. Never the time of a step."""
     time: float = Field(ge=0)
     """When it was measured, seconds since the epoch."""

@@ -21,7 +21,7 @@ def flops_per_token(model: ModelShape) -> float:
 def peak_samples_per_second(model: ModelShape, cluster: Cluster, precision: str) -> float | None:
     """Sequences a second at the accelerators' rated peak: a throughput over this is the MFU.
 
-    None where no data sheet says the peak: an accelerator without a file, one that lacks the precision, a CPU core.
+    None if no data sheet says the peak: an accelerator without a file, one that lacks the precision, a CPU core.
     """
     device = accelerator(cluster.accelerator) if is_described(cluster.accelerator) else None
     if device is None or not device.rated or precision not in device.flops:

@@ -32,14 +32,14 @@ class Task:
     job: Any = None
     """The whole job file (`copus.job.JobConfig`), for a profiler that builds the job's model itself."""
     batches: Any = None
-    """Its data, (first sample, how many) → tokens and labels, without end; None where there is no backend."""
+    """Its data, (first sample, how many) → tokens and labels, without end; None if there is no backend."""
 
 
 class Profiler(Protocol):
     """Measures one configuration at a time. What measures which, how often and until when is none of its business."""
 
     def measure(self, configuration: Configuration) -> Measurement | None:
-        """Time it, or return a `Measurement` with the `failure` that came instead; None where nothing can be said.
+        """Time it, or return a `Measurement` with the `failure` that came instead; None if nothing can be said.
 
         With `processes` "all" every rank calls it, in the same order with the same configurations, and what rank 0
         returns is kept.

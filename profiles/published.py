@@ -26,7 +26,7 @@ REQUIRED = ("gpus", "layers", "hidden", "heads", "seq_len", "vocab", "gbs", "mbs
 """Columns that have to be there, besides `step_time_s` or `tokens_per_s_per_gpu` (failures have neither)."""
 
 Row = dict[str, str]
-"""Column → cell, without the blanks around it; empty where nothing is said."""
+"""Column → cell, without the blanks around it; empty if nothing is said."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ def read_csv(path: Path) -> Read:
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
-    """The rows of a CSV file, for the functions below. Raises OSError where it cannot be read, ValueError, in one line,
+    """The rows of a CSV file, for the functions below. Raises OSError if it cannot be read, ValueError, in one line,
     where it is none or lacks columns."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
@@ -81,7 +81,7 @@ class PublishedProfiler:
     shards = False
 
     def __init__(self, task: Task) -> None:
-        """Raises ValueError where there is no such file, or other options."""
+        """Raises ValueError if there is no such file, or other options."""
         options = dict(task.config.options)
         path = options.pop("csv", None)
         if not isinstance(path, str) or options:
@@ -107,7 +107,7 @@ class PublishedProfiler:
             )
 
     def measure(self, configuration: Configuration) -> Measurement | None:
-        """The next row of that configuration; None where there is none left."""
+        """The next row of that configuration; None if there is none left."""
         rows = self._rows.get(configuration)
         if not rows:
             return None
@@ -216,7 +216,7 @@ def _zero(sharding: str) -> int:
 
 
 def seconds_of(row: Row, configuration: Configuration, model: ModelShape) -> float | None:
-    """Duration of its step, seconds; None where the row says no time. Raises RejectedError."""
+    """Duration of its step, seconds; None if the row says no time. Raises RejectedError."""
     seconds = number(row, "step_time_s")
     if seconds is None:
         seconds = _seconds_by_rate(row, configuration, model)
@@ -226,7 +226,7 @@ def seconds_of(row: Row, configuration: Configuration, model: ModelShape) -> flo
 
 
 def _seconds_by_rate(row: Row, configuration: Configuration, model: ModelShape) -> float | None:
-    """Duration of its step by the tokens that an accelerator does in a second; None where the row does not say."""
+    """Duration of its step by the tokens that an accelerator does in a second; None if the row does not say."""
     rate = number(row, "tokens_per_s_per_gpu")
     tokens = configuration.global_batch * model.seq_len
     return tokens / (rate * configuration.layout.accelerators) if rate else None
@@ -254,7 +254,7 @@ def _failure(row: Row) -> str:
 
 
 def number(row: Row, name: str) -> float | None:
-    """A cell; None where it is empty. Raises RejectedError."""
+    """A cell; None if it is empty. Raises RejectedError."""
     text = row.get(name, "")
     if not text:
         return None

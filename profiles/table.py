@@ -31,7 +31,7 @@ class ThroughputTable:
         """The steps measured of this model, software and hardware (without them: all), oldest line first; none where
         the file does not exist. Shards measured alone are no steps: `shards` has them.
 
-        Lines that are no measurement are skipped and counted in `skipped`, with one warning. Raises OSError where the
+        Lines that are no measurement are skipped and counted in `skipped`, with one warning. Raises OSError if the
         file cannot be read.
         """
         return [row for row in self._read(fingerprint) if not row.shard]
@@ -45,7 +45,7 @@ class ThroughputTable:
         return self._read(fingerprint)
 
     def check(self) -> None:
-        """Raise OSError where no table can be read from the path, or surely none made there."""
+        """Raise OSError if no table can be read from the path, or surely none made there."""
         if self.path.exists():
             if not self.path.is_file():  # opening a pipe waits for a writer
                 raise OSError(errno.EINVAL, "not a regular file", str(self.path))
@@ -59,7 +59,7 @@ class ThroughputTable:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
 
     def check_writable(self) -> None:
-        """Raise OSError where nothing could be added either. Leaves nothing behind."""
+        """Raise OSError if nothing could be added either. Leaves nothing behind."""
         self.check()
         if self.path.exists():
             if not os.access(self.path, os.W_OK):
@@ -108,11 +108,11 @@ class ThroughputTable:
         return measurements
 
     def add(self, measurement: Measurement) -> None:
-        """Append one row durably, in one write; makes the folder. Raises OSError where it cannot."""
+        """Append one row durably, in one write; makes the folder. Raises OSError if it cannot."""
         self.extend([measurement])
 
     def extend(self, measurements: Iterable[Measurement]) -> None:
-        """Append rows durably, all in one write; makes the folder. Raises OSError where it cannot."""
+        """Append rows durably, all in one write; makes the folder. Raises OSError if it cannot."""
         text = b"".join(measurement.model_dump_json().encode() + b"\n" for measurement in measurements)
         if not text:
             return

@@ -46,7 +46,7 @@ class Prediction(Record):
     """measured: its own rows; interpolated, extrapolated: the line through the rows of its layout and micro-batch;
     predicted: the cost model; seen: the steps of this job."""
     peak_bytes: NonNegativeInt | None = None
-    """Largest memory in use on any rank; None where it was not measured."""
+    """Largest memory in use on any rank; None if it was not measured."""
     memory_seen: bool = False
     """Whether as much has run as this keeps in memory; else only the memory model can tell whether it fits."""
     failure: str | None = None
@@ -107,7 +107,7 @@ class Throughput:
                 self._failing[layout].append((micro_batch, group))
 
     def predict(self, configuration: Configuration) -> Prediction | None:
-        """The duration of a step, or None where nothing is known.
+        """The duration of a step, or None if nothing is known.
 
         Its own rows first; else the line through the rows of the same layout and micro-batch (`profiles.affine`), never
         below their smallest number of micro-batches; else what was given as predicted. The steps of the running job

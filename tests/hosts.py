@@ -40,7 +40,7 @@ Host {name}
 
 
 def why_not() -> str | None:
-    """Why there can be no such hosts here; None where there can. Installs Debian's packages if they are missing."""
+    """Why there can be no such hosts here; None if there can. Installs Debian's packages if they are missing."""
     if os.geteuid() != 0:
         return "network namespaces can only be made by root"
     missing = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
@@ -59,7 +59,7 @@ def why_not() -> str | None:
 
 
 def run(*command: str | Path) -> str:
-    """Run a program to its end; what it printed. Raises RuntimeError, with its words, where it fails."""
+    """Run a program to its end; what it printed. Raises RuntimeError, with its words, if it fails."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr.strip() or done.stdout.strip()}")

@@ -280,7 +280,7 @@ def test_overrides_make_sections_and_touch_nothing_else(tmp_path: Path) -> None:
 
 
 def refusal(values: dict[str, Any]) -> str | None:
-    """What is said about plain values; None where they are a job."""
+    """What is said about plain values; None if they are a job."""
     try:
         parse_job(values)
     except JobError as error:

@@ -58,7 +58,7 @@ def quick_damage(checkpoint: Path) -> str | None:
 
 
 def whats_wrong(checkpoint: Path, share: slice = slice(None)) -> str | None:
-    """Why a checkpoint cannot be trusted, by its checksums; None where it verifies.
+    """Why a checkpoint cannot be trusted, by its checksums; None if it verifies.
 
     `share`: which of its files are read, of their names in order.
     """

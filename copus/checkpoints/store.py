@@ -54,7 +54,7 @@ def newest_checkpoint(run: Path, skipped: Callable[[str], None] = lambda line: N
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, the same on every rank, which share the reading; None where it verifies."""
+    """Why a checkpoint cannot be trusted, the same on every rank, which share the reading; None if it verifies."""
     reasons = all_gather(whats_wrong(checkpoint, slice(_rank(), None, _ranks())))
     return next((reason for reason in reasons if reason), None)
 

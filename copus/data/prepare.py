@@ -50,7 +50,7 @@ def prepare(job: JobConfig, progress: Progress = lambda stage, done, total: None
 
 
 def verify(folder: Path, progress: Progress = lambda stage, done, total: None) -> Manifest:
-    """Compare the files of prepared data with the checksums in its manifest. Raises JobError where they differ."""
+    """Compare the files of prepared data with the checksums in its manifest. Raises JobError if they differ."""
     manifest = read_manifest(folder)
     done = 0
 

@@ -180,7 +180,7 @@ class DatasetReader:
 
     Held-out losses compare only where the same sequences are read: give the "valid" reader the same seed in every job.
 
-    Raises JobError where the side has fewer than seq_len + 1 tokens, and where the cache cannot be written.
+    Raises JobError if the side has fewer than seq_len + 1 tokens, or the cache cannot be written.
     """
 
     def __init__(

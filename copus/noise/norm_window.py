@@ -15,7 +15,7 @@ class NormWindow:
             self._sums[index] += value
 
     def take(self) -> StepNorms | None:
-        """The means, and begin anew; None where no step was measured."""
+        """The means, and begin anew; None if no step was measured."""
         steps, grad_sq, noise_trace = self._sums
         self._sums = [0.0, 0.0, 0.0]
         return StepNorms(grad_sq=grad_sq / steps, noise_trace=noise_trace / steps, steps=int(steps)) if steps else None

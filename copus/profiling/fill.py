@@ -64,7 +64,7 @@ def fill_table(
 
 
 def load_profiler(job: JobConfig) -> ProfilerType:
-    """What the job's profiler is made by. Raises JobError where it cannot be imported."""
+    """What the job's profiler is made by. Raises JobError if it cannot be imported."""
     try:
         return find_profiler(job.profile.profiler).load()
     except ValueError as error:
@@ -104,7 +104,7 @@ class _Lead:
         )
 
     def next(self) -> Configuration | None:
-        """What to measure; None where that is all."""
+        """What to measure; None if that is all."""
         never = self._job.profile.when == "never" or self._measured_before
         if never or time.monotonic() > self._deadline or self._stop_requested():
             self._queue = []

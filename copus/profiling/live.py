@@ -35,7 +35,7 @@ def profile_missing(
 ) -> None:
     """Measure what the planner will ask for and the table does not have, with the job's profiler.
 
-    Collective. Does nothing where that profiler needs a single process: then it has run already. Leaves the backend in
+    Collective. Does nothing if that profiler needs a single process: then it has run already. Leaves the backend in
     an arbitrary configuration with arbitrary weights.
     """
     if find_profiler(job.profile.profiler).processes == "one":
@@ -56,7 +56,7 @@ def profile_missing(
 class LiveProfiler:
     """Times steps of the running job; neither a move nor the warm-up steps after it count.
 
-    Of those there are `profile.warmup_steps` after a change of layout or micro-batch, and none where only the number of
+    Of those there are `profile.warmup_steps` after a change of layout or micro-batch, and none if only the number of
     micro-batches changes.
 
     Options: none.
@@ -66,7 +66,7 @@ class LiveProfiler:
     shards = False
 
     def __init__(self, task: Task) -> None:
-        """Raises ValueError where it is given options."""
+        """Raises ValueError if it is given options."""
         if task.config.options:
             raise ValueError(f"the live profiler takes none, got {', '.join(task.config.options)}")
         self._task = task

@@ -32,7 +32,7 @@ class SingleProfiler:
     shards = True
 
     def __init__(self, task: Task) -> None:
-        """Raises ValueError where it is given options."""
+        """Raises ValueError if it is given options."""
         if task.config.options:
             raise ValueError(f"the single profiler takes none, got {', '.join(task.config.options)}")
         self._task = task
@@ -90,5 +90,5 @@ class SingleProfiler:
 
 
 def stage_ranks(layout: Layout) -> list[int]:
-    """A rank of the first and one of the last pipeline stage (stages are outermost); one where there is one stage."""
+    """A rank of the first and one of the last pipeline stage (stages are outermost); one if there is one stage."""
     return [0] if layout.pp == 1 else [0, layout.accelerators - 1]

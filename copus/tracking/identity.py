@@ -7,7 +7,7 @@ from copus.durable import replace_text
 
 
 def remembered(path: Path) -> str | None:
-    """The id in a file; None where there is none yet."""
+    """The id in a file; None if there is none yet."""
     try:
         return path.read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:

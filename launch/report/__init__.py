@@ -18,7 +18,7 @@ from launch.run_directory import find_run, shown
 def report(
     run_texts: Sequence[str | None], output: Path | None, group_text: str | None = None, *, as_json: bool = False
 ) -> int:
-    """Write the page, of a group that of its runs. Raises JobError where a run does not exist or the
+    """Write the page, of a group that of its runs. Raises JobError if a run does not exist or the
     file cannot be written."""
     of_group = [] if group_text is None else map(str, runs_of_group(*find_group(group_text)))
     runs = list(dict.fromkeys(map(find_run, [*run_texts, *of_group] or [None])))

@@ -211,7 +211,7 @@ class MoveOutcome(NamedTuple):
 
     move: MoveAt
     reason: str
-    """Why the planner wanted it; empty where its decision is not there."""
+    """Why the planner wanted it; empty if its decision is not there."""
     predicted_seconds: float | None
     """Step time that was expected."""
     seen_seconds: float | None

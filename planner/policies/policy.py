@@ -75,7 +75,7 @@ class Copus:
         self.min_gain = min_gain
 
     def choose(self, situation: Situation) -> Choice:
-        """The best candidate, or the current one where the gain is too small."""
+        """The best candidate, or the current one if the gain is too small."""
         index, gain = _best(situation)
         return Choice(np.where((gain > 0) & (gain >= self.min_gain), index, situation.current))
 
