@@ -23,8 +23,7 @@ from copus.planning import Planner
 from profiles.configuration import Configuration
 from profiles.decision import Decision
 from profiles.layout import Layout
-from profiles.noise_scale import NoiseScale
-from profiles.step_norms import StepNorms
+from profiles.noise_scale import NoiseScale, StepNorms
 
 LAYOUTS = {
     "megatron": (Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(dp=2, zero=1)),

@@ -22,8 +22,7 @@ from planner.trials import Trial as RunningTrial
 from profiles.configuration import Configuration
 from profiles.decision import Decision
 from profiles.measurement import OUT_OF_MEMORY, Measurement
-from profiles.noise_scale import NoiseScale
-from profiles.step_norms import StepNorms
+from profiles.noise_scale import NoiseScale, StepNorms
 from profiles.table import ThroughputTable
 
 REVOCABLE_STEPS = 3

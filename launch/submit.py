@@ -12,6 +12,7 @@ from copus.checkpoints.files import FOLDER, check_same_data, checkpoint_names
 from copus.job import JobConfig, JobError, load_job
 from copus.resize import load_resized
 from copus.resume_request import ResumeRequest, write_resume_request
+from copus.trackers import check_installed
 from copus.weights.source import Source, with_tokenizer
 from launch.attend import Outcome, attend
 from launch.check import check_start
@@ -37,7 +38,6 @@ from launch.run_directory import (
     write_job,
 )
 from launch.status import RunStatus
-from launch.tracking import check_trackers
 from launch.weights import check_weights, keep_weights
 
 
@@ -131,13 +131,23 @@ def check_submission(job_file: Path, overrides: list[str], manner: Manner, say: 
     engine = engine_of(job)
     _check_manner(engine, job, manner)
     check_named_data(job, overrides)
-    check(job)
-    check_profiler(job, engine)
-    if not engine.own_software:
-        check_trackers(job)
+    _check_machine(job, engine)
     check_start(job)
     job, weights = check_weights(job, notice)
     return Checked(job, engine, weights)
+
+
+def _check_machine(job: JobConfig, engine: Engine) -> None:
+    """Raise JobError if files or packages that the job needs are missing here."""
+    check(job)
+    check_profiler(job, engine)
+    if engine.own_software:
+        return
+    for name in job.tracking:
+        try:
+            check_installed(name)
+        except ValueError as error:
+            raise JobError(f"tracking.{name}: {error}") from None
 
 
 def begin(
@@ -199,10 +209,7 @@ def check_resume(
     )
     engine = engine_of(job)
     _check_manner(engine, job, manner)
-    check(job)
-    check_profiler(job, engine)
-    if not engine.own_software:
-        check_trackers(job)
+    _check_machine(job, engine)
     return Resumption(run, before, Checked(job, engine, None), request)
 
 

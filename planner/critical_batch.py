@@ -8,8 +8,7 @@ import numpy as np
 from planner.config import PlannerConfig
 from planner.critical_batch_factor import CriticalBatchFactor
 from planner.forecast import QUANTILE_90, CriticalBatchForecast, log_error
-from profiles.forecast import Forecast
-from profiles.noise_scale import NoiseScale
+from profiles.noise_scale import Forecast, NoiseScale
 
 
 class CriticalBatchTracker:

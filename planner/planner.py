@@ -37,8 +37,7 @@ from planner.verdicts import with_verdicts, worth_keeping
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore, Decision
 from profiles.formatting import noise_in_words, three_digits
-from profiles.noise_scale import NoiseScale
-from profiles.step_norms import StepNorms
+from profiles.noise_scale import NoiseScale, StepNorms
 from profiles.throughput import Throughput
 
 FORECAST_REACH = 2

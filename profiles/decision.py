@@ -5,8 +5,7 @@ from typing import Literal
 from pydantic import NonNegativeInt
 
 from profiles.configuration import Configuration
-from profiles.forecast import Forecast
-from profiles.noise_scale import NoiseScale
+from profiles.noise_scale import Forecast, NoiseScale
 from profiles.record import Record
 
 

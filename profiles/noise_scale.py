@@ -1,6 +1,6 @@
-"""How noisy the gradients are."""
+"""How noisy the gradients are: now, over the last steps alone, and as expected."""
 
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from profiles.record import Record
 
@@ -27,3 +27,32 @@ class NoiseScale(Record):
     centroid: NonNegativeFloat | None = None
     """Sequences that the job had consumed at the centre of gravity of the averages: the place that the figures belong
     to, which lies behind the last step. None: no average, the figures are those of the last step."""
+
+
+class StepNorms(Record):
+    """Squared gradient norms of the steps between two decisions: plain means over those that were measured, without
+    smoothing.
+
+    A step of J parts of n sequences, with part gradients g_j, mean gradient ḡ and S = Σ_j|g_j|² − J·|ḡ|², gives |ḡ|²
+    and n·S/(J − 1), the worker variance of the norm test (2412.21124) scaled to one sequence.
+    """
+
+    grad_sq: float
+    """Mean of |ḡ|², which noise makes larger than |G|² by tr Σ / batch."""
+    noise_trace: float
+    """Mean of n·S/(J − 1), an unbiased estimate of tr Σ."""
+    steps: PositiveInt
+    """Steps that the means are over."""
+
+
+class Forecast(Record):
+    """The noise scale to be expected at one later point of the job."""
+
+    tokens: PositiveFloat
+    """The point, tokens since the start of the job."""
+    value: PositiveFloat
+    """B_simple there, in sequences."""
+    low: PositiveFloat
+    """Lower end of its 90 % interval."""
+    high: PositiveFloat
+    """Upper end."""

@@ -14,9 +14,9 @@ from copus.events import DecisionMade, DecisionTaken
 from launch.explain import BEST, explanation_of
 from profiles.configuration import Configuration
 from profiles.decision import CandidateScore
-from profiles.forecast import Forecast
 from profiles.formatting import duration_interval
 from profiles.layout import Layout
+from profiles.noise_scale import Forecast
 
 
 @pytest.fixture

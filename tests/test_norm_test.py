@@ -15,7 +15,7 @@ from planner.policies.norm_test import NormTest, plug_in_batch, unbiased_batch
 from planner.sampling import source_of_step
 from profiles.configuration import Configuration
 from profiles.layout import Layout
-from profiles.step_norms import StepNorms
+from profiles.noise_scale import StepNorms
 
 
 def workers(rng, gradient, sigma, parts, size):

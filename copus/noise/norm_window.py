@@ -1,6 +1,6 @@
 """Squared gradient norms since the last decision, for the norm test."""
 
-from profiles.step_norms import StepNorms
+from profiles.noise_scale import StepNorms
 
 
 class NormWindow:

@@ -7,7 +7,7 @@ import numpy as np
 from planner.menu import Floats
 from planner.situation import Choice, Situation
 from profiles.formatting import three_digits
-from profiles.step_norms import StepNorms
+from profiles.noise_scale import StepNorms
 
 NormTestForm = Literal["paper", "unbiased"]
 
