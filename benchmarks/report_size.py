@@ -37,82 +37,85 @@ def write_long_run(run: Path, steps: int, moves: int = MOVES, decisions: int = D
     """A run directory with so many steps, of 0.5 s each, and so many moves and decisions."""
     run.mkdir(parents=True)
     (run / "job.yaml").write_text(f"name: {run.name}\nmodel: {{seq_len: {SEQ_LEN}}}\n")
-    log, now, samples = EventLog(run), 1e9, 0
     space = [
         Configuration(layout=layout, micro_batch=2, global_batch=batch)
         for layout in (Layout(dp=8), Layout(tp=2, dp=4), Layout(tp=4, dp=2), Layout(tp=2, pp=2, dp=2))
         for batch in (32, 64, 128, 256)
     ]
-    running = space[0]
     every, move_every = max(1, steps // max(decisions, moves)), max(1, steps // (moves + 1))
-    moved = number = 0
-    with patch("copus.event_log.clock.time", side_effect=lambda: now):
-        total = 128 * steps
-        log.write(
-            Start(
-                step=0,
-                samples_consumed=0,
-                configuration=running,
-                total_samples=total,
-                seq_len=SEQ_LEN,
-                peak_samples_per_second=1000.0,
-                hardware="made up",
-                software="made up",
-            )
-        )
+    log, running = EventLog(run), space[0]
+    step = samples = moved = number = 0
+    with patch("copus.event_log.clock.time", side_effect=lambda: 1e9 + 0.5 * step):
+        log.write(_start(running, total_samples=128 * steps))
         for step in range(1, steps + 1):
-            now += 0.5
             samples += running.global_batch
             here = {"step": step, "samples_consumed": samples}
-            wave = math.sin(step * 12.9898) * 0.08
-            loss = 3.0 + 6.0 / (1 + step / steps * 20) + wave
-            lr, seconds = 1e-3 * (1 - step / steps), 0.5 * (1 + wave)
-            log.write(
-                Step(
-                    **here,
-                    loss=loss,
-                    grad_norm=1 + abs(wave),
-                    lr=lr,
-                    beta2=0.95,
-                    seconds=seconds,
-                    global_batch=running.global_batch,
-                )
-            )
-            scale = 30 + 200 * step / steps
-            noise = NoiseScale(
-                grad_sq=1.0, noise_trace=scale, value=scale, low=scale * 0.8, high=scale * 1.25, samples=step
-            )
-            values: dict[str, Any] = {"value": noise.value, "low": noise.low, "high": noise.high, "noise": noise}
-            log.write(Noise(**here, **values, parts=4, part_size=2))
+            trained = _step(here, step / steps, running.global_batch)
+            noise = _noise(here, step / steps)
+            log.write(trained)
+            log.write(noise)
             move = moved < moves and step % move_every == 0
             if step % every == 0 or move:
                 chosen = space[(space.index(running) + 5) % len(space)] if move else running
-                log.write(
-                    DecisionMade(
-                        **here, decision=_decision(number, samples, running, chosen, noise, space), seconds=0.01
-                    )
-                )
+                decision = _decision(number, samples, running, chosen, noise.noise, space)
+                log.write(DecisionMade(**here, decision=decision, seconds=0.01))
                 if move:
-                    rung = "batch" if chosen.layout == running.layout else "layout"
-                    log.write(
-                        Reconfigure(
-                            **here,
-                            before=running,
-                            after=chosen,
-                            rung=rung,
-                            seconds=0.8,
-                            bytes_moved=10**9,
-                            decision=number,
-                            peak_bytes=2**34,
-                        )
-                    )
+                    log.write(_move(here, running, chosen, number))
                     running, moved = chosen, moved + 1
                 number += 1
             if step % max(1, steps // 20) == 0:
-                log.write(Evaluate(**here, loss=loss, sequences=64, seconds=1.0))
+                log.write(Evaluate(**here, loss=trained.loss, sequences=64, seconds=1.0))
         log.write(End(**here, reason="finished", seconds=0.5 * steps))
         log.close()
     return run
+
+
+def _start(configuration: Configuration, total_samples: int) -> Start:
+    return Start(
+        step=0,
+        samples_consumed=0,
+        configuration=configuration,
+        total_samples=total_samples,
+        seq_len=SEQ_LEN,
+        peak_samples_per_second=1000.0,
+        hardware="made up",
+        software="made up",
+    )
+
+
+def _step(here: dict[str, int], share: float, global_batch: int) -> Step:
+    """A step after that share of the run: loss, norm and time swing from one to the next."""
+    wave = math.sin(here["step"] * 12.9898) * 0.08
+    return Step(
+        **here,
+        loss=3.0 + 6.0 / (1 + share * 20) + wave,
+        grad_norm=1 + abs(wave),
+        lr=1e-3 * (1 - share),
+        beta2=0.95,
+        seconds=0.5 * (1 + wave),
+        global_batch=global_batch,
+    )
+
+
+def _noise(here: dict[str, int], share: float) -> Noise:
+    scale = 30 + 200 * share
+    noise = NoiseScale(
+        grad_sq=1.0, noise_trace=scale, value=scale, low=scale * 0.8, high=scale * 1.25, samples=here["step"]
+    )
+    return Noise(**here, value=noise.value, low=noise.low, high=noise.high, noise=noise, parts=4, part_size=2)
+
+
+def _move(here: dict[str, int], before: Configuration, after: Configuration, decision: int) -> Reconfigure:
+    return Reconfigure(
+        **here,
+        before=before,
+        after=after,
+        rung="batch" if after.layout == before.layout else "layout",
+        seconds=0.8,
+        bytes_moved=10**9,
+        decision=decision,
+        peak_bytes=2**34,
+    )
 
 
 def _decision(
