@@ -97,7 +97,7 @@ def _train(
     valid: Batches,
     begin: TrainerState,
     stop_requested: Callable[[], bool],
-) -> list[float] | None:
+) -> list[float | None] | None:
     """Train one branch; its validation losses, first to last, or None if it was interrupted."""
     events: list[Event] = []
     trainer = Trainer(branch, run, backend, train, valid, None, begin, events.append, stop_requested, keep_nothing=True)
