@@ -14,8 +14,8 @@ from copus.learning_rate import lr_decay
 from launch.json_output import as_json_line
 from launch.plot import check_output, need_matplotlib
 from launch.run_directory import find_run, shown
-from launch.simulate_like import Made, made_by, trajectory_of
-from launch.simulate_show import as_values, print_comparison, print_made
+from launch.simulate_like import ObservedRun, observe, trajectory_of
+from launch.simulate_show import as_values, print_comparison, print_observed
 from planner.forecast import CriticalBatchForecast
 from planner.job_estimate import JobEstimate
 from planner.menu import Floats, Menu
@@ -70,10 +70,10 @@ def simulate(
     estimate = estimate_of(job)
     setting, source = _setting(job, estimate, phi)
     setting = replace(setting, noise=error, factor_error=factor_error)
-    made = None
+    observed = None
     if run is not None:
-        made = made_by(run)
-        setting = _as_in_run(setting, job, estimate, made)
+        observed = observe(run)
+        setting = _as_in_run(setting, job, estimate, observed)
         names = names or [job.planner.policy]
     if move_seconds is not None:
         setting = replace(setting, move_seconds=_move_seconds(move_seconds))
@@ -83,11 +83,11 @@ def simulate(
 
         draw(output, setting, plan, rows)
     if as_json:
-        print(as_json_line(as_values(setting, plan, rows, said, source) | {"made": made and made._asdict()}))
+        print(as_json_line(as_values(setting, plan, rows, said, source) | {"made": observed and observed._asdict()}))
     else:
         print_comparison(setting, plan, rows, said, source)
-        if made is not None and run is not None:
-            print_made(made, shown(run), rows)
+        if observed is not None and run is not None:
+            print_observed(observed, shown(run), rows)
     return 0
 
 
@@ -171,18 +171,18 @@ def _setting(job: JobConfig, estimate: JobEstimate, phi: Floats) -> tuple[Settin
     return setting, source
 
 
-def _as_in_run(setting: Setting, job: JobConfig, estimate: JobEstimate, made: Made) -> Setting:
+def _as_in_run(setting: Setting, job: JobConfig, estimate: JobEstimate, observed: ObservedRun) -> Setting:
     """The setting with what is known of the run and its machine: length, moves, table errors, drift, bursts, trials."""
-    start = job.training.configuration
+    start, layout = job.training.configuration, observed.layout_seconds
     errors = tuple(estimate.predictor.estimate(c, beside=start).error for c in setting.menu.configurations)
     return replace(
         setting,
-        total_samples=made.samples,
-        every_samples=_every_samples(job, made.samples),
-        move_seconds=setting.move_seconds if made.layout_seconds is None else _move_seconds(made.layout_seconds),
+        total_samples=observed.samples,
+        every_samples=_every_samples(job, observed.samples),
+        move_seconds=setting.move_seconds if layout is None else _move_seconds(layout),
         throughput_error=errors,
-        drift=made.drift,
-        bursts=made.bursts,
+        drift=observed.drift,
+        bursts=observed.bursts,
         trial_budget=job.planner.trial_budget,
     )
 

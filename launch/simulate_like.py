@@ -25,7 +25,7 @@ def trajectory_of(run: Path, critical_batch_factor: float) -> Floats:
     return through([done / total for done, _ in seen], [critical_batch_factor * (value or 0.0) for _, value in seen])
 
 
-class Made(NamedTuple):
+class ObservedRun(NamedTuple):
     """What a run did, to be compared with what is expected of it."""
 
     samples: int
@@ -44,7 +44,7 @@ class Made(NamedTuple):
     """Share of the time in which half of its machine would have had to be taken for the quick part of that."""
 
 
-def made_by(run: Path) -> Made:
+def observe(run: Path) -> ObservedRun:
     """What a run that trained did."""
     events = without_replays(read_events(run))
     moves = [e for e in events if isinstance(e, Reconfigure) and not e.trial and e.samples_consumed]
@@ -54,7 +54,7 @@ def made_by(run: Path) -> Made:
     seconds = [e.seconds for e in events if isinstance(e, Reconfigure) and e.rung == "layout"]
     past = past_run_of(run)
     machine = None if past is None else past.step_times()
-    return Made(
+    return ObservedRun(
         samples=max(e.samples_consumed for e in events),
         layout_moves=rungs.count("layout"),
         batch_moves=len(rungs) - rungs.count("layout"),

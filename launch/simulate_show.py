@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from launch.simulate_like import Made
+from launch.simulate_like import ObservedRun
 from launch.tables import add_solid_column, new_table, page, print_facts
 from planner.plan import Plan
 from planner.simulator.compare import Row, Setting
@@ -92,14 +92,14 @@ def print_comparison(setting: Setting, plan: Plan, rows: list[Row], said: str, s
     print_facts(conclusion(plan, label[plan.fixed_index]), [], console)
 
 
-def print_made(made: Made, run: str, rows: list[Row]) -> None:
-    """What the run did beside what was to be expected: `moves  runs/x made 4 (1 to another layout), 0 trials`."""
+def print_observed(observed: ObservedRun, run: str, rows: list[Row]) -> None:
+    """What the run did beside what was to be expected: `runs/x made 4 moves after its start`."""
     console = page()
-    count = made.layout_moves + made.batch_moves
-    moves, trials = f"{count} move{'s' * (count != 1)}", f"{made.trials} trial{'s' * (made.trials != 1)}"
+    count = observed.layout_moves + observed.batch_moves
+    moves, trials = f"{count} move{'s' * (count != 1)}", f"{observed.trials} trial{'s' * (observed.trials != 1)}"
     console.print(
-        f"{run} made {moves} after its start, {made.layout_moves} of them to another layout, and {trials} in "
-        f"{made.samples} sequences; its machine drifted by {percent(made.drift)}",
+        f"{run} made {moves} after its start, {observed.layout_moves} of them to another layout, and {trials} in "
+        f"{observed.samples} sequences; its machine drifted by {percent(observed.drift)}",
         soft_wrap=True,
     )
     for row in rows:
