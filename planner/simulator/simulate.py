@@ -49,9 +49,9 @@ def simulate(
         draws, log_speed = errors[state.row, number % DRAWS], machine.log_speed(state, number)
         true_phi = state.critical_batch
         known = estimate(state, number, draws)
-        if number == 0:
-            state.current = _first(menu, state, known, objective)
-        situation = _situation(menu, state, known, objective, number)
+        current = state.current if number else _first(menu, state, known, objective)
+        situation = _situation(menu, state, current, known, objective, number)
+        state.current = current
         index = _decide(menu, state, situation, policy, log_speed)
         if record:
             _record(outcome, state, index, number)
@@ -75,7 +75,9 @@ def _first(menu: Menu, state: State, known: Estimate, objective: Objective) -> I
     return np.argmax(state.believed * worth, axis=1)
 
 
-def _situation(menu: Menu, state: State, known: Estimate, objective: Objective, number: int) -> Situation:
+def _situation(
+    menu: Menu, state: State, current: Indices, known: Estimate, objective: Objective, number: int
+) -> Situation:
     """What the policy sees, as of a job."""
     runs, noise_scale = state.runs, known.critical_batch / 2
     lr_decay = runs.lr_decay
@@ -84,7 +86,7 @@ def _situation(menu: Menu, state: State, known: Estimate, objective: Objective, 
         samples_per_second=state.believed,
         throughput_error=state.error,
         unseen=state.unseen,
-        current=state.current,
+        current=current,
         noise_scale=noise_scale,
         critical_batch=known.critical_batch * np.exp(state.factor_shift),
         forecast=known.forecast,
@@ -95,7 +97,7 @@ def _situation(menu: Menu, state: State, known: Estimate, objective: Objective, 
         trial_allowance=state.trial_allowance,
         objective=objective,
         number=number,
-        plug_in=noise_scale / (1 + noise_scale / menu.global_batch[state.current]),
+        plug_in=noise_scale / (1 + noise_scale / menu.global_batch[current]),
         started=number > 0 or runs.start is not None,
         lr_decay=None if lr_decay is None else np.array([lr_decay(at) for at in state.samples.tolist()]),
         start_batch=runs.start_batch,
