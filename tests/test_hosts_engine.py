@@ -360,7 +360,7 @@ def test_ranks_of_an_attempt_that_was_given_up_write_nothing(tmp_path: Path) -> 
     log.write(step(4))
     (tmp_path / FILE).write_text("s-1")
     writer = (
-        "from pathlib import Path; from copus.events import EventLog, Warned\n"
+        "from pathlib import Path; from copus.event_log import EventLog; from copus.events import Warned\n"
         f"EventLog(Path({str(tmp_path)!r})).write(Warned(step=1, samples_consumed=4, message='late'))"
     )
     before = (tmp_path / "events.jsonl").read_bytes()
