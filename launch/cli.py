@@ -122,20 +122,20 @@ def submit(
     Ctrl-C stops the job with a checkpoint. On an engine with a queue (slurm, kubernetes), Ctrl-C detaches and the job
     keeps running; `copus cancel RUN` stops it.
     """
-    from launch.submit import Manner, submit
+    from launch.submit import SubmitOptions, submit
 
-    manner = Manner(engine, dry_run, allow_from_scratch, detach, as_json)
+    options = SubmitOptions(engine, dry_run, allow_from_scratch, detach, as_json)
     settings = [*overrides, *([] if name is None else [f"name={name}"])]
     if seeds is not None or matrix:
         from launch.submit_group import submit_group
 
         if resume is not None or allow_from_scratch:
             raise click.UsageError("--seeds and --matrix go on by the same command again, without --resume")
-        return submit_group(job, settings, matrix, seeds, manner, fail_fast=fail_fast, at_once=at_once)
+        return submit_group(job, settings, matrix, seeds, options, fail_fast=fail_fast, at_once=at_once)
     for option, is_given in (("--fail-fast", fail_fast), ("--at-once", at_once is not None)):
         if is_given:
             raise click.UsageError(f"{option}: only with --seeds or --matrix")
-    return submit(job, settings, resume, manner)
+    return submit(job, settings, resume, options)
 
 
 @copus.command(section=TRAIN, examples=["copus cancel shakespeare"])

@@ -42,7 +42,7 @@ from launch.weights import check_weights, keep_weights
 
 
 @dataclass(frozen=True)
-class Manner:
+class SubmitOptions:
     """How a job is submitted."""
 
     engine: str | None = None
@@ -88,48 +88,50 @@ class Begun:
     """An exit code where it was given up."""
 
 
-def submit(job_file: Path | None, overrides: list[str], resume: str | None, manner: Manner) -> int:
+def submit(job_file: Path | None, overrides: list[str], resume: str | None, options: SubmitOptions) -> int:
     """Train, or go on training. Returns the exit code; raises JobError, and leaves nothing, where the user errs."""
-    console = SteadyConsole(stderr=manner.as_json, highlight=False)
+    console = SteadyConsole(stderr=options.as_json, highlight=False)
     resumption = None
     if resume is not None:
         run = find_run(resume)
-        found = check_resume(run, job_file, overrides, console, manner)
-        if isinstance(found, RunStatus):
-            outcome = Outcome(0, "finished", found, 0.0)
-            return conclude(outcome, run, load_job(run / "job.yaml"), console, as_json=manner.as_json, already=True)
-        resumption, checked = found, found.checked
-    elif manner.may_begin_again:
+        answer = check_resume(run, job_file, overrides, console, options)
+        if isinstance(answer, RunStatus):
+            outcome = Outcome(0, "finished", answer, 0.0)
+            return conclude(outcome, run, load_job(run / "job.yaml"), console, as_json=options.as_json, already=True)
+        resumption, checked = answer, answer.checked
+    elif options.may_begin_again:
         raise JobError("--allow-from-scratch: only with --resume")
     elif job_file is None:
         raise JobError("nothing to train: give a job file, or --resume RUN")
     else:
-        checked = check_submission(job_file, overrides, manner, lambda line: print(line, file=sys.stderr))
-    if manner.dry_run:
-        return _describe(checked.engine, resumption.run if resumption else next_run(checked.job), checked.job, manner)
+        checked = check_submission(job_file, overrides, options, lambda line: print(line, file=sys.stderr))
+    if options.dry_run:
+        return _describe(checked.engine, resumption.run if resumption else next_run(checked.job), checked.job, options)
     with Interrupts() as interrupts:
         begun = go_on(resumption, interrupts, console) if resumption else begin(checked, interrupts, console)
         ended = begun.outcome
         if isinstance(ended, Queued):
-            ended = _follow(checked.engine, begun.run, ended, interrupts, console, manner)
+            ended = _follow(checked.engine, begun.run, ended, interrupts, console, options)
     if isinstance(ended, int):
         return ended
-    return conclude(ended, begun.run, begun.job, console, as_json=manner.as_json)
+    return conclude(ended, begun.run, begun.job, console, as_json=options.as_json)
 
 
-def check_submission(job_file: Path, overrides: list[str], manner: Manner, say: Callable[[str], None]) -> Checked:
+def check_submission(
+    job_file: Path, overrides: list[str], options: SubmitOptions, say: Callable[[str], None]
+) -> Checked:
     """The job of a new run, checked. `say` gets a line of what was read otherwise than it was written. Raises JobError;
     makes nothing."""
 
     def notice(line: str) -> None:
         say(f"copus: {line}")
 
-    job = portable(load_job(job_file, overrides, manner.engine, notice=say))
+    job = portable(load_job(job_file, overrides, options.engine, notice=say))
     job = with_tokenizer(job, notice)
     training = job.training.model_copy(update={"reference_batch": job.reference_batch})  # whatever a resume changes
     job = job.model_copy(update={"training": training})
     engine = engine_of(job)
-    _check_manner(engine, job, manner)
+    _check_options(engine, job, options)
     check_named_data(job, overrides)
     _check_machine(job, engine)
     check_start(job)
@@ -172,9 +174,9 @@ def begin(
         )
 
 
-def _check_manner(engine: Engine, job: JobConfig, manner: Manner) -> None:
+def _check_options(engine: Engine, job: JobConfig, options: SubmitOptions) -> None:
     """Raise JobError for what the engine cannot do."""
-    if manner.detach and not isinstance(engine, QueuedEngine):
+    if options.detach and not isinstance(engine, QueuedEngine):
         raise JobError(
             f"--detach: launch.engine({job.launch.engine}) has no queue: this command stays with the workers until "
             "they end"
@@ -182,11 +184,11 @@ def _check_manner(engine: Engine, job: JobConfig, manner: Manner) -> None:
 
 
 def check_resume(
-    run: Path, job_file: Path | None, overrides: list[str], console: Console, manner: Manner
+    run: Path, job_file: Path | None, overrides: list[str], console: Console, options: SubmitOptions
 ) -> Resumption | RunStatus:
     """How a run would go on; its status if it has finished. Raises JobError if it cannot; changes nothing."""
     before = load_job(run / "job.yaml")
-    job = portable(load_resized(job_file or run / "job.yaml", overrides, manner.engine))
+    job = portable(load_resized(job_file or run / "job.yaml", overrides, options.engine))
     job = settled(job, before)
     status = RunStatus()
     status.update(Follower(run).read())
@@ -205,10 +207,10 @@ def check_resume(
         job,
         overrides,
         from_file=job_file is not None,
-        may_begin_again=manner.may_begin_again,
+        may_begin_again=options.may_begin_again,
     )
     engine = engine_of(job)
-    _check_manner(engine, job, manner)
+    _check_options(engine, job, options)
     _check_machine(job, engine)
     return Resumption(run, before, Checked(job, engine, None), request)
 
@@ -277,17 +279,19 @@ def _launch(
 
 
 def _follow(
-    engine: Engine, run: Path, queued: Queued, interrupts: Interrupts, console: Console, manner: Manner
+    engine: Engine, run: Path, queued: Queued, interrupts: Interrupts, console: Console, options: SubmitOptions
 ) -> Outcome:
     """What becomes of a job that was handed over; only that it was, where nobody stays to see it."""
     assert isinstance(engine, QueuedEngine), "others are attended to the end"
-    if manner.detach:
+    if options.detach:
         return Outcome(0, "queued", queued.status, 0.0)
     return follow_job(engine, run, queued, interrupts, console)
 
 
-def _describe(engine: Engine, run: Path, job: JobConfig, manner: Manner) -> int:
+def _describe(engine: Engine, run: Path, job: JobConfig, options: SubmitOptions) -> int:
     """Print what would be done, so that the engine's own tools can read it."""
     text = engine.describe(run, job)
-    print(as_json_line({"engine": job.launch.engine, "run": str(run), "description": text}) if manner.as_json else text)
+    print(
+        as_json_line({"engine": job.launch.engine, "run": str(run), "description": text}) if options.as_json else text
+    )
     return 0

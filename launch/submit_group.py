@@ -24,7 +24,7 @@ from launch.run_directory import portable, shown, typed
 from launch.run_state import RunState, state_of
 from launch.runs import status_of
 from launch.status import RunStatus
-from launch.submit import Begun, Checked, Manner, Resumption, begin, check_resume, check_submission, go_on
+from launch.submit import Begun, Checked, Resumption, SubmitOptions, begin, check_resume, check_submission, go_on
 from launch.tables import page
 
 QUESTION_SECONDS = 0.5
@@ -51,7 +51,7 @@ def submit_group(
     overrides: list[str],
     matrix: Sequence[str],
     seeds: int | None,
-    manner: Manner,
+    options: SubmitOptions,
     *,
     fail_fast: bool,
     at_once: int | None,
@@ -60,16 +60,16 @@ def submit_group(
     code. Raises JobError, before anything is made, where one of the jobs is wrong."""
     if job_file is None:
         raise JobError("--seeds, --matrix: nothing to train: give a job file")
-    if fail_fast and manner.detach:
+    if fail_fast and options.detach:
         raise JobError("--fail-fast: with --detach nobody sees a run fail")
     if at_once is not None and at_once < 1:
         raise JobError(f"--at-once {at_once}: at least 1")
-    if at_once is not None and manner.detach:
+    if at_once is not None and options.detach:
         raise JobError("--at-once: with --detach nobody queues the next run")
-    console = SteadyConsole(stderr=manner.as_json, highlight=False)
+    console = SteadyConsole(stderr=options.as_json, highlight=False)
     fields = parse_matrix(matrix, overrides)
     first = [f"{field}={values[0]}" for field, values in fields.items()]  # the job file may leave them out
-    base = portable(load_job(job_file, [*overrides, *first], manner.engine))
+    base = portable(load_job(job_file, [*overrides, *first], options.engine))
     plan = plan_group(base, fields, seeds)
     said: set[str] = set()
 
@@ -78,13 +78,13 @@ def submit_group(
             print(line, file=sys.stderr)
         said.add(line)
 
-    submissions = [_checked(planned, job_file, overrides, manner, console, say) for planned in plan]
+    submissions = [_checked(planned, job_file, overrides, options, console, say) for planned in plan]
     _check_different(submissions)
     queued = isinstance(submissions[0].checked.engine, QueuedEngine)
     if at_once is not None and not queued:
         raise JobError(f"--at-once: launch.engine({base.launch.engine}) has no queue: one run trains after another")
-    if manner.dry_run:
-        return _describe(base.name, submissions, manner)
+    if options.dry_run:
+        return _describe(base.name, submissions, options)
     failed: list[str] = []
     watch = _Watch(submissions, console, fail_fast)
     with Interrupts() as interrupts:
@@ -106,25 +106,25 @@ def submit_group(
                 watch.add(submission)
         if queued and failed and fail_fast:
             _withdraw([made for made in submissions if made.todo != "nothing" and made.run.exists()], console)
-        elif queued and not manner.detach:
+        elif queued and not options.detach:
             watch.until(0, interrupts)
         failed += watch.failed
     exit_code = 1 if failed else 0
     if interrupts.signal:
         exit_code = 128 + interrupts.signal
-    return _conclude(base, submissions, exit_code, console, manner, queued=queued)
+    return _conclude(base, submissions, exit_code, console, options, queued=queued)
 
 
 def _checked(
     planned: Planned,
     job_file: Path,
     overrides: list[str],
-    manner: Manner,
+    options: SubmitOptions,
     console: Console,
     say: Callable[[str], None],
 ) -> Submission:
     """A run of the group, with every check that can be made now. Raises JobError."""
-    checked = check_submission(job_file, [*overrides, *planned.overrides], manner, say)
+    checked = check_submission(job_file, [*overrides, *planned.overrides], options, say)
     run = checked.job.launch.runs / planned.name
     make = partial(Submission, planned, run, checked)
     if not run.exists():
@@ -142,7 +142,7 @@ def _checked(
         return make("nothing", None, state)
     named = [override for override in overrides if not override.startswith(("name=", "launch.runs="))]
     settings = [setting for setting in planned.overrides if not setting.startswith("name=")]
-    resumption = check_resume(run, job_file, [*named, *settings], console, manner)
+    resumption = check_resume(run, job_file, [*named, *settings], console, options)
     if isinstance(resumption, RunStatus):
         return make("nothing", None, state)
     return make("resume", resumption, state)
@@ -186,7 +186,7 @@ def _what(submission: Submission) -> str:
     return f"{shown(submission.run)}{words[submission.todo]}"
 
 
-def _describe(group: str, submissions: Sequence[Submission], manner: Manner) -> int:
+def _describe(group: str, submissions: Sequence[Submission], options: SubmitOptions) -> int:
     """Print what would be done, as the engine's own tools take it, below comments."""
     described: list[dict[str, Any]] = []
     for submission in submissions:
@@ -194,9 +194,9 @@ def _describe(group: str, submissions: Sequence[Submission], manner: Manner) -> 
         runs = submission.todo in ("begin", "resume")
         text = engine.describe(submission.run, job) if runs else None
         described.append({"run": str(submission.run), "todo": submission.todo, "description": text})
-        if not manner.as_json:
+        if not options.as_json:
             print(f"{engine.between}# {_what(submission)}" + (f"\n{text}" if text else ""))
-    if manner.as_json:
+    if options.as_json:
         engine_name = submissions[0].checked.job.launch.engine
         print(as_json_line({"group": group, "engine": engine_name, "runs": described}))
     return 0
@@ -298,13 +298,13 @@ def _conclude(
     submissions: Sequence[Submission],
     exit_code: int,
     console: Console,
-    manner: Manner,
+    options: SubmitOptions,
     *,
     queued: bool,
 ) -> int:
     """Print the table of results, and what shows it again."""
     results = read_results([submission.run for submission in submissions if submission.run.exists()])
-    if manner.as_json:
+    if options.as_json:
         print(as_json_line({"group": base.name, "exit_code": exit_code, "cells": as_values(results)}))
         return exit_code
     if any(result.ended for result in results):

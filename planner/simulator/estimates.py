@@ -39,7 +39,7 @@ def normal_errors(runs: Runs) -> Floats:
     return np.stack([rows[seed] for seed in runs.seed.tolist()])
 
 
-def estimate(state: State, number: int, errors: Floats) -> Estimate:
+def estimate_critical_batch(state: State, number: int, errors: Floats) -> Estimate:
     """φ as the runs know it at decision `number`; `errors` are standard normal, shape (R,)."""
     if state.runs.first_guess is None:
         return _without_lag(state, errors)

@@ -17,7 +17,7 @@ from planner.goodput import Objective, progress_per_sample
 from planner.menu import Floats, Indices, Menu
 from planner.plan import Plan, plan_run
 from planner.policies.policy import Policy
-from planner.simulator.estimates import Estimate, estimate, learn_factor, normal_errors
+from planner.simulator.estimates import Estimate, estimate_critical_batch, learn_factor, normal_errors
 from planner.simulator.runs import DRAWS, Outcome, Runs
 from planner.simulator.state import State
 from planner.simulator.training import Machine, advance
@@ -48,9 +48,9 @@ def simulate(
     while len(state.row):
         draws, log_speed = errors[state.row, number % DRAWS], machine.log_speed(state, number)
         true_phi = state.critical_batch
-        known = estimate(state, number, draws)
-        current = state.current if number else _first(menu, state, known, objective)
-        situation = _situation(menu, state, current, known, objective, number)
+        estimate = estimate_critical_batch(state, number, draws)
+        current = state.current if number else _first(menu, state, estimate, objective)
+        situation = _situation(menu, state, current, estimate, objective, number)
         state.current = current
         index = _decide(menu, state, situation, policy, log_speed)
         if record:
@@ -67,19 +67,19 @@ def simulate(
     return outcome
 
 
-def _first(menu: Menu, state: State, known: Estimate, objective: Objective) -> Indices:
+def _first(menu: Menu, state: State, estimate: Estimate, objective: Objective) -> Indices:
     """What runs before anybody has chosen: what the job file says, or else the best Goodput of the first estimate."""
     if state.runs.start is not None:
         return state.runs.start
-    worth = progress_per_sample(menu.global_batch, known.critical_batch[:, None], objective)
+    worth = progress_per_sample(menu.global_batch, estimate.critical_batch[:, None], objective)
     return np.argmax(state.believed * worth, axis=1)
 
 
 def _situation(
-    menu: Menu, state: State, current: Indices, known: Estimate, objective: Objective, number: int
+    menu: Menu, state: State, current: Indices, estimate: Estimate, objective: Objective, number: int
 ) -> Situation:
     """What the policy sees, as of a job."""
-    runs, noise_scale = state.runs, known.critical_batch / 2
+    runs, noise_scale = state.runs, estimate.critical_batch / 2
     lr_decay = runs.lr_decay
     return Situation(
         menu=menu,
@@ -88,9 +88,9 @@ def _situation(
         unseen=state.unseen,
         current=current,
         noise_scale=noise_scale,
-        critical_batch=known.critical_batch * np.exp(state.factor_shift),
-        forecast=known.forecast,
-        samples_consumed=known.samples,
+        critical_batch=estimate.critical_batch * np.exp(state.factor_shift),
+        forecast=estimate.forecast,
+        samples_consumed=estimate.samples,
         samples_left=np.maximum(runs.planned_samples - state.samples, runs.every_samples),
         samples_to_next=state.samples_to_next(menu),
         move_seconds=runs.move_seconds,
