@@ -70,9 +70,9 @@ def imported_job(words: list[str], overrides: list[str]) -> tuple[ImportedJob, J
 
 def _set_seq_len(seq_len: Any, command: CommandLine, sections: dict[str, dict[str, Any]] | None) -> None:
     """Put `--set model.seq_len` in the place of the arguments' own: in it iterations and samples become tokens, so that
-    their number stays. `sections` are torchtitan's. Raises JobError if it is no whole number."""
-    if type(seq_len) is not int:
-        raise JobError(f"--set model.seq_len={seq_len}: expected a whole number")
+    their number stays. `sections` are torchtitan's. Raises JobError if it is no number of tokens."""
+    if type(seq_len) is not int or seq_len < 1:
+        raise JobError(f"--set model.seq_len={seq_len}: expected a whole number, at least 1")
     if sections is not None:
         sections.setdefault("training", {})["seq_len"] = seq_len
     else:

@@ -57,7 +57,7 @@ def submit_group(
     at_once: int | None,
 ) -> int:
     """Train every run of the group that has not ended, with at most so many `at_once` in the queue. Returns the exit
-    code. Raises JobError, before anything is made, where one of the jobs is wrong."""
+    code. Raises JobError, before anything is made, if one of the jobs is wrong."""
     if job_file is None:
         raise JobError("--seeds, --matrix: nothing to train: give a job file")
     if fail_fast and options.detach:
@@ -105,7 +105,7 @@ def submit_group(
             elif submission.todo in ("begin", "resume"):
                 watch.add(submission)
         if queued and failed and fail_fast:
-            _withdraw([made for made in submissions if made.todo != "nothing" and made.run.exists()], console)
+            watch.withdraw()
         elif queued and not options.detach:
             watch.until(0, interrupts)
         failed += watch.failed
@@ -257,12 +257,21 @@ class _Watch:
             for run in list(self._waiting):
                 self._look(run)
                 if self.failed and self._fail_fast:
-                    _withdraw(list(self._waiting.values()), self._console)
-                    self._waiting.clear()
+                    self.withdraw()
                     return
                 if len(self._waiting) <= at_most or interrupts.count:
                     return
                 time.sleep(pause)
+
+    def withdraw(self) -> None:
+        """Take those that have not ended out of the queue, and watch no more."""
+        for submission in self._waiting.values():
+            try:
+                done = submission.checked.engine.cancel(submission.run, now=False)
+            except (JobError, OSError) as error:  # it has just ended; nobody can write there
+                done = str(error)
+            self._console.print(f"{submission.planned.name}: {done}", markup=False, soft_wrap=True)
+        self._waiting.clear()
 
     def _look(self, run: Path) -> None:
         status = status_of(run)
@@ -282,15 +291,6 @@ class _Watch:
         self._console.print(line, markup=False, soft_wrap=True)
         if status.end is None or status.end.reason not in ENDS:
             self.failed.append(run.name)
-
-
-def _withdraw(submissions: Sequence[Submission], console: Console) -> None:
-    for submission in submissions:
-        try:
-            done = submission.checked.engine.cancel(submission.run, now=False)
-        except (JobError, OSError) as error:  # it has just ended; nobody can write there
-            done = str(error)
-        console.print(f"{submission.planned.name}: {done}", markup=False, soft_wrap=True)
 
 
 def _conclude(

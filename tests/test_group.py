@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -365,6 +366,21 @@ def test_a_scheduler_is_asked_about_many_runs_twice_a_second(tmp_path: Path, mon
     assert slept == [0.5] * 39
 
 
+def oldest_finishes(runs: Path, queued: list[int]) -> Callable[[float], None]:
+    """What happens while the command sleeps: the oldest run that is queued finishes; `queued` gets how many there
+    were."""
+
+    def sleep(seconds: float) -> None:
+        open_runs = [run for run in sorted(runs.iterdir()) if not (run / "events.jsonl").exists()]
+        queued.append(len(open_runs))
+        if open_runs:
+            log = EventLog(open_runs[0])
+            log.write(start())
+            log.write(End(step=1, samples_consumed=4, reason="finished", seconds=1.0))
+
+    return sleep
+
+
 def test_under_slurm_at_most_so_many_runs_are_queued_at_once(
     tmp_path: Path,
     slurm: Says,  # noqa: F811
@@ -373,23 +389,32 @@ def test_under_slurm_at_most_so_many_runs_are_queued_at_once(
 ) -> None:
     job_file(tmp_path)
     queued: list[int] = []
-
-    def ends(seconds: float) -> None:
-        """The oldest run that is queued finishes while the command looks on."""
-        runs = sorted((tmp_path / "runs").iterdir())
-        open_runs = [run for run in runs if not (run / "events.jsonl").exists()]
-        queued.append(len(open_runs))
-        if open_runs:
-            log = EventLog(open_runs[0])
-            log.write(start())
-            log.write(End(step=1, samples_consumed=4, reason="finished", seconds=1.0))
-
-    monkeypatch.setattr(launch.submit_group.time, "sleep", ends)
+    monkeypatch.setattr(launch.submit_group.time, "sleep", oldest_finishes(tmp_path / "runs", queued))
     assert copus_here("submit", "job.yaml", "--seeds", "5", "--at-once", "2") == 0
     assert max(queued) == 2
     assert sum(line.startswith("sbatch") for line in asked(tmp_path)) == 5
     output = capfd.readouterr().out
     assert all(f"({done} of 5 ended)" in output for done in range(1, 6))
+
+
+def test_under_slurm_fail_fast_cancels_no_run_that_has_ended(
+    tmp_path: Path,
+    slurm: Says,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job_file(tmp_path)
+    queue = launch.submit.hand_over
+
+    def refuse_the_second(*arguments: Any) -> Any:
+        if arguments[1].name.endswith("1235"):
+            raise JobError("sbatch: error: no more jobs for you")
+        return queue(*arguments)
+
+    monkeypatch.setattr(launch.submit, "hand_over", refuse_the_second)
+    monkeypatch.setattr(launch.submit_group.time, "sleep", oldest_finishes(tmp_path / "runs", []))
+    assert copus_here("submit", "job.yaml", "--seeds", "3", "--at-once", "1", "--fail-fast") == 1
+    assert sum(line.startswith("sbatch") for line in asked(tmp_path)) == 1
+    assert not any(line.startswith("scancel") for line in asked(tmp_path))
 
 
 def test_under_slurm_fail_fast_takes_what_is_queued_out_of_the_queue(

@@ -298,8 +298,9 @@ def test_samples_have_the_length_that_is_set_where_no_argument_says_it() -> None
     assert imported.comments["training.tokens"] == "--train-iters 100 × 8 × 4096"
     with pytest.raises(JobError, match="--seq-length is missing, which says how many tokens a sample has"):
         imported_job(words, sets)
-    with pytest.raises(JobError, match=r"--set model\.seq_len=long: expected a whole number"):
-        imported_job(words, [*sets, "model.seq_len=long"])
+    for length in ("long", "0"):
+        with pytest.raises(JobError, match=rf"--set model\.seq_len={length}: expected a whole number, at least 1"):
+            imported_job(words, [*sets, f"model.seq_len={length}"])
 
 
 @pytest.mark.parametrize("name", ["--seq-length", "--encoder-seq-length"])
