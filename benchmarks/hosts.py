@@ -108,7 +108,7 @@ def settings_of(cluster: hosts.Hosts, quick: bool) -> Settings:
 
 
 def measure(gbit_per_second: float, cluster: hosts.Hosts, quick: bool, out: Path, console: Console) -> Row:
-    """Steps and moves over a link of this bandwidth. Raises SystemExit where a job fails."""
+    """Steps and moves over a link of this bandwidth. Raises SystemExit if a job fails."""
     limit(cluster, gbit_per_second)
     settings = settings_of(cluster, quick)
     table = out / WORKLOAD

@@ -1,9 +1,9 @@
 """torch's elastic agent: `python -m copus.agent …` takes the arguments of `torch.distributed.run`.
 
 It differs from torch's own in three ways. It has one more `--rdzv-backend`, `bound`: torch's `c10d`, in a store that
-listens on the address of `--rdzv-endpoint` alone, unless that is a name. And it restarts no workers after an error that
-the user has to fix: the next attempt would fail in the same way. And its workers know it, so that they stop when it has
-died.
+listens on the address of `--rdzv-endpoint` alone, unless that is a name. It restarts no workers after an error that
+the user has to fix: the next attempt would fail in the same way. And its workers are told its process id, so that they
+stop when it has died.
 """
 
 import os

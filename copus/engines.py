@@ -32,5 +32,5 @@ def load_engine(name: str) -> Any:
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
-    """Raise ValueError (pydantic's) where an engine does not take these `launch.options`."""
+    """Raise ValueError (pydantic's) if an engine does not take these `launch.options`."""
     load_engine(name).Options.model_validate(options)

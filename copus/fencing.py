@@ -28,10 +28,10 @@ def own_name(name: str) -> str:
 
 
 def end_if_replaced(run: Path) -> None:
-    """End this process, at once, where another attempt has begun in the run.
+    """End this process, at once, if another attempt has begun in the run.
 
-    Whoever removes or renames what later attempts may have made too lists it before this question: then it is of this
-    attempt, or of an earlier one, however long the process is frozen after the answer.
+    Whoever removes or renames what later attempts may have made too lists it before this question: what is on
+    the list is of this attempt, or of an earlier one, however long the process is frozen after the answer.
     """
     mine = os.environ.get(TOKEN)
     if mine is None:

@@ -608,7 +608,7 @@ def _choose_engine(values: dict[str, Any], engine: str) -> None:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Put `section.field=value` into the values of a job file. Raises JobError where it is not that."""
+    """Put `section.field=value` into the values of a job file. Raises JobError if it is not that."""
     key, equals, text = override.partition("=")
     said = f"--set {shortened(override, 120, str)}"
     if not equals or not key:

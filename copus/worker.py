@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _agree_on_token() -> None:
-    """Let all ranks have the attempt's token, where only the ranks of one node were given it."""
+    """Let all ranks have the attempt's token, if only the ranks of one node were given it."""
     tokens = [token for token in all_gather(os.environ.get(TOKEN)) if token]
     if tokens:
         os.environ[TOKEN] = tokens[0]

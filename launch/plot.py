@@ -60,7 +60,7 @@ class Series:
 
 
 def plot(run_text: str | None, output: Path | None, *, as_json: bool = False) -> int:
-    """Draw a run to a file. Raises JobError without matplotlib, without steps, or where the file cannot be written."""
+    """Draw a run to a file. Raises JobError without matplotlib, without steps, or if the file cannot be written."""
     run = find_run(run_text)
     output = output or run / "plot.png"
     check_output("--output", output)

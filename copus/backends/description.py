@@ -138,7 +138,7 @@ class BackendDescription(BackendTraits, ABC):
 
 
 def refuse_cut_matrices(optimizer: Optimizer, layout: Layout) -> None:
-    """Raise ValueError for Muon where a rank does not have its matrices whole."""
+    """Raise ValueError for Muon if a rank does not have its matrices whole."""
     if optimizer.kind != "muon":
         return
     for name, value, most in (("tp", layout.tp, 1), ("zero", layout.zero, 0)):

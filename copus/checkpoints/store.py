@@ -76,7 +76,7 @@ class Writing:
         """Plan it, and begin to write a copy `in_background`, where there is room for one. Collective. `state` is the
         trainer's own: what is saved is a copy of now, what is kept of older ones depends on it in the end.
 
-        Raises CheckpointError on every rank where the disk of any did not take it (full, gone, …), and leaves nothing.
+        Raises CheckpointError on every rank if the disk of any did not take it (full, gone, …), and leaves nothing.
         """
         self._run, self._keep, self._state = run, keep, state
         self._folder = run / FOLDER / own_name(_WRITING)

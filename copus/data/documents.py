@@ -88,7 +88,7 @@ class Batch(NamedTuple):
 
 
 def read_batches(files: Iterable[Path], columns: Columns, *, cut: bool = False) -> Iterator[Batch]:
-    """Everything in the files, in order. Raises JobError with file and line where one cannot be read.
+    """Everything in the files, in order. Raises JobError with file and line if one cannot be read.
 
     With `cut` the one long text of the files is cut in two, so that there is something to hold out.
     """

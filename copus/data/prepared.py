@@ -152,7 +152,7 @@ def _check_inputs(job: JobConfig) -> None:
 
 
 def _check_there_is_text(data: DataConfig) -> None:
-    """Raise JobError for settings of text where all datasets are tokenized already: nothing would follow them."""
+    """Raise JobError for settings of text if all datasets are tokenized already: nothing would follow them."""
     if any(part.has_text for part in (*training_parts(data), *held_out_parts(data))):
         return
     for name in (

@@ -14,7 +14,7 @@ from launch.run_directory import shown, typed
 
 
 def engine_of(job: JobConfig) -> Engine:
-    """The engine that `launch.engine` of a job names. Raises JobError where it cannot run this job."""
+    """The engine that `launch.engine` of a job names. Raises JobError if it cannot run this job."""
     engine = _engine(job.launch.engine, job.launch.options)
     engine.check(job)
     check_environment(job, getattr(engine.options, "env", {}))  # engines of this machine have its own
@@ -35,7 +35,7 @@ def attended_engine_of(job: JobConfig, command: str) -> AttendedEngine:
 def engine_of_run(run: Path, name: str | None = None) -> Engine:
     """The engine that a run was given to last, as its job file says; with `name` that one.
 
-    It gets the file's options where they are its own. Raises JobError where the job file no longer says which, or it
+    It gets the file's options if they are its own. Raises JobError if the job file no longer says which, or it
     does not take the options.
     """
     try:
@@ -61,7 +61,7 @@ def engine_state(run: Path, name: str | None = None) -> EngineState:
 def check_not_queued(run: Path) -> None:
     """Make sure that no queued job can start workers in a run. Hold the run's lock.
 
-    Raises JobError where one waits, or runs, or nobody can say.
+    Raises JobError if one waits, or runs, or nobody can say.
     """
     ticket = read_ticket(run)
     if ticket is None:

@@ -97,10 +97,10 @@ class Engine(ABC):
 
     @abstractmethod
     def check(self, job: JobConfig) -> None:
-        """Raise JobError where this engine cannot run the job. Leaves nothing behind, and starts nothing."""
+        """Raise JobError if this engine cannot run the job. Leaves nothing behind, and starts nothing."""
 
     def ready(self, job: JobConfig) -> None:  # noqa: B027 (most have nothing to ask)
-        """Raise JobError where nothing can be started from this machine. Asked before data is prepared for hours."""
+        """Raise JobError if nothing can be started from this machine. Asked before data is prepared for hours."""
 
     def ready_again(self, job: JobConfig) -> list[str]:
         """`ready` for a run that goes on. Returns a line for everything missing that the run can do without."""
@@ -122,7 +122,7 @@ class Engine(ABC):
     def cancel(self, run: Path, *, now: bool) -> str:
         """Stop the run for good, with a checkpoint, or at once where `now`. What was done, in words.
 
-        Does not wait for the end. Raises JobError where nothing of the run is queued or running.
+        Does not wait for the end. Raises JobError if nothing of the run is queued or running.
         """
 
     def log_files(self, run: Path) -> list[Path]:
@@ -207,7 +207,7 @@ class QueuedEngine(Engine):
     def submit(self, run: Path, job: JobConfig) -> Ticket:
         """Queue the job; where the run has checkpoints, its workers go on from the newest that verifies.
 
-        Raises JobError, with the scheduler's own words in one line, where that is refused.
+        Raises JobError, with the scheduler's own words in one line, if that is refused.
         """
 
     @abstractmethod
@@ -226,7 +226,7 @@ class QueuedEngine(Engine):
     def cancel(self, run: Path, *, now: bool) -> str:
         """RUN/stop for workers that run; a job that waits, or `now`, is taken away from the scheduler.
 
-        Raises OSError where the file cannot be written and the workers had to read it.
+        Raises OSError if the file cannot be written and the workers had to read it.
         """
         ticket, state = read_ticket(run), self.state(run)
         if ticket is None or state.phase == "ended":

@@ -76,7 +76,7 @@ class HostsEngine(LocalEngine):
             raise JobError(f"launch.options.min_hosts({self.options.min_hosts}) is more than cluster.nodes({nodes})")
 
     def ready(self, job: JobConfig) -> None:
-        """Raise JobError where a machine does not answer, has other versions or does not share the folders of the job,
+        """Raise JobError if a machine does not answer, has other versions or does not share the folders of the job,
         or where they have no network in common. Writes a file into each folder, and removes it."""
         for host, why in self._ask(job).items():
             raise JobError(f"launch.options.hosts: {host} {why}")
@@ -93,7 +93,7 @@ class HostsEngine(LocalEngine):
         return [f"goes on without a machine of launch.options.hosts: {words}" for words in silent]
 
     def _ask(self, job: JobConfig) -> dict[str, str]:
-        """The machines that do not answer, and what came instead. Raises JobError where the others do not fit."""
+        """The machines that do not answer, and what came instead. Raises JobError if the others do not fit."""
         shell = job_environment()
         for name in self.options.pass_env:
             if name not in shell:

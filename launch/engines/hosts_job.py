@@ -101,7 +101,7 @@ class Supervisor:
             self._fleet.close()
 
     def _gather(self) -> list[Link]:
-        """Hosts for the next attempt. Raises JobError where there are too few for too long."""
+        """Hosts for the next attempt. Raises JobError if there are too few for too long."""
         end, said = time.monotonic() + self._options.wait_seconds, False
         while True:
             self._wait(lambda: self._fleet.is_settled)
@@ -127,7 +127,7 @@ class Supervisor:
                 return
 
     def _pause(self) -> None:
-        """A moment. Raises StopRequested where no workers are wanted any more."""
+        """A moment. Raises StopRequested if no workers are wanted any more."""
         if self._stop or stopped_for_good(self._run):
             raise StopRequested
         time.sleep(POLL_SECONDS)

@@ -171,7 +171,7 @@ def misfit(hello: Hello, software: dict[str, str]) -> str | None:
 def common_network(options: HostsOptions, hellos: dict[str, Hello]) -> str:
     """The network that the hosts talk over: the user's, or the fastest in which each has an address of its own.
 
-    Raises JobError where there is none.
+    Raises JobError if there is none.
     """
     if options.network is not None:
         owners: dict[str, str] = {}

@@ -34,7 +34,7 @@ class KubernetesEngine(QueuedEngine):
     between = "---\n"
 
     def check(self, job: JobConfig) -> None:
-        """Raise JobError where something that the pods read or write is not on the volume."""
+        """Raise JobError if something that the pods read or write is not on the volume."""
         source = job.data.source
         places = {"launch.runs": job.launch.runs, "data.cache": job.data.cache, "profile.table": job.profile.table}
         if isinstance(source, list):

@@ -22,7 +22,7 @@ class Cluster:
     """A cluster, as the kubeconfig or the pod that this runs in gives it. Whatever it refuses is a JobError."""
 
     def __init__(self, namespace: str, context: str | None = None) -> None:
-        """Raises JobError without the client, or where nothing says which cluster."""
+        """Raises JobError without the client, or if nothing says which cluster."""
         try:
             from kubernetes import client, config
         except ImportError:
@@ -34,7 +34,7 @@ class Cluster:
         self._jobs, self._pods, self._namespace = client.CustomObjectsApi(), client.CoreV1Api(), namespace
 
     def create(self, job: dict[str, Any], runtime: dict[str, Any] | None) -> None:
-        """Make a job, and before it the runtime that is its own, which goes when it goes. Raises JobError where the
+        """Make a job, and before it the runtime that is its own, which goes when it goes. Raises JobError if the
         cluster does not want them, or does not know such things; then neither is left."""
         name = job["metadata"]["name"]
         if runtime is None:

@@ -176,7 +176,7 @@ def _is_hopeless(run: Path, job: JobConfig, name: str) -> bool:
 
 
 def _wait_for_ticket(run: Path, name: str) -> None:
-    """Wait until the run is said to belong to this job. Raises JobError where it does not come to that."""
+    """Wait until the run is said to belong to this job. Raises JobError if it does not come to that."""
     end = time.monotonic() + SECONDS
     while (ticket := read_ticket(run)) is None or ticket.job_id != name:
         if time.monotonic() > end:

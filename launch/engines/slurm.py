@@ -41,11 +41,11 @@ class SlurmEngine(QueuedEngine):
     job_noun = "Slurm job"
 
     def check(self, job: JobConfig) -> None:
-        """Raise JobError where the paths of the job cannot be given to Slurm."""
+        """Raise JobError if the paths of the job cannot be given to Slurm."""
         _check_path("launch.runs", job.launch.runs.expanduser().absolute())
 
     def ready(self, job: JobConfig) -> None:
-        """Raise JobError where Slurm's programs are not on this machine."""
+        """Raise JobError if Slurm's programs are not on this machine."""
         for program in ("sbatch", "squeue", "scontrol", "scancel"):
             if shutil.which(program) is None:
                 raise JobError(f"launch.engine(slurm): {program} is not on the PATH of this machine")

@@ -93,7 +93,7 @@ class SrunEngine(AttendedEngine):
         return module_environment(self.options.env.get("PYTHONPATH"))
 
     def end_workers(self, run: Path) -> bool:
-        """Let Slurm end the step. Raises JobError where it does not answer."""
+        """Let Slurm end the step. Raises JobError if it does not answer."""
         return kill_step(run)
 
     def log_files(self, run: Path) -> list[Path]:
@@ -146,7 +146,7 @@ def step_name(run: Path) -> str:
 
 
 def kill_step(run: Path) -> bool:
-    """End the step of a run at once, if there is one. Raises JobError where Slurm does not answer."""
+    """End the step of a run at once, if there is one. Raises JobError if Slurm does not answer."""
     listed = slurm("squeue", "--steps", "--noheader", "--format=%i %j", f"--user={os.getuid()}").splitlines()
     steps = [step for step, _, name in (line.strip().partition(" ") for line in listed) if name == step_name(run)]
     for step in steps:

@@ -31,7 +31,7 @@ def write_ticket(run: Path, ticket: Ticket) -> None:
 
 
 def read_ticket(run: Path) -> Ticket | None:
-    """The job that the run belongs to; None for one that was never queued. Raises JobError where that is unreadable."""
+    """The job that the run belongs to; None for one that was never queued. Raises JobError if that is unreadable."""
     try:
         text = (run / FILE).read_text(encoding="utf-8")
         return Ticket.model_validate_json(text)

@@ -87,7 +87,7 @@ def prior(
     nothing is known of), a precision and what is switched on (`features`). `effects` are those of the package if they
     are left out; an accelerator whose file is a guess has none, and constants of its own.
 
-    Raises ValueError where its file names a constant that does not exist.
+    Raises ValueError if its file names a constant that does not exist.
     """
     if unknown := {*device.constants, *device.log_sd} - set(NAMES):
         raise ValueError(f"accelerator {device.name}: unknown constants {', '.join(sorted(unknown))}")

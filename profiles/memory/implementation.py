@@ -29,7 +29,7 @@ class Implementation(Record):
     """What becomes of the joint output of the query, key and value projection when rotary positions have made copies of
     the first two. kept: the values are a view into it, so that all of it stays (megatron-core). released: not so."""
     narrow_values: Literal["padded", "as they are"] = "padded"
-    """What becomes of the values of latent attention, where they are narrower than its keys. padded: torch's kernels
+    """What becomes of the values of latent attention if they are narrower than its keys. padded: torch's kernels
     that keep no scores take values as wide as keys, and their results, as wide, stay beside the part that counts."""
     gated_mlp_tensors: PositiveInt = 5
     """Tensors as wide as `ffn_hidden` that a gated MLP keeps. 4: gate, up, activated gate, product. 3: activation and

@@ -70,7 +70,7 @@ class FsdpDescription(HuggingFaceDescription):
             raise ValueError(f"bias({model.bias}) is not supported by the fsdp backend: it has none and qkv")
 
     def check_optimizer_in(self, layout: Layout) -> None:
-        """Raise ValueError for Muon where a rank does not have its matrices whole."""
+        """Raise ValueError for Muon if a rank does not have its matrices whole."""
         refuse_cut_matrices(self.optimizer, layout)
 
     def check_model_in(self, layout: Layout, model: ModelShape) -> None:
