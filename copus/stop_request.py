@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 AGENT = "COPUS_AGENT"
-"""Environment variable with the process id of the agent, of which its workers can tell that it is dead already."""
+"""Environment variable with the process id of the agent, by which its workers can tell that it is dead already."""
 
 
 class StopRequest:
@@ -16,7 +18,8 @@ class StopRequest:
         """Takes SIGTERM and SIGINT over."""
         # The vote of one rank stops all: only the first asks the file system, which all share, at every step.
         self._file = run / "stop" if os.environ.get("RANK", "0") == "0" else None
-        self._agent = int(os.environ.get(AGENT, os.getppid()))
+        self._parent = os.getppid()
+        self._is_orphan = AGENT in os.environ and int(os.environ[AGENT]) not in _ancestors()
         self._signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -25,4 +28,10 @@ class StopRequest:
         self._signalled = True
 
     def __call__(self) -> bool:
-        return self._signalled or (self._file is not None and self._file.exists()) or os.getppid() != self._agent
+        is_orphan = self._is_orphan or os.getppid() != self._parent
+        return self._signalled or is_orphan or (self._file is not None and self._file.exists())
+
+
+def _ancestors() -> set[int]:
+    """Process ids of what started this process, directly or not: PYTHON_EXEC may name a program that starts Python."""
+    return {process.pid for process in psutil.Process().parents()}

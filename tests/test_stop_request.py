@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,3 +41,12 @@ def test_the_agent_may_have_died_before_the_rank_asks_for_the_first_time(
     assert not StopRequest(tmp_path)()
     monkeypatch.setenv(AGENT, str(os.getpid()))  # whoever is the parent now, it is another one
     assert StopRequest(tmp_path)()
+
+
+def test_a_program_between_the_agent_and_the_rank_is_no_death_of_the_agent(tmp_path: Path) -> None:
+    """As PYTHON_EXEC puts it there, for instance a profiler."""
+    code = "import sys; from pathlib import Path; from copus.stop_request import StopRequest\n"
+    code += "print(StopRequest(Path(sys.argv[1]))())"
+    between = ["sh", "-c", '"$@"; exit $?', "between", sys.executable, "-c", code, str(tmp_path)]
+    environment = os.environ | {AGENT: str(os.getpid())}
+    assert subprocess.run(between, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout == "False\n"

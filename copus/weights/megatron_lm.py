@@ -75,7 +75,7 @@ def read_megatron(folder: Path, model: ModelShape, *, with_optimizer: bool = Fal
 
 
 def _check_lengths(folder: Path, index: SavedState) -> None:
-    """Raise DamagedFileError for a file that ends before its last tensor does. Also where nobody reads that tensor, as
+    """Raise DamagedFileError for a file that ends before its last tensor does. Even if nobody reads that tensor, as
     it is the optimizer's: there are no checksums, and of a copy that broke off other files may be missing more."""
     ends: dict[str, int] = {}
     for chunk in itertools.chain.from_iterable(index.values()):

@@ -5,7 +5,7 @@ with 0 only if another start is of no use: the run was trained to the end, the u
 has to fix something (the run's events say which). Anything else, also a pod that is evicted, ends with `AGAIN` on all
 nodes: Kubernetes starts them again, without counting, and the workers go on from the newest checkpoint.
 
-The first node begins the attempt; its ranks tell those of the other nodes. It counts, too: where start after start
+The first node begins the attempt; its ranks tell those of the other nodes. It counts, too: if start after start
 leads to no new checkpoint (`max_requeues`), it ends with `HOPELESS`.
 """
 
