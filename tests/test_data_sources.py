@@ -40,6 +40,22 @@ def test_a_subfolder_that_cannot_be_listed_is_refused_and_a_hidden_one_is_not_lo
     assert [file.name for file in source_files([folder])] == ["alpha.txt"]
 
 
+def test_subfolders_that_are_links_are_read_once_and_a_link_to_nothing_is_refused(tmp_path):
+    folder = write_works(tmp_path / "plays", alpha="a")
+    elsewhere = write_works(tmp_path / "elsewhere", beta="b")
+    for name, target in (
+        ("linked", elsewhere),
+        ("again", elsewhere),
+        ("circle", folder),
+        ("log", tmp_path / "nowhere"),
+    ):
+        (folder / name).symlink_to(target)
+    assert [str(file.relative_to(folder)) for file in source_files([folder])] == ["again/beta.txt", "alpha.txt"]
+    (folder / "gone.md").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(JobError, match=r"^data\.source: .*/plays/gone\.md is gone, or a link to nothing$"):
+        source_files([folder])
+
+
 def test_jsonl_may_spell_a_character_as_a_pair_of_surrogates(tmp_path):
     file = tmp_path / "corpus.jsonl"
     file.write_text(r'{"text": "\ud83d\ude00"}')

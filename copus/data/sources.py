@@ -83,22 +83,31 @@ def _dataset_files(folder: Path) -> list[Path]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """The files of a folder and its subfolders, without those that are hidden. Raises JobError for a subfolder that
-    cannot be listed, or that is gone meanwhile: its text would be missing without a word."""
+    """The files of a folder and its subfolders, also of those that are links, without those that are hidden. Raises
+    JobError for a subfolder that cannot be listed, or that is gone meanwhile: its text would be missing without a word.
+    """
 
     def refuse(error: OSError) -> None:
         raise JobError(f"data.source: {error.filename}: {error.strerror}") from None
 
-    for place, subfolders, names in os.walk(folder, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    visited: set[str] = set()
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (target := os.path.realpath(place)) in visited:  # links may lead in a circle
+            subfolders.clear()
+            continue
+        visited.add(target)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _is_text(file: Path) -> bool:
-    suffix = _inner_suffix(file)
-    if file.suffix.lower() == JSON_SUFFIX and file.is_file():
-        return _begins_with_a_document(file)
-    return suffix in (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, PARQUET_SUFFIX) and file.is_file()
+    """Whether a file of a folder is read. Raises JobError if that would be, were it there."""
+    is_json = file.suffix.lower() == JSON_SUFFIX
+    if not is_json and _inner_suffix(file) not in (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, PARQUET_SUFFIX):
+        return False
+    if not file.exists():
+        raise JobError(f"data.source: {file} is gone, or a link to nothing")
+    return file.is_file() and (not is_json or _begins_with_a_document(file))
 
 
 def _begins_with_a_document(file: Path) -> bool:
