@@ -70,7 +70,11 @@ def run_module(command: list[str], interrupts: Interrupts, stop: Path | None = N
     while child.poll() is None:
         if interrupts.count > passed_on:
             passed_on = interrupts.count
-            child.terminate() if passed_on == 1 else child.kill()
+            if passed_on == 1:
+                print("copus: stopping (once more: end at once)", file=sys.stderr)
+                child.terminate()
+            else:
+                child.kill()
         if stop is not None and not stopped and stop.exists():
             stopped = True
             print("copus: stopping: `copus cancel` asked for it", file=sys.stderr)

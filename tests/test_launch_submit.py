@@ -338,6 +338,14 @@ def test_a_cancel_ends_data_preparation(tmp_path: Path) -> None:
     assert code == 128 + signal.SIGTERM
 
 
+def test_an_interrupt_of_data_preparation_says_how_to_end_it_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer that is being trained hears of nothing for seconds."""
+    interrupts = Interrupts()
+    interrupts.count, interrupts.signal = 1, signal.SIGINT
+    assert run_module([sys.executable, "-c", "import time; time.sleep(600)"], interrupts) == 130
+    assert capfd.readouterr().err == "copus: stopping (once more: end at once)\n"
+
+
 def test_what_a_terminal_sends_to_the_process_of_the_data_as_well_ends_it_by_sigterm_alone() -> None:
     """It is sent while that process imports what it needs, too: a traceback, and folders that are half written."""
     script = "import os, signal; [os.kill(os.getpid(), number) for number in (signal.SIGINT, signal.SIGHUP)]"
