@@ -129,6 +129,7 @@ def _distance(current: Configuration, other: Configuration) -> tuple[int, ...]:
         abs(split_now - split_was),
         abs(now.cp - was.cp),
         abs(now.tp - was.tp),
+        abs(now.expert_tp - was.expert_tp),
         # At ZeRO 1 and 2 the copies are of optimizer state and gradients: their shares do not grow, either.
         int(now.dp_shard < was.dp_shard),
         abs(now.dp_replicate - was.dp_replicate),

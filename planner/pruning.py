@@ -94,7 +94,7 @@ def dominated(
 
 def _pairs(arrays: Configurations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Places of all pairs of configurations that differ in recomputation and interleaving alone, both ways round."""
-    degrees, sharing = ("tp", "pp", "cp", "ep", "dp"), ("sequence_parallel", "zero", "offload_optimizer")
+    degrees, sharing = ("tp", "pp", "cp", "ep", "expert_tp", "dp"), ("sequence_parallel", "zero", "offload_optimizer")
     names = (*degrees, *sharing, "micro_batch", "global_batch")
     keys = np.stack([getattr(arrays, name).astype(np.int64) for name in names], axis=1)
     _, group = np.unique(keys, axis=0, return_inverse=True)

@@ -35,7 +35,7 @@ def candidates(
     Layouts are `config.layouts`, or every tp × pp × cp × dp that holds the model on the cluster, with the sequence
     parallelism (if tp > 1) and the sharding of the starting layout or whatever sharding the backend lets the planner
     choose, with every number of model chunks a pipeline stage (vp) that its layers can be cut into, and with every
-    recomputation. Tensor parallel ranks stay within a node: their
+    recomputation. Experts are split by tp, or not at all. Tensor parallel ranks stay within a node: their
     collectives wait for the link at every layer. So do the expert parallel ranks, unless the experts of a node would
     not fit on it. Context parallel ranks have `_CONTEXT_TOKENS` tokens each. `config.tp`, `max_pp`, `max_vp`, `max_cp`,
     `max_ep` and `recompute` pin layouts. Global batches are `batch_multiple` times powers of two, micro-batches powers
@@ -119,14 +119,17 @@ def _experts_are_near(layout: Layout, model: ModelShape, cluster: Cluster, backe
     """Whether the ranks that share experts out are on one node, or on no more nodes than the experts' weights,
     gradients and unshared optimizer state need: an all-to-all between nodes is slow. Fewer ranks are no alternative
     if the backend does not run them."""
-    if layout.ep == 1 or layout.tp * layout.ep <= node_size(cluster):
+    if layout.ep == 1 or layout.expert_tp * layout.ep <= node_size(cluster):
         return True
     memory = memory_bytes(cluster)
-    fewer = (ep for ep in _divisors(math.gcd(model.experts, layout.dp * layout.cp)) if ep < layout.ep)
+    ranks = layout.tp * layout.dp * layout.cp // layout.expert_tp
+    fewer = (ep for ep in _divisors(math.gcd(model.experts, ranks)) if ep < layout.ep)
     degrees = [ep for ep in fewer if _runs(layout.model_copy(update={"ep": ep}), model, backend)]
     if not degrees:
         return True
-    weights = model.expert_layers * model.experts * model.expert_matrices / (layout.tp * layout.pp * max(degrees))
+    weights = (
+        model.expert_layers * model.experts * model.expert_matrices / (layout.expert_tp * layout.pp * max(degrees))
+    )
     return memory is not None and weights * (6 if layout.zero else 18) > _EXPERT_SHARE * memory
 
 
@@ -145,8 +148,8 @@ def _shardings(layout: Layout, cluster: Cluster, backend: BackendTraits) -> Iter
 
 
 def layouts(model: ModelShape, cluster: Cluster, start: Layout, largest_cp: int = 1) -> list[Layout]:
-    """Every split of the cluster into tp × pp × cp × dp, and of cp · dp into groups of ep, that passes `Layout.check`,
-    else like `start`, and `start`."""
+    """Every split of the cluster into tp × pp × cp × dp, and of cp · dp into groups of ep, or with whole experts of
+    tp · cp · dp, that passes `Layout.check`, else like `start`, and `start`."""
     splits = _splits(cluster.accelerators, model, start, largest_cp)
     possible = [layout for layout in splits if _holds(layout, model, cluster)]
     return possible if start in possible else [start, *possible]
@@ -161,12 +164,13 @@ def _splits(accelerators: int, model: ModelShape, start: Layout, largest_cp: int
                 dp = accelerators // (tp * pp * cp)
                 # A copy on a single rank is shared out among nobody: all of the traffic, and no memory saved.
                 shared = start.zero and dp % start.dp_replicate == 0 and dp > start.dp_replicate
-                for ep in _divisors(math.gcd(model.experts, dp * cp)) if model.experts else [1]:
+                for ep, etp in _expert_splits(model, tp, dp * cp):
                     yield Layout(
                         tp=tp,
                         pp=pp,
                         cp=cp,
                         ep=ep,
+                        etp=etp,
                         dp=dp,
                         # Without it every rank would send all tokens to the experts.
                         sequence_parallel=(start.sequence_parallel or model.experts > 0) and tp > 1,
@@ -175,6 +179,17 @@ def _splits(accelerators: int, model: ModelShape, start: Layout, largest_cp: int
                         dp_replicate=start.dp_replicate if shared else 1,
                         offload_optimizer=start.offload_optimizer,
                     )
+
+
+def _expert_splits(model: ModelShape, tp: int, replicas: int) -> Iterator[tuple[int, int | None]]:
+    """Expert parallel degrees with the tensor parallel degree of the experts: that of all else, or 1. With degrees in
+    between the same ranks hold the experts, and tokens are both gathered and sent."""
+    if not model.experts:
+        yield 1, None
+        return
+    for etp in (None, 1) if tp > 1 else (None,):
+        for ep in _divisors(math.gcd(model.experts, replicas * tp if etp else replicas)):
+            yield ep, etp
 
 
 def _runs(layout: Layout, model: ModelShape, backend: BackendTraits) -> bool:

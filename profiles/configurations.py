@@ -28,6 +28,8 @@ class Configurations:
     """Context parallel degrees."""
     ep: NDArray[np.int64]
     """Expert parallel degrees."""
+    expert_tp: NDArray[np.int64]
+    """Tensor parallel degrees of the experts."""
     dp: NDArray[np.int64]
     """Data parallel degrees."""
     sequence_parallel: NDArray[np.bool_]
@@ -50,7 +52,8 @@ class Configurations:
         """The arrays of some configurations, in their order."""
         rows = [
             (
-                *(c.layout.tp, c.layout.pp, c.layout.vp, c.layout.cp, c.layout.ep, c.layout.dp),
+                *(c.layout.tp, c.layout.pp, c.layout.vp, c.layout.cp),
+                *(c.layout.ep, c.layout.expert_tp, c.layout.dp),
                 *(c.layout.sequence_parallel, RECOMPUTE.index(c.layout.recompute)),
                 *(c.layout.zero, c.layout.dp_replicate, c.layout.offload_optimizer, c.micro_batch, c.global_batch),
             )
@@ -73,6 +76,7 @@ class Configurations:
         }
         layout = Layout(
             **degrees,
+            etp=int(self.expert_tp[index]),
             sequence_parallel=bool(self.sequence_parallel[index]),
             recompute=RECOMPUTE[self.recompute[index]],
             offload_optimizer=bool(self.offload_optimizer[index]),

@@ -29,7 +29,7 @@ def enumerate_configurations(
     sequences).
 
     Also asked for: the tensor and context parallel ranks share a node unless `max_tp` says otherwise; cp cuts a
-    sequence into 2·cp pieces (for causal balance); ep divides the experts and dp; virtual stages have pp as a divisor
+    sequence into 2·cp pieces (for causal balance); ep divides the experts and dp, and their matrices are split by tp; virtual stages have pp as a divisor
     of the number of micro-batches (2104.04473, §2.2.2); ZeRO-2 and 3 go without a pipeline; sequence parallelism
     wherever tp > 1 and tp divides the sequence. Raises ValueError for a recomputation or ZeRO stage that does not
     exist.
@@ -56,6 +56,7 @@ def enumerate_configurations(
         vp=vp,
         cp=cp,
         ep=ep,
+        expert_tp=tp,
         dp=dp,
         sequence_parallel=(tp > 1) & (model.seq_len % tp == 0),
         recompute=kind,

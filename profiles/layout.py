@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from profiles.cluster import Cluster
 from profiles.model_shape import ModelShape
@@ -27,8 +27,10 @@ class Layout(Record):
     """Context parallel degree: so many ranks split each sequence, in 2·cp pieces of which every rank has an early and a
     late one."""
     ep: PositiveInt = 1
-    """Expert parallel degree: groups of ep data and context parallel ranks split the experts. Each expert is split by
-    tp like the other matrices."""
+    """Expert parallel degree: groups of ep data and context parallel ranks split the experts."""
+    etp: PositiveInt | None = Field(default=None, json_schema_extra={"default_in_words": "tp"})
+    """Tensor parallel degree of the experts: so many ranks split the matrices of each expert. Less than tp lets tensor
+    parallel ranks hold different experts: groups of etp · ep ranks share all of them out."""
     dp: PositiveInt = 1
     """Data parallel degree."""
     sequence_parallel: bool = False
@@ -50,6 +52,10 @@ class Layout(Record):
     def _check_combinations(self) -> "Layout":
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("sequence_parallel(true) needs tp > 1, but tp = 1")
+        if self.tp % self.expert_tp:
+            raise ValueError(f"tp({self.tp}) ÷ etp({self.etp}) is not whole: {self.tp / self.expert_tp:g}")
+        if self.etp == self.tp:  # one layout is one value, however it was written
+            object.__setattr__(self, "etp", None)
         if self.vp > 1 and self.pp == 1:
             raise ValueError(f"vp({self.vp}) needs pp > 1, but pp = 1")
         if self.dp % self.dp_replicate:
@@ -71,6 +77,11 @@ class Layout(Record):
         return self.tp * self.pp * self.cp * self.dp
 
     @property
+    def expert_tp(self) -> int:
+        """Ranks that split the matrices of each expert."""
+        return self.etp or self.tp
+
+    @property
     def dp_shard(self) -> int:
         """Data parallel ranks that hold one copy of what `zero` shares out: 1 where it shares out nothing."""
         return self.dp // self.dp_replicate if self.zero else 1
@@ -80,6 +91,7 @@ class Layout(Record):
         """Short name for people: `TP2·PP1·DP4`, with the less usual degrees only where they are not 1."""
         degrees = [("TP", self.tp), ("PP", self.pp), ("DP", self.dp)]
         degrees += [(name, value) for name, value in (("VP", self.vp), ("CP", self.cp), ("EP", self.ep)) if value > 1]
+        degrees += [("ETP", self.etp)] if self.etp else []
         extras = ["SP"] * self.sequence_parallel + [f"Z{self.zero}"] * (self.zero > 0)
         extras += [f"HSDP{self.dp_replicate}×{self.dp_shard}"] * (self.dp_replicate > 1)
         extras += [f"recompute:{self.recompute}"] * (self.recompute != "none")
@@ -95,18 +107,28 @@ class Layout(Record):
             )
         if self.ep > 1 and not model.experts:
             raise ValueError(f"ep({self.ep}) needs a model with experts")
+        if self.etp and not model.experts:
+            raise ValueError(f"etp({self.etp}) needs a model with experts")
+        has_dense_mlps = model.expert_layers < model.layers
         divisions = [
             ("model.heads", model.heads, "tp", self.tp),
             ("model.kv_heads", model.kv_heads, "tp", self.tp),
-            ("model.ffn_hidden", model.ffn_hidden, "tp", self.tp),
+            *([("model.ffn_hidden", model.ffn_hidden, "tp", self.tp)] if has_dense_mlps else []),
             ("padded vocabulary", model.padded_vocab, "tp", self.tp),
         ]
         if model.experts:
             divisions += [
-                ("model.expert_hidden", model.expert_width, "tp", self.tp),
+                (
+                    *("model.expert_hidden" if has_dense_mlps else "model.ffn_hidden", model.expert_width),
+                    *("etp" if self.etp else "tp", self.expert_tp),
+                ),
                 ("model.shared_expert_hidden", model.shared_expert_hidden, "tp", self.tp),
                 ("model.experts", model.experts, "ep", self.ep),
-                ("dp·cp", self.dp * self.cp, "ep", self.ep),
+                (
+                    ("tp·cp·dp", self.tp * self.cp * self.dp, "etp·ep", self.etp * self.ep)
+                    if self.etp
+                    else ("dp·cp", self.dp * self.cp, "ep", self.ep)
+                ),
             ]
         if self.cp > 1:
             divisions.append(("model.seq_len", model.seq_len, "2·cp", 2 * self.cp))

@@ -169,6 +169,8 @@ def configuration_of(row: Row) -> Configuration:
     """How a row ran. Raises RejectedError."""
     gpus = whole(row, "gpus")
     degrees = {name: whole(row, name, 1) for name in ("tp", "pp", "vp", "cp", "ep")}
+    if row.get("etp") and whole(row, "experts", 0):
+        degrees["etp"] = whole(row, "etp")
     if min(degrees.values()) < 1:
         raise RejectedError("a degree of parallelism is below 1")
     split = degrees["tp"] * degrees["pp"] * degrees["cp"]

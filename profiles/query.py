@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 FINGERPRINT = ("model", "precision", "backend", "hardware", "software")
-DEGREES = ("tp", "pp", "vp", "cp", "ep", "dp", "zero")
+DEGREES = ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "zero")
 LAYOUT = {**dict.fromkeys(DEGREES, "BIGINT"), "sequence_parallel": "BOOLEAN", "recompute": "VARCHAR"}
 
 
@@ -220,7 +220,7 @@ def _degrees(text: str) -> dict[str, Any]:
     """Columns and their values from a layout as people write it."""
     columns: dict[str, Any] = {}
     for part in re.split(r"[·,\s]+", text.lower().strip()):
-        match = re.fullmatch(r"(tp|pp|vp|cp|ep|dp|z|zero)=?(\d+)", part)
+        match = re.fullmatch(r"(tp|pp|vp|cp|ep|etp|dp|z|zero)=?(\d+)", part)
         if match:
             columns["zero" if match[1] == "z" else match[1]] = int(match[2])
         elif part in ("sp", "nosp"):

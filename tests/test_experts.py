@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from copus.backends import initial_weights
 from copus.backends.huggingface import mean_loss
 from copus.backends.initial_weights import initial_weight
+from copus.backends.megatron.description import replicas_of_part
 from copus.backends.megatron.shard_table import shard_table
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest
@@ -45,6 +46,7 @@ WITH_BIASES = MOE | {
         "aux_loss": 0.001,
     }
 }
+SPLIT: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
 BATCH = 8
 SOURCE = "microbatch+normlayer"
 Figures = tuple[list[float], float, list[np.ndarray]]
@@ -73,7 +75,7 @@ def _with_micro_batches_of(ep: int, dp: int) -> Callable[[int, int], tuple[torch
 def _train(
     layout: dict[str, Any], model: dict[str, Any], dispatch: str, as_replicas: tuple[int, int], steps: int
 ) -> Figures:
-    """One sequence a micro-batch, or on one rank those that `as_replicas` (ep, dp) run together."""
+    """One sequence a micro-batch, or on one rank those that `as_replicas` (number, dp) run together."""
     ep, dp = as_replicas
     ranks = dist.get_world_size()
     job = tiny_job(ranks, layout, model, micro_batch=ep if ranks == 1 else 1, expert_dispatch=dispatch)
@@ -88,11 +90,16 @@ def _train(
     return [result.loss for result in results], results[0].grad_sq, squares
 
 
+def _ranks(layout: dict[str, Any]) -> int:
+    return int(np.prod([layout.get(degree, 1) for degree in ("tp", "pp", "dp")]))
+
+
 def _check_equal(layout: dict[str, Any], model: dict[str, Any], dispatch: str, steps: int) -> None:
-    ranks = int(np.prod([layout.get(degree, 1) for degree in ("tp", "pp", "dp")]))
-    as_replicas = (layout.get("ep", 1), layout.get("dp", 1))
+    as_replicas = (replicas_of_part(Layout(**layout)), layout.get("dp", 1))
     losses, grad_sq, parts = run_ranks(1, _train, {}, model, "alltoall", as_replicas, steps)[0]
-    other_losses, other_grad_sq, other_parts = run_ranks(ranks, _train, layout, model, dispatch, as_replicas, steps)[0]
+    other_losses, other_grad_sq, other_parts = run_ranks(
+        _ranks(layout), _train, layout, model, dispatch, as_replicas, steps
+    )[0]
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(other_losses, losses, rtol=1e-4)
     assert other_grad_sq == pytest.approx(grad_sq, rel=1e-5)
@@ -103,6 +110,11 @@ def _check_equal(layout: dict[str, Any], model: dict[str, Any], dispatch: str, s
 @pytest.mark.dist
 def test_two_ranks_that_share_the_experts_out_train_as_one() -> None:
     _check_equal({"dp": 2, "ep": 2, "zero": 1}, MOE, "alltoall", steps=6)
+
+
+@pytest.mark.dist
+def test_tensor_parallel_ranks_with_experts_of_their_own_train_as_one() -> None:
+    _check_equal({**SPLIT, "ep": 2, "etp": 1, "zero": 1}, MOE, "alltoall", steps=6)
 
 
 @pytest.mark.dist
@@ -121,6 +133,12 @@ def test_two_ranks_that_share_the_experts_out_train_as_one() -> None:
         ({"dp": 4, "ep": 2, "zero": 1}, MOE, "alltoall"),
         ({"dp": 4, "ep": 4}, MOE, "alltoall"),
         ({"dp": 2, "ep": 2, "recompute": "full"}, MOE, "alltoall"),
+        ({**SPLIT, "dp": 2, "ep": 2, "etp": 1}, MOE, "alltoall"),
+        ({**SPLIT, "dp": 2, "ep": 4, "etp": 1}, MOE, "allgather"),
+        ({**SPLIT, "dp": 2, "ep": 2, "etp": 1, "zero": 1}, WITH_BIASES, "allgather"),
+        ({**SPLIT, "dp": 2, "ep": 4, "etp": 1, "zero": 1}, WITH_BIASES, "alltoall"),
+        ({**SPLIT, "pp": 2, "ep": 2, "etp": 1, "zero": 1}, MOE, "alltoall"),
+        ({**SPLIT, "tp": 4, "ep": 2, "etp": 2}, MOE | {"kv_heads": 4}, "alltoall"),
     ],
     ids=str,
 )
@@ -189,7 +207,9 @@ def _tour(layouts: list[dict[str, Any]], precision: str, folder: str) -> tuple[l
                 {"dp": 2},
                 {"pp": 2},
                 {"tp": 2, "sequence_parallel": True},
+                {**SPLIT, "ep": 2, "etp": 1},
                 {"dp": 2, "zero": 1},
+                {**SPLIT, "ep": 2, "etp": 1, "zero": 1},
                 {"dp": 2, "ep": 2},
             ],
             "fp32",
@@ -199,7 +219,10 @@ def _tour(layouts: list[dict[str, Any]], precision: str, folder: str) -> tuple[l
                 {"dp": 4, "ep": 2, "zero": 1},
                 {"tp": 2, "sequence_parallel": True, "dp": 2, "ep": 2},
                 {"pp": 2, "dp": 2, "ep": 2, "zero": 1},
+                {**SPLIT, "dp": 2, "ep": 2, "etp": 1, "zero": 1},
                 {"dp": 4, "ep": 4},
+                {**SPLIT, "dp": 2, "ep": 4, "etp": 1},
+                {**SPLIT, "pp": 2, "ep": 2, "etp": 1, "zero": 1},
                 {"tp": 2, "sequence_parallel": True, "pp": 2, "zero": 1},
                 {"pp": 2, "vp": 2, "dp": 2, "zero": 1},
             ],
@@ -209,9 +232,7 @@ def _tour(layouts: list[dict[str, Any]], precision: str, folder: str) -> tuple[l
     ],
     ids=["two ranks", "four ranks"],
 )
-def test_six_moves_and_a_checkpoint_change_no_bit(
-    layouts: list[dict[str, Any]], precision: str, tmp_path: Path
-) -> None:
+def test_moves_and_a_checkpoint_change_no_bit(layouts: list[dict[str, Any]], precision: str, tmp_path: Path) -> None:
     ranks = layouts[0]["dp"]
     for changed, (moved, loaded) in run_ranks(ranks, _tour, layouts, precision, str(tmp_path)):
         assert changed == []
@@ -281,11 +302,15 @@ def test_impossible_experts_are_refused(fields: dict[str, Any], message: str) ->
             MOE | {"kv_heads": 4, "expert_hidden": 22},
             "training.layout: model.expert_hidden(22) ÷ tp(4) is not whole: 5.5",
         ),
+        ({"tp": 2, "etp": 1}, {"kv_heads": 2}, "training.layout: etp(1) needs a model with experts"),
+        ({**SPLIT, "etp": 4}, MOE, "training.layout: tp(2) ÷ etp(4) is not whole: 0.5"),
+        ({**SPLIT, "ep": 4, "etp": 1}, MOE, "training.layout: tp·cp·dp(2) ÷ etp·ep(4) is not whole: 0.5"),
+        ({**SPLIT, "dp": 2, "etp": 1}, MOE, "etp·ep(1) ÷ tp·cp(2) is not whole: 0.5; the megatron backend shares"),
     ],
 )
 def test_impossible_layouts_of_experts_are_refused(layout: dict[str, Any], model: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError) as refused:
-        tiny_job(Layout(**layout).accelerators, layout, model)
+        tiny_job(_ranks(layout), layout, model)
     assert message in str(refused.value)
 
 
@@ -294,9 +319,30 @@ def test_how_tokens_are_sent_needs_experts() -> None:
         tiny_job(1, {}, expert_dispatch="allgather")
 
 
-def test_a_part_is_a_micro_batch_of_all_replicas_that_share_experts_out() -> None:
-    parts = find_backend("megatron").parts(configuration(16, 2, dp=4, ep=2))
-    assert parts == {MICROBATCH: (4, 4), NORMLAYER: (16, 1)}
+@pytest.mark.parametrize(
+    ("layout", "parts"),
+    [
+        ({"dp": 4, "ep": 2}, (4, 4)),
+        ({**SPLIT, "dp": 4, "ep": 2}, (4, 4)),
+        ({**SPLIT, "dp": 4, "ep": 2, "etp": 1}, (8, 2)),
+        ({**SPLIT, "dp": 4, "ep": 8, "etp": 1}, (2, 8)),
+    ],
+)
+def test_a_part_is_a_micro_batch_of_all_replicas_that_share_experts_out(
+    layout: dict[str, Any], parts: tuple[int, int]
+) -> None:
+    found = find_backend("megatron").parts(configuration(16, 2, **layout))
+    assert found == {MICROBATCH: parts, NORMLAYER: (16, 1)}
+
+
+def test_the_degree_of_all_else_is_that_of_the_experts_unless_another_is_given() -> None:
+    as_written = Layout(tp=4, ep=2, dp=2, etp=4)
+    assert as_written == Layout(tp=4, ep=2, dp=2)
+    assert as_written.label == "TP4·PP1·DP2·EP2"
+    assert Layout(tp=4, ep=2, dp=2, etp=1).label == "TP4·PP1·DP2·EP2·ETP1"
+    for layout in (as_written, Layout(tp=4, ep=2, dp=2, etp=2)):
+        one = configuration(8, 1, **layout.model_dump())
+        assert Configurations.of([one])[0] == one
 
 
 def test_experts_have_the_names_that_hugging_face_gives_them() -> None:
@@ -336,6 +382,8 @@ def test_a_model_with_experts_becomes_a_configuration_of_the_family_that_has_it(
         Layout(tp=2, sequence_parallel=True, pp=2, dp=2, ep=2),
         Layout(pp=4),
         Layout(dp=8, ep=4, zero=1),
+        Layout(tp=2, sequence_parallel=True, dp=4, ep=2, etp=1),
+        Layout(tp=2, sequence_parallel=True, pp=2, dp=2, ep=4, etp=1, zero=1),
     ],
     ids=lambda layout: layout.label,
 )
@@ -358,14 +406,11 @@ def test_the_table_has_every_expert_and_the_memory_model_counts_them(layout: Lay
     optimizer_rows = np.isin(table.group, [index for index, fields in enumerate(table.groups) if "/" in fields[0].name])
     elements = (table.stop - table.start).prod(axis=1)[optimizer_rows].sum()
     copies = 1 if layout.zero else layout.dp
+    expert_copies = 1 if layout.zero else layout.tp * layout.dp // (layout.expert_tp * layout.ep)
     replicated = (layout.tp - 1) * (job.model.layers * job.model.whole_vectors + job.model.hidden)
     replicated += (layout.tp - 1) * job.model.expert_layers * job.model.hidden * job.model.experts
     experts = job.model.expert_layers * job.model.experts * job.model.expert_matrices
-    assert (
-        elements
-        == copies * (job.model.parameters - experts + replicated)
-        + copies // (1 if layout.zero else layout.ep) * experts
-    )
+    assert elements == copies * (job.model.parameters - experts + replicated) + expert_copies * experts
 
 
 DIMENSIONS = {

@@ -37,6 +37,7 @@ FIGURES: dict[str, str] = {
     "layout/dp": "Data parallel degree.",
     "layout/cp": "Context parallel degree.",
     "layout/ep": "Expert parallel degree.",
+    "layout/etp": "Tensor parallel degree of the experts.",
     "speed/step_seconds": "Duration of the last step.",
     "speed/samples_per_second": "Throughput of the last step, sequences a second.",
     "speed/mfu": "Model FLOP utilization of the last step: operations that the model asks for, over the rated peak.",
@@ -168,4 +169,5 @@ def _of_configuration(configuration: Configuration) -> dict[str, float | None]:
         "layout/dp": layout.dp,
         "layout/cp": layout.cp,
         "layout/ep": layout.ep,
+        "layout/etp": layout.expert_tp,
     }

@@ -1,5 +1,6 @@
 """The cluster and the layout that Megatron-LM's arguments, and what starts it, describe."""
 
+import math
 from typing import Any
 
 from copus.backends.registry import find_backend
@@ -21,7 +22,8 @@ def read_layout(given: GivenArguments, command: CommandLine) -> int:
     pp = given.whole("--pipeline-model-parallel-size") or 1
     cp = given.whole("--context-parallel-size") or 1
     ep = given.whole("--expert-model-parallel-size") or 1
-    world = _cluster(given, command, smallest=tp * pp * cp * ep)
+    etp = given.whole("--expert-tensor-parallel-size") or tp
+    world = _cluster(given, command, smallest=pp * math.lcm(tp * cp, etp * ep))
     if world % (tp * pp * cp):
         raise JobError(
             f"{world} accelerators ÷ (tp {tp} × pp {pp} × cp {cp}) = {world / (tp * pp * cp):g}, not a whole number of "
@@ -34,8 +36,7 @@ def read_layout(given: GivenArguments, command: CommandLine) -> int:
         layout["cp"] = cp
     if ep > 1 and _runs(given, "ep", ep, "--expert-model-parallel-size", "every rank has all experts here"):
         layout["ep"] = ep
-    if given.whole("--expert-tensor-parallel-size") not in (None, tp):
-        given.leave("--expert-tensor-parallel-size", "is lost", "experts are split as all else is")
+    _expert_tensor_parallel(given, layout)
     if (chunks := _chunks(given, pp)) > 1:
         layout["vp"] = chunks
     if given.flag("--sequence-parallel"):
@@ -64,6 +65,24 @@ def _cluster(given: GivenArguments, command: CommandLine, smallest: int) -> int:
         put("cluster.accelerators_per_node", per_node)
     given.job.assume("cluster.accelerator", "h100-sxm", "no argument names it")
     return nodes * per_node
+
+
+def _expert_tensor_parallel(given: GivenArguments, layout: dict[str, Any]) -> None:
+    """How many ranks split each expert. Megatron-LM takes degrees here that the backend does not run."""
+    argument, tp = "--expert-tensor-parallel-size", layout["tp"]
+    etp = given.whole(argument) or tp
+    if etp == tp or not given.whole("--num-experts"):
+        return
+    instead = "experts are split as all else is"
+    if tp % etp:
+        given.leave(argument, "is lost", f"tp({tp}) ÷ etp({etp}) is not whole: {tp / etp:g}; {instead}")
+        return
+    try:
+        find_backend("megatron").check_layout(Layout.model_validate({**layout, "etp": etp}))
+    except ValueError as error:
+        given.leave(argument, "is lost", f"{error}; {instead}")
+    else:
+        layout["etp"] = etp
 
 
 def _runs(given: GivenArguments, degree: str, size: int, argument: str, instead: str) -> bool:

@@ -151,6 +151,8 @@ def _layout(job: JobConfig, run: FixedRun, out: Emitted) -> None:
         out.add("--context-parallel-size", layout.cp)
     if layout.ep > 1:
         out.add("--expert-model-parallel-size", layout.ep)
+    if model.experts and layout.tp > 1:
+        out.add("--expert-tensor-parallel-size", layout.expert_tp)
     if layout.sequence_parallel:
         out.add("--sequence-parallel")
     split = split_layers(model.layers, layout.pp, layout.vp)

@@ -33,6 +33,8 @@ def _layout(job: JobConfig, run: FixedRun, out: Emitted) -> None:
     out.add("--parallelism.context_parallel_degree", layout.cp)
     if layout.ep > 1:
         out.add("--parallelism.expert_parallel_degree", layout.ep)
+        if layout.tp > 1:
+            out.add("--parallelism.expert_tensor_parallel_degree", layout.expert_tp)
     if layout.zero == 1:
         out.lose("training.layout.zero(1): FSDP2 reduces gradients into shards too, which is stage 2")
     if layout.tp > 1 and not layout.sequence_parallel:

@@ -12,12 +12,12 @@ from profiles.cost.work import Floats
 from profiles.model_shape import ModelShape
 
 COORDINATES = (
-    *("tp", "pp", "dp", "micro_batch", "num_microbatches", "vp", "cp", "ep"),
+    *("tp", "pp", "dp", "micro_batch", "num_microbatches", "vp", "cp", "ep", "etp"),
     *("zero", "recompute", "sp"),
     *("nodes", "width", "depth", "seq"),
     "shard",
 )
-"""What `coordinates` gives: log2 of the degrees, counts and sizes; flags as they are."""
+"""What `coordinates` gives: log2 of the degrees, counts and sizes; flags as they are. `etp` is tp ÷ etp, 1 for most."""
 
 
 class Smoothness(NamedTuple):
@@ -73,7 +73,7 @@ def coordinates(model: ModelShape, cluster: Cluster, c: Configurations, shard: b
     """Where each configuration lies, for the distance between two: N × D, in the order of `COORDINATES`. `shard`: as
     one rank's work alone."""
     n = np.maximum(c.num_microbatches, 1)
-    logs = np.log2(np.stack([c.tp, c.pp, c.dp, c.micro_batch, n, c.vp, c.cp, c.ep]).astype(float))
+    logs = np.log2(np.stack([c.tp, c.pp, c.dp, c.micro_batch, n, c.vp, c.cp, c.ep, c.tp / c.expert_tp]).astype(float))
     flags = np.stack([c.zero, c.recompute, c.sequence_parallel]).astype(float)
     size = [*np.log2([cluster.nodes, model.hidden, model.layers, model.seq_len]), float(shard)]
     return np.concatenate([logs, flags, np.repeat(np.array(size)[:, None], len(c), axis=1)]).T

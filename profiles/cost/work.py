@@ -151,7 +151,8 @@ def work(
     """The work of each configuration. Raises ValueError for a precision that the accelerator does not have."""
     peak, memory = device.peak(precision), device.memory_bytes_per_second
     wide = "bf16" if "fp8" in precision or "fp4" in precision else precision  # what attention runs in
-    tp, pp, vp, cp, ep, dp, b = (a.astype(float) for a in (c.tp, c.pp, c.vp, c.cp, c.ep, c.dp, c.micro_batch))
+    tp, pp, vp, cp, dp, b = (a.astype(float) for a in (c.tp, c.pp, c.vp, c.cp, c.dp, c.micro_batch))
+    ep, etp = c.ep.astype(float), c.expert_tp.astype(float)
     n = np.maximum(c.global_batch / (dp * b), 1.0)
     full, selective = c.recompute == RECOMPUTE.index("full"), c.recompute == RECOMPUTE.index("selective")
     again, attention_again = full.astype(float), (full | selective).astype(float)
@@ -166,13 +167,15 @@ def work(
     chosen, shared = moe * model.experts_per_token, moe * model.shared_expert_hidden
     width = (1 - moe) * f + chosen * model.expert_width + shared
     """Width of all MLPs that a token goes through."""
-    inputs = 1 - moe + chosen + moe * (shared > 0)
+    gathered_share = etp / tp
+    """Share of a replica's tokens that the ranks of one expert tensor parallel group have, before others send theirs."""
+    inputs = 1 - moe + chosen * gathered_share + moe * (shared > 0)
     """Copies of a token that go into these."""
     tokens = b * (model.seq_len / cp)
     products = 2 * tokens * (model.attention_matrices + (gates + 1) * h * width + moe * h * model.experts) / tp
     attention_weights = model.attention_matrices / tp
     dense_weights = attention_weights + (gates + 1) * h * ((1 - moe) * f + shared) / tp
-    expert_weights = moe * model.expert_matrices * model.experts / (ep * tp)
+    expert_weights = moe * model.expert_matrices * model.experts / (ep * etp)
     touched = tokens * ((2 + inputs) * h + (2 * q + 2 * kv + (gates + 1) * width) / tp + inputs * h)
     operands = HALF * (touched + dense_weights + expert_weights)
     causal = (
@@ -189,17 +192,21 @@ def work(
     forward = 1 + again + BACKWARD
     passes = 2 + again
     hidden_bytes = HALF * tokens * h
-    collectives = np.where(tp > 1, 4 + 2 * again, 0.0)
-    tp_link = sheet.bus(tp, np.ones_like(tp))
+    # Half of them are of attention. Those of an MLP of experts are among the ranks that split an expert, and the shared
+    # expert has its own then.
+    half, between_experts = np.where(tp > 1, 2 + again, 0.0), np.where(etp > 1, moe, 0.0)
+    by_tp = 2 - moe + np.where(etp < tp, moe * (model.shared_expert_hidden > 0), 0.0)
+    tp_link, etp_link = (sheet.bus(degree, np.ones_like(degree)) for degree in (tp, etp))
+    tp_seconds = by_tp * (tp - 1) / tp / tp_link + moe * gathered_share * (etp - 1) / etp / etp_link
     kv_bytes = HALF * tokens * 2 * kv / tp
     ep_bytes = HALF * tokens * h * chosen * (ep - 1) / ep / tp
     replicas, copies = dp * cp, c.dp_replicate.astype(float)
     sharers = replicas / copies  # hybrid sharding gathers and scatters among neighbours, and sums over the copies
     ring = (sharers - 1) / sharers
     dp_link = sheet.bus(sharers, tp)
-    # Experts lie on neighbours of their tensor parallel ranks, and each one's replicas that far apart.
-    expert_replicas = np.maximum(sharers / ep, 1.0)
-    expert_ring, expert_link = (expert_replicas - 1) / expert_replicas, sheet.bus(expert_replicas, tp * ep)
+    # Experts lie on neighbours of the ranks that split one, and each one's replicas that far apart.
+    expert_replicas = np.maximum(sharers * tp / (etp * ep), 1.0)
+    expert_ring, expert_link = (expert_replicas - 1) / expert_replicas, sheet.bus(expert_replicas, etp * ep)
     layer_parameters = dense_weights + moe * h * model.experts + model.column_biases / tp + model.whole_vectors
 
     # A pipeline keeps gathered weights and sums gradients over its micro-batches: then once a step.
@@ -245,15 +252,15 @@ def work(
         layer_attention=attention,
         layer_attention_token=causal_token * (1 + attention_again + BACKWARD) / device.peak(wide),
         layer_elementwise=elementwise * forward / memory,
-        layer_tp=collectives * hidden_bytes * 2 * (tp - 1) / tp / tp_link,
-        layer_tp_messages=collectives,
+        layer_tp=half * hidden_bytes * 2 * tp_seconds,
+        layer_tp_messages=half * (by_tp + between_experts),
         # A ring sends keys and values round, and in the backward pass again, with their gradients. Gathered ones stay:
         # the backward pass scatters the gradients.
         layer_cp=((3 if context == "ring" else 2) + attention_again)
         * (kv_bytes * (cp - 1))
         / (sheet.ring_pass(cp, tp) if context == "ring" else sheet.bus(cp, tp)),
         layer_cp_cover=attention if context == "ring" else 0 * ones,
-        layer_ep=2 * passes * ep_bytes / sheet.all_to_all(ep, tp, chosen)
+        layer_ep=2 * passes * ep_bytes / sheet.all_to_all(ep, etp, chosen)
         if model.experts
         else 0 * ones,  # there and back
         layer_gather=gather,

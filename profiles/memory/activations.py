@@ -59,7 +59,8 @@ def layer_activations(
         width = model.experts_per_token * model.expert_width + model.shared_expert_hidden
     mlp = (how.gated_mlp_tensors if model.gated_mlp else 2) * width * e / c.tp
     if model.experts:  # tokens permuted to their experts and back, and the router's probabilities in fp32
-        copies = 1 + (how.expert_outputs == "kept")
+        # The ranks that split an expert all have its tokens; the tensor parallel ranks share all tokens out.
+        copies = (1 + (how.expert_outputs == "kept")) * c.expert_tp / c.tp
         mlp = mlp + copies * model.experts_per_token * hidden * e + 4 * model.experts
     inside = scores + gathered  # of attention, which selective recomputation runs again
     everything = outside + np.where(is_gathered, instead, heads) + inside + mlp

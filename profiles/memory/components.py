@@ -7,7 +7,15 @@ from profiles.configurations import Configurations
 from profiles.memory.activations import head_bytes, layer_activations, layers_in_flight, loss_bytes, rank_tokens
 from profiles.memory.gathered import Passing, Units, fsdp_moments, in_backward_moments
 from profiles.memory.implementation import Implementation
-from profiles.memory.parameters import Floats, Stage, Weights, embedding_weights, largest_layer, stage_weights
+from profiles.memory.parameters import (
+    Floats,
+    Stage,
+    Weights,
+    embedding_weights,
+    largest_layer,
+    stage_weights,
+    widest_mlp,
+)
 from profiles.model_shape import ModelShape
 from profiles.optimizer_state import OptimizerState
 
@@ -60,7 +68,8 @@ def stage_components(
         """Weights in this rank's share of what a ZeRO stage splits."""
         split = c.zero >= zero
         dense = weights.dense / np.where(split, sharers, 1)
-        return dense + weights.experts / np.where(split, np.maximum(sharers // c.ep, 1), 1)
+        of_experts = np.maximum(sharers * c.tp // (c.expert_tp * c.ep), 1)
+        return dense + weights.experts / np.where(split, of_experts, 1)
 
     gradient = 4 if how.fp32_gradients else element
     if element == 4:
@@ -111,8 +120,7 @@ def _kept_moments(
     """What is there beside the state where the weights that the model computes with always are: in the backward pass,
     and in the update."""
     table, replicas = embedding_weights(model, c), c.dp * c.cp
-    widest = max(model.ffn_hidden, model.shared_expert_hidden)
-    matrix = np.maximum(model.hidden * widest * (2 if model.gated_mlp else 1) / c.tp, table)
+    matrix = np.maximum(model.hidden * widest_mlp(model, c) * (2 if model.gated_mlp else 1), table)
     boundary = rank_tokens(model, c) * model.hidden * element / np.where(c.sequence_parallel, c.tp, 1)
     buckets = element * how.gradient_buckets * (replicas > 1) * (c.zero < 2) * (weights.dense + weights.experts)
     largest = np.maximum(largest_layer(model, c), table)
@@ -141,9 +149,8 @@ def _update_bytes(model: ModelShape, c: Configurations, how: Implementation) -> 
     """What the update makes of the largest weight of a rank, and frees again: inside the layers, and outside."""
     state = how.optimizer
     sharers = np.where(c.zero >= 1, c.dp * c.cp // c.dp_replicate, 1)
-    widest = max(model.ffn_hidden, model.shared_expert_hidden)
     joint = 2 if model.gated_mlp and how.weights == "kept" else 1
-    matrix = joint * model.hidden * widest / c.tp / sharers
+    matrix = joint * model.hidden * widest_mlp(model, c) / sharers
     table = embedding_weights(model, c) / sharers
     copies = 0 if state.masters else 1 if how.fp32_gradients else 2
 

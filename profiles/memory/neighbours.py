@@ -9,15 +9,26 @@ from profiles.model_shape import ModelShape
 SHAPE_SD = 0.12
 """Standard deviation of the logarithm of the formulas' error that neighbours share."""
 REACH = {
-    **{"tp": 2.0, "pp": 2.0, "vp": 2.0, "cp": 2.0, "ep": 2.0, "dp": 3.0, "micro_batch": 2.0, "num_microbatches": 4.0},
+    **{"tp": 2.0, "pp": 2.0, "vp": 2.0, "cp": 2.0, "ep": 2.0, "etp": 2.0, "dp": 3.0, "micro_batch": 2.0},
+    "num_microbatches": 4.0,
     **{"zero": 1.0, "recompute": 1.0, "sequence_parallel": 1.0, "hidden": 1.0, "layers": 1.0, "seq_len": 1.0},
 }
 """How far from each other neighbours are: in doublings of degrees, batches and sizes, in steps of the others."""
 
 
 def coordinates(model: ModelShape, c: Configurations) -> Floats:
-    """N × 14: places of configurations, one `REACH` apart in each direction."""
-    doubling = [c.tp, c.pp, c.vp, c.cp, c.ep, c.dp, c.micro_batch, np.maximum(c.num_microbatches, 1)]
+    """N × 15: places of configurations, one `REACH` apart in each direction; `etp` is tp ÷ etp, 1 for most."""
+    doubling = [
+        c.tp,
+        c.pp,
+        c.vp,
+        c.cp,
+        c.ep,
+        c.tp / c.expert_tp,
+        c.dp,
+        c.micro_batch,
+        np.maximum(c.num_microbatches, 1),
+    ]
     steps = [c.zero, c.recompute, c.sequence_parallel]
     sizes = [np.full(len(c), size) for size in (model.hidden, model.layers, model.seq_len)]
     columns = [*(np.log2(column) for column in doubling), *steps, *(np.log2(column) for column in sizes)]

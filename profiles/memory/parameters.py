@@ -25,7 +25,7 @@ class Weights:
     dense: Floats
     """What is replicated over all dp · cp ranks: attention, dense MLPs, shared experts, routers, norms, embeddings."""
     experts: Floats
-    """MLPs of experts, replicated over dp · cp ÷ ep ranks; 0 for a dense model."""
+    """MLPs of experts, replicated over tp · dp · cp ÷ (etp · ep) ranks; 0 for a dense model."""
     embeddings: Floats
     """Weights in `dense` of the embeddings and the output layer."""
     vectors: Floats
@@ -42,7 +42,7 @@ class LayerWeights(NamedTuple):
     experts: Floats
     """As of `Weights`."""
     rows_and_columns: Floats
-    """Of all matrices; tensor parallel ranks cut one side of each."""
+    """Of all matrices; tensor parallel ranks, or those of the experts, cut one side of each."""
 
 
 def layer_weights(model: ModelShape, c: Configurations, *, experts: bool) -> LayerWeights:
@@ -57,10 +57,17 @@ def layer_weights(model: ModelShape, c: Configurations, *, experts: bool) -> Lay
         return LayerWeights((split + model.mlp_matrices) / c.tp + whole, np.zeros(len(c)), sides)
     dense = (split + model.shared_expert_matrices) / c.tp + whole + model.hidden * model.experts
     on_rank = model.experts / c.ep
-    widths = on_rank * model.expert_width + model.shared_expert_hidden
+    widths = on_rank * model.expert_width / c.expert_tp + model.shared_expert_hidden / c.tp
     mlps = on_rank + (model.shared_expert_hidden > 0)
-    sides = (cut + matrices * widths) / c.tp + uncut + matrices * mlps * model.hidden + model.hidden + model.experts
-    return LayerWeights(dense, model.expert_matrices * on_rank / c.tp, sides)
+    sides = cut / c.tp + matrices * widths + uncut + matrices * mlps * model.hidden + model.hidden + model.experts
+    return LayerWeights(dense, model.expert_matrices * on_rank / c.expert_tp, sides)
+
+
+def widest_mlp(model: ModelShape, c: Configurations) -> Floats:
+    """Width of the widest MLP of a rank: a dense one, the shared expert or an expert."""
+    has_dense = model.expert_layers < model.layers
+    cut_by_tp = max(model.ffn_hidden * has_dense, model.shared_expert_hidden) / c.tp
+    return np.maximum(cut_by_tp, model.expert_width / c.expert_tp) if model.experts else cut_by_tp
 
 
 def largest_layer(model: ModelShape, c: Configurations) -> Floats:

@@ -45,6 +45,8 @@ class DeepSpeedDescription(HuggingFaceDescription):
                 raise ValueError(
                     f"{name}({degree}) is not supported by the deepspeed backend: it is data parallel only"
                 )
+        if layout.etp:
+            raise ValueError(f"etp({layout.etp}) is not supported by the deepspeed backend")
         if layout.dp_replicate > 1:
             raise ValueError(
                 f"dp_replicate({layout.dp_replicate}) is not supported by the deepspeed backend: at most 1"

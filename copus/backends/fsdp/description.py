@@ -60,6 +60,8 @@ class FsdpDescription(HuggingFaceDescription):
         for name, value in (("pp", layout.pp), ("cp", layout.cp), ("ep", layout.ep)):
             if value > 1:
                 raise ValueError(f"{name}({value}) is not supported by the fsdp backend: at most 1")
+        if layout.etp:
+            raise ValueError(f"etp({layout.etp}) is not supported by the fsdp backend")
         if layout.sequence_parallel:
             raise ValueError("sequence_parallel(true) is not supported by the fsdp backend")
 

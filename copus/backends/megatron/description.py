@@ -80,9 +80,15 @@ class MegatronDescription(BackendDescription):
         for name, value, limit in limits:
             if value > limit:
                 raise ValueError(f"{name}({value}) is not supported by the megatron backend: at most {limit}")
-        if layout.ep > 1 and layout.ep % layout.cp:
+        if not layout.etp and layout.ep > 1 and layout.ep % layout.cp:
             raise ValueError(
                 f"ep({layout.ep}) ÷ cp({layout.cp}) is not whole: {layout.ep / layout.cp:g}; the megatron backend "
+                "shares experts out over whole replicas"
+            )
+        together, replica = layout.expert_tp * layout.ep, layout.tp * layout.cp
+        if layout.etp and together % replica:  # with one rank of them, megatron-core before 0.19 trains wrongly
+            raise ValueError(
+                f"etp·ep({together}) ÷ tp·cp({replica}) is not whole: {together / replica:g}; the megatron backend "
                 "shares experts out over whole replicas"
             )
         super().check_layout(layout)
@@ -162,6 +168,6 @@ class MegatronDescription(BackendDescription):
 
 
 def replicas_of_part(layout: Layout) -> int:
-    """Replicas whose micro-batches are one part of a step: those that share experts out. The expert parallel ranks are
-    neighbours among all context and data parallel ones."""
-    return max(layout.ep // layout.cp, 1)
+    """Replicas whose micro-batches are one part of a step: those that share experts out. The ranks that do are
+    neighbours."""
+    return max(layout.expert_tp * layout.ep // (layout.tp * layout.cp), 1)

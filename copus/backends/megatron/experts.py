@@ -49,7 +49,7 @@ def expert_options(model: ModelShape, layout: Layout, dispatcher: str, *, groupe
         "moe_token_dispatcher_type": dispatcher,
         "moe_grouped_gemm": grouped,
         "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.tp,
+        "expert_tensor_parallel_size": layout.expert_tp,
     }
 
 

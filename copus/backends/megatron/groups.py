@@ -6,6 +6,8 @@ because every rank issues its collectives in the same order. Megatron itself fil
 """
 
 import contextlib
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,12 +27,14 @@ _groups: dict[_Key, Any] = {}
 """Every existing group, by ranks and backend; the same keys on every rank."""
 _layouts: dict[tuple[int, ...], list[_Key]] = {}
 """The groups of a layout; the most recently used layout comes last."""
+_part_group: Any = None
+"""That of `part_group` in the current layout, if Megatron has none."""
 
 
 def make_groups(layout: Layout, timeout_seconds: float) -> None:
     """Make the tensor, pipeline, data and expert parallel groups of a layout over all ranks, or reuse those that exist.
     Collective. Raises MidCollectiveError if this rank cannot make a group that its peers may wait for."""
-    degrees = (layout.tp, layout.pp, layout.cp, layout.ep, layout.dp)
+    degrees = (layout.tp, layout.pp, layout.cp, layout.ep, layout.expert_tp, layout.dp)
     _layouts.pop(degrees, None)
     # Groups cost threads and sockets on a CPU, which are cheap, and device memory with NCCL.
     while len(_layouts) >= (2 if torch.cuda.is_available() else 8):
@@ -57,13 +61,30 @@ def make_groups(layout: Layout, timeout_seconds: float) -> None:
             virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
             context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.tp,
+            expert_tensor_parallel_size=layout.expert_tp,
             distributed_timeout_minutes=timeout_seconds / 60,  # goes into a timedelta: fractions are fine
             create_gloo_process_groups=False,
         )
+        _make_part_groups(layout, create_group, timeout_seconds)
     finally:
         parallel_state.create_group = original
         _layouts[degrees] = used
+
+
+def _make_part_groups(layout: Layout, create_group: Callable[..., Any], timeout_seconds: float) -> None:
+    """Make the groups of `part_group` that Megatron lacks: if experts are split less than all else, the expert parallel
+    ranks are not those that have the same part of all else."""
+    global _part_group
+    _part_group = None
+    if not layout.etp:
+        return
+    together, timeout = layout.expert_tp * layout.ep, timedelta(seconds=timeout_seconds)
+    for first in range(0, layout.accelerators, together):
+        for tp_rank in range(layout.tp):
+            ranks = range(first + tp_rank, first + together, layout.tp)
+            group = create_group(ranks, timeout=timeout, group_desc="PART_GROUP")
+            if dist.get_rank() in ranks:
+                _part_group = group
 
 
 def own_model_rank(layout: Layout) -> ModelRank:
@@ -71,8 +92,14 @@ def own_model_rank(layout: Layout) -> ModelRank:
 
     The groups are asked themselves: Megatron asks torch, which has forgotten all groups after a step that broke them.
     """
-    tp_rank = parallel_state.get_tensor_model_parallel_group().rank()
-    return ModelRank(layout.tp, tp_rank, layout.ep, parallel_state.get_expert_model_parallel_group().rank())
+    return ModelRank(
+        layout.tp,
+        parallel_state.get_tensor_model_parallel_group().rank(),
+        layout.expert_tp,
+        parallel_state.get_expert_tensor_parallel_group().rank(),
+        layout.ep,
+        parallel_state.get_expert_model_parallel_group().rank(),
+    )
 
 
 def replica_number(of_experts: bool) -> int:
@@ -84,11 +111,11 @@ def replica_number(of_experts: bool) -> int:
 
 def part_group(layout: Layout, with_tensor_parallel: bool = False) -> Any:
     """The ranks whose gradients add up to that of one part of a step (`part_norms`): those that share its sequences
-    out, or its experts. `with_tensor_parallel`, their neighbours too: experts are cut by tp like all else."""
-    if layout.ep > 1:  # a multiple of cp
+    out, or its experts, and have the same weights of all else. `with_tensor_parallel`, their neighbours too."""
+    if layout.ep > 1:  # then whole replicas share the experts out
         if with_tensor_parallel:
             return parallel_state.get_expert_tensor_and_model_parallel_group()
-        return parallel_state.get_expert_model_parallel_group()
+        return parallel_state.get_expert_model_parallel_group() if _part_group is None else _part_group
     if with_tensor_parallel:
         return parallel_state.get_tensor_and_context_parallel_group()
     return parallel_state.get_context_parallel_group()
@@ -96,6 +123,8 @@ def part_group(layout: Layout, with_tensor_parallel: bool = False) -> Any:
 
 def leave_groups() -> None:
     """Clear Megatron's globals of the current layout. The groups stay for later use."""
+    global _part_group
+    _part_group = None
     parallel_state.destroy_model_parallel()
     parallel_state._global_process_group_list = None
 

@@ -59,7 +59,11 @@ def _optimizer_state(main: MainParam, described: LocalTensor, training: Training
 
 def held_weight(main: MainParam, described: LocalTensor) -> HeldWeight:
     """What a parameter of the optimizer consists of, for its update."""
-    tensor_parallel = () if described.cut_axis is None else (parallel_state.get_tensor_model_parallel_group(),)
+    of_all_else, of_experts = (
+        parallel_state.get_tensor_model_parallel_group,
+        parallel_state.get_expert_tensor_parallel_group,
+    )
+    tensor_parallel = () if described.cut_axis is None else ((of_experts if described.of_experts else of_all_else)(),)
     return HeldWeight(
         tuple(main.main.shape),
         described.regions,

@@ -19,6 +19,7 @@ from copus.job import TrainingConfig
 from copus.reshard.boxes import Box, boxes_of_range
 from copus.reshard.table import Field
 from copus.weights.megatron_names import hugging_face_parts, without_fusion
+from profiles.layout import Layout
 from profiles.model_shape import ModelShape
 
 cpu.before_import()
@@ -34,9 +35,22 @@ class ModelRank(NamedTuple):
     tp: int
     """Tensor parallel degree."""
     tp_rank: int
+    expert_tp: int
+    """Tensor parallel degree of the experts."""
+    expert_tp_rank: int
     ep: int
     """Expert parallel degree."""
     ep_rank: int
+
+    @classmethod
+    def at(cls, place: int, layout: Layout) -> "ModelRank":
+        """That of a rank by its place among the tensor, context and data parallel ranks of its stage. Megatron counts
+        the ranks that split an expert, then the expert parallel ones, then the replicas of the experts."""
+        expert_place = place // layout.expert_tp
+        return cls(
+            *(layout.tp, place % layout.tp, layout.expert_tp, place % layout.expert_tp),
+            *(layout.ep, expert_place % layout.ep),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,9 @@ class LocalTensor:
     is_trained: bool
     """Whether the optimizer has a state for it."""
     cut_axis: int | None = None
-    """The axis along which tensor parallel ranks cut it; None if all have the whole."""
+    """The axis along which tensor parallel ranks, or those of the experts, cut it; None if all have the whole."""
+    of_experts: bool = False
+    """Whether it is a weight of an expert, which other ranks cut than all else."""
 
     def parts_of_range(self, start: int, stop: int) -> Iterator[tuple[Region, Box, int, Box]]:
         """A range of the flattened tensor, as (region, part of it, where a block begins in the range, the block around
@@ -71,7 +87,7 @@ def has_master(region: Region, training: TrainingConfig) -> bool:
 def local_tensors(chunk: Any, model: ModelShape, rank: ModelRank) -> Iterator[tuple[torch.Tensor, LocalTensor]]:
     """The parameters of a model chunk, then its persistent buffers, each with its description on a rank. The chunk may
     be a live one of that rank, or any rank's on the meta device: their shapes are equal."""
-    module, tp = unwrap(chunk), rank.tp
+    module = unwrap(chunk)
     first_layer, first_expert = _first_layer(module), rank.ep_rank * (model.experts // rank.ep)
     parameters = dict(module.named_parameters())
     persistent = module.state_dict(keep_vars=True).keys()
@@ -83,19 +99,20 @@ def local_tensors(chunk: Any, model: ModelShape, rank: ModelRank) -> Iterator[tu
         if getattr(tensor, "shared_embedding", False):
             name = _EMBEDDING  # the output layer of the last stage has a copy
         shape = tuple(tensor.shape)
-        axis, blocks = None, 1
+        axis, blocks, of_experts = None, 1, _LOCAL_EXPERT.search(name) is not None
+        tp, tp_rank = (rank.expert_tp, rank.expert_tp_rank) if of_experts else (rank.tp, rank.tp_rank)
         if getattr(tensor, "tensor_model_parallel", False) and tp > 1:
             axis, blocks = tensor.partition_dim, tensor.partition_stride
         whole = tuple(size * tp if index == axis else size for index, size in enumerate(shape))
         dtype = str(tensor.dtype).removeprefix("torch.")
         regions = []
-        for box, offset in _blocks(shape, axis, blocks, tp, rank.tp_rank):
+        for box, offset in _blocks(shape, axis, blocks, tp, tp_rank):
             to_local = [here - there for here, there in zip(box.offset, offset, strict=True)]
             for part in hugging_face_parts(name, whole, Box(offset, box.shape), model):
                 weight = Field(part.name, dtype, part.shape)
                 regions.append(Region(part.box.shifted(to_local), weight, part.offset))
         is_trained = local_name in parameters and tensor.requires_grad
-        yield tensor, LocalTensor(shape, tuple(regions), is_trained, axis)
+        yield tensor, LocalTensor(shape, tuple(regions), is_trained, axis, of_experts)
 
 
 def _first_layer(module: torch.nn.Module) -> int:

@@ -10,9 +10,9 @@ coordinates of the norm layers (`normlayer`). Every parameter of the whole model
   and summed over their group before they are squared;
 - with context parallelism every rank has the gradient of its own tokens of a part, and the gradients are summed over
   the group as soon as a backward pass has made them;
-- with expert parallelism an expert's gradient is the sum over the tokens of all ranks of its expert parallel group, and
-  none of them has that of its own tokens. A part is then what the replicas of such a group do together: the k-th
-  micro-batch of each. All other gradients are summed over that group.
+- with expert parallelism an expert's gradient is the sum over the tokens of all ranks that share the experts out, and
+  none of them has that of its own tokens. A part is then what the replicas of these ranks do together: the k-th
+  micro-batch of each. All other gradients are summed over those of the ranks that have the same weights.
 """
 
 from collections import defaultdict

@@ -47,27 +47,26 @@ def owned_ranges(buffers: Iterable[Any], replicas: int) -> Iterator[tuple[int, t
 
 def shard_table(job: JobConfig, layout: Layout) -> ShardTable:
     """Weights and optimizer state of every rank of a layout. Ranks count tensor, context and data, pipeline; the first
-    the fastest. Of the replicas of a stage, `ep` neighbours share its experts out."""
-    replicas, training = layout.cp * layout.dp, job.training
+    the fastest. Of the ranks of a stage, etp · ep neighbours share its experts out."""
+    stage_ranks, training = layout.tp * layout.cp * layout.dp, job.training
+    sharers = layout.expert_tp * layout.ep  # a multiple of tp: ranks so far apart have the same of the model
     tables = []
     for pp_rank in range(layout.pp):
         chunks = _chunks_on_meta(job, layout, pp_rank)
-        for tp_rank in range(layout.tp):
-            ranks = tp_rank + layout.tp * (np.arange(replicas) + replicas * pp_rank)
-            for ep_rank in range(layout.ep):
-                rank = ModelRank(layout.tp, tp_rank, layout.ep, ep_rank)
-                local = dict(pair for chunk in chunks for pair in local_tensors(chunk, job.model, rank))
-                holders = ranks[ep_rank :: layout.ep]
-                whole = _whole_rows(local.values(), None if layout.zero else training)
-                # Every part of a fused matrix has the means over its rows, which are the same.
-                tables.append(ShardTable.of(dict.fromkeys(whole)).on_ranks(holders))
-                if not layout.zero:
-                    continue
-                of_experts = [buffer for chunk in chunks for buffer in chunk.expert_parallel_buffers]
-                tables.append(ShardTable.of(_sharded_rows(of_experts, local, holders, training)))
-                if ep_rank == 0:
-                    of_dense = [buffer for chunk in chunks for buffer in chunk.buffers]
-                    tables.append(ShardTable.of(_sharded_rows(of_dense, local, ranks, training)))
+        ranks = np.arange(stage_ranks) + stage_ranks * pp_rank
+        for place in range(sharers):
+            rank, holders = ModelRank.at(place, layout), ranks[place::sharers]
+            local = dict(pair for chunk in chunks for pair in local_tensors(chunk, job.model, rank))
+            whole = _whole_rows(local.values(), None if layout.zero else training)
+            # Every part of a fused matrix has the means over its rows, which are the same.
+            tables.append(ShardTable.of(dict.fromkeys(whole)).on_ranks(holders))
+            if not layout.zero:
+                continue
+            of_experts = [buffer for chunk in chunks for buffer in chunk.expert_parallel_buffers]
+            tables.append(ShardTable.of(_sharded_rows(of_experts, local, holders, training)))
+            if place < layout.tp:
+                of_dense = [buffer for chunk in chunks for buffer in chunk.buffers]
+                tables.append(ShardTable.of(_sharded_rows(of_dense, local, ranks[place :: layout.tp], training)))
     return ShardTable.concatenate(tables)
 
 
@@ -111,13 +110,14 @@ def _chunks_on_meta(job: JobConfig, layout: Layout, pp_rank: int) -> list[Any]:
     """The model chunks of a pipeline stage as Megatron builds and wraps them, without memory."""
     groups = ProcessGroupCollection()
     replicas = _StandInGroup(layout.cp * layout.dp, 0)
-    groups.tp = groups.expt_tp = _StandInGroup(layout.tp, 0)
+    groups.tp, groups.expt_tp = _StandInGroup(layout.tp, 0), _StandInGroup(layout.expert_tp, 0)
     groups.pp = _StandInGroup(layout.pp, pp_rank)
     groups.cp = _StandInGroup(layout.cp, 0)
     groups.ep = _StandInGroup(layout.ep, 0)
     groups.dp = _StandInGroup(layout.dp, 0)
-    groups.dp_cp, groups.expt_dp = replicas, _StandInGroup(replicas.ranks // layout.ep, 0)
-    groups.tp_ep = _StandInGroup(layout.tp * layout.ep, 0)
+    sharers = layout.expert_tp * layout.ep
+    groups.dp_cp, groups.expt_dp = replicas, _StandInGroup(layout.tp * replicas.ranks // sharers, 0)
+    groups.tp_ep = _StandInGroup(sharers, 0)
     groups.tp_cp, groups.tp_dp_cp = groups.tp, replicas  # of the routers, which only run on real groups
     groups.embd = None  # nothing is sent to make the copies of a tied embedding equal
     # Megatron's helpers take every group for one rank if torch has no world.
