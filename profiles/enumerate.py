@@ -29,10 +29,10 @@ def enumerate_configurations(
     sequences).
 
     Also asked for: the tensor and context parallel ranks share a node unless `max_tp` says otherwise; cp cuts a
-    sequence into 2·cp pieces (for causal balance); ep divides the experts and dp, and their matrices are split by tp; virtual stages have pp as a divisor
-    of the number of micro-batches (2104.04473, §2.2.2); ZeRO-2 and 3 go without a pipeline; sequence parallelism
-    wherever tp > 1 and tp divides the sequence. Raises ValueError for a recomputation or ZeRO stage that does not
-    exist.
+    sequence into 2·cp pieces (for causal balance); ep divides the experts and dp, and their matrices are split by tp;
+    virtual stages have pp as a divisor of the number of micro-batches (2104.04473, §2.2.2); ZeRO-2 and 3 go without a
+    pipeline; sequence parallelism wherever tp > 1 and tp divides the sequence. Raises ValueError for a recomputation or
+    ZeRO stage that does not exist.
     """
     if unknown := [kind for kind in recompute if kind not in RECOMPUTE]:
         raise ValueError(f"recompute({unknown[0]}) is unknown: expected one of {', '.join(RECOMPUTE)}")

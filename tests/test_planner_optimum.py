@@ -61,19 +61,22 @@ def exhaustive(config, model, cluster, start):
         if size % (tp * pp * cp) or tp > node_size(cluster) or cp > max(model.seq_len // 4096, 1):
             continue
         dp = size // (tp * pp * cp)
-        shared = [ep for ep in range(1, model.experts + 1) if gcd(model.experts, dp * cp) % ep == 0] or [1]
-        for ep, vp, recompute in product(shared, chunks, ("none", "selective", "full")):
-            if vp > 1 and pp == 1:
+        split_or_whole = {tp, 1} if model.experts else {tp}
+        for etp, ep, vp, recompute in product(
+            split_or_whole, range(1, max(model.experts, 1) + 1), chunks, ("none", "selective", "full")
+        ):
+            ranks = tp * cp * dp // etp
+            if (vp > 1 and pp == 1) or (ep > 1 and gcd(model.experts, ranks) % ep):
                 continue
-            fewer = [other for other in shared if other < ep]
-            if tp * ep > node_size(cluster) and fewer:
-                weights = model.expert_layers * model.experts * model.expert_matrices / (tp * pp * fewer[-1])
+            fewer = [other for other in range(1, ep) if gcd(model.experts, ranks) % other == 0]
+            if etp * ep > node_size(cluster) and fewer:
+                weights = model.expert_layers * model.experts * model.expert_matrices / (etp * pp * fewer[-1])
                 if weights * (6 if start.layout.zero else 18) <= 0.5 * memory_bytes(cluster):
                     continue
             layout = start.layout.model_copy(
                 update={
                     **{"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "dp": dp, "recompute": recompute},
-                    "sequence_parallel": tp > 1 and model.experts > 0,
+                    **{"sequence_parallel": tp > 1 and model.experts > 0, "etp": None if etp == tp else etp},
                 }
             )
             try:

@@ -141,17 +141,19 @@ def test_experts_are_shared_out_within_a_node_unless_memory_or_the_user_asks_for
     model = MODEL.model_copy(update={"experts": 16, "experts_per_token": 2, "seq_len": 64})
     config = PlannerConfig(max_global_batch=16, recompute="none")
 
-    def degrees(model, config=config):
+    def degrees(model, config=config, etp=None):
         found = candidates(config, model, cluster, start)
         assert all(candidate.layout.sequence_parallel for candidate in found if candidate.layout.tp > 1)
-        return {(c.layout.tp, c.layout.ep) for c in found if c.layout.pp == 1}
+        return {(c.layout.tp, c.layout.ep) for c in found if c.layout.pp == 1 and c.layout.etp == etp}
 
     assert degrees(model) == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)}
+    assert degrees(model, etp=1) == {(2, 1), (2, 2), (2, 4)}, "whole experts, which tensor parallel ranks share out too"
     assert degrees(model, config.model_copy(update={"max_ep": 1})) == {(1, 1), (2, 1)}
     assert (1, 16) in degrees(model, config.model_copy(update={"max_ep": 16}))
     # 4 experts a rank of 12.9 GB each with gradients, of 80 GiB; 2 of them are little enough
     large = model.model_copy(update={"layers": 32, "hidden": 4096, "ffn_hidden": 5462})
     assert degrees(large) == {(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4)}
+    assert degrees(large, etp=1) == {(2, 1), (2, 2), (2, 4), (2, 8)}
 
 
 def test_a_degree_that_the_backend_refuses_is_no_reason_to_share_experts_out_less():

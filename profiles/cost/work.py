@@ -168,7 +168,7 @@ def work(
     width = (1 - moe) * f + chosen * model.expert_width + shared
     """Width of all MLPs that a token goes through."""
     gathered_share = etp / tp
-    """Share of a replica's tokens that the ranks of one expert tensor parallel group have, before others send theirs."""
+    """Share of a replica's tokens that the ranks which split an expert have together, before others send theirs."""
     inputs = 1 - moe + chosen * gathered_share + moe * (shared > 0)
     """Copies of a token that go into these."""
     tokens = b * (model.seq_len / cp)
