@@ -201,6 +201,23 @@ def test_a_pipeline_waits_for_its_boundary_between_nodes(layout: Layout, crossin
     assert found.p2p_mean[0] == pytest.approx(sent * (crossing / NIC + (1 - crossing) / NVLINK))
 
 
+def test_whole_experts_gather_no_tokens_and_their_replicas_are_nearer() -> None:
+    moe = MODEL.model_copy(update={"experts": 8, "experts_per_token": 2})
+    split, whole, beside = (
+        work_of(Layout(tp=4, dp=16, ep=4, sequence_parallel=True, etp=etp), model)
+        for etp, model in ((None, moe), (1, moe), (1, moe.model_copy(update={"shared_expert_hidden": 64})))
+    )
+    assert whole.layer_products[0] == split.layer_products[0]
+    assert whole.layer_tp[0] == pytest.approx(split.layer_tp[0] / 2), "those of attention remain"
+    assert whole.layer_tp_messages[0] == split.layer_tp_messages[0] / 2
+    assert beside.layer_tp[0] == pytest.approx(split.layer_tp[0]), "and those of a shared expert"
+    sent = 2 * MODEL.seq_len * MODEL.hidden * 2 * (3 / 4) / 4  # to two experts, in two bytes each
+    assert whole.layer_ep[0] == pytest.approx(4 * sent / NVLINK), "four ranks of a node, and not of two"
+    assert split.layer_ep[0] > whole.layer_ep[0]
+    half = work_of(Layout(tp=4, dp=16, ep=4, sequence_parallel=True, etp=2), moe)
+    assert split.layer_tp[0] > half.layer_tp[0] > whole.layer_tp[0]
+
+
 def test_experts_all_over_the_cluster_exchange_longer_than_within_nodes() -> None:
     """737 B weights on 2,048 H100s: an all-to-all over 64 ranks has an eighth of NVLink, and goes to a node once."""
     moe = ModelShape(

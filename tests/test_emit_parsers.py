@@ -61,6 +61,10 @@ JOBS: dict[str, dict[str, Any]] = {
         "model": {"experts": 8, "experts_per_token": 2},
         "training": {"layout": {"tp": 2, "dp": 4, "ep": 2, "zero": 1, "sequence_parallel": True}},
     },
+    "whole experts": {
+        "model": {"experts": 8, "experts_per_token": 2},
+        "training": {"layout": {"tp": 2, "dp": 4, "ep": 4, "etp": 1, "zero": 1, "sequence_parallel": True}},
+    },
     "shared experts": {"model": DEEPSEEK, "training": {"layout": {"dp": 8, "ep": 4, "zero": 1}}},
     "windows": {
         "model": {"sliding_window": 128, "full_attention_every": 4, "qk_norm": "head", "rope_base": 1e6},

@@ -97,6 +97,10 @@ LLAMA = [
     "1",
     "2",
 ]
+WHOLE_EXPERTS = (
+    "--num-experts 8 --disable-bias-linear --tensor-model-parallel-size 2 --expert-model-parallel-size 2 "
+    "--sequence-parallel"
+)
 SMALL = [
     "--num-layers",
     "4",
@@ -233,6 +237,9 @@ def test_the_defaults_are_those_of_megatron() -> None:
         ),
         ("--num-experts 8 --disable-bias-linear --moe-router-pre-softmax", "model.router.normalized", False),
         ("--num-experts 8 --disable-bias-linear", "training.expert_dispatch", "allgather"),
+        (f"{WHOLE_EXPERTS} --expert-tensor-parallel-size 1", "training.layout.etp", 1),
+        (f"{WHOLE_EXPERTS} --expert-tensor-parallel-size 1", "training.layout.dp", 1),
+        (f"{WHOLE_EXPERTS} --expert-tensor-parallel-size 2", "training.layout.dp", 2),
         ("--wandb-project p --wandb-exp-name 'my run/1'", "name", "my-run-1"),
         (
             "--wandb-project p --wandb-entity e",
@@ -549,3 +556,18 @@ def test_a_launcher_says_how_many_accelerators_there_are() -> None:
     ):
         command = read_command(words.split())
         assert (command.nodes, command.per_node, command.program) == (nodes, per_node, "x.py"), words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--expert-tensor-parallel-size 1 --context-parallel-size 2", "etp·ep(2) ÷ tp·cp(4) is not whole: 0.5"),
+        ("--expert-tensor-parallel-size 4", "tp(2) ÷ etp(4) is not whole: 0.5"),
+    ],
+)
+def test_a_split_of_the_experts_that_the_backend_does_not_run_is_reported(words: str, message: str) -> None:
+    imported, job = imported_job([*SMALL, *shlex.split(f"{WHOLE_EXPERTS} {words}")], [])
+    (left,) = (left for left in imported.unmapped if left.argument.startswith("--expert-tensor-parallel-size"))
+    assert left.effect == "is lost"
+    assert left.reason.startswith(message)
+    assert job.training.layout.etp is None

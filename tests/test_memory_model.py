@@ -177,6 +177,21 @@ def test_one_rank_holds_exactly_the_models_weights(model) -> None:
     assert whole["weights"] + whole["gradients"] + whole["optimizer"] == 16 * model.parameters
 
 
+def test_ranks_with_whole_experts_hold_as_much_as_ranks_that_split_more_of_them() -> None:
+    model = SMALL.model_copy(update={"experts": 8, "experts_per_token": 2})
+    layout: dict[str, object] = {"tp": 2, "dp": 4, "zero": 1, "sequence_parallel": True}
+    split, whole, two = (
+        on_stage(model, one(layout | degrees)) for degrees in ({"ep": 4}, {"ep": 8, "etp": 1}, {"ep": 4, "etp": 1})
+    )
+    for name in ("weights", "gradients", "optimizer"):
+        assert whole[name] == pytest.approx(split[name])
+    copies = 2 * model.experts_per_token * model.hidden * 2  # of each token, before and after the experts
+    assert split["activations"] - whole["activations"] == pytest.approx(model.layers * model.seq_len * copies / 2)
+    an_expert = model.layers * 3 * model.hidden * model.ffn_hidden
+    assert two["weights"] - whole["weights"] == pytest.approx(2 * an_expert)
+    assert two["optimizer"] == pytest.approx(whole["optimizer"]), "two ranks share it out"
+
+
 def test_weights_of_all_ranks_are_the_models_without_what_is_replicated() -> None:
     model = SMALL.model_copy(update={"experts": 8, "experts_per_token": 2})
     c = Configurations.of([one({"tp": 2, "dp": 4, "ep": 4})])
