@@ -27,7 +27,7 @@ from profiles.cost.constants import CONSTANTS
 from profiles.cost.effects import GROUPS as GROUPS_OF_EFFECTS
 from profiles.cost.effects import Effects
 from profiles.cost.errors import Errors
-from profiles.cost.residual import Smoothness
+from profiles.cost.residual import COORDINATES, Smoothness
 
 STACK = "fsdp"
 SHAPE = {"layers": 12, "hidden": 1024, "ffn_hidden": 4096, "gated_mlp": "no", "heads": 16, "kv_heads": 16}
@@ -258,7 +258,7 @@ def test_widths_are_what_the_sources_ask_for_each_counting_the_same() -> None:
 
 def test_rows_that_err_alike_are_covered_all_or_not_at_all() -> None:
     rows, how = 200, Smoothness(freedom=1e6)
-    far_apart = np.repeat(100.0 * np.arange(rows)[:, None], 16, axis=1)
+    far_apart = np.repeat(100.0 * np.arange(rows)[:, None], len(COORDINATES), axis=1)
     moves = np.zeros((rows, 3))
     apart = expected_coverages([Errors(how, moves, far_apart, 1.0, how.freedom)])
     assert np.abs(apart - 0.8).max() < 0.12
