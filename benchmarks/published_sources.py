@@ -133,8 +133,8 @@ class Settings:
             tp = whole(row, "tp", 1)
             row["sequence_parallel"] = row["sequence_parallel"] or ("yes" if tp > 1 else "no")
             row["sharding"] = row["sharding"] or "dist-optimizer"
-            # Experts that are not split by tp lie on tp times as many ranks. The constants were fitted to such rows as if
-            # tp split them too, with an ep that is smaller by that.
+            # Experts that are not split by tp lie on tp times as many ranks. The constants were fitted to such rows as
+            # if tp split them too, with an ep that is smaller by that.
             row["ep"], row["etp"] = str(max(whole(row, "ep", 1) * whole(row, "etp", 1) // tp, 1)), ""
         if row["source_id"] == "megatron-readme-a100":
             row["recompute"] = row["recompute"] or "full"  # published are the operations of the hardware

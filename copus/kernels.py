@@ -75,9 +75,13 @@ def check_sides(precision: str, layout: Layout, model: ModelShape) -> None:
     block = SCALED_BLOCK.get(precision)
     if block is None:
         return
-    widths = {"hidden": (model.hidden, 1), "ffn_hidden": (model.ffn_hidden, layout.tp)}
+    is_of_experts = model.expert_layers == model.layers  # then it is the width of the experts, and of no dense MLP
+    widths = {
+        "hidden": (model.hidden, 1),
+        "ffn_hidden": (model.ffn_hidden, layout.expert_tp if is_of_experts else layout.tp),
+    }
     if model.experts:
-        widths["expert_hidden"] = (model.expert_width, layout.tp)
+        widths["expert_hidden"] = (model.expert_width, layout.expert_tp)
         widths["shared_expert_hidden"] = (model.shared_expert_hidden, layout.tp)
     widths["heads · head_dim"] = (model.query_width, layout.tp)
     latent = model.latent_attention

@@ -35,8 +35,8 @@ def accelerate_configuration(job: JobConfig, run: FixedRun) -> tuple[str, list[s
         values |= _fsdp(run)
     else:
         values["distributed_type"] = "MULTI_GPU"
-    for name, degree in (("cp", layout.cp), ("ep", layout.ep), ("vp", layout.vp)):
-        if degree > 1:
+    for name, degree in (("cp", layout.cp), ("ep", layout.ep), ("vp", layout.vp), ("etp", layout.etp)):
+        if degree and (degree > 1 or name == "etp"):
             lost.append(f"training.layout.{name}({degree}): it is not in accelerate's configuration")
     if training.backend == "fsdp" and layout.zero in (1, 2):
         lost.append(f"training.layout.zero({layout.zero}): FSDP2 without resharding is stage 2")

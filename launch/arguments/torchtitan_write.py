@@ -35,6 +35,8 @@ def _layout(job: JobConfig, run: FixedRun, out: Emitted) -> None:
         out.add("--parallelism.expert_parallel_degree", layout.ep)
         if layout.tp > 1:
             out.add("--parallelism.expert_tensor_parallel_degree", layout.expert_tp)
+        if layout.expert_tp not in (1, layout.tp):
+            out.lose(f"training.layout.etp({layout.etp}): torchtitan splits experts by tp, or not at all")
     if layout.zero == 1:
         out.lose("training.layout.zero(1): FSDP2 reduces gradients into shards too, which is stage 2")
     if layout.tp > 1 and not layout.sequence_parallel:

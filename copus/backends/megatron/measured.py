@@ -39,6 +39,12 @@ class MegatronModel(MeasuredModel):
         for kind, degree in degrees.items():
             if degree > 1:
                 raise ValueError(f"model: {kind} parallelism ({degree}) cannot be measured in a loop of one's own yet")
+        tp, etp = parallel_state.get_tensor_model_parallel_world_size(), config.expert_tensor_parallel_size
+        if config.num_moe_experts and etp not in (None, tp):
+            raise ValueError(
+                f"model: expert_tensor_parallel_size({etp}) beside tensor parallelism ({tp}) cannot be measured in a "
+                "loop of one's own yet"
+            )
         if config.calculate_per_token_loss:
             raise ValueError(
                 "model: calculate_per_token_loss sums the loss and divides it after the reduction; the "
@@ -47,7 +53,7 @@ class MegatronModel(MeasuredModel):
         if config.fp16:
             raise ValueError("model: megatron-core scales the loss of fp16, and changes the scale; use bf16 or fp32")
         self.layout = Layout(
-            tp=parallel_state.get_tensor_model_parallel_world_size(),
+            tp=tp,
             pp=parallel_state.get_pipeline_model_parallel_world_size(),
             vp=len(chunks),
             dp=parallel_state.get_data_parallel_world_size(),
