@@ -157,6 +157,13 @@ def test_csv_rows_become_measurements(tmp_path: Path) -> None:
     }
 
 
+def test_the_tensor_parallelism_of_experts_is_read_if_there_are_any(tmp_path: Path) -> None:
+    rows = [f"8,12,1024,16,1024,50257,16,2,2,1,4,0.5,,,,,{rest}" for rest in ("8,2,8,1", "8,2,4,2", "8,2,4,", ",,,1")]
+    read = read_csv(csv_of(tmp_path, *rows, header=f"{HEADER},experts,experts_per_token,ep,etp"))
+    labels = [row.configuration.layout.label for row in read.measurements]
+    assert labels == ["TP2·PP1·DP4·EP8·ETP1", "TP2·PP1·DP4·EP4", "TP2·PP1·DP4·EP4", "TP2·PP1·DP4"]
+
+
 @pytest.mark.parametrize("yes", ["yes", "True", "TRUE", "1"])
 def test_words_are_read_in_any_case(tmp_path: Path, yes: str) -> None:
     header = f"{HEADER},ffn_hidden,gated_mlp,tied_embeddings,sequence_parallel,recompute,gpus_per_node,system"
