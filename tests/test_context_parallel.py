@@ -116,6 +116,7 @@ def _train_experts(layout: dict[str, Any], ep: int, replicas: int, steps: int) -
         ({"cp": 2, "dp": 2, "ep": 2}, 1),
         ({"cp": 2, "dp": 2, "ep": 4}, 2),
         ({"cp": 2, "tp": 2, "sequence_parallel": True, "ep": 2}, 1),
+        ({"cp": 2, "tp": 2, "sequence_parallel": True, "ep": 4, "etp": 1}, 1),
     ],
     ids=str,
 )
