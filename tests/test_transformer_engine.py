@@ -99,6 +99,7 @@ TWO_RANKS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"pp": 2, "vp": 2}, FAMILIES["nemotron"]),
     ({"dp": 2, "ep": 2, "zero": 1}, MOE),
     (CUT, WITH_BIASES),
+    (CUT | {"ep": 2, "etp": 1, "zero": 1}, MOE),
 ]
 
 
@@ -144,7 +145,15 @@ TOURS = {
     ),
     "experts": (
         MOE,
-        [{"dp": 2, "ep": 2, "zero": 1}, CUT, {"pp": 2}, {"dp": 2}, {"dp": 2, "ep": 2}, {"cp": 2, "zero": 1}],
+        [
+            {"dp": 2, "ep": 2, "zero": 1},
+            CUT,
+            {"pp": 2},
+            {"dp": 2},
+            {"dp": 2, "ep": 2},
+            CUT | {"ep": 2, "etp": 1},
+            {"cp": 2, "zero": 1},
+        ],
     ),
 }
 
