@@ -69,6 +69,9 @@ class Start(Event):
     """Digest of the prepared data: the text on both sides and the tokenizer. None in the log of an older version."""
     backend: str | None = None
     """Name of the backend that trains, as in the job file. None in the log of an older version."""
+    network_gbit_per_second: float | None = None
+    """Bandwidth of a node's network, in one direction, if the job file has it or a measurement replaced the data
+    sheet's."""
     hardware: str
     """As in the throughput table."""
     software: str

@@ -16,7 +16,9 @@ class StepLines:
         """The line of an event; None for those that get none."""
         if isinstance(event, Start):
             self._start, self._configuration = event, event.configuration
-            return f"step {event.step}: training begins in {event.configuration.label}"
+            gbit = event.network_gbit_per_second
+            network = "" if gbit is None else f", {gbit:.3g} Gbit/s between nodes"
+            return f"step {event.step}: training begins in {event.configuration.label}{network}"
         if isinstance(event, Reconfigure):
             self._configuration = event.after
             verb = "tries" if event.trial else "moves to"

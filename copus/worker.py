@@ -38,6 +38,7 @@ from copus.events import ATTEMPT, REQUEUED, Audited, End, Event, Restart, Start,
 from copus.fencing import TOKEN
 from copus.job import JobConfig, JobError, load_job
 from copus.loop import Trainer
+from copus.network import on_measured_network
 from copus.planning import Planner
 from copus.profiling.live import profile_missing
 from copus.resize import found_cluster, resized
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> int:
         job = load_job(run / "job.yaml")
         device = _start_process_group(job)
         _agree_on_token()
-        job = _on_these_ranks(job)
+        job = on_measured_network(_on_these_ranks(job), device)
         _work(job, run, device, stop, profile_only="--profile-only" in arguments)
     except Exception as error:
         if report_failure(error, EventLog(run), int(os.environ["RANK"])):
@@ -191,6 +192,7 @@ def start_of(
         resumed_from=resumed_from,
         data=state.data or None,
         backend=job.training.backend,
+        network_gbit_per_second=job.cluster.network_gbit_per_second,
         hardware=fingerprint.hardware,
         software=fingerprint.software,
     )

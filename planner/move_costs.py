@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from planner.menu import RUNGS, Floats, Rung
-from profiles.accelerator import accelerator, is_described
+from profiles.accelerator import is_described, on_network
 from profiles.cluster import Cluster
 from profiles.layout import Layout
 from profiles.model_shape import ModelShape
@@ -32,7 +32,7 @@ def expected_layout_seconds(model: ModelShape, cluster: Cluster, layout: Layout)
     through the slowest link. An accelerator without a file counts as one on 10 Gb/s Ethernet.
     """
     described = is_described(cluster.accelerator)
-    links = accelerator(cluster.accelerator if described else "cpu")
+    links = on_network(cluster if described else cluster.model_copy(update={"accelerator": "cpu"}))
     link = links.inside_node if described and cluster.nodes == 1 else links.between_nodes
     state_bytes = BYTES_PER_WEIGHT * model.parameters / (layout.tp * layout.pp)
     build_seconds = BUILD_SECONDS_CPU if cluster.accelerator == "cpu" else BUILD_SECONDS

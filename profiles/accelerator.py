@@ -124,6 +124,18 @@ def accelerator(name: str) -> Accelerator:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
 
+def on_network(cluster: Cluster) -> Accelerator:
+    """The accelerator of a cluster, on the network that the cluster says it has. Raises ValueError like
+    `accelerator`."""
+    sheet, gbit_per_second = accelerator(cluster.accelerator), cluster.network_gbit_per_second
+    if gbit_per_second is None:
+        return sheet
+    share = gbit_per_second / 8 * 1e9 / cluster.accelerators_per_node
+    return sheet.model_copy(
+        update={"between_nodes": Link(kind=f"{gbit_per_second:.3g} Gbit/s for a node", bytes_per_second=share)}
+    )
+
+
 def memory_bytes(cluster: Cluster) -> float | None:
     """Memory of one of its accelerators; None for CPU cores, which share what the machine has, and for an accelerator
     that nothing is known about."""

@@ -36,6 +36,7 @@ FOLLOWED = {
     *("data.held_out", "data.held_out_share", "data.held_out_source", "data.tokenizer", "data.bos_token"),
     *("data.eos_token", "data.processes", "data.cache"),
     *("cluster.nodes", "cluster.accelerators_per_node", "cluster.accelerator"),
+    "cluster.network_gbit_per_second",
     *("training.tokens", "training.max_minutes", "training.target_loss", "training.lr", "training.min_lr"),
     *("training.warmup_tokens", "training.decay", "training.decay_tokens", "training.decay_shape"),
     *("training.backend", "training.precision", "training.optimizer", "training.overlap_grad_reduce"),

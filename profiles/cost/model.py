@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import least_squares
 
-from profiles.accelerator import Accelerator, accelerator, link
+from profiles.accelerator import Accelerator, link, on_network
 from profiles.cluster import Cluster
 from profiles.configurations import Configurations
 from profiles.cost.constants import NAMES, prior
@@ -259,7 +259,7 @@ class CostModel:
         return self._how
 
     def _device(self, cluster: Cluster) -> Accelerator:
-        return accelerator(cluster.accelerator).model_copy(update=self._links)
+        return on_network(cluster).model_copy(update=self._links)
 
     def _prior(self, cluster: Cluster, precision: str) -> tuple[Floats, Floats]:
         return prior(self._device(cluster), self._stack, precision, self._effects, self._features)
