@@ -40,34 +40,30 @@ def on_measured_network(job: JobConfig, device: torch.device) -> JobConfig:
 
 
 def gbit_per_second(ranks_per_node: int, device: torch.device) -> float:
-    """Gbit/s that a node sends while it receives as much, over all of its ranks: of the slowest pair of nodes.
+    """Gbit/s that a node sends to another one over all of its ranks, of the slowest pair of nodes.
 
-    Every rank exchanges messages with the rank in its place on the next node, 0 with 1, 2 with 3, …; of an odd number
-    of nodes the last one looks on. Collective over the default group, whose ranks are in the order of their nodes.
+    Every rank of node 0 sends messages to the one in its place on node 1, those of 2 to 3, …; of an odd number of nodes
+    the last one looks on. One way only: gloo sends and receives in turn. Collective over the default group, whose ranks
+    are in the order of their nodes.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    node, place = divmod(rank, ranks_per_node)
-    peer = (node ^ 1) * ranks_per_node + place
-    if peer >= ranks:
-        peer = rank
     size = FIRST_BYTES
-    while (seconds := min(_exchange(peer, size, device) for _ in range(ROUNDS))) < SECONDS and size < MOST_BYTES:
+    while (seconds := min(_send(size, ranks_per_node, device) for _ in range(ROUNDS))) < SECONDS and size < MOST_BYTES:
         size *= 2
     return size * ranks_per_node * 8 / 1e9 / seconds
 
 
-def _exchange(peer: int, size: int, device: torch.device) -> float:
-    """Seconds until so many bytes are sent and received, on the slowest rank. A rank without a peer only takes part in
-    the agreement."""
-    sent, received = torch.zeros(2, size, dtype=torch.uint8, device=device)
+def _send(size: int, ranks_per_node: int, device: torch.device) -> float:
+    """Seconds until so many bytes have arrived, on the slowest rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    sends = (rank // ranks_per_node) % 2 == 0
+    peer = rank + ranks_per_node if sends else rank - ranks_per_node
+    message = torch.zeros(size, dtype=torch.uint8, device=device)
     dist.barrier()
     started = time.perf_counter()
-    if peer != dist.get_rank():
-        for message in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]
-        ):
-            message.wait()
-        received[-1].item()  # a GPU has it only then
+    if peer < ranks:
+        for request in dist.batch_isend_irecv([dist.P2POp(dist.isend if sends else dist.irecv, message, peer)]):
+            request.wait()
+        message[-1].item()  # a GPU has it only then
     slowest = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
