@@ -4,11 +4,13 @@ How fast a configuration is depends on the network more than on anything else th
 of one layout cannot tell a slow network from slow accelerators. A second of messages can.
 """
 
+import os
 import time
 
 import torch
 import torch.distributed as dist
 
+from copus.collectives import all_gather
 from copus.job import JobConfig
 from profiles.accelerator import is_described, node_size, on_network
 
@@ -31,6 +33,8 @@ def on_measured_network(job: JobConfig, device: torch.device) -> JobConfig:
         return job
     if node_size(cluster) > cluster.accelerators_per_node:
         return job  # faster links join several nodes: two of them say nothing of the network
+    if len(set(all_gather(os.environ.get("LOCAL_WORLD_SIZE")))) > 1:
+        return job  # nodes of unequal size: ranks in the same place are not on neighbouring nodes
     measured = gbit_per_second(cluster.accelerators_per_node, device)
     sheet = on_network(cluster).between_nodes.bytes_per_second * cluster.accelerators_per_node * 8 / 1e9
     if sheet / ANOTHER_NETWORK <= measured <= sheet * ANOTHER_NETWORK:

@@ -16,27 +16,30 @@ from profiles.model_shape import ModelShape
 MEMORY = 8
 """Moves of each rung that are looked back on."""
 HOUR = 3600.0
-BYTES_PER_WEIGHT = 16
-"""What moves with a weight: an fp32 master, both of Adam's moments, and the weight itself, at most."""
-LINK_SHARE = 0.5
-"""Share of a link's bandwidth that a move reaches."""
+BYTES_PER_WEIGHT, BYTES_PER_FP32_WEIGHT = 14, 12
+"""What moves with a weight, at most: both of Adam's moments, an fp32 master, and the weight unless that is its own
+master."""
+LINK_SHARE, LINK_SHARE_CPU = 0.5, 0.9
+"""Share of a link's bandwidth that a move reaches: with gloo as measured between two hosts (docs/hosts.md), with NCCL a
+guess."""
 BUILD_SECONDS, BUILD_SECONDS_CPU = 5.0, 0.5
 """Tearing down the old layout and building the new one, process groups included. On CPU cores as measured
 (docs/moving.md); NCCL's communicators take seconds."""
 
 
-def expected_layout_seconds(model: ModelShape, cluster: Cluster, layout: Layout) -> float:
+def expected_layout_seconds(model: ModelShape, cluster: Cluster, layout: Layout, precision: str) -> float:
     """What a move to another layout is expected to take before one has been measured, in seconds.
 
     The time to build the new layout, and that to receive the weights and the optimizer state of a rank of `layout`
     through the slowest link. An accelerator without a file counts as one on 10 Gb/s Ethernet.
     """
-    described = is_described(cluster.accelerator)
+    described, on_cpu = is_described(cluster.accelerator), cluster.accelerator == "cpu"
     links = on_network(cluster if described else cluster.model_copy(update={"accelerator": "cpu"}))
     link = links.inside_node if described and cluster.nodes == 1 else links.between_nodes
-    state_bytes = BYTES_PER_WEIGHT * model.parameters / (layout.tp * layout.pp)
-    build_seconds = BUILD_SECONDS_CPU if cluster.accelerator == "cpu" else BUILD_SECONDS
-    return build_seconds + state_bytes / (LINK_SHARE * link.bytes_per_second)
+    bytes_per_weight = BYTES_PER_FP32_WEIGHT if precision == "fp32" else BYTES_PER_WEIGHT
+    state_bytes = bytes_per_weight * model.parameters / (layout.tp * layout.pp)
+    build_seconds, share = (BUILD_SECONDS_CPU, LINK_SHARE_CPU) if on_cpu else (BUILD_SECONDS, LINK_SHARE)
+    return build_seconds + state_bytes / (share * link.bytes_per_second)
 
 
 class MoveCosts:

@@ -171,7 +171,7 @@ class Predictor:
         given = self.config.layout_move_seconds
         if given is not None:
             return given
-        return expected_layout_seconds(self.model, self.cluster, self.start.layout)
+        return expected_layout_seconds(self.model, self.cluster, self.start.layout, self.precision)
 
     @property
     def assumptions(self) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ def test_a_network_that_is_not_the_data_sheets_is_believed(
     measured: float, believed: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(network, "gbit_per_second", lambda ranks_per_node, device: measured)
+    monkeypatch.setattr(network, "all_gather", lambda value: [value, value])
     there = network.on_measured_network(_job(PAIR), torch.device("cpu"))
     assert there.cluster.network_gbit_per_second == (believed and pytest.approx(believed, rel=0.05))
     assert there.training == _job(PAIR).training
@@ -69,6 +70,13 @@ def test_nothing_is_measured_without_need(cluster: Cluster, monkeypatch: pytest.
     assert network.on_measured_network(job, torch.device("cpu")) is job
 
 
+def test_nothing_is_measured_between_nodes_of_unequal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(network, "gbit_per_second")
+    monkeypatch.setattr(network, "all_gather", lambda value: ["3", "3", "3", "1"])
+    job = _job(Cluster(nodes=4, accelerators_per_node=1))
+    assert network.on_measured_network(job, torch.device("cpu")) is job
+
+
 def test_predictions_and_moves_follow_the_network_that_the_job_names() -> None:
     pipeline, data = Layout(pp=2), Layout(dp=2)
     layouts = [Layout(tp=2), pipeline, data]
@@ -80,7 +88,7 @@ def test_predictions_and_moves_follow_the_network_that_the_job_names() -> None:
     assert (seconds[0.1] > seconds[None]).all()
     assert seconds[0.1].argmin() == layouts.index(pipeline)  # as measured: docs/hosts.md
     slow = PAIR.model_copy(update={"network_gbit_per_second": 0.1})
-    assert expected_layout_seconds(MODEL, slow, data) > 2 * expected_layout_seconds(MODEL, PAIR, data)
+    assert expected_layout_seconds(MODEL, slow, data, "fp32") > 2 * expected_layout_seconds(MODEL, PAIR, data, "fp32")
 
 
 def test_the_accelerators_of_a_node_share_its_network() -> None:

@@ -352,10 +352,10 @@ def test_a_move_is_expected_to_take_as_long_as_the_size_of_the_model_says():
     cores, nodes = Cluster(accelerators_per_node=2), Cluster(nodes=8, accelerators_per_node=8, accelerator="h100-sxm")
     small = ModelShape(layers=2, hidden=512, ffn_hidden=1376, heads=8, kv_heads=4, seq_len=64, vocab=4096)
     large = ModelShape(layers=80, hidden=8192, ffn_hidden=28672, heads=64, kv_heads=8, seq_len=4096, vocab=128_000)
-    assert 0.3 < expected_layout_seconds(small, cores, Layout(tp=2)) < 1.5
-    assert 5 < expected_layout_seconds(large, nodes, Layout(tp=8, pp=4, dp=2)) < 10
+    assert 0.3 < expected_layout_seconds(small, cores, Layout(tp=2), "fp32") < 1.5
+    assert 5 < expected_layout_seconds(large, nodes, Layout(tp=8, pp=4, dp=2), "bf16") < 10
     unknown = Cluster(accelerators_per_node=2, accelerator="abacus")
-    assert expected_layout_seconds(large, unknown, Layout(dp=2)) > 1000
+    assert expected_layout_seconds(large, unknown, Layout(dp=2), "bf16") > 1000
 
 
 def test_the_planner_takes_up_what_it_knew():
