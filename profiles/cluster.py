@@ -16,7 +16,6 @@ class Cluster(Record):
     """Kind of accelerator: `cpu` trains on CPU cores, also where there are GPUs; any other name takes the GPUs that are
     there. A name of `profiles/accelerators/` (h100-sxm, a100-80g, mi300x, …), or the path of a data sheet written as
     those are (`my-card.yaml`), says how fast it is and how much memory it has."""
-
     network_gbit_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Bandwidth of a machine's network in one direction, which its accelerators share. null: as the data sheet of the
     accelerator says; a job on several machines measures it as it starts, and believes what is less than half or more

@@ -381,6 +381,18 @@ def oldest_finishes(runs: Path, queued: list[int]) -> Callable[[float], None]:
     return sleep
 
 
+def refuse_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler takes every run of a group but the second."""
+    queue = launch.submit.hand_over
+
+    def hand_over(*arguments: Any) -> Any:
+        if arguments[1].name.endswith("1235"):
+            raise JobError("sbatch: error: no more jobs for you")
+        return queue(*arguments)
+
+    monkeypatch.setattr(launch.submit, "hand_over", hand_over)
+
+
 def test_under_slurm_at_most_so_many_runs_are_queued_at_once(
     tmp_path: Path,
     slurm: Says,  # noqa: F811
@@ -403,14 +415,7 @@ def test_under_slurm_fail_fast_cancels_no_run_that_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job_file(tmp_path)
-    queue = launch.submit.hand_over
-
-    def refuse_the_second(*arguments: Any) -> Any:
-        if arguments[1].name.endswith("1235"):
-            raise JobError("sbatch: error: no more jobs for you")
-        return queue(*arguments)
-
-    monkeypatch.setattr(launch.submit, "hand_over", refuse_the_second)
+    refuse_the_second(monkeypatch)
     monkeypatch.setattr(launch.submit_group.time, "sleep", oldest_finishes(tmp_path / "runs", []))
     assert copus_here("submit", "job.yaml", "--seeds", "3", "--at-once", "1", "--fail-fast") == 1
     assert sum(line.startswith("sbatch") for line in asked(tmp_path)) == 1
@@ -423,14 +428,7 @@ def test_under_slurm_fail_fast_takes_what_is_queued_out_of_the_queue(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job_file(tmp_path)
-    queue = launch.submit.hand_over
-
-    def refuse_the_second(*arguments: Any) -> Any:
-        if arguments[1].name.endswith("1235"):
-            raise JobError("sbatch: error: no more jobs for you")
-        return queue(*arguments)
-
-    monkeypatch.setattr(launch.submit, "hand_over", refuse_the_second)
+    refuse_the_second(monkeypatch)
     assert copus_here("submit", "job.yaml", "--seeds", "3", "--fail-fast") == 1
     assert sum(line.startswith("sbatch") for line in asked(tmp_path)) == 1
     assert "scancel 12" in asked(tmp_path)

@@ -35,9 +35,10 @@ def accelerate_configuration(job: JobConfig, run: FixedRun) -> tuple[str, list[s
         values |= _fsdp(run)
     else:
         values["distributed_type"] = "MULTI_GPU"
-    for name, degree in (("cp", layout.cp), ("ep", layout.ep), ("vp", layout.vp), ("etp", layout.etp)):
-        if degree and (degree > 1 or name == "etp"):
-            lost.append(f"training.layout.{name}({degree}): it is not in accelerate's configuration")
+    degrees = layout.model_dump(exclude_defaults=True)
+    for name in ("cp", "ep", "vp", "etp"):
+        if name in degrees:
+            lost.append(f"training.layout.{name}({degrees[name]}): it is not in accelerate's configuration")
     if training.backend == "fsdp" and layout.zero in (1, 2):
         lost.append(f"training.layout.zero({layout.zero}): FSDP2 without resharding is stage 2")
     return yaml.safe_dump(values, sort_keys=False), lost

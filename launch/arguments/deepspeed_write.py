@@ -50,9 +50,10 @@ def deepspeed_configuration(job: JobConfig, run: FixedRun) -> tuple[str, list[st
         lost.append("training.layout.dp_replicate: ZeRO++ keeps a copy of the weights in each group, not of all state")
     elif layout.dp_replicate > 1:
         lost.append(f"training.layout.dp_replicate({layout.dp_replicate}): DeepSpeed shares out over all ranks")
-    for name, degree in (("pp", layout.pp), ("cp", layout.cp), ("ep", layout.ep), ("etp", layout.etp)):
-        if degree and (degree > 1 or name == "etp"):
-            lost.append(f"training.layout.{name}({degree}): no setting of DeepSpeed, but of your program")
+    degrees = layout.model_dump(exclude_defaults=True)
+    for name in ("pp", "cp", "ep", "etp"):
+        if name in degrees:
+            lost.append(f"training.layout.{name}({degrees[name]}): no setting of DeepSpeed, but of your program")
     if layout.recompute != "none":
         lost.append(f"training.layout.recompute({layout.recompute}): gradient_checkpointing_enable() of your model")
     return json.dumps(values, indent=2) + "\n", lost

@@ -6,6 +6,7 @@ are ranges of flattened parameters.
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -59,16 +60,17 @@ def _optimizer_state(main: MainParam, described: LocalTensor, training: Training
 
 def held_weight(main: MainParam, described: LocalTensor) -> HeldWeight:
     """What a parameter of the optimizer consists of, for its update."""
-    of_all_else, of_experts = (
-        parallel_state.get_tensor_model_parallel_group,
-        parallel_state.get_expert_tensor_parallel_group,
-    )
-    tensor_parallel = () if described.cut_axis is None else ((of_experts if described.of_experts else of_all_else)(),)
+    if described.cut_axis is None:
+        groups: tuple[Any, ...] = ()
+    elif described.of_experts:
+        groups = (parallel_state.get_expert_tensor_parallel_group(),)
+    else:
+        groups = (parallel_state.get_tensor_model_parallel_group(),)
     return HeldWeight(
         tuple(main.main.shape),
         described.regions,
-        row_groups=tensor_parallel if described.cut_axis == 0 else (),
-        column_groups=tensor_parallel if described.cut_axis == 1 else (),
+        row_groups=groups if described.cut_axis == 0 else (),
+        column_groups=groups if described.cut_axis == 1 else (),
     )
 
 
