@@ -1,6 +1,7 @@
 """Optimizer state of Megatron-LM's checkpoints: what megatron-core's optimizers save, every backend goes on with."""
 
 import collections
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ LR, BETAS, EPSILON = 1e-2, (0.8, 0.96), 1e-8
 
 
 def _save(folder: Path, job: JobConfig, sharding: str | None) -> None:
-    """Two data parallel ranks of megatron-core make one step, in which every gradient is the weight, and save."""
+    """Two data parallel ranks of megatron-core, with half of the experts each, make one step, in which every gradient
+    is the weight, and save."""
     cpu.before_import()
     from megatron.core import dist_checkpointing
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -37,10 +39,10 @@ def _save(folder: Path, job: JobConfig, sharding: str | None) -> None:
 
     from copus.backends.megatron import groups
 
-    layout = Layout(dp=2, zero=1 if sharding else 0)
+    layout = Layout(dp=2, ep=2 if job.model.experts else 1, zero=1 if sharding else 0)
     groups.make_groups(layout, 60)
     bf16 = job.training.precision == "bf16"
-    network = megatron_model(job, 384)
+    network = megatron_model(job, 384, layout)
     source = all_tensors(folder.parent / "model")
     network.load_state_dict(_megatron_tensors(job, network, source), strict=False)
     network = network.bfloat16() if bf16 else network
@@ -71,13 +73,15 @@ def _megatron_tensors(job: JobConfig, network: Any, source: dict[str, torch.Tens
     from copus.weights.megatron_names import hugging_face_parts
 
     tensors = {}
-    for name, weight in network.named_parameters():
-        tensors[name] = torch.full_like(weight, 7.0)
+    first_expert = job.model.experts // 2 * dist.get_rank()
+    for local_name, weight in network.named_parameters():
+        tensors[local_name] = torch.full_like(weight, 7.0)
+        name = re.sub(r"(?<=local_experts\.)\d+", lambda match: str(int(match[0]) + first_expert), local_name)
         for part in hugging_face_parts(name, tuple(weight.shape), Box.whole(tuple(weight.shape)), job.model):
             stored = source[part.name].float()
             length = min(part.box.shape[0], len(stored) - part.offset[0])
             first = part.box.offset[0]
-            tensors[name][first : first + length] = stored[part.offset[0] : part.offset[0] + length]
+            tensors[local_name][first : first + length] = stored[part.offset[0] : part.offset[0] + length]
     return tensors
 
 
@@ -113,20 +117,27 @@ def _errors(folder: Path, job: JobConfig) -> dict[str, float]:
     return errors
 
 
-GO_ON: tuple[tuple[str, dict[str, Any], str], ...] = (
-    ("megatron", {"tp": 2}, "fp32"),
-    ("megatron", {"dp": 2, "zero": 1}, "bf16"),
-    ("fsdp", {"dp": 2, "zero": 3}, "bf16"),
-)
+GO_ON: dict[str, tuple[tuple[str, dict[str, Any], str], ...]] = {
+    "qwen3": (
+        ("megatron", {"tp": 2}, "fp32"),
+        ("megatron", {"dp": 2, "zero": 1}, "bf16"),
+        ("fsdp", {"dp": 2, "zero": 3}, "bf16"),
+    ),
+    "qwen3_moe": (
+        ("megatron", {"tp": 2, "sequence_parallel": True}, "fp32"),
+        ("megatron", {"dp": 2, "ep": 2, "zero": 1}, "bf16"),
+    ),
+}
+"""Where training goes on, by family: on the backends that train it."""
 
 
-def _through_copus(folder: Path, precision: str, sharding: str | None) -> dict[str, dict[str, float]]:
+def _through_copus(folder: Path, family: str, precision: str, sharding: str | None) -> dict[str, dict[str, float]]:
     torch.cuda.synchronize = lambda *arguments: None  # type: ignore[assignment]  # Megatron calls it on a CPU too
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     saved = folder / "saved"
     _save(saved, job_from(folder / "model", precision=precision), sharding)
     results = {}
-    for backend, layout, own in GO_ON if sharding != "dp_reshardable" else ():
+    for backend, layout, own in GO_ON[family] if sharding != "dp_reshardable" else ():
         settings = {"init_from": str(saved), "init_optimizer": True, "precision": own}
         job = job_from(folder / "model", backend, layout, **settings)
         results[f"{backend} {layout} {own}"] = _errors(folder / "model", job)
@@ -135,21 +146,23 @@ def _through_copus(folder: Path, precision: str, sharding: str | None) -> dict[s
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("precision", "sharding"),
+    ("family", "precision", "sharding"),
     [
-        ("bf16", "fully_reshardable"),
-        pytest.param("bf16", None, marks=pytest.mark.slow),
-        pytest.param("fp32", None, marks=pytest.mark.slow),
+        ("qwen3", "bf16", "fully_reshardable"),
+        ("qwen3_moe", "bf16", "fully_reshardable"),
+        pytest.param("qwen3", "bf16", None, marks=pytest.mark.slow),
+        pytest.param("qwen3", "fp32", None, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "fp32", None, marks=pytest.mark.slow),
     ],
 )
 def test_moments_masters_and_steps_of_megatron_go_on_in_any_layout(
-    precision: str, sharding: str | None, tmp_path: Path
+    family: str, precision: str, sharding: str | None, tmp_path: Path
 ) -> None:
     """Saved by the distributed optimizer and by the plain ones of bf16 and fp32. The weights of the folder have the
     digits of bf16, so that every number is known."""
-    save_tiny("qwen3", tmp_path / "model", torch.bfloat16)
-    for errors_of in run_ranks(2, _through_copus, tmp_path, precision, sharding):
-        assert len(errors_of) == len(GO_ON)
+    save_tiny(family, tmp_path / "model", torch.bfloat16)
+    for errors_of in run_ranks(2, _through_copus, tmp_path, family, precision, sharding):
+        assert len(errors_of) == len(GO_ON[family])
         for name, errors in errors_of.items():
             assert {"exp_avg", "exp_avg_sq"} <= errors.keys(), name
             for statistic, error in errors.items():
@@ -160,7 +173,7 @@ def test_moments_masters_and_steps_of_megatron_go_on_in_any_layout(
 @pytest.mark.slow
 def test_the_usual_format_of_the_distributed_optimizer_is_refused_and_its_weights_are_read(tmp_path: Path) -> None:
     model = job_from(save_tiny("qwen3", tmp_path / "model", torch.bfloat16)).model
-    run_ranks(2, _through_copus, tmp_path, "bf16", "dp_reshardable")
+    run_ranks(2, _through_copus, tmp_path, "qwen3", "bf16", "dp_reshardable")
     read_megatron(tmp_path / "saved", model)
     with pytest.raises(JobError, match="in the format dp_reshardable, which is not read: load it in Megatron-LM and"):
         read_megatron(tmp_path / "saved", model, with_optimizer=True)

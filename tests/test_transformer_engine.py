@@ -28,7 +28,7 @@ KERNELS = ("torch", "transformer-engine")
 STAND_INS = Path(__file__).parent / "stand_ins"
 
 
-def _with_transformer_engine(ranks: int, function: Any, *arguments: Any) -> list[Any]:
+def with_transformer_engine(ranks: int, function: Any, *arguments: Any) -> list[Any]:
     """Run it on ranks that import the stand-in, which the fork server has not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(STAND_INS))
@@ -86,7 +86,7 @@ def _check(pairs: list[list[Figures]]) -> None:
 @pytest.mark.slow
 def test_every_family_trains_as_with_kernels_of_torch() -> None:
     models = [{}, *FAMILIES.values(), MOE, WITH_BIASES]
-    _check(_with_transformer_engine(1, _train, [({}, model) for model in models])[0])
+    _check(with_transformer_engine(1, _train, [({}, model) for model in models])[0])
 
 
 CUT = {"tp": 2, "sequence_parallel": True}
@@ -106,7 +106,7 @@ TWO_RANKS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.dist
 @pytest.mark.slow
 def test_layouts_of_two_ranks_train_as_with_kernels_of_torch() -> None:
-    _check(_with_transformer_engine(2, _train, TWO_RANKS)[0])
+    _check(with_transformer_engine(2, _train, TWO_RANKS)[0])
 
 
 def _tour(model: dict[str, Any], layouts: list[dict[str, Any]], folder: str) -> tuple[list[str], list[list[float]]]:
@@ -161,7 +161,7 @@ TOURS = {
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["experts", pytest.param("dense", marks=pytest.mark.slow)])
 def test_moves_change_no_bit_and_either_kernels_read_checkpoints_of_the_other(kind: str, tmp_path: Path) -> None:
-    for changed, losses in _with_transformer_engine(2, _tour, *TOURS[kind], str(tmp_path)):
+    for changed, losses in with_transformer_engine(2, _tour, *TOURS[kind], str(tmp_path)):
         assert changed == []
         np.testing.assert_allclose(losses, losses[0][0], rtol=2e-3)
 
@@ -195,7 +195,7 @@ def _eight_bit() -> list[list[float]]:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_products_of_eight_bits_train_nearly_as_those_of_bf16() -> None:
-    runs = _with_transformer_engine(2, _eight_bit)[0]
+    runs = with_transformer_engine(2, _eight_bit)[0]
     for bf16, *eight_bit in (runs[:3], runs[3:]):
         for losses in eight_bit:
             assert losses != bf16, "products are rounded"

@@ -1,13 +1,10 @@
 """A checkpoint as one of Megatron-LM, in its format `torch_dist`, with the weights alone.
 
-Megatron-LM takes it with `--pretrained-checkpoint DIR` or `--load DIR --finetune`. All layers are one tensor with the
-layers along its first axis, and the norms before attention and MLP have Transformer Engine's names, as Megatron's own
-checkpoints have them whatever their layers are made of.
+Megatron-LM takes it with `--pretrained-checkpoint DIR` or `--load DIR --finetune`.
 """
 
 import io
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,64 +17,16 @@ from copus.durable import write_text
 from copus.job import JobConfig, JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import Field
-from copus.weights.families import Shapes
-from copus.weights.megatron_lm import stored_name
 from copus.weights.megatron_names import hugging_face_parts
+from copus.weights.megatron_stored import place_of
+from copus.weights.megatron_weights import weights_in_megatron
 from copus.weights.source import LATEST, RELEASE
 from copus.weights.trained import TORCH_NAMES, Precision, TrainedWeights, pieces
-from profiles.model_shape import ModelShape
 
 _DATA = "__0_0.distcp"
-_MODULES_WITH_EXTRA_STATE = (
-    *("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
-    *("mlp.linear_fc1", "mlp.linear_fc2"),
-)
-"""Megatron asks for an extra state of these, which is nothing unless they compute in 8 bits."""
-
-
-def weights_in_megatron(model: ModelShape) -> Shapes:
-    """Every weight of Megatron-LM's GPT, under the names that a layer of copus's own specification has.
-
-    Raises ValueError for a model that Megatron-LM's GPT does not have.
-    """
-    for name, usual in (("norm_position", "pre"), ("experts", 0)):
-        if getattr(model, name) != usual:
-            raise ValueError(f"model.{name}({getattr(model, name)}) is not exported to Megatron-LM: {usual} is")
-    if model.latent_attention is not None:
-        raise ValueError("model.latent_attention is not exported to Megatron-LM")
-    if model.qk_norm == "projection":
-        raise ValueError("model.qk_norm(projection) is not exported to Megatron-LM: none and head are")
-    return dict(_weights(model))
-
-
-def _weights(model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, vectors = model.hidden, ("weight", "bias")[: model.norm_vectors]
-    queries, projected = model.query_width + 2 * model.kv_width, model.ffn_hidden * (2 if model.gated_mlp else 1)
-    has_bias = model.bias == "all"
-    linear: tuple[tuple[str, int, int, bool], ...] = (
-        ("self_attention.linear_qkv", queries, hidden, model.bias != "none"),
-        ("self_attention.linear_proj", hidden, model.query_width, model.bias in ("attention", "all")),
-        ("mlp.linear_fc1", projected, hidden, has_bias),
-        ("mlp.linear_fc2", hidden, model.ffn_hidden, has_bias),
-    )
-    norms = {"input_layernorm": hidden, "pre_mlp_layernorm": hidden}
-    if model.qk_norm == "head":
-        norms |= dict.fromkeys(("self_attention.q_layernorm", "self_attention.k_layernorm"), model.head_width)
-    yield "embedding.word_embeddings.weight", (model.padded_vocab, hidden)
-    if model.positions == "learned":
-        yield "embedding.position_embeddings.weight", (model.seq_len, hidden)
-    for layer in (f"decoder.layers.{number}" for number in range(model.layers)):
-        for module, outputs, inputs, with_bias in linear:
-            yield f"{layer}.{module}.weight", (outputs, inputs)
-            if with_bias:
-                yield f"{layer}.{module}.bias", (outputs,)
-        for module, width in norms.items():
-            for kind in vectors:
-                yield f"{layer}.{module}.{kind}", (width,)
-    for kind in vectors:
-        yield f"decoder.final_layernorm.{kind}", (hidden,)
-    if not model.tied_embeddings:
-        yield "output_layer.weight", (model.padded_vocab, hidden)
+_WITHOUT_EXTRA_STATE = ("norm", "router", "embedding", "output_layer")
+"""In a name of a module: Megatron asks for an extra state of all others, which is nothing unless they compute in 8
+bits."""
 
 
 class MegatronExport:
@@ -101,9 +50,10 @@ class MegatronExport:
         saved: SavedState = defaultdict(list)
         with TrainedWeights(self._checkpoint, self._model) as weights, open(release / _DATA, "wb") as file:
             for name, shape in self._weights.items():
-                for field, box, numbers in self._parts(weights, name, shape):
+                for fields, box, numbers in self._parts(weights, name, shape):
                     place = _append(file, numbers)
-                    saved[field].append(Chunk(box, box, *place))
+                    for field in fields:
+                        saved[field].append(Chunk(box, box, *place))
                     advance(numbers.nbytes)
             # None is in a list, since several may have one name
             objects = {name: _append(file, [None]) for name in self._extra_states()}
@@ -116,27 +66,28 @@ class MegatronExport:
 
     def _parts(
         self, weights: TrainedWeights, name: str, shape: tuple[int, ...]
-    ) -> Iterator[tuple[Field, Box, torch.Tensor]]:
-        """A weight in parts of some megabytes: the tensor that it is in, where in that, and its numbers."""
-        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-        before = (int(layer[1]),) if layer else ()
-        whole = (self._model.layers, *shape) if layer else shape
-        field = Field(stored_name(name), self._dtype, whole)
+    ) -> Iterator[tuple[list[Field], Box, torch.Tensor]]:
+        """A weight in parts of some megabytes: the tensor that it is in, under all its names, where in that, and its
+        numbers."""
+        names, index, first_axes = place_of(name, self._model)
+        dtype = "float32" if name.endswith("expert_bias") else self._dtype  # as Megatron keeps it
+        fields, ones = [Field(one, dtype, (*first_axes, *shape)) for one in names], [1] * len(index)
         for start, rows in pieces(shape):
             box = Box((start, *[0] * (len(shape) - 1)), (rows, *shape[1:]))
-            numbers = torch.empty(box.shape, dtype=getattr(torch, self._dtype))
+            numbers = torch.empty(box.shape, dtype=getattr(torch, dtype))
             for part in hugging_face_parts(name, shape, box, self._model):
                 numbers[part.box.slices_in(box)] = weights.read(part.name, Box(part.offset, part.box.shape))
-            yield (
-                field,
-                Box((*before, *box.offset), (*[1] * len(before), *box.shape)),
-                numbers.view(*[1] * len(before), *box.shape),
-            )
+            yield fields, Box((*index, *box.offset), (*ones, *box.shape)), numbers.view(*ones, *box.shape)
 
     def _extra_states(self) -> Iterator[str]:
-        for module in _MODULES_WITH_EXTRA_STATE:
-            for layer in range(self._model.layers):
-                yield f"decoder.layers.{module}._extra_state/shard_{layer}_{self._model.layers}"
+        """The names of all extra states, one a layer and expert."""
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in self._weights)
+        layers = (f"decoder.layers.{number}" for number in range(self._model.layers))
+        for module in (*modules, *(f"{layer}.self_attention.core_attention" for layer in layers)):
+            if not any(word in module for word in _WITHOUT_EXTRA_STATE):
+                names, index, first_axes = place_of(f"{module}._extra_state", self._model)
+                shard = (".".join(map(str, numbers or (0,))) for numbers in (index, first_axes or (1,)))
+                yield f"{names[0]}/shard_{'_'.join(shard)}"
 
 
 def _append(file: IO[bytes], value: Any) -> PlaceInFile:

@@ -1,9 +1,8 @@
 """Checkpoints of Megatron-LM in the format `torch_dist`: weights and optimizer state under the names of the state.
 
-Most tensors have all layers of the model along a first axis, and the norms before attention and MLP have the names that
-Transformer Engine gives them, whatever was used. The optimizer's state can be read if it has the names and shapes of
-the weights, as the plain optimizers write it, and the distributed one in its format `fully_reshardable`. In its usual
-format, `dp_reshardable`, it is the gradient buckets of the layout that wrote it.
+How these are stored is a subject of its own (`copus.weights.megatron_stored`). The optimizer's state can be read if it
+has the names and shapes of the weights, as the plain optimizers write it, and the distributed one in its format
+`fully_reshardable`. In its usual format, `dp_reshardable`, it is the gradient buckets of the layout that wrote it.
 """
 
 import itertools
@@ -18,31 +17,22 @@ from copus.job import JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import MASTER, Field
 from copus.weights.families import weights_of
-from copus.weights.megatron_names import FUSED_NORMS, hugging_face_parts
+from copus.weights.megatron_names import Part, hugging_face_parts, without_fusion
+from copus.weights.megatron_stored import Weight, weights_in
 from profiles.model_shape import ModelShape
 
 _WEIGHTS = re.compile(r"(?:module\.|model\.)?((?:(?:embedding|decoder)\..+[._]|output_layer\.)(?:weight|bias))")
 """Names of weights; optimizer state, random states and what an index says of objects are left out."""
-_OPTIMIZER = re.compile(r"optimizer\.state\.(\w+)\.(.+)")
+_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
 """Names of optimizer state: what it is, and of which weight."""
 _MASTERS = ("param", "fp32_param")
 """With and without the distributed optimizer."""
 _IN_BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
-_STACKED = re.compile(r"decoder\.layers\.(?=\D)")
-"""The layers of this tensor are its first axis."""
 _ROWS_OF_TOKENS = ("embedding.word_embeddings.weight", "output_layer.weight")
 _COMMON = "common.pt"
 """Everything in a checkpoint that is no tensor, a pickle."""
 _MOST_PADDING = 8192
 """More rows than that are not for the sake of tensor parallelism: the vocabulary is another one."""
-
-
-def stored_name(name: str) -> str:
-    """The name that a weight has in Megatron-LM's checkpoints, from that in a layer of its own number."""
-    name = re.sub(r"^(decoder\.layers\.)\d+\.", r"\1", name)
-    for fused, own in FUSED_NORMS.items():
-        name = name.replace(f"layers.{own}", f"layers.{fused}")
-    return name
 
 
 def read_megatron(folder: Path, model: ModelShape, *, with_optimizer: bool = False) -> SavedState:
@@ -52,22 +42,15 @@ def read_megatron(folder: Path, model: ModelShape, *, with_optimizer: bool = Fal
     The rows that pad Megatron's vocabulary are replaced by zeros. Raises JobError for another vocabulary, and for
     optimizer state in a format that is not read; DamagedFileError for files that are shorter than the index says.
     """
-    if model.experts:
-        raise JobError(f"training.init_from({folder}): experts of Megatron-LM's checkpoints are not read")
-    if model.latent_attention is not None:
-        raise JobError(f"training.init_from({folder}): latent attention of Megatron-LM's checkpoints is not read")
     index = read_index(folder)
     if with_optimizer:
         _check_optimizer(folder, index)
     _check_lengths(folder, index)
     saved: SavedState = {}
-    for field, chunks in index.items():
-        name, kept = _weight_and_statistic(field.name)
-        match = _WEIGHTS.fullmatch(name)
-        if match is not None and (with_optimizer or not kept):
-            for chunk in chunks:
-                for part, cut in _parts(folder, field._replace(name=match[1]), chunk, model):
-                    saved.setdefault(part._replace(name=part.name + kept), []).append(cut)
+    for field, kept, chunks in _weights_and_statistics(index):
+        if with_optimizer or not kept:
+            for part, cut in itertools.chain.from_iterable(_parts(folder, field, chunk, model) for chunk in chunks):
+                saved.setdefault(part._replace(name=part.name + kept), []).append(cut)
     shapes = weights_of(model)
     for field, chunks in saved.items():
         chunks += zeros_below(shapes.get(field.name.partition("/")[0], field.shape), field.shape)
@@ -87,12 +70,18 @@ def _check_lengths(folder: Path, index: SavedState) -> None:
             raise DamagedFileError(f"{name} has {size} bytes, and its last tensor ends at byte {end}")
 
 
-def _weight_and_statistic(name: str) -> tuple[str, str]:
-    """The weight that a tensor is or belongs to, and what the state appends to the weight's name for it."""
-    match = _OPTIMIZER.fullmatch(name)
-    if match is None:
-        return name, ""
-    return match[2], f"/{MASTER if match[1] in _MASTERS else match[1]}"
+def _weights_and_statistics(index: SavedState) -> Iterator[tuple[Field, str, list[Chunk]]]:
+    """The tensors that are a weight or belong to one, with the weight's name and that which the state appends to it.
+    Only one of those that are there under two names: norms that Transformer Engine fuses, and some layers do not."""
+    seen: set[tuple[str, str]] = set()
+    for field, chunks in index.items():
+        name, kept = field.name, ""
+        if statistic := _OPTIMIZER.fullmatch(name):
+            name, kept = statistic[2], f"/{MASTER if statistic[1] in _MASTERS else statistic[1]}"
+        match = _WEIGHTS.fullmatch(name)
+        if match is not None and (own := (without_fusion(match[1]), kept)) not in seen:
+            seen.add(own)
+            yield field._replace(name=own[0]), kept, chunks
 
 
 def _check_optimizer(folder: Path, index: SavedState) -> None:
@@ -137,14 +126,21 @@ def _groups(state: Any) -> Iterator[dict[str, Any]]:
 
 def _parts(folder: Path, field: Field, chunk: Chunk, model: ModelShape) -> Iterator[tuple[Field, Chunk]]:
     """The parts of a chunk that are in one weight of the state each."""
-    name, shape, box = field.name, field.shape, chunk.box
-    if _STACKED.match(name):
-        if box.shape[0] != 1:
-            raise JobError(f"{folder.name}: {name} has {box.shape[0]} layers in one part; one is read")
-        name = _STACKED.sub(f"decoder.layers.{box.offset[0]}.", name)
-        shape, box = shape[1:], Box(box.offset[1:], box.shape[1:])
-    for fused, own in FUSED_NORMS.items():
-        name = name.replace(fused, own)
+    try:
+        weights = list(weights_in(field.name, field.shape, chunk.box, model))
+    except ValueError as error:
+        raise JobError(f"training.init_from({folder}): {error}") from None
+    for weight in weights:
+        for part in _parts_of(folder, weight, model):
+            moved = [new - old for new, old in zip(part.offset, part.box.offset, strict=True)]
+            yield (
+                Field(part.name, field.dtype, part.shape),
+                chunk._replace(box=part.box.shifted(moved), stored=weight.stored.shifted(moved)),
+            )
+
+
+def _parts_of(folder: Path, weight: Weight, model: ModelShape) -> Iterator[Part]:
+    name, shape, box = weight.name, weight.shape, weight.box
     if name in _ROWS_OF_TOKENS:
         if not 0 <= shape[0] - model.vocab < _MOST_PADDING:
             raise JobError(
@@ -152,12 +148,7 @@ def _parts(folder: Path, field: Field, chunk: Chunk, model: ModelShape) -> Itera
             )
         own_rows = box.intersect(Box.whole((model.vocab, *shape[1:])))
         shape = (model.padded_vocab, *shape[1:])
-        pieces = [] if own_rows is None else list(hugging_face_parts(name, shape, own_rows, model))
-    else:
-        pieces = list(hugging_face_parts(name, shape, box, model))
-    for part in pieces:
-        moved = [new - old for new, old in zip(part.offset, part.box.offset, strict=True)]
-        yield (
-            Field(part.name, field.dtype, part.shape),
-            chunk._replace(box=part.box.shifted(moved), stored=box.shifted(moved)),
-        )
+        if own_rows is None:
+            return
+        box = own_rows
+    yield from hugging_face_parts(name, shape, box, model)

@@ -56,13 +56,18 @@ FUSED_NORMS = {
 }
 """Transformer Engine's names of norms that are fused with the projection behind them, and Megatron's of the same norms
 as modules of their own."""
+FUSED_LATENT_NORMS = {
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+}
+"""Likewise the norms within latent attention."""
 _GROUPED_EXPERT = re.compile(r"\.mlp\.experts\.linear_fc([12])\.(weight|bias)(\d+)$")
 """A weight of the experts of a rank, which are one module."""
 
 
 def without_fusion(name: str) -> str:
     """Megatron's name of a weight, from that in a layer of Transformer Engine's modules; other names as they are."""
-    for fused, own in FUSED_NORMS.items():
+    for fused, own in (FUSED_NORMS | FUSED_LATENT_NORMS).items():
         name = name.replace(fused, own)
     return _GROUPED_EXPERT.sub(r".mlp.experts.local_experts.\3.linear_fc\1.\2", name)
 

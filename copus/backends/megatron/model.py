@@ -163,7 +163,7 @@ def build_model(
 
             mark_cuts(chunk, config)
         if shape.rope_scaling is not None:
-            _scale_rotary_positions(chunk, shape)
+            scale_rotary_positions(chunk, shape)
         if shape.embedding_scale != 1 and chunk.pre_process:
             chunk.embedding.register_forward_hook(lambda module, inputs, output: output * shape.embedding_scale)
         if shape.vocab < shape.padded_vocab and chunk.post_process:
@@ -220,7 +220,7 @@ def _softmax_scale(shape: ModelShape) -> float | None:
     return (shape.attention_scale or shape.head_width**-0.5) * attention_factor(shape.rope_scaling) ** 2
 
 
-def _scale_rotary_positions(chunk: Any, shape: ModelShape) -> None:
+def scale_rotary_positions(chunk: Any, shape: ModelShape) -> None:
     """Megatron has Llama 3's scaling with some of its numbers fixed, and YaRN's as another module: the frequencies are
     put in the place of those that it computed. With latent attention every layer has its own."""
     scaled = frequencies(shape.rotary_width, shape.rope_base, shape.rope_scaling)
