@@ -67,15 +67,17 @@ class Workload:
     """Where runs without a decay stop."""
     longest: int
     """Tokens after which these give up."""
+    lr: float
+    """For the job's reference batch: the best for constant batches of 4 and 16, of 4e-4, 8e-4, 1.2e-3, 1.6e-3 and
+    3.2e-3 (docs/policies.md)."""
 
 
+_NARROW: Settings = {"model.hidden": 128, "model.ffn_hidden": 344, "model.heads": 4, "model.kv_heads": 4}
 WORKLOADS = {
-    "short-sequences": Workload({}, (160_000, 240_000), 5.5, 400_000),
+    "short-sequences": Workload({}, (160_000, 240_000), 5.5, 400_000, 4e-4),
+    "deep": Workload({**_NARROW, "model.layers": 8}, (160_000, 240_000), 5.5, 400_000, 1.6e-3),
     "long-sequences": Workload(
-        {"model.seq_len": 256, "model.hidden": 128, "model.ffn_hidden": 344, "model.layers": 4, "model.heads": 4},
-        (500_000, 750_000),
-        5.6,
-        1_500_000,
+        {**_NARROW, "model.layers": 4, "model.seq_len": 256}, (500_000, 750_000), 5.6, 1_500_000, 1.2e-3
     ),
 }
 WHOLE_TABLE: Settings = {"profile.budget_seconds": 20}
@@ -179,9 +181,10 @@ class Cell:
         workload = WORKLOADS[self.workload]
         if self.decay == "constant":
             length = {"training.tokens": round(scale * workload.longest), "training.target_loss": workload.target_loss}
-            return {**workload.settings, **length}
+            return {**workload.settings, **length, "training.lr": workload.lr, "training.min_lr": workload.lr}
         tokens = round(scale * workload.lengths[(seed - 1) % len(workload.lengths)])
-        decay = {"training.decay": "cosine", "training.min_lr": 4.0e-5, "training.target_loss": "null"}
+        rates = {"training.lr": workload.lr, "training.min_lr": workload.lr / 10}
+        decay = {"training.decay": "cosine", **rates, "training.target_loss": "null"}
         # Only the end counts; evaluating it well makes up for the noise of one.
         evaluate = {"training.evaluate_every_tokens": 2 * tokens, "training.evaluate_sequences": 512}
         return {**workload.settings, **decay, **evaluate, "training.tokens": tokens}
