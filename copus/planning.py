@@ -55,7 +55,12 @@ class Planner(planner.Planner):
         # A policy that takes every time for a measured one must not see what the cost model alone predicts.
         predictor = predictor_of(job, rows, use_cost_model=make_policy(job.planner).weighs_error)
         super().__init__(
-            predictor, number, job.total_samples, lambda samples: lr_decay(job, samples), job.training.target_loss
+            predictor,
+            number,
+            job.total_samples,
+            lambda samples: lr_decay(job, samples),
+            job.training.target_loss,
+            from_scratch=job.training.init_from is None,
         )
 
 

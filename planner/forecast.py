@@ -23,6 +23,8 @@ Nemotron-4, OLMo, BLOOM)."""
 LAWS_ERROR = 1.0
 """Standard error of the logarithm of φ as published laws give it, for a model and a text of one's own: a factor of 5
 either way, 90 %."""
+LAWS_FREEDOM = 5.0
+"""Degrees of freedom of that error. It is a guess: a law is sometimes simply not about one's job."""
 FEWEST = 12
 """An estimate fades by no more than 1 in so many from one to the next."""
 BEND = 2.0
@@ -169,6 +171,23 @@ class CriticalBatchForecast:
         if state:
             self.offset, self.samples = np.array(state["offset"]), np.array(state["samples"])
             self.sums, self.misses = np.array(state["sums"]), np.array(state["misses"])
+
+
+def law_correction(laws: Floats, measured: Floats, error: Floats, factor_error: Floats) -> tuple[Floats, Floats]:
+    """What published laws do to a φ that the noise scale says: by how much its logarithm changes, and the error of log
+    φ that is left of c's. Shapes (R,).
+
+    Laws are measured on whole runs of equal batches, and the noise scale on gradients: two estimates of φ that err
+    independently, so their precisions are weights. `error` is that of the logarithm of the noise scale, and
+    `factor_error` that of log c, which all estimates share. A c that is exact is not corrected. The error of laws has
+    the tails of Student's t: the further they are off, the less they count.
+    """
+    away = np.log(laws / measured)
+    variance = np.square(error) + np.square(factor_error)
+    likely = (LAWS_FREEDOM + 1) / (LAWS_FREEDOM + np.square(away) / (variance + LAWS_ERROR**2))
+    of_laws = LAWS_ERROR / np.sqrt(likely)
+    share = np.where(np.asarray(factor_error) > 0, variance / (variance + of_laws**2), 0.0)
+    return share * away, factor_error * of_laws / np.hypot(factor_error, of_laws)
 
 
 def log_error(low: float | None, high: float | None) -> float:

@@ -110,10 +110,12 @@ class Planner:
         total_samples: int | None = None,
         lr_decay: Callable[[int], float] | None = None,
         target_loss: float | None = None,
+        from_scratch: bool = True,
     ) -> None:
         """`total_samples` is the length of the job in sequences; None if nobody knows. `lr_decay` is the learning rate
         of the schedule over its peak, after so many sequences; None if there is no schedule. `target_loss` ends the
-        job sooner, at the first evaluation that reaches it."""
+        job sooner, at the first evaluation that reaches it. A job that is not `from_scratch` begins with trained
+        weights: what laws say of critical batches is not about it."""
         self.predictor = predictor
         """What is expected of configurations, and which may be chosen."""
         self.config = config = predictor.config
@@ -135,12 +137,14 @@ class Planner:
         """Where the job ends: the loop feeds it every evaluation."""
         seq_len = predictor.model.seq_len
         memory = half_life(config, self._total_samples, seq_len).at(predictor.start.global_batch)
+        self._laws = CriticalBatchForecast.of_laws(self._total_samples, predictor.model)
         self._critical_batch = CriticalBatchTracker(
             config,
             self._total_samples,
             seq_len,
             factor_range=config.critical_batch_factor_range if self.policy.weighs_error else 1.0,
             window_samples=max(1, int(LEARNING_HALF_LIVES * memory)),
+            laws=self._laws if from_scratch else None,
         )
 
     @property
@@ -197,7 +201,7 @@ class Planner:
         forecast = self._critical_batch.forecast
         starting = samples_consumed == 0 and self.config.start == "plan" and self.policy.picks_start
         if starting:
-            forecast = CriticalBatchForecast.of_laws(self._total_samples, self.predictor.model)
+            forecast = self._laws
             critical_batch = float(forecast.at(np.array([1.0]))[0])
         moment = _Moment(noise, critical_batch, forecast, samples_consumed, seconds_left, step_norms, starting)
         scored = self._score_all(current, critical_batch)

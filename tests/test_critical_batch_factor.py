@@ -107,7 +107,7 @@ def test_the_planner_decides_with_what_the_run_taught() -> None:
     deciding = planner(TABLE, policy="goodput", noise_half_life_tokens=64 * 1024)
     rng = np.random.default_rng(1)
     first = deciding.decide(noise(20.0, 18.0, 22.0), START, 1000)
-    assert first.critical_batch_factor == pytest.approx(2.0)
+    assert 1.2 < first.critical_batch_factor < 2.0, "laws expect a smaller critical batch of so short a job"
     samples, useful = 0, 0.0
     for batch, steps in ((8, 4096), (64, 400)):
         for _ in range(steps):

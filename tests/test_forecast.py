@@ -1,16 +1,26 @@
 """The forecast of the critical batch against laws that are known, and what a decision shows of it."""
 
 import json
+import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_planner_decision import START, TABLE, noise
 from test_planner_decision import planner as planner_of
 
 from copus.noise.estimator import NoiseEstimator
 from copus.noise.memory import Clock
 from copus.noise.step_estimate import StepEstimate
-from planner.forecast import QUANTILE_90, CriticalBatchForecast, log_error
+from planner.forecast import (
+    LAWS_ERROR,
+    LAWS_FREEDOM,
+    QUANTILE_90,
+    CriticalBatchForecast,
+    law_correction,
+    log_error,
+)
 from planner.planner import Planner
 from planner.sampling import HalfLife
 from planner.simulator.trajectory import geometric, grid, linear, power
@@ -135,3 +145,36 @@ def test_a_growing_noise_scale_is_not_read_late(law, steps):
     assert abs(np.log(critical_batch / truth).mean()) < 0.13
     if law(0.5) != law(1.0):
         assert np.log(average / truth).mean() < -0.05, "or the test says nothing"
+
+
+@given(
+    st.floats(-8, 8).filter(lambda away: abs(away) > 1e-3),
+    st.floats(0.01, 1.0),
+    st.floats(0.05, 1.0),
+    st.floats(1, 1e4),
+)
+def test_laws_pull_towards_them_never_beyond_and_leave_c_surer(
+    away: float, error: float, factor_error: float, measured: float
+) -> None:
+    laws = np.array([measured * math.exp(away)])
+    shift, left = law_correction(laws, np.array([measured]), np.array([error]), np.array([factor_error]))
+    assert 0 < shift[0] / away < 1
+    assert 0 < left[0] < factor_error
+
+
+def test_laws_count_less_the_further_they_are_off_and_not_at_all_if_c_is_exact() -> None:
+    away = np.array([0.5, 1.0, 2.0, 4.0, 8.0])
+    one = np.ones_like(away)
+    shift, _ = law_correction(np.exp(away), one, 0.1 * one, 0.6 * one)
+    assert (np.diff(shift / away) < 0).all()
+    assert shift[-1] < shift.max()
+    shift, left = law_correction(np.exp(away), one, 0.1 * one, 0 * one)
+    assert not shift.any()
+    assert not left.any()
+
+
+def test_the_noise_scale_of_two_equal_witnesses_is_in_the_middle() -> None:
+    """If c is as unsure as laws are, and they nearly agree, φ is their geometric mean but for the tails of laws."""
+    shift, _ = law_correction(np.array([1.02]), np.array([1.0]), np.array([0.0]), np.array([LAWS_ERROR]))
+    likely = (LAWS_FREEDOM + 1) / LAWS_FREEDOM
+    assert shift[0] == pytest.approx(math.log(1.02) * likely / (1 + likely), rel=1e-3)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.critical_batch_factor import NEAR, SYSTEMATIC
-from planner.forecast import LAWS_ERROR, CriticalBatchForecast
+from planner.forecast import LAWS_ERROR, CriticalBatchForecast, law_correction
 from planner.menu import Floats, Indices, Menu
 from planner.simulator.runs import DRAWS, Runs
 from planner.simulator.state import State
@@ -43,7 +43,8 @@ def estimate_critical_batch(state: State, number: int, errors: Floats) -> Estima
     """φ as the runs know it at decision `number`; `errors` are standard normal, shape (R,)."""
     if state.runs.first_guess is None:
         return _without_lag(state, errors)
-    return _by_laws(state, state.runs.first_guess) if number == 0 else _by_averages(state)
+    guess = state.runs.first_guess
+    return _by_laws(state, guess) if number == 0 else _by_averages(state, guess)
 
 
 def _without_lag(state: State, errors: Floats) -> Estimate:
@@ -57,22 +58,29 @@ def _without_lag(state: State, errors: Floats) -> Estimate:
 
 def _by_laws(state: State, guess: Floats) -> Estimate:
     """What laws say before the first step; `guess` is that over what φ is."""
-    seen = state.critical_batch * guess
-    place = np.ones_like(seen)
-    prior = CriticalBatchForecast.unknown(state.runs.planned_samples)
-    prior.observe(place, seen, np.full_like(place, LAWS_ERROR))
-    return Estimate(seen, place, prior)
+    return Estimate(state.critical_batch * guess, np.ones_like(guess), _laws(state, guess))
 
 
-def _by_averages(state: State) -> Estimate:
-    """φ now by the averages, as `Planner` works it out: filed at their centroid, and grown since as forecast."""
+def _laws(state: State, guess: Floats) -> CriticalBatchForecast:
+    """φ as laws expect it of the whole job, from where it begins."""
+    laws = CriticalBatchForecast.unknown(state.runs.planned_samples)
+    laws.observe(np.ones_like(guess), state.runs.critical_batch[:, 0] * guess, np.full_like(guess, LAWS_ERROR))
+    return laws
+
+
+def _by_averages(state: State, guess: Floats) -> Estimate:
+    """φ now by the averages, as `Planner` works it out: filed at their centroid, grown since as forecast, and corrected
+    by laws."""
     meter, here = state.meter, state.samples
     error = np.sqrt(meter.variance)
     memory = np.maximum(here - meter.centroid, 1e-9)
     repeated = np.where(state.observed_at > 0, np.exp(-np.maximum(here - state.observed_at, 1) / memory), 0.0)
     state.forecast.observe(meter.centroid, meter.average, error, (1 - repeated) / (1 + repeated))
     state.observed_at = here.copy()
-    return Estimate(meter.average * state.forecast.grown(meter.centroid, here), here, _with_factor(state))
+    now = meter.average * state.forecast.grown(meter.centroid, here)
+    own = np.exp(state.factor_shift)
+    shift, left = law_correction(_laws(state, guess).at(here), own * now, error, state.factor_shift_error)
+    return Estimate(now, here, state.forecast.scaled(own * np.exp(shift), left))
 
 
 def _with_factor(state: State) -> CriticalBatchForecast:
