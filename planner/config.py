@@ -50,8 +50,8 @@ class PlannerConfig(Record):
     """Goodput has to improve by this share before the job moves (COPUS's rule: 0.10)."""
     critical_batch_factor: PositiveFloat = 2.0
     """c in φ = c · B_simple: ratio of the critical batch to the simple noise scale (COPUS: 2.0, set by hand). Or the
-    file that `copus calibrate` wrote, RUN/calibration.json: then the measured c, with its interval. The run refines it
-    from its own changes of batch."""
+    file that `copus calibrate` wrote, RUN/calibration.json: then the measured c, with its interval. `goodput` refines
+    it from the run's own changes of batch, and corrects it by published laws of the critical batch of a job."""
     critical_batch_factor_range: float = Field(default=2.6, ge=1)
     """Distance of the ends of the 90 % interval of c from it at the start of the run, as a factor; 1 means that c is
     exact. A calibration file has its own."""
