@@ -99,7 +99,7 @@ def copus() -> None:
     metavar="N",
     type=int,
     help="With --seeds or --matrix, on an engine with a queue: have at most N of the runs in it, and add the next when "
-    "one has ended.",
+    "one has ended. With --detach, on Slurm: let at most N tasks of their array run.",
 )
 @json_option(PROGRESS_JSON)
 def submit(

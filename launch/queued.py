@@ -3,6 +3,8 @@
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from launch.engines.ticket import write_ticket
 from launch.follow import Follower
 from launch.interrupts import Interrupts
 from launch.progress import Progress
-from launch.run_directory import stopped_for_good, typed
+from launch.run_directory import lock_run, stopped_for_good, typed
 from launch.status import RunStatus
 
 STATE_SECONDS = 3.0
@@ -36,11 +38,28 @@ class Queued:
 
 def hand_over(engine: QueuedEngine, run: Path, job: JobConfig) -> Queued:
     """Queue a job and note which it is in RUN/engine.json. Hold the run's lock. Raises JobError if it is refused."""
+    queued = ready(engine, run, job)
+    write_ticket(run, engine.submit(run, job))
+    return queued
+
+
+def ready(engine: QueuedEngine, run: Path, job: JobConfig) -> Queued:
+    """A run that somebody else queues."""
     queued = Queued(Follower(run), RunStatus())
     queued.status.update(queued.follower.read())
     queued.status.forget_ending()
-    write_ticket(run, engine.submit(run, job))
     return queued
+
+
+def hand_over_together(
+    engine: QueuedEngine, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None
+) -> None:
+    """Queue runs with the same needs as one job of the scheduler, as `hand_over` does with one."""
+    with ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(lock_run(run))
+        for run, ticket in zip(runs, engine.submit_together(runs, job, name, at_once), strict=True):
+            write_ticket(run, ticket)
 
 
 def follow_job(engine: QueuedEngine, run: Path, queued: Queued, interrupts: Interrupts, console: Console) -> Outcome:

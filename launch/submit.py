@@ -40,6 +40,8 @@ from launch.run_directory import (
 from launch.status import RunStatus
 from launch.weights import check_weights, keep_weights
 
+HandOver = Callable[[QueuedEngine, Path, JobConfig], Queued]
+
 
 @dataclass(frozen=True)
 class SubmitOptions:
@@ -153,10 +155,14 @@ def _check_machine(job: JobConfig, engine: Engine) -> None:
 
 
 def begin(
-    checked: Checked, interrupts: Interrupts, console: Console, mark: Callable[[Path], None] | None = None
+    checked: Checked,
+    interrupts: Interrupts,
+    console: Console,
+    mark: Callable[[Path], None] | None = None,
+    queue: HandOver = hand_over,
 ) -> Begun:
     """Make the run, prepare its data, and launch it. `mark` writes into the run that is made, which then has to have
-    the job's name. Raises JobError, and leaves nothing, if the user errs."""
+    the job's name; `queue` hands it to a scheduler. Raises JobError, and leaves nothing, if the user errs."""
     engine, job = checked.engine, checked.job
     engine.ready(job)
     run = create_run(job, numbered=mark is None, mark=mark)
@@ -170,7 +176,7 @@ def begin(
         return Begun(
             run,
             job,
-            _measure_and_launch(engine, run, job, lock, interrupts, console, partial(discard_run, run)),
+            _measure_and_launch(engine, run, job, lock, interrupts, console, partial(discard_run, run), queue),
         )
 
 
@@ -249,12 +255,13 @@ def _measure_and_launch(
     interrupts: Interrupts,
     console: Console,
     undo: Callable[[], None],
+    queue: HandOver = hand_over,
 ) -> Outcome | Queued:
     """`_launch`, after a profiler that wants a process of its own has run, unless that did not end well."""
     measured = profile_alone(run, job, lock, interrupts, console, undo)
     if measured and measured.exit_code:
         return measured
-    return _launch(engine, run, job, lock, interrupts, console, undo)
+    return _launch(engine, run, job, lock, interrupts, console, undo, queue)
 
 
 def _launch(
@@ -265,11 +272,12 @@ def _launch(
     interrupts: Interrupts,
     console: Console,
     undo: Callable[[], None],
+    queue: HandOver,
 ) -> Outcome | Queued:
     """Run the job to its end, or hand it to a scheduler. `undo` is called if nothing came of either."""
     if isinstance(engine, QueuedEngine):
         try:
-            return hand_over(engine, run, job)
+            return queue(engine, run, job)
         except JobError:
             undo()
             raise

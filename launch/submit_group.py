@@ -1,7 +1,7 @@
 """`copus submit --seeds N --matrix FIELD=V,V`: a group of runs, one after another, or all in a scheduler's queue."""
 
 import sys
-import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,23 +12,32 @@ from rich.console import Console
 
 from copus.job import JobConfig, JobError, load_job
 from launch.attend import Outcome
-from launch.conclusion import headline, trained
+from launch.conclusion import headline
 from launch.engines import QueuedEngine, engine_state
 from launch.group import Planned, parse_matrix, plan_group, read_member, write_member
-from launch.group_results import ENDS, OVER, as_values, print_results, read_results
+from launch.group_results import OVER, as_values, print_results, read_results
+from launch.group_watch import Watch
 from launch.interrupts import Interrupts
 from launch.json_output import as_json_line
 from launch.progress import SteadyConsole
-from launch.queued import LOOKS, STATE_SECONDS
-from launch.run_directory import portable, shown, typed
+from launch.queued import Queued, hand_over, hand_over_together, ready
+from launch.run_directory import discard_run, portable, shown, typed
 from launch.run_state import RunState, state_of
 from launch.runs import status_of
 from launch.status import RunStatus
-from launch.submit import Begun, Checked, Resumption, SubmitOptions, begin, check_resume, check_submission, go_on
+from launch.submit import (
+    Begun,
+    Checked,
+    HandOver,
+    Resumption,
+    SubmitOptions,
+    begin,
+    check_resume,
+    check_submission,
+    go_on,
+)
 from launch.tables import page
 
-QUESTION_SECONDS = 0.5
-"""Least time between two questions to the scheduler, however many jobs there are."""
 PLACES = {"name", "launch", "tracking", "profile"}
 """Sections of a job file that may differ between two calls of the command: they change no result."""
 
@@ -64,8 +73,6 @@ def submit_group(
         raise JobError("--fail-fast: with --detach nobody sees a run fail")
     if at_once is not None and at_once < 1:
         raise JobError(f"--at-once {at_once}: at least 1")
-    if at_once is not None and options.detach:
-        raise JobError("--at-once: with --detach nobody queues the next run")
     console = SteadyConsole(stderr=options.as_json, highlight=False)
     fields = parse_matrix(matrix, overrides)
     first = [f"{field}={values[0]}" for field, values in fields.items()]  # the job file may leave them out
@@ -83,18 +90,24 @@ def submit_group(
     queued = isinstance(submissions[0].checked.engine, QueuedEngine)
     if at_once is not None and not queued:
         raise JobError(f"--at-once: launch.engine({base.launch.engine}) has no queue: one run trains after another")
+    together = [] if at_once is not None and not options.detach else _together(submissions)
+    alone = sum(submission.todo in ("begin", "resume") for submission in submissions) - sum(map(len, together))
+    if at_once is not None and options.detach and (alone or len(together) != 1):
+        raise JobError("--at-once: with --detach nobody queues the next run, and the runs are not one array of Slurm")
     if options.dry_run:
-        return _describe(base.name, submissions, options)
+        return _describe(base.name, submissions, together, at_once, options)
     failed: list[str] = []
-    watch = _Watch(submissions, console, fail_fast)
+    held = [submission for array in together for submission in array]
+    followed = {one.run: one.checked.engine for one in submissions if one.todo == "follow"}
+    watch = Watch(followed, sum(one.todo != "nothing" for one in submissions), console, fail_fast)
     with Interrupts() as interrupts:
         for number, submission in enumerate(submissions, start=1):
-            if at_once is not None and submission.todo in ("begin", "resume"):
+            if at_once is not None and submission.todo in ("begin", "resume") and submission not in held:
                 watch.until(at_once - 1, interrupts)
                 if interrupts.count or (watch.failed and fail_fast):
                     break
             console.print(f"run {number} of {len(submissions)}: {_what(submission)}", markup=False, soft_wrap=True)
-            code = _start(submission, interrupts, console)
+            code = _start(submission, interrupts, console, ready if submission in held else hand_over)
             if interrupts.count:
                 break
             if code:
@@ -102,8 +115,16 @@ def submit_group(
                 watch.total -= submission.todo != "nothing"
                 if fail_fast:
                     break
-            elif submission.todo in ("begin", "resume"):
-                watch.add(submission)
+            elif submission.todo in ("begin", "resume") and submission not in held:
+                watch.add(submission.run, submission.checked.engine)
+        for array in [] if interrupts.count or (failed and fail_fast) else together:
+            made = [submission for submission in array if submission.planned.name not in failed]
+            if made and _queue_together(made, base.name, at_once, console):
+                for submission in made:
+                    watch.add(submission.run, submission.checked.engine)
+            else:
+                failed += [submission.planned.name for submission in made]
+                watch.total -= len(made)
         if queued and failed and fail_fast:
             watch.withdraw()
         elif queued and not options.detach:
@@ -174,6 +195,34 @@ def _check_same_job(run: Path, job: JobConfig) -> None:
         )
 
 
+def _together(submissions: Sequence[Submission]) -> list[list[Submission]]:
+    """The new runs that may be queued as one job of the scheduler: two or more with the same needs."""
+    alike: defaultdict[str, list[Submission]] = defaultdict(list)
+    for submission in submissions:
+        engine = submission.checked.engine
+        if isinstance(engine, QueuedEngine) and submission.todo == "begin":
+            needs = engine.in_common(submission.checked.job)
+            if needs is not None:
+                alike[needs].append(submission)
+    return [members for members in alike.values() if len(members) > 1]
+
+
+def _queue_together(array: Sequence[Submission], group: str, at_once: int | None, console: Console) -> bool:
+    """Queue runs that have been made. If the scheduler refuses, says why and removes them."""
+    engine, runs = array[0].checked.engine, [submission.run for submission in array]
+    assert isinstance(engine, QueuedEngine), "so `_together` has chosen"
+    try:
+        hand_over_together(engine, runs, array[0].checked.job, group, at_once)
+    except JobError as error:
+        print(f"copus: {group}: {error}", file=sys.stderr)
+        for run in runs:
+            discard_run(run)
+        return False
+    for run in runs:
+        console.print(f"{run.name}: {engine_state(run).words}", markup=False, soft_wrap=True)
+    return True
+
+
 def _what(submission: Submission) -> str:
     """A run and what is done with it, in words."""
     state = submission.state
@@ -186,13 +235,25 @@ def _what(submission: Submission) -> str:
     return f"{shown(submission.run)}{words[submission.todo]}"
 
 
-def _describe(group: str, submissions: Sequence[Submission], options: SubmitOptions) -> int:
+def _describe(
+    group: str,
+    submissions: Sequence[Submission],
+    together: Sequence[Sequence[Submission]],
+    at_once: int | None,
+    options: SubmitOptions,
+) -> int:
     """Print what would be done, as the engine's own tools take it, below comments."""
     described: list[dict[str, Any]] = []
+    arrays = {id(array[-1]): array for array in together}
+    held = {id(submission) for array in together for submission in array}
     for submission in submissions:
         engine, job = submission.checked.engine, submission.checked.job
-        runs = submission.todo in ("begin", "resume")
-        text = engine.describe(submission.run, job) if runs else None
+        text = None
+        if (array := arrays.get(id(submission))) is not None:
+            assert isinstance(engine, QueuedEngine), "so `_together` has chosen"
+            text = engine.describe_together([one.run for one in array], job, group, at_once)
+        elif submission.todo in ("begin", "resume") and id(submission) not in held:
+            text = engine.describe(submission.run, job)
         described.append({"run": str(submission.run), "todo": submission.todo, "description": text})
         if not options.as_json:
             print(f"{engine.between}# {_what(submission)}" + (f"\n{text}" if text else ""))
@@ -202,17 +263,19 @@ def _describe(group: str, submissions: Sequence[Submission], options: SubmitOpti
     return 0
 
 
-def _start(submission: Submission, interrupts: Interrupts, console: Console) -> int:
+def _start(submission: Submission, interrupts: Interrupts, console: Console, queue: HandOver) -> int:
     """Run, or queue, a run of the group. Returns 0 unless it failed; then the reason has been printed."""
     try:
         if submission.resumption:
             begun = go_on(submission.resumption, interrupts, console)
         elif submission.todo == "begin":
             mark = partial(write_member, member=submission.planned.member)
-            begun = begin(submission.checked, interrupts, console, mark)
+            begun = begin(submission.checked, interrupts, console, mark, queue)
         else:
             diverged = submission.state is not None and submission.state.name == "failed"
             return int(diverged)
+        if queue is ready and isinstance(begun.outcome, Queued):
+            return 0
     except JobError as error:
         print(f"copus: {submission.planned.name}: {error}", file=sys.stderr)
         return 1
@@ -228,69 +291,6 @@ def _told(begun: Begun, console: Console) -> int:
         return begun.outcome.exit_code
     console.print(f"  {engine_state(begun.run).words}", markup=False, soft_wrap=True)
     return 0
-
-
-class _Watch:
-    """The queued runs of a group: tells what becomes of them."""
-
-    def __init__(self, submissions: Sequence[Submission], console: Console, fail_fast: bool) -> None:
-        """Those that are queued already are watched from now on, the others when they are added. With `fail_fast` the
-        first failure takes all out of the queue."""
-        self.failed: list[str] = []
-        """Names of those that failed."""
-        self.total = sum(submission.todo != "nothing" for submission in submissions)
-        """Runs that are watched, sooner or later."""
-        self._console, self._fail_fast = console, fail_fast
-        self._waiting = {submission.run: submission for submission in submissions if submission.todo == "follow"}
-        self._ended = 0
-        self._looks: dict[Path, int] = {}
-        self._said: dict[Path, str] = {}
-
-    def add(self, submission: Submission) -> None:
-        """Watch this one too."""
-        self._waiting[submission.run] = submission
-
-    def until(self, at_most: int, interrupts: Interrupts) -> None:
-        """Wait until at most so many have not ended, or until an interrupt."""
-        while len(self._waiting) > at_most and not interrupts.count:
-            pause = max(STATE_SECONDS / len(self._waiting), QUESTION_SECONDS)
-            for run in list(self._waiting):
-                self._look(run)
-                if self.failed and self._fail_fast:
-                    self.withdraw()
-                    return
-                if len(self._waiting) <= at_most or interrupts.count:
-                    return
-                time.sleep(pause)
-
-    def withdraw(self) -> None:
-        """Take those that have not ended out of the queue, and watch no more."""
-        for submission in self._waiting.values():
-            try:
-                done = submission.checked.engine.cancel(submission.run, now=False)
-            except (JobError, OSError) as error:  # it has just ended; nobody can write there
-                done = str(error)
-            self._console.print(f"{submission.planned.name}: {done}", markup=False, soft_wrap=True)
-        self._waiting.clear()
-
-    def _look(self, run: Path) -> None:
-        status = status_of(run)
-        state = state_of(run, status)
-        self._looks[run] = 0 if state.alive else self._looks.get(run, 0) + 1
-        if state.alive and self._said.get(run) != state.name:
-            self._said[run] = state.name
-            self._console.print(f"{run.name}: {state.name}", markup=False, soft_wrap=True)
-        if self._looks[run] < LOOKS:
-            return
-        del self._waiting[run]
-        self._ended += 1
-        done = f"{self._ended} of {self.total} ended"
-        why = f": {state.why}" if state.why else ""
-        why += f" ({engine_state(run).words})" if state.name == "crashed" else ""  # nobody else says why
-        line = f"{run.name}: {state.name}{why}, {trained(status)} ({done})"
-        self._console.print(line, markup=False, soft_wrap=True)
-        if status.end is None or status.end.reason not in ENDS:
-            self.failed.append(run.name)
 
 
 def _conclude(

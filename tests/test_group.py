@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +17,14 @@ from test_kubernetes import on_volume
 from test_launch_submit import Copus, copus, submitted, wait_for  # noqa: F401
 from test_slurm_engine import Says, asked, job_file, slurm  # noqa: F401
 
+import launch.group_watch
 import launch.submit
 import launch.submit_group
 from copus.event_log import EventLog
 from copus.events import End, Step, read_events
 from copus.job import JobError, load_job
+from launch.engines import engine_of, slurm_job
+from launch.engines.slurm import SlurmEngine
 from launch.group import parse_matrix, plan_group, runs_of_group
 from launch.interrupts import Interrupts
 from launch.intervals import interval, interval_of_ratio
@@ -231,7 +233,7 @@ def test_a_run_with_other_settings_is_not_taken_for_one_of_the_group(tmp_path: P
         (["job.yaml", "--fail-fast"], "--fail-fast: only with --seeds or --matrix"),
         (["job.yaml", "--at-once", "2"], "--at-once: only with --seeds or --matrix"),
         (["job.yaml", "--seeds", "2", "--at-once", "0"], "--at-once 0: at least 1"),
-        (["job.yaml", "--seeds", "2", "--at-once", "2", "--detach"], "with --detach nobody queues the next run"),
+        (["job.yaml", "--seeds", "2", "--at-once", "2", "--detach"], "--detach: launch.engine(local) has no queue"),
         (["job.yaml", "--seeds", "2", "--at-once", "2"], "--at-once: launch.engine(local) has no queue"),
         (["--seeds", "2"], "--seeds, --matrix: nothing to train: give a job file"),
         (["job.yaml", "--seeds", "2", "--fail-fast", "--detach"], "--fail-fast: with --detach nobody sees a run fail"),
@@ -275,9 +277,9 @@ def test_under_slurm_all_runs_are_queued_and_followed_to_their_ends(
     job_file(tmp_path)
     assert copus_here("submit", "job.yaml", "--seeds", "2", "--detach") == 0
     runs = [tmp_path / "runs" / f"small-seed-{seed}" for seed in (1234, 1235)]
-    assert [line for line in asked(tmp_path) if line.startswith("sbatch")] == [
-        f"sbatch --parsable {run}/slurm.sh" for run in runs
-    ]
+    assert [line for line in asked(tmp_path) if line.startswith("sbatch")] == [f"sbatch --parsable {runs[0]}/slurm.sh"]
+    tickets = [json.loads((run / "engine.json").read_text())["job_id"] for run in runs]
+    assert tickets == ["12_0", "12_1"]
     capfd.readouterr()
     slept: list[float] = []
 
@@ -291,12 +293,12 @@ def test_under_slurm_all_runs_are_queued_and_followed_to_their_ends(
             log.write(End(step=1, samples_consumed=4, reason="finished", seconds=1.0))
             slurm("squeue", "COMPLETED|None|n1\n")
 
-    monkeypatch.setattr(launch.submit_group.time, "sleep", ends)
+    monkeypatch.setattr(launch.group_watch.time, "sleep", ends)
     assert copus_here("submit", "job.yaml", "--seeds", "2") == 1
     output = capfd.readouterr().out
     assert "run 1 of 2: runs/small-seed-1234: queued" in output
     assert "small-seed-1234: finished" in output
-    assert "small-seed-1235: crashed: its workers never began (Slurm job 12 has ended: COMPLETED)" in output
+    assert "small-seed-1235: crashed: its workers never began (Slurm job 12_1 has ended: COMPLETED)" in output
     assert "(2 of 2 ended)" in output
     assert "1 of 2 runs have not ended: the same command goes on with them\n" in output
 
@@ -342,20 +344,20 @@ def test_a_queued_run_that_was_cancelled_is_told_by_the_exit_code(
             log.write(End(step=1, samples_consumed=4, reason="interrupted", seconds=1.0))
             slurm("squeue", "CANCELLED|None|n1\n")
 
-    monkeypatch.setattr(launch.submit_group.time, "sleep", cancelled)
+    monkeypatch.setattr(launch.group_watch.time, "sleep", cancelled)
     assert copus_here("submit", "job.yaml", "--seeds", "1") == 1
     assert "small-seed-1234: stopped" in capfd.readouterr().out
 
 
 def test_a_scheduler_is_asked_about_many_runs_twice_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(launch.submit_group.time, "sleep", slept.append)
-    monkeypatch.setattr(launch.submit_group, "status_of", lambda run: RunStatus())
-    monkeypatch.setattr(launch.submit_group, "state_of", lambda run, status: RunState("failed"))
+    monkeypatch.setattr(launch.group_watch.time, "sleep", slept.append)
+    monkeypatch.setattr(launch.group_watch, "status_of", lambda run: RunStatus())
+    monkeypatch.setattr(launch.group_watch, "state_of", lambda run, status: RunState("failed"))
 
     def failed(number: int) -> list[str]:
-        submissions: Any = [SimpleNamespace(run=tmp_path / str(index), todo="follow") for index in range(number)]
-        watch = launch.submit_group._Watch(submissions, Console(quiet=True), fail_fast=False)
+        queued: Any = {tmp_path / str(index): None for index in range(number)}
+        watch = launch.group_watch.Watch(queued, number, Console(quiet=True), fail_fast=False)
         watch.until(0, Interrupts())
         return watch.failed
 
@@ -383,14 +385,14 @@ def oldest_finishes(runs: Path, queued: list[int]) -> Callable[[float], None]:
 
 def refuse_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheduler takes every run of a group but the second."""
-    queue = launch.submit.hand_over
+    queue = launch.submit_group.hand_over
 
     def hand_over(*arguments: Any) -> Any:
         if arguments[1].name.endswith("1235"):
             raise JobError("sbatch: error: no more jobs for you")
         return queue(*arguments)
 
-    monkeypatch.setattr(launch.submit, "hand_over", hand_over)
+    monkeypatch.setattr(launch.submit_group, "hand_over", hand_over)
 
 
 def test_under_slurm_at_most_so_many_runs_are_queued_at_once(
@@ -401,12 +403,57 @@ def test_under_slurm_at_most_so_many_runs_are_queued_at_once(
 ) -> None:
     job_file(tmp_path)
     queued: list[int] = []
-    monkeypatch.setattr(launch.submit_group.time, "sleep", oldest_finishes(tmp_path / "runs", queued))
+    monkeypatch.setattr(launch.group_watch.time, "sleep", oldest_finishes(tmp_path / "runs", queued))
     assert copus_here("submit", "job.yaml", "--seeds", "5", "--at-once", "2") == 0
     assert max(queued) == 2
     assert sum(line.startswith("sbatch") for line in asked(tmp_path)) == 5
     output = capfd.readouterr().out
     assert all(f"({done} of 5 ended)" in output for done in range(1, 6))
+
+
+def test_runs_with_the_same_needs_are_one_array(
+    tmp_path: Path,
+    slurm: Says,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    job_file(tmp_path)
+    seeds = ["submit", "job.yaml", "--seeds", "3", "--detach"]
+    assert copus_here(*seeds, "--at-once", "2", "--dry-run") == 0
+    script = capfd.readouterr().out
+    assert script.count("#!/bin/bash") == 1
+    assert "#SBATCH --array=0-2%2\n" in script
+    assert copus_here(*seeds, "--at-once", "2") == 0
+    made = (tmp_path / "runs" / "small-seed-1236" / "slurm.sh").read_text()
+    assert made in script
+    assert made == (tmp_path / "runs" / "small-seed-1234" / "slurm.sh").read_text()
+    assert copus_here("submit", "job.yaml", "--seeds", "1", "--set", "name=one", "--detach", "--at-once", "1") == 2
+    assert "nobody queues the next run, and the runs are not one array of Slurm" in capfd.readouterr().err
+    job = load_job(tmp_path / "job.yaml", [])
+    engine = engine_of(job)
+    assert isinstance(engine, SlurmEngine)
+    larger = job.cluster.model_copy(update={"accelerators_per_node": 2 * job.cluster.accelerators_per_node})
+    assert engine.in_common(job) == engine.in_common(job.model_copy(update={"name": "another"}))
+    assert engine.in_common(job) != engine.in_common(job.model_copy(update={"cluster": larger}))
+
+
+def test_an_array_that_slurm_refuses_leaves_nothing(
+    tmp_path: Path,
+    slurm: Says,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    job_file(tmp_path)
+    slurm("sbatch", "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy\n", 1)
+    assert copus_here("submit", "job.yaml", "--seeds", "3") == 1
+    assert "Job violates accounting/QOS policy" in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_task_of_an_array_is_the_job_that_its_ticket_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "40")
+    assert slurm_job.own_job_id() == "40"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "38")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert slurm_job.own_job_id() == "38_2"
 
 
 def test_under_slurm_fail_fast_cancels_no_run_that_has_ended(
@@ -416,7 +463,7 @@ def test_under_slurm_fail_fast_cancels_no_run_that_has_ended(
 ) -> None:
     job_file(tmp_path)
     refuse_the_second(monkeypatch)
-    monkeypatch.setattr(launch.submit_group.time, "sleep", oldest_finishes(tmp_path / "runs", []))
+    monkeypatch.setattr(launch.group_watch.time, "sleep", oldest_finishes(tmp_path / "runs", []))
     assert copus_here("submit", "job.yaml", "--seeds", "3", "--at-once", "1", "--fail-fast") == 1
     assert sum(line.startswith("sbatch") for line in asked(tmp_path)) == 1
     assert not any(line.startswith("scancel") for line in asked(tmp_path))
@@ -429,7 +476,7 @@ def test_under_slurm_fail_fast_takes_what_is_queued_out_of_the_queue(
 ) -> None:
     job_file(tmp_path)
     refuse_the_second(monkeypatch)
-    assert copus_here("submit", "job.yaml", "--seeds", "3", "--fail-fast") == 1
+    assert copus_here("submit", "job.yaml", "--seeds", "3", "--at-once", "3", "--fail-fast") == 1
     assert sum(line.startswith("sbatch") for line in asked(tmp_path)) == 1
     assert "scancel 12" in asked(tmp_path)
     assert [run.name for run in sorted((tmp_path / "runs").iterdir())] == ["small-seed-1234"]

@@ -308,3 +308,22 @@ def test_ctrl_c_in_an_allocation_is_a_checkpoint(cluster: Cluster) -> None:
 
 def job_id(run: Path) -> str:
     return re.findall(r'"job_id": "(\d+)"', (run / "engine.json").read_text())[0]
+
+
+def test_seeds_are_an_array_of_which_each_run_is_requeued_and_cancelled_alone(cluster: Cluster) -> None:
+    cluster.copus(*cluster.job("sweep", 25_600, time_limit="0:10:00"), "--seeds", "3", "--detach")
+    runs = sorted((cluster.folder / "runs").glob("sweep-seed-*"))
+    ids = [job_id(run) for run in runs]
+    array = ids[0].partition("_")[0]
+    assert ids == [f"{array}_{index}" for index in range(3)]
+    assert f"Slurm job {ids[2]} was cancelled" in cluster.copus("cancel", str(runs[2]))
+    wait_for_event(runs[0], Checkpoint, 1)
+    cluster.run(["scontrol", "requeue", ids[0]])
+    for run in runs[:2]:
+        wait_for_event(run, End, 1)
+        tell(run)
+        assert [event.reason for event in seen(run, End) if isinstance(event, End)][-1] == "finished"
+        assert (run / "logs" / f"slurm-{ids[runs.index(run)]}.log").stat().st_size
+    assert len(seen(runs[0], Restart)) == 1
+    assert not seen(runs[1], Restart)
+    assert not (runs[2] / "events.jsonl").exists()

@@ -114,6 +114,8 @@ def test_the_script_is_what_the_job_file_says(tmp_path: Path, slurm: Says, capfd
     directives = re.findall(r"^#SBATCH (.*)$", script, flags=re.MULTILINE)
     assert directives == [
         "--job-name=copus-small",
+        f"--chdir={tmp_path}/runs/small",
+        f"--output={tmp_path}/runs/small/logs/slurm-%j.log",
         "--nodes=2",
         "--ntasks-per-node=1",
         "--cpus-per-task=64",
@@ -125,8 +127,6 @@ def test_the_script_is_what_the_job_file_says(tmp_path: Path, slurm: Says, capfd
         "--mem=0",
         "--requeue",
         "--signal=B:USR1@300",
-        f"--chdir={tmp_path}/runs/small",
-        f"--output={tmp_path}/runs/small/logs/slurm-%j.log",
         "--open-mode=append",
     ]
     assert "export NCCL_SOCKET_IFNAME=ib0" in script

@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
@@ -209,6 +209,19 @@ class QueuedEngine(Engine):
 
         Raises JobError, with the scheduler's own words in one line, if that is refused.
         """
+
+    def in_common(self, job: JobConfig) -> str | None:
+        """What jobs have to agree in for `submit_together`; None if this scheduler has no such thing."""
+        return None
+
+    def describe_together(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> str:
+        """`describe` of runs that `submit_together` queues."""
+        raise NotImplementedError
+
+    def submit_together(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> list[Ticket]:
+        """Queue runs whose jobs have `in_common` what `job` has, as one of this `name`, of which at most so many run
+        `at_once`. Raises JobError as `submit` does."""
+        raise NotImplementedError
 
     @abstractmethod
     def job_state(self, ticket: Ticket) -> EngineState:

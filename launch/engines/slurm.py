@@ -15,6 +15,7 @@ import site
 import sys
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from copus.durable import write_atomically
@@ -52,24 +53,59 @@ class SlurmEngine(QueuedEngine):
 
     def describe(self, run: Path, job: JobConfig) -> str:
         """The batch script."""
-        return "\n".join(["#!/bin/bash", *self._directives(run, job), "", *self._commands(run, job)])
+        _check_path("the run directory", run)
+        own = {"job-name": f"copus-{job.name}", "chdir": str(run), "output": f"{run}/logs/slurm-%j.log"}
+        return "\n".join(
+            ["#!/bin/bash", *self._directives(job, own), "", *self._commands(job), _start(shlex.quote(str(run)))]
+        )
+
+    def in_common(self, job: JobConfig) -> str:
+        """All that the batch script says but for the run: jobs of equal needs may be an array."""
+        return "\n".join([*self._directives(job, {}), *self._commands(job)])
+
+    def describe_together(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> str:
+        """The batch script of an array, which finds the run of each task by its index."""
+        for run in runs:
+            _check_path("the run directory", run)
+        limit = "" if at_once is None else f"%{at_once}"
+        own = {"job-name": f"copus-{name}", "array": f"0-{len(runs) - 1}{limit}", "output": "/dev/null"}
+        return "\n".join(
+            [
+                *("#!/bin/bash", *self._directives(job, own), ""),
+                f"runs=({shlex.join(map(str, runs))})",
+                'run="${runs[$SLURM_ARRAY_TASK_ID]}"',
+                'cd "$run"',
+                'exec >>"logs/slurm-${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}.log" 2>&1',
+                *self._commands(job),
+                _start('"$run"'),
+            ]
+        )
 
     def submit(self, run: Path, job: JobConfig) -> Ticket:
         """`sbatch RUN/slurm.sh`, which takes the whole environment along but for the options of Slurm's programs."""
+        return _ticket(self._sbatch([run], job, self.describe(run, job)))
+
+    def submit_together(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> list[Ticket]:
+        """`sbatch` of a script with `--array`, which is in every run directory."""
+        job_id = self._sbatch(runs, job, self.describe_together(runs, job, name, at_once))
+        return [_ticket(f"{job_id}_{index}") for index in range(len(runs))]
+
+    def _sbatch(self, runs: Sequence[Path], job: JobConfig, script: str) -> str:
+        """Submit a script, and leave it in the directories of its runs. Returns the job's id."""
         ignored = sorted(name for name in os.environ if name.startswith("SBATCH_"))
         if ignored:
-            warnings.warn(f"{', '.join(ignored)}: not used; what the job needs stands in launch.options", stacklevel=2)
-        (run / "logs").mkdir(exist_ok=True)
-        write_atomically(run / SCRIPT, self.describe(run, job) + "\n")
+            warnings.warn(f"{', '.join(ignored)}: not used; what the job needs stands in launch.options", stacklevel=3)
+        for run in runs:
+            (run / "logs").mkdir(exist_ok=True)
+            write_atomically(run / SCRIPT, script + "\n")
         try:
-            answer = slurm("sbatch", "--parsable", str(run / SCRIPT)).strip()
+            answer = slurm("sbatch", "--parsable", str(runs[0] / SCRIPT)).strip()
         except JobError as error:
             if not any(words in str(error) for words in TOO_LARGE):
                 raise
             asked = f"launch.options.cpus_per_node({self._cpus_per_node(job)})"
             raise JobError(f"{error}; {asked} may be more than a node has: set it") from None
-        job_id = answer.partition(";")[0]  # a federation's name may follow: its ids are known in all of it
-        return Ticket(engine="slurm", job_id=job_id, submitted=time.time())
+        return answer.partition(";")[0]  # a federation's name may follow: its ids are known in all of it
 
     def job_state(self, ticket: Ticket) -> EngineState:
         """What `squeue` says."""
@@ -101,13 +137,13 @@ class SlurmEngine(QueuedEngine):
         """The batch script's output: what started the workers, and why it gave up."""
         return next(iter(self.log_files(run)), None)
 
-    def _directives(self, run: Path, job: JobConfig) -> list[str]:
+    def _directives(self, job: JobConfig, own: Mapping[str, str]) -> list[str]:
+        """Those of every job of these needs, and its own."""
         options, ranks = self.options, job.cluster.accelerators_per_node
-        _check_path("the run directory", run)
         asks_gpus = job.cluster.accelerator != "cpu"
         gres = options.gres or (f"gpu:{ranks}" if asks_gpus and options.gpus == "gres" else None)
         settings: dict[str, str | int | bool | None] = {
-            "job-name": f"copus-{job.name}",
+            **own,
             "nodes": job.cluster.nodes,
             "ntasks-per-node": 1,
             "cpus-per-task": self._cpus_per_node(job),
@@ -121,8 +157,6 @@ class SlurmEngine(QueuedEngine):
             **options.sbatch,
             "requeue": True,
             "signal": f"B:USR1@{options.checkpoint_seconds}",
-            "chdir": str(run),
-            "output": f"{run}/logs/slurm-%j.log",
             "open-mode": "append",
         }
         return [
@@ -138,7 +172,8 @@ class SlurmEngine(QueuedEngine):
         share = None if job.cluster.accelerator == "cpu" else cpus_per_gpu(self.options.partition)
         return usual_cpus_per_node(job, share)
 
-    def _commands(self, run: Path, job: JobConfig) -> list[str]:
+    def _commands(self, job: JobConfig) -> list[str]:
+        """What comes before the start: it is the same for every run of these needs."""
         options = self.options
         environment = step_environment(options, job)
         exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
@@ -157,8 +192,17 @@ class SlurmEngine(QueuedEngine):
             *self.options.setup,
             *exports,
             f"export PYTHONPATH={path}",
-            "exec " + shlex.join([python, "-m", "launch.engines.slurm_job", str(run)]),
+            f"python={shlex.quote(python)}",
         ]
+
+
+def _start(run: str) -> str:
+    """The last line of a batch script; `run` as the shell takes it."""
+    return f'exec "$python" -m launch.engines.slurm_job {run}'
+
+
+def _ticket(job_id: str) -> Ticket:
+    return Ticket(engine="slurm", job_id=job_id, submitted=time.time())
 
 
 def _directive(name: str, value: str | int | bool | None) -> str:

@@ -45,7 +45,7 @@ Answer = TypeVar("Answer")
 def main(arguments: list[str]) -> int:
     """One attempt. Returns the exit code of the batch script."""
     run = Path(arguments[0])
-    job_id, attempt = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    job_id, attempt = own_job_id(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     here = os.environ["SLURMD_NODENAME"]
     try:
         job = load_job(run / "job.yaml")
@@ -57,6 +57,12 @@ def main(arguments: list[str]) -> int:
     except JobError as error:
         _say(str(error))
         return 1
+
+
+def own_job_id() -> str:
+    """As Slurm's programs take it: that of a task of an array has the task's index."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
 class Attempt:
@@ -102,7 +108,7 @@ class Attempt:
             addresses = {self._here: resolved[self._here]} | resolved
             other = next(address for name, address in resolved.items() if name != self._here)
             own = own_address_towards(other) or addresses[self._here]
-            endpoint = endpoint_of(self._options, self._job_id, own)
+            endpoint = endpoint_of(self._options, os.environ["SLURM_JOB_ID"], own)
         return step_command(self._run, self._job, self._options, self._session, addresses, endpoint)
 
     def _ask(self, why: str) -> None:
