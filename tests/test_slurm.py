@@ -307,7 +307,7 @@ def test_ctrl_c_in_an_allocation_is_a_checkpoint(cluster: Cluster) -> None:
 
 
 def job_id(run: Path) -> str:
-    return re.findall(r'"job_id": "(\d+)"', (run / "engine.json").read_text())[0]
+    return re.findall(r'"job_id": "([\d_]+)"', (run / "engine.json").read_text())[0]
 
 
 def test_seeds_are_an_array_of_which_each_run_is_requeued_and_cancelled_alone(cluster: Cluster) -> None:
