@@ -97,17 +97,17 @@ def submit_group(
     if options.dry_run:
         return _describe(base.name, submissions, together, at_once, options)
     failed: list[str] = []
-    held = [submission for array in together for submission in array]
+    held = {submission.run for array in together for submission in array}
     followed = {one.run: one.checked.engine for one in submissions if one.todo == "follow"}
     watch = Watch(followed, sum(one.todo != "nothing" for one in submissions), console, fail_fast)
     with Interrupts() as interrupts:
         for number, submission in enumerate(submissions, start=1):
-            if at_once is not None and submission.todo in ("begin", "resume") and submission not in held:
+            if at_once is not None and submission.todo in ("begin", "resume") and submission.run not in held:
                 watch.until(at_once - 1, interrupts)
                 if interrupts.count or (watch.failed and fail_fast):
                     break
             console.print(f"run {number} of {len(submissions)}: {_what(submission)}", markup=False, soft_wrap=True)
-            code = _start(submission, interrupts, console, ready if submission in held else hand_over)
+            code = _start(submission, interrupts, console, ready if submission.run in held else hand_over)
             if interrupts.count:
                 break
             if code:
@@ -115,7 +115,7 @@ def submit_group(
                 watch.total -= submission.todo != "nothing"
                 if fail_fast:
                     break
-            elif submission.todo in ("begin", "resume") and submission not in held:
+            elif submission.todo in ("begin", "resume") and submission.run not in held:
                 watch.add(submission.run, submission.checked.engine)
         for array in [] if interrupts.count or (failed and fail_fast) else together:
             made = [submission for submission in array if submission.planned.name not in failed]
@@ -244,15 +244,15 @@ def _describe(
 ) -> int:
     """Print what would be done, as the engine's own tools take it, below comments."""
     described: list[dict[str, Any]] = []
-    arrays = {id(array[-1]): array for array in together}
-    held = {id(submission) for array in together for submission in array}
+    arrays = {array[-1].run: array for array in together}
+    held = {submission.run for array in together for submission in array}
     for submission in submissions:
         engine, job = submission.checked.engine, submission.checked.job
         text = None
-        if (array := arrays.get(id(submission))) is not None:
+        if (array := arrays.get(submission.run)) is not None:
             assert isinstance(engine, QueuedEngine), "so `_together` has chosen"
             text = engine.describe_together([one.run for one in array], job, group, at_once)
-        elif submission.todo in ("begin", "resume") and id(submission) not in held:
+        elif submission.todo in ("begin", "resume") and submission.run not in held:
             text = engine.describe(submission.run, job)
         described.append({"run": str(submission.run), "todo": submission.todo, "description": text})
         if not options.as_json:
