@@ -133,14 +133,16 @@ class Settings:
             tp = whole(row, "tp", 1)
             row["sequence_parallel"] = row["sequence_parallel"] or ("yes" if tp > 1 else "no")
             row["sharding"] = row["sharding"] or "dist-optimizer"
-            # Experts that are not split by tp lie on tp times as many ranks. The constants were fitted to such rows as
-            # if tp split them too, with an ep that is smaller by that.
-            row["ep"], row["etp"] = str(max(whole(row, "ep", 1) * whole(row, "etp", 1) // tp, 1)), ""
+            # Its tables do not say so: all presets that split by tp (scripts/performance/configs/{qwen,deepseek}) have
+            # expert_tensor_parallel_size=1. Where others do not say it, it is Megatron-core's default, tp.
+            if row["source_id"].startswith("megatron-bridge"):
+                row["etp"] = row.get("etp") or "1"
         if row["source_id"] == "megatron-readme-a100":
             row["recompute"] = row["recompute"] or "full"  # published are the operations of the hardware
         shape = self._shapes.get(row["model_name"].lower())
         if shape and not row["layers"]:
-            row |= {name: str(shape[name]) for name in ("layers", "hidden", "heads", "vocab", "ffn_hidden")}
+            names = ("layers", "hidden", "heads", "vocab", "ffn_hidden", "experts")
+            row |= {name: str(shape[name]) for name in names}
         return row
 
     def model_of(self, row: Row) -> ModelShape:

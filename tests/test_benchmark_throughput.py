@@ -103,7 +103,7 @@ def test_a_mixture_of_experts_has_its_shape_from_beside_the_rows(tmp_path: Path)
     model, configuration = found.timings.model, found.timings.configurations[0]
     assert (model.layers, model.dense_layers, model.expert_width, model.experts) == (5, 1, 128, 8)
     layout = configuration.layout
-    assert layout.ep == 4, "on eight ranks, of which each pair shares its experts here"
+    assert (layout.ep, layout.etp) == (8, 1), "recipes of Megatron-Bridge split no expert"
     assert layout.sequence_parallel
     assert (layout.zero, layout.recompute) == (1, "none"), "norms and activations are next to nothing"
 

@@ -203,19 +203,22 @@ def test_a_pipeline_waits_for_its_boundary_between_nodes(layout: Layout, crossin
 
 def test_whole_experts_gather_no_tokens_and_their_replicas_are_nearer() -> None:
     moe = MODEL.model_copy(update={"experts": 8, "experts_per_token": 2})
-    split, whole, beside = (
-        work_of(Layout(tp=4, dp=16, ep=4, sequence_parallel=True, etp=etp), model)
-        for etp, model in ((None, moe), (1, moe), (1, moe.model_copy(update={"shared_expert_hidden": 64})))
-    )
+    with_shared = moe.model_copy(update={"shared_expert_hidden": 64})
+    layouts = {etp: Layout(tp=4, dp=16, ep=4, sequence_parallel=True, etp=etp) for etp in (None, 2, 1)}
+    split, half, whole = (work_of(layouts[etp], moe) for etp in (None, 2, 1))
     assert whole.layer_products[0] == split.layer_products[0]
-    assert whole.layer_tp[0] == pytest.approx(split.layer_tp[0] / 2), "those of attention remain"
+    of_attention = 2 * 2 * (3 / 4) * 2 * MODEL.seq_len * MODEL.hidden / NVLINK
+    assert whole.layer_tp[0] == pytest.approx(of_attention), "those of attention remain"
+    assert split.layer_tp[0] == pytest.approx(3 * of_attention), "each of two experts has its copy gathered"
+    of_pairs = 2 * (2 / 4) * (1 / 2) / (3 / 4)  # both copies of half of the tokens, among two ranks
+    assert half.layer_tp[0] == pytest.approx((1 + of_pairs) * of_attention)
     assert whole.layer_tp_messages[0] == split.layer_tp_messages[0] / 2
-    assert beside.layer_tp[0] == pytest.approx(split.layer_tp[0]), "and those of a shared expert"
+    for layout, alone in ((layouts[1], whole), (layouts[None], split)):
+        beside = work_of(layout, with_shared)
+        assert beside.layer_tp[0] == pytest.approx(alone.layer_tp[0] + of_attention), "a shared expert has its own"
     sent = 2 * MODEL.seq_len * MODEL.hidden * 2 * (3 / 4) / 4  # to two experts, in two bytes each
     assert whole.layer_ep[0] == pytest.approx(4 * sent / NVLINK), "four ranks of a node, and not of two"
     assert split.layer_ep[0] > whole.layer_ep[0]
-    half = work_of(Layout(tp=4, dp=16, ep=4, sequence_parallel=True, etp=2), moe)
-    assert split.layer_tp[0] > half.layer_tp[0] > whole.layer_tp[0]
 
 
 def test_experts_all_over_the_cluster_exchange_longer_than_within_nodes() -> None:

@@ -167,9 +167,9 @@ def work(
     chosen, shared = moe * model.experts_per_token, moe * model.shared_expert_hidden
     width = (1 - moe) * f + chosen * model.expert_width + shared
     """Width of all MLPs that a token goes through."""
-    gathered_share = etp / tp
-    """Share of a replica's tokens that the ranks which split an expert have together, before others send theirs."""
-    inputs = 1 - moe + chosen * gathered_share + moe * (shared > 0)
+    gathered_copies = chosen * etp / tp
+    """Copies of a token that the ranks which split an expert have together, after dispatch."""
+    inputs = 1 - moe + gathered_copies + moe * (shared > 0)
     """Copies of a token that go into these."""
     tokens = b * (model.seq_len / cp)
     products = 2 * tokens * (model.attention_matrices + (gates + 1) * h * width + moe * h * model.experts) / tp
@@ -192,12 +192,12 @@ def work(
     forward = 1 + again + BACKWARD
     passes = 2 + again
     hidden_bytes = HALF * tokens * h
-    # Half of them are of attention. Those of an MLP of experts are among the ranks that split an expert, and the shared
-    # expert has its own then.
+    # Half of them are of attention, and a shared expert has its own. Ranks that split an expert gather every copy that
+    # was dispatched to one of them, and scatter the sums before they go back.
     half, between_experts = np.where(tp > 1, 2 + again, 0.0), np.where(etp > 1, moe, 0.0)
-    by_tp = 2 - moe + np.where(etp < tp, moe * (model.shared_expert_hidden > 0), 0.0)
+    by_tp = 2 - moe + moe * (model.shared_expert_hidden > 0)
     tp_link, etp_link = (sheet.bus(degree, np.ones_like(degree)) for degree in (tp, etp))
-    tp_seconds = by_tp * (tp - 1) / tp / tp_link + moe * gathered_share * (etp - 1) / etp / etp_link
+    tp_seconds = by_tp * (tp - 1) / tp / tp_link + gathered_copies * (etp - 1) / etp / etp_link
     kv_bytes = HALF * tokens * 2 * kv / tp
     ep_bytes = HALF * tokens * h * chosen * (ep - 1) / ep / tp
     replicas, copies = dp * cp, c.dp_replicate.astype(float)
