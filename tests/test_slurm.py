@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,10 @@ def job_id(run: Path) -> str:
     return re.findall(r'"job_id": "([\d_]+)"', (run / "engine.json").read_text())[0]
 
 
+def has_finished(run: Path) -> bool:
+    return any(event.reason == "finished" for event in seen(run, End) if isinstance(event, End))
+
+
 def test_seeds_are_an_array_of_which_each_run_is_requeued_and_cancelled_alone(cluster: Cluster) -> None:
     cluster.copus(*cluster.job("sweep", 25_600, time_limit="0:10:00"), "--seeds", "3", "--detach")
     runs = sorted((cluster.folder / "runs").glob("sweep-seed-*"))
@@ -320,9 +325,8 @@ def test_seeds_are_an_array_of_which_each_run_is_requeued_and_cancelled_alone(cl
     wait_for_event(runs[0], Checkpoint, 1)
     cluster.run(["scontrol", "requeue", ids[0]])
     for run in runs[:2]:
-        wait_for_event(run, End, 1)
+        wait_for(f"the end of {run.name}", partial(has_finished, run), 240)
         tell(run)
-        assert [event.reason for event in seen(run, End) if isinstance(event, End)][-1] == "finished"
         assert (run / "logs" / f"slurm-{ids[runs.index(run)]}.log").stat().st_size
     assert len(seen(runs[0], Restart)) == 1
     assert not seen(runs[1], Restart)
