@@ -18,6 +18,7 @@ from pathlib import Path
 
 from copus.durable import write_atomically
 from copus.job import JobConfig, JobError, dump_job
+from launch.lease import HeldError, Lease, holder_of
 from launch.run_names import run_names, runs_folder, runs_in
 from profiles.accelerator import is_file_of_user
 
@@ -74,8 +75,6 @@ def create_run(
             write_job(made, job)
             if mark is not None:
                 mark(made)
-            with lock_run(made):  # no locks there: said before anything is prepared
-                pass
             return _put_in_place(made, _names(job, suffix) if numbered else iter([wanted]))
         except BaseException:
             discard_run(made)
@@ -181,21 +180,32 @@ def lock_run(run: Path, holder: str | None = None, wait_seconds: float = 0.5) ->
 
     Raises JobError if it is held by others for longer than `wait_seconds` (somebody who only looks, `lock_holder`,
     has it for a moment). They are told who has it: `holder`, else this process. The lock lasts as long as any process
-    has the descriptor open, so a launcher that dies leaves it with the workers' agent.
+    has the descriptor open, so a launcher that dies leaves it with the workers' agent. On a file system without `flock`
+    it is a lease (`launch.lease`).
     """
     holder = holder or f"process {os.getpid()}"
     descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         end = time.monotonic() + wait_seconds
-        while not _try_lock(descriptor, fcntl.LOCK_EX):
+        while (taken := _try_lock(descriptor, fcntl.LOCK_EX)) is False:
             if time.monotonic() > end:
-                raise JobError(f"{shown(run)}: its workers are still running (launched by {_written(descriptor)})")
+                raise _held(run, _written(descriptor))
             time.sleep(0.05)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
-        yield descriptor
+        if taken:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{holder}\n".encode(), 0)
+            yield descriptor
+            return
     finally:
         os.close(descriptor)
+    try:
+        lease = Lease(run / "lock", holder, wait_seconds)
+    except HeldError as error:
+        raise _held(run, str(error)) from None
+    try:
+        yield lease.descriptor
+    finally:
+        lease.close()
 
 
 def lock_holder(run: Path) -> str | None:
@@ -205,22 +215,29 @@ def lock_holder(run: Path) -> str | None:
     except FileNotFoundError:
         return None
     try:
-        return None if _try_lock(descriptor, fcntl.LOCK_SH) else _written(descriptor)
+        taken = _try_lock(descriptor, fcntl.LOCK_SH)
+        if taken is None:
+            return holder_of(run / "lock")
+        return None if taken else _written(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int, kind: int) -> bool:
+def _try_lock(descriptor: int, kind: int) -> bool | None:
+    """Whether it was taken; None if the file system has no locks (Lustre without -o flock, some network ones)."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:  # Lustre without -o flock, some network file systems
-        raise JobError(
-            f"launch.runs: its file system has no locks ({error.strerror}), which keep two jobs out of one run "
-            f"directory: mount it with them (Lustre: -o flock), or name another folder"
-        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            return None
+        raise JobError(f"launch.runs: the run directory cannot be locked: {error.strerror}") from None
     return True
+
+
+def _held(run: Path, holder: str) -> JobError:
+    return JobError(f"{shown(run)}: its workers are still running (launched by {holder})")
 
 
 def _written(descriptor: int) -> str:

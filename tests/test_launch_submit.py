@@ -1,6 +1,5 @@
 """`copus submit` with a worker that only counts: progress, stopping, resuming, exit codes, and what is left behind."""
 
-import errno
 import fcntl
 import json
 import os
@@ -298,19 +297,6 @@ def test_a_run_that_cannot_be_written_to_is_one_line(tmp_path: Path, copus: Copu
     result = copus("submit", "--resume", "small", "--set", "training.tokens=25600")
     assert result.returncode == 2
     assert result.stderr == f"copus: {run}/lock: Is a directory\n"
-
-
-def test_a_file_system_without_locks_is_one_line_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def no_locks(descriptor: int, kind: int) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    job = write_job(tmp_path)
-    monkeypatch.setattr("launch.run_directory.fcntl.flock", no_locks)
-    assert copus_here("submit", str(job)) == 2
-    assert "launch.runs: its file system has no locks (Function not implemented)" in capfd.readouterr().err
-    assert list((tmp_path / "runs").glob("*")) == []
 
 
 @pytest.mark.parametrize("stage", ["prepare", "profile_alone"])
