@@ -102,7 +102,7 @@ def _claim(lock: Path, holder: str, wait_seconds: float) -> Path:
     is_renewed = False
     while True:
         found, now = _newest(lock), time.monotonic()
-        place = found and (found.number, found.renewed_ns)
+        place = (found.number, found.renewed_ns) if found else None
         if place != last:
             is_renewed, last, since = last is not None, place, now
         if found is None or found.is_free or now - since > LEASE_SECONDS:
