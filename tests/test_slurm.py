@@ -20,9 +20,11 @@ import pytest
 import yaml
 from data_text import prose, write_works
 from slurm_cluster import install, slurm_cluster, wait_for
+from test_lease import NO_LOCKS
 
 from copus.event_lines import without_replays
 from copus.events import Checkpoint, End, Event, Noise, Restart, Start, Step, Warned, read_events
+from launch.lease import holder_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -265,6 +267,24 @@ def test_a_group_of_runs_is_queued_and_followed_to_its_end(cluster: Cluster) -> 
     again = cluster.copus(*cluster.job("group", 3200), "--seeds", "2", "--matrix", "training.lr=1e-3")
     assert again.count("has ended: finished") == 2
     assert "2 of 2" in cluster.copus("runs", "--group", "group")
+
+
+def test_a_job_runs_where_flock_fails(cluster: Cluster) -> None:
+    """Its batch script gets the lease that the command has until the job is queued, and lets go of it in the end."""
+    run, site = cluster.folder / "runs" / "leased", cluster.folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(NO_LOCKS)
+    before = cluster.environment
+    cluster.environment = before | {"PYTHONPATH": f"{site}:{ROOT}"}
+    try:
+        output = cluster.copus(*cluster.job("leased", 6400))
+    finally:
+        cluster.environment = before
+    tell(run)
+    assert "finished" in output
+    newest = max(run.glob("lock.*"), key=lambda file: int(file.suffix[1:]))
+    assert "Slurm job" in newest.read_text()
+    wait_for("the end of the lease", lambda: holder_of(run / "lock") is None, 30)
 
 
 def test_an_allocation_that_is_there_is_used(cluster: Cluster) -> None:
