@@ -109,20 +109,23 @@ def check_source(job: JobConfig, source: Source, notice: Callable[[str], None]) 
 
 
 def with_tokenizer(job: JobConfig, notice: Callable[[str], None]) -> JobConfig:
-    """The job with the tokenizer of the Hugging Face folder that it begins with, and the token that ends a document
-    there, if its text has no tokenizer of its own; `notice` gets a line for what is taken. Raises JobError if the
-    weights are not there."""
+    """The job with the tokenizer of the Hugging Face folder or the run that it begins with, and the token that ends a
+    document there, if its text has no tokenizer of its own; `notice` gets a line for what is taken. Raises JobError if
+    the weights are not there."""
     if job.training.init_from is None or job.data.tokenizer is not None or _is_tokenized(job):
         return job
     source = find_source(job.training.init_from)
-    theirs = tokenizer_of(source) if source.kind == "hugging_face" else None
+    theirs = tokenizer_of(source)
     if theirs is None:
         return job
     notice(f"data.tokenizer: {theirs}, that of training.init_from")
     values: dict[str, Any] = {"tokenizer": theirs}
-    if job.data.eos_token is None and (eos_token := eos_token_of(source.folder, tokens_of(theirs))):
-        notice(f"data.eos_token: {eos_token}, that of {source.folder}")
-        values["eos_token"] = eos_token
+    if job.data.eos_token is None:
+        is_run = source.kind == "run"
+        eos_token = _run_of(source).data.eos_token if is_run else eos_token_of(source.folder, tokens_of(theirs))
+        if eos_token:
+            notice(f"data.eos_token: {eos_token}, that of {source.folder}")
+            values["eos_token"] = eos_token
     return job.model_copy(update={"data": job.data.model_copy(update=values)})
 
 
