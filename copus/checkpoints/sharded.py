@@ -8,6 +8,7 @@ that the caller asks for, neither takes more memory than the staging buffer.
 Nothing in the files is executed: the index is unpickled by `load_metadata`, and tensors are read as plain bytes.
 """
 
+import io
 import math
 import zipfile
 from collections import defaultdict
@@ -180,6 +181,17 @@ def read_index(folder: Path) -> SavedState:
                 box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
                 saved[field].append(Chunk(box, box, place.relative_path, place.offset, place.length))
     return saved
+
+
+def read_object(folder: Path, name: str) -> IO[bytes] | None:
+    """What torch saved of an object that is no tensor, as a file; None if the checkpoint has none of this name."""
+    with damage_told(), open(folder / INDEX, "rb") as file:
+        place = load_metadata(file).storage_data.get(MetadataIndex(name))
+        if place is None:
+            return None
+        with open(folder / place.relative_path, "rb") as data:
+            data.seek(place.offset)
+            return io.BytesIO(data.read(place.length))
 
 
 def find_sources(saved: SavedState, table: ShardTable, *, begins_anew: bool = False) -> Sources:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from copus.checkpoints.safe_loading import DamagedFileError, damage_told, load_plain_values
-from copus.checkpoints.sharded import Chunk, SavedState, read_index, zeros_below
+from copus.checkpoints.sharded import Chunk, SavedState, read_index, read_object, zeros_below
 from copus.job import JobError
 from copus.reshard.boxes import Box
 from copus.reshard.table import MASTER, Field
@@ -29,8 +29,8 @@ _MASTERS = ("param", "fp32_param")
 """With and without the distributed optimizer."""
 _IN_BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 _ROWS_OF_TOKENS = ("embedding.word_embeddings.weight", "output_layer.weight")
-_COMMON = "common.pt"
-"""Everything in a checkpoint that is no tensor, a pickle."""
+_COMMON, _COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
+"""Everything in a checkpoint that is no tensor, a pickle: a file up to megatron-core 0.18, an object of 0.19."""
 _MOST_PADDING = 8192
 """More rows than that are not for the sake of tensor parallelism: the vocabulary is another one."""
 
@@ -106,7 +106,8 @@ def read_step_count(folder: Path) -> tuple[int, float | None]:
 
     Raises JobError if it does not say.
     """
-    state = load_plain_values(folder / _COMMON)
+    path = folder / _COMMON
+    state = load_plain_values(path, None if path.is_file() else read_object(folder, _COMMON_OBJECT))
     for group in _groups(state.get("optimizer")):
         steps = group.get("step", state.get("iteration"))
         if isinstance(steps, int | float):
