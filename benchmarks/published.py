@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.published_sources import Settings, features_of, implementation_of, stack_of
+from benchmarks.published_sources import Settings, dispatch_of, features_of, implementation_of, stack_of
 from profiles.accelerator import accelerator, accelerators
 from profiles.cluster import Cluster
 from profiles.configuration import Configuration
@@ -16,6 +16,7 @@ from profiles.cost import CostModel
 from profiles.cost.effects import Effects
 from profiles.cost.residual import Smoothness
 from profiles.cost.timings import Timings
+from profiles.layout import ExpertDispatch
 from profiles.memory import Implementation
 from profiles.model_shape import ModelShape
 from profiles.published import (
@@ -61,7 +62,7 @@ OTHER_NAMES = {
 }
 """Accelerators by what a row's `system` says, where it is not the name of a file."""
 
-_Key = tuple[str, ModelShape, Cluster, str, str | None, tuple[str, ...]]
+_Key = tuple[str, ModelShape, Cluster, str, str | None, tuple[str, ...], ExpertDispatch]
 
 
 @dataclass
@@ -78,6 +79,8 @@ class Sweep:
     """What trained (`benchmarks.published_sources`)."""
     features: tuple[str, ...]
     """What of it was switched on (`benchmarks.published_sources.features_of`); of mixtures of experts alone."""
+    dispatch: ExpertDispatch
+    """How its tokens came to experts on other ranks (`benchmarks.published_sources.dispatch_of`)."""
     kind: str
     """dense, experts, or zero: dense rows of `zero_rows.csv`."""
     scored: np.ndarray
@@ -87,7 +90,7 @@ class Sweep:
 
     def cost_model(self, effects: Effects | None = None, how: Smoothness | None = None) -> CostModel:
         """That of its software, where published runs say `effects` (None: those in use)."""
-        return CostModel(how, stack=self.stack, features=self.features, effects=effects)
+        return CostModel(how, stack=self.stack, features=self.features, effects=effects, dispatch=self.dispatch)
 
 
 @dataclass
@@ -131,7 +134,8 @@ def read(folder: Path, name: str = "throughput.csv") -> Published:
                 raise RejectedError("no time")
             precision, sweep_id = _precision(row["precision"], cluster), row["sweep_id"] or row["source_id"]
             features = features_of(row) if model.experts else ()
-            key = (sweep_id, model, cluster, precision, stack_of(row), features)
+            dispatch = dispatch_of(row) if model.experts else "alltoall"
+            key = (sweep_id, model, cluster, precision, stack_of(row), features, dispatch)
             groups.setdefault(key, []).append(
                 (
                     row["source_id"],
@@ -143,12 +147,12 @@ def read(folder: Path, name: str = "throughput.csv") -> Published:
             )
         except RejectedError as reason:
             published_rows.skipped[str(reason)] += 1
-    for (sweep_id, model, cluster, precision, stack, features), rows in groups.items():
+    for (sweep_id, model, cluster, precision, stack, features, dispatch), rows in groups.items():
         sources, configurations, seconds, reliable, implementations = zip(*rows, strict=True)
         timings = Timings(model, cluster, precision, Configurations.of(configurations), np.array(seconds))
         kind = "experts" if model.experts else "zero" if name.startswith("zero") else "dense"
         published_rows.sweeps.append(
-            Sweep(sweep_id, sources[0], timings, stack, features, kind, np.array(reliable), implementations)
+            Sweep(sweep_id, sources[0], timings, stack, features, dispatch, kind, np.array(reliable), implementations)
         )
     return published_rows
 

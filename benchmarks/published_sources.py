@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from profiles.layout import ExpertDispatch
 from profiles.memory import MEGATRON_TE, Implementation
 from profiles.memory.implementation import Module
 from profiles.model_shape import ModelShape
@@ -38,6 +39,11 @@ FAMILIES = {
 out as, all together."""
 EVENLY_ROUTED = ("megatron-bridge", "megatron-moe-modelzoo", "mcore-moe-report")
 """Names of sources whose recipes send equally many tokens to all experts, where a row does not say otherwise."""
+FLEXIBLE = re.compile(r"deepep|hybridep|forced balance; recipe")
+"""Words in notes of runs whose tokens went once to a node: by name, or by presets of Megatron-Bridge for benchmarks, of
+which the newest have it for every model here."""
+FLEXIBLE_SOURCES = ("mcore-moe-report", "megatron-moe-modelzoo", "megatron-bridge-26.08", "megatron-bridge-prs")
+"""How the names of sources begin whose runs had it where a row does not say otherwise."""
 HYBRIDS = re.compile(r"qwen3\.[56]|qwen3-next|nemotron-3[-.]|deepseek-v4", re.IGNORECASE)
 """Models that are not made of attention and MLPs alone, of which the cost model knows nothing."""
 REGRESSION = ("gpt oss", "26.06.01")
@@ -91,6 +97,16 @@ def features_of(row: Row) -> tuple[str, ...]:
         "expert-overlap": is_overlapped,
     }
     return tuple(name for name, is_on in said.items() if is_on)
+
+
+def dispatch_of(row: Row) -> ExpertDispatch:
+    """How tokens came to experts on other ranks; a preset that does not say so has megatron's plain all-to-all."""
+    notes, said = row.get("notes", "").lower(), row.get("dispatcher")
+    if said is not None:
+        return "flex" if said else "alltoall"
+    if FLEXIBLE.search(notes):
+        return "flex"
+    return "flex" if row["source_id"].startswith(FLEXIBLE_SOURCES) and "all-to-all disp" not in notes else "alltoall"
 
 
 _MODULES: dict[str, Module] = {
@@ -168,6 +184,7 @@ class Settings:
             "graphs": recipe["cuda_graph_impl"],
             "overlap": recipe["moe_a2a_overlap"],
             "moments": recipe["exp_avg_dtype"],
+            "dispatcher": recipe["dispatcher"],
         }
         return said | ({"sharding": "megatron-fsdp"} if recipe["use_megatron_fsdp"].lower() == "true" else {})
 

@@ -78,7 +78,7 @@ class Tuner:
         for sweep in self.sweeps:
             t = sweep.timings.take(sweep.scored)
             device, size = accelerator(t.cluster.accelerator), len(t.step_seconds)
-            works.append(work(t.model, t.cluster, device, t.configurations, t.precision))
+            works.append(work(t.model, t.cluster, device, t.configurations, t.precision, dispatch=sweep.dispatch))
             logs.append(np.log(t.step_seconds))
             offsets.append(np.tile(prior(device, effects=Effects())[0], (size, 1)))
             stack: tuple[str, ...] = () if sweep.stack is None else (sweep.stack,)
@@ -123,7 +123,7 @@ class Tuner:
             t = sweep.timings.take(sweep.scored)
             device = accelerator(t.cluster.accelerator)
             mean, _ = prior(device, sweep.stack, t.precision, effects, sweep.features)
-            done = work(t.model, t.cluster, device, t.configurations, t.precision)
+            done = work(t.model, t.cluster, device, t.configurations, t.precision, dispatch=sweep.dispatch)
             absolute.append(100 * np.abs(step_seconds(done, mean) / t.step_seconds - 1).mean())
         return np.array(absolute)
 

@@ -56,7 +56,7 @@ class _Rows:
         self.logs = np.log(t.step_seconds)
         self.places = coordinates(t.model, t.cluster, t.configurations)
         self._mean, self._sd = prior(device, sweep.stack, t.precision, effects, sweep.features)
-        self._work: Work = work(t.model, t.cluster, device, t.configurations, t.precision)
+        self._work: Work = work(t.model, t.cluster, device, t.configurations, t.precision, dispatch=sweep.dispatch)
 
     def linear(self, how: Smoothness) -> tuple[Floats, Floats]:
         """Covariance that the constants' priors cause, and distance from the priors' expectation."""

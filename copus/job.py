@@ -316,12 +316,12 @@ class TrainingConfig(Record):
 
     @property
     def implementation(self) -> "Implementation":
-        """How it spends memory."""
+        """How it spends memory and time."""
         backend = find_backend(self.backend).for_training(self)
         how = backend.implementation(dropout=self.dropout > 0)
         state = self.optimizer.state(masters=not self.without_masters)
         fp32_gradients = how.fp32_gradients and (backend.has_fp32_gradients or not self.without_masters)
-        kept = {"optimizer": state, "fp32_gradients": fp32_gradients}
+        kept = {"optimizer": state, "fp32_gradients": fp32_gradients, "expert_dispatch": self.expert_dispatch}
         return how.model_copy(update=kept | {"optimizer_in_backward": self.optimizer_in_backward})
 
 

@@ -156,6 +156,7 @@ class Predictor:
                     optimizer=implementation.optimizer,
                     stack=implementation.stack,
                     context=implementation.context,
+                    dispatch=implementation.expert_dispatch,
                 )
                 cost = cost.fit(Timings.of(rows, cluster))
                 everything = list(dict.fromkeys([*asked, *halves]))

@@ -70,7 +70,12 @@ def dominated(
     does not know.
     """
     arrays = Configurations.of(configurations)
-    cost = CostModel(optimizer=implementation.optimizer, stack=implementation.stack, context=implementation.context)
+    cost = CostModel(
+        optimizer=implementation.optimizer,
+        stack=implementation.stack,
+        context=implementation.context,
+        dispatch=implementation.expert_dispatch,
+    )
     logs = np.log(cost.predict(model, cluster, arrays, precision, coverage=None).seconds)
     errors = cost.errors(model, cluster, arrays, precision)
     room, memory = memory_bytes(cluster), MemoryModel(implementation).predict(model, arrays, precision)

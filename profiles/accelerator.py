@@ -32,6 +32,9 @@ class Accelerator(Record):
     """Its name in `cluster.accelerator`."""
     flops: dict[str, PositiveFloat]
     """Dense peak by precision (fp32, bf16, fp16, fp8, …), floating point operations per second."""
+    clock: PositiveFloat = 1.0
+    """Clock under load over that of the same chip in another accelerator with the same peaks: the root of the power
+    that each may take."""
     rated: bool = True
     """Whether that is from a data sheet; where it is a guess, no utilization is given."""
     memory_bytes: PositiveFloat

@@ -12,6 +12,9 @@ Recompute = Literal["none", "selective", "full"]
 """What of the forward pass is run again in the backward pass: nothing, attention, every layer."""
 ContextExchange = Literal["gathered", "ring"]
 """How context parallel ranks get the keys and values of all tokens: gathered, or piece by piece from a neighbour."""
+ExpertDispatch = Literal["alltoall", "allgather", "flex"]
+"""How tokens come to experts on other ranks, by megatron-core's names. alltoall: a copy for each of a token's experts.
+allgather: every token to all ranks of the group. flex (DeepEP, HybridEP): once to a node, there once to each rank."""
 
 
 class Layout(Record):

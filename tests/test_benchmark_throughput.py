@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks import planner_speed, throughput, throughput_smoothness
 from benchmarks.published import read
-from benchmarks.published_sources import family_of, features_of, implementation_of, stack_of
+from benchmarks.published_sources import dispatch_of, family_of, features_of, implementation_of, stack_of
 from benchmarks.throughput_intervals import (
     GROUPS,
     Rows,
@@ -207,6 +207,24 @@ def test_what_a_recipe_switches_on_is_read_from_its_notes(notes: str, features: 
         "iteration-graph",
         "expert-overlap",
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "dispatch"),
+    [
+        ({"notes": "DeepEP, 1F1B all-to-all overlap"}, "flex"),
+        ({"notes": "forced balance; dispatcher hybridep; EP overlap True"}, "flex"),
+        ({"notes": "table 3, method MCore"}, "alltoall"),
+        ({"source_id": "megatron-bridge", "dispatcher": ""}, "alltoall"),
+        ({"source_id": "megatron-bridge", "dispatcher": "deepep"}, "flex"),
+        ({"source_id": "megatron-bridge-cards", "notes": "pretrain; natural routing; recipe m_config"}, "alltoall"),
+        ({"source_id": "megatron-bridge-cards", "notes": "GB200; forced balance; recipe m_config"}, "flex"),
+        ({"source_id": "megatron-moe-modelzoo", "notes": "all-to-all dispatcher; forced routing balance"}, "alltoall"),
+        ({"source_id": "megatron-moe-modelzoo", "notes": "VPP not stated in this revision"}, "flex"),
+    ],
+)
+def test_how_tokens_came_to_experts_is_read_from_recipe_and_notes(row: dict[str, str], dispatch: str) -> None:
+    assert dispatch_of({"source_id": "lab"} | row) == dispatch
 
 
 def test_memory_follows_the_recipe() -> None:

@@ -19,7 +19,7 @@ from profiles.cost.select import select
 from profiles.cost.step_time import OWN, PARTS, parts, step_seconds
 from profiles.cost.work import Work, work
 from profiles.enumerate import enumerate_configurations
-from profiles.layout import ContextExchange, Layout
+from profiles.layout import ContextExchange, ExpertDispatch, Layout
 from profiles.measurement import Fingerprint, Measurement
 from profiles.model_shape import ModelShape
 
@@ -144,24 +144,74 @@ H100 = accelerator("h100-sxm")
 NVLINK, NIC = H100.inside_node.bytes_per_second, H100.between_nodes.bytes_per_second
 
 
-def work_of(layout: Layout, model: ModelShape = MODEL, context: ContextExchange = "ring") -> Work:
+def work_of(
+    layout: Layout,
+    model: ModelShape = MODEL,
+    context: ContextExchange = "ring",
+    dispatch: ExpertDispatch = "alltoall",
+    device: Accelerator = H100,
+) -> Work:
     """On nodes of eight H100s."""
     cluster = Cluster(nodes=layout.accelerators // 8, accelerators_per_node=8, accelerator="h100-sxm")
     c = Configurations.of([Configuration(layout=layout, micro_batch=1, global_batch=layout.dp)])
-    return work(model, cluster, H100, c, "bf16", context=context)
+    return work(model, cluster, device, c, "bf16", context=context, dispatch=dispatch)
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 64), (1, 16), (2, 16), (8, 8)])
 def test_tokens_for_experts_on_other_nodes_go_through_the_own_link_of_each_rank(tp: int, ep: int) -> None:
     moe = MODEL.model_copy(update={"experts": 64, "experts_per_token": 2})
-    found = work_of(Layout(tp=tp, dp=64, ep=ep), moe).layer_ep[0]
-    sent = 2 * MODEL.seq_len * MODEL.hidden * 2 * (ep - 1) / ep / tp  # to two experts, in two bytes each
-    elsewhere = (ep - max(8 // tp, 1)) / (ep - 1)
-    nodes = ep * tp / 8
-    once = 1 - 1 / (2 * nodes)  # of two copies for other nodes, with that chance each of them goes to another one
-    assert found == pytest.approx(4 * sent * elsewhere * once / NIC), "there and back, forward and backward"
-    inside = work_of(Layout(tp=1, dp=64, ep=8), moe).layer_ep[0]
-    assert inside == pytest.approx(4 * 2 * MODEL.seq_len * MODEL.hidden * 2 * 7 / 8 / NVLINK)
+    token_bytes, here, nodes = 2 * MODEL.seq_len * MODEL.hidden / tp, max(8 // tp, 1), ep * tp / 8
+    plain, once = (work_of(Layout(tp=tp, dp=64, ep=ep), moe, dispatch=how).layer_ep[0] for how in ("alltoall", "flex"))
+    copies = 2 * (ep - here) / ep
+    assert plain == pytest.approx(4 * copies * token_bytes / NIC), "there and back, forward and backward"
+    both_elsewhere_and_together = (nodes - 1) / nodes**2
+    assert once == pytest.approx(4 * (copies - both_elsewhere_and_together) * token_bytes / NIC)
+
+
+def test_inside_a_node_a_token_goes_to_a_rank_once_unless_every_copy_is_sent() -> None:
+    moe = MODEL.model_copy(update={"experts": 64, "experts_per_token": 2})
+    plain, once = (work_of(Layout(dp=64, ep=8), moe, dispatch=how).layer_ep[0] for how in ("alltoall", "flex"))
+    token_bytes = 2 * MODEL.seq_len * MODEL.hidden
+    assert plain == pytest.approx(4 * token_bytes * 2 * 7 / 8 / NVLINK)
+    assert once == pytest.approx(plain - 4 * token_bytes * 7 / 8**2 / NVLINK), "of 7 / 8² both copies go to one rank"
+    for how in ("alltoall", "allgather", "flex"):
+        assert work_of(Layout(dp=64), moe, dispatch=how).layer_ep[0] == 0, f"{how}: every rank has all experts"
+
+
+def test_gathered_tokens_go_to_every_rank_of_the_group_whatever_their_experts() -> None:
+    moe = MODEL.model_copy(update={"experts": 8, "experts_per_token": 2})
+    token_bytes = 2 * MODEL.seq_len * MODEL.hidden
+    found = work_of(Layout(dp=16, ep=8), moe, dispatch="allgather")
+    assert found.layer_ep[0] == pytest.approx(4 * 7 * token_bytes / NVLINK)
+    split = work_of(Layout(tp=2, dp=8, ep=4, sequence_parallel=True), moe, dispatch="allgather")
+    assert split.layer_ep[0] == pytest.approx(4 * 7 * token_bytes / 2 / NVLINK), "of those that split an expert, too"
+    plain = work_of(Layout(tp=2, dp=8, ep=4, sequence_parallel=True), moe)
+    assert split.layer_tp[0] < plain.layer_tp[0]
+    assert split.layer_tp_messages[0] < plain.layer_tp_messages[0]
+
+
+def test_the_plain_all_to_all_sorts_tokens_twice_where_a_rank_has_several_experts() -> None:
+    moe = MODEL.model_copy(update={"experts": 8, "experts_per_token": 2})
+    plain, once = (work_of(Layout(dp=8, ep=4), moe, dispatch=how).layer_elementwise[0] for how in ("alltoall", "flex"))
+    passes = 4 * 2 * (2 * MODEL.seq_len * MODEL.hidden) * 3  # of both copies, forward and twice that backward
+    assert plain - once == pytest.approx(passes / H100.memory_bytes_per_second)
+    alone = [work_of(Layout(dp=8, ep=8), moe, dispatch=how).layer_elementwise[0] for how in ("alltoall", "flex")]
+    assert alone[0] == alone[1]
+
+
+def test_what_runs_at_the_clock_of_a_chip_takes_less_if_that_is_higher() -> None:
+    fast = H100.model_copy(update={"clock": 1.25})
+    usual, found = (work_of(Layout(tp=2, dp=4), device=device) for device in (H100, fast))
+    for name in ("layer_products", "layer_operands", "layer_attention", "layer_attention_token", "head_products"):
+        assert getattr(found, name)[0] == pytest.approx(getattr(usual, name)[0] / 1.25)
+    for name in ("layer_elementwise", "layer_tp", "dp_reduce", "optimizer"):
+        assert getattr(found, name)[0] == getattr(usual, name)[0]
+
+
+def test_a_prediction_for_experts_says_how_tokens_are_assumed_to_come_to_them() -> None:
+    moe = MODEL.model_copy(update={"experts": 8})
+    assert any("alltoall" in line for line in CostModel().assumptions(moe, CLUSTER))
+    assert any("HybridEP" in line for line in CostModel(dispatch="flex").fit([]).assumptions(moe, CLUSTER))
 
 
 def test_a_context_parallel_ring_leaves_a_node_by_one_link() -> None:
@@ -222,7 +272,7 @@ def test_whole_experts_gather_no_tokens_and_their_replicas_are_nearer() -> None:
 
 
 def test_experts_all_over_the_cluster_exchange_longer_than_within_nodes() -> None:
-    """737 B weights on 2,048 H100s: an all-to-all over 64 ranks has an eighth of NVLink, and goes to a node once."""
+    """737 B weights on 2,048 H100s: an all-to-all over 64 ranks has an eighth of NVLink."""
     moe = ModelShape(
         **{"layers": 64, "hidden": 7168, "ffn_hidden": 2048, "heads": 128, "kv_heads": 128, "seq_len": 4096},
         **{"vocab": 129280, "gated_mlp": True, "experts": 256, "experts_per_token": 8},

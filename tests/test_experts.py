@@ -21,6 +21,7 @@ from copus.backends.megatron.shard_table import shard_table
 from copus.backends.registry import find_backend
 from copus.backends.step_contract import StepRequest
 from copus.backends.vocabulary import hide_padding
+from copus.estimate import estimate_of
 from copus.expert_load import expert_load
 from copus.job import JobError
 from copus.reshard.boxes import Box
@@ -317,6 +318,12 @@ def test_impossible_layouts_of_experts_are_refused(layout: dict[str, Any], model
 def test_how_tokens_are_sent_needs_experts() -> None:
     with pytest.raises(JobError, match=r"training.expert_dispatch\(allgather\) needs a model with experts"):
         tiny_job(1, {}, expert_dispatch="allgather")
+
+
+def test_step_times_are_predicted_for_the_way_in_which_the_job_sends_tokens() -> None:
+    for dispatch in ("alltoall", "allgather"):
+        job = tiny_job(2, {"dp": 2, "ep": 2}, MOE, micro_batch=1, expert_dispatch=dispatch)
+        assert any(f"({dispatch})" in said for said in estimate_of(job).predictor.assumptions)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from profiles.cost.residual import Smoothness, coordinates, covariance
 from profiles.cost.step_time import parts, step_seconds
 from profiles.cost.timings import Timings
 from profiles.cost.work import Floats, Work, work
-from profiles.layout import ContextExchange
+from profiles.layout import ContextExchange, ExpertDispatch
 from profiles.model_shape import ModelShape
 from profiles.optimizer_state import OptimizerState
 
@@ -32,6 +32,13 @@ STEP = 1.5
 """Half the distance of the secants that stand for derivatives, in standard deviations of a constant. So wide because
 what a constant can do matters, not what it does at its mean: a launch time that hides behind the work now may not do so
 on this cluster."""
+
+
+_DISPATCH_IN_WORDS: dict[ExpertDispatch, str] = {
+    "alltoall": "a copy to each expert (alltoall)",
+    "allgather": "all to all ranks (allgather)",
+    "flex": "once to a node and to each rank there (DeepEP, HybridEP)",
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class CostModel:
         features: tuple[str, ...] = (),
         effects: Effects | None = None,
         context: ContextExchange = "ring",
+        dispatch: ExpertDispatch = "alltoall",
         inside_node: str | None = None,
         between_nodes: str | None = None,
     ) -> None:
@@ -82,7 +90,7 @@ class CostModel:
         `profiles.cost.effects.stacks()`; of None or another one nothing is known. `features` are levels of the group
         of that name there: what published recipes switch on, and the backends here do not have. `effects` replace what
         is known of all of these, precisions and accelerators. `context` is how context parallel ranks exchange keys and
-        values.
+        values, `dispatch` how tokens come to experts on other ranks.
         `inside_node` and `between_nodes` (names in `links.yaml`) replace the links in the accelerators' files.
 
         Raises ValueError for a link that is not there.
@@ -90,7 +98,7 @@ class CostModel:
         self._how = smoothness or Smoothness()
         self._stack, self._features, self._effects = stack, features, effects
         self._optimizer = optimizer or OptimizerState()
-        self._context = context
+        self._context, self._dispatch = context, dispatch
         self._links = {
             place: link(name)
             for place, name in (("inside_node", inside_node), ("between_nodes", between_nodes))
@@ -115,6 +123,7 @@ class CostModel:
             features=self._features,
             effects=self._effects,
             context=self._context,
+            dispatch=self._dispatch,
         )
         fitted._links = self._links
         informative = [timing for timing in timings if len(timing.step_seconds)]
@@ -265,7 +274,8 @@ class CostModel:
         return prior(self._device(cluster), self._stack, precision, self._effects, self._features)
 
     def _work(self, model: ModelShape, cluster: Cluster, c: Configurations, precision: str) -> Work:
-        return work(model, cluster, self._device(cluster), c, precision, self._optimizer, self._context)
+        device = self._device(cluster)
+        return work(model, cluster, device, c, precision, self._optimizer, self._context, self._dispatch)
 
     def assumptions(self, model: ModelShape, cluster: Cluster) -> tuple[str, ...]:
         """What every prediction takes for granted, in words."""
@@ -279,6 +289,7 @@ class CostModel:
             said.append(self._stack_in_words())
         if model.experts:
             said.append("tokens spread evenly over the experts")
+            said.append(f"tokens to experts on other ranks: {_DISPATCH_IN_WORDS[self._dispatch]}")
         return tuple(said)
 
     def _stack_in_words(self) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from profiles.accelerator import Accelerator, node_size
 from profiles.cluster import Cluster
 from profiles.configurations import RECOMPUTE, Configurations
-from profiles.layout import ContextExchange
+from profiles.layout import ContextExchange, ExpertDispatch
 from profiles.model_shape import ModelShape
 from profiles.optimizer_state import OptimizerState
 from profiles.pipeline_split import split_layers
@@ -38,7 +38,8 @@ PASSES_OF_A_NORM = 2.0
 SPLIT_PASSES = 6.0
 """The same inside the tensor parallel region, by rotary positions and copies of heads."""
 PERMUTE_PASSES = 4.0
-"""Reads and writes of a token's copies for its experts: into their order, and back."""
+"""Reads and writes of a token's copies for its experts: into their order, and back. After megatron-core's plain
+all-to-all once more: what comes from each rank is in the order of the experts, and all together is not."""
 BACKWARD = 2.0
 """Work of a backward pass over that of a forward pass."""
 
@@ -147,10 +148,12 @@ def work(
     precision: str,
     optimizer: OptimizerState = OptimizerState(),  # noqa: B008 (immutable)
     context: ContextExchange = "ring",
+    dispatch: ExpertDispatch = "alltoall",
 ) -> Work:
     """The work of each configuration. Raises ValueError for a precision that the accelerator does not have."""
-    peak, memory = device.peak(precision), device.memory_bytes_per_second
     wide = "bf16" if "fp8" in precision or "fp4" in precision else precision  # what attention runs in
+    peak, wide_peak = (device.clock * device.peak(kind) for kind in (precision, wide))
+    memory = device.memory_bytes_per_second
     tp, pp, vp, cp, dp, b = (a.astype(float) for a in (c.tp, c.pp, c.vp, c.cp, c.dp, c.micro_batch))
     ep, etp = c.ep.astype(float), c.expert_tp.astype(float)
     n = np.maximum(c.global_batch / (dp * b), 1.0)
@@ -185,7 +188,8 @@ def work(
     split = np.where(c.sequence_parallel, tp, 1.0)
     passes_whole = NORM_PASSES + PASSES_OF_A_NORM * (model.norms_per_layer - 2)
     passes_split = SPLIT_PASSES * q + PASSES_OF_A_NORM * (q + kv) * (model.qk_norm != "none")
-    sorted_tokens = PERMUTE_PASSES * chosen * h / tp
+    sorts = np.where((dispatch == "alltoall") & (model.experts > ep), 2.0, 1.0)
+    sorted_tokens = sorts * PERMUTE_PASSES * chosen * h / tp
     elementwise = HALF * tokens * (passes_whole * h / split + (passes_split + (1 + 2 * gates) * width) / tp)
     elementwise = elementwise + HALF * tokens * sorted_tokens
 
@@ -193,13 +197,13 @@ def work(
     passes = 2 + again
     hidden_bytes = HALF * tokens * h
     # Half of them are of attention, and a shared expert has its own. Ranks that split an expert gather every copy that
-    # was dispatched to one of them, and scatter the sums before they go back.
-    half, between_experts = np.where(tp > 1, 2 + again, 0.0), np.where(etp > 1, moe, 0.0)
+    # was dispatched to one of them, and scatter the sums before they go back, unless all of them have every token.
+    exchanged_copies = 0 * tp if dispatch == "allgather" else gathered_copies
+    half, between_experts = np.where(tp > 1, 2 + again, 0.0), np.where((etp > 1) & (exchanged_copies > 0), moe, 0.0)
     by_tp = 2 - moe + moe * (model.shared_expert_hidden > 0)
     tp_link, etp_link = (sheet.bus(degree, np.ones_like(degree)) for degree in (tp, etp))
-    tp_seconds = by_tp * (tp - 1) / tp / tp_link + gathered_copies * (etp - 1) / etp / etp_link
+    tp_seconds = by_tp * (tp - 1) / tp / tp_link + exchanged_copies * (etp - 1) / etp / etp_link
     kv_bytes = HALF * tokens * 2 * kv / tp
-    ep_bytes = HALF * tokens * h * chosen * (ep - 1) / ep / tp
     replicas, copies = dp * cp, c.dp_replicate.astype(float)
     sharers = replicas / copies  # hybrid sharding gathers and scatters among neighbours, and sums over the copies
     ring = (sharers - 1) / sharers
@@ -235,7 +239,7 @@ def work(
     head_operands = HALF * (tokens * (h + model.padded_vocab / tp) + embedding)
     p2p_bytes = hidden_bytes / tp  # scattered before, gathered after (2104.04473, §4.1)
     slowest_p2p, mean_p2p = sheet.boundaries(tp * cp * dp, pp)
-    attention = causal * (1 + attention_again + BACKWARD) / device.peak(wide)
+    attention = causal * (1 + attention_again + BACKWARD) / wide_peak
     ones = np.ones_like(tp)
     return Work(
         num_microbatches=n,
@@ -248,9 +252,9 @@ def work(
         passes=passes,
         staged_tp=np.where(pp > 1, np.log2(tp), 0.0),
         layer_products=products * forward / peak,
-        layer_operands=operands * forward / device.peak(wide),
+        layer_operands=operands * forward / wide_peak,
         layer_attention=attention,
-        layer_attention_token=causal_token * (1 + attention_again + BACKWARD) / device.peak(wide),
+        layer_attention_token=causal_token * (1 + attention_again + BACKWARD) / wide_peak,
         layer_elementwise=elementwise * forward / memory,
         layer_tp=half * hidden_bytes * 2 * tp_seconds,
         layer_tp_messages=half * (by_tp + between_experts),
@@ -260,12 +264,11 @@ def work(
         * (kv_bytes * (cp - 1))
         / (sheet.ring_pass(cp, tp) if context == "ring" else sheet.bus(cp, tp)),
         layer_cp_cover=attention if context == "ring" else 0 * ones,
-        layer_ep=2 * passes * ep_bytes / sheet.all_to_all(ep, etp, chosen)
-        if model.experts
-        else 0 * ones,  # there and back
+        # There and back.
+        layer_ep=2 * passes * moe * hidden_bytes / tp * sheet.dispatch(dispatch, ep, etp, model.experts_per_token),
         layer_gather=gather,
         head_products=(1 + BACKWARD) * head / peak,
-        head_operands=(1 + BACKWARD) * head_operands / device.peak(wide),
+        head_operands=(1 + BACKWARD) * head_operands / wide_peak,
         head_elementwise=(1 + BACKWARD) * LOSS * tokens * model.padded_vocab / tp / memory,
         p2p=np.where(pp > 1, 2 * vp * p2p_bytes * slowest_p2p, 0.0),
         p2p_mean=np.where(pp > 1, 2 * vp * p2p_bytes * mean_p2p, 0.0),
@@ -303,15 +306,17 @@ class _Links:
         wait for that."""
         return np.where(self._in_a_node(size, stride), self.inside, min(self.between, self.inside))
 
-    def all_to_all(self, size: Floats, stride: Floats, copies: float) -> Floats:
-        """Of tokens that go to `copies` of the others, spread evenly: those for other nodes go through a rank's own
-        link, once for each node, beside those that stay."""
-        others = np.maximum(size - 1, 1.0)
-        here = np.where(self._in_a_node(size, stride), others, self._members(size, stride) - 1)
-        nodes = np.maximum(self.nodes(size, stride), 1.0)
-        away = np.maximum(copies * (1 - 1 / nodes), 1e-9)
-        once = (nodes - 1) * (1 - (1 - 1 / nodes) ** copies) / away
-        return 1 / np.maximum(here / others / self.inside, once * (others - here) / others / self.between)
+    def dispatch(self, how: ExpertDispatch, ep: Floats, etp: Floats, experts: int) -> Floats:
+        """Seconds per byte of a token on its way to its `experts`, which are spread evenly over `ep` ranks that stand
+        `etp` apart: what leaves the node does so through the rank's own link, beside what stays."""
+        if how == "allgather":
+            return (etp * ep - 1) / self.bus(etp * ep, np.ones_like(ep))
+        here, nodes = np.where(self._in_a_node(ep, etp), ep, self._members(ep, etp)), self.nodes(ep, etp)
+        if how == "alltoall":
+            return experts / ep * np.maximum((here - 1) / self.inside, (ep - here) / self.between)
+        # Once to every other rank that has one of its experts, through its node's link.
+        ranks, others = ((size - 1) * (1 - (1 - 1 / size) ** experts) for size in (ep, nodes))
+        return np.maximum(ranks / self.inside, others / self.between)
 
     def boundaries(self, stage_ranks: Floats, stages: Floats) -> tuple[Floats, Floats]:
         """Seconds per byte between pipeline stages: of the slowest boundary, and the mean."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from profiles.layout import ContextExchange
+from profiles.layout import ContextExchange, ExpertDispatch
 from profiles.optimizer_state import OptimizerState
 from profiles.record import Record
 
@@ -51,6 +51,8 @@ class Implementation(Record):
     ZeRO-3 for a layer) from the fp32 weights that the optimizer updates, also in fp32 (FSDP)."""
     context: ContextExchange = "gathered"
     """How context parallel ranks get keys and values. gathered: a layer keeps those of all tokens. ring: its own."""
+    expert_dispatch: ExpertDispatch = "alltoall"
+    """How tokens come to experts on other ranks; time alone depends on it."""
     gathered_inputs: Literal["regathered", "kept"] = "regathered"
     """What becomes of the inputs that sequence parallelism gathers in front of matrices: gathered again in the backward
     pass (2205.05198, section 4.2.2), or kept whole on every rank."""
