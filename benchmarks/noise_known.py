@@ -131,8 +131,8 @@ def simulate_job(job: JobConfig, batch: int) -> dict[str, Any]:
     the steps that it sees. There are no trials, which are about step times and not about noise.
     """
     start = job.training.configuration.model_copy(update={"global_batch": batch})
-    exact = {"critical_batch_factor_range": 1.0}  # c is what the simulation says
-    settings = job.planner.model_copy(update={"trial_budget": 0.0, **exact})
+    # A range of 1: c is what the simulation says.
+    settings = job.planner.model_copy(update={"trial_budget": 0.0, "critical_batch_factor_range": 1.0})
     machine, predictor = (
         Predictor.from_rows(settings, job.model, job.cluster, job.training.precision, start) for _ in range(2)
     )

@@ -82,7 +82,8 @@ class DataConfig(Record):
     held_out_source: list[UserPath] = Field(default_factory=list)
     """Sources kept for validation, in the formats of `source`. Nothing of `source` is held out then."""
     tokenizer: UserPath | None = None
-    """A `tokenizer.json`; None trains a byte-level BPE of `model.vocab` tokens on the training part."""
+    """A `tokenizer.json`; None takes the one of the run or the Hugging Face folder of `training.init_from`, if that has
+    one, and else trains a byte-level BPE of `model.vocab` tokens on the training part."""
     bos_token: str | None = Field(default=None, min_length=1)
     """Token that every document begins with; None for none."""
     eos_token: str | None = Field(default=None, min_length=1)

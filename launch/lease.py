@@ -36,7 +36,7 @@ class HeldError(Exception):
 
 
 @dataclass(frozen=True)
-class _Found:
+class _LeaseFile:
     number: int
     renewed_ns: int
     machine: str
@@ -89,10 +89,10 @@ class Lease:
 
 def holder_of(lock: Path) -> str | None:
     """Who holds the lease, in words, at one look; None if nobody does, or if it has ended by this machine's clock."""
-    found = _newest(lock)
-    if found is None or found.is_free or abs(time.time() - found.renewed_ns / 1e9) > LEASE_SECONDS:
+    newest = _newest(lock)
+    if newest is None or newest.is_free or abs(time.time() - newest.renewed_ns / 1e9) > LEASE_SECONDS:
         return None
-    return found.holder
+    return newest.holder
 
 
 def _claim(lock: Path, holder: str, wait_seconds: float) -> Path:
@@ -101,19 +101,19 @@ def _claim(lock: Path, holder: str, wait_seconds: float) -> Path:
     last: tuple[int, int] | None = None
     is_renewed = False
     while True:
-        found, now = _newest(lock), time.monotonic()
-        place = (found.number, found.renewed_ns) if found else None
+        newest, now = _newest(lock), time.monotonic()
+        place = (newest.number, newest.renewed_ns) if newest else None
         if place != last:
             is_renewed, last, since = last is not None, place, now
-        if found is None or found.is_free or now - since > LEASE_SECONDS:
-            number = found.number + 1 if found else 1
+        if newest is None or newest.is_free or now - since > LEASE_SECONDS:
+            number = newest.number + 1 if newest else 1
             with contextlib.suppress(FileExistsError):
                 _make(_file(lock, number), holder)
                 if max(_numbers(lock)) == number:
                     return _file(lock, number)
                 _file(lock, number).unlink(missing_ok=True)  # others were two steps ahead
         elif is_renewed and now - begin > wait_seconds:
-            raise HeldError(found.holder)
+            raise HeldError(newest.holder)
         time.sleep(LOOK_SECONDS)
 
 
@@ -123,7 +123,7 @@ def _make(file: Path, holder: str) -> None:
         written.write(json.dumps({"machine": _machine(), "holder": holder}) + "\n")
 
 
-def _newest(lock: Path) -> _Found | None:
+def _newest(lock: Path) -> _LeaseFile | None:
     number = max(_numbers(lock), default=None)
     if number is None:
         return None
@@ -135,9 +135,9 @@ def _newest(lock: Path) -> _Found | None:
         return _newest(lock)
     try:
         says = json.loads(first)
-        return _Found(number, renewed_ns, says["machine"], says["holder"], int(last) if last.strip() else None)
+        return _LeaseFile(number, renewed_ns, says["machine"], says["holder"], int(last) if last.strip() else None)
     except (ValueError, KeyError, TypeError):  # it is being written
-        return _Found(number, renewed_ns, "", "somebody", None)
+        return _LeaseFile(number, renewed_ns, "", "somebody", None)
 
 
 def _numbers(lock: Path) -> list[int]:

@@ -38,27 +38,25 @@ class Queued:
 
 def hand_over(engine: QueuedEngine, run: Path, job: JobConfig) -> Queued:
     """Queue a job and note which it is in RUN/engine.json. Hold the run's lock. Raises JobError if it is refused."""
-    queued = ready(engine, run, job)
+    queued = hold(engine, run, job)
     write_ticket(run, engine.submit(run, job))
     return queued
 
 
-def ready(engine: QueuedEngine, run: Path, job: JobConfig) -> Queued:
-    """A run that somebody else queues."""
+def hold(engine: QueuedEngine, run: Path, job: JobConfig) -> Queued:
+    """Queue nothing yet: in place of `hand_over` for a run that is queued with others (`hand_over_array`)."""
     queued = Queued(Follower(run), RunStatus())
     queued.status.update(queued.follower.read())
     queued.status.forget_ending()
     return queued
 
 
-def hand_over_together(
-    engine: QueuedEngine, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None
-) -> None:
+def hand_over_array(engine: QueuedEngine, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> None:
     """Queue runs with the same needs as one job of the scheduler, as `hand_over` does with one."""
     with ExitStack() as locks:
         for run in runs:
             locks.enter_context(lock_run(run))
-        for run, ticket in zip(runs, engine.submit_together(runs, job, name, at_once), strict=True):
+        for run, ticket in zip(runs, engine.submit_array(runs, job, name, at_once), strict=True):
             write_ticket(run, ticket)
 
 

@@ -20,7 +20,7 @@ from launch.group_watch import Watch
 from launch.interrupts import Interrupts
 from launch.json_output import as_json_line
 from launch.progress import SteadyConsole
-from launch.queued import Queued, hand_over, hand_over_together, ready
+from launch.queued import Queued, hand_over, hand_over_array, hold
 from launch.run_directory import discard_run, portable, shown, typed
 from launch.run_state import RunState, state_of
 from launch.runs import status_of
@@ -53,6 +53,11 @@ class Submission:
     resumption: Resumption | None
     state: RunState | None
     """Of the run that is there already."""
+
+    @property
+    def is_to_train(self) -> bool:
+        """Whether it has to be started, or queued."""
+        return self.todo in ("begin", "resume")
 
 
 def submit_group(
@@ -90,24 +95,24 @@ def submit_group(
     queued = isinstance(submissions[0].checked.engine, QueuedEngine)
     if at_once is not None and not queued:
         raise JobError(f"--at-once: launch.engine({base.launch.engine}) has no queue: one run trains after another")
-    together = [] if at_once is not None and not options.detach else _together(submissions)
-    alone = sum(submission.todo in ("begin", "resume") for submission in submissions) - sum(map(len, together))
-    if at_once is not None and options.detach and (alone or len(together) != 1):
+    arrays = [] if at_once is not None and not options.detach else _arrays(submissions)
+    to_train = sum(submission.is_to_train for submission in submissions)
+    if at_once is not None and options.detach and [to_train] != [len(array) for array in arrays]:
         raise JobError("--at-once: with --detach nobody queues the next run, and the runs are not one array of Slurm")
     if options.dry_run:
-        return _describe(base.name, submissions, together, at_once, options)
+        return _describe(base.name, submissions, arrays, at_once, options)
     failed: list[str] = []
-    held = {submission.run for array in together for submission in array}
+    held = {submission.run for array in arrays for submission in array}
     followed = {one.run: one.checked.engine for one in submissions if one.todo == "follow"}
     watch = Watch(followed, sum(one.todo != "nothing" for one in submissions), console, fail_fast)
     with Interrupts() as interrupts:
         for number, submission in enumerate(submissions, start=1):
-            if at_once is not None and submission.todo in ("begin", "resume") and submission.run not in held:
+            if at_once is not None and submission.is_to_train and submission.run not in held:
                 watch.until(at_once - 1, interrupts)
                 if interrupts.count or (watch.failed and fail_fast):
                     break
             console.print(f"run {number} of {len(submissions)}: {_what(submission)}", markup=False, soft_wrap=True)
-            code = _start(submission, interrupts, console, ready if submission.run in held else hand_over)
+            code = _start(submission, interrupts, console, hold if submission.run in held else hand_over)
             if interrupts.count:
                 break
             if code:
@@ -115,11 +120,11 @@ def submit_group(
                 watch.total -= submission.todo != "nothing"
                 if fail_fast:
                     break
-            elif submission.todo in ("begin", "resume") and submission.run not in held:
+            elif submission.is_to_train and submission.run not in held:
                 watch.add(submission.run, submission.checked.engine)
-        for array in [] if interrupts.count or (failed and fail_fast) else together:
+        for array in [] if interrupts.count or (failed and fail_fast) else arrays:
             made = [submission for submission in array if submission.planned.name not in failed]
-            if made and _queue_together(made, base.name, at_once, console):
+            if made and _queue_array(made, base.name, at_once, console):
                 for submission in made:
                     watch.add(submission.run, submission.checked.engine)
             else:
@@ -195,24 +200,24 @@ def _check_same_job(run: Path, job: JobConfig) -> None:
         )
 
 
-def _together(submissions: Sequence[Submission]) -> list[list[Submission]]:
+def _arrays(submissions: Sequence[Submission]) -> list[list[Submission]]:
     """The new runs that may be queued as one job of the scheduler: two or more with the same needs."""
     alike: defaultdict[str, list[Submission]] = defaultdict(list)
     for submission in submissions:
         engine = submission.checked.engine
         if isinstance(engine, QueuedEngine) and submission.todo == "begin":
-            needs = engine.in_common(submission.checked.job)
+            needs = engine.array_key(submission.checked.job)
             if needs is not None:
                 alike[needs].append(submission)
     return [members for members in alike.values() if len(members) > 1]
 
 
-def _queue_together(array: Sequence[Submission], group: str, at_once: int | None, console: Console) -> bool:
+def _queue_array(array: Sequence[Submission], group: str, at_once: int | None, console: Console) -> bool:
     """Queue runs that have been made. If the scheduler refuses, says why and removes them."""
     engine, runs = array[0].checked.engine, [submission.run for submission in array]
-    assert isinstance(engine, QueuedEngine), "so `_together` has chosen"
+    assert isinstance(engine, QueuedEngine), "so `_arrays` has chosen"
     try:
-        hand_over_together(engine, runs, array[0].checked.job, group, at_once)
+        hand_over_array(engine, runs, array[0].checked.job, group, at_once)
     except JobError as error:
         print(f"copus: {group}: {error}", file=sys.stderr)
         for run in runs:
@@ -238,21 +243,21 @@ def _what(submission: Submission) -> str:
 def _describe(
     group: str,
     submissions: Sequence[Submission],
-    together: Sequence[Sequence[Submission]],
+    arrays: Sequence[Sequence[Submission]],
     at_once: int | None,
     options: SubmitOptions,
 ) -> int:
     """Print what would be done, as the engine's own tools take it, below comments."""
     described: list[dict[str, Any]] = []
-    arrays = {array[-1].run: array for array in together}
-    held = {submission.run for array in together for submission in array}
+    last = {array[-1].run: array for array in arrays}
+    held = {submission.run for array in arrays for submission in array}
     for submission in submissions:
         engine, job = submission.checked.engine, submission.checked.job
         text = None
-        if (array := arrays.get(submission.run)) is not None:
-            assert isinstance(engine, QueuedEngine), "so `_together` has chosen"
-            text = engine.describe_together([one.run for one in array], job, group, at_once)
-        elif submission.todo in ("begin", "resume") and submission.run not in held:
+        if (array := last.get(submission.run)) is not None:
+            assert isinstance(engine, QueuedEngine), "so `_arrays` has chosen"
+            text = engine.describe_array([one.run for one in array], job, group, at_once)
+        elif submission.is_to_train and submission.run not in held:
             text = engine.describe(submission.run, job)
         described.append({"run": str(submission.run), "todo": submission.todo, "description": text})
         if not options.as_json:
@@ -274,7 +279,7 @@ def _start(submission: Submission, interrupts: Interrupts, console: Console, que
         else:
             diverged = submission.state is not None and submission.state.name == "failed"
             return int(diverged)
-        if queue is ready and isinstance(begun.outcome, Queued):
+        if queue is hold and isinstance(begun.outcome, Queued):
             return 0
     except JobError as error:
         print(f"copus: {submission.planned.name}: {error}", file=sys.stderr)

@@ -173,7 +173,7 @@ def test_laws_count_less_the_further_they_are_off_and_not_at_all_if_c_is_exact()
     assert not left.any()
 
 
-def test_the_noise_scale_of_two_equal_witnesses_is_in_the_middle() -> None:
+def test_the_noise_scale_of_two_equal_estimates_is_in_the_middle() -> None:
     """If c is as unsure as laws are, and they nearly agree, φ is their geometric mean but for the tails of laws."""
     shift, _ = law_correction(np.array([1.02]), np.array([1.0]), np.array([0.0]), np.array([LAWS_ERROR]))
     likely = (LAWS_FREEDOM + 1) / LAWS_FREEDOM

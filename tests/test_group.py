@@ -432,8 +432,8 @@ def test_runs_with_the_same_needs_are_one_array(
     engine = engine_of(job)
     assert isinstance(engine, SlurmEngine)
     larger = job.cluster.model_copy(update={"accelerators_per_node": 2 * job.cluster.accelerators_per_node})
-    assert engine.in_common(job) == engine.in_common(job.model_copy(update={"name": "another"}))
-    assert engine.in_common(job) != engine.in_common(job.model_copy(update={"cluster": larger}))
+    assert engine.array_key(job) == engine.array_key(job.model_copy(update={"name": "another"}))
+    assert engine.array_key(job) != engine.array_key(job.model_copy(update={"cluster": larger}))
 
 
 def test_an_array_that_slurm_refuses_leaves_nothing(

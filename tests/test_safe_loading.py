@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from copus.backends.step_contract import StepRequest
 from copus.checkpoints.safe_loading import UnsafeCheckpointError, load_metadata
-from copus.checkpoints.sharded import INDEX, read_index
+from copus.checkpoints.sharded import INDEX, read_index, read_object
 from tests.megatron_jobs import RULES, backend_of, random_batches, tiny_job
 from tests.ranks import run_ranks
 
@@ -96,6 +97,23 @@ def _load_forged(folder: Path, forge: str, trace: Path) -> tuple[float, str]:
     except Exception as error:
         return loss, f"{type(error).__name__}: {error}"
     return loss, "loaded"
+
+
+def test_an_object_outside_of_the_checkpoint_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for place in (tmp_path, folder):
+        (place / "object").write_bytes(b"something")
+    for name in ("object", "../object", str(tmp_path / "object")):
+        index = Metadata({}, storage_data={MetadataIndex("state"): _StorageInfo(name, 0, 9)})
+        (folder / INDEX).write_bytes(pickle.dumps(index))
+        if name == "object":
+            file = read_object(folder, "state")
+            assert file is not None
+            assert file.read() == b"something"
+        else:
+            with pytest.raises(ValueError, match="which is not in its folder"):
+                read_object(folder, "state")
 
 
 @pytest.mark.dist

@@ -113,25 +113,19 @@ class _PlainUnpickler(pickle.Unpickler):
         return _Inert()
 
 
-def load_plain_values(path: Path, file: IO[bytes] | None = None) -> dict[str, Any]:
-    """The numbers, texts and containers in a dictionary that torch has saved; in place of all other objects in it there
-    is one that does nothing. Runs no code of the file's. Raises ValueError if it is no such file. `file` is read in the
-    place of that at `path`, if it is given.
+def load_plain_values(source: Path | IO[bytes]) -> Any:
+    """The numbers, texts and containers in what torch has saved; in place of all other objects in it there is one that
+    does nothing. Runs no code of the file's. Raises ValueError if it is no such file.
 
     `torch.load` is not asked: whatever it is given to unpickle with, it hands an archive of TorchScript to
     `torch.jit.load`, which runs what is in it.
     """
     try:
-        with zipfile.ZipFile(file or path) as archive:
+        with zipfile.ZipFile(source) as archive:
             (record,) = (name for name in archive.namelist() if PurePosixPath(name).match("*/data.pkl"))
-            values = _PlainUnpickler(archive.open(record)).load()
+            return _PlainUnpickler(archive.open(record)).load()
     except (OSError, *_DAMAGE) as error:
-        raise ValueError(f"{path}: not what torch saves: {error}") from None
-    if isinstance(values, list) and len(values) == 1:  # an object of megatron-core's
-        (values,) = values
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: no dictionary")
-    return values
+        raise ValueError(f"not what torch saves: {error}") from None
 
 
 def dump_metadata(metadata: Any, file: IO[bytes]) -> None:

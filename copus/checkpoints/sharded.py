@@ -189,9 +189,17 @@ def read_object(folder: Path, name: str) -> IO[bytes] | None:
         place = load_metadata(file).storage_data.get(MetadataIndex(name))
         if place is None:
             return None
-        with open(folder / place.relative_path, "rb") as data:
+        with open(_path_within(folder, place.relative_path), "rb") as data:
             data.seek(place.offset)
             return io.BytesIO(data.read(place.length))
+
+
+def _path_within(folder: Path, name: str) -> Path:
+    """A file that a checkpoint's index names. Raises ValueError if it is not in the checkpoint's folder."""
+    path = folder / name
+    if folder.resolve() not in path.resolve().parents:
+        raise ValueError(f"the checkpoint's index points to {name}, which is not in its folder")
+    return path
 
 
 def find_sources(saved: SavedState, table: ShardTable, *, begins_anew: bool = False) -> Sources:
@@ -318,9 +326,7 @@ class SavedFiles:
         """The tensor in a chunk, as unsigned integers of its size, mapped from the file: only pages that are read from
         it take memory."""
         if chunk.file not in self._opened:
-            path = self._folder / chunk.file
-            if not chunk.is_plain and self._folder.resolve() not in path.resolve().parents:
-                raise ValueError(f"the checkpoint's index points to {chunk.file}, which is not in its folder")
+            path = self._folder / chunk.file if chunk.is_plain else _path_within(self._folder, chunk.file)
             self._opened[chunk.file] = open(path, "rb")  # noqa: SIM115 (closed in __exit__)
         file, size = self._opened[chunk.file], chunk.stored.elements * field.element_bytes
         start = chunk.offset if chunk.is_plain else _start_of_data(file, chunk, size)

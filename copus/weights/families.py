@@ -36,7 +36,7 @@ def _weights_of(model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(model.layers):
         for name, shape in _weights_of_layer(model, layer):
             yield f"model.layers.{layer}.{name}", shape
-    yield from _norm(model, "model.norm", hidden)
+    yield from norm(model, "model.norm", hidden)
     if not model.tied_embeddings:
         yield "lm_head.weight", (model.vocab, hidden)
 
@@ -51,13 +51,13 @@ def _weights_of_layer(model: ModelShape, layer: int) -> Iterator[tuple[str, tupl
             *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
         ),
     }
-    for norm in norms[model.norm_position]:
-        yield from _norm(model, norm, hidden)
+    for name in norms[model.norm_position]:
+        yield from norm(model, name, hidden)
     yield from _latent_attention(model) if model.latent_attention else _attention(model)
     has_bias = model.bias == "all"
     widths = {"mlp": model.ffn_hidden}
     if model.experts and layer >= model.dense_layers:
-        yield from _linear("mlp.gate", model.experts, hidden, has_bias)
+        yield from linear("mlp.gate", model.experts, hidden, has_bias)
         if model.router.bias_update_rate:
             yield "mlp.gate.e_score_correction_bias", (model.experts,)
         widths = {f"mlp.experts.{expert}": model.expert_width for expert in range(model.experts)}
@@ -65,21 +65,21 @@ def _weights_of_layer(model: ModelShape, layer: int) -> Iterator[tuple[str, tupl
             widths["mlp.shared_experts"] = model.shared_expert_hidden
     for mlp, width in widths.items():
         if model.gated_mlp:
-            yield from _linear(f"{mlp}.gate_proj", width, hidden, has_bias)
-        yield from _linear(f"{mlp}.up_proj", width, hidden, has_bias)
-        yield from _linear(f"{mlp}.down_proj", hidden, width, has_bias)
+            yield from linear(f"{mlp}.gate_proj", width, hidden, has_bias)
+        yield from linear(f"{mlp}.up_proj", width, hidden, has_bias)
+        yield from linear(f"{mlp}.down_proj", hidden, width, has_bias)
 
 
 def _attention(model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, query, kv, has_bias = model.hidden, model.query_width, model.kv_width, model.bias != "none"
-    yield from _linear("self_attn.q_proj", query, hidden, has_bias)
-    yield from _linear("self_attn.k_proj", kv, hidden, has_bias)
-    yield from _linear("self_attn.v_proj", kv, hidden, has_bias)
-    yield from _linear("self_attn.o_proj", hidden, query, model.bias in ("attention", "all"))
+    yield from linear("self_attn.q_proj", query, hidden, has_bias)
+    yield from linear("self_attn.k_proj", kv, hidden, has_bias)
+    yield from linear("self_attn.v_proj", kv, hidden, has_bias)
+    yield from linear("self_attn.o_proj", hidden, query, model.bias in ("attention", "all"))
     if model.qk_norm != "none":
         of_heads = model.qk_norm == "head"
-        yield from _norm(model, "self_attn.q_norm", model.head_width if of_heads else query)
-        yield from _norm(model, "self_attn.k_norm", model.head_width if of_heads else kv)
+        yield from norm(model, "self_attn.q_norm", model.head_width if of_heads else query)
+        yield from norm(model, "self_attn.k_norm", model.head_width if of_heads else kv)
 
 
 def _latent_attention(model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -87,24 +87,26 @@ def _latent_attention(model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]
     assert latent is not None, "asked for"
     if latent.query_rank:
         yield "self_attn.q_a_proj.weight", (latent.query_rank, hidden)
-        yield from _norm(model, "self_attn.q_a_layernorm", latent.query_rank)
+        yield from norm(model, "self_attn.q_a_layernorm", latent.query_rank)
         yield "self_attn.q_b_proj.weight", (queries, latent.query_rank)
     else:
         yield "self_attn.q_proj.weight", (queries, hidden)
     of_a_head = model.head_width - latent.rope_dim + latent.value_dim
     yield "self_attn.kv_a_proj_with_mqa.weight", (latent.kv_rank + latent.rope_dim, hidden)
-    yield from _norm(model, "self_attn.kv_a_layernorm", latent.kv_rank)
+    yield from norm(model, "self_attn.kv_a_layernorm", latent.kv_rank)
     yield "self_attn.kv_b_proj.weight", (model.heads * of_a_head, latent.kv_rank)
     yield "self_attn.o_proj.weight", (hidden, model.heads * latent.value_dim)
 
 
-def _linear(name: str, outputs: int, inputs: int, has_bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def linear(name: str, outputs: int, inputs: int, has_bias: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Weights of a linear layer, with their shapes."""
     yield f"{name}.weight", (outputs, inputs)
     if has_bias:
         yield f"{name}.bias", (outputs,)
 
 
-def _norm(model: ModelShape, name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def norm(model: ModelShape, name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Weights of a norm, with their shapes."""
     yield f"{name}.weight", (width,)
     if model.norm == "layernorm":
         yield f"{name}.bias", (width,)

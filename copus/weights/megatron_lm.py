@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from copus.checkpoints.safe_loading import DamagedFileError, damage_told, load_plain_values
 from copus.checkpoints.sharded import Chunk, SavedState, read_index, read_object, zeros_below
@@ -87,17 +87,17 @@ def _weights_and_statistics(index: SavedState) -> Iterator[tuple[Field, str, lis
 def _check_optimizer(folder: Path, index: SavedState) -> None:
     """Raise JobError if the optimizer's state is not there, or not under the names and in the shapes of the weights."""
     where = f"training.init_optimizer: {folder}"
-    shapes = {match[1]: field.shape for field in index if (match := _WEIGHTS.fullmatch(field.name))}
-    kept = [(field, match) for field in index if (match := _OPTIMIZER.fullmatch(field.name))]
-    weights = [(field, match[1]) for field, name in kept if (match := _WEIGHTS.fullmatch(name[2]))]
-    other = next((field for field, name in weights if field.shape != shapes.get(name)), None)
+    fields = [(field, kept) for field, kept, _ in _weights_and_statistics(index)]
+    shapes = {field.name: field.shape for field, kept in fields if not kept}
+    statistics = [field for field, kept in fields if kept]
+    other = next((field for field in statistics if field.shape != shapes.get(field.name)), None)
     if other is not None or any(_IN_BUCKETS.match(field.name) for field in index):
         written = "fully_sharded_model_space" if other else "dp_reshardable"
         raise JobError(
             f"{where} has the state of the distributed optimizer in the format {written}, which is not read: load it "
             "in Megatron-LM and save it with --dist-ckpt-optim-fully-reshardable"
         )
-    if not weights:
+    if not statistics:
         raise JobError(f"{where} has no optimizer state")
 
 
@@ -106,14 +106,29 @@ def read_step_count(folder: Path) -> tuple[int, float | None]:
 
     Raises JobError if it does not say.
     """
-    path = folder / _COMMON
-    state = load_plain_values(path, None if path.is_file() else read_object(folder, _COMMON_OBJECT))
+    name, state = _common_state(folder)
     for group in _groups(state.get("optimizer")):
         steps = group.get("step", state.get("iteration"))
         if isinstance(steps, int | float):
             betas = group.get("betas")
             return int(steps), float(betas[1]) if isinstance(betas, list | tuple) else None
-    raise JobError(f"training.init_optimizer: {folder / _COMMON} says no step count")
+    raise JobError(f"training.init_optimizer: {folder / name} says no step count")
+
+
+def _common_state(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Everything that is no tensor, and where it is in the checkpoint. Raises ValueError if it cannot be read."""
+    name, source = _COMMON, cast("Path | IO[bytes]", folder / _COMMON)
+    if not (folder / _COMMON).is_file() and (saved := read_object(folder, _COMMON_OBJECT)) is not None:
+        name, source = _COMMON_OBJECT, saved
+    try:
+        values = load_plain_values(source)
+    except ValueError as error:
+        raise ValueError(f"{folder / name}: {error}") from None
+    if isinstance(values, list) and len(values) == 1:  # megatron-core wraps its objects
+        (values,) = values
+    if not isinstance(values, dict):
+        raise ValueError(f"{folder / name}: no dictionary")
+    return name, values
 
 
 def _groups(state: Any) -> Iterator[dict[str, Any]]:

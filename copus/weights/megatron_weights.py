@@ -3,11 +3,9 @@
 import itertools
 from collections.abc import Iterator
 
-from copus.weights.families import Shapes
+from copus.weights.families import Shapes, linear, norm
 from profiles.latent_attention import LatentAttention
 from profiles.model_shape import ModelShape
-
-_KINDS = ("weight", "bias")
 
 
 def weights_in_megatron(model: ModelShape) -> Shapes:
@@ -31,59 +29,49 @@ def _weights(model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     for number in range(model.layers):
         is_dense = not model.experts or number < model.dense_layers
         of_a_layer = (
-            _norms("", {"input_layernorm": hidden, "pre_mlp_layernorm": hidden}, model),
+            norm(model, "input_layernorm", hidden),
+            norm(model, "pre_mlp_layernorm", hidden),
             _attention(model) if latent is None else _latent_attention(model, latent),
             _mlp("mlp", model.ffn_hidden, model) if is_dense else _experts(model),
         )
         for name, shape in itertools.chain.from_iterable(of_a_layer):
             yield f"decoder.layers.{number}.{name}", shape
-    yield from _norms("decoder.", {"final_layernorm": hidden}, model)
+    yield from norm(model, "decoder.final_layernorm", hidden)
     if not model.tied_embeddings:
         yield "output_layer.weight", (model.padded_vocab, hidden)
 
 
-def _norms(prefix: str, widths: dict[str, int], model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for module, width in widths.items():
-        for kind in _KINDS[: model.norm_vectors]:
-            yield f"{prefix}{module}.{kind}", (width,)
-
-
-def _linear(module: str, outputs: int, inputs: int, has_bias: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{module}.weight", (outputs, inputs)
-    if has_bias:
-        yield f"{module}.bias", (outputs,)
-
-
 def _attention(model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     within, queries = "self_attention.", model.query_width
-    yield from _linear(f"{within}linear_qkv", queries + 2 * model.kv_width, model.hidden, model.bias != "none")
-    yield from _linear(f"{within}linear_proj", model.hidden, queries, model.bias in ("attention", "all"))
+    yield from linear(f"{within}linear_qkv", queries + 2 * model.kv_width, model.hidden, model.bias != "none")
+    yield from linear(f"{within}linear_proj", model.hidden, queries, model.bias in ("attention", "all"))
     if model.qk_norm == "head":
-        yield from _norms(within, dict.fromkeys(("q_layernorm", "k_layernorm"), model.head_width), model)
+        yield from norm(model, f"{within}q_layernorm", model.head_width)
+        yield from norm(model, f"{within}k_layernorm", model.head_width)
 
 
 def _latent_attention(model: ModelShape, latent: LatentAttention) -> Iterator[tuple[str, tuple[int, ...]]]:
     within, heads, kept = "self_attention.", model.heads, model.head_width - latent.rope_dim
     if latent.query_rank:
-        yield from _linear(f"{within}linear_q_down_proj", latent.query_rank, model.hidden)
-        yield from _norms(within, {"q_layernorm": latent.query_rank}, model)
-        yield from _linear(f"{within}linear_q_up_proj", model.query_width, latent.query_rank)
+        yield from linear(f"{within}linear_q_down_proj", latent.query_rank, model.hidden)
+        yield from norm(model, f"{within}q_layernorm", latent.query_rank)
+        yield from linear(f"{within}linear_q_up_proj", model.query_width, latent.query_rank)
     else:
-        yield from _linear(f"{within}linear_q_proj", model.query_width, model.hidden)
-    yield from _linear(f"{within}linear_kv_down_proj", latent.kv_rank + latent.rope_dim, model.hidden)
-    yield from _norms(within, {"kv_layernorm": latent.kv_rank}, model)
-    yield from _linear(f"{within}linear_kv_up_proj", heads * (kept + latent.value_dim), latent.kv_rank)
-    yield from _linear(f"{within}linear_proj", model.hidden, heads * latent.value_dim)
+        yield from linear(f"{within}linear_q_proj", model.query_width, model.hidden)
+    yield from linear(f"{within}linear_kv_down_proj", latent.kv_rank + latent.rope_dim, model.hidden)
+    yield from norm(model, f"{within}kv_layernorm", latent.kv_rank)
+    yield from linear(f"{within}linear_kv_up_proj", heads * (kept + latent.value_dim), latent.kv_rank)
+    yield from linear(f"{within}linear_proj", model.hidden, heads * latent.value_dim)
 
 
 def _mlp(module: str, width: int, model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     has_bias = model.bias == "all"
-    yield from _linear(f"{module}.linear_fc1", width * (2 if model.gated_mlp else 1), model.hidden, has_bias)
-    yield from _linear(f"{module}.linear_fc2", model.hidden, width, has_bias)
+    yield from linear(f"{module}.linear_fc1", width * (2 if model.gated_mlp else 1), model.hidden, has_bias)
+    yield from linear(f"{module}.linear_fc2", model.hidden, width, has_bias)
 
 
 def _experts(model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from _linear("mlp.router", model.experts, model.hidden, model.bias == "all")
+    yield from linear("mlp.router", model.experts, model.hidden, model.bias == "all")
     if model.router.bias_update_rate:
         yield "mlp.router.expert_bias", (model.experts,)
     for expert in range(model.experts):

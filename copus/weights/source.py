@@ -120,13 +120,18 @@ def with_tokenizer(job: JobConfig, notice: Callable[[str], None]) -> JobConfig:
         return job
     notice(f"data.tokenizer: {theirs}, that of training.init_from")
     values: dict[str, Any] = {"tokenizer": theirs}
-    if job.data.eos_token is None:
-        is_run = source.kind == "run"
-        eos_token = _run_of(source).data.eos_token if is_run else eos_token_of(source.folder, tokens_of(theirs))
-        if eos_token:
-            notice(f"data.eos_token: {eos_token}, that of {source.folder}")
-            values["eos_token"] = eos_token
+    eos_token = None if job.data.eos_token else _eos_token_of(source, theirs)
+    if eos_token:
+        notice(f"data.eos_token: {eos_token}, that of {source.folder}")
+        values["eos_token"] = eos_token
     return job.model_copy(update={"data": job.data.model_copy(update=values)})
+
+
+def _eos_token_of(source: Source, tokenizer: Path) -> str | None:
+    """The token that ends a document where the weights are from; None if it says none."""
+    if source.kind == "run":
+        return _run_of(source).data.eos_token
+    return eos_token_of(source.folder, tokens_of(tokenizer))
 
 
 def _is_tokenized(job: JobConfig) -> bool:

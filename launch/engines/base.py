@@ -210,16 +210,16 @@ class QueuedEngine(Engine):
         Raises JobError, with the scheduler's own words in one line, if that is refused.
         """
 
-    def in_common(self, job: JobConfig) -> str | None:
-        """What jobs have to agree in for `submit_together`; None if this scheduler has no such thing."""
+    def array_key(self, job: JobConfig) -> str | None:
+        """What jobs have to agree in for `submit_array`; None if this scheduler has no such thing."""
         return None
 
-    def describe_together(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> str:
-        """`describe` of runs that `submit_together` queues."""
+    def describe_array(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> str:
+        """`describe` of runs that `submit_array` queues."""
         raise NotImplementedError
 
-    def submit_together(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> list[Ticket]:
-        """Queue runs whose jobs have `in_common` what `job` has, as one of this `name`, of which at most so many run
+    def submit_array(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> list[Ticket]:
+        """Queue runs whose jobs have the `array_key` of `job`, as one of this `name`, of which at most so many run
         `at_once`. Raises JobError as `submit` does."""
         raise NotImplementedError
 

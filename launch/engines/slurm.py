@@ -59,11 +59,11 @@ class SlurmEngine(QueuedEngine):
             ["#!/bin/bash", *self._directives(job, own), "", *self._commands(job), _start(shlex.quote(str(run)))]
         )
 
-    def in_common(self, job: JobConfig) -> str:
+    def array_key(self, job: JobConfig) -> str:
         """All that the batch script says but for the run: jobs of equal needs may be an array."""
         return "\n".join([*self._directives(job, {}), *self._commands(job)])
 
-    def describe_together(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> str:
+    def describe_array(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> str:
         """The batch script of an array, which finds the run of each task by its index."""
         for run in runs:
             _check_path("the run directory", run)
@@ -85,9 +85,9 @@ class SlurmEngine(QueuedEngine):
         """`sbatch RUN/slurm.sh`, which takes the whole environment along but for the options of Slurm's programs."""
         return _ticket(self._sbatch([run], job, self.describe(run, job)))
 
-    def submit_together(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> list[Ticket]:
+    def submit_array(self, runs: Sequence[Path], job: JobConfig, name: str, at_once: int | None) -> list[Ticket]:
         """`sbatch` of a script with `--array`, which is in every run directory."""
-        job_id = self._sbatch(runs, job, self.describe_together(runs, job, name, at_once))
+        job_id = self._sbatch(runs, job, self.describe_array(runs, job, name, at_once))
         return [_ticket(f"{job_id}_{index}") for index in range(len(runs))]
 
     def _sbatch(self, runs: Sequence[Path], job: JobConfig, script: str) -> str:
