@@ -1,16 +1,17 @@
 """torch's elastic agent: `python -m copus.agent …` takes the arguments of `torch.distributed.run`.
 
-It differs from torch's own in three ways. It has one more `--rdzv-backend`, `bound`: torch's `c10d`, in a store that
+It differs from torch's own in four ways. It has one more `--rdzv-backend`, `bound`: torch's `c10d`, in a store that
 listens on the address of `--rdzv-endpoint` alone, unless that is a name. It restarts no workers after an error that
-the user has to fix: the next attempt would fail in the same way. And its workers are told its process id, so that they
-stop when it has died.
+the user has to fix: the next attempt would fail in the same way. Its workers are told its process id, so that they
+stop when it has died. And if their engine says where they meet those of other hosts (`copus.rendezvous`), they have
+their ranks from there.
 """
 
 import os
 from datetime import timedelta
 
-from torch.distributed import TCPStore, run
-from torch.distributed.elastic.agent.server import RunResult, WorkerGroup
+from torch.distributed import Store, TCPStore, run
+from torch.distributed.elastic.agent.server import RunResult, Worker, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import rendezvous_handler_registry
@@ -19,6 +20,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 
+from copus.rendezvous import read_rendezvous
 from copus.stop_request import AGENT
 from copus.stores import host_store, is_bindable, join_store
 from copus.user_errors import EXIT_CODE
@@ -51,13 +53,23 @@ def meet(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 class Agent(LocalElasticAgent):
-    """Gives up its remaining restarts when a worker ends with `EXIT_CODE`."""
+    """Gives up its remaining restarts when a worker ends with `EXIT_CODE`; takes ranks from a rendezvous."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if any(failure.exitcode == EXIT_CODE for failure in result.failures.values()):
             self._remaining_restarts = 0
         return result
+
+    def _assign_worker_ranks(
+        self, store: Store, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        rendezvous = read_rendezvous()
+        if rendezvous is None:
+            workers: list[Worker] = super()._assign_worker_ranks(store, group_rank, group_world_size, spec)
+            return workers
+        first, ranks = rendezvous.first_rank, rendezvous.ranks
+        return [Worker(local, first + local, first + local, ranks, ranks) for local in range(spec.local_world_size)]
 
 
 if __name__ == "__main__":

@@ -124,6 +124,10 @@ class Trainer:
             self._save(last=True)
         return reason
 
+    def abandon(self) -> None:
+        """After an error in `train` that this process outlives. Not collective."""
+        self._saver.abandon()
+
     def _end_diverged(self) -> None:
         """Keep the checkpoints from before, and tell the user what to do."""
         self._divergence.explain(self._saver.set_diverged_aside())

@@ -8,14 +8,11 @@ reason: it raises that error, which ends in a restart.
 
 import contextlib
 import json
-import os
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from copus.collectives import RankError, broadcast_from_rank0, is_out_of_memory
+from copus.connections import tcp_connections
 from copus.devices import join_world, wait_for
 from copus.user_errors import one_line
 
@@ -171,27 +169,12 @@ def _port(store: Any) -> int | None:
 
 
 def _shut_down_accepted(excluded_port: int | None) -> None:
-    """Shut down every TCP connection that this process accepted on a port it listens on, except for one port. Linux.
+    """Shut down every TCP connection that this process accepted on a port it listens on, except for one port.
 
     Of two ranks in a gloo group one has accepted the other's connection, so together the ranks break all of them.
     Connections that this process opened, such as a tracker's to its server, stay.
     """
-    connected: list[tuple[socket.socket, int]] = []
-    listening: set[int] = set()
-    with contextlib.ExitStack() as opened:
-        for entry in list(Path("/proc/self/fd").iterdir()):
-            with contextlib.suppress(OSError):  # closed meanwhile, or not connected
-                if not os.readlink(entry).startswith("socket:"):
-                    continue
-                copy = opened.enter_context(socket.socket(fileno=os.dup(int(entry.name))))  # the original stays open
-                if copy.type != socket.SOCK_STREAM or copy.family not in (socket.AF_INET, socket.AF_INET6):
-                    continue
-                port = copy.getsockname()[1]
-                if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    listening.add(port)
-                else:
-                    connected.append((copy, port))
-        for connection, port in connected:
-            if port in listening and port != excluded_port:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+    with tcp_connections() as connections:
+        for connection in connections:
+            if connection.accepted and connection.own_port != excluded_port:
+                connection.shut_down()

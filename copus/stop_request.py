@@ -7,6 +7,9 @@ from typing import Any
 
 import psutil
 
+LARGER = "hosts\n"
+"""In RUN/stop if the workers are to go on with more hosts; the user's stop has nothing in it."""
+
 AGENT = "COPUS_AGENT"
 """Environment variable with the process id of the agent, by which its workers can tell that it is dead already."""
 
@@ -16,11 +19,12 @@ class StopRequest:
 
     def __init__(self, run: Path) -> None:
         """Takes SIGTERM and SIGINT over."""
-        # The vote of one rank stops all: only the first asks the file system, which all share, at every step.
-        self._file = run / "stop" if os.environ.get("RANK", "0") == "0" else None
+        self._file = run / "stop"
         self._parent = os.getppid()
         self._is_orphan = AGENT in os.environ and int(os.environ[AGENT]) not in _ancestors()
         self._signalled = False
+        self.is_for_larger_world = False
+        """Whether, on rank 0, the newest answer was for no more than a pause until there are more ranks."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -28,8 +32,24 @@ class StopRequest:
         self._signalled = True
 
     def __call__(self) -> bool:
-        is_orphan = self._is_orphan or os.getppid() != self._parent
-        return self._signalled or is_orphan or (self._file is not None and self._file.exists())
+        return self._ends() or self._file_is_there()
+
+    def for_good(self) -> bool:
+        """Whether it is more than a request to pause until there are more ranks."""
+        return self._ends() or (self._file_is_there() and not self.is_for_larger_world)
+
+    def _ends(self) -> bool:
+        return self._signalled or self._is_orphan or os.getppid() != self._parent
+
+    def _file_is_there(self) -> bool:
+        if os.environ.get("RANK", "0") != "0":  # the vote of one rank stops all, and the file system is slow
+            return False
+        try:
+            self.is_for_larger_world = self._file.read_text() == LARGER
+        except FileNotFoundError:
+            self.is_for_larger_world = False
+            return False
+        return True
 
 
 def _ancestors() -> set[int]:

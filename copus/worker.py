@@ -3,13 +3,16 @@
 Reads `RUN/job.yaml`, goes on from the newest checkpoint that verifies, on as many ranks as there are, and writes
 `RUN/events.jsonl` from rank 0.
 Stops at the next step, with a checkpoint, when the file `RUN/stop` appears or on SIGTERM or SIGINT; exits 0 then, and
-after a finished run. A run directory with a plan of branches (`copus calibrate`) runs these instead.
+after a finished run. A run directory with a plan of branches (`copus calibrate`) runs these instead. If the engine says
+where to meet (`copus.rendezvous`), this process outlives its world, and goes on in the next one.
 """
 
 import errno
+import gc
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,13 +26,14 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from copus.audit import audit_run
+from copus.backends.base import Backend
 from copus.backends.registry import find_backend
 from copus.branch_runs import run_branches
 from copus.branches import read_plan
 from copus.checkpoints.files import check_same_data
 from copus.checkpoints.store import read_state
 from copus.checkpoints.trainer_state import TrainerState
-from copus.collectives import all_gather
+from copus.collectives import all_gather, broadcast_from_rank0
 from copus.data.prepared import prepared_path
 from copus.data.samples import open_data
 from copus.devices import check_accelerator, join_world, rank_device
@@ -49,6 +53,7 @@ from copus.stop_request import StopRequest
 from copus.stores import host_store, is_bindable, join_store
 from copus.tracking.fan_out import FanOut
 from copus.user_errors import EXIT_CODE, one_line, report_failure
+from copus.worlds import Worlds
 from profiles.configuration import Configuration
 from profiles.measurement import Fingerprint, Measurement
 from profiles.mfu import peak_samples_per_second
@@ -61,18 +66,28 @@ def main(arguments: list[str]) -> int:
     run = Path(arguments[0])
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     stop = StopRequest(run)
-    try:
-        job = load_job(run / "job.yaml")
-        device = _start_process_group(job)
-        _agree_on_token()
-        job = on_measured_network(_on_these_ranks(job), device)
-        _work(job, run, device, stop, profile_only="--profile-only" in arguments)
-    except Exception as error:
-        if report_failure(error, EventLog(run), int(os.environ["RANK"])):
-            return EXIT_CODE
-        raise
-    dist.destroy_process_group()
-    return 0
+    worlds = Worlds(stop.for_good)
+    worlds.enter_first()
+    while True:
+        attempt = _Attempt(run, stop, profile_only="--profile-only" in arguments)
+        failure, goes_on = None, False
+        try:
+            with worlds.watched():
+                goes_on = attempt.work()
+        except Exception as error:
+            failure = error
+            goes_on = worlds.may_outlive(error)
+        if goes_on:
+            attempt.leave(failure)
+            if worlds.enter_next():
+                continue
+        if failure is not None:
+            if report_failure(failure, EventLog(run), int(os.environ["RANK"])):
+                return EXIT_CODE
+            raise failure
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return 0
 
 
 def _agree_on_token() -> None:
@@ -88,28 +103,58 @@ def _on_these_ranks(job: JobConfig) -> JobConfig:
     return resized(job, found_cluster(job.cluster, dist.get_world_size(), ranks_per_node))
 
 
-def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, profile_only: bool) -> None:
-    """Make a backend, and run the branches of a calibration if the run has a plan of them; else train."""
-    backend = find_backend(job.training.backend).load()(job, device)
-    reporter = _Reporter(run if dist.get_rank() == 0 else None, job)
-    branches = read_plan(run)
-    if branches is not None:
-        with reporter as report:
-            run_branches(
-                job, run, branches, backend, lambda branch: open_data(branch, prepared_path(branch)), report, stop
-            )
-        return
-    prepared = prepared_path(job)
-    train, valid = open_data(job, prepared)
-    with reporter as report:
+class _Attempt:
+    """The run in one world of ranks."""
+
+    def __init__(self, run: Path, stop: StopRequest, profile_only: bool) -> None:
+        self._run, self._stop, self._profile_only = run, stop, profile_only
+        self._backend: Backend | None = None
+        self._trainer: Trainer | None = None
+
+    def work(self) -> bool:
+        """Join the other ranks, make a backend, and run the branches of a calibration if the run has a plan of them;
+        else train. True if all is done only until there are more ranks. Collective."""
+        job = load_job(self._run / "job.yaml")
+        device = _start_process_group(job)
+        _agree_on_token()
+        job = on_measured_network(_on_these_ranks(job), device)
+        self._backend = find_backend(job.training.backend).load()(job, device)
+        with _Reporter(self._run if dist.get_rank() == 0 else None, job) as report:
+            branches = read_plan(self._run)
+            if branches is None:
+                stopped = self._train(job, self._backend, report)
+            else:
+                stopped = True
+                run_branches(
+                    job, self._run, branches, self._backend,
+                    lambda branch: open_data(branch, prepared_path(branch)), report, self._stop,
+                )  # fmt: skip
+        return bool(broadcast_from_rank0(stopped and self._stop.is_for_larger_world))
+
+    def leave(self, failure: Exception | None) -> None:
+        """Let go of all of it, in a process that goes on. Not collective: other ranks may be gone."""
+        if self._trainer is not None:
+            self._trainer.abandon()
+        if self._backend is not None:
+            self._backend.leave()
+        if failure is not None:
+            traceback.clear_frames(failure.__traceback__)  # frees the tensors that the frames refer to
+        self._trainer = self._backend = None
+        gc.collect()
+
+    def _train(self, job: JobConfig, backend: Backend, report: Callable[[Event], None]) -> bool:
+        """Go on from the newest checkpoint. True if somebody asked to stop before the end."""
+        run, stop = self._run, self._stop
+        prepared = prepared_path(job)
+        train, valid = open_data(job, prepared)
         request = read_resume_request(run)
         newest = newest_that_verifies(run, request, report)
         if newest is not None:
             check_same_data(newest, prepared.name)
-        if profile_only or not _is_finished(job, newest):
+        if self._profile_only or not _is_finished(job, newest):
             profile_missing(job, run, backend, train, report, stop)
-        if profile_only:
-            return
+        if self._profile_only:
+            return False
         fingerprint = backend.fingerprint()
         rows = ThroughputTable(job.profile.table).everything(fingerprint) if dist.get_rank() == 0 else []
         throughput = Throughput(row for row in rows if not row.shard)
@@ -123,10 +168,12 @@ def _work(job: JobConfig, run: Path, device: torch.device, stop: StopRequest, pr
             write_resume_request(run, request.model_copy(update={"may_begin_again": False}))
         started = time.monotonic()
         planner = _planner(job, rows, state, fingerprint)
-        reason = Trainer(job, run, backend, train, valid, planner, state, report, stop).train()
+        self._trainer = Trainer(job, run, backend, train, valid, planner, state, report, stop)
+        reason = self._trainer.train()
         if dist.get_rank() == 0:
             _report_audit(run, state, report)
         report(End(**state.here, reason=reason, seconds=time.monotonic() - started))
+        return reason == "interrupted"
 
 
 def _is_finished(job: JobConfig, newest: Path | None) -> bool:

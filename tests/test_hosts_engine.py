@@ -26,12 +26,13 @@ from copus.event_log import EventLog
 from copus.events import End, Failure, Warned, read_events
 from copus.fencing import FILE, TOKEN
 from copus.job import JobError, load_job
+from copus.rendezvous import Rendezvous
 from launch.engines import engine_of, hosts_job, hosts_node
 from launch.engines.hosts import HostsEngine, HostsWorkers
 from launch.engines.hosts_fleet import Fleet
 from launch.engines.hosts_job import Supervisor
 from launch.engines.hosts_link import Link, common_network, host_command, misfit
-from launch.engines.hosts_messages import Beat, Bind, Hello, Interface, Kill, RunAgent, Watch
+from launch.engines.hosts_messages import Beat, Bind, Hello, Interface, Join, Kill, Watch
 from launch.engines.hosts_options import HostsOptions
 from launch.run_directory import request_stop
 
@@ -337,6 +338,12 @@ def test_an_interpreter_may_be_wrapped(tmp_path: Path) -> None:
         assert link.hello is not None
 
 
+def rendezvous(attempt: int) -> Rendezvous:
+    return Rendezvous(
+        token=f"s-{attempt}", attempt=attempt, address="10.0.0.1", port=20_000, first_rank=0, ranks=1, addresses=()
+    )
+
+
 def test_an_agent_is_started_and_ended_with_all_below(tmp_path: Path) -> None:
     with linked(tmp_path, "a") as link:
         wait_for(lambda: link.hello)
@@ -347,7 +354,8 @@ def test_an_agent_is_started_and_ended_with_all_below(tmp_path: Path) -> None:
             return attempt in link.ended
 
         for attempt in (0, 1):
-            link.send(RunAgent(attempt=attempt, arguments=["--nonsense"], environment={}, log=str(log)))
+            place = rendezvous(attempt)
+            link.send(Join(rendezvous=place, keep=False, arguments=["--nonsense"], environment={}, log=str(log)))
             if attempt:
                 link.send(Kill())
             wait_for(lambda at=attempt: has_ended(at), 200)
@@ -392,18 +400,22 @@ class StubLink:
     def __init__(self, host: str, number: int) -> None:
         self.host, self.address, self.interface = host, f"10.0.0.{number}", "eth0"
         self.ended: dict[int, int] = {}
-        self.agents: list[RunAgent] = []
+        self.agents: list[Join] = []
         self.is_gone = False
         self.ends_with: Any = lambda attempt: 0
 
     def send(self, order: Any) -> None:
-        if isinstance(order, RunAgent):
+        if isinstance(order, Join):
             self.agents.append(order)
-            code = self.ends_with(order.attempt)
+            code = self.ends_with(order.rendezvous.attempt)
             if code is not None:
-                self.ended[order.attempt] = code
+                self.ended[order.rendezvous.attempt] = code
         elif isinstance(order, Kill) and self.agents:
-            self.ended.setdefault(self.agents[-1].attempt, -9)
+            self.ended.setdefault(self.agents[-1].rendezvous.attempt, -9)
+
+    @property
+    def has_workers(self) -> bool:
+        return bool(self.agents) and self.agents[-1].rendezvous.attempt not in self.ended
 
 
 class StubFleet:
@@ -420,6 +432,10 @@ class StubFleet:
 
     def tend(self) -> None: ...
     def close(self) -> None: ...
+
+    @property
+    def ready(self) -> list[StubLink]:
+        return self.largest_group(len(self.links))
 
     def largest_group(self, most: int) -> list[StubLink]:
         return [link for link in self.links if link.host not in self.away][:most]
@@ -464,13 +480,17 @@ def test_a_lost_host_is_replaced_by_a_spare_and_costs_no_restart(supervised: Any
     assert supervisor.supervise() == 0
     assert warnings_of(tmp_path) == ["a lost: going on without"]
     assert [len(fleet[host].agents) for host in "abc"] == [1, 2, 1]
-    agent = fleet["b"].agents[1]
-    words = " ".join(agent.arguments)
-    assert "--rdzv-conf is_host=1," in words  # the first host of the second attempt
-    assert "--rdzv-backend bound --rdzv-endpoint 10.0.0.2:" in words
-    assert "--local-addr 10.0.0.2 --nnodes 2 --nproc-per-node 1 --max-restarts 0" in words
-    assert "is_host=0," in " ".join(fleet["c"].agents[0].arguments)
-    assert (agent.environment["GLOO_SOCKET_IFNAME"], agent.environment[TOKEN]) == ("eth0", "s-1")
+    of_b, of_c = fleet["b"].agents[1], fleet["c"].agents[0]
+    assert of_b.rendezvous.model_dump(exclude={"port"}) == {
+        "token": "s-1", "attempt": 1, "address": "10.0.0.2", "first_rank": 0, "ranks": 2,
+        "addresses": ("10.0.0.2", "10.0.0.3"),
+    }  # fmt: skip
+    assert of_c.rendezvous == of_b.rendezvous.model_copy(update={"first_rank": 1})
+    words = " ".join(of_b.arguments)
+    assert "--rdzv-endpoint 127.0.0.1:0" in words  # agents know nothing of each other
+    assert "--nnodes 1 --nproc-per-node 1 --max-restarts 0" in words
+    assert of_b.environment["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert not of_b.keep  # it was lost before it trained
     assert (tmp_path / FILE).read_text() == "s-1"
 
 
@@ -495,7 +515,7 @@ def test_without_a_spare_it_goes_on_with_fewer_and_stops_for_the_host_that_is_ba
 
     fleet["a"].ends_with = until_b_is_back
     assert supervisor.supervise() == 0
-    assert ["--nnodes 1" in " ".join(agent.arguments) for agent in fleet["a"].agents] == [True, False]
+    assert [(order.rendezvous.ranks, order.keep) for order in fleet["a"].agents] == [(1, False), (2, True)]
     assert len(fleet["b"].agents) == 1
     assert not (tmp_path / "stop").exists()
 

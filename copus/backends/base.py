@@ -297,9 +297,13 @@ class Backend(ABC):
     def abandon(self) -> None:
         """Free the model after a step on trial raised RankError, and make anew the process groups that the step broke.
         Call `build` next."""
+        self.leave()
+        self._world.reform()
+
+    def leave(self) -> None:
+        """Free the model, and forget all process groups, which other ranks may have left already. Not collective."""
         self._tear_down()
         self.drop_groups(broken=True)
-        self._world.reform()
 
     def begin_save(self, folder: Path, copy: bool) -> sharded.Save:
         """Prepare to write weights and optimizer state into an existing, empty folder, in a format that every layout

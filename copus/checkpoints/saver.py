@@ -80,6 +80,12 @@ class Saver:
                 )
             )
 
+    def abandon(self) -> None:
+        """Give up the one that was begun, if any: the other ranks are gone. Waits until this rank's thread is done."""
+        if self._writing is not None:
+            self._writing.abandon()
+            self._writing = None
+
     def write_last(self) -> None:
         """Write the checkpoint that a run ends with. The run depends on it: raises JobError if the disk is full, and
         CheckpointError if it cannot be written for another reason."""

@@ -105,6 +105,11 @@ class Writing:
         """Whether `finish` has nothing to wait for on this rank."""
         return self._thread is not None and not self._thread.is_alive()
 
+    def abandon(self) -> None:
+        """Wait until nothing of it is being written any more. It never becomes a checkpoint."""
+        if self._thread is not None:
+            self._thread.join()
+
     def finish(self) -> tuple[Path, int]:
         """Complete it, when every rank has written its share: the folder and its size in bytes. Collective.
 
@@ -126,8 +131,8 @@ class Writing:
         return final, broadcast_from_rank0(sum(entry.bytes for entry in entries.values()))
 
     def _write(self) -> None:
-        end_if_replaced(self._run)  # the disk is the newest attempt's
         try:
+            end_if_replaced(self._run)  # the disk is the newest attempt's
             self._save.write()
             self._entries = describe(self._folder, self._save.files)
         except Exception as error:  # the thread has nobody to tell: `finish` does

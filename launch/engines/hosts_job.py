@@ -8,7 +8,9 @@ wants, and decides what follows when one ends:
 - a host that was missing is there again: the workers are asked for a checkpoint, and the next attempt has it too;
 - workers failed on hosts that are all there: the next attempt, `launch.max_restarts` times.
 
-An attempt has agents of its own, which never restart their workers: every end leads here.
+In the first two cases the workers on the other hosts stay, and join the next attempt in the same processes
+(`copus.worlds`); if that fails before it trains, all are started anew. A host's agent never restarts its workers:
+every end leads here.
 """
 
 import os
@@ -21,28 +23,35 @@ from contextlib import suppress
 from pathlib import Path
 
 from copus.event_log import EventLog
-from copus.events import ATTEMPT, End, Warned
-from copus.fencing import TOKEN, replace_others
+from copus.events import End, Start, Warned
+from copus.fencing import replace_others
 from copus.job import JobError, load_job
+from copus.rendezvous import WAIT, Rendezvous
+from copus.stop_request import LARGER
 from copus.user_errors import EXIT_CODE, report_failure
 from launch.engines.agent import agent_arguments, agent_environment
 from launch.engines.hosts_fleet import Fleet, say
 from launch.engines.hosts_link import Link
-from launch.engines.hosts_messages import Kill, RunAgent, Stop
+from launch.engines.hosts_messages import Join, Kill, Stop
 from launch.engines.hosts_options import HostsOptions
 from launch.follow import Follower
 from launch.run_directory import request_pause, stopped_for_good
 from launch.status import RunStatus
 
-LARGER = "hosts\n"
-"""What is in RUN/stop where the job goes on with more hosts; the user's stop has nothing in it."""
 POLL_SECONDS = 0.1
 STEADY_SECONDS = 10.0
 """How long a host has to be back before the others stop for it."""
+WAIT_SHARE = 2.0
+"""Of `lost_seconds`: how long workers that have lost others wait to be told how to go on."""
 ENDING_SECONDS = 20.0
 """How long hosts may take to end their workers once they are told to."""
 FIRST_PORT, PORTS = 18_000, 12_000
 """Below the ports that Linux gives away by itself."""
+
+
+def random_port() -> int:
+    """Where a world may meet. Nobody looks whether it is free there; the next attempt tries another."""
+    return random.randrange(FIRST_PORT, FIRST_PORT + PORTS)
 
 
 class StopRequested(Exception):  # noqa: N818 (not an error)
@@ -61,6 +70,8 @@ class Supervisor:
         self._fleet = Fleet(run, self._options, sys.stderr.buffer)
         self._events, self._status = Follower(run), RunStatus()
         self._attempt = 0
+        self._start_before: Start | None = None
+        """The newest one before this attempt."""
         self._kill = self._stop = False
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
@@ -71,11 +82,11 @@ class Supervisor:
 
     def supervise(self) -> int:
         """Until the job is over: 0, or 1 if it failed."""
-        failures = 0
+        failures, keep = 0, False
         try:
             while True:
                 members = self._gather()
-                code = self._run_attempt(members)
+                code = self._run_attempt(members, keep)
                 if code == 0 and not self._goes_on():
                     return 0
                 self._new_status()
@@ -87,12 +98,18 @@ class Supervisor:
                     self._wait(lambda: self._fleet.is_settled)
                     lost = [link.host for link in members if not self._fleet.is_whole([link])]
                     cut = not lost and not self._fleet.is_whole(members)
-                    failures += not lost and not cut
+                    did_not_come_along = keep and not self._has_trained
+                    failures += not lost and not cut and not did_not_come_along
                     if failures > self._job.launch.max_restarts:
                         say(f"the workers failed {failures} times (launch.max_restarts)")
                         return 1
                     what = f"{', '.join(lost)} lost" if lost else "hosts are cut off from each other" if cut else ""
                     self._tell(f"{what}: going on without" if what else "workers failed: starting them again")
+                    keep = bool(what) and self._has_trained
+                else:
+                    keep = True
+                if not keep:
+                    self._end_workers(members)
                 self._attempt += 1
         except StopRequested:
             self._log_end()
@@ -133,29 +150,33 @@ class Supervisor:
         time.sleep(POLL_SECONDS)
         self._fleet.tend()
 
-    def _run_attempt(self, members: list[Link]) -> int:
-        """Run the workers on these hosts to their end: 0 if all of them ended with 0."""
+    def _run_attempt(self, members: list[Link], keep: bool) -> int:
+        """Run the workers on these hosts until something follows (`keep`: those that are there join in). 0 if all of
+        them ended with 0, or stopped for more hosts and wait for these."""
         if self._asked_for_more():
             (self._run / "stop").unlink()
         self._new_status()
         self._status.forget_ending()
+        self._start_before = self._status.start
+        say(f"attempt {self._attempt} on {', '.join(link.host for link in members)}{' in their processes' * keep}")
+        self._end_workers([link for link in self._fleet.ready if link not in members])
         replace_others(self._run, f"{self._session}-{self._attempt}")
-        say(f"attempt {self._attempt} on {', '.join(link.host for link in members)}")
-        port = self._options.port or random.randrange(FIRST_PORT, FIRST_PORT + PORTS)
+        port = self._options.port or random_port()
         for link in members:
-            link.send(self._agent_of(link, members, port))
+            link.send(self._order(link, members, port, keep))
         stop_sent = False
         more_since: float | None = None
         while True:
             time.sleep(POLL_SECONDS)
             self._fleet.tend()
             codes = [link.ended.get(self._attempt) for link in members]
-            if all(code == 0 for code in codes):
+            if all(code == 0 for code in codes) or self._is_paused():
                 return 0
             if stop_sent and None not in codes:  # an agent that is stopped ends with a code
                 return 1
             if (any(codes) and not stop_sent) or self._kill or not self._fleet.is_whole(members):
-                self._end_attempt(members)
+                if self._stop:
+                    self._end_workers(members)
                 return 1
             if self._stop and not stop_sent:
                 stop_sent = True
@@ -171,25 +192,26 @@ class Supervisor:
                 with suppress(OSError):  # a full disk: once more, later
                     request_pause(self._run, LARGER)
 
-    def _agent_of(self, link: Link, members: list[Link], port: int) -> RunAgent:
-        cluster = self._job.cluster.model_copy(update={"nodes": len(members)})
+    def _order(self, link: Link, members: list[Link], port: int, keep: bool) -> Join:
+        """What a host is told. Its agent knows of no other one."""
+        cluster = self._job.cluster.model_copy(update={"nodes": 1})
         launch = self._job.launch.model_copy(update={"max_restarts": 0})
         job = self._job.model_copy(update={"cluster": cluster, "launch": launch})
-        first, name = members[0], f"{self._session}-{self._attempt}"
-        assert link.address is not None
-        assert first.address is not None
-        logs = self._run / "logs" / f"{name}.{link.host}"
-        settings = f"is_host={int(link is first)},join_timeout={self._job.launch.timeout_seconds:.0f}"
-        agent = agent_arguments(
-            self._run,
-            job,
-            endpoint=f"{first.address}:{port}",
-            session=name,
-            address=link.address,
-            logs=logs,
-            worker=self._worker,
-            backend="bound",
+        name = f"{self._session}-{self._attempt}"
+        addresses = [one.address for one in members if one.address is not None]
+        per_host = cluster.accelerators_per_node
+        rendezvous = Rendezvous(
+            token=name,
+            attempt=self._attempt,
+            address=addresses[0],
+            port=port,
+            first_rank=members.index(link) * per_host,
+            ranks=len(members) * per_host,
+            addresses=tuple(addresses),
         )
+        logs = self._run / "logs" / f"{name}.{link.host}"
+        local = {"backend": "bound", "endpoint": "127.0.0.1:0", "session": name, "address": "127.0.0.1"}
+        agent = agent_arguments(self._run, job, **local, logs=logs, worker=self._worker)
         passed = {name: os.environ[name] for name in self._options.pass_env if name in os.environ}
         users = self._options.env | passed
         nccl = self._options.nccl_interface or f"={link.interface}"
@@ -197,19 +219,32 @@ class Supervisor:
             **{"GLOO_SOCKET_IFNAME": link.interface or "", "NCCL_SOCKET_IFNAME": nccl},
             **users,
             **agent_environment(job, users),
-            **{TOKEN: name, ATTEMPT: str(self._attempt)},
+            WAIT: f"{WAIT_SHARE * self._options.lost_seconds:g}",
         }
-        arguments = ["--rdzv-conf", settings, *agent, *(["--profile-only"] if self._profile_only else [])]
-        return RunAgent(attempt=self._attempt, arguments=arguments, environment=environment, log=f"{logs}.log")
+        arguments = [*agent, *(["--profile-only"] if self._profile_only else [])]
+        return Join(rendezvous=rendezvous, keep=keep, arguments=arguments, environment=environment, log=f"{logs}.log")
 
-    def _end_attempt(self, members: list[Link]) -> None:
-        """End what is left of it, and wait until it is gone where that can be known."""
-        for link in members:
+    @property
+    def _has_trained(self) -> bool:
+        """Whether this attempt has come to its first step."""
+        return self._status.start is not self._start_before
+
+    def _end_workers(self, links: Sequence[Link]) -> None:
+        """End all workers on these hosts, and wait until they are gone where that can be known."""
+        busy = [link for link in links if link.has_workers]
+        for link in busy:
             link.send(Kill())
         end = time.monotonic() + ENDING_SECONDS
-        while not all(link.is_gone or self._attempt in link.ended for link in members) and time.monotonic() < end:
+        while any(link.has_workers and not link.is_gone for link in busy) and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
             self._fleet.tend()
+
+    def _is_paused(self) -> bool:
+        """Whether the workers have stopped for more hosts."""
+        if not self._asked_for_more():
+            return False
+        self._new_status()
+        return self._status.end is not None and self._status.end.reason == "interrupted"
 
     def _goes_on(self) -> bool:
         """Whether the workers that ended well had stopped for more hosts."""

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from copus.job import JobError
 from launch.engines.environment import job_environment
-from launch.engines.hosts_messages import BEAT_SECONDS, REPORTS, Alive, Bound, Ended, Hello, Interface, Order
+from launch.engines.hosts_messages import BEAT_SECONDS, REPORTS, Alive, Bound, Ended, Hello, Interface, Join, Order
 from launch.engines.hosts_node import HOST, PATIENCE, RUN
 from launch.engines.hosts_options import HostsOptions
 from launch.process import module_root
@@ -58,6 +58,8 @@ class Link:
         """As in the newest sign of life."""
         self.ended: dict[int, int] = {}
         """Exit code of the agent in each attempt that ended."""
+        self._joined: int | None = None
+        """The newest attempt that its workers were told to join."""
         self._heard = time.monotonic()
         self._bound = math.inf
         self._process = subprocess.Popen(
@@ -92,6 +94,11 @@ class Link:
         return self._process.poll() is not None
 
     @property
+    def has_workers(self) -> bool:
+        """Whether workers were started there, and their end was not heard of."""
+        return self._joined is not None and self._joined not in self.ended
+
+    @property
     def unheard_seconds(self) -> float:
         """Since its last report, or since it was started."""
         return time.monotonic() - self._heard
@@ -104,6 +111,8 @@ class Link:
     def send(self, order: Order) -> None:
         """Give an order. One that does not get through is seen by the silence that follows."""
         assert self._process.stdin is not None
+        if isinstance(order, Join):
+            self._joined = order.rendezvous.attempt
         with contextlib.suppress(OSError, ValueError):
             self._process.stdin.write(order.model_dump_json().encode() + b"\n")
             self._process.stdin.flush()

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from copus.rendezvous import Rendezvous
 from profiles.record import Record
 
 BEAT_SECONDS = 1.0
@@ -84,11 +85,13 @@ class Watch(Record):
     """Address and UDP port of each host."""
 
 
-class RunAgent(Record):
-    """Start the elastic agent."""
+class Join(Record):
+    """Have the workers of this host join a world: those that are there, or new ones."""
 
-    kind: Literal["run"] = "run"
-    attempt: int
+    kind: Literal["join"] = "join"
+    rendezvous: Rendezvous
+    keep: bool
+    """Whether workers that are there stay, and leave the world that they are in; else they are ended."""
     arguments: list[str]
     """Of `python -m copus.agent`."""
     environment: dict[str, str]
@@ -109,7 +112,7 @@ class Kill(Record):
     kind: Literal["kill"] = "kill"
 
 
-Order = Beat | Bind | Watch | RunAgent | Stop | Kill
+Order = Beat | Bind | Watch | Join | Stop | Kill
 Report = Hello | Bound | Alive | Ended
 ORDERS: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="kind")])
 REPORTS: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="kind")])

@@ -14,6 +14,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ import psutil
 from pydantic import BaseModel
 
 from copus.parent_death import die_with_parent
+from copus.rendezvous import FILE as RENDEZVOUS
+from copus.rendezvous import write_rendezvous
 from launch.engines.hosts_messages import (
     BEAT_SECONDS,
     ORDERS,
@@ -31,9 +34,9 @@ from launch.engines.hosts_messages import (
     Ended,
     Hello,
     Interface,
+    Join,
     Kill,
     Order,
-    RunAgent,
     Stop,
     Watch,
 )
@@ -49,11 +52,12 @@ def main(files: list[str]) -> int:
     """Serve until stdin is closed, or the supervisor is silent."""
     end_leftovers()
     report(Hello(software=software(), digests=[digest(Path(file)) for file in files], interfaces=interfaces()))
-    node = Node(os.environ[HOST], float(os.environ[PATIENCE]))
-    try:
-        return node.serve()
-    finally:
-        node.end_agent()
+    with tempfile.TemporaryDirectory(prefix="copus-", ignore_cleanup_errors=True) as folder:
+        node = Node(os.environ[HOST], float(os.environ[PATIENCE]), Path(folder))
+        try:
+            return node.serve()
+        finally:
+            node.end_agent()
 
 
 def report(message: BaseModel) -> None:
@@ -120,9 +124,11 @@ def end_leftovers() -> None:
 class Node:
     """Orders, signs of life, and the agent."""
 
-    def __init__(self, name: str, patience_seconds: float) -> None:
+    def __init__(self, name: str, patience_seconds: float, folder: Path) -> None:
+        """`folder` is this host's own, whatever the hosts share."""
         self._name = name.encode()
         self._patience_seconds = patience_seconds
+        self._rendezvous = folder / "rendezvous.json"
         self._agent: subprocess.Popen[bytes] | None = None
         self._attempt = 0
         self._socket: socket.socket | None = None
@@ -165,8 +171,8 @@ class Node:
                 same = {name for name, place in order.peers.items() if self._peers.get(name) == place}
                 self._heard = {name: at for name, at in self._heard.items() if name in same}
                 self._peers = order.peers
-            case RunAgent():
-                self._start_agent(order)
+            case Join():
+                self._join(order)
             case Stop():
                 if self._agent is not None:
                     self._agent.terminate()
@@ -188,13 +194,20 @@ class Node:
                 if self._socket is not None:
                     self._socket.sendto(self._name, place)
 
-    def _start_agent(self, order: RunAgent) -> None:
-        self.end_agent()
-        self._attempt = order.attempt
+    def _join(self, order: Join) -> None:
+        stays = order.keep and self._agent is not None and self._agent.poll() is None
+        if not stays:
+            self.end_agent()
+        self._attempt = order.rendezvous.attempt
+        write_rendezvous(self._rendezvous, order.rendezvous)
+        if not stays:
+            self._start_agent(order)
+
+    def _start_agent(self, order: Join) -> None:
         with open(order.log, "ab") as output:
             self._agent = subprocess.Popen(
                 python_module("copus.agent", *order.arguments),
-                env=os.environ | order.environment,
+                env=os.environ | order.environment | {RENDEZVOUS: str(self._rendezvous)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

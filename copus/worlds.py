@@ -1,0 +1,132 @@
+"""The worlds of ranks that a rank of a job is in, one after the other, in one process.
+
+When its engine writes the next rendezvous (`copus.rendezvous`), a rank leaves whatever collective it waits in, and
+forms the new world with the ranks that survive and with new ones. Its imports, its CUDA context and the pages of its
+data stay.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from copus.connections import tcp_connections
+from copus.events import ATTEMPT
+from copus.fencing import TOKEN
+from copus.rendezvous import WAIT, Rendezvous, read_rendezvous
+
+POLL_SECONDS = 0.1
+LEAVE_SECONDS = 20.0
+"""How long a rank may take to leave a world. What has not come along by then ends, and is started anew."""
+
+
+class Worlds:
+    """The worlds of one rank, one after the other."""
+
+    def __init__(self, stop_requested: Callable[[], bool]) -> None:
+        """A rank that is asked to stop waits for no world."""
+        self._stop_requested = stop_requested
+        self._current: Rendezvous | None = None
+
+    def enter_first(self) -> None:
+        """Enter the world that this process was started for."""
+        rendezvous = read_rendezvous()
+        if rendezvous is not None:
+            self._enter(rendezvous)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A context in which the next rendezvous ends every wait for other ranks, with an error. It takes until
+        `LEAVE_SECONDS` at most to get out of there: then the process ends."""
+        left = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(left,), daemon=True)
+        if self._current is not None:
+            watch.start()
+        try:
+            yield
+        finally:
+            left.set()
+            if self._current is not None:
+                watch.join()
+
+    def may_outlive(self, error: BaseException) -> bool:
+        """Whether an error only means that the world of this process is over."""
+        if self._current is None:
+            return False
+        return read_rendezvous() not in (None, self._current) or is_lost_peer(error)
+
+    def enter_next(self) -> bool:
+        """Wait for the next rendezvous, and enter its world. False if none came in time, or the rank has to stop."""
+        if self._current is None:
+            return False
+        end = time.monotonic() + float(os.environ[WAIT])
+        while (newest := read_rendezvous()) in (None, self._current):
+            if time.monotonic() >= end or self._stop_requested():
+                return False
+            time.sleep(POLL_SECONDS)
+        assert newest is not None
+        _leave_group()
+        self._enter(newest)
+        return True
+
+    def _enter(self, rendezvous: Rendezvous) -> None:
+        """All else reads this process's place from the environment, like any worker of torch's elastic agent."""
+        self._current = rendezvous
+        os.environ |= {
+            "MASTER_ADDR": rendezvous.address,
+            "MASTER_PORT": str(rendezvous.port),
+            "RANK": str(rendezvous.first_rank + int(os.environ["LOCAL_RANK"])),
+            "WORLD_SIZE": str(rendezvous.ranks),
+            TOKEN: rendezvous.token,
+            ATTEMPT: str(rendezvous.attempt),
+        }
+
+    def _watch(self, left: threading.Event) -> None:
+        while not left.wait(POLL_SECONDS):
+            if read_rendezvous() not in (None, self._current):
+                break
+        end = time.monotonic() + LEAVE_SECONDS
+        aborted = False
+        while not left.is_set():
+            # Again and again: a group that was being formed connects later.
+            aborted = aborted or self._abort()
+            if left.wait(POLL_SECONDS):
+                return
+            if time.monotonic() > end:
+                print(f"copus: this rank did not leave its world in {LEAVE_SECONDS:g} s", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _abort(self) -> bool:
+        """End every wait for other ranks. True if that is all that there is to do."""
+        assert self._current is not None
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            distributed_c10d._abort_process_group()
+            return True
+        # gloo cannot abort. Of a connection both directions have to be shut down: its other end may be frozen.
+        with tcp_connections() as connections:
+            for connection in connections:
+                if connection.peer in self._current.addresses:
+                    connection.shut_down()
+        return False
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says no more than that the connection to another rank is gone. A wait that lasted too long may
+    be for one that hangs on a host that is there: nothing will be heard of it."""
+    message = str(error)
+    is_of_network = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in message)
+    return is_of_network and "timed out" not in message.lower() and "timeout" not in message.lower()
+
+
+def _leave_group() -> None:
+    """Let go of the default process group, whatever its state, and of what is left on the device."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
