@@ -18,7 +18,7 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
-from launch_events import step
+from launch_events import start, step
 from launch_jobs import copus_here, write_job
 
 from copus.checkpoints.store import Writing
@@ -551,6 +551,30 @@ def test_workers_that_fail_on_hosts_that_are_there_are_started_again_so_often(su
     assert supervisor.supervise() == 1
     assert warnings_of(tmp_path) == ["workers failed: starting them again"]
     assert fleet["a"].ended == {0: -9, 1: -9}  # ended with the other
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_workers_that_outlive_a_loss_stay_if_they_had_trained_and_start_anew_if_they_do_not_come_along(
+    supervised: Any, tmp_path: Path, trains: bool
+) -> None:
+    """What they cannot help costs no restart."""
+    supervisor, fleet = supervised("a", "b", "c")
+    log = EventLog(tmp_path)
+
+    def end(attempt: int) -> int | None:
+        if attempt == 0:
+            if trains:
+                log.write(start())
+            fleet.away.add("b")
+            return None
+        return 1 if attempt == 1 and trains else 0
+
+    fleet["a"].ends_with = end
+    fleet["b"].ends_with = lambda attempt: None
+    assert supervisor.supervise() == 0
+    assert [order.keep for order in fleet["a"].agents] == ([False, True, False] if trains else [False, False])
+    assert supervisor._job.launch.max_restarts == 1
+    assert warnings_of(tmp_path)[1:] == ["workers failed: starting them again"] * trains
 
 
 def test_an_error_of_the_user_s_is_not_tried_again(supervised: Any, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ class Supervisor:
             self._log_end()
             return 0
         finally:
+            self._end_workers(self._fleet.ready)
             self._fleet.close()
 
     def _gather(self) -> list[Link]:

@@ -33,7 +33,7 @@ class HostsOptions(EngineOptions):
     nccl_interface: str | None = Field(default=None, pattern=r"^[\^=]?[A-Za-z0-9][A-Za-z0-9._,-]*$", max_length=200)
     """NCCL_SOCKET_IFNAME, in NCCL's syntax, if it is not to be the interface of `network`."""
     port: int | None = Field(default=None, ge=1024, le=65535)
-    """Port of the first machine that the agents meet at; else one from 18000 to 29999, anew at every start."""
+    """Port of the first machine that the ranks meet at; else one from 18000 to 29999, anew at every start."""
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     """Environment variables of the workers. No secrets: they would stand in the run directory."""
     pass_env: list[EnvironmentName] = Field(default_factory=list)
