@@ -41,6 +41,26 @@ def write_rendezvous(file: Path, rendezvous: Rendezvous) -> None:
     write_atomically(file, rendezvous.model_dump_json())
 
 
+def clear_rendezvous(file: Path) -> None:
+    """Forget what earlier workers of a host had there."""
+    for path in (file, *_waiting(file)):
+        path.unlink(missing_ok=True)
+
+
+def note_waiting(local_rank: int) -> None:
+    """Say that a worker has nothing left to do but to wait for its first rendezvous."""
+    Path(f"{os.environ[FILE]}.{local_rank}").touch()
+
+
+def count_waiting(file: Path) -> int:
+    """How many workers of a host wait for its first rendezvous; 0 as soon as there is one."""
+    return 0 if file.exists() else len(_waiting(file))
+
+
+def _waiting(file: Path) -> list[Path]:
+    return list(file.parent.glob(f"{file.name}.[0-9]*"))
+
+
 def read_rendezvous() -> Rendezvous | None:
     """The newest of this host; None if there is none yet, or this process was given no file."""
     try:

@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     stop = StopRequest(run)
     worlds = Worlds(stop.for_good)
-    worlds.enter_first()
+    worlds.enter_first(prepare=lambda: find_backend(load_job(run / "job.yaml").training.backend).load())
     while True:
         attempt = _Attempt(run, stop, profile_only="--profile-only" in arguments)
         failure, goes_on = None, False

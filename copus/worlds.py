@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 from copus.connections import tcp_connections
 from copus.events import ATTEMPT
 from copus.fencing import TOKEN
-from copus.rendezvous import WAIT, Rendezvous, read_rendezvous
+from copus.rendezvous import FILE, WAIT, Rendezvous, note_waiting, read_rendezvous
 
 POLL_SECONDS = 0.1
 LEAVE_SECONDS = 20.0
@@ -34,11 +34,21 @@ class Worlds:
         self._stop_requested = stop_requested
         self._current: Rendezvous | None = None
 
-    def enter_first(self) -> None:
-        """Enter the world that this process was started for."""
+    def enter_first(self, prepare: Callable[[], object]) -> None:
+        """Enter the world that this process was started for. If there is none yet `prepare`, and wait for it; a rank
+        that has to stop ends."""
+        if FILE not in os.environ:
+            return
         rendezvous = read_rendezvous()
-        if rendezvous is not None:
-            self._enter(rendezvous)
+        if rendezvous is None:
+            prepare()
+            note_waiting(int(os.environ["LOCAL_RANK"]))
+        while rendezvous is None:
+            if self._stop_requested():
+                sys.exit()
+            time.sleep(POLL_SECONDS)
+            rendezvous = read_rendezvous()
+        self._enter(rendezvous)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

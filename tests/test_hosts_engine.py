@@ -32,7 +32,7 @@ from launch.engines.hosts import HostsEngine, HostsWorkers
 from launch.engines.hosts_fleet import Fleet
 from launch.engines.hosts_job import Supervisor
 from launch.engines.hosts_link import Link, common_network, host_command, misfit
-from launch.engines.hosts_messages import Beat, Bind, Hello, Interface, Join, Kill, Watch
+from launch.engines.hosts_messages import Beat, Bind, Hello, Interface, Join, Kill, Watch, attempt_of
 from launch.engines.hosts_options import HostsOptions
 from launch.run_directory import request_stop
 
@@ -355,7 +355,8 @@ def test_an_agent_is_started_and_ended_with_all_below(tmp_path: Path) -> None:
 
         for attempt in (0, 1):
             place = rendezvous(attempt)
-            link.send(Join(rendezvous=place, keep=False, arguments=["--nonsense"], environment={}, log=str(log)))
+            agent: dict[str, Any] = {"arguments": ["--nonsense"], "environment": {}, "log": str(log)}
+            link.send(Join(rendezvous=place, keep=False, workers=1, **agent))
             if attempt:
                 link.send(Kill())
             wait_for(lambda at=attempt: has_ended(at), 200)
@@ -401,21 +402,34 @@ class StubLink:
         self.host, self.address, self.interface = host, f"10.0.0.{number}", "eth0"
         self.ended: dict[int, int] = {}
         self.agents: list[Join] = []
+        """What it was told to join."""
+        self.stood_by = 0
+        """How often it was told to stand by."""
         self.is_gone = False
+        self.is_standing_by = self.is_spare = False
         self.ends_with: Any = lambda attempt: 0
 
     def send(self, order: Any) -> None:
-        if isinstance(order, Join):
+        if isinstance(order, Join) and order.rendezvous is None:
+            self.stood_by += 1
+            self.is_standing_by = self.is_spare = True
+        elif isinstance(order, Join):
+            self.is_standing_by = self.is_spare = False
             self.agents.append(order)
+            assert order.rendezvous is not None
             code = self.ends_with(order.rendezvous.attempt)
             if code is not None:
                 self.ended[order.rendezvous.attempt] = code
         elif isinstance(order, Kill) and self.agents:
-            self.ended.setdefault(self.agents[-1].rendezvous.attempt, -9)
+            self.ended.setdefault(attempt_of(self.agents[-1]), -9)
 
     @property
     def has_workers(self) -> bool:
-        return bool(self.agents) and self.agents[-1].rendezvous.attempt not in self.ended
+        return self.is_spare or (bool(self.agents) and attempt_of(self.agents[-1]) not in self.ended)
+
+    @property
+    def may_stand_by(self) -> bool:
+        return not self.has_workers and not self.stood_by
 
 
 class StubFleet:
@@ -466,21 +480,23 @@ def warnings_of(run: Path) -> list[str]:
     return [event.message for event in read_events(run) if isinstance(event, Warned)]
 
 
-def test_a_lost_host_is_replaced_by_a_spare_and_costs_no_restart(supervised: Any, tmp_path: Path) -> None:
+def test_a_lost_host_is_replaced_by_a_spare_and_costs_no_restart(
+    supervised: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     supervisor, fleet = supervised("a", "b", "c")
 
-    def lose_a(attempt: int) -> int | None:
-        if attempt == 0:
+    def lose_a() -> None:
+        if fleet["c"].stood_by:
             fleet.away.add("a")
-            return None  # nobody hears how it ended
-        return 0
 
-    fleet["a"].ends_with = lose_a
+    monkeypatch.setattr(fleet, "tend", lose_a)
+    fleet["a"].ends_with = lambda attempt: None  # nobody hears how it ended
     fleet["b"].ends_with = lambda attempt: None if attempt == 0 else 0
     assert supervisor.supervise() == 0
     assert warnings_of(tmp_path) == ["a lost: going on without"]
     assert [len(fleet[host].agents) for host in "abc"] == [1, 2, 1]
     of_b, of_c = fleet["b"].agents[1], fleet["c"].agents[0]
+    assert of_b.rendezvous is not None
     assert of_b.rendezvous.model_dump(exclude={"port"}) == {
         "token": "s-1", "attempt": 1, "address": "10.0.0.2", "first_rank": 0, "ranks": 2,
         "addresses": ("10.0.0.2", "10.0.0.3"),
@@ -491,6 +507,8 @@ def test_a_lost_host_is_replaced_by_a_spare_and_costs_no_restart(supervised: Any
     assert "--nnodes 1 --nproc-per-node 1 --max-restarts 0" in words
     assert of_b.environment["GLOO_SOCKET_IFNAME"] == "eth0"
     assert not of_b.keep  # it was lost before it trained
+    assert of_c.keep  # it stood by
+    assert fleet["c"].stood_by == 1
     assert (tmp_path / FILE).read_text() == "s-1"
 
 
@@ -515,7 +533,9 @@ def test_without_a_spare_it_goes_on_with_fewer_and_stops_for_the_host_that_is_ba
 
     fleet["a"].ends_with = until_b_is_back
     assert supervisor.supervise() == 0
-    assert [(order.rendezvous.ranks, order.keep) for order in fleet["a"].agents] == [(1, False), (2, True)]
+    places = [(order.rendezvous and order.rendezvous.ranks, order.keep) for order in fleet["a"].agents]
+    assert places == [(1, False), (2, True)]
+    assert fleet["b"].stood_by == 1
     assert len(fleet["b"].agents) == 1
     assert not (tmp_path / "stop").exists()
 

@@ -9,8 +9,8 @@ wants, and decides what follows when one ends:
 - workers failed on hosts that are all there: the next attempt, `launch.max_restarts` times.
 
 In the first two cases the workers on the other hosts stay, and join the next attempt in the same processes
-(`copus.worlds`); if that fails before it trains, all are started anew. A host's agent never restarts its workers:
-every end leads here.
+(`copus.worlds`); if that fails before it trains, all are started anew. On spare hosts, and on those that are back,
+workers stand by: they have done their imports. A host's agent never restarts its workers: every end leads here.
 """
 
 import os
@@ -43,6 +43,8 @@ STEADY_SECONDS = 10.0
 """How long a host has to be back before the others stop for it."""
 WAIT_SHARE = 2.0
 """Of `lost_seconds`: how long workers that have lost others wait to be told how to go on."""
+READY_SECONDS = 90.0
+"""How long the others wait at most for the workers there to do their imports."""
 ENDING_SECONDS = 20.0
 """How long hosts may take to end their workers once they are told to."""
 FIRST_PORT, PORTS = 18_000, 12_000
@@ -160,11 +162,12 @@ class Supervisor:
         self._status.forget_ending()
         self._start_before = self._status.start
         say(f"attempt {self._attempt} on {', '.join(link.host for link in members)}{' in their processes' * keep}")
-        self._end_workers([link for link in self._fleet.ready if link not in members])
+        self._end_workers([link for link in self._fleet.ready if link not in members and not link.is_spare])
         replace_others(self._run, f"{self._session}-{self._attempt}")
         port = self._options.port or random_port()
         for link in members:
-            link.send(self._order(link, members, port, keep))
+            place = self._rendezvous(members.index(link), members, port)
+            link.send(self._order(link, place, keep or link.is_spare))
         stop_sent = False
         more_since: float | None = None
         while True:
@@ -183,33 +186,44 @@ class Supervisor:
                 stop_sent = True
                 for link in members:
                     link.send(Stop())
-            if len(self._fleet.largest_group(self._job.cluster.nodes)) <= len(members):
+            for link in self._fleet.ready:
+                if link not in members and link.may_stand_by:
+                    link.send(self._order(link, None, keep=False))
+            group = self._fleet.largest_group(self._job.cluster.nodes)
+            if len(group) <= len(members):
                 more_since = None
                 continue
             more_since = more_since or time.monotonic()
-            if time.monotonic() - more_since > STEADY_SECONDS and not os.path.lexists(self._run / "stop"):
+            steady_seconds = time.monotonic() - more_since
+            are_ready = all(link in members or link.is_standing_by for link in group)
+            if not are_ready and steady_seconds < READY_SECONDS:
+                continue
+            if steady_seconds > STEADY_SECONDS and not os.path.lexists(self._run / "stop"):
                 more_since = None
                 say("more hosts are there: asking the workers for a checkpoint")
                 with suppress(OSError):  # a full disk: once more, later
                     request_pause(self._run, LARGER)
 
-    def _order(self, link: Link, members: list[Link], port: int, keep: bool) -> Join:
+    def _rendezvous(self, index: int, members: list[Link], port: int) -> Rendezvous:
+        """Where the workers of one of the members meet the others."""
+        addresses = [one.address for one in members if one.address is not None]
+        per_host = self._job.cluster.accelerators_per_node
+        return Rendezvous(
+            token=f"{self._session}-{self._attempt}",
+            attempt=self._attempt,
+            address=addresses[0],
+            port=port,
+            first_rank=index * per_host,
+            ranks=len(members) * per_host,
+            addresses=tuple(addresses),
+        )
+
+    def _order(self, link: Link, rendezvous: Rendezvous | None, keep: bool) -> Join:
         """What a host is told. Its agent knows of no other one."""
         cluster = self._job.cluster.model_copy(update={"nodes": 1})
         launch = self._job.launch.model_copy(update={"max_restarts": 0})
         job = self._job.model_copy(update={"cluster": cluster, "launch": launch})
         name = f"{self._session}-{self._attempt}"
-        addresses = [one.address for one in members if one.address is not None]
-        per_host = cluster.accelerators_per_node
-        rendezvous = Rendezvous(
-            token=name,
-            attempt=self._attempt,
-            address=addresses[0],
-            port=port,
-            first_rank=members.index(link) * per_host,
-            ranks=len(members) * per_host,
-            addresses=tuple(addresses),
-        )
         logs = self._run / "logs" / f"{name}.{link.host}"
         local = {"backend": "bound", "endpoint": "127.0.0.1:0", "session": name, "address": "127.0.0.1"}
         agent = agent_arguments(self._run, job, **local, logs=logs, worker=self._worker)
@@ -223,7 +237,14 @@ class Supervisor:
             WAIT: f"{WAIT_SHARE * self._options.lost_seconds:g}",
         }
         arguments = [*agent, *(["--profile-only"] if self._profile_only else [])]
-        return Join(rendezvous=rendezvous, keep=keep, arguments=arguments, environment=environment, log=f"{logs}.log")
+        return Join(
+            rendezvous=rendezvous,
+            keep=keep,
+            workers=cluster.accelerators_per_node,
+            arguments=arguments,
+            environment=environment,
+            log=f"{logs}.log",
+        )
 
     @property
     def _has_trained(self) -> bool:

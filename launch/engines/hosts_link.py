@@ -17,7 +17,19 @@ from pydantic import ValidationError
 
 from copus.job import JobError
 from launch.engines.environment import job_environment
-from launch.engines.hosts_messages import BEAT_SECONDS, REPORTS, Alive, Bound, Ended, Hello, Interface, Join, Order
+from launch.engines.hosts_messages import (
+    BEAT_SECONDS,
+    REPORTS,
+    STANDBY,
+    Alive,
+    Bound,
+    Ended,
+    Hello,
+    Interface,
+    Join,
+    Order,
+    attempt_of,
+)
 from launch.engines.hosts_node import HOST, PATIENCE, RUN
 from launch.engines.hosts_options import HostsOptions
 from launch.process import module_root
@@ -56,6 +68,8 @@ class Link:
         """Where it was told to listen."""
         self.silent_seconds: dict[str, float | None] = {}
         """As in the newest sign of life."""
+        self.is_standing_by = False
+        """Likewise: whether its workers have only to be told where to meet."""
         self.ended: dict[int, int] = {}
         """Exit code of the agent in each attempt that ended."""
         self._joined: int | None = None
@@ -85,6 +99,7 @@ class Link:
                     self.port = report.port
                 case Alive():
                     self.silent_seconds = report.silent_seconds
+                    self.is_standing_by = report.is_standing_by
                 case Ended():
                     self.ended[report.attempt] = report.code
 
@@ -97,6 +112,16 @@ class Link:
     def has_workers(self) -> bool:
         """Whether workers were started there, and their end was not heard of."""
         return self._joined is not None and self._joined not in self.ended
+
+    @property
+    def may_stand_by(self) -> bool:
+        """Whether it has no workers, and none that stood by have ended there."""
+        return not self.has_workers and STANDBY not in self.ended
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether its workers have joined no world yet."""
+        return self.has_workers and self._joined == STANDBY
 
     @property
     def unheard_seconds(self) -> float:
@@ -112,7 +137,7 @@ class Link:
         """Give an order. One that does not get through is seen by the silence that follows."""
         assert self._process.stdin is not None
         if isinstance(order, Join):
-            self._joined = order.rendezvous.attempt
+            self._joined = attempt_of(order)
         with contextlib.suppress(OSError, ValueError):
             self._process.stdin.write(order.model_dump_json().encode() + b"\n")
             self._process.stdin.flush()

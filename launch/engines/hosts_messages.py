@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter
 from copus.rendezvous import Rendezvous
 from profiles.record import Record
 
+STANDBY = -1
 BEAT_SECONDS = 1.0
 """Time between two signs of life, in all directions."""
 
@@ -53,6 +54,8 @@ class Alive(Record):
     kind: Literal["alive"] = "alive"
     silent_seconds: dict[str, float | None]
     """By host: how long nothing was heard of it; None where nothing ever was."""
+    is_standing_by: bool = False
+    """Whether all workers have done their imports, and wait for the first world to join."""
 
 
 class Ended(Record):
@@ -89,9 +92,12 @@ class Join(Record):
     """Have the workers of this host join a world: those that are there, or new ones."""
 
     kind: Literal["join"] = "join"
-    rendezvous: Rendezvous
+    rendezvous: Rendezvous | None
+    """None: start them, and let them stand by."""
     keep: bool
     """Whether workers that are there stay, and leave the world that they are in; else they are ended."""
+    workers: int
+    """How many there are."""
     arguments: list[str]
     """Of `python -m copus.agent`."""
     environment: dict[str, str]
@@ -116,3 +122,8 @@ Order = Beat | Bind | Watch | Join | Stop | Kill
 Report = Hello | Bound | Alive | Ended
 ORDERS: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="kind")])
 REPORTS: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="kind")])
+
+
+def attempt_of(order: Join) -> int:
+    """The attempt that workers are to join; `STANDBY` for those that join none yet."""
+    return STANDBY if order.rendezvous is None else order.rendezvous.attempt

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from copus.parent_death import die_with_parent
 from copus.rendezvous import FILE as RENDEZVOUS
-from copus.rendezvous import write_rendezvous
+from copus.rendezvous import clear_rendezvous, count_waiting, write_rendezvous
 from launch.engines.hosts_messages import (
     BEAT_SECONDS,
     ORDERS,
@@ -39,6 +39,7 @@ from launch.engines.hosts_messages import (
     Order,
     Stop,
     Watch,
+    attempt_of,
 )
 from launch.process import kill_family, module_root, python_module
 
@@ -130,7 +131,7 @@ class Node:
         self._patience_seconds = patience_seconds
         self._rendezvous = folder / "rendezvous.json"
         self._agent: subprocess.Popen[bytes] | None = None
-        self._attempt = 0
+        self._attempt = self._workers = 0
         self._socket: socket.socket | None = None
         self._peers: dict[str, tuple[str, int]] = {}
         self._heard: dict[str, float] = {}
@@ -188,7 +189,8 @@ class Node:
 
     def _beat(self, now: float) -> None:
         silent = {name: now - self._heard[name] if name in self._heard else None for name in self._peers}
-        report(Alive(silent_seconds=silent))
+        is_standing_by = self._agent is not None and count_waiting(self._rendezvous) == self._workers
+        report(Alive(silent_seconds=silent, is_standing_by=is_standing_by))
         for place in self._peers.values():
             with suppress(OSError):
                 if self._socket is not None:
@@ -198,8 +200,11 @@ class Node:
         stays = order.keep and self._agent is not None and self._agent.poll() is None
         if not stays:
             self.end_agent()
-        self._attempt = order.rendezvous.attempt
-        write_rendezvous(self._rendezvous, order.rendezvous)
+            clear_rendezvous(self._rendezvous)
+        self._workers = order.workers
+        self._attempt = attempt_of(order)
+        if order.rendezvous is not None:
+            write_rendezvous(self._rendezvous, order.rendezvous)
         if not stays:
             self._start_agent(order)
 
