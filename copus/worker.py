@@ -78,14 +78,15 @@ def main(arguments: list[str]) -> int:
             failure = error
             goes_on = worlds.may_outlive(error)
         if goes_on:
-            attempt.leave(failure)
+            with worlds.leaving(failure):
+                attempt.leave(failure)
             if worlds.enter_next():
                 continue
         if failure is not None:
             if report_failure(failure, EventLog(run), int(os.environ["RANK"])):
                 return EXIT_CODE
             raise failure
-        if dist.is_initialized():
+        if not goes_on:
             dist.destroy_process_group()
         return 0
 

@@ -6,6 +6,7 @@ data stay.
 """
 
 import contextlib
+import faulthandler
 import os
 import sys
 import threading
@@ -52,8 +53,7 @@ class Worlds:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A context in which the next rendezvous ends every wait for other ranks, with an error. It takes until
-        `LEAVE_SECONDS` at most to get out of there: then the process ends."""
+        """A context in which the next rendezvous ends every wait for other ranks, with an error."""
         left = threading.Event()
         watch = threading.Thread(target=self._watch, args=(left,), daemon=True)
         if self._current is not None:
@@ -71,6 +71,19 @@ class Worlds:
             return False
         return read_rendezvous() not in (None, self._current) or is_lost_peer(error)
 
+    @contextlib.contextmanager
+    def leaving(self, failure: Exception | None) -> Iterator[None]:
+        """A context in which all of the world is let go of; its process group is destroyed at the end."""
+        _end_if_stuck()
+        if failure is not None:  # gloo's groups hang in their end if they are broken in part
+            self._abort()
+        yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        faulthandler.cancel_dump_traceback_later()
+
     def enter_next(self) -> bool:
         """Wait for the next rendezvous, and enter its world. False if none came in time, or the rank has to stop."""
         if self._current is None:
@@ -81,7 +94,6 @@ class Worlds:
                 return False
             time.sleep(POLL_SECONDS)
         assert newest is not None
-        _leave_group()
         self._enter(newest)
         return True
 
@@ -101,29 +113,23 @@ class Worlds:
         while not left.wait(POLL_SECONDS):
             if read_rendezvous() not in (None, self._current):
                 break
-        end = time.monotonic() + LEAVE_SECONDS
-        aborted = False
+        if not left.is_set():
+            _end_if_stuck()
         while not left.is_set():
-            # Again and again: a group that was being formed connects later.
-            aborted = aborted or self._abort()
-            if left.wait(POLL_SECONDS):
-                return
-            if time.monotonic() > end:
-                print(f"copus: this rank did not leave its world in {LEAVE_SECONDS:g} s", file=sys.stderr, flush=True)
-                os._exit(1)
+            self._abort()
+            left.wait(POLL_SECONDS)  # then again: a group that was being formed connects later
 
-    def _abort(self) -> bool:
-        """End every wait for other ranks. True if that is all that there is to do."""
+    def _abort(self) -> None:
+        """End every wait for other ranks."""
         assert self._current is not None
         if dist.is_initialized() and dist.get_backend() == "nccl":
-            distributed_c10d._abort_process_group()
-            return True
+            distributed_c10d._abort_process_group()  # there is none afterwards
+            return
         # gloo cannot abort. Of a connection both directions have to be shut down: its other end may be frozen.
         with tcp_connections() as connections:
             for connection in connections:
                 if connection.peer in self._current.addresses:
                     connection.shut_down()
-        return False
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -134,9 +140,7 @@ def is_lost_peer(error: BaseException) -> bool:
     return is_of_network and "timed out" not in message.lower() and "timeout" not in message.lower()
 
 
-def _leave_group() -> None:
-    """Let go of the default process group, whatever its state, and of what is left on the device."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _end_if_stuck() -> None:
+    """End this process, with a traceback, if it is not out of its world in time; without Python, whose lock the rank
+    may hold while it is stuck."""
+    faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True)

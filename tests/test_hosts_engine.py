@@ -420,6 +420,8 @@ class StubLink:
             code = self.ends_with(order.rendezvous.attempt)
             if code is not None:
                 self.ended[order.rendezvous.attempt] = code
+        elif isinstance(order, Kill) and self.is_spare:
+            self.is_standing_by = self.is_spare = False
         elif isinstance(order, Kill) and self.agents:
             self.ended.setdefault(attempt_of(self.agents[-1]), -9)
 

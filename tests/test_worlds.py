@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from copus.data.prepare import prepare
 from copus.events import Checkpoint, End, Restart, Start, Step, read_events
 from copus.fencing import replace_others
 from copus.job import JobConfig, parse_job
-from copus.rendezvous import FILE, WAIT, Rendezvous, write_rendezvous
+from copus.rendezvous import FILE, WAIT, Rendezvous, clear_rendezvous, count_waiting, write_rendezvous
 from copus.stop_request import LARGER
 from launch.engines.agent import agent_environment
 from launch.engines.environment import job_environment
@@ -23,12 +24,13 @@ from launch.engines.hosts_job import random_port
 from launch.run_directory import create_run, lock_run, request_pause, request_stop
 
 
-def job_on_two_hosts(folder: Path, backend: str) -> JobConfig:
+def job_on_hosts(folder: Path, backend: str, nodes: int) -> JobConfig:
     values = job_for(folder, backend, 1, 4000, lr=1e-3).model_dump(mode="json")
-    values["cluster"]["nodes"] = 2
-    values["training"] |= {"layout": {"dp": 2}, "tokens": 16 * 1_000_000, "evaluate_every_tokens": 16 * 1_000_000}
-    values["planner"] |= {"policy": "static"}
-    values["launch"] |= {"engine": "hosts", "options": {"hosts": ["a", "b"]}, "timeout_seconds": 60.0}
+    values["cluster"]["nodes"] = nodes
+    values["training"] |= {"layout": {"dp": nodes}, "global_batch": 12, "evaluate_sequences": 12}
+    values["training"] |= {"tokens": 16 * 1_000_000, "evaluate_every_tokens": 16 * 1_000_000}
+    values["planner"] |= {"policy": "static", "max_global_batch": 12}
+    values["launch"] |= {"engine": "hosts", "options": {"hosts": list("abc")}, "timeout_seconds": 60.0}
     return parse_job(values)
 
 
@@ -58,6 +60,13 @@ class Ranks(Run):
             write_rendezvous(self.folder / f"rendezvous-{host}", rendezvous)
             if host not in self.processes:
                 self.processes[host] = self.start(host)
+
+    def stand_by(self, host: str) -> None:
+        """Start a rank that waits until it is told where to meet."""
+        file = self.folder / f"rendezvous-{host}"
+        clear_rendezvous(file)
+        self.processes[host] = self.start(host)
+        self.wait(lambda: count_waiting(file) == 1, f"{host} stands by", 0.05)
 
     def start(self, host: str) -> "subprocess.Popen[bytes]":
         place = {FILE: str(self.folder / f"rendezvous-{host}"), WAIT: "20"}
@@ -110,7 +119,7 @@ def ranks_of(job: JobConfig) -> Iterator[Ranks]:
 @pytest.mark.parametrize("backend", ["megatron", "fsdp", "deepspeed"])
 @pytest.mark.parametrize("lost", ["a", "b"])
 def test_a_rank_outlives_one_that_is_frozen_and_takes_another_in(tmp_path: Path, backend: str, lost: str) -> None:
-    with ranks_of(job_on_two_hosts(tmp_path, backend)) as run:
+    with ranks_of(job_on_hosts(tmp_path, backend, 2)) as run:
         run.meet("a", "b")
         run.trains(ranks=2)
         stays = "b" if lost == "a" else "a"
@@ -119,15 +128,38 @@ def test_a_rank_outlives_one_that_is_frozen_and_takes_another_in(tmp_path: Path,
         run.trains(ranks=1)
         run.processes[lost].kill()
         run.processes.pop(lost).wait()
+        run.stand_by(lost)
+        begun = {process.pid for process in run.processes.values()}
         request_pause(run.folder, LARGER)
         run.wait(lambda: isinstance(run.events[-1], End), "the pause")
         (run.folder / "stop").unlink()
         run.meet("a", "b")
         run.trains(ranks=2)
+        assert {process.pid for process in run.processes.values()} == begun
         request_stop(run.folder)
         assert [process.wait(60) for process in run.processes.values()] == [0, 0]
         restarts = [event for event in read_events(run.folder) if isinstance(event, Restart)]
         assert [(event.ranks, event.attempt) for event in restarts] == [(1, 1), (2, 2)]
         assert restarts[1].samples_repeated == 0
+        run.look()
+        assert lineage(run.folder, run.samples) == (0, 0)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("lost", ["a", "c"])
+def test_two_ranks_outlive_one_that_is_killed_and_go_on_together(tmp_path: Path, lost: str) -> None:
+    """They know of it, by an error, before they are told where to meet."""
+    with ranks_of(job_on_hosts(tmp_path, "megatron", 3)) as run:
+        run.meet("a", "b", "c")
+        run.trains(ranks=3)
+        run.processes[lost].kill()
+        run.processes.pop(lost).wait()
+        time.sleep(0.5)
+        assert [process.poll() for process in run.processes.values()] == [None, None]
+        run.meet(*run.processes)
+        run.trains(ranks=2)
+        request_stop(run.folder)
+        assert [process.wait(60) for process in run.processes.values()] == [0, 0]
         run.look()
         assert lineage(run.folder, run.samples) == (0, 0)

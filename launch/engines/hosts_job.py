@@ -106,12 +106,12 @@ class Supervisor:
                         say(f"the workers failed {failures} times (launch.max_restarts)")
                         return 1
                     what = f"{', '.join(lost)} lost" if lost else "hosts are cut off from each other" if cut else ""
-                    self._tell(f"{what}: going on without" if what else "workers failed: starting them again")
                     keep = bool(what) and self._has_trained
+                    if not keep:
+                        self._end_workers(members)
+                    self._tell(f"{what}: going on without" if what else "workers failed: starting them again")
                 else:
                     keep = True
-                if not keep:
-                    self._end_workers(members)
                 self._attempt += 1
         except StopRequested:
             self._log_end()
