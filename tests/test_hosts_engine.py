@@ -599,6 +599,25 @@ def test_workers_that_outlive_a_loss_stay_if_they_had_trained_and_start_anew_if_
     assert warnings_of(tmp_path)[1:] == ["workers failed: starting them again"] * trains
 
 
+def test_workers_that_were_ending_when_they_were_told_to_stay_are_started_anew(supervised: Any, tmp_path: Path) -> None:
+    """A host that goes down asks its workers to stop, and with them all others."""
+    supervisor, fleet = supervised("a", "b", "c")
+    log = EventLog(tmp_path)
+
+    def end(attempt: int) -> int | None:
+        if attempt == 0:
+            log.write(start())
+            fleet.away.add("b")
+            return None
+        return 0
+
+    fleet["a"].ends_with = end
+    fleet["b"].ends_with = lambda attempt: None
+    fleet["c"].ends_with = lambda attempt: None if attempt == 1 else 0
+    assert supervisor.supervise() == 0
+    assert [order.keep for order in fleet["a"].agents] == [False, True, False]
+
+
 def test_an_error_of_the_user_s_is_not_tried_again(supervised: Any, tmp_path: Path) -> None:
     supervisor, fleet = supervised("a", "b")
     log = EventLog(tmp_path)

@@ -16,6 +16,7 @@ from host_jobs import LOST_SECONDS, HostRun, job_on, running
 
 from copus.event_lines import without_replays
 from copus.events import Checkpoint, Restart, Start, Step, Warned, read_events
+from copus.rendezvous import FILE
 from launch.engines.hosts_node import HOST
 
 pytestmark = [pytest.mark.hosts, pytest.mark.dist, pytest.mark.timeout(3000)]
@@ -31,13 +32,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Hosts]:
 
 
 def process(cluster: hosts.Hosts, module: str) -> psutil.Process:
-    """One that runs a module of copus for the job, on the first host that has any. An agent has the module of its
-    workers among its arguments too, after its own."""
+    """One that runs a module of copus for the job, on the first host that has any; not of workers that stand by. An
+    agent has the module of its workers among its arguments too, after its own."""
     for host in cluster.hosts:
         for pid in host.processes():
             one = psutil.Process(pid)
             _, _, after = " ".join(one.cmdline()).partition(" -m ")
-            if after.startswith(f"{module} ") and one.environ().get(HOST) == host.name:
+            place = one.environ().get(FILE)
+            stands_by = place is not None and not Path(place).exists()
+            if after.startswith(f"{module} ") and one.environ().get(HOST) == host.name and not stands_by:
                 return one
     raise AssertionError(f"no {module} runs")
 

@@ -176,6 +176,8 @@ class Supervisor:
             codes = [link.ended.get(self._attempt) for link in members]
             if all(code == 0 for code in codes) or self._is_paused():
                 return 0
+            if keep and 0 in codes and not self._trains():  # they were ending when they were told to join
+                return 1
             if stop_sent and None not in codes:  # an agent that is stopped ends with a code
                 return 1
             if (any(codes) and not stop_sent) or self._kill or not self._fleet.is_whole(members):
@@ -250,6 +252,10 @@ class Supervisor:
     def _has_trained(self) -> bool:
         """Whether this attempt has come to its first step."""
         return self._status.start is not self._start_before
+
+    def _trains(self) -> bool:
+        self._new_status()
+        return self._has_trained
 
     def _end_workers(self, links: Sequence[Link]) -> None:
         """End all workers on these hosts, and wait until they are gone where that can be known."""
