@@ -16,8 +16,9 @@ from host_jobs import LOST_SECONDS, HostRun, job_on, running
 
 from copus.event_lines import without_replays
 from copus.events import Checkpoint, Restart, Start, Step, Warned, read_events
-from copus.rendezvous import FILE
-from launch.engines.hosts_node import HOST
+from copus.fencing import FILE as SESSION
+from copus.rendezvous import FILE, Rendezvous
+from launch.engines.hosts_node import HOST, RUN
 
 pytestmark = [pytest.mark.hosts, pytest.mark.dist, pytest.mark.timeout(3000)]
 
@@ -31,16 +32,26 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Hosts]:
         yield made
 
 
+def trains(environment: dict[str, str]) -> bool:
+    """Whether a process is of the newest attempt; the engine's own on a host may be of any."""
+    if FILE not in environment:
+        return True
+    try:
+        rendezvous = Rendezvous.model_validate_json(Path(environment[FILE]).read_text())
+    except FileNotFoundError:
+        return False
+    return rendezvous.token == (Path(environment[RUN]) / SESSION).read_text()
+
+
 def process(cluster: hosts.Hosts, module: str) -> psutil.Process:
-    """One that runs a module of copus for the job, on the first host that has any; not of workers that stand by. An
-    agent has the module of its workers among its arguments too, after its own."""
+    """One that runs a module of copus for the job, on the first host that has any; of workers and agents one that
+    trains. An agent has the module of its workers among its arguments too, after its own."""
     for host in cluster.hosts:
         for pid in host.processes():
             one = psutil.Process(pid)
             _, _, after = " ".join(one.cmdline()).partition(" -m ")
-            place = one.environ().get(FILE)
-            stands_by = place is not None and not Path(place).exists()
-            if after.startswith(f"{module} ") and one.environ().get(HOST) == host.name and not stands_by:
+            environment = one.environ()
+            if after.startswith(f"{module} ") and environment.get(HOST) == host.name and trains(environment):
                 return one
     raise AssertionError(f"no {module} runs")
 
