@@ -100,14 +100,16 @@ class Worlds:
     def _enter(self, rendezvous: Rendezvous) -> None:
         """All else reads this process's place from the environment, like any worker of torch's elastic agent."""
         self._current = rendezvous
-        os.environ |= {
-            "MASTER_ADDR": rendezvous.address,
-            "MASTER_PORT": str(rendezvous.port),
-            "RANK": str(rendezvous.first_rank + int(os.environ["LOCAL_RANK"])),
-            "WORLD_SIZE": str(rendezvous.ranks),
-            TOKEN: rendezvous.token,
-            ATTEMPT: str(rendezvous.attempt),
-        }
+        os.environ.update(
+            {
+                "MASTER_ADDR": rendezvous.address,
+                "MASTER_PORT": str(rendezvous.port),
+                "RANK": str(rendezvous.first_rank + int(os.environ["LOCAL_RANK"])),
+                "WORLD_SIZE": str(rendezvous.ranks),
+                TOKEN: rendezvous.token,
+                ATTEMPT: str(rendezvous.attempt),
+            }
+        )
 
     def _watch(self, left: threading.Event) -> None:
         while not left.wait(POLL_SECONDS):
